@@ -1,0 +1,55 @@
+"""autoaccum: the largest micro-batch that fits, and gradient accumulation to exactly the batch you want.
+
+Start with `fit_plan`; its file, `fit.py`, is the page to read first.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import (
+        AutoaccumError,
+        BatchError,
+        DoesNotFit,
+        OutOfMemory,
+        PlanFileError,
+        PlanMismatch,
+        RestoreError,
+        UsageError,
+    )
+    from .fit import fit_plan
+    from .plan import Plan
+    from .runner import Runner
+    from .workload import Workload
+
+__all__ = [
+    "AutoaccumError",
+    "BatchError",
+    "DoesNotFit",
+    "OutOfMemory",
+    "Plan",
+    "PlanFileError",
+    "PlanMismatch",
+    "RestoreError",
+    "Runner",
+    "UsageError",
+    "Workload",
+    "fit_plan",
+]
+
+_HOMES = {"Plan": "plan", "Runner": "runner", "Workload": "workload", "fit_plan": "fit"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name where it is first used: torch takes two seconds, and `--help` needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("." + _HOMES.get(name, "errors"), __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,134 @@
+"""replay(phases, rules, start): what a window makes an allocator take from the system.
+
+The CPU's allocator is the C library's malloc. Its rules here, from glibc 2.36's malloc.c, with a fixed mmap threshold:
+a request of at least the threshold is a mapping of its own, rounded up to pages, given back to the system when it is
+freed (sysmalloc_mmap, munmap_chunk); a smaller one lives in the heap, which grows to the most that was ever alive in it
+and keeps that. No pools, no splits. (Where the heap has a hole of at least the threshold, malloc uses that instead of a
+mapping; the rules leave that out.) No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .recording import Event, Phase
+
+PAGE_BYTES = 4096
+ALIGNMENT_BYTES = 64  # c10's alloc_cpu (impl_alloc_cpu.cpp): posix_memalign(&data, gAlignment, nbytes)
+CHUNK_STEP_BYTES = 16
+# glibc's malloc.c: a chunk is its bytes and a header of 8, rounded up to 16 (checked_request2size). To align one, malloc
+# asks itself for chunk + 64 + MINSIZE, 32 (_int_memalign), once more with a header of 8, rounded up to 16. A mapping
+# takes 8 more (sysmalloc_mmap: ALIGN_UP (nb + SIZE_SZ, pagesize)). Rounding twice to 16 and then to pages comes to the
+# same as adding what both can add at most: 8 + 64 + 32 + 8 + 8, and 16.
+MAPPING_OVERHEAD_BYTES = ALIGNMENT_BYTES + 32 + 3 * 8 + CHUNK_STEP_BYTES
+
+
+@dataclass(frozen=True)
+class CpuRules:
+    """How the C library's malloc takes memory from the system.
+
+    Attributes:
+        mmap_threshold_bytes: Requests from here on are mappings of their own; None counts requested bytes only, which
+            is what can be said of glibc's default, whose threshold moves.
+    """
+
+    mmap_threshold_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is there before the first event.
+
+    Attributes:
+        heap_free_bytes: Free bytes inside the heap, which small blocks fill before it grows.
+    """
+
+    heap_free_bytes: int = 0
+
+
+EMPTY = Start()
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """The highest a phase got, in bytes above the start."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay came to.
+
+    Attributes:
+        peak_bytes: The most that was taken from the system at once, above the start.
+        live_bytes: The most that was alive at once, as requested: no allocator can do with less.
+        phases: The peak of each phase, in order, phases of one name together.
+        end_bytes: What is still taken at the end.
+    """
+
+    peak_bytes: int
+    live_bytes: int
+    phases: tuple[PhasePeak, ...]
+    end_bytes: int
+
+
+def replay(phases: Iterable[Phase], rules: CpuRules, start: Start = EMPTY) -> Replay:
+    """Runs the phases' events through the allocator's rules.
+
+    Args:
+        phases: What is allocated and freed, in order.
+        rules: The allocator.
+        start: The state it is in before the first event.
+    """
+    threshold = rules.mmap_threshold_bytes
+    mapped = heap = heap_top = live = live_peak = peak = 0
+    free, smallest = start.heap_free_bytes, None if threshold is None else smallest_mapping(threshold)
+    by_phase: dict[str, int] = {}
+    for phase in phases:
+        phase_peak = by_phase.get(phase.name, 0)
+        for _, size, _ in phase.events:
+            live += size
+            if smallest is None:
+                mapped += size
+            elif size >= smallest:
+                mapped += -(-(size + MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES  # mapping_bytes, in line
+            elif size <= -smallest:
+                mapped -= -((size - MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES
+            elif size > 0:
+                heap += size + ALIGNMENT_BYTES
+                if heap > heap_top:
+                    heap_top = heap
+            else:
+                heap += size - ALIGNMENT_BYTES
+            if size > 0:
+                taken = mapped + heap_top - free if heap_top > free else mapped
+                if taken > phase_peak:
+                    phase_peak = taken
+                if live > live_peak:
+                    live_peak = live
+        by_phase[phase.name] = phase_peak
+        peak = max(peak, phase_peak)
+    names = tuple(PhasePeak(name, size) for name, size in by_phase.items())
+    return Replay(peak, live_peak, names, mapped + max(0, heap_top - start.heap_free_bytes))
+
+
+def smallest_mapping(threshold_bytes: int) -> int:
+    """The smallest request that becomes a mapping of its own, where no free chunk of the heap is as large.
+
+    glibc's malloc.c, sysmalloc: `nb >= mp_.mmap_threshold`, nb being what _int_memalign asks for: without the last 8.
+    """
+    nb = -(-threshold_bytes // CHUNK_STEP_BYTES) * CHUNK_STEP_BYTES
+    return nb + 1 - MAPPING_OVERHEAD_BYTES
+
+
+def mapping_bytes(size: int) -> int:
+    """What a request that becomes a mapping of its own takes, whole pages."""
+    return -(-(size + MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES
+
+
+def as_phase(name: str, events: Iterable[Event]) -> Phase:
+    """Events as one phase of that name."""
+    return Phase(name, tuple(events))

@@ -1,0 +1,132 @@
+"""What training may use, with a reason behind every number. No torch here.
+
+A CPU budget is in committed bytes of the whole process, since that is what a limit limits.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UsageError
+from .process_memory import committed_bytes, read_memory
+from .units import parse_bytes, parse_part, show_bytes
+
+DEFAULT_HEADROOM = "10%"  # of what the machine has free, where nobody named a limit: others use it too
+
+
+@dataclass(frozen=True)
+class Term:
+    """One number of a budget and where it comes from."""
+
+    name: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What training may use.
+
+    Attributes:
+        bytes: The limit less the headroom: what the peak may come to.
+        limit_bytes: The tightest of the limits.
+        headroom_bytes: Kept free.
+        terms: Every limit that was looked at, and the headroom.
+        binds: The name of the tightest limit.
+    """
+
+    bytes: int
+    limit_bytes: int
+    headroom_bytes: int
+    terms: tuple[Term, ...]
+    binds: str
+
+
+def read_cpu_budget(memory: str | int | None = None, headroom: str | int | None = None) -> Budget:
+    """Reads what this process may commit.
+
+    Args:
+        memory: What the whole process may use; left out: what limits and the machine leave.
+        headroom: Bytes, or percent of the limit, to keep free. Left out: none where `memory` is given, else 10 %.
+
+    Raises:
+        UsageError: A size can't be read, or the headroom leaves nothing.
+    """
+    limits = _limits()
+    if memory is not None:
+        asked = parse_bytes(memory, what="an amount of memory")
+        limits.insert(0, Term("asked", asked, "you named it; the whole process, its baseline included"))
+    tightest = min(limits, key=lambda term: term.bytes)
+    asked_for = tightest.name == "asked"
+    if headroom is None:
+        kept_bytes = 0 if asked_for else parse_part(DEFAULT_HEADROOM, tightest.bytes) or 0
+        why = "none: the limit is one that you named" if asked_for else f"{DEFAULT_HEADROOM} of it, for others"
+    else:
+        kept_bytes = parse_part(headroom, tightest.bytes, what="a headroom") or 0
+        why = f"you asked for {headroom}"
+    if kept_bytes >= tightest.bytes:
+        raise UsageError(
+            f"A headroom of {show_bytes(kept_bytes)} leaves nothing of {show_bytes(tightest.bytes)}.",
+            f"The limit that binds is {tightest.name}: {tightest.why}.",
+            "Give a smaller --headroom.",
+        )
+    terms = (*limits, Term("headroom", kept_bytes, why))
+    return Budget(tightest.bytes - kept_bytes, tightest.bytes, kept_bytes, terms, tightest.name)
+
+
+def _limits() -> list[Term]:
+    """Every limit of this process and this machine, as committed bytes of this process."""
+    _, resident = read_memory()
+    found = []
+    data_limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if data_limit != resource.RLIM_INFINITY:
+        found.append(Term("data limit", data_limit, "RLIMIT_DATA of this process (ulimit -d)"))
+    space_limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space_limit != resource.RLIM_INFINITY:
+        other = _address_space_bytes() - committed_bytes()
+        why = f"RLIMIT_AS of this process (ulimit -v), less {show_bytes(other)} of mapped files"
+        found.append(Term("address space limit", max(1, space_limit - other), why))
+    group = _cgroup_bytes()
+    if group is not None:
+        limit, used = group
+        why = f"the cgroup's limit of {show_bytes(limit)}, less what others in it use"
+        found.append(Term("cgroup", max(1, limit - max(0, used - resident)), why))
+    available = _meminfo_bytes("MemAvailable")
+    why = f"MemAvailable, {show_bytes(available)}, and the {show_bytes(resident)} this process has in memory"
+    found.append(Term("available", available + resident, why))
+    return found
+
+
+def _meminfo_bytes(name: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise UsageError(f"/proc/meminfo has no {name}.", hint="Name what training may use: --memory 8GiB.")
+
+
+def _address_space_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+
+
+def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int] | None:
+    """Limit and use of the tightest memory cgroup (version 2) around this process, file cache not counted as used."""
+    try:
+        path = next(line.split("::", 1)[1] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    found: list[tuple[int, int]] = []
+    folder = root / path.strip().lstrip("/")
+    for place in (folder, *folder.parents):
+        if not place.is_relative_to(root):
+            break
+        try:
+            limit = (place / "memory.max").read_text().strip()
+            used = int((place / "memory.current").read_text())
+            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            found.append((int(limit), max(0, used - int(stat.get("inactive_file", 0)))))
+    return min(found, key=lambda pair: pair[0] - pair[1], default=None)

@@ -1,0 +1,18 @@
+"""`autoaccum explain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def explain(
+    plan: Path = typer.Argument(help="A plan file."),
+    json: bool = typer.Option(False, "--json", help="Print the plan's JSON alone."),
+) -> None:
+    """Tell how each number of a plan came to be. Needs no model."""
+    from ..plan import Plan
+
+    read = Plan.load(plan)
+    print(read.to_json() if json else read.explain(), end="" if json else "\n")

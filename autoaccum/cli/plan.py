@@ -1,0 +1,74 @@
+"""`autoaccum plan`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+from ..errors import UsageError
+from ..units import parse_bytes
+from ..workloads import BUILT_IN, DEFAULT
+
+
+def plan(
+    target_batch: int = typer.Option(None, help="Samples in an optimizer step. Left out: the largest micro-batch."),
+    workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
+    device: str = typer.Option("cpu", help="Where to train."),
+    memory: str = typer.Option(None, help="What the whole process may use, like 2GiB. Left out: what is free."),
+    headroom: str = typer.Option(None, help="How much of that to keep free, like 500MiB or 5%."),
+    max_micro_batch: int = typer.Option(None, help="The largest micro-batch allowed."),
+    verify: bool = typer.Option(True, help="Run the plan's window for real."),
+    output: Path = typer.Option(None, "--output", "-o", help="Write the plan to this file, as JSON."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the file."),
+    json: bool = typer.Option(False, "--json", help="Print the plan's JSON alone."),
+) -> None:
+    """Find the fewest accumulation steps that fit, and verify them."""
+    _check(target_batch, workload, device, memory, output, force)
+    from ..child import call
+    from ..plan import Plan
+    from ..source import check_source
+    from .terminal import progress
+
+    check_source(workload)
+    arguments = {
+        "workload": workload,
+        "target_batch": target_batch,
+        "memory": memory,
+        "headroom": headroom,
+        "max_micro_batch": max_micro_batch,
+        "verify": verify,
+    }
+    with progress("planning") as say:
+        found = Plan.from_json(call("plan", arguments, on_message=say)["plan"])
+    if output is not None:
+        found.save(output)
+        print(f"wrote {output}", file=sys.stderr)
+    if json:
+        print(found.to_json(), end="")
+        return
+    from ..explain import summary
+
+    print(summary(found))
+    told = output or "plan.json"
+    keep = "" if output is not None else " (keep the plan: -o plan.json)"
+    print(f"next        autoaccum run {told}, autoaccum explain {told}{keep}")
+
+
+def _check(
+    target_batch: int | None, workload: str, device: str, memory: str | None, output: Path | None, force: bool
+) -> None:
+    """Refuses what can be seen to be wrong before two seconds are spent on importing torch."""
+    if target_batch is not None and target_batch < 1:
+        raise UsageError(f"A target batch of {target_batch} is no batch.", hint="Give --target-batch 512, say.")
+    if device != "cpu":
+        raise UsageError(
+            f"--device {device} is not there yet: this version plans for the CPU.", hint="Leave --device out."
+        )
+    if memory is not None:
+        parse_bytes(memory, what="an amount of memory")
+    if output is not None and output.exists() and not force:
+        raise UsageError(f"{output} exists already.", hint="Name another file, or add --force to overwrite it.")
+    if output is not None and not output.parent.is_dir():
+        raise UsageError(f"There is no folder {output.parent}.", hint="Make it first, or name another file.")

@@ -1,0 +1,85 @@
+"""What can go wrong, as sentences for the person who has to mend it.
+
+    AutoaccumError
+    |-- UsageError         an argument or an input that can't be used         exit code 2
+    |   |-- BatchError     a batch that can't be cut, or isn't what was planned
+    |   `-- PlanFileError  a plan file that is missing, half-written, foreign or newer
+    |-- DoesNotFit         not even the smallest micro-batch fits             exit code 3
+    |-- PlanMismatch       the plan was made for another model, optimizer or device
+    |-- OutOfMemory        the Runner could not finish a window, however small its micro-batches
+    `-- RestoreError       something that planning changed could not be put back
+
+Every message has up to three parts: what happened, with its numbers; why; what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AutoaccumError",
+    "BatchError",
+    "DoesNotFit",
+    "OutOfMemory",
+    "PlanFileError",
+    "PlanMismatch",
+    "RestoreError",
+    "UsageError",
+]
+
+
+class AutoaccumError(Exception):
+    """The base of every error that autoaccum raises on purpose.
+
+    Args:
+        what: What happened, with its numbers, in one sentence.
+        why: Why, in one sentence; left out where `what` says it.
+        hint: What to do or type next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str = "", hint: str = "") -> None:
+        super().__init__(what, why, hint)
+        self.what, self.why, self.hint = what, why, hint
+
+    def __str__(self) -> str:
+        return "\n".join(part for part in (self.what, self.why, self.hint) if part)
+
+
+class UsageError(AutoaccumError):
+    """An argument or an input that can't be used."""
+
+    exit_code = 2
+
+
+class BatchError(UsageError):
+    """A batch that can't be cut into micro-batches, or isn't what the plan was made for."""
+
+
+class PlanFileError(UsageError):
+    """A plan file that is missing, half-written, foreign or newer than this version."""
+
+
+class DoesNotFit(AutoaccumError):
+    """Not even the smallest micro-batch fits the budget.
+
+    Attributes:
+        missing_bytes: How many bytes the smallest window lacks.
+    """
+
+    exit_code = 3
+
+    def __init__(self, what: str, why: str = "", hint: str = "", *, missing_bytes: int = 0) -> None:
+        super().__init__(what, why, hint)
+        self.missing_bytes = missing_bytes
+
+
+class PlanMismatch(AutoaccumError):
+    """The plan was made for another model, optimizer, precision or device."""
+
+
+class OutOfMemory(AutoaccumError):
+    """The Runner could not finish a window, however small its micro-batches."""
+
+
+class RestoreError(AutoaccumError):
+    """Something that planning changed could not be put back; its name is in the message."""

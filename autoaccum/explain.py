@@ -1,0 +1,129 @@
+"""A plan, told to a person: a summary of a few lines, and the whole derivation. Needs no model and no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from .plan import Plan, smaller_steps_need
+from .recording import PHASE_TITLES
+from .units import show_bytes
+
+
+def summary(plan: Plan) -> str:
+    """The plan in a few lines."""
+    budget = plan.budget
+    lines = [
+        ("device", f"{plan.device}, {show_bytes(budget.bytes)} to use ({_limit(plan)})"),
+        ("baseline", f"{show_bytes(plan.base_bytes)} committed before training: interpreter, libraries, model"),
+        ("recorded", _recorded(plan)),
+        ("plan", _split(plan)),
+        ("peak", _peak(plan)),
+        ("why", plan.reasons["accumulation_steps"]),
+        ("largest", _largest(plan)),
+    ]
+    if plan.window_seconds is not None:
+        lines.append(("time", _time(plan)))
+    lines.append(("exactness", plan.exactness))
+    lines += [("note", note) for note in plan.notes]
+    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def explain(plan: Plan) -> str:
+    """How each number came to be, phase by phase, and what the next smaller number of steps would have needed."""
+    return "\n".join(
+        [summary(plan), "", *_budget(plan), "", *_phases(plan), "", *_fewer_steps(plan), "", *_origin(plan)]
+    )
+
+
+def _limit(plan: Plan) -> str:
+    term = next(term for term in plan.budget.terms if term.name == plan.budget.binds)
+    headroom = f", less {show_bytes(plan.budget.headroom_bytes)} headroom" if plan.budget.headroom_bytes else ""
+    return f"{term.why}{headroom}"
+
+
+def _recorded(plan: Plan) -> str:
+    sizes = ", ".join(str(note.micro_batch) for note in plan.recordings)
+    last = plan.recordings[-1]
+    told = f"windows of two micro-batches of {sizes}"
+    if last.predicted_bytes is None:
+        return told
+    error = last.predicted_bytes / last.measured_bytes - 1
+    return f"{told}; the last had been predicted to {error:+.2%}"
+
+
+def _split(plan: Plan) -> str:
+    parts = [f"{times} of {size}" for size, times in Counter(plan.split).items()]
+    ranks = f" x {plan.world_size} ranks" if plan.world_size > 1 else ""
+    steps = f"{plan.accumulation_steps} accumulation step{'s' * (plan.accumulation_steps > 1)}"
+    return f"{steps}: {' and '.join(parts)} samples = {sum(plan.split)}{ranks}"
+
+
+def _peak(plan: Plan) -> str:
+    told = f"{show_bytes(plan.predicted_peak_bytes)} committed, predicted"
+    if plan.measured_peak_bytes is None:
+        return f"{told}; not verified"
+    assert plan.resident_peak_bytes is not None
+    error = plan.predicted_peak_bytes / plan.measured_peak_bytes - 1
+    return (
+        f"{told}; {show_bytes(plan.measured_peak_bytes)} measured on this {plan.device.upper()} ({error:+.1%}), "
+        f"{show_bytes(plan.resident_peak_bytes)} of it resident"
+    )
+
+
+def _largest(plan: Plan) -> str:
+    told = f"a micro-batch of {plan.largest_micro_batch} is the largest that fits"
+    return f"at least {plan.largest_micro_batch}: nothing larger was asked for" if plan.largest_is_capped else told
+
+
+def _time(plan: Plan) -> str:
+    assert plan.window_seconds is not None
+    told = (
+        f"{plan.window_seconds:.1f} s per optimizer step, reckoned from the verification on this {plan.device.upper()}"
+    )
+    if plan.mmap_threshold_bytes is None or plan.fresh_pages_share is None:
+        return told
+    return (
+        f"{told}; at most {plan.fresh_pages_share:.0%} of it is the price of predictable memory "
+        f"(malloc maps blocks from {show_bytes(plan.mmap_threshold_bytes)} on; the kernel's share)"
+    )
+
+
+def _budget(plan: Plan) -> list[str]:
+    lines = ["budget"]
+    lines += [f"  {term.name:<20}{show_bytes(term.bytes):>12}  {term.why}" for term in plan.budget.terms]
+    lines.append(f"  {'to use':<20}{show_bytes(plan.budget.bytes):>12}  {plan.reasons['budget_bytes']}")
+    return lines
+
+
+def _phases(plan: Plan) -> list[str]:
+    lines = [f"peak of each phase (predicted; {plan.binds} binds)"]
+    lines.append(f"  {'baseline':<20}{show_bytes(plan.base_bytes):>12}  {plan.reasons['base_bytes']}")
+    lines.append(f"  {'data':<20}{show_bytes(plan.data_bytes):>12}  {plan.reasons['data_bytes']}")
+    for name, size in plan.phases.items():
+        above = show_bytes(size - plan.base_bytes - plan.data_bytes)
+        lines.append(f"  {PHASE_TITLES[name]:<20}{show_bytes(size):>12}  {above} above these")
+    return lines
+
+
+def _fewer_steps(plan: Plan) -> list[str]:
+    held = plan.base_bytes + plan.data_bytes
+    needed = smaller_steps_need(plan.peaks, sum(plan.split), plan.accumulation_steps, held)
+    lines = ["fewer steps"]
+    if plan.accumulation_steps == 1:
+        return [*lines, "  there are none: one step is the least"]
+    steps = plan.accumulation_steps - 1
+    if needed is None:
+        return [*lines, f"  {steps} would need micro-batches beyond the plan's table"]
+    size, total = needed
+    over = total - plan.budget.bytes
+    told = f"{show_bytes(over)} over the budget" if over > 0 else "within the budget, but not with 2 % to spare"
+    return [*lines, f"  {steps} would need micro-batches of up to {size}, {show_bytes(total)} in all: {told}"]
+
+
+def _origin(plan: Plan) -> list[str]:
+    lines = ["where it comes from"]
+    lines.append(f"  {'method':<20}{plan.method}: {plan.reasons['method']}")
+    lines.append(f"  {'verified':<20}{plan.reasons['measured_peak_bytes']}")
+    lines += [f"  {name:<20}{value}" for name, value in plan.fingerprint.items()]
+    lines.append(f"  {'planning took':<20}{plan.seconds:.1f} s")
+    return lines

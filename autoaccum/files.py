@@ -1,0 +1,45 @@
+"""Files that are whole or not there at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from .errors import UsageError
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Writes beside the target, flushes to the disk, then takes its place in one step.
+
+    Args:
+        path: The target.
+        content: What to write, or a function that writes it into a file.
+
+    Raises:
+        UsageError: The folder is missing or can't be written.
+    """
+    target = Path(path)
+    try:
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise UsageError(f"{target} can't be written: {error.strerror}.", hint="Name a folder that exists.") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(name).chmod(0o666 & ~mask)  # mkstemp is for secrets: 0o600 whatever the user's mask says
+        Path(name).replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(name).unlink()
+        raise

@@ -1,0 +1,214 @@
+"""Recordings until the next one was predicted: what planning knows of a workload's memory.
+
+Two small primes, then one or two nearer the answer. Where the sizes don't follow from them, sizes are recorded one by
+one instead, from small to large, each only if what is known so far says that it fits ("bracketing").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from . import split as cutting
+from . import step
+from .allocator import PAGE_BYTES, Replay, Start
+from .plan import RecordingNote
+from .program import StepProgram, as_recorded, lift, window
+from .recording import Event, Phase, Recording, kept_blocks
+from .solve import Split
+from .workload import Batch, Workload
+
+AGREES_WITHIN = 0.005  # a recording that was predicted this well needs no further one
+LIFTS_WITHIN = 0.03  # a program that is this wrong about the next recording is no program
+SCOUT = 2  # samples of the very first window; batch statistics need two
+PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
+PRELUDE = "first step"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is observed: a workload, its parts, and the device module that records and replays."""
+
+    parts: step.Parts
+    workload: Workload
+    device: ModuleType
+    mmap_threshold_bytes: int | None
+    say: Callable[[str], None] = lambda text: None
+
+    def tile(self, n: int) -> Batch:
+        """A batch of n samples, made of the workload's sample."""
+        work = self.workload
+        return cutting.tile(work.sample, n, shared=work.shared, per_sample=work.per_sample)
+
+
+@dataclass
+class Observed:
+    """What is known so far.
+
+    Attributes:
+        prelude: The events of the first optimizer step.
+        recordings: Of windows of two micro-batches, at different sizes.
+        notes: The same, for the plan.
+        doubt: Why no step program could be made; None while one can.
+    """
+
+    prelude: tuple[Event, ...] = ()
+    recordings: list[Recording] = field(default_factory=list)
+    notes: list[RecordingNote] = field(default_factory=list)
+    doubt: str | None = None
+    _program: StepProgram | None = None
+
+    @property
+    def method(self) -> str:
+        """How peaks are known: "replayed" from a program, or "bracketed" by recordings of each size."""
+        return "bracketed" if self.doubt else "replayed"
+
+    def program(self) -> StepProgram:
+        """The step program of what was recorded."""
+        if self._program is None:
+            self._program = lift(self.recordings, self.prelude)
+        return self._program
+
+    @property
+    def state_bytes(self) -> int:
+        """What the first optimizer step leaves behind: the optimizer's state."""
+        return sum(event.bytes for event in kept_blocks(self.prelude))
+
+
+def record_window(subject: Subject, n: int, steps: int = 2) -> Recording:
+    """Records one window of `steps` micro-batches of n samples, and what runs after it."""
+    piece = subject.tile(n)
+    subject.say(f"recording at {n} samples")
+
+    def run(on_phase: step.OnPhase) -> None:
+        step.train_window(subject.parts, [piece] * steps, (n,) * steps, on_phase=on_phase)
+        step.run_between(subject.parts, on_phase=on_phase)
+
+    recording: Recording = subject.device.record(run, micro_batch=n)
+    return recording
+
+
+def scout(subject: Subject, observed: Observed) -> None:
+    """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
+    recording = record_window(subject, SCOUT, steps=1)
+    observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
+
+
+def small_primes(model: Any, most: int) -> tuple[int, int]:
+    """Two primes that divide the number of elements of no parameter, where there are such, and that aren't large."""
+    sizes = {p.numel() for p in model.parameters()}
+    free = [prime for prime in PRIMES if not any(size % prime == 0 for size in sizes)]
+    chosen = [prime for prime in (free + [p for p in PRIMES if p not in free])[:2] if prime]
+    return min(chosen), max(chosen)
+
+
+def add(subject: Subject, observed: Observed, n: int) -> float | None:
+    """Records at n; returns by how much the program so far was wrong about it, None where there was none."""
+    predicted = None
+    if len(observed.recordings) >= 2 and observed.doubt is None:
+        predicted = peak_of(subject, observed, (n, n)).peak_bytes
+    if observed.state_bytes and not subject.parts.optimizer.state:
+        record_window(subject, SCOUT, steps=1)  # planning started over: the optimizer's state has to be there
+    recording = record_window(subject, n)
+    measured = own_peak(subject, observed, recording).peak_bytes
+    observed._program = None
+    observed.recordings = sorted([*observed.recordings, recording], key=lambda each: each.micro_batch)
+    observed.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
+    return None if predicted is None else abs(predicted - measured) / measured
+
+
+def observe(subject: Subject, answer: Callable[[Observed], int], allowed: Callable[[Observed, int], bool]) -> Observed:
+    """Records until the next recording was predicted, or until it is clear that none will be.
+
+    Args:
+        subject: What is recorded.
+        answer: The micro-batch that would be chosen by what is known; asked after each recording.
+        allowed: Whether a window of two micro-batches of that size is sure to fit; asked before each recording.
+    """
+    observed = Observed()
+    scout(subject, observed)
+    primes = small_primes(subject.parts.model, 31)
+    add(subject, observed, 1 if not allowed(observed, primes[0]) else primes[0])
+    if observed.recordings[0].micro_batch != primes[0] or not allowed(observed, primes[1]):
+        observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
+        return observed
+    add(subject, observed, primes[1])
+    for part in (0.5, 0.8):
+        n = prime_near(int(part * answer(observed)))
+        if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
+            continue
+        error = add(subject, observed, n)
+        if error is not None and error <= AGREES_WITHIN:
+            return observed
+    last = observed.notes[-1]
+    if last.predicted_bytes is not None and abs(last.predicted_bytes / last.measured_bytes - 1) > LIFTS_WITHIN:
+        observed.doubt = (
+            f"sizes at {last.micro_batch} samples don't follow from those at "
+            f"{' and '.join(str(r.micro_batch) for r in observed.recordings[-3:-1])} "
+            f"(predicted {last.predicted_bytes:,} bytes, recorded {last.measured_bytes:,}), "
+            "so each size was recorded by itself"
+        )
+    return observed
+
+
+def bracket(
+    subject: Subject, observed: Observed, allowed: Callable[[Observed, int], bool], most: int, rounds: int = 8
+) -> None:
+    """Records ever larger sizes, each where the last two say that it fits, until the next gains little."""
+    for _ in range(rounds):
+        largest = observed.recordings[-1].micro_batch
+        for n in (min(most, 2 * largest), min(most, int(1.4 * largest)), min(most, int(1.1 * largest) + 1)):
+            if n > largest and allowed(observed, n):
+                add(subject, observed, n)
+                break
+        else:
+            return
+
+
+def prime_near(n: int) -> int:
+    """The largest prime of at most n; 0 where there is none."""
+    while n > 1 and any(n % d == 0 for d in range(2, int(n**0.5) + 1)):
+        n -= 1
+    return n if n > 1 else 0
+
+
+def own_peak(subject: Subject, observed: Observed, recording: Recording) -> Replay:
+    """Replays a recording at its own size."""
+    return _replay(subject, observed, as_recorded(recording), (recording.micro_batch,) * 2, Start())
+
+
+def peak_of(subject: Subject, observed: Observed, split: Split, start: Start | None = None) -> Replay:
+    """Replays the window of a split, by the program; by the next larger recording where there is no program.
+
+    Raises:
+        LookupError: No program, and no recording that large.
+    """
+    start = start or Start()
+    if observed.doubt is None:
+        return _replay(subject, observed, observed.program(), _representative(observed.program(), split), start)
+    recording = next((r for r in observed.recordings if r.micro_batch >= split[0]), None)
+    if recording is None:
+        raise LookupError(f"nothing was recorded at {split[0]} samples or more")
+    return _replay(subject, observed, as_recorded(recording), (recording.micro_batch,) * min(len(split), 2), start)
+
+
+def _replay(subject: Subject, observed: Observed, program: StepProgram, split: Split, start: Start) -> Replay:
+    phases = [Phase(PRELUDE, observed.prelude), *window(program, split)]
+    replayed: Replay = subject.device.run(phases, subject.mmap_threshold_bytes, start)
+    return replayed
+
+
+def _representative(program: StepProgram, split: Split) -> Split:
+    """A short window with the same peak: without pools, a third micro-batch of one size finds what the second found.
+
+    Not so where micro-batches leave something behind for the next ones to pile upon: that window is replayed whole.
+    """
+    if program.later_growth_bytes > PAGE_BYTES:
+        return split
+    kept: list[int] = []
+    for size in split:
+        if kept.count(size) < 2:
+            kept.append(size)
+    return tuple(kept)

@@ -1,0 +1,246 @@
+"""The plan: a frozen value with a reason behind every chosen number, and its JSON. No torch here."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .budget import Budget
+from .errors import PlanFileError
+
+SCHEMA_VERSION = 1
+_KIND = "autoaccum plan"
+
+
+@dataclass(frozen=True)
+class LeafForm:
+    """One tensor of a batch: its place, its dtype and its shape without the samples."""
+
+    path: str
+    dtype: str
+    trailing_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PeakRow:
+    """What a window of equal micro-batches would take, in bytes above the base, by phase; unlimited by any budget.
+
+    Attributes:
+        micro_batch: Samples in each micro-batch.
+        first_bytes: Peak of the first micro-batch of a window, when no gradients exist.
+        later_bytes: Peak of the later ones, when they do.
+        optimizer_bytes: Peak of the optimizer step.
+        between_bytes: Peak of what runs between windows; 0 where nothing does.
+    """
+
+    micro_batch: int
+    first_bytes: int
+    later_bytes: int
+    optimizer_bytes: int
+    between_bytes: int = 0
+
+    def peak_bytes(self, steps: int) -> int:
+        """The peak of a window of `steps` of them: with one, there is no later micro-batch."""
+        later = self.later_bytes if steps > 1 else 0
+        return max(self.first_bytes, later, self.optimizer_bytes, self.between_bytes)
+
+
+@dataclass(frozen=True)
+class RecordingNote:
+    """A recording that the plan rests on, and how well it had been predicted by those before it."""
+
+    micro_batch: int
+    passes: int
+    seconds: float
+    measured_bytes: int
+    predicted_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train an effective batch on one device.
+
+    Attributes:
+        target_batch: Samples in an optimizer step, over all ranks.
+        world_size: Ranks.
+        micro_batch: The largest micro-batch of the split.
+        accumulation_steps: Micro-batches in an optimizer step.
+        split: Samples in each micro-batch of this rank, largest first.
+        largest_micro_batch: The largest that fits as one of two or more micro-batches of a window.
+        largest_is_capped: True where more would fit, and the search stopped there since nothing larger was asked for.
+        budget: What training may use, and why.
+        base_bytes: What the process takes before it trains: interpreter, libraries, the model itself.
+        data_bytes: The window's own samples, on the host until their step is done.
+        predicted_peak_bytes: What the window will take at most, base and data included.
+        measured_peak_bytes: What the verification took; None unless verified.
+        resident_peak_bytes: The most of it that was in memory at once, measured; None unless verified.
+        phases: The predicted peak of each phase of this window, base included.
+        binds: The phase with the highest peak, and the history ("fresh" or "here") it was reckoned for.
+        exactness: Whether the window's gradient was shown to be the large batch's.
+        peaks: Table of peaks by micro-batch, so that this plan can be explained without the model.
+        signature: The form of a sample.
+        fingerprint: What the plan was made with.
+        device: "cpu", or the GPU's name.
+        method: "replayed" from a step program; or "bracketed", measured size by size.
+        mmap_threshold_bytes: The setting of the C library's malloc that the plan holds for; None for its default.
+        fresh_pages_share: Part of the verification's time that the kernel spent, on fresh pages above all: the most
+            that the malloc setting can cost. None unless verified.
+        window_seconds: Time of one window, reckoned from the verification's. None unless verified.
+        recordings: What was recorded.
+        reasons: Why each chosen number is what it is.
+        notes: What else the reader should know.
+        workload: Name of the workload, or FILE.py:FUNCTION, where the command line made the plan.
+        seconds: What planning took.
+    """
+
+    target_batch: int
+    world_size: int
+    micro_batch: int
+    accumulation_steps: int
+    split: tuple[int, ...]
+    largest_micro_batch: int
+    largest_is_capped: bool
+    budget: Budget
+    base_bytes: int
+    data_bytes: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int | None
+    resident_peak_bytes: int | None
+    phases: Mapping[str, int]
+    binds: str
+    exactness: str
+    peaks: tuple[PeakRow, ...]
+    signature: tuple[LeafForm, ...]
+    fingerprint: Mapping[str, str]
+    device: str
+    method: str
+    mmap_threshold_bytes: int | None
+    fresh_pages_share: float | None
+    window_seconds: float | None
+    recordings: tuple[RecordingNote, ...]
+    reasons: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    workload: str | None = None
+    seconds: float = 0.0
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def budget_bytes(self) -> int:
+        """What the whole process may use."""
+        return self.budget.bytes
+
+    @property
+    def verified(self) -> bool:
+        """Whether the plan's window was run for real and took what was predicted."""
+        return self.measured_peak_bytes is not None
+
+    def to_json(self) -> str:
+        """The plan as JSON, for `Plan.load` and for other tools."""
+        return json.dumps({"kind": _KIND, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "the plan") -> Plan:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            PlanFileError: It is half-written, foreign, newer, or does not add up.
+        """
+        data = _parse(text, source)
+        try:
+            plan = _validator().validate_python({k: v for k, v in data.items() if k != "kind"})
+        except ValueError as error:
+            raise PlanFileError(
+                f"{source} is not a whole plan: {_first_error(error)}.",
+                "It was cut short, edited, or written by something else.",
+                "Plan again: autoaccum plan --target-batch N -o plan.json",
+            ) from None
+        assert isinstance(plan, Plan)
+        if sum(plan.split) * plan.world_size < plan.target_batch or len(plan.split) != plan.accumulation_steps:
+            raise PlanFileError(
+                f"{source} does not add up: the split {plan.split} is not {plan.accumulation_steps} micro-batches "
+                f"of a share of {plan.target_batch}.",
+                hint="Plan again: autoaccum plan --target-batch N -o plan.json",
+            )
+        return plan
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan file.
+
+        Raises:
+            PlanFileError: It is missing, half-written, foreign or newer.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text"
+            raise PlanFileError(
+                f"The plan {os.fspath(path)!r} can't be read: {why}.",
+                hint="Make one: autoaccum plan --target-batch N -o plan.json",
+            ) from None
+        return cls.from_json(text, source=os.fspath(path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan file, whole or not at all."""
+        from .files import write_whole
+
+        write_whole(path, self.to_json().encode())
+
+    def explain(self) -> str:
+        """How each number came to be, and what the next smaller number of steps would have needed."""
+        from .explain import explain
+
+        return explain(self)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.explain())}</pre>"
+
+
+def smaller_steps_need(rows: tuple[PeakRow, ...], samples: int, steps: int, held_bytes: int) -> tuple[int, int] | None:
+    """The largest micro-batch of one step fewer, and what its window would take in all; None where the table ends."""
+    if steps < 2:
+        return None
+    size = -(-samples // (steps - 1))
+    row = next((row for row in rows if row.micro_batch == size), None)
+    return None if row is None else (size, held_bytes + row.peak_bytes(steps - 1))
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    hint = "Plan again: autoaccum plan --target-batch N -o plan.json"
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise PlanFileError(
+            f"{source} is not JSON ({error}).", "It was cut short, or is something else.", hint
+        ) from None
+    if not isinstance(data, dict) or data.get("kind") != _KIND:
+        raise PlanFileError(f"{source} is JSON, but not a plan of autoaccum's.", hint=hint)
+    version = data.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise PlanFileError(
+            f"{source} has schema version {version}; this autoaccum reads up to {SCHEMA_VERSION}.",
+            "A newer autoaccum wrote it.",
+            "python -m pip install --upgrade autoaccum, or plan again.",
+        )
+    return data
+
+
+def _validator() -> Any:
+    """Pydantic's, made where a file comes in: importing it takes longer than most commands."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Plan)
+
+
+def _first_error(error: ValueError) -> str:
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return str(error)
+    first = errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "it"
+    return f"{place}: {first['msg'].lower()}" + (f" ({len(errors())} such)" if len(errors()) > 1 else "")

@@ -1,0 +1,245 @@
+"""Recordings -> a step program: the window's allocations as functions of the micro-batch.
+
+Windows are recorded at *prime* micro-batches. A size that the prime divides scales with the batch; what it doesn't
+divide is constant, saturated, or rounded up from something that scales, and a second recording at another prime tells
+which, by size alone. So no events have to be paired, and the recording nearest the answer *is* the program: only its
+sizes are rewritten. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+
+ROUNDED_WITHIN = 0.03  # a size rounded up from something proportional (rows padded to 16) is that far off at most
+
+
+class Rule(NamedTuple):
+    """Bytes of a block at n samples: `constant + (per_sample * n + per_pair * n * n) // divisor`."""
+
+    constant: int
+    per_sample: int = 0
+    per_pair: int = 0
+    divisor: int = 1
+
+    def at(self, n: int) -> int:
+        """The bytes at a micro-batch of n samples, at least 1."""
+        return max(1, self.constant + (self.per_sample * n + self.per_pair * n * n) // self.divisor)
+
+
+class Step(NamedTuple):
+    """An event whose size is a rule; None where it is a free."""
+
+    block: int
+    rule: Rule | None
+    stream: int
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """A window whose sizes follow the micro-batch.
+
+    Attributes:
+        recorded_at: The micro-batch of the recording that is the program.
+        prelude: The first optimizer step, as recorded: it makes the optimizer's state.
+        phases: By name: first and later micro-batch, optimizer step, and what runs between windows.
+        successors: Blocks that outlive the first micro-batch and are freed in the next, each with the block of the
+            later micro-batch that takes its place, so that a window can have any number of later micro-batches.
+        later_growth_bytes: What a later micro-batch leaves behind, less what it takes away.
+    """
+
+    recorded_at: int
+    prelude: tuple[Event, ...]
+    phases: Mapping[str, tuple[Step, ...]]
+    successors: Mapping[int, int]
+    later_growth_bytes: int = 0
+
+
+def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> StepProgram:
+    """Makes a step program of recordings at different primes.
+
+    Args:
+        recordings: At least two, each of a window of two micro-batches and its optimizer step. The largest is the
+            program, the next largest sorts its sizes.
+        prelude: The events of the first optimizer step.
+    """
+    *_, other, base = sorted(recordings, key=lambda recording: recording.micro_batch)
+    others = {phase.name: phase for phase in other.phases}
+    phases = {
+        phase.name: _lift_phase(phase, base.micro_batch, others.get(phase.name, phase), other.micro_batch)
+        for phase in base.phases
+    }
+    return _program(base, prelude, phases)
+
+
+def as_recorded(recording: Recording, prelude: tuple[Event, ...] = ()) -> StepProgram:
+    """The program that a single recording is, good for its own micro-batch only."""
+    phases = {
+        phase.name: tuple(Step(e.block, Rule(e.bytes) if e.bytes > 0 else None, e.stream) for e in phase.events)
+        for phase in recording.phases
+    }
+    return _program(recording, prelude, phases)
+
+
+def _program(recording: Recording, prelude: tuple[Event, ...], phases: Mapping[str, tuple[Step, ...]]) -> StepProgram:
+    successors = _successors(phases.get(FIRST, ()), phases.get(LATER, ()), recording.micro_batch)
+    growth = sum(event.bytes for phase in recording.phases if phase.name == LATER for event in phase.events)
+    return StepProgram(recording.micro_batch, prelude, phases, successors, growth)
+
+
+def _lift_phase(phase: Phase, n: int, other: Phase, m: int) -> tuple[Step, ...]:
+    rules = size_rules(_sizes(phase), n, _sizes(other), m)
+    return tuple(Step(e.block, rules[e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events)
+
+
+def _sizes(phase: Phase) -> list[int]:
+    return [event.bytes for event in phase.events if event.bytes > 0]
+
+
+def size_rules(sizes: Sequence[int], n: int, other_sizes: Sequence[int], m: int) -> dict[int, Rule]:
+    """Sorts the sizes of a phase recorded at n by those of the same phase recorded at m.
+
+    Args:
+        sizes: Bytes of each allocation at n samples, a prime.
+        n: The prime.
+        other_sizes: The same phase's at m samples, another prime.
+        m: The other prime.
+
+    Returns:
+        A rule for each distinct size.
+    """
+    here, there = Counter(sizes), Counter(other_sizes)
+    rules = {size: _plain_rule(size, n, here[size], there, m) for size in here}
+    unsure = [size for size in dict.fromkeys(sizes) if rules[size] is None]
+    explained = {rule.at(m) for rule in rules.values() if rule is not None}
+    rest = [size for size in dict.fromkeys(other_sizes) if size not in explained]
+    settled = _paired_by_order(unsure, n, rest, m) or {size: _rounded_rule(size, n, rest, m) for size in unsure}
+    return {size: rule if rule is not None else settled[size] for size, rule in rules.items()}
+
+
+def _plain_rule(size: int, n: int, times: int, there: Counter[int], m: int) -> Rule | None:
+    """Constant, proportional or quadratic, where the other recording bears it out; None where it has to be guessed."""
+    candidates = [Rule(size)]
+    if size % n == 0:
+        candidates.append(Rule(0, per_sample=size, divisor=n))
+    if size % (n * n) == 0:
+        candidates.append(Rule(0, per_pair=size, divisor=n * n))
+    seen = [rule for rule in candidates if there[rule.at(m)]]
+    if not seen:
+        return candidates[1] if size % n == 0 else None
+    # Two explanations: the one that stands there as often as here; else that which scales, to be on the safe side.
+    return max(seen, key=lambda rule: (there[rule.at(m)] == times, rule.per_sample > 0))
+
+
+def _paired_by_order(unsure: Sequence[int], n: int, rest: Sequence[int], m: int) -> dict[int, Rule]:
+    """Workspaces of the form a + b n: as many here as there, so the i-th distinct one is the same in both."""
+    if len(unsure) != len(rest):
+        return {}
+    rules = {}
+    for size, partner in zip(unsure, rest, strict=True):
+        slope, per = size - partner, n - m
+        if not 0 <= slope * n <= size * per * (1 + ROUNDED_WITHIN):  # falls with n, or rises faster than n does
+            return {}
+        rules[size] = Rule(size - slope * n // per, per_sample=slope, divisor=per)
+    return rules
+
+
+def _rounded_rule(size: int, n: int, rest: Sequence[int], m: int) -> Rule:
+    """Rounded up from something proportional where a partner is within a few percent; else saturated: it stays."""
+    if any(abs(partner * n / m - size) <= ROUNDED_WITHIN * size for partner in rest):
+        return Rule(0, per_sample=size, divisor=n)
+    return Rule(size)
+
+
+def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[int, int]:
+    """Which block of the later micro-batch takes the place of one that the first left behind and the later freed.
+
+    Told by their sizes at n, the recorded micro-batch. Where a size was left behind as often by both, the i-th of one
+    is the i-th of the other: a list that grows may hold blocks of the same size, and those replace nothing.
+    """
+    freed_later = {step.block for step in later if step.rule is None}
+    before, after = _left_behind(first, n), _left_behind(later, n)
+    successors = {}
+    for size, blocks in before.items():
+        heirs = after.get(size, [])
+        if len(blocks) == len(heirs):
+            pairs = zip(blocks, heirs, strict=True)
+        else:
+            pairs = zip((block for block in blocks if block in freed_later), heirs, strict=False)
+        successors.update({block: heir for block, heir in pairs if block in freed_later})
+    return successors
+
+
+def _left_behind(steps: Sequence[Step], n: int) -> dict[int, list[int]]:
+    """By size at n: the blocks that a phase allocates and doesn't free, in order."""
+    freed = {step.block for step in steps if step.rule is None}
+    left: dict[int, list[int]] = {}
+    for step in steps:
+        if step.rule is not None and step.block not in freed:
+            left.setdefault(step.rule.at(n), []).append(step.block)
+    return left
+
+
+def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
+    """The events of one whole window.
+
+    Args:
+        program: The step program.
+        split: Samples in each micro-batch, in order.
+
+    Returns:
+        Its phases: the first micro-batch, each later one, the optimizer step, and what runs between windows.
+    """
+    writer = _Writer(program)
+    phases = [writer.phase(FIRST, split[0])]
+    phases += [writer.phase(LATER, size) for size in split[1:]]
+    phases += [writer.phase(name, split[-1]) for name in (OPTIMIZER, BETWEEN) if name in program.phases]
+    return phases
+
+
+class _Writer:
+    """Writes phases one after the other, and knows which copy of a recorded block is alive."""
+
+    def __init__(self, program: StepProgram) -> None:
+        self.program = program
+        self.predecessors = {after: before for before, after in program.successors.items()}
+        self.live: dict[int, list[Event]] = {}  # recorded block -> what earlier phases left of it, oldest first
+        self.names = max((event.block for event in program.prelude), default=0)
+
+    def phase(self, name: str, n: int) -> Phase:
+        """The events of the next phase, at n samples. Solving spends its time here, so the common case comes first."""
+        own: dict[int, Event] = {}  # recorded block -> this phase's living copy
+        sizes: dict[Rule, int] = {}
+        events: list[Event] = []
+        for block, rule, stream in self.program.phases[name]:
+            if rule is None:
+                event = own.pop(block, None)
+                freed = [event] if event is not None else self._freed(block, all_copies=name not in (FIRST, LATER))
+                events += [Event(event.block, -event.bytes, event.stream) for event in freed]
+                continue
+            size = sizes.get(rule)
+            if size is None:
+                size = sizes[rule] = rule.at(n)
+            self.names += 1
+            own[block] = event = Event(self.names, size, stream)
+            events.append(event)
+        for block, event in own.items():
+            self.live.setdefault(block, []).append(event)
+        return Phase(name, tuple(events))
+
+    def _freed(self, block: int, *, all_copies: bool) -> list[Event]:
+        """The copies of earlier phases that a recorded free of `block` frees here.
+
+        A micro-batch frees what the one before it left in that place, the oldest first. The optimizer step frees every
+        copy. A block that isn't there (it was there before the recording began) frees nothing, on the safe side.
+        """
+        substitute = self.program.successors.get(block, self.predecessors.get(block, block))
+        copies = self.live.get(block) or self.live.get(substitute, [])
+        if all_copies:
+            freed, copies[:] = list(copies), []
+            return freed
+        return [copies.pop(0)] if copies else []

@@ -1,0 +1,105 @@
+"""Records a window on the CPU: the allocation events of torch's profiler, in order, by phase."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from .errors import UsageError
+from .recording import Event, Phase, Recording, name_blocks
+
+_MARK = "autoaccum:"
+
+
+def record(run: Callable[[Callable[[str], AbstractContextManager[Any]]], None], *, micro_batch: int) -> Recording:
+    """Records what a run of `step.train_window` allocates.
+
+    Args:
+        run: Called with the `on_phase` to hand on.
+        micro_batch: Samples in each micro-batch of the run.
+
+    Returns:
+        The recording; what happens outside of phases is left out.
+
+    Raises:
+        UsageError: A profiler is already on: torch has room for one.
+    """
+    if torch.autograd._profiler_enabled():  # type: ignore[no-untyped-call]
+        raise UsageError(
+            "torch's profiler is on, and the recording of a plan needs it.",
+            "A process has room for one profiler.",
+            "Plan before the profiler starts, or by `autoaccum plan --workload FILE.py:FUNCTION` in a process of its own.",
+        )
+    gc.collect()
+    started = time.perf_counter()
+    # Kineto writes lines of its own to the descriptor behind stderr when it starts and stops.
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _quiet_stderr():
+        profiler.start()
+    try:
+        run(_mark)
+    finally:
+        with _quiet_stderr():
+            profiler.stop()
+    seconds = time.perf_counter() - started
+    phases = _phases(profiler)
+    passes = sum(phase.name in ("first", "later") for phase in phases)
+    return Recording(micro_batch, phases, passes, seconds)
+
+
+def _mark(name: str) -> AbstractContextManager[Any]:
+    return torch.profiler.record_function(_MARK + name)
+
+
+def _phases(profiler: torch.profiler.profile) -> tuple[Phase, ...]:
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    raw: list[tuple[int, int, int]] = []
+    spans: list[tuple[int, int, str]] = []
+    todo = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        node = todo.pop()
+        todo.extend(node.children)
+        if node.tag.name == "Allocation":
+            fields = node.extra_fields
+            if fields.device.type == "cpu" and fields.alloc_size:
+                raw.append((node.start_time_ns, fields.ptr, fields.alloc_size))
+        elif node.name.startswith(_MARK):
+            spans.append((node.start_time_ns, node.end_time_ns, node.name.removeprefix(_MARK)))
+    raw.sort(key=lambda entry: entry[0])
+    events = name_blocks((address, size, 0) for _, address, size in raw)
+    return _cut(events, [entry[0] for entry in raw], sorted(spans))
+
+
+def _cut(events: list[Event], times: list[int], spans: list[tuple[int, int, str]]) -> tuple[Phase, ...]:
+    """Sorts the events into phases; what is freed right after a phase ended still counts as its."""
+    phases: list[list[Event]] = [[] for _ in spans]
+    for event, moment in zip(events, times, strict=True):
+        index = next((i for i in reversed(range(len(spans))) if spans[i][0] <= moment), None)
+        if index is not None and (moment <= spans[index][1] or event.bytes < 0):
+            phases[index].append(event)
+    return tuple(Phase(name, tuple(found)) for (_, _, name), found in zip(spans, phases, strict=True))
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Points descriptor 2 at nothing for a moment."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # no stderr at all
+        yield
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

@@ -1,0 +1,94 @@
+"""The random number generators that a training step draws from: read, put back, compare.
+
+Knows the global ones (Python's `random`, NumPy's, torch's on the CPU and on every CUDA device) and generator objects
+that a module may hold. Doesn't know who draws from them. NumPy and CUDA count only where the process already uses
+them: neither is imported or initialised here. Generators of other accelerators (MPS, XPU) are not covered.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+_Source = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+def take_rng() -> dict[str, Any]:
+    """The state of every global generator in use, by its name for people."""
+    return {name: get() for name, (get, _) in _sources().items()}
+
+
+def put_rng(states: dict[str, Any]) -> None:
+    """Puts global generators back to what `take_rng` returned, or to a part of it."""
+    sources = _sources()
+    for name, state in states.items():
+        sources[name][1](state)
+
+
+def is_generator(cls: type) -> bool:
+    """Whether objects of this class are generators that `read_generator` can read."""
+    numpy = sys.modules.get("numpy.random")
+    known = (torch.Generator, random.Random, *((numpy.Generator, numpy.RandomState) if numpy else ()))
+    return issubclass(cls, known)
+
+
+def read_generator(generator: Any) -> Any:
+    """The state of a generator object of torch, of Python or of NumPy."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if hasattr(generator, "bit_generator"):
+        return generator.bit_generator.state
+    return generator.get_state(legacy=False)
+
+
+def write_generator(generator: Any, state: Any) -> None:
+    """Puts a generator object back to what `read_generator` returned."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def same_state(one: Any, other: Any) -> bool:
+    """Whether two states are bitwise equal: scalars, tensors and arrays on the host, in dicts and tuples."""
+    if isinstance(one, torch.Tensor) or hasattr(one, "tobytes"):
+        return _identity(one) == _identity(other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same_state(one[key], other[key]) for key in one)
+    if isinstance(one, tuple) and any(isinstance(item, torch.Tensor) for item in one):
+        return all(map(same_state, one, other))
+    return repr(one) == repr(other)  # Python's state is a tuple of 625 ints: one by one would be slow
+
+
+def _identity(array: Any) -> tuple[Any, ...]:
+    if isinstance(array, torch.Tensor):
+        array = array.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return array.shape, array.dtype, array.tobytes()
+
+
+def _sources() -> dict[str, _Source]:
+    """How each global generator is read and written."""
+    generator = torch.default_generator
+    sources: dict[str, _Source] = {
+        "Python RNG": (random.getstate, random.setstate),
+        "torch RNG": (generator.get_state, generator.set_state),
+    }
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        # legacy=False also reads a bit generator that isn't the Mersenne twister
+        sources["NumPy RNG"] = (partial(numpy.get_state, legacy=False), numpy.set_state)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for index, cuda in enumerate(torch.cuda.default_generators):
+            sources[f"CUDA RNG of device {index}"] = (cuda.get_state, cuda.set_state)
+    return sources

@@ -1,0 +1,243 @@
+"""The Runner: trains with a plan, exactly, and survives running out of memory in the middle of a window."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import oom, process_memory, restore, step
+from . import split as cutting
+from .errors import BatchError, OutOfMemory, UsageError
+from .identity import check_fingerprint, check_signature, fingerprint
+from .plan import Plan
+from .recording import OPTIMIZER, PHASE_TITLES
+from .rng import put_rng
+from .solve import share_of, split_within
+from .units import show_bytes
+from .windows import Window, windows
+from .workload import Batch, Workload
+
+log = logging.getLogger("autoaccum")
+
+SHRINK = 0.9  # after an out-of-memory, the largest micro-batch becomes at most this part of what it was
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        number: Optimizer steps of this Runner so far, this one included.
+        loss: Mean loss of the window, a detached scalar on the device.
+        samples: Samples in the window.
+        split: Samples in each micro-batch, as trained.
+        grad_norm: Norm of the window's gradient before clipping; None where nothing is clipped.
+        stepped: False where a GradScaler skipped the step.
+        retries: How often the window ran out of memory and was started over.
+    """
+
+    number: int
+    loss: torch.Tensor
+    samples: int
+    split: tuple[int, ...]
+    grad_norm: torch.Tensor | None
+    stepped: bool
+    retries: int
+
+
+class Runner:
+    """Trains a workload with a plan: one window, one optimizer step, the gradient of one whole batch.
+
+    Args:
+        workload: What is trained; the same that was planned.
+        plan: The plan.
+        rank: This process's rank among the plan's `world_size`.
+
+    Raises:
+        PlanMismatch: The plan was made for another model, loss, optimizer, precision, device or version.
+
+    Attributes:
+        micro_batch: The largest micro-batch now; lower than the plan's after an out-of-memory.
+        parts: The model, the optimizer and the scheduler at work.
+    """
+
+    def __init__(self, workload: Workload, plan: Plan, *, rank: int = 0) -> None:
+        self.workload, self.plan = workload, plan
+        self.parts = step.open_parts(workload)
+        check_fingerprint(fingerprint(self.parts), plan.fingerprint)
+        if plan.mmap_threshold_bytes is not None:
+            process_memory.fix_mmap_threshold(plan.mmap_threshold_bytes)
+        self.samples = share_of(plan.target_batch, plan.world_size, rank)
+        self.micro_batch = plan.micro_batch
+        self.number = 0
+        self._names = {"shared": workload.shared, "per_sample": workload.per_sample}
+        self._phase = ""
+        self._drift_told = False
+        if not self.parts.model.training:
+            self.parts.model.train()
+
+    def step(self, batch: Batch) -> StepResult:
+        """Trains one window: the whole batch given, whatever its size, cut as the plan says.
+
+        Args:
+            batch: A pytree of tensors with the samples in dimension 0, on the host or on the device.
+
+        Raises:
+            BatchError: It can't be cut, or its form isn't the planned one.
+            OutOfMemory: It doesn't fit even in micro-batches of one sample.
+        """
+        sizes = self._split(cutting.batch_size(batch, **self._names))
+        return self._train(Window(tuple(cutting.split(batch, sizes, **self._names)), sizes))
+
+    def epoch(
+        self, loader: Iterable[Batch], *, skip: int = 0, rng: dict[str, Any] | None = None
+    ) -> Iterator[StepResult]:
+        """Trains once over a loader, yielding a result per optimizer step.
+
+        A map-style DataLoader is read at the level of its indices: same sampler, same collate function, same workers,
+        but one collate per micro-batch, so that each is padded to its own longest only. Other loaders are cut within
+        their batches. No sample is lost; the last window has its real size.
+
+        Args:
+            loader: A DataLoader, or any iterable of batches; its own batch size doesn't matter.
+            skip: Windows to pass over without training: those before a checkpoint.
+            rng: Random states (of `rng.take_rng`) to go on with after them.
+        """
+        found = windows(loader, self.samples, self._split, largest=lambda: self.micro_batch, **self._names)
+        for _ in range(skip):
+            next(found, None)
+        if rng is not None:
+            put_rng(rng)
+        for window in found:
+            yield self._train(window)
+            step.run_between(self.parts)
+
+    def _split(self, samples: int) -> tuple[int, ...]:
+        return split_within(samples, self.micro_batch)
+
+    def _train(self, window: Window) -> StepResult:
+        for piece in window.pieces:
+            check_signature(piece, self.plan.signature)
+        window = self._counted(window)
+        retries = 0
+        while True:
+            before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
+            failure = ""
+            try:
+                result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not oom.is_out_of_memory(error):
+                    raise
+                failure = oom.drop_frames(error)
+            # Out of the handler only: inside it the error still holds the activations of the failed micro-batch.
+            retries += 1
+            self._start_over(before, window, failure)
+            window = self._recut(window)
+        self.number += 1
+        self._tell_drift()
+        return StepResult(
+            self.number, result.loss, result.samples, window.sizes, result.grad_norm, result.stepped, retries
+        )
+
+    def _counted(self, window: Window) -> Window:
+        """The window with the samples that are really there: a collate function may have left some out."""
+        sizes = []
+        for piece, size in zip(window.pieces, window.sizes, strict=True):
+            try:
+                sizes.append(cutting.batch_size(piece, **self._names))
+            except BatchError:  # packed by its collate function: it can be trained, only not counted or cut
+                sizes.append(size)
+        return Window(window.pieces, tuple(sizes))
+
+    def _in_phase(self, name: str) -> AbstractContextManager[Any]:
+        self._phase = name
+        return contextlib.nullcontext()
+
+    def _start_over(self, before: restore.Snapshot, window: Window, failure: str) -> None:
+        """Drops the half-added gradients, puts back random states and buffers, and lowers the micro-batch."""
+        largest = max(window.sizes)
+        if self._phase == OPTIMIZER:
+            raise OutOfMemory(
+                f"The optimizer step ran out of memory ({failure}).",
+                "Parameters may be updated in part, so the window can't be repeated; its size doesn't matter here.",
+                "Plan again with less memory (--memory), or load the last checkpoint and use a leaner optimizer.",
+            )
+        self.parts.model.zero_grad(set_to_none=True)
+        self.parts.optimizer.zero_grad(set_to_none=True)
+        before.restore()
+        oom.collect()
+        process_memory.trim()
+        if largest == 1:
+            raise OutOfMemory(
+                f"Out of memory with a micro-batch of 1 in the {PHASE_TITLES.get(self._phase, 'window')} ({failure}).",
+                f"The plan reckoned with {show_bytes(self.plan.predicted_peak_bytes)} for a micro-batch of "
+                f"{self.plan.micro_batch}; there is less now, or this batch needs more.",
+                "Free memory, or plan again: autoaccum plan --target-batch " + str(self.plan.target_batch),
+            )
+        lowered = max(1, min(largest - 1, int(SHRINK * largest)))
+        log.warning(
+            "Out of memory in the %s of a window with micro-batches of %d (%s). The window starts over with at most %d, "
+            "and so do the next ones; its gradient is still that of all %d samples.",
+            PHASE_TITLES.get(self._phase, self._phase), largest, failure, lowered, sum(window.sizes),
+        )  # fmt: skip
+        self.micro_batch = min(self.micro_batch, lowered)
+
+    def _recut(self, window: Window) -> Window:
+        """The same samples in smaller pieces: the pieces are all that is left of the batch, so they are cut again."""
+        pieces: list[Batch] = []
+        sizes: list[int] = []
+        for piece, size in zip(window.pieces, window.sizes, strict=True):
+            smaller = self._split(size)
+            pieces += cutting.split(piece, smaller, **self._names)
+            sizes += smaller
+        return Window(tuple(pieces), tuple(sizes))
+
+    def _tell_drift(self) -> None:
+        """Says once where the process was seen to take more than the plan reckoned with."""
+        if self._drift_told or self.parts.device.type != "cpu":
+            return
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if resident > 1.02 * self.plan.predicted_peak_bytes:
+            self._drift_told = True
+            log.warning(
+                "This process has had %s in memory; the plan reckoned with %s. Data, workers or other code take the rest.",
+                show_bytes(resident),
+                show_bytes(self.plan.predicted_peak_bytes),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training changes, between windows: for a checkpoint."""
+        parts = self.parts
+        return {
+            "model": parts.model.state_dict(),
+            "optimizer": parts.optimizer.state_dict(),
+            "scheduler": parts.scheduler.state_dict() if parts.scheduler is not None else None,
+            "scaler": parts.scaler.state_dict() if parts.scaler is not None else None,
+            "number": self.number,
+            "micro_batch": self.micro_batch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave.
+
+        Raises:
+            UsageError: It belongs to another workload.
+        """
+        parts = self.parts
+        for part in ("scheduler", "scaler"):
+            if (state[part] is None) != (getattr(parts, part) is None):
+                raise UsageError(f"The checkpoint and the workload don't agree on having a {part}.")
+        parts.model.load_state_dict(state["model"])
+        parts.optimizer.load_state_dict(state["optimizer"])
+        for part in ("scheduler", "scaler"):
+            if state[part] is not None:
+                getattr(parts, part).load_state_dict(state[part])
+        self.number, self.micro_batch = state["number"], state["micro_batch"]

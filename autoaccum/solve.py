@@ -1,0 +1,107 @@
+"""The smallest number of accumulation steps whose window fits.
+
+Knows a target, a test of whether a split fits, and a floor under what a micro-batch needs; knows no models, no devices
+and no torch. Nothing here assumes that "fits" is monotone: near an allocator's capacity it isn't, neither in the
+micro-batch nor in the capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Split = tuple[int, ...]
+Fits = Callable[[Split], bool]
+Floor = Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What was found.
+
+    Attributes:
+        split: Samples in each micro-batch, largest first; its length is the number of accumulation steps.
+        tried: How many splits were tested.
+    """
+
+    split: Split
+    tried: int
+
+
+def balanced(samples: int, steps: int) -> Split:
+    """Splits samples into micro-batches whose sizes differ by at most one, larger first.
+
+    Args:
+        samples: At least `steps`.
+        steps: At least 1.
+
+    Returns:
+        `steps` sizes that sum to `samples`.
+    """
+    if not 1 <= steps <= samples:
+        raise ValueError(f"{samples} samples can't be split into {steps} micro-batches of at least one.")
+    size, larger = divmod(samples, steps)
+    return (size + 1,) * larger + (size,) * (steps - larger)
+
+
+def split_within(samples: int, micro_batch: int) -> Split:
+    """The balanced split of the fewest micro-batches of at most `micro_batch` samples."""
+    return balanced(samples, -(-samples // min(micro_batch, samples)))
+
+
+def share_of(target_batch: int, world_size: int, rank: int) -> int:
+    """Samples of an effective batch that one rank trains: shares differ by at most one, and sum to the target."""
+    return balanced(target_batch, world_size)[rank]
+
+
+def smallest_steps(
+    fits: Fits, floor: Floor, *, samples: int, budget_bytes: int, least: int = 1, most: int | None = None
+) -> Solution | None:
+    """The smallest k whose balanced split fits.
+
+    Args:
+        fits: Whether the window of a split fits; the truth, however it is found.
+        floor: Bytes without which no window with a micro-batch of that size can run; must not fall with the size. It
+            only saves tests: a k whose largest micro-batch has its floor above the budget is passed over.
+        samples: Samples in the window.
+        budget_bytes: What the floor is held against.
+        least: The smallest micro-batch allowed (2 where batch statistics are taken).
+        most: The largest micro-batch allowed.
+
+    Returns:
+        The solution, or None where no k fits.
+    """
+    least = min(least, samples)
+    last = samples // least
+    start = max(1, -(-samples // (most or samples)))
+    steps = _first_below(lambda k: floor(-(-samples // k)) <= budget_bytes, start, last)
+    for tried, k in enumerate(range(steps, last + 1), start=1):
+        split = balanced(samples, k)
+        if fits(split):
+            return Solution(split, tried)
+    return None
+
+
+def largest_micro_batch(fits: Fits, floor: Floor, *, budget_bytes: int, most: int, steps: int = 2) -> int:
+    """The largest micro-batch that fits as a window of `steps` equal ones; 0 where none does.
+
+    Args:
+        fits: As above.
+        floor: As above.
+        budget_bytes: As above.
+        most: Where to stop looking.
+        steps: Micro-batches in the window: 1 and 2 differ by the gradients; beyond 2 little changes.
+    """
+    # The first size, from 1 up, whose floor is above the budget; everything from there on is out of reach.
+    size = _first_below(lambda n: floor(n) > budget_bytes, 1, most + 1) - 1
+    while size > 0 and not fits((size,) * steps):
+        size -= 1
+    return size
+
+
+def _first_below(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The first number in [low, high) where a condition that stays true once it is true holds; else high."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low

@@ -1,0 +1,69 @@
+"""Where a workload comes from: a built-in's name, or FILE.py:FUNCTION."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from .errors import UsageError
+from .workload import Workload
+from .workloads import BUILT_IN, built_in
+
+_FORM = "--workload FILE.py:FUNCTION, where FUNCTION() returns an autoaccum.Workload"
+
+
+def load_workload(source: str) -> Workload:
+    """Calls the function that `source` names.
+
+    Args:
+        source: A built-in's name, or FILE.py:FUNCTION.
+
+    Returns:
+        Its workload, named after the source.
+
+    Raises:
+        UsageError: There is no such thing, or it returned something else.
+    """
+    check_source(source)
+    if source in BUILT_IN:
+        return replace(built_in(source)(), name=source)
+    file, _, function = source.rpartition(":")
+    path = Path(file).resolve()
+    sys.path.insert(0, str(path.parent))  # as `python FILE.py` would, so that the file's own imports work
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    make = getattr(module, function, None)
+    if not callable(make):
+        near = difflib.get_close_matches(function, [n for n in vars(module) if callable(getattr(module, n))], n=1)
+        raise UsageError(
+            f"{file} has no function {function!r}.",
+            hint=f"Did you mean {file}:{near[0]}?" if near else f"Write {_FORM}.",
+        )
+    workload = make()
+    if not isinstance(workload, Workload):
+        raise UsageError(
+            f"{source} returned {type(workload).__name__}, not an autoaccum.Workload.", hint=f"Write {_FORM}."
+        )
+    return replace(workload, name=source)
+
+
+def check_source(source: str) -> None:
+    """Raises UsageError where it can't name a workload; imports nothing of the user's."""
+    if source in BUILT_IN:
+        return
+    file, colon, function = source.rpartition(":")
+    if not colon or not file.endswith(".py") or not function.isidentifier():
+        near = difflib.get_close_matches(source, BUILT_IN, n=1)
+        raise UsageError(
+            f"{source!r} is neither a built-in workload ({', '.join(BUILT_IN)}) nor FILE.py:FUNCTION.",
+            hint=f"Did you mean --workload {near[0]}?" if near else f"Write {_FORM}.",
+        )
+    if not Path(file).is_file():
+        raise UsageError(f"There is no file {file!r} (seen from {os.getcwd()}).", hint=f"Write {_FORM}.")

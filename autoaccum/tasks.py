@@ -1,0 +1,80 @@
+"""What runs in a child process of the command line: planning and training a workload."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from typing import Any
+
+from .child import Say
+from .plan import Plan
+from .units import show_bytes
+
+
+def plan(
+    *,
+    say: Say,
+    workload: str,
+    target_batch: int | None,
+    memory: str | None,
+    headroom: str | None,
+    max_micro_batch: int | None,
+    verify: bool,
+) -> dict[str, Any]:
+    """Plans a workload; returns the plan's JSON."""
+    say({"say": "loading torch and the workload"})
+    from .fit import fit_plan
+    from .source import load_workload
+
+    found = fit_plan(
+        load_workload(workload),
+        target_batch=target_batch,
+        budget=memory,
+        headroom=headroom,
+        max_micro_batch=max_micro_batch,
+        verify=verify,
+        progress=lambda text: say({"say": text}),
+    )
+    return {"plan": found.to_json()}
+
+
+def run(
+    *, say: Say, plan: str, epochs: int, steps: int | None, checkpoint: str | None, checkpoint_seconds: float
+) -> dict[str, Any]:
+    """Trains a plan's workload under the plan's own limit."""
+    say({"say": "loading torch and the workload"})
+    from .source import load_workload
+    from .train import train
+
+    read = Plan.from_json(plan)
+    assert read.workload is not None
+    workload = load_workload(read.workload)
+    if read.device == "cpu":
+        limit_data(read.budget.bytes)
+        say({"say": f"limited to {show_bytes(read.budget.bytes)}"})
+    return train(
+        workload,
+        read,
+        say=say,
+        epochs=epochs,
+        steps=steps,
+        checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+
+
+def doctor(*, say: Say) -> dict[str, Any]:
+    """What torch says of itself and its devices."""
+    from .doctor import torch_facts
+
+    return torch_facts()
+
+
+def limit_data(size: int) -> None:
+    """Makes the kernel refuse this process more committed bytes: it then gets an error it can recover from."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    size = size if hard == resource.RLIM_INFINITY else min(size, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (size, hard))
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "run": run, "doctor": doctor}

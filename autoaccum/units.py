@@ -1,0 +1,52 @@
+"""Bytes, as people write and read them. Everywhere else bytes are `int`."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import UsageError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(iB|B)?\s*", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+
+def parse_bytes(text: str | int, *, what: str = "a size") -> int:
+    """Reads "2GiB", "1.5 GB", "800M" or a number of bytes; KB, MB, GB are powers of 1000, all else of 1024.
+
+    Raises:
+        UsageError: It is no size, or nothing at all.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = text
+    else:
+        match = _SIZE.fullmatch(str(text))
+        if match is None:
+            raise UsageError(f"{text!r} is not {what}.", hint="Write it like 2GiB, 1.5GiB, 800MiB or 12GB.")
+        number, unit, suffix = match[1], match[2].upper(), (match[3] or "").lower()
+        size = int(float(number) * (_DECIMAL if suffix == "b" and unit else _UNITS)[unit])
+    if size <= 0:
+        raise UsageError(f"{text!r} is not {what}: it must be more than 0 bytes.", hint="Write it like 2GiB or 800MiB.")
+    return size
+
+
+def parse_part(text: str | int | None, whole_bytes: int, *, what: str = "a size") -> int | None:
+    """Reads a size as above, or a percentage of `whole_bytes`; None stays None, and 0 is allowed."""
+    if text is None:
+        return None
+    match = _PERCENT.fullmatch(str(text))
+    if match is not None:
+        if float(match[1]) >= 100:
+            raise UsageError(f"{what.capitalize()} of {text} leaves nothing.", hint="Write it like 5% or 500MiB.")
+        return int(whole_bytes * float(match[1]) / 100)
+    return 0 if str(text).strip() == "0" else parse_bytes(text, what=what)
+
+
+def show_bytes(size: int) -> str:
+    """`1.50 GiB`, `12.3 MiB`, `512 B`: three digits or so."""
+    for unit in ("GiB", "MiB", "KiB"):
+        scale = _UNITS[unit[0]]
+        if abs(size) >= scale:
+            return f"{size / scale:.2f} {unit}" if unit == "GiB" else f"{size / scale:.1f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,271 @@
+"""A loader into windows of micro-batches, each window of exactly the samples of one optimizer step.
+
+Knows loaders, sizes and order; knows nothing of models or memory. No sample is lost, repeated or moved: the windows
+hold the loader's samples in the loader's order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+
+from .errors import UsageError
+from .solve import split_within
+from .split import batch_size, join, joinable, split
+
+if TYPE_CHECKING:
+    from .workload import Batch
+
+SizesOf = Callable[[int], tuple[int, ...]]
+Part = tuple[Any, int]  # a batch and its samples
+Names = Mapping[str, Collection[str]]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one optimizer step, on the host.
+
+    Attributes:
+        pieces: The micro-batches, in the loader's order.
+        sizes: Samples in each.
+    """
+
+    pieces: tuple[Batch, ...]
+    sizes: tuple[int, ...]
+
+
+def windows(
+    loader: Iterable[Batch],
+    target: int,
+    split_of: SizesOf,
+    *,
+    largest: Callable[[], int] | None = None,
+    shared: Collection[str] = (),
+    per_sample: Collection[str] = (),
+) -> Iterator[Window]:
+    """One epoch of a loader as windows of `target` samples; the last has what is left.
+
+    A map-style DataLoader is batched anew at the level of its sampler's indices: one collate per micro-batch, so
+    that it is padded to its own longest sample only. Of any other loader each batch is cut, and pieces of different
+    batches are joined where their trailing shapes agree.
+
+    Args:
+        loader: A DataLoader, or an iterable of batches (any trees of tensors, samples in dimension 0).
+        target: Samples in each window on this rank.
+        split_of: `split_of(samples)`, the sizes of the micro-batches for so many samples; asked anew for each window
+            when its samples are requested, a DataLoader's prefetching included.
+        largest: The largest micro-batch allowed now, which none passes; left out: the largest of `split_of(target)`.
+        shared: Keys of what each micro-batch gets whole; see `split.batch_size`.
+        per_sample: Keys of what has a row for each sample; see `split.batch_size`.
+
+    Raises:
+        UsageError: The loader isn't one (at once), or gave no batch at all (when the first window is asked for).
+        BatchError: A batch can't be cut (when its window is asked for).
+    """
+    _check(loader, target)
+
+    def sizes_of(samples: int) -> tuple[int, ...]:
+        return _sizes(samples, split_of, largest() if largest else max(split_of(target)))
+
+    if _is_rebatched(loader):
+        found = _from_indices(loader, target, sizes_of)
+    else:
+        found = _from_batches(loader, target, sizes_of, {"shared": shared, "per_sample": per_sample})
+    return _not_empty(found, loader)
+
+
+def loader_length(
+    loader: Iterable[Batch], target: int, *, shared: Collection[str] = (), per_sample: Collection[str] = ()
+) -> int | None:
+    """The windows of one epoch, the shorter last one included; None where the loader doesn't tell its samples.
+
+    It never iterates a loader, which would move its sampler's random state.
+
+    Args:
+        loader: As for `windows`.
+        target: Samples in each window on this rank.
+        shared: As for `windows`; only a list of batches needs it.
+        per_sample: As for `windows`; only a list of batches needs it.
+
+    Raises:
+        UsageError: The loader isn't one.
+    """
+    _check(loader, target)
+    if isinstance(loader, (list, tuple)):
+        samples: int | None = sum(batch_size(batch, shared=shared, per_sample=per_sample) for batch in loader)
+    else:
+        samples = _samples(loader) if isinstance(loader, DataLoader) else None
+    return None if samples is None else -(-samples // target)
+
+
+def _check(loader: Any, target: int) -> None:
+    """Raises for what isn't a loader."""
+    if target < 1:
+        raise UsageError(f"A window of {target} samples can't be made.", hint="Ask for at least 1.")
+    if isinstance(loader, (Mapping, str, bytes, torch.Tensor)):
+        raise UsageError(
+            f"The loader is a {type(loader).__name__}, which is one batch at most.",
+            "Going through it would give its keys, letters or rows, not batches.",
+            "To train on this one batch, give a list of it: [batch].",
+        )
+    if isinstance(loader, Dataset) and not hasattr(loader, "__iter__"):
+        raise UsageError(
+            f"The loader is a {type(loader).__name__}, a dataset, which gives samples and not batches.",
+            hint="Give torch.utils.data.DataLoader(dataset, batch_size=..., shuffle=True); any batch size will do.",
+        )
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        hint = "Call it, and give what it returns." if callable(loader) else "Give a DataLoader or a list of batches."
+        what = "None" if loader is None else f"of type {type(loader).__name__}"
+        raise UsageError(f"The loader is {what}, which gives no batches.", hint=hint)
+
+
+def _sizes(samples: int, split_of: SizesOf, limit: int) -> tuple[int, ...]:
+    """The micro-batches for so many samples: as `split_of` says, or balanced where one would pass the limit."""
+    sizes = tuple(split_of(samples))
+    if sum(sizes) != samples or min(sizes, default=0) < 1:
+        raise UsageError(
+            f"split_of({samples}) gave {sizes}, which sum to {sum(sizes)}.",
+            "Each sample must be in exactly one micro-batch.",
+            f"Return sizes of at least 1 that sum to {samples}.",
+        )
+    return sizes if max(sizes) <= limit else split_within(samples, limit)
+
+
+def _is_rebatched(loader: object) -> bool:
+    """Whether a loader can be batched anew by its indices: not where a subclass iterates in its own way."""
+    return (
+        isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
+        and loader.batch_sampler is not None
+        and not isinstance(loader.dataset, IterableDataset)
+    )
+
+
+def _not_empty(found: Iterator[Window], loader: object) -> Iterator[Window]:
+    first = next(found, None)
+    if first is None:
+        raise UsageError(
+            f"The loader ({type(loader).__name__}) gave no batch at all.",
+            "Its dataset is empty, drop_last dropped its only batch, or it is a generator that was used up before.",
+            "Give a loader that starts anew for each epoch, such as a DataLoader or a list of batches.",
+        )
+    yield first
+    yield from found
+
+
+def _from_indices(loader: Any, target: int, sizes_of: SizesOf) -> Iterator[Window]:
+    """Windows of a map-style DataLoader, loaded by one DataLoader whose batches are the micro-batches."""
+    requested: deque[tuple[int, ...]] = deque()  # loading runs ahead: each window's sizes wait here for its samples
+    stream = iter(
+        DataLoader(
+            loader.dataset,
+            batch_sampler=_index_lists(loader.batch_sampler, target, sizes_of, requested),
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=loader.generator,
+            prefetch_factor=loader.prefetch_factor,
+        )
+    )
+    for piece in stream:
+        sizes = requested.popleft()
+        yield Window((piece, *islice(stream, len(sizes) - 1)), sizes)
+
+
+def _index_lists(
+    batch_sampler: Iterable[Iterable[Any]], target: int, sizes_of: SizesOf, requested: deque[tuple[int, ...]]
+) -> Iterator[list[Any]]:
+    """One list of indices for each micro-batch; the sizes of its window are noted when the window begins."""
+    indices = chain.from_iterable(batch_sampler)
+    while of_window := list(islice(indices, target)):
+        sizes = sizes_of(len(of_window))
+        requested.append(sizes)
+        rest = iter(of_window)
+        yield from (list(islice(rest, size)) for size in sizes)
+
+
+def _from_batches(batches: Iterable[Batch], target: int, sizes_of: SizesOf, names: Names) -> Iterator[Window]:
+    """Windows of whatever gives batches: rows taken in order, what a window doesn't need left for the next."""
+    waiting: deque[Part] = deque()
+    samples = 0
+    for batch in batches:
+        size = batch_size(batch, **names)
+        waiting.append((batch, size))
+        samples += size
+        while samples >= target:
+            yield _window(_take(waiting, target, names), sizes_of, names)
+            samples -= target
+    if waiting:
+        yield _window(list(waiting), sizes_of, names)
+
+
+def _take(parts: deque[Part], samples: int, names: Names) -> list[Part]:
+    """Takes so many samples off the front; the last part is cut where it has more."""
+    taken: list[Part] = []
+    while samples:
+        batch, size = parts.popleft()
+        if size > samples:
+            batch, rest = split(batch, (samples, size - samples), **names)
+            parts.appendleft((rest, size - samples))
+            size = samples
+        taken.append((batch, size))
+        samples -= size
+    return taken
+
+
+def _window(parts: list[Part], sizes_of: SizesOf, names: Names) -> Window:
+    """Micro-batches out of consecutive parts: each run of joinable ones is cut by itself."""
+    pieces: list[Batch] = []
+    sizes: list[int] = []
+    for run in _runs(parts, names):
+        for size in sizes_of(sum(samples for _, samples in run)):
+            # Only what a micro-batch takes from several batches is copied; the rest are views.
+            pieces.append(join([batch for batch, _ in _take(run, size, names)], **names))
+            sizes.append(size)
+    return Window(tuple(pieces), tuple(sizes))
+
+
+def _runs(parts: list[Part], names: Names) -> Iterator[deque[Part]]:
+    """The longest runs of consecutive parts that can be joined."""
+    run: deque[Part] = deque()
+    for part in parts:
+        if run and not joinable(run[0][0], part[0], **names):
+            yield run
+            run = deque()
+        run.append(part)
+    yield run
+
+
+def _samples(loader: DataLoader[Any]) -> int | None:
+    """The samples of one epoch of a DataLoader, where it tells them."""
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return None
+    if not isinstance(loader.dataset, IterableDataset):
+        batches = loader.batch_sampler
+        if type(batches) is not BatchSampler:  # any other may repeat or leave out what it likes
+            return None
+        return _whole(_length(batches.sampler), batches.batch_size if batches.drop_last else 1)
+    if loader.batch_size is None or (loader.drop_last and loader.num_workers > 1):  # each worker drops its own rest
+        return None
+    return _whole(_length(loader.dataset), loader.batch_size if loader.drop_last else 1)
+
+
+def _length(source: object) -> int | None:
+    try:
+        return len(source) if isinstance(source, Sized) else None
+    except (NotImplementedError, TypeError):
+        return None
+
+
+def _whole(samples: int | None, batch: int) -> int | None:
+    """The samples in whole batches."""
+    return None if samples is None else samples - samples % batch

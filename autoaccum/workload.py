@@ -1,0 +1,116 @@
+"""What is trained, stated once, for planning and for training alike.
+
+Knows the model, a sample, the loss and the optimizer; knows nothing of memory or plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Batch = Any  # a pytree of tensors whose first dimension is the samples
+Loss = Callable[["nn.Module", Batch], Any]
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """A model and everything that one optimizer step of it needs.
+
+    Attributes:
+        model: The module to train, on the device where it is to be trained.
+        sample: One small batch of real data, a pytree of tensors with the samples in dimension 0.
+            Sequences should have the longest length that training will see: memory follows it.
+        loss: `loss(model, batch)`, returning the mean over the batch as a scalar, or `(sum, count)`. Left out:
+            `model(**batch).loss` for mappings, cross-entropy for an `(input, class)` pair.
+        optimizer: An optimizer over the model's parameters, or a function that makes one from a list of
+            parameters. Left out: AdamW with torch's defaults.
+        precision: "fp32", "bf16" or "fp16" autocast; left out: fp32, as the model is.
+        scaler: A `torch.amp.GradScaler`, for fp16.
+        scheduler: A learning rate scheduler, or a function that makes one from the optimizer; stepped once a window.
+        clip_grad_norm: The largest norm of the whole window's gradient; left out: no clipping.
+        between: Called between windows, with the model (an evaluation, say); recorded, as it needs memory too.
+        count: `count(batch)`, what a `(sum, count)` loss will count, read off the batch alone. It spares such losses
+            a forward pass that only counts.
+        shared: Names of what each micro-batch gets whole, where that isn't plain from its shape.
+        per_sample: Names of what has a row for each sample, where that isn't plain.
+        loader: Where training data comes from: a DataLoader, an iterable of batches, or a function that makes one.
+            Planning never touches it; `autoaccum run` reads it.
+        name: What to call this workload in a plan.
+    """
+
+    model: nn.Module
+    sample: Batch = None
+    loss: Loss | None = field(default=None, kw_only=True)
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = field(default=None, kw_only=True)
+    precision: str | None = field(default=None, kw_only=True)
+    scaler: Any = field(default=None, kw_only=True)
+    scheduler: Any = field(default=None, kw_only=True)
+    clip_grad_norm: float | None = field(default=None, kw_only=True)
+    between: Callable[[nn.Module], object] | None = field(default=None, kw_only=True)
+    count: Callable[[Batch], float | torch.Tensor] | None = field(default=None, kw_only=True)
+    shared: Collection[str] = field(default=(), kw_only=True)
+    per_sample: Collection[str] = field(default=(), kw_only=True)
+    loader: Iterable[Batch] | Callable[[], Iterable[Batch]] | None = field(default=None, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise UsageError(
+                f"precision {self.precision!r} is not known.",
+                hint=f"Use one of {', '.join(PRECISIONS)}, or leave it out for the model's own.",
+            )
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise UsageError(
+                f"No parameter of {type(self.model).__name__} requires a gradient, so there is nothing to train.",
+                hint="Set requires_grad on what is to be trained.",
+            )
+
+
+def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The loss of a workload that names none.
+
+    Args:
+        model: The module to train.
+        batch: A mapping that the model takes as keywords and answers with `.loss`; or a pair of
+            input and integer classes, whose logits have their classes in the last dimension.
+
+    Returns:
+        The mean loss, a scalar.
+
+    Raises:
+        UsageError: The batch or the model's output has another form.
+    """
+    import torch.nn.functional as F
+
+    if isinstance(batch, Mapping):
+        out = model(**batch)
+        loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+        if loss is None:
+            raise _no_loss(model, f"returned {type(out).__name__} without a .loss")
+        return loss  # type: ignore[no-any-return]
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        raise _no_loss(model, f"is given a {type(batch).__name__}, neither a mapping nor an (input, class) pair")
+    inputs, classes = batch
+    logits = model(inputs)
+    if not hasattr(logits, "dim"):
+        raise _no_loss(model, f"returned {type(logits).__name__}, not a tensor of logits")
+    if classes.is_floating_point() or logits.shape[:-1].numel() != classes.numel():
+        shapes = f"logits of shape {tuple(logits.shape)} and targets of shape {tuple(classes.shape)}"
+        raise _no_loss(model, f"gives {shapes} ({classes.dtype}), which cross-entropy can't pair")
+    return F.cross_entropy(logits.flatten(0, -2), classes.flatten())
+
+
+def _no_loss(model: nn.Module, what: str) -> UsageError:
+    return UsageError(
+        f"No loss was given, and {type(model).__name__} {what}.",
+        hint="Say how it is trained: Workload(model, sample, loss=lambda model, batch: ...), a mean or (sum, count).",
+    )

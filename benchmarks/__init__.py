@@ -1,0 +1,1 @@
+"""What autoaccum claims, measured again: `python -m benchmarks`."""

@@ -1,0 +1,388 @@
+"""The Runner over loaders: no sample lost, every window the gradient of its real samples; what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_train import (
+    FP64,
+    NAIVE,
+    Another,
+    Capture,
+    Rows,
+    cut,
+    distance,
+    gradients,
+    mean_of,
+    mlp,
+    pad,
+    plan_for,
+    runner_for,
+    same_tensors,
+    seen,
+    sequence,
+    state_of,
+    tagger,
+    token_count,
+    token_sum,
+    vectors,
+)
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from autoaccum import BatchError, PlanMismatch, Runner, UsageError, Workload, fit_plan
+from autoaccum.rng import same_state, take_rng
+from autoaccum.workload import default_loss
+
+
+def rows_of(batch: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, ...]]:
+    return list(zip(*batch, strict=True))
+
+
+def listening(ids: list[int]) -> Callable[..., Any]:
+    """A mean loss that writes down which samples it trained."""
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            ids.extend(batch[2].tolist())
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    return loss
+
+
+def numbered(n: int) -> tuple[torch.Tensor, ...]:
+    return (*vectors(n), torch.arange(n))
+
+
+# --- loaders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("samples", "target", "micro"), [(65, 64, 16), (33, 16, 5), (100, 16, 7), (63, 64, 64)])
+@pytest.mark.parametrize("kind", ["map-style", "list"])
+def test_every_window_has_the_gradient_of_its_real_samples(kind: str, samples: int, target: int, micro: int) -> None:
+    model, batch = mlp(), vectors(samples)
+    loader: Any = DataLoader(Rows(rows_of(batch)), batch_size=9)
+    loader = loader if kind == "map-style" else list(loader)
+    runner = runner_for(Workload(model, vectors(2), optimizer=Capture), target, micro)
+    results = list(runner.epoch(loader))
+    full, rest = divmod(samples, target)
+    assert [result.samples for result in results] == [target] * full + [rest]
+    assert [result.number for result in results] == list(range(1, full + 2))
+    steps = -(-target // micro)
+    for result, got, start in zip(results, seen(runner), range(0, samples, target), strict=True):
+        window = tuple(v[start : start + target] for v in batch)
+        want = gradients(model, default_loss, window)
+        assert max(result.split) <= micro
+        assert distance(got, want) <= FP64
+        if len(result.split) < steps:  # the usual mistake: divide by the configured steps
+            parts = [gradients(model, default_loss, piece) for piece in cut(window, result.split)]
+            assert distance(mean_of(parts, [1 / steps] * len(parts)), want) > NAIVE
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_map_style_loader_gives_every_sample_once_in_each_epoch(workers: int) -> None:
+    batch, ids = numbered(70), []
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(Rows(rows_of(batch)), batch_size=32, shuffle=True, num_workers=workers, generator=generator)
+    model = mlp()
+    runner = runner_for(Workload(model, numbered(2), loss=listening(ids), optimizer=Capture), 16, 5)
+    orders = []
+    for epoch in range(2):
+        results = list(runner.epoch(loader))
+        assert [result.samples for result in results] == [16] * 4 + [6]
+        assert sorted(ids) == list(range(70))
+        orders.append(list(ids))
+        for got, start in zip(seen(runner)[5 * epoch :], range(0, 70, 16), strict=True):
+            rows = ids[start : start + 16]
+            assert distance(got, gradients(model, listening([]), tuple(v[rows] for v in batch))) <= FP64
+        ids.clear()
+    assert orders[0] != orders[1]  # shuffled anew
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.samples)
+
+
+def test_an_iterable_loader_gives_every_sample_once_with_a_real_tail() -> None:
+    batch, ids = numbered(41), []
+    loader = DataLoader(Stream(rows_of(batch)), batch_size=6)
+    model = mlp()
+    runner = runner_for(Workload(model, numbered(2), loss=listening(ids), optimizer=Capture), 16, 5)
+    for _ in range(2):
+        assert [result.samples for result in runner.epoch(loader)] == [16, 16, 9]
+        assert ids == list(range(41))
+        ids.clear()
+    for got, start in zip(seen(runner), (0, 16, 32) * 2, strict=True):
+        assert distance(got, gradients(model, listening([]), tuple(v[start : start + 16] for v in batch))) <= FP64
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["counted by forward", "count="])
+@pytest.mark.parametrize("kind", ["map-style", "batches"])
+def test_dynamic_padding_gives_the_gradient_of_one_padded_batch(kind: str, given: bool) -> None:
+    lengths = (50, 50, 48, 41, 50, 3, 2, 1, 50, 7)
+    samples = [sequence(length, seed=i) for i, length in enumerate(lengths)]
+    widths: list[int] = []
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+        if torch.is_grad_enabled():
+            widths.append(batch["ids"].shape[1])
+        return token_sum(model, batch)
+
+    loader: Any = DataLoader(Rows(samples), batch_size=2, collate_fn=pad)
+    loader = loader if kind == "map-style" else list(loader)
+    model = tagger()
+    count = token_count if given else None
+    runner = runner_for(Workload(model, pad(samples[:1]), loss=loss, optimizer=Capture, count=count), 4, 2)
+    results = list(runner.epoch(loader))
+    assert [result.samples for result in results] == [4, 4, 2]
+    assert widths == [50, 48, 50, 2, 50]  # each micro-batch is padded to its own longest only
+    naive = 0.0
+    for got, start in zip(seen(runner), (0, 4, 8), strict=True):
+        window = samples[start : start + 4]
+        want = gradients(model, token_sum, pad(window))
+        assert distance(got, want) <= FP64
+        halves = [gradients(model, token_sum, pad(window[i : i + 2])) for i in range(0, len(window), 2)]
+        naive = max(naive, distance(mean_of(halves), want))
+    assert naive > NAIVE
+
+
+def stack(kept: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    x, y, ids = zip(*kept, strict=True) if kept else ((), (), ())
+    empty = torch.empty(0, 6, dtype=torch.float64)
+    return (
+        torch.stack(x) if x else empty,
+        torch.tensor([int(v) for v in y], dtype=torch.int64),
+        torch.tensor([int(v) for v in ids], dtype=torch.int64),
+    )
+
+
+def filtering(keep: Callable[[int], bool]) -> Callable[[list[tuple[torch.Tensor, ...]]], tuple[torch.Tensor, ...]]:
+    return lambda samples: stack([sample for sample in samples if keep(int(sample[2]))])
+
+
+@pytest.mark.parametrize("micro", [4, 5, 16])
+def test_samples_that_a_collate_function_leaves_out_weigh_nothing(micro: int) -> None:
+    batch, ids = numbered(48), []
+
+    def keep(i: int) -> bool:
+        return i % 3 != 0 and i != 1 and not 20 <= i < 26
+
+    loader = DataLoader(Rows(rows_of(batch)), batch_size=8, collate_fn=filtering(keep))
+    model = mlp()
+    runner = runner_for(Workload(model, numbered(2), loss=listening(ids), optimizer=Capture), 16, micro)
+    results = list(runner.epoch(loader))
+    kept = [[i for i in range(start, start + 16) if keep(i)] for start in (0, 16, 32)]
+    assert ids == sum(kept, [])
+    assert [result.samples for result in results] == [len(rows) for rows in kept]
+    for got, rows in zip(seen(runner), kept, strict=True):
+        assert distance(got, gradients(model, listening([]), tuple(v[rows] for v in batch))) <= FP64
+
+
+def test_a_micro_batch_that_a_collate_function_emptied_is_left_out() -> None:
+    batch, ids = numbered(32), []
+    loader = DataLoader(Rows(rows_of(batch)), batch_size=8, collate_fn=filtering(lambda i: not 4 <= i < 8))
+    model = mlp()
+    runner = runner_for(Workload(model, numbered(2), loss=listening(ids), optimizer=Capture), 16, 4)
+    assert [result.split for result in runner.epoch(loader)] == [(4, 4, 4), (4, 4, 4, 4)]
+    rows = [i for i in range(16) if not 4 <= i < 8]
+    assert distance(seen(runner)[0], gradients(model, listening([]), tuple(v[rows] for v in batch))) <= FP64
+
+
+def test_a_window_that_a_collate_function_emptied_is_refused_and_changes_nothing() -> None:
+    loader = DataLoader(Rows(rows_of(numbered(16))), batch_size=8, collate_fn=filtering(lambda i: False))
+    model = mlp()
+    before = state_of(model)
+    runner = runner_for(Workload(model, numbered(2), loss=listening([]), optimizer=Capture), 16, 4)
+    with pytest.raises(BatchError, match="no sample"):
+        list(runner.epoch(loader))
+    assert same_tensors(state_of(model), before)
+    assert seen(runner) == []
+
+
+def test_skipped_windows_are_not_trained() -> None:
+    batch, ids = numbered(40), []
+    runner = runner_for(Workload(mlp(), numbered(2), loss=listening(ids), optimizer=Capture), 16, 4)
+    results = list(runner.epoch(DataLoader(Rows(rows_of(batch)), batch_size=8), skip=2))
+    assert [result.samples for result in results] == [8]
+    assert ids == list(range(32, 40))
+
+
+# --- what was there before the window ----------------------------------------------------------------------------
+
+
+def test_gradients_left_from_before_do_not_enter_the_window() -> None:
+    model, batch = mlp(), vectors(16)
+    want = gradients(model, default_loss, batch)
+    runner = runner_for(Workload(model, vectors(2), optimizer=Capture), 16, 4)
+    for _ in range(2):
+        default_loss(model, vectors(8, seed=9)).backward()  # somebody's own look at the gradient, not cleared
+        runner.step(batch)
+        assert distance(seen(runner)[-1], want) <= FP64
+
+
+def test_a_window_that_failed_leaves_nothing_for_the_next() -> None:
+    model, batch = mlp(), vectors(16)
+    want = gradients(model, default_loss, batch)
+    calls = []
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 3:
+            raise ValueError("a bug in the loss")
+        return default_loss(model, batch)
+
+    runner = runner_for(Workload(model, vectors(2), loss=loss, optimizer=Capture), 16, 4)
+    with pytest.raises(ValueError, match="a bug in the loss"):
+        runner.step(batch)
+    runner.step(batch)
+    assert distance(seen(runner)[-1], want) <= FP64
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def tokens(rows: int, length: int = 8) -> dict[str, torch.Tensor]:
+    return pad([sequence(length, seed=i) for i in range(rows)])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "leaf"),
+    [
+        (lambda batch: tokens(8, length=9), r"batch\['ids'\]"),
+        (lambda batch: {**batch, "labels": batch["labels"].int()}, r"batch\['labels'\]"),
+        (lambda batch: {**batch, "labels": batch["labels"][..., None]}, r"batch\['labels'\]"),
+        (lambda batch: {**batch, "extra": torch.zeros(8)}, r"batch\['extra'\]"),
+        (lambda batch: {"ids": batch["ids"]}, r"batch\['labels'\]"),
+        (lambda batch: (batch["ids"], batch["labels"]), r"batch\[0\]"),
+    ],
+    ids=["longer", "other dtype", "other rank", "one leaf more", "one leaf fewer", "other container"],
+)
+@pytest.mark.parametrize("through", ["step", "epoch"])
+def test_another_form_is_refused_by_name_before_any_forward(
+    through: str, spoil: Callable[[Any], Any], leaf: str
+) -> None:
+    model, forwards = tagger(), []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    runner = runner_for(Workload(model, tokens(2), loss=token_sum, optimizer=Capture), 8, 4)
+    before, rng, bad = state_of(model), take_rng(), spoil(tokens(8))
+    with pytest.raises(BatchError, match=leaf):
+        runner.step(bad) if through == "step" else list(runner.epoch([bad]))
+    assert not forwards
+    assert same_tensors(state_of(model), before)
+    assert same_state(take_rng(), rng)
+    assert seen(runner) == []
+    assert runner.number == 0
+
+
+def test_a_window_whose_last_micro_batch_is_too_long_is_refused_before_its_first_forward() -> None:
+    model, forwards = tagger(), []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    runner = runner_for(Workload(model, tokens(2), loss=token_sum, optimizer=Capture), 8, 4)
+    with pytest.raises(BatchError, match=r"batch\['ids'\].*\(9,\).*\(8,\)"):
+        list(runner.epoch([tokens(4), tokens(4, length=9)]))
+    assert not forwards
+
+
+def test_a_shorter_sequence_passes() -> None:
+    model, batch = tagger(), tokens(8, length=3)
+    runner = runner_for(Workload(model, tokens(2), loss=token_sum, optimizer=Capture), 8, 4)
+    runner.step(batch)
+    assert distance(seen(runner)[-1], gradients(model, token_sum, batch)) <= FP64
+
+
+def other_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    return default_loss(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"optimizer": Another}, "optimizer: planned 'Capture', here 'Another'"),
+        ({"model": mlp(width=17)}, "model: planned 'Sequential"),
+        ({"loss": other_loss}, "loss: planned 'default_loss', here 'other_loss'"),
+        ({"precision": "bf16"}, "precision: planned 'as the model is'"),
+    ],
+    ids=["optimizer", "width", "loss", "precision"],
+)
+def test_a_plan_for_something_else_is_refused_by_name(other: dict[str, Any], name: str) -> None:
+    made = {"model": mlp(), "sample": vectors(2), "optimizer": Capture}
+    plan = plan_for(Workload(**made), 16, 4)
+    Runner(Workload(**made), plan)
+    with pytest.raises(PlanMismatch) as refused:
+        Runner(Workload(**{**made, **other}), plan)
+    assert name in str(refused.value)
+    assert str(refused.value).count("planned") == 1  # and only what differs
+
+
+# --- a real plan, and checkpoints --------------------------------------------------------------------------------
+
+
+def test_a_real_plan_trains_exactly() -> None:
+    model, batch = mlp(), vectors(50)
+    work = Workload(model, vectors(3), optimizer=lambda params: Capture(params, lr=0.1))
+    before = state_of(model)
+    plan = fit_plan(work, target_batch=50, budget="4GiB", max_micro_batch=7, verify=False)
+    assert same_tensors(state_of(model), before)
+    want = gradients(model, default_loss, batch)
+    runner = Runner(work, plan)
+    result = runner.step(batch)
+    assert result.split == plan.split == (7, 7, 6, 6, 6, 6, 6, 6)
+    assert distance(seen(runner)[-1], want) <= FP64
+
+
+def trained(scale: float = 2.0**10) -> Runner:
+    model = mlp(torch.float32, seed=torch.seed() % 1000)
+    work = Workload(
+        model,
+        vectors(2, torch.float32),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        scaler=torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        clip_grad_norm=0.5,
+    )
+    return runner_for(work, 16, 4)
+
+
+def test_a_checkpoint_goes_on_as_though_nothing_had_happened() -> None:
+    batches = [vectors(16, torch.float32, seed=i) for i in range(4)]
+    first = trained()
+    for batch in batches[:2]:
+        first.step(batch)
+    first.micro_batch = 3
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = trained(scale=4.0)
+    assert not same_tensors(state_of(first.parts.model), state_of(second.parts.model))
+    second.load_state_dict(torch.load(file))
+    assert (second.number, second.micro_batch) == (2, 3)
+    for batch in batches[2:]:
+        ones, others = first.step(batch), second.step(batch)
+        assert (ones.number, ones.split) == (others.number, others.split)
+        assert torch.equal(ones.loss, others.loss)
+    assert same_tensors(state_of(first.parts.model), state_of(second.parts.model))
+    for part in ("scheduler", "scaler"):
+        assert getattr(first.parts, part).state_dict() == getattr(second.parts, part).state_dict()
+    one, other = (runner.parts.optimizer.state_dict()["param_groups"] for runner in (first, second))
+    assert one == other
+
+
+@pytest.mark.parametrize("part", ["scheduler", "scaler"])
+def test_a_checkpoint_of_another_workload_is_refused(part: str) -> None:
+    runner = trained()
+    before = state_of(runner.parts.model)
+    state = copy.deepcopy(trained().state_dict())
+    state[part] = None
+    with pytest.raises(UsageError, match=part):
+        runner.load_state_dict(state)
+    assert same_tensors(state_of(runner.parts.model), before)
