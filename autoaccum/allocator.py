@@ -17,10 +17,10 @@ from .recording import Event, Phase
 PAGE_BYTES = 4096
 ALIGNMENT_BYTES = 64  # c10's alloc_cpu (impl_alloc_cpu.cpp): posix_memalign(&data, gAlignment, nbytes)
 CHUNK_STEP_BYTES = 16
-# glibc's malloc.c: a chunk is its bytes and a header of 8, rounded up to 16 (checked_request2size). To align one, malloc
-# asks itself for chunk + 64 + MINSIZE, 32 (_int_memalign), once more with a header of 8, rounded up to 16. A mapping
-# takes 8 more (sysmalloc_mmap: ALIGN_UP (nb + SIZE_SZ, pagesize)). Rounding twice to 16 and then to pages comes to the
-# same as adding what both can add at most: 8 + 64 + 32 + 8 + 8, and 16.
+# glibc's malloc.c: a chunk is its bytes and a header of 8, rounded up to 16 (checked_request2size). To align one, it
+# asks itself for chunk + 64 + MINSIZE, 32 (_int_memalign), with a header of 8 and rounded up to 16 again. A mapping
+# takes 8 more (sysmalloc_mmap: ALIGN_UP (nb + SIZE_SZ, pagesize)). Rounded up to pages in the end, that comes to the
+# same as adding the most that all of this can add: 8 + 64 + 32 + 8 + 8, and 16.
 MAPPING_OVERHEAD_BYTES = ALIGNMENT_BYTES + 32 + 3 * 8 + CHUNK_STEP_BYTES
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import observe
@@ -67,12 +65,6 @@ def plan(
         notes=_notes(outlook, assumed),
         workload=workload.name,
     )
-
-
-def finished(plan: Plan, module: ModuleType, *, seconds: float) -> Plan:
-    """The plan once everything is put back: what binds "here" is looked at again then."""
-    module.clean()
-    return replace(plan, seconds=seconds)
 
 
 def _measured_peak(outlook: Outlook, measured: Measured, split: Split, verified: Split) -> int:

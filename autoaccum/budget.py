@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UsageError
-from .process_memory import committed_bytes, read_memory
+from .process_memory import PAGE_BYTES, committed_bytes, read_memory
 from .units import parse_bytes, parse_part, show_bytes
 
 DEFAULT_HEADROOM = "10%"  # of what the machine has free, where nobody named a limit: others use it too
@@ -107,7 +107,7 @@ def _meminfo_bytes(name: str) -> int:
 
 
 def _address_space_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[0]) * PAGE_BYTES
 
 
 def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int] | None:
@@ -123,10 +123,17 @@ def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/s
             break
         try:
             limit = (place / "memory.max").read_text().strip()
-            used = int((place / "memory.current").read_text())
-            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            if limit != "max":
+                used = int((place / "memory.current").read_text())
+                found.append((int(limit), max(0, used - _file_cache_bytes(place / "memory.stat"))))
         except (OSError, ValueError):
             continue
-        if limit != "max":
-            found.append((int(limit), max(0, used - int(stat.get("inactive_file", 0)))))
     return min(found, key=lambda pair: pair[0] - pair[1], default=None)
+
+
+def _file_cache_bytes(stat: Path) -> int:
+    """What the kernel can drop at once; 0 where it doesn't say, on the safe side."""
+    try:
+        return next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith("inactive_file "))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return 0

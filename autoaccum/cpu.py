@@ -49,7 +49,7 @@ def prepare() -> int | None:
 
 
 def clean() -> None:
-    """Gives back what can be given back."""
+    """Gives back what can be given back. Slow: the collector looks at every object that torch has."""
     gc.collect()
     process_memory.trim()
 
@@ -59,7 +59,6 @@ def read_base() -> tuple[int, Start]:
 
     A fresh process has no such holes. They are only of use to small blocks.
     """
-    clean()
     free = process_memory.heap_free_bytes()
     return process_memory.committed_bytes() - free, Start(free)
 
@@ -81,7 +80,6 @@ def data_bytes(tensor_bytes: int) -> int:
 
 def measure(work: Callable[[], None]) -> Measured:
     """Runs `work` for real and watches the process."""
-    clean()
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     with process_memory.PeakSampler() as sampler:
         started = time.perf_counter()

@@ -20,13 +20,14 @@ def write_whole(path: str | os.PathLike[str], content: bytes | Callable[[IO[byte
         content: What to write, or a function that writes it into a file.
 
     Raises:
-        UsageError: The folder is missing or can't be written.
+        UsageError: The folder is missing, the disk is full, the target is a folder, or it can't be written for another
+            reason of the system's. What was there before is untouched.
     """
     target = Path(path)
     try:
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise UsageError(f"{target} can't be written: {error.strerror}.", hint="Name a folder that exists.") from None
+    except (OSError, ValueError) as error:
+        raise _cant_write(target, error, "Name a folder that exists and that you may write to.") from None
     try:
         with os.fdopen(descriptor, "wb") as file:
             if callable(content):
@@ -39,7 +40,14 @@ def write_whole(path: str | os.PathLike[str], content: bytes | Callable[[IO[byte
         os.umask(mask)
         Path(name).chmod(0o666 & ~mask)  # mkstemp is for secrets: 0o600 whatever the user's mask says
         Path(name).replace(target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             Path(name).unlink()
+        if isinstance(error, OSError):
+            raise _cant_write(target, error, "Name another file, or make room on the disk.") from None
         raise
+
+
+def _cant_write(target: Path, error: OSError | ValueError, hint: str) -> UsageError:
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UsageError(f"{str(target)!r} can't be written.", f"The system says: {why}.", hint)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +28,7 @@ from .errors import DoesNotFit, UsageError
 from .infer import infer_sample
 from .observe import Observed, Subject
 from .plan import Plan
+from .recording import Phase, live_peak
 from .solve import Solution, Split, balanced, largest_micro_batch, share_of, smallest_steps
 from .workload import Workload
 
@@ -151,12 +152,13 @@ def fit_plan(
         def start_over() -> None:
             snapshot.restore()
             _make_ready(parts, owns_optimizer=parts.optimizer is not workload.optimizer)
+            module.clean()
 
         start_over()
         outlook = _look(subject, wish, snapshot.host_bytes, start_over)
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify)
         plan = assemble.plan(outlook, solution, measured, workload, assumed)
-    return assemble.finished(plan, module, seconds=time.perf_counter() - started)
+    return replace(plan, seconds=time.perf_counter() - started)
 
 
 def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str | None]:
@@ -178,8 +180,6 @@ def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workl
         raise UsageError(f"{given}: given beside a Workload.", hint="Give it to the Workload itself.")
     if workload.sample is not None:
         return workload, None
-    from dataclasses import replace
-
     inferred, assumed = infer_sample(workload.model)
     return replace(workload, sample=inferred), assumed
 
@@ -214,6 +214,12 @@ def _wish(
             f"The smallest micro-batch allowed, {least}, is above the largest, {most}.",
             "Batch normalization in train mode needs 2 samples." if least == 2 else "",
             "Raise the target, or max_micro_batch.",
+        )
+    if samples is not None and samples // least < -(-samples // most):
+        raise UsageError(
+            f"{samples} samples can't be cut into micro-batches of at least {least} and at most {most}.",
+            "Batch normalization in train mode needs 2 samples." if least == 2 else "",
+            f"Allow micro-batches of {most + 1}, or change the target by one.",
         )
     return Wish(target_batch, samples, world_size, budget, headroom, least, most)
 
@@ -293,11 +299,14 @@ def _is_sure_to_fit(outlook: Outlook, n: int) -> bool:
     room = outlook.usable_bytes - outlook.base_bytes - outlook.data_bytes(2 * n)
     if observed.recordings and observed.doubt is None and len(observed.recordings) > 1:
         return observe.peak_of(outlook.subject, observed, (n, n)).peak_bytes <= room
+    gradients = sum(p.nbytes for p in outlook.subject.parts.model.parameters() if p.requires_grad)
+    steady = gradients + observed.state_bytes  # it is there whatever the batch
     if observed.recordings:
         known, peak = observed.recordings[-1].micro_batch, observed.notes[-1].measured_bytes
     else:
-        known, peak = observe.SCOUT, sum(max(0, event.bytes) for event in observed.prelude)
-    return peak * n / min(known, n) <= room  # all of it scaling with the batch is the worst there is
+        known, peak = observe.SCOUT, steady + live_peak([Phase(observe.PRELUDE, observed.prelude)])
+    scaling = max(peak - steady, peak // 10)  # all the rest growing with the batch is the worst there is
+    return peak + scaling * max(0, n - known) // known <= room
 
 
 def _tensor_bytes(batch: Any) -> int:
@@ -331,7 +340,8 @@ def _solve_and_verify(
         if not verify:
             return solution, None
         split = solution.split[:VERIFIED_STEPS]
-        start_over()
+        if attempt:
+            start_over()
         measured = _run_for_real(outlook.subject, split)
         predicted = outlook.peak_bytes(split, "here") - outlook.start.heap_free_bytes - outlook.base_bytes
         whole = outlook.base_bytes + predicted
@@ -349,15 +359,21 @@ def _solve_and_verify(
 
 
 def _learn(outlook: Outlook, n: int, *, last: bool) -> None:
-    """Records at the size that surprised; the second time, gives up on predicting."""
+    """Records at the size that surprised; where that is a surprise too, or the second one, gives up on predicting."""
     observed = outlook.observed
-    if n not in [recording.micro_batch for recording in observed.recordings]:
-        observe.add(outlook.subject, observed, n)
-    elif observed.doubt is not None:  # it took more than its own recording: leave it out
+    if observed.doubt is not None:  # it took more than its own recording: leave it out
         observed.recordings = [r for r in observed.recordings if r.micro_batch < n] or observed.recordings[:1]
         observed.notes = [note for note in observed.notes if note.micro_batch < n] or observed.notes[:1]
+        return
+    known = [recording.micro_batch for recording in observed.recordings]
+    near = next((size for size in (observe.prime_near(n), n) if size > known[-1]), None)
+    if near is not None:
+        observe.add(outlook.subject, observed, near)
+    observed.doubt = observe.doubt_of_last(observed)
     if last and observed.doubt is None:
         observed.doubt = "windows took another amount of memory than their recordings, so each size was tried by itself"
+    if observed.doubt is not None:
+        observe.bracket(outlook.subject, observed, lambda _, size: _is_sure_to_fit(outlook, size), outlook.wish.most)
 
 
 def _run_for_real(subject: Subject, split: Split) -> cpu.Measured:
@@ -379,7 +395,7 @@ def _does_not_fit(outlook: Outlook) -> DoesNotFit:
     samples = wish.samples or wish.least
     split = balanced(samples, samples // wish.least)
     try:
-        needed = outlook.peak_bytes(split, "fresh")
+        needed = max(outlook.peak_bytes(split, history) for history in ("fresh", "here"))
     except LookupError:
         needed = outlook.usable_bytes + 1
     return assemble.does_not_fit(outlook, split, int(needed / (1 - CAPACITY_MARGIN)))

@@ -142,15 +142,21 @@ def observe(subject: Subject, answer: Callable[[Observed], int], allowed: Callab
         error = add(subject, observed, n)
         if error is not None and error <= AGREES_WITHIN:
             return observed
-    last = observed.notes[-1]
-    if last.predicted_bytes is not None and abs(last.predicted_bytes / last.measured_bytes - 1) > LIFTS_WITHIN:
-        observed.doubt = (
-            f"sizes at {last.micro_batch} samples don't follow from those at "
-            f"{' and '.join(str(r.micro_batch) for r in observed.recordings[-3:-1])} "
-            f"(predicted {last.predicted_bytes:,} bytes, recorded {last.measured_bytes:,}), "
-            "so each size was recorded by itself"
-        )
+    observed.doubt = doubt_of_last(observed)
     return observed
+
+
+def doubt_of_last(observed: Observed) -> str | None:
+    """Why there is no program, where it was too wrong about the last recording."""
+    last = observed.notes[-1]
+    if last.predicted_bytes is None or abs(last.predicted_bytes / last.measured_bytes - 1) <= LIFTS_WITHIN:
+        return None
+    before = " and ".join(str(note.micro_batch) for note in observed.notes[-3:-1])
+    return (
+        f"sizes at {last.micro_batch} samples don't follow from those at {before} "
+        f"(predicted {last.predicted_bytes:,} bytes, recorded {last.measured_bytes:,}), "
+        "so each size was recorded by itself"
+    )
 
 
 def bracket(

@@ -30,11 +30,15 @@ def drop_frames(error: BaseException) -> str:
     outside of it.
     """
     told = str(error).strip().splitlines()
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen.__traceback__ = None
-        seen = seen.__cause__ or seen.__context__
+    pending: list[BaseException | None] = [error]
+    known: set[int] = set()
+    while pending:
+        seen = pending.pop()
+        if seen is not None and id(seen) not in known:
+            known.add(id(seen))
+            traceback.clear_frames(seen.__traceback__)
+            seen.__traceback__ = None
+            pending += [seen.__cause__, seen.__context__]
     return f"{type(error).__name__}: {told[0] if told else ''}"
 
 

@@ -12,9 +12,19 @@ from typing import Any
 
 from .budget import Budget
 from .errors import PlanFileError
+from .recording import PHASES
 
 SCHEMA_VERSION = 1
+PLAN_AGAIN = "Plan again: autoaccum plan --target-batch N -o plan.json"
 _KIND = "autoaccum plan"
+_REASONS = (  # without these a plan can't explain itself
+    "accumulation_steps",
+    "base_bytes",
+    "budget_bytes",
+    "data_bytes",
+    "measured_peak_bytes",
+    "method",
+)
 
 
 @dataclass(frozen=True)
@@ -157,14 +167,13 @@ class Plan:
             raise PlanFileError(
                 f"{source} is not a whole plan: {_first_error(error)}.",
                 "It was cut short, edited, or written by something else.",
-                "Plan again: autoaccum plan --target-batch N -o plan.json",
+                PLAN_AGAIN,
             ) from None
         assert isinstance(plan, Plan)
-        if sum(plan.split) * plan.world_size < plan.target_batch or len(plan.split) != plan.accumulation_steps:
+        wrong = _contradiction(plan)
+        if wrong is not None:
             raise PlanFileError(
-                f"{source} does not add up: the split {plan.split} is not {plan.accumulation_steps} micro-batches "
-                f"of a share of {plan.target_batch}.",
-                hint="Plan again: autoaccum plan --target-batch N -o plan.json",
+                f"{source} does not add up: {wrong}.", "It was edited, or written by something else.", PLAN_AGAIN
             )
         return plan
 
@@ -177,12 +186,10 @@ class Plan:
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text"
-            raise PlanFileError(
-                f"The plan {os.fspath(path)!r} can't be read: {why}.",
-                hint="Make one: autoaccum plan --target-batch N -o plan.json",
-            ) from None
+        except (OSError, ValueError) as error:
+            why = f"The system says: {error.strerror}." if isinstance(error, OSError) else f"It is not text: {error}."
+            hint = "Make one: autoaccum plan --target-batch N -o plan.json"
+            raise PlanFileError(f"The plan {os.fspath(path)!r} can't be read.", why, hint) from None
         return cls.from_json(text, source=os.fspath(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -211,23 +218,56 @@ def smaller_steps_need(rows: tuple[PeakRow, ...], samples: int, steps: int, held
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
-    hint = "Plan again: autoaccum plan --target-batch N -o plan.json"
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanFileError(
-            f"{source} is not JSON ({error}).", "It was cut short, or is something else.", hint
+            f"{source} is not JSON ({error}).", "It was cut short, or is something else.", PLAN_AGAIN
         ) from None
     if not isinstance(data, dict) or data.get("kind") != _KIND:
-        raise PlanFileError(f"{source} is JSON, but not a plan of autoaccum's.", hint=hint)
+        raise PlanFileError(
+            f"{source} is JSON, but not a plan of autoaccum's.", f'A plan says "kind": "{_KIND}".', PLAN_AGAIN
+        )
     version = data.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise PlanFileError(
+            f"{source} has no schema version that can be ({version!r}).", "It was edited, or cut.", PLAN_AGAIN
+        )
+    if version > SCHEMA_VERSION:
         raise PlanFileError(
             f"{source} has schema version {version}; this autoaccum reads up to {SCHEMA_VERSION}.",
             "A newer autoaccum wrote it.",
             "python -m pip install --upgrade autoaccum, or plan again.",
         )
     return data
+
+
+def _contradiction(plan: Plan) -> str | None:
+    """The first thing in which the plan contradicts itself, or lacks what explaining it needs; None where it holds."""
+    split, target, ranks = plan.split, plan.target_batch, plan.world_size
+    budget, lacking = plan.budget, [name for name in _REASONS if name not in plan.reasons]
+    parts = f"the split {split if len(split) < 9 else f'of {len(split)} micro-batches'}"
+    checks = (
+        (ranks >= 1, f"{ranks} ranks"),
+        (len(split) == plan.accumulation_steps >= 1, f"{parts} is not of {plan.accumulation_steps} micro-batches"),
+        (min(split, default=0) >= 1, f"{parts} has micro-batches of no samples"),
+        (max(split, default=0) == plan.micro_batch, f"{plan.micro_batch} is not the largest of {parts}"),
+        (
+            abs(sum(split) * ranks - target) < ranks,  # shares differ by at most one
+            f"{parts} sums to {sum(split)}, which is no share of {target} among {ranks} rank{'s' * (ranks > 1)}",
+        ),
+        (budget.bytes > 0, f"a budget of {budget.bytes} bytes"),
+        (budget.binds in [term.name for term in budget.terms], f"{budget.binds!r} is none of its budget's limits"),
+        (set(plan.phases) <= set(PHASES), f"{', '.join(sorted(set(plan.phases) - set(PHASES)))}: no phase of a window"),
+        (bool(plan.recordings), "it rests on no recording"),
+        (all(note.measured_bytes > 0 for note in plan.recordings), "a recording of no bytes"),
+        (
+            plan.measured_peak_bytes is None or (plan.measured_peak_bytes > 0 and plan.resident_peak_bytes is not None),
+            "it was verified, but what was measured is missing",
+        ),
+        (not lacking, f"it gives no reason for {', '.join(lacking)}"),
+    )
+    return next((wrong for holds, wrong in checks if not holds), None)
 
 
 def _validator() -> Any:

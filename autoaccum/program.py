@@ -132,7 +132,7 @@ def _plain_rule(size: int, n: int, times: int, there: Counter[int], m: int) -> R
     if not seen:
         return candidates[1] if size % n == 0 else None
     # Two explanations: the one that stands there as often as here; else that which scales, to be on the safe side.
-    return max(seen, key=lambda rule: (there[rule.at(m)] == times, rule.per_sample > 0))
+    return max(seen, key=lambda rule: (there[rule.at(m)] == times, rule.per_sample > 0, rule.per_pair > 0))
 
 
 def _paired_by_order(unsure: Sequence[int], n: int, rest: Sequence[int], m: int) -> dict[int, Rule]:
@@ -215,18 +215,22 @@ class _Writer:
         own: dict[int, Event] = {}  # recorded block -> this phase's living copy
         sizes: dict[Rule, int] = {}
         events: list[Event] = []
+        append, named, names = events.append, Event._make, self.names
         for block, rule, stream in self.program.phases[name]:
-            if rule is None:
-                event = own.pop(block, None)
-                freed = [event] if event is not None else self._freed(block, all_copies=name not in (FIRST, LATER))
-                events += [Event(event.block, -event.bytes, event.stream) for event in freed]
-                continue
-            size = sizes.get(rule)
-            if size is None:
-                size = sizes[rule] = rule.at(n)
-            self.names += 1
-            own[block] = event = Event(self.names, size, stream)
-            events.append(event)
+            if rule is not None:
+                size = sizes.get(rule)
+                if size is None:
+                    size = sizes[rule] = rule.at(n)
+                names += 1
+                own[block] = event = named((names, size, stream))
+                append(event)
+            elif block in own:
+                event = own.pop(block)
+                append(named((event[0], -event[1], event[2])))
+            else:
+                for event in self._freed(block, all_copies=name not in (FIRST, LATER)):
+                    append(named((event[0], -event[1], event[2])))
+        self.names = names
         for block, event in own.items():
             self.live.setdefault(block, []).append(event)
         return Phase(name, tuple(events))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +36,6 @@ def record(run: Callable[[Callable[[str], AbstractContextManager[Any]]], None], 
             "A process has room for one profiler.",
             "Plan before the profiler starts, or by `autoaccum plan --workload FILE.py:FUNCTION` in a process of its own.",
         )
-    gc.collect()
     started = time.perf_counter()
     # Kineto writes lines of its own to the descriptor behind stderr when it starts and stops.
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)

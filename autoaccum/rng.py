@@ -88,7 +88,7 @@ def _sources() -> dict[str, _Source]:
     if numpy is not None:
         # legacy=False also reads a bit generator that isn't the Mersenne twister
         sources["NumPy RNG"] = (partial(numpy.get_state, legacy=False), numpy.set_state)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for index, cuda in enumerate(torch.cuda.default_generators):
             sources[f"CUDA RNG of device {index}"] = (cuda.get_state, cuda.set_state)
     return sources

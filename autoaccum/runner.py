@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import oom, process_memory, restore, step
+from . import oom, process_memory, restore, step, tree
 from . import split as cutting
 from .errors import BatchError, OutOfMemory, UsageError
 from .identity import check_fingerprint, check_signature, fingerprint
@@ -126,8 +126,12 @@ class Runner:
         for piece in window.pieces:
             check_signature(piece, self.plan.signature)
         window = self._counted(window)
+        if max(window.sizes) > self.micro_batch:  # loaded before an out-of-memory lowered it
+            window = self._recut(window)
+        self._drop_gradients()  # somebody's own backward, or a window that an error broke off
         retries = 0
         while True:
+            self._phase = ""
             before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
             failure = ""
             try:
@@ -139,8 +143,7 @@ class Runner:
                 failure = oom.drop_frames(error)
             # Out of the handler only: inside it the error still holds the activations of the failed micro-batch.
             retries += 1
-            self._start_over(before, window, failure)
-            window = self._recut(window)
+            window = self._start_over(before, window, failure)
         self.number += 1
         self._tell_drift()
         return StepResult(
@@ -148,56 +151,86 @@ class Runner:
         )
 
     def _counted(self, window: Window) -> Window:
-        """The window with the samples that are really there: a collate function may have left some out."""
-        sizes = []
-        for piece, size in zip(window.pieces, window.sizes, strict=True):
-            try:
-                sizes.append(cutting.batch_size(piece, **self._names))
-            except BatchError:  # packed by its collate function: it can be trained, only not counted or cut
-                sizes.append(size)
-        return Window(window.pieces, tuple(sizes))
+        """The window with the samples that are really there: a collate function may have left some out, or all."""
+        counted = [(piece, self._rows(piece, size)) for piece, size in zip(window.pieces, window.sizes, strict=True)]
+        there = [(piece, size) for piece, size in counted if size]
+        if not there:
+            raise BatchError(
+                f"A window of {sum(window.sizes)} samples has no sample left after its collate function.",
+                hint="Leave out samples in the sampler or in the dataset, where the window is filled up by others.",
+            )
+        return Window(tuple(piece for piece, _ in there), tuple(size for _, size in there))
+
+    def _rows(self, piece: Batch, planned: int) -> int:
+        try:
+            return cutting.batch_size(piece, **self._names)
+        except BatchError:
+            tensors = [leaf for _, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+            if tensors and not any(map(len, tensors)):
+                return 0  # emptied: as a mean it would be 0 / 0
+            return planned  # packed by its collate function: it can be trained, only not counted or cut
 
     def _in_phase(self, name: str) -> AbstractContextManager[Any]:
         self._phase = name
         return contextlib.nullcontext()
 
-    def _start_over(self, before: restore.Snapshot, window: Window, failure: str) -> None:
-        """Drops the half-added gradients, puts back random states and buffers, and lowers the micro-batch."""
+    def _drop_gradients(self) -> None:
+        self.parts.model.zero_grad(set_to_none=True)
+        self.parts.optimizer.zero_grad(set_to_none=True)
+
+    def _start_over(self, before: restore.Snapshot, window: Window, failure: str) -> Window:
+        """Drops the half-added gradients, puts back random states and buffers, lowers the micro-batch, cuts again."""
         largest = max(window.sizes)
+        where = PHASE_TITLES.get(self._phase, "pass that counts")
         if self._phase == OPTIMIZER:
             raise OutOfMemory(
                 f"The optimizer step ran out of memory ({failure}).",
                 "Parameters may be updated in part, so the window can't be repeated; its size doesn't matter here.",
                 "Plan again with less memory (--memory), or load the last checkpoint and use a leaner optimizer.",
             )
-        self.parts.model.zero_grad(set_to_none=True)
-        self.parts.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         before.restore()
         oom.collect()
         process_memory.trim()
         if largest == 1:
             raise OutOfMemory(
-                f"Out of memory with a micro-batch of 1 in the {PHASE_TITLES.get(self._phase, 'window')} ({failure}).",
+                f"Out of memory with a micro-batch of 1 in the {where} ({failure}).",
                 f"The plan reckoned with {show_bytes(self.plan.predicted_peak_bytes)} for a micro-batch of "
                 f"{self.plan.micro_batch}; there is less now, or this batch needs more.",
                 "Free memory, or plan again: autoaccum plan --target-batch " + str(self.plan.target_batch),
             )
         lowered = max(1, min(largest - 1, int(SHRINK * largest)))
-        log.warning(
-            "Out of memory in the %s of a window with micro-batches of %d (%s). The window starts over with at most %d, "
-            "and so do the next ones; its gradient is still that of all %d samples.",
-            PHASE_TITLES.get(self._phase, self._phase), largest, failure, lowered, sum(window.sizes),
-        )  # fmt: skip
         self.micro_batch = min(self.micro_batch, lowered)
+        smaller = self._recut(window)
+        if max(smaller.sizes) == largest:
+            raise OutOfMemory(
+                f"Out of memory in the {where} with a micro-batch of {largest}, which can't be cut ({failure}).",
+                "Its collate function packed it, so this window can't be repeated in smaller pieces; nothing was "
+                f"trained by it. The next windows are loaded in micro-batches of at most {self.micro_batch}.",
+                "Plan again with less memory (--memory), and go on from the last checkpoint.",
+            )
+        log.warning(
+            "Out of memory in the %s of a window with micro-batches of %d (%s). The window starts over with at most "
+            "%d, and so do the next ones; its gradient is still that of all %d samples.",
+            where, largest, failure, lowered, sum(window.sizes),
+        )  # fmt: skip
+        return smaller
 
     def _recut(self, window: Window) -> Window:
-        """The same samples in smaller pieces: the pieces are all that is left of the batch, so they are cut again."""
+        """The same samples in smaller pieces: the pieces are all that is left of the batch, so they are cut again.
+
+        A packed piece can't be, and stays.
+        """
         pieces: list[Batch] = []
         sizes: list[int] = []
         for piece, size in zip(window.pieces, window.sizes, strict=True):
             smaller = self._split(size)
-            pieces += cutting.split(piece, smaller, **self._names)
-            sizes += smaller
+            try:
+                pieces += cutting.split(piece, smaller, **self._names)
+                sizes += smaller
+            except BatchError:
+                pieces.append(piece)
+                sizes.append(size)
         return Window(tuple(pieces), tuple(sizes))
 
     def _tell_drift(self) -> None:
@@ -208,7 +241,8 @@ class Runner:
         if resident > 1.02 * self.plan.predicted_peak_bytes:
             self._drift_told = True
             log.warning(
-                "This process has had %s in memory; the plan reckoned with %s. Data, workers or other code take the rest.",
+                "This process has had %s in memory; the plan reckoned with %s. "
+                "Data, workers or other code take the rest.",
                 show_bytes(resident),
                 show_bytes(self.plan.predicted_peak_bytes),
             )

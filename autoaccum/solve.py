@@ -55,7 +55,14 @@ def share_of(target_batch: int, world_size: int, rank: int) -> int:
 
 
 def smallest_steps(
-    fits: Fits, floor: Floor, *, samples: int, budget_bytes: int, least: int = 1, most: int | None = None
+    fits: Fits,
+    floor: Floor,
+    *,
+    samples: int,
+    budget_bytes: int,
+    least: int = 1,
+    most: int | None = None,
+    later_floor: Floor | None = None,
 ) -> Solution | None:
     """The smallest k whose balanced split fits.
 
@@ -67,16 +74,28 @@ def smallest_steps(
         budget_bytes: What the floor is held against.
         least: The smallest micro-batch allowed (2 where batch statistics are taken).
         most: The largest micro-batch allowed.
+        later_floor: The same for a micro-batch that isn't the first, when gradients exist. Where these are large and
+            samples small, it spares hundreds of tests.
 
     Returns:
         The solution, or None where no k fits.
     """
+
+    def within_reach(k: int) -> bool:
+        if floor(-(-samples // k)) > budget_bytes:
+            return False
+        second = -(-(samples - 1) // k)  # balanced(samples, k)[1]
+        return later_floor is None or k == 1 or later_floor(second) <= budget_bytes
+
     least = min(least, samples)
     last = samples // least
-    start = max(1, -(-samples // (most or samples)))
-    steps = _first_below(lambda k: floor(-(-samples // k)) <= budget_bytes, start, last)
-    for tried, k in enumerate(range(steps, last + 1), start=1):
-        split = balanced(samples, k)
+    tried, start = 0, max(1, -(-samples // (most or samples)))
+    if start == 1 <= last and within_reach(1):  # one micro-batch is a case of its own: it has no later ones
+        tried = 1
+        if fits((samples,)):
+            return Solution((samples,), tried)
+    for k in range(_first_below(within_reach, max(start, 2), last), last + 1):
+        tried, split = tried + 1, balanced(samples, k)
         if fits(split):
             return Solution(split, tried)
     return None
@@ -87,7 +106,7 @@ def largest_micro_batch(fits: Fits, floor: Floor, *, budget_bytes: int, most: in
 
     Args:
         fits: As above.
-        floor: As above.
+        floor: As above; of a later micro-batch, where `steps` is more than 1, it spares the most tests.
         budget_bytes: As above.
         most: Where to stop looking.
         steps: Micro-batches in the window: 1 and 2 differ by the gradients; beyond 2 little changes.

@@ -147,7 +147,7 @@ def window_count(parts: Parts, pieces: Sequence[Batch]) -> Any:
 
 
 def _is_pair(parts: Parts, piece: Batch) -> bool:
-    """Whether the loss returns `(sum, count)`; asked once, of one sample, and remembered."""
+    """Whether the loss returns `(sum, count)`; asked once, of one micro-batch, and remembered."""
     if parts.loss_is_mean:
         return False
     with _untouched(parts), torch.no_grad():
@@ -175,7 +175,8 @@ def _micro_batch(parts: Parts, piece: Batch, share: float, total: Any) -> torch.
         loss = out if share == 1 else out * share
     del out
     (parts.scaler.scale(loss) if parts.scaler else loss).backward()
-    return loss.detach()
+    detached: torch.Tensor = loss.detach()
+    return detached
 
 
 def _optimizer_step(parts: Parts) -> tuple[torch.Tensor | None, bool]:

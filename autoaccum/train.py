@@ -70,7 +70,7 @@ def train(
                 break
         if checkpoint is not None:
             _save(checkpoint, runner, place, plan)
-        return {"steps": runner.number, "samples": place.samples, "interrupted": interrupted(), **last}
+        return {**last, "steps": runner.number, "samples": place.samples, "interrupted": interrupted()}
 
 
 class _Place:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from .errors import UsageError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(iB|B)?\s*", re.IGNORECASE)
-_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?)(iB|B)?\s*", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*%\s*")
 
 
 def parse_bytes(text: str | int, *, what: str = "a size") -> int:
@@ -18,17 +19,28 @@ def parse_bytes(text: str | int, *, what: str = "a size") -> int:
     Raises:
         UsageError: It is no size, or nothing at all.
     """
-    if isinstance(text, int) and not isinstance(text, bool):
-        size = text
-    else:
-        match = _SIZE.fullmatch(str(text))
-        if match is None:
-            raise UsageError(f"{text!r} is not {what}.", hint="Write it like 2GiB, 1.5GiB, 800MiB or 12GB.")
-        number, unit, suffix = match[1], match[2].upper(), (match[3] or "").lower()
-        size = int(float(number) * (_DECIMAL if suffix == "b" and unit else _UNITS)[unit])
+    size = _size(text, what)
     if size <= 0:
-        raise UsageError(f"{text!r} is not {what}: it must be more than 0 bytes.", hint="Write it like 2GiB or 800MiB.")
+        raise UsageError(
+            f"{text!r} is not {what}: it must be more than 0 bytes.",
+            "Less than one byte holds nothing.",
+            "Write it like 2GiB or 800MiB.",
+        )
     return size
+
+
+def _size(text: str | int, what: str) -> int:
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    match = _SIZE.fullmatch(str(text))
+    if match is None:
+        raise UsageError(
+            f"{text!r} is not {what}.",
+            "A size is a number and a unit: B, KiB, MiB, GiB, TiB, or KB, MB, GB, TB in thousands.",
+            "Write it like 2GiB, 1.5GiB, 800MiB or 12GB.",
+        )
+    number, unit, suffix = match[1], match[2].upper(), (match[3] or "").lower()
+    return int(Fraction(number) * (_DECIMAL if suffix == "b" and unit else _UNITS)[unit])
 
 
 def parse_part(text: str | int | None, whole_bytes: int, *, what: str = "a size") -> int | None:
@@ -37,16 +49,21 @@ def parse_part(text: str | int | None, whole_bytes: int, *, what: str = "a size"
         return None
     match = _PERCENT.fullmatch(str(text))
     if match is not None:
-        if float(match[1]) >= 100:
-            raise UsageError(f"{what.capitalize()} of {text} leaves nothing.", hint="Write it like 5% or 500MiB.")
-        return int(whole_bytes * float(match[1]) / 100)
-    return 0 if str(text).strip() == "0" else parse_bytes(text, what=what)
+        part = Fraction(match[1]) / 100
+        if part >= 1:
+            raise UsageError(
+                f"{what.capitalize()} of {text} leaves nothing.", "All of it is 100%.", "Write it like 5% or 500MiB."
+            )
+        return int(whole_bytes * part)
+    return 0 if _size(text, what) == 0 else parse_bytes(text, what=what)
 
 
 def show_bytes(size: int) -> str:
     """`1.50 GiB`, `12.3 MiB`, `512 B`: three digits or so."""
-    for unit in ("GiB", "MiB", "KiB"):
-        scale = _UNITS[unit[0]]
-        if abs(size) >= scale:
-            return f"{size / scale:.2f} {unit}" if unit == "GiB" else f"{size / scale:.1f} {unit}"
-    return f"{size} B"
+    if abs(size) < 1024:
+        return f"{size} B"
+    for unit in ("KiB", "MiB"):
+        told = f"{size / _UNITS[unit[0]]:.1f}"
+        if abs(float(told)) < 1024:
+            return f"{told} {unit}"
+    return f"{size / _UNITS['G']:.2f} GiB"

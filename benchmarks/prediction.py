@@ -31,6 +31,7 @@ def predict(name: str, sizes: list[int]) -> dict[str, Any]:
         observed = observe.observe(subject, lambda found: max(sizes), lambda found, n: True)
         snapshot.restore()
         subject.parts.optimizer.state.clear()
+        cpu.clean()
         base, _ = cpu.read_base()
         base -= snapshot.host_bytes
         sample_bytes = fit._tensor_bytes(subject.tile(1))
@@ -57,6 +58,7 @@ def measure(name: str, n: int) -> dict[str, Any]:
     subject = observe.Subject(parts, workload, cpu, threshold)
     fit._run_for_real(subject, (n,) * STEPS)
     parts.optimizer.state.clear()
+    cpu.clean()
     base, start = cpu.read_base()
     measured = fit._run_for_real(subject, (n,) * STEPS)
     increment = measured.increment_bytes + start.heap_free_bytes

@@ -27,6 +27,15 @@ IGNORED = -100
 Gradients = list[torch.Tensor]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads that wait for each other over 16 samples take most of the time on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Capture(torch.optim.Optimizer):
     """Plain SGD that keeps a copy of every gradient it is given."""
 

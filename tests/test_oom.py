@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,20 @@ from helpers_train import (
     FP64,
     Capture,
     Rows,
+    base_plan,
     cut,
     distance,
     gradients,
-    mlp,
+    one_thread,  # noqa: F401
     pad,
     runner_for,
     same_tensors,
     seen,
     sequence,
     state_of,
-    told,
     token_count,
     token_sum,
+    told,
     vectors,
 )
 from torch import nn
@@ -43,7 +44,10 @@ from autoaccum.rng import same_state, take_rng
 from autoaccum.units import show_bytes
 from autoaccum.workload import default_loss
 
-ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. "
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+)
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "torch": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it."),
     "python": lambda: MemoryError(),
@@ -106,7 +110,7 @@ class Draws(nn.Module):
     """Draws from Python's and NumPy's generators too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * (1 + 0.1 * random.random()) * (1 + 0.1 * np.random.rand())  # noqa: NPY002
+        return x * (1 + 0.1 * random.random()) * (1 + 0.1 * np.random.rand())
 
 
 class Calls(nn.Module):
@@ -140,10 +144,19 @@ def faulty(fault: Fault, kind: str = "plain") -> nn.Module:
     ).double()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> Iterator[None]:
+    """A recovery collects garbage; that it need not look through all of torch each time spares most of the seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def seed() -> None:
     torch.manual_seed(7)
     random.seed(7)
-    np.random.seed(7)  # noqa: NPY002
+    np.random.seed(7)
 
 
 def faulty_runner(fault: Fault, kind: str = "plain", micro: int = 4, **how: Any) -> Runner:
@@ -294,9 +307,7 @@ def test_the_scaler_is_as_though_nothing_had_happened(where: str) -> None:
     ids=repr,
 )
 @each_place
-def test_any_other_error_is_not_swallowed(
-    where: str, error: BaseException, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_any_other_error_is_not_swallowed(where: str, error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     fault = Fault(lambda: error)
     fault.at = {1: where}
     runner = faulty_runner(fault)
@@ -456,25 +467,24 @@ def test_only_a_real_out_of_memory_counts_as_one(error: BaseException, is_one: b
 
 
 def test_dropping_frames_reaches_cause_and_context() -> None:
-    def fail() -> None:
-        try:
-            try:
-                big = Marker()
-                alive.append(weakref.ref(big))
-                raise RuntimeError("context")
-            except RuntimeError:
-                other = saved()
-                raise MemoryError("first line\nsecond line") from other
-        finally:
-            pass
+    def fail_with(name: str) -> None:
+        big = Marker()
+        alive.append(weakref.ref(big))
+        raise RuntimeError(name)
 
     def saved() -> BaseException:
         try:
-            big = Marker()
-            alive.append(weakref.ref(big))
-            raise RuntimeError("cause")
+            fail_with("cause")
         except RuntimeError as error:
             return error
+        raise AssertionError
+
+    def fail() -> None:
+        cause = saved()
+        try:
+            fail_with("context")
+        except RuntimeError:
+            raise MemoryError("first line\nsecond line") from cause
 
     alive = list[Any]()
     try:
@@ -488,11 +498,10 @@ def test_dropping_frames_reaches_cause_and_context() -> None:
 
 CHILD = """
 import json, logging, resource, sys
-import torch
+import helpers_train, torch
 from torch import nn
-from helpers_train import plan_for
-from autoaccum import Runner, Workload
-from autoaccum.process_memory import PeakSampler, committed_bytes, fix_mmap_threshold
+from autoaccum import Plan, Runner, Workload
+from autoaccum.process_memory import PeakSampler
 
 WIDTH, WINDOW, MICRO, STEPS = 1 << 17, 128, 64, 3
 limited = sys.argv[1] == "limited"
@@ -508,8 +517,9 @@ if limited:
     handler.emit = lambda record: warnings.append(record.getMessage())
     logging.getLogger("autoaccum").addHandler(handler)
     work = Workload(model, windows[0], optimizer=sgd)
-    runner = Runner(work, plan_for(work, WINDOW, MICRO))
-    fix_mmap_threshold()
+    base = Plan.load(sys.argv[3])
+    helpers_train.base_plan = lambda: base
+    runner = Runner(work, helpers_train.plan_for(work, WINDOW, MICRO))
     first = {name: value.clone() for name, value in model.state_dict().items()}
     runner.micro_batch = MICRO // 2
     with PeakSampler() as warm_up:
@@ -520,7 +530,6 @@ if limited:
     limit = warm_up.committed_peak_bytes + half // 2
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     results = [runner.step(window) for window in windows]
-    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2) if False else None
     found = {
         "retries": [result.retries for result in results],
         "splits": [result.split for result in results],
@@ -538,30 +547,36 @@ torch.save(model.state_dict(), sys.argv[2])
 """
 
 
-def in_child(how: str, file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def children(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+    """What a process with a limit and one without it found, and the parameters that they came to."""
+    base_plan().save(folder / "plan.json")
     path = os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)])
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, how, str(file)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), torch.load(file)
+    started = {
+        how: subprocess.Popen(
+            [sys.executable, "-c", CHILD, how, folder / f"{how}.pt", folder / "plan.json"],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for how in ("limited", "whole")
+    }
+    found = {}
+    for how, process in started.items():
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err[-3000:]
+        found[how] = json.loads(out.splitlines()[-1]), torch.load(folder / f"{how}.pt")
+    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_DATA")
 def test_a_real_out_of_memory_is_recovered_from_exactly(tmp_path: Path) -> None:
-    found, got = in_child("limited", tmp_path / "limited.pt")
-    _, want = in_child("whole", tmp_path / "whole.pt")
+    both = children(tmp_path)
+    (found, got), (_, want) = both["limited"], both["whole"]
     assert found["retries"][0] >= 1, found
     assert sum(found["retries"]) == len(found["told"])
     assert all("allocate" in text or "MemoryError" in text for text in found["told"]), found["told"]
     assert [sum(split) for split in found["splits"]] == [128] * 3
     assert max(found["splits"][0]) <= 32
-    start = mlp()  # only to keep the comparison honest: what is compared isn't zero
-    assert start is not None
     for name, value in want.items():
         assert float((got[name] - value).norm() / value.norm()) <= FP64, name

@@ -1,0 +1,5 @@
+"""`python -m autoaccum`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Recorded, Truth, recorded_programs, truths
+
+from autoaccum.allocator import PAGE_BYTES, CpuRules, Start, as_phase, mapping_bytes, replay, smallest_mapping
+from autoaccum.program import as_recorded, window
+from autoaccum.recording import Event, live_peak
+
+THRESHOLD = 131072
+RECORDED = recorded_programs()
+ALL_RULES = st.sampled_from([CpuRules(None), CpuRules(4096), CpuRules(THRESHOLD)])
+
+# Asks the real malloc: the growth of VmData and of the number of mappings, for each size. Before each, the heap is
+# left without a hole that could take the block.
+PROBE = """
+import ctypes, json, os, sys
+libc = ctypes.CDLL(None)
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in names]
+libc.mallinfo2.restype = Mallinfo2
+libc.free.argtypes = [ctypes.c_void_p]
+libc.malloc.restype = ctypes.c_void_p
+assert libc.mallopt(-3, int(sys.argv[1])) == 1
+statm, page = os.open("/proc/self/statm", os.O_RDONLY), os.sysconf("SC_PAGE_SIZE")
+def data():
+    return int(os.pread(statm, 256, 0).split()[5]) * page
+sizes = json.load(sys.stdin)
+for _ in range(300):
+    libc.malloc(60_000)
+block, found = ctypes.c_void_p(), []
+for size in sizes:
+    libc.malloc_trim(0)
+    before, mappings = data(), libc.mallinfo2().hblks
+    assert libc.posix_memalign(ctypes.byref(block), 64, size) == 0
+    found.append((data() - before, libc.mallinfo2().hblks - mappings))
+    libc.free(block)
+    assert libc.mallinfo2().hblks == mappings
+json.dump(found, sys.stdout)
+"""
+
+
+def malloc_says(sizes: list[int], threshold: int = THRESHOLD) -> list[tuple[int, int]]:
+    """Growth of VmData in bytes, and of mappings, for each size."""
+    command = [sys.executable, "-c", PROBE, str(threshold)]
+    done = subprocess.run(command, input=json.dumps(sizes), capture_output=True, text=True, check=True)
+    return [(grown, mappings) for grown, mappings in json.loads(done.stdout)]
+
+
+def glibc() -> bool:
+    import ctypes
+
+    return hasattr(ctypes.CDLL(None), "mallinfo2") and __import__("os").sysconf("SC_PAGE_SIZE") == PAGE_BYTES
+
+
+needs_glibc = pytest.mark.skipif(not glibc(), reason="rules of glibc 2.33 or newer, pages of 4 KiB")
+
+
+@needs_glibc
+def test_200_sizes_take_the_mappings_that_glibc_makes_to_the_byte() -> None:
+    sizes = [int(2**16 * 1024 ** (i / 199)) + i * 37 for i in range(200)]
+    for size, (grown, mappings) in zip(sizes, malloc_says(sizes), strict=True):
+        if size >= smallest_mapping(THRESHOLD):
+            assert (grown, mappings) == (mapping_bytes(size), 1), size
+        else:
+            assert mappings == 0, size
+    assert 64 * 2**10 <= sizes[0] < THRESHOLD < sizes[-1] <= 65 * 2**20
+
+
+@needs_glibc
+@pytest.mark.parametrize("threshold", [THRESHOLD, THRESHOLD + 8, THRESHOLD + 24, 2**20])
+def test_the_border_between_heap_and_mapping_is_glibcs_own(threshold: int) -> None:
+    border = smallest_mapping(threshold)
+    sizes = [*range(border - 40, border + 40)]
+    assert [mappings for _, mappings in malloc_says(sizes, threshold)] == [size >= border for size in sizes]
+
+
+@needs_glibc
+def test_every_size_about_a_page_border_takes_the_pages_that_glibc_takes() -> None:
+    sizes = [2**20 + offset for offset in (*range(-170, 20), *range(PAGE_BYTES - 170, PAGE_BYTES + 20))]
+    assert [grown for grown, _ in malloc_says(sizes)] == [mapping_bytes(size) for size in sizes]
+
+
+@given(truth=truths(scale=500), split=st.lists(st.integers(1, 20), min_size=1, max_size=6), rules=ALL_RULES)
+def test_the_live_peak_is_a_floor_of_the_peak(truth: Truth, split: list[int], rules: CpuRules) -> None:
+    phases = window(truth.program(), split)
+    found = replay(phases, rules)
+    assert live_peak(phases) == found.live_bytes <= found.peak_bytes == max(phase.bytes for phase in found.phases)
+    assert 0 <= found.end_bytes <= found.peak_bytes
+
+
+@given(truth=truths(), split=st.lists(st.integers(1, 20), min_size=1, max_size=6), rules=ALL_RULES, free=st.integers(0))
+def test_free_bytes_of_the_heap_are_used_first_and_no_more_than_there_are(
+    truth: Truth, split: list[int], rules: CpuRules, free: int
+) -> None:
+    phases = window(truth.program(), split)
+    empty, holes = replay(phases, rules), replay(phases, rules, Start(free))
+    assert empty.peak_bytes - free <= holes.peak_bytes <= empty.peak_bytes
+    if rules.mmap_threshold_bytes is None:
+        assert holes.peak_bytes == empty.peak_bytes
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded.name)
+def test_a_recorded_log_without_a_threshold_is_the_running_sum(recorded: Recorded) -> None:
+    for recording in recorded.recordings:
+        found = replay(recording.phases, CpuRules(None))
+        sums, running = {phase.name: 0 for phase in recording.phases}, 0
+        for phase in recording.phases:
+            for event in phase.events:
+                running += event.bytes
+                sums[phase.name] = max(sums[phase.name], running if event.bytes > 0 else 0)
+        assert {phase.name: phase.bytes for phase in found.phases} == sums
+        assert found.peak_bytes == found.live_bytes == max(sums.values()) == live_peak(recording.phases)
+        assert found.end_bytes == running
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded.name)
+def test_real_models_take_more_than_what_is_alive_by_pages_and_heap_only(recorded: Recorded) -> None:
+    recording = recorded.recordings[1]
+    phases = window(as_recorded(recording), (recording.micro_batch,) * 2)
+    found = replay(phases, CpuRules(THRESHOLD))
+    assert found.live_bytes <= found.peak_bytes
+    assert found.peak_bytes >= replay(phases, CpuRules(None)).peak_bytes
+
+
+def test_a_large_block_is_given_back_and_the_heap_keeps_its_top() -> None:
+    large, small = 2**20, 1000
+    events = [Event(1, large), Event(1, -large), *(Event(i, small) for i in range(2, 12))]
+    events += [Event(i, -small) for i in range(2, 12)]
+    found = replay([as_phase("first", events), as_phase("later", [Event(20, large)])], CpuRules(THRESHOLD))
+    heap = 10 * (small + 64)
+    assert [phase.bytes for phase in found.phases] == [mapping_bytes(large), heap + mapping_bytes(large)]
+    assert found.end_bytes == heap + mapping_bytes(large)
+    assert mapping_bytes(large) == large + PAGE_BYTES
+
+
+def test_phases_of_one_name_have_one_peak() -> None:
+    phases = [
+        as_phase("later", [Event(1, 5), Event(1, -5)]),
+        as_phase("later", [Event(2, 9)]),
+        as_phase("x", [Event(3, 1)]),
+    ]
+    assert [(phase.name, phase.bytes) for phase in replay(phases, CpuRules(None)).phases] == [("later", 9), ("x", 10)]

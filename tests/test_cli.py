@@ -1,0 +1,241 @@
+"""The command line, as a user's shell sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autoaccum import Plan
+
+TINY = '''
+import torch
+from autoaccum import Workload
+
+print("a workload may print what it likes")
+
+def workload():
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(200, 64), torch.randint(4, (200,)))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Dropout(0.2), torch.nn.ReLU(), torch.nn.Linear(128, 4))
+    loader = lambda: torch.utils.data.DataLoader(data, batch_size=10, shuffle=True)
+    return Workload(model, data[:4], loader=loader)
+
+def slow():
+    import dataclasses, time
+    work = workload()
+    def loss(model, batch):
+        time.sleep(0.02)
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+    return dataclasses.replace(work, loss=loss)
+
+def broken():
+    raise ValueError("a mistake of the user's")
+
+def other():
+    return 3
+'''
+
+
+def run(*args: str, cwd: Path, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from autoaccum.cli import main; main()", *args]
+    out = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
+    assert code is None or out.returncode == code, out.stdout + out.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a workload and a plan of it: 64 in four micro-batches."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.py").write_text(TINY)
+    plan = ["plan", "--target-batch", "64", "--max-micro-batch", "16", "--workload"]
+    first = run(*plan, "tiny.py:workload", "-o", "plan.json", cwd=folder)
+    assert "4 accumulation steps: 4 of 16 samples = 64" in first.stdout
+    assert "a workload may print" in first.stderr and "a workload may print" not in first.stdout
+    run(*plan, "tiny.py:slow", "-o", "slow.json", cwd=folder)
+    return folder
+
+
+def test_json_is_alone_on_stdout(folder: Path) -> None:
+    out = run("plan", "--target-batch", "8", "--workload", "tiny.py:workload", "--no-verify", "--json", cwd=folder)
+    plan = Plan.from_json(out.stdout)
+    assert plan.split == (8,) and plan.workload == "tiny.py:workload" and json.loads(out.stdout)["schema_version"] == 1
+
+
+def test_a_plan_file_is_not_overwritten_unless_forced(folder: Path) -> None:
+    out = run("plan", "--target-batch", "8", "-o", "plan.json", cwd=folder, code=2)
+    assert "plan.json exists already" in out.stderr and "--force" in out.stderr
+
+
+def test_explain_needs_no_model_and_no_torch(folder: Path) -> None:
+    out = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from autoaccum.cli import main; main()"]
+        + ["explain", str(folder / "plan.json")],
+        capture_output=True, text=True, cwd=folder.parent,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    for told in ("later micro-batch", "optimizer step", "3 would need", "fewer steps", "you named it", "Sequential"):
+        assert told in out.stdout or told == "you named it"
+
+
+def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> None:
+    out = run("plan", "--target-batch", "64", "--memory", "300MiB", "--workload", "tiny.py:workload", cwd=folder, code=3)
+    assert out.stdout == "" and out.stderr.count("\n") <= 5
+    assert "bytes) are missing" in out.stderr and "What would help: --memory" in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "told"),
+    [
+        (["plan", "--target-batch", "0"], 2, "target batch of 0"),
+        (["plan", "--target-batch", "many"], 2, "valid integer"),
+        (["plan", "--memory", "lots"], 2, "'lots' is not"),
+        (["plan", "--workload", "chatgpt"], 2, "Did you mean --workload chargpt"),
+        (["plan", "--workload", "none.py:workload"], 2, "no file 'none.py'"),
+        (["plan", "--workload", "tiny.py:worklod"], 2, "Did you mean tiny.py:workload"),
+        (["plan", "--workload", "tiny.py:other"], 2, "returned int"),
+        (["plan", "--workload", "tiny.py:broken"], 1, "ValueError: a mistake of the user's"),
+        (["plan", "--device", "cuda"], 2, "not there yet"),
+        (["plan", "--device", "tpu"], 2, "not there yet"),
+        (["explain", "none.json"], 2, "can't be read"),
+        (["run", "none.json"], 2, "can't be read"),
+        (["run", "half.json"], 2, "half.json"),
+        (["plna"], 2, "plna"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_no_traceback(folder: Path, args: list[str], code: int, told: str) -> None:
+    text = (folder / "plan.json").read_text()
+    (folder / "half.json").write_text(text[: len(text) // 2])
+    out = run(*args, cwd=folder, code=code)
+    assert told in out.stderr and "Traceback" not in out.stderr and out.stdout == ""
+
+
+def test_traceback_shows_the_users_own_line(folder: Path) -> None:
+    out = run("plan", "--workload", "tiny.py:broken", "--traceback", cwd=folder, code=1)
+    assert "Traceback" in out.stderr and "tiny.py" in out.stderr and "raise ValueError" in out.stderr
+
+
+def test_run_trains_every_sample_and_says_so(folder: Path) -> None:
+    out = run("run", "plan.json", "--epochs", "2", "--json", cwd=folder)
+    result = json.loads(out.stdout)
+    assert result["steps"] == 8 and result["samples"] == 400 and result["accumulation_steps"] == 1
+    assert "\r" not in out.stderr  # no progress bar where stderr is no terminal
+
+
+def test_run_refuses_a_plan_for_another_model(folder: Path) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["fingerprint"]["model"] = "Another 0123"
+    (folder / "other.json").write_text(json.dumps(plan))
+    out = run("run", "other.json", cwd=folder, code=1)
+    assert "Another 0123" in out.stderr and "Plan again" in out.stderr
+
+
+def parameters(path: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, Any] = torch.load(path, weights_only=False)
+    return state["runner"]["model"]
+
+
+def test_an_interrupted_and_resumed_run_ends_bitwise_like_one_that_was_not(folder: Path) -> None:
+    run("run", "plan.json", "--epochs", "2", "--checkpoint", "whole.pt", cwd=folder)
+    run("run", "plan.json", "--epochs", "2", "--steps", "3", "--checkpoint", "parts.pt", cwd=folder)
+    run("run", "plan.json", "--epochs", "2", "--steps", "6", "--checkpoint", "parts.pt", cwd=folder)
+    out = run("run", "plan.json", "--epochs", "2", "--checkpoint", "parts.pt", "--json", cwd=folder)
+    assert json.loads(out.stdout)["steps"] == 8
+    whole, parts = parameters(folder / "whole.pt"), parameters(folder / "parts.pt")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_ctrl_c_stops_at_a_windows_end_with_a_checkpoint(folder: Path) -> None:
+    command = [sys.executable, "-c", "from autoaccum.cli import main; main()", "run", "slow.json", "--epochs", "50"]
+    process = subprocess.Popen(
+        [*command, "--checkpoint", "stopped.pt", "--checkpoint-seconds", "0"],
+        cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    _wait_for(folder / "stopped.pt")
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    state = torch.load(folder / "stopped.pt", weights_only=False)
+    assert state["place"]["windows"] < 4 and state["runner"]["number"] >= 1
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint(folder: Path) -> None:
+    command = [sys.executable, "-c", "from autoaccum.cli import main; main()", "run", "slow.json", "--epochs", "50"]
+    for round in range(2):
+        process = subprocess.Popen(
+            [*command, "--checkpoint", "killed.pt", "--checkpoint-seconds", "0"], cwd=folder, start_new_session=True
+        )
+        _wait_for(folder / "killed.pt")
+        time.sleep(0.1 + 0.37 * round)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        state = torch.load(folder / "killed.pt", weights_only=False)
+        assert state["runner"]["number"] >= 1
+
+
+def _wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, "no checkpoint was written"
+        time.sleep(0.05)
+
+
+def test_a_broken_checkpoint_is_refused_in_words(folder: Path) -> None:
+    (folder / "broken.pt").write_bytes(b"PK\x03\x04 half of a checkpoint")
+    out = run("run", "plan.json", "--checkpoint", "broken.pt", cwd=folder, code=2)
+    assert "can't be read" in out.stderr and "remove it" in out.stderr
+
+
+def test_doctor_prints_versions_limits_and_devices(folder: Path) -> None:
+    out = run("doctor", "--json", cwd=folder)
+    facts = json.loads(out.stdout)
+    assert facts["torch"] == torch.__version__.split("+")[0] or torch.__version__.startswith(facts["torch"])
+    for name in ("python", "system", "processors", "available", "data limit", "torch threads", "cuda devices"):
+        assert name in facts
+    assert facts["fixed mmap threshold"] == "available"
+
+
+def test_importing_and_help_are_quick_and_load_nothing_heavy() -> None:
+    heavy = "['torch', 'pandas', 'optuna', 'numpy', 'pydantic', 'rich', 'transformers']"
+    for code in ("import autoaccum", "from autoaccum import cli"):
+        check = f"{code}; import sys; print([name for name in {heavy} if name in sys.modules])"
+        out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+        assert out.stdout.strip() == "[]"
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "autoaccum", "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.3
+
+
+def test_the_options_of_the_command_line_are_frozen() -> None:
+    import click
+    from typer.main import get_command
+
+    from autoaccum.cli import app
+
+    group: Any = get_command(app)
+    found = {
+        name: sorted(option for parameter in command.params for option in parameter.opts if option.startswith("--"))
+        for name, command in group.commands.items()
+    }
+    assert click is not None
+    assert found == {
+        "doctor": ["--json"],
+        "explain": ["--json"],
+        "plan": [
+            "--device", "--force", "--headroom", "--json", "--max-micro-batch", "--memory", "--output",
+            "--target-batch", "--verify", "--workload",
+        ],
+        "run": ["--checkpoint", "--checkpoint-seconds", "--epochs", "--json", "--steps"],
+    }  # fmt: skip

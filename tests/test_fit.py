@@ -1,0 +1,287 @@
+"""fit_plan: what it finds, and that it leaves no trace. Whole plans of tiny models on this CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_restore import CASES, Case, assert_as_before, busy, dump, loss, net
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from autoaccum import DoesNotFit, UsageError, Workload, assemble, cpu, fit, fit_plan, observe, step
+from autoaccum.process_memory import committed_bytes
+
+BUDGET = "8GiB"
+
+
+def batch(case: Case, n: int = 4) -> Any:
+    inputs = torch.randint(0, 8, (n, 8)) if case.ids else torch.randn(n, 8)
+    return inputs, torch.randint(0, 4, (n,))
+
+
+def workload(case: Case, **more: Any) -> Workload:
+    how = {"loss": loss, "optimizer": case.optimizer, "scaler": case.scaler, "scheduler": case.scheduler}
+    return Workload(case.model, batch(case), clip_grad_norm=case.clip, **(how | more))
+
+
+def plan_of(work: Workload, **how: Any) -> Any:
+    return fit_plan(work, **{"target_batch": 64, "budget": BUDGET, "max_micro_batch": 16} | how)
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_planning_leaves_everything_bitwise_as_it_was(make: Callable[[], Case]) -> None:
+    case = make()
+    work = workload(case)
+    before = dump(case)
+    plan = plan_of(work)
+    assert_as_before(case, before)
+    assert plan.verified and plan.split == (16, 16, 16, 16)
+
+
+@pytest.mark.parametrize("make", [net, lambda: net(nn.BatchNorm1d(16), nn.Dropout(0.3))])
+def test_an_optimizer_made_for_the_occasion_leaves_no_trace_either(make: Callable[[], nn.Module]) -> None:
+    model = make().eval()
+    case = Case(model, torch.optim.SGD(model.parameters()))
+    work = Workload(model, batch(case), scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))
+    before = dump(case)
+    plan_of(work)
+    assert_as_before(case, before)
+
+
+class Boom(Exception):
+    pass
+
+
+class RaiseInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, error: BaseException) -> torch.Tensor:
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise ctx.error
+
+
+def failing_loss(error: BaseException, call: int, *, backward: bool) -> Callable[..., torch.Tensor]:
+    calls = 0
+
+    def failing(model: nn.Module, given: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call and not backward:
+            raise error
+        value = loss(model, given)
+        return RaiseInBackward.apply(value, error) if calls == call else value
+
+    return failing
+
+
+# Calls of the loss: 1 the scout, 2 the pair test (no backward), 3-4 at five samples, 5-6 at seven, then verification.
+@pytest.mark.parametrize("error", [Boom("boom"), KeyboardInterrupt()], ids=["exception", "Ctrl-C"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 6, 8, 11])
+def test_an_error_in_any_micro_batch_leaves_no_trace(error: BaseException, call: int, backward: bool) -> None:
+    case = busy()
+    work = workload(case, loss=failing_loss(error, call, backward=backward and call != 2))
+    before = dump(case)
+    with pytest.raises(type(error)):
+        plan_of(work)
+    assert_as_before(case, before)
+
+
+@pytest.mark.parametrize("error", [Boom("boom"), KeyboardInterrupt()], ids=["exception", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (step, "_optimizer_step"),
+        (step, "run_between"),
+        (step, "open_parts"),
+        (cpu, "record"),
+        (cpu, "read_budget"),
+        (cpu, "measure"),
+        (observe, "lift"),
+        (fit, "_solve"),
+        (assemble, "plan"),
+    ],
+)
+def test_an_error_in_any_phase_leaves_no_trace(
+    owner: Any, name: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[1]()
+    work = workload(case)
+    before = dump(case)
+    real = getattr(owner, name)
+
+    def fails_afterwards(*args: Any, **kwargs: Any) -> Any:
+        real(*args, **kwargs)
+        raise error
+
+    monkeypatch.setattr(owner, name, fails_afterwards)
+    with pytest.raises(type(error)):
+        plan_of(work)
+    assert_as_before(case, before)
+
+
+def test_the_loader_is_not_consumed() -> None:
+    data = TensorDataset(torch.randn(32, 8), torch.randint(0, 4, (32,)))
+    taken = []
+
+    class Counting(DataLoader):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            taken.append(1)
+            return super().__iter__()
+
+    loader = Counting(data, batch_size=8, shuffle=True)
+    plan_of(Workload(net(), data[:4], loader=loader))
+    assert taken == []
+
+
+def test_the_sum_of_the_split_is_the_target_whatever_fits() -> None:
+    for most in (1, 3, 7, 61, 64):
+        plan = plan_of(Workload(net(), (torch.randn(4, 8), torch.zeros(4).long())), max_micro_batch=most, verify=False)
+        assert sum(plan.split) == 64 and plan.micro_batch <= most and len(plan.split) == -(-64 // most)
+        assert not plan.verified
+
+
+def wide(rows: int = 4) -> Workload:
+    """A sample of 64 KiB with activations of some MiB, so that a budget binds."""
+    model = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 8))
+    data = torch.randn(rows, 1024, 8), torch.randn(rows, 1024, 8)
+    return Workload(model, data, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]))
+
+
+def test_a_budget_is_kept_and_the_next_smaller_number_of_steps_would_not_have_fitted() -> None:
+    budget = committed_bytes() + 300 * 2**20
+    plan = fit_plan(wide(), target_batch=256, budget=budget)
+    assert plan.verified and plan.measured_peak_bytes is not None
+    assert 1 < plan.accumulation_steps < 256 and sum(plan.split) == 256
+    assert plan.measured_peak_bytes <= budget and plan.predicted_peak_bytes <= 0.98 * budget
+    assert abs(plan.predicted_peak_bytes / plan.measured_peak_bytes - 1) < 0.03
+    fewer = -(-256 // (plan.accumulation_steps - 1))
+    row = next(row for row in plan.peaks if row.micro_batch == fewer)
+    assert plan.base_bytes + plan.data_bytes + row.peak_bytes(2) > 0.98 * budget
+    assert f"{plan.accumulation_steps - 1} step" in plan.reasons["accumulation_steps"]
+
+
+def test_without_a_target_the_largest_micro_batch_is_the_batch() -> None:
+    budget = committed_bytes() + 200 * 2**20
+    plan = fit_plan(wide(), budget=budget)
+    assert plan.accumulation_steps == 1 and plan.target_batch == plan.micro_batch > 10
+    assert plan.measured_peak_bytes is not None and plan.measured_peak_bytes <= budget
+
+
+def test_out_of_reach_says_by_how_many_bytes() -> None:
+    budget = committed_bytes() - 50 * 2**20
+    with pytest.raises(DoesNotFit) as caught:
+        fit_plan(wide(), target_batch=64, budget=budget)
+    assert caught.value.exit_code == 3 and caught.value.missing_bytes > 50 * 2**20
+    assert f"{caught.value.missing_bytes:,} bytes" in str(caught.value) and "--memory" in caught.value.hint
+
+
+class Erratic(nn.Module):
+    """Its workspace jumps up and down with the batch: nothing at other sizes tells what it takes at this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scratch = torch.ones((len(x) * 2654435761 % 97 + 3) * 2**20, dtype=torch.uint8)
+        del scratch
+        return self.linear(x)
+
+
+def test_a_model_that_cannot_be_lifted_is_bracketed_and_the_plan_says_why() -> None:
+    data = torch.randn(4, 16, 64), torch.randn(4, 16, 8)
+    work = Workload(Erratic(), data, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]))
+    budget = committed_bytes() + 250 * 2**20
+    plan = fit_plan(work, target_batch=2048, budget=budget)
+    assert plan.method == "bracketed"
+    assert "don't follow" in plan.reasons["method"] and any("Bracketed" in note for note in plan.notes)
+    assert sum(plan.split) == 2048
+    assert plan.measured_peak_bytes is not None and plan.measured_peak_bytes <= budget
+
+
+def test_a_budget_too_small_for_two_primes_is_recorded_size_by_size() -> None:
+    budget = committed_bytes() + 110 * 2**20
+    data = torch.randn(2, 16384, 64), torch.randn(2, 16384, 8)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    work = Workload(model, data, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]))
+    plan = fit_plan(work, target_batch=6, budget=budget)
+    assert plan.method == "bracketed" and "too small" in plan.reasons["method"]
+    assert plan.measured_peak_bytes is not None and plan.measured_peak_bytes <= budget
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"target_batch": 0}, "target_batch is 0"),
+        ({"target_batch": -3}, "at least 1"),
+        ({"target_batch": 2.5}, "target_batch is 2.5"),
+        ({"target_batch": 3, "world_size": 4}, "can't be shared by 4 ranks"),
+        ({"budget": "much"}, "'much' is not"),
+        ({"budget": "1GiB", "headroom": "2GiB"}, "leaves nothing"),
+        ({"device": "cuda"}, "on cpu, not on cuda"),
+        ({"max_micro_batch": 0}, "max_micro_batch is 0"),
+    ],
+)
+def test_bad_input_is_refused_in_words(how: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        fit_plan(net(), batch(busy()), **how)
+
+
+def test_a_batch_of_unequal_lengths_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"batch\[1\]"):
+        fit_plan(net(), (torch.randn(4, 8), torch.zeros(3).long()), target_batch=8)
+
+
+def test_a_model_that_returns_a_tuple_is_refused_with_what_to_write() -> None:
+    model = nn.LSTM(8, 4, batch_first=True)
+    with pytest.raises(UsageError, match="tuple") as caught:
+        fit_plan(model, (torch.randn(4, 3, 8), torch.zeros(4, 3).long()), target_batch=8)
+    assert "loss=" in caught.value.hint
+
+
+def test_a_linear_model_tells_its_own_sample() -> None:
+    case = Case(net(), torch.optim.SGD(net().parameters()))
+    before = dump(case)
+    plan = fit_plan(case.model, target_batch=32, budget=BUDGET)
+    assert_as_before(case, before)
+    assert any("8 features a sample" in note for note in plan.notes)
+    assert plan.split == (32,)
+
+
+def test_a_hugging_face_model_tells_its_own_sample() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    plan = fit_plan(transformers.GPT2LMHeadModel(config), target_batch=16, budget=BUDGET)
+    assert any("32 tokens" in note and "Assumed" in note for note in plan.notes)
+    assert plan.signature[0].trailing_shape == (32,)
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), "torch.randn(2, 3, 224, 224)"),
+        (nn.Embedding(50, 4), "torch.randint(50, (2,"),
+    ],
+)
+def test_a_model_that_does_not_tell_gets_the_line_to_write(model: nn.Module, line: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        fit_plan(model, target_batch=8)
+    assert line in caught.value.hint
+
+
+def test_batch_statistics_keep_two_samples_in_a_micro_batch() -> None:
+    work = Workload(net(nn.BatchNorm1d(16)), (torch.randn(4, 8), torch.zeros(4).long()))
+    plan = plan_of(work, target_batch=9, max_micro_batch=3, verify=False)
+    assert plan.split == (3, 3, 3)
+    with pytest.raises(UsageError, match="9 samples can't be cut into micro-batches of at least 2 and at most 2"):
+        plan_of(work, target_batch=9, max_micro_batch=2)
+    with pytest.raises(UsageError, match="smallest micro-batch allowed, 2"):
+        plan_of(work, target_batch=9, max_micro_batch=1)

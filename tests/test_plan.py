@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from strategies import made_up_plan, plans
+
+import autoaccum
+from autoaccum.errors import PlanFileError, UsageError
+from autoaccum.files import write_whole
+from autoaccum.plan import SCHEMA_VERSION, Plan, smaller_steps_need
+
+HERE = Path(__file__).parent
+PURE = ("solve", "program", "allocator", "recording", "plan", "budget", "units", "files", "errors", "explain")
+
+
+def refused(text: str) -> PlanFileError:
+    """The three-part error that reading that text is."""
+    with pytest.raises(PlanFileError) as raised:
+        Plan.from_json(text)
+    assert all((raised.value.what, raised.value.why, raised.value.hint))
+    assert len(str(raised.value).splitlines()) >= 3
+    return raised.value
+
+
+def changed(**changes: Any) -> str:
+    """The JSON of a plan in which some things are otherwise."""
+    return json.dumps(json.loads(made_up_plan().to_json()) | changes)
+
+
+# The value.
+
+
+def test_a_plan_is_frozen() -> None:
+    plan = made_up_plan()
+    for field in dataclasses.fields(plan):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(plan, field.name, None)
+
+
+def test_made_up_plans_leave_no_field_to_its_default() -> None:
+    plan = made_up_plan()
+    for field in dataclasses.fields(plan):
+        assert field.default is dataclasses.MISSING or getattr(plan, field.name) != field.default or (
+            field.name == "schema_version"
+        )
+
+
+def test_a_plan_with_every_field_comes_back_from_json_the_same() -> None:
+    plan = made_up_plan()
+    back = Plan.from_json(plan.to_json())
+    assert back == plan
+    assert [type(getattr(back, f.name)) for f in dataclasses.fields(plan)] == [
+        type(getattr(plan, f.name)) for f in dataclasses.fields(plan)
+    ]
+    assert back.to_json() == plan.to_json()
+
+
+@given(plan=plans())
+def test_a_plan_of_any_numbers_and_texts_comes_back_from_json_the_same_and_explains_itself(plan: Plan) -> None:
+    back = Plan.from_json(plan.to_json())
+    assert back == plan
+    assert back.explain() == plan.explain()
+
+
+def test_a_plan_comes_back_from_its_file_the_same(tmp_path: Path) -> None:
+    plan = made_up_plan(workload="für ☃.py:f")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_the_smaller_share_of_uneven_ranks_is_a_plan_too() -> None:
+    plan = made_up_plan(target_batch=10, world_size=3, split=(2, 1), micro_batch=2, accumulation_steps=2)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+# Files that are no plans.
+
+
+@pytest.mark.parametrize("part", range(50))
+def test_a_plan_that_is_cut_short_anywhere_is_refused(part: int, tmp_path: Path) -> None:
+    text = made_up_plan().to_json().rstrip()
+    refused(text[: len(text) * part // 50])
+    (tmp_path / "plan.json").write_text(text[: len(text) * part // 50])
+    with pytest.raises(PlanFileError):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", "{}", "3", '"plan"', "NaN", '{"kind": "lock file"}', '{"kind": ["autoaccum plan"]}', "[" * 10**5,
+     "1" * 10**4, '{"kind": "autoaccum plan"}', "\x00", "\ufeff{}"],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_foreign_json_is_refused(text: str) -> None:
+    refused(text)
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 99])
+def test_a_plan_of_a_newer_version_is_refused_and_says_what_to_do(version: int) -> None:
+    error = refused(changed(schema_version=version))
+    assert str(version) in error.what
+    assert "upgrade" in error.hint
+
+
+@pytest.mark.parametrize("version", ["1", None, True, 1.5, 0, -1])
+def test_a_schema_version_that_cannot_be_is_refused(version: Any) -> None:
+    refused(changed(schema_version=version))
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Plan) if f.default is dataclasses.MISSING])
+def test_a_plan_that_lacks_a_field_is_refused_by_its_name(name: str) -> None:
+    fields = json.loads(made_up_plan().to_json())
+    del fields[name]
+    assert name in refused(json.dumps(fields)).what
+    assert name in refused(changed(**{name: {"x": [None]}})).what
+
+
+BUDGET = json.loads(made_up_plan().to_json())["budget"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"split": [52, 51, 51, 51, 50]},
+        {"split": [52, 51, 51, 51, 52]},
+        {"split": [256]},
+        {"split": []},
+        {"split": [], "accumulation_steps": 0},
+        {"split": [256, 0, 0, 0, 0], "micro_batch": 256},
+        {"split": [309, -53, 0, 0, 0], "micro_batch": 309},
+        {"accumulation_steps": 4},
+        {"micro_batch": 51},
+        {"target_batch": 256},
+        {"world_size": 1},
+        {"world_size": 0},
+        {"budget": {**BUDGET, "binds": "nothing"}},
+        {"budget": {**BUDGET, "bytes": 0}},
+        {"phases": {"warm-up": 5}},
+        {"recordings": []},
+        {"reasons": {}},
+        {"measured_peak_bytes": 0},
+        {"resident_peak_bytes": None},
+    ],
+    ids=str,
+)
+def test_a_plan_that_does_not_add_up_is_refused(changes: dict[str, Any]) -> None:
+    assert "does not add up" in refused(changed(**changes)).what
+
+
+@pytest.mark.parametrize("content", [b"\x80\x04\x95", b"\x00" * 100, bytes(range(256)), b"PK\x03", b"\xff\xfe{\x00"])
+def test_binary_garbage_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(PlanFileError) as raised:
+        Plan.load(tmp_path / "plan.json")
+    assert all((raised.value.what, raised.value.why, raised.value.hint))
+
+
+@pytest.mark.parametrize("name", ["missing.json", ".", "no/such/folder/plan.json", "nul\0.json", "x" * 300])
+def test_a_file_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError) as raised:
+        Plan.load(f"{tmp_path}/{name}")
+    assert all((raised.value.what, raised.value.why, raised.value.hint))
+
+
+# Writing.
+
+
+@pytest.mark.parametrize("name", [".", "no/such/folder/plan.json", "nul\0.json", "x" * 300])
+def test_a_file_that_cannot_be_written_is_a_usage_error_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(UsageError) as raised:
+        made_up_plan().save(f"{folder}/{name}")
+    assert all((raised.value.what, raised.value.why, raised.value.hint))
+    assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_full_disk_is_a_usage_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    def full(file: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    made_up_plan().save(tmp_path / "plan.json")
+    with pytest.raises(UsageError, match="No space left"):
+        write_whole(tmp_path / "plan.json", full)
+    assert Plan.load(tmp_path / "plan.json") == made_up_plan()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_interrupt_while_writing_goes_through_and_leaves_the_old_file(tmp_path: Path) -> None:
+    def interrupted(file: object) -> None:
+        raise KeyboardInterrupt
+
+    write_whole(tmp_path / "file", b"old")
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "file", interrupted)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_the_file_has_the_rights_that_the_users_mask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "file", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_process_that_is_killed_while_it_saves_leaves_a_whole_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from strategies import made_up_plan\n"
+        "plans = [made_up_plan(notes=('x' * 2_000_000,)), made_up_plan(notes=('y',))]\n"
+        "while True:\n"
+        "    for plan in plans:\n"
+        f"        plan.save({str(path)!r})\n"
+        "        print('saved', flush=True)\n"
+    )
+    made_up_plan().save(path)
+    for attempt in range(6):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "saved\n"
+        time.sleep(0.005 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert Plan.load(path).target_batch == 512
+
+
+# Explaining.
+
+
+def without_torch(code: str) -> str:
+    """What code prints in a process where torch can't be imported."""
+    code = f"import sys\nsys.modules['torch'] = None\nsys.path.insert(0, {str(HERE)!r})\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_plan_is_explained_from_its_file_alone_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+    made_up_plan().save(tmp_path / "plan.json")
+    told = without_torch(
+        f"from autoaccum import Plan\nprint(Plan.load({str(tmp_path / 'plan.json')!r}).explain())"
+    )
+    for phase in ("first micro-batch", "later micro-batch", "optimizer step", "between windows"):
+        assert phase in told
+    assert "4 would need micro-batches of up to 64, 2.36 GiB in all: 412.0 MiB over the budget" in told
+    assert "1 of 52 and 4 of 51 samples = 256 x 2 ranks" in told
+    assert "a reason for accumulation_steps" in told
+
+
+def test_the_next_smaller_number_of_steps_needs_what_the_table_says() -> None:
+    plan = made_up_plan()
+    assert smaller_steps_need(plan.peaks, 256, 5, 100) == (64, 100 + 2100 * 2**20)
+    assert smaller_steps_need(plan.peaks, 64, 2, 100) == (64, 100 + 1900 * 2**20)  # one step: no later micro-batch
+    assert smaller_steps_need(plan.peaks, 256, 4, 100) is None
+    assert smaller_steps_need(plan.peaks, 256, 1, 100) is None
+
+
+def test_plans_without_verification_or_with_one_step_explain_themselves() -> None:
+    told = made_up_plan(
+        measured_peak_bytes=None, resident_peak_bytes=None, fresh_pages_share=None, window_seconds=None,
+        split=(256,), micro_batch=256, accumulation_steps=1,
+    ).explain()  # fmt: skip
+    assert "not verified" in told
+    assert "there are none: one step is the least" in told
+
+
+def test_a_workload_called_script_is_shown_and_not_run() -> None:
+    bad = "<script>alert(1)</script>"
+    plan = made_up_plan(workload=bad, device=bad, exactness=bad, notes=(bad,), binds=bad, fingerprint={bad: bad})
+    shown = plan._repr_html_()
+    assert "<script" not in shown
+    assert "&lt;script&gt;" in shown
+
+
+# What is loaded, and what is public.
+
+
+@pytest.mark.parametrize("room", PURE)
+def test_a_pure_room_works_without_torch_and_loads_none(room: str) -> None:
+    assert without_torch(f"import autoaccum.{room}\nprint('fine')") == "fine\n"
+    code = f"import sys, autoaccum.{room}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "pandas", "optuna"} & set(loaded)
+
+
+def test_importing_autoaccum_loads_nothing_heavy() -> None:
+    code = "import sys, autoaccum\nprint(*{m.split('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "pandas", "optuna", "pydantic", "typer", "rich"} & set(loaded)
+
+
+def test_the_public_names_are_these_and_each_can_be_imported() -> None:
+    assert sorted(autoaccum.__all__) == [
+        "AutoaccumError",
+        "BatchError",
+        "DoesNotFit",
+        "OutOfMemory",
+        "Plan",
+        "PlanFileError",
+        "PlanMismatch",
+        "RestoreError",
+        "Runner",
+        "UsageError",
+        "Workload",
+        "fit_plan",
+    ]
+    for name in autoaccum.__all__:
+        assert getattr(autoaccum, name).__name__ == name
+        assert name in dir(autoaccum)
+    with pytest.raises(AttributeError, match="no attribute"):
+        autoaccum.nothing  # noqa: B018
