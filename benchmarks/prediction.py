@@ -18,13 +18,20 @@ LIMITS = (1.03, 0.97)
 STEPS = 2
 
 
-def predict(name: str, sizes: list[int]) -> dict[str, Any]:
-    """In a process of its own: records as planning does, and predicts each size's increment and whole peak."""
+def predict(name: str, heap_free: dict[str, int]) -> dict[str, Any]:
+    """In a process of its own: records as planning does, and predicts each size's increment and whole peak.
+
+    Args:
+        name: A model.
+        heap_free: By micro-batch, the free bytes that the measuring process had in its heap.
+    """
     from autoaccum import cpu, fit, observe, step
+    from autoaccum.allocator import Start
 
     from .models import make
 
     workload = make(name)
+    sizes = {int(n): free for n, free in heap_free.items()}
     threshold = cpu.prepare()
     with fit._as_it_was(workload) as snapshot:
         subject = observe.Subject(step.open_parts(workload), workload, cpu, threshold)
@@ -36,11 +43,13 @@ def predict(name: str, sizes: list[int]) -> dict[str, Any]:
         base -= snapshot.host_bytes
         sample_bytes = fit._tensor_bytes(subject.tile(1))
         rows = {}
-        for n in sizes:
-            replayed = observe.peak_of(subject, observed, (n,) * STEPS)
-            rows[n] = replayed.peak_bytes + cpu.data_bytes(sample_bytes * n * STEPS)
+        for n, free in sizes.items():
+            data = cpu.data_bytes(sample_bytes * n * STEPS)
+            fresh = observe.peak_of(subject, observed, (n,) * STEPS)
+            there = observe.peak_of(subject, observed, (n,) * STEPS, Start(free))
+            rows[n] = {"peak": base + data + fresh.peak_bytes, "increment": data + there.peak_bytes}
     recorded = [note.micro_batch for note in observed.notes]
-    return {"base": base, "increments": rows, "method": observed.method, "recorded": recorded}
+    return {"rows": rows, "method": observed.method, "recorded": recorded}
 
 
 def measure(name: str, n: int) -> dict[str, Any]:
@@ -61,8 +70,13 @@ def measure(name: str, n: int) -> dict[str, Any]:
     cpu.clean()
     base, start = cpu.read_base()
     measured = fit._run_for_real(subject, (n,) * STEPS)
-    increment = measured.increment_bytes + start.heap_free_bytes
-    return {"base": base, "increment": increment, "resident": measured.resident_bytes, "seconds": measured.seconds}
+    return {
+        "base": base + start.heap_free_bytes,
+        "heap free": start.heap_free_bytes,
+        "increment": measured.increment_bytes,
+        "resident": measured.resident_bytes,
+        "seconds": measured.seconds,
+    }
 
 
 def limited(name: str, n: int, limit_bytes: int) -> dict[str, Any]:
@@ -96,11 +110,11 @@ def _in_process(*arguments: object) -> dict[str, Any]:
     return {"failed": (out.stderr.strip().splitlines() or [f"exit code {out.returncode}"])[-1]}
 
 
-def row(name: str, n: int, predicted: dict[str, Any], limits: tuple[float, ...] = LIMITS) -> dict[str, Any]:
+def row(
+    name: str, n: int, measured: dict[str, Any], predicted: dict[str, Any], limits: tuple[float, ...] = LIMITS
+) -> dict[str, Any]:
     """One line of the table."""
-    measured = _in_process("measure", name, n)
-    increment = predicted["increments"][str(n)]
-    peak = predicted["base"] + increment
+    increment, peak = predicted["rows"][str(n)]["increment"], predicted["rows"][str(n)]["peak"]
     found = {
         "model": name,
         "micro-batch": n,
@@ -123,9 +137,10 @@ def table(names: list[str], sizes: list[int], limits: tuple[float, ...] = LIMITS
     """Every model at every size."""
     rows = []
     for name in names:
-        predicted = _in_process("predict", name, sizes)
+        measured = {n: _in_process("measure", name, n) for n in sizes}
+        predicted = _in_process("predict", name, {n: found["heap free"] for n, found in measured.items()})
         for n in sizes:
-            rows.append(row(name, n, predicted, limits))
+            rows.append(row(name, n, measured[n], predicted, limits))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 

@@ -400,6 +400,9 @@ def test_packed_micro_batches_train_but_cannot_be_cut_again(fails: bool) -> None
 class Marker:
     """Lives as long as the graph node that holds it."""
 
+    me: Marker
+    held: torch.Tensor
+
 
 class Marked(torch.autograd.Function):
     @staticmethod
@@ -416,21 +419,29 @@ class Marked(torch.autograd.Function):
 
 @each_error
 @each_place
-@pytest.mark.parametrize("wrapped", [False, True], ids=["as raised", "wrapped by the loss"])
-def test_what_failed_is_freed_before_the_retry_begins(
-    wrapped: bool, where: str, error: Callable[[], BaseException]
-) -> None:
-    fault, alive, found = Fault(error), list[Any](), list[int]()
+@pytest.mark.parametrize("how", ["as raised", "wrapped", "kept", "in a cycle"])
+def test_what_failed_is_freed_before_the_retry_begins(how: str, where: str, error: Callable[[], BaseException]) -> None:
+    fault, alive, found, kept = Fault(error), list[Any](), list[int](), list[BaseException]()
     fault.at = {1: where}
+
+    def raised() -> BaseException:
+        kept.append(error())
+        return kept[-1]
+
+    if how == "kept":  # by somebody's log, say
+        fault.error = raised
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         if torch.is_grad_enabled() and fault.forwards == 2:
             found.append(sum(ref() is not None for ref in alive))
         x = Marked.apply(batch[0].clone().requires_grad_(), alive)  # type: ignore[no-untyped-call]
+        if how == "in a cycle":
+            cycle = Marker()
+            cycle.me, cycle.held = cycle, x
         try:
             return default_loss(model, (x, batch[1]))
         except (RuntimeError, MemoryError) as inner:
-            if not wrapped:
+            if how != "wrapped":
                 raise
             raise MemoryError("no memory, says the loss") from inner
 

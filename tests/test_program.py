@@ -193,6 +193,20 @@ def test_a_module_that_keeps_its_last_activation_keeps_one_however_many_micro_ba
         assert traced(window(program, (9,) * k)) == truth.window((9,) * k)
 
 
+def test_a_list_that_grows_before_the_activation_is_kept_takes_no_activations_place() -> None:
+    """Both of one size: a micro-batch replaces the activation (2 by 4), the optimizer step ends the list (1, 3)."""
+
+    def recording(n: int) -> Recording:
+        first = (Event(1, 1000 * n), Event(2, 1000 * n))
+        later = (Event(3, 1000 * n), Event(4, 1000 * n), Event(2, -1000 * n))
+        last = (Event(1, -1000 * n), Event(3, -1000 * n))
+        return Recording(n, (Phase(FIRST, first), Phase(LATER, later), Phase(OPTIMIZER, last)))
+
+    program = lift([recording(5), recording(7)])
+    for k in WINDOWS:
+        assert check_sound(window(program, (9,) * k)) == Counter({9000: 1})
+
+
 def test_a_block_carried_over_a_change_of_size_is_freed_with_the_size_it_was_made_with() -> None:
     split = (9, 9, 8, 8, 8)
     phases = window(lift([kept_activation().recording(5), kept_activation().recording(7)]), split)

@@ -1,0 +1,170 @@
+"""The Runner against the loop of a PyTorch tutorial with the same splits: `python -m benchmarks.speed`.
+
+Both train the same model in one process, window by window in turn, so that the machine's moods hit both alike; the
+ratio is that of the medians. The tutorial's loop runs once more in a process with malloc's default setting: what
+predictable memory costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+# model, samples in a window, micro-batches
+CASES = (("char-GPT", 48, 3), ("CNN with BatchNorm", 48, 3), ("MLP", 512, 4), ("ViT", 48, 3))
+WINDOWS = 24
+WARM_UP = 3
+
+
+def tutorial_loop(model: Any, optimizer: Any, pieces: Any) -> None:
+    """As tutorials write it (equal micro-batches, so that dividing by their number is right)."""
+    import torch.nn.functional as F
+
+    for inputs, classes in pieces:
+        logits = model(inputs)
+        loss = F.cross_entropy(logits.flatten(0, -2), classes.flatten()) / len(pieces)
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def alternate(name: str, samples: int, steps: int, windows: int = WINDOWS) -> dict[str, Any]:
+    """Medians of both, window by window in turn, with the malloc setting that plans hold for."""
+    from autoaccum import Runner, fit_plan, split
+    from autoaccum.solve import balanced
+
+    from .models import make
+
+    workload = make(name)
+    plan = fit_plan(workload, target_batch=samples, max_micro_batch=-(-samples // steps), verify=False)
+    runner = Runner(workload, plan)
+    batch = split.tile(workload.sample, samples)
+    pieces = split.split(batch, balanced(samples, steps))
+    seconds: dict[str, list[float]] = {"runner": [], "loop": []}
+    for _ in range(WARM_UP + windows):
+        for kind in seconds:
+            started = time.perf_counter()
+            if kind == "runner":
+                runner.step(batch)
+            else:
+                tutorial_loop(runner.parts.model, runner.parts.optimizer, pieces)
+            seconds[kind].append(time.perf_counter() - started)
+    return {kind: statistics.median(times[WARM_UP:]) for kind, times in seconds.items()}
+
+
+def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) -> dict[str, Any]:
+    """The tutorial's loop in a process whose malloc nobody touched."""
+    from autoaccum import split, step
+    from autoaccum.solve import balanced
+
+    from .models import make
+
+    workload = make(name)
+    parts = step.open_parts(workload)
+    pieces = split.split(split.tile(workload.sample, samples), balanced(samples, steps))
+    seconds = []
+    for _ in range(WARM_UP + windows):
+        started = time.perf_counter()
+        tutorial_loop(parts.model, parts.optimizer, pieces)
+        seconds.append(time.perf_counter() - started)
+    return {"loop": statistics.median(seconds[WARM_UP:])}
+
+
+def solving() -> dict[str, Any]:
+    """Seconds to solve for a recorded program of 10,000 events or more."""
+    from autoaccum import Workload, cpu, fit, observe, step
+
+    from .models import Block
+
+    import torch  # isort: skip
+    from torch import nn
+
+    model = nn.Sequential(*[Block(32, 2) for _ in range(24)])
+    sample = torch.randn(2, 16, 32), torch.randn(2, 16, 32)
+    workload = Workload(model, sample, loss=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
+    subject = observe.Subject(step.open_parts(workload), workload, cpu, cpu.prepare())
+    observed = observe.observe(subject, lambda found: 0, lambda found, n: True)
+    program = observed.program()
+    events = sum(len(steps) for steps in program.phases.values())
+    base, start = cpu.read_base()
+    wish = fit._wish(workload, 512, base + 200 * 2**20, None, None, None, 0, 1)
+    outlook = fit.Outlook(subject, wish, observed, base, start, cpu.read_budget(wish.budget, None), 4096)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        solution = fit._solve(outlook)
+        seconds.append(time.perf_counter() - started)
+    assert solution is not None
+    return {"events": events, "steps": len(solution.split), "seconds": statistics.median(seconds)}
+
+
+def starting() -> dict[str, Any]:
+    """Seconds of `import autoaccum` and of `autoaccum --help`, whole processes, and of Python alone."""
+    codes = {"python": "pass", "import": "import autoaccum", "help": "import sys; sys.argv = ['autoaccum', '--help']"}
+    codes["help"] += "; from autoaccum.cli import main; main()"
+    seconds: dict[str, list[float]] = {name: [] for name in codes}
+    for _ in range(9):
+        for name, code in codes.items():
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _in_process(*arguments: object) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.speed", "--one", json.dumps(arguments)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    for line in out.stdout.splitlines():
+        if line.startswith("RESULT "):
+            found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+            return found
+    raise SystemExit(out.stderr)
+
+
+def table(cases: Any = CASES, windows: int = WINDOWS) -> list[dict[str, Any]]:
+    """A line per case."""
+    rows = []
+    for name, samples, steps in cases:
+        both = _in_process("alternate", name, samples, steps, windows)
+        default = _in_process("default_malloc", name, samples, steps, windows)
+        rows.append(
+            {
+                "model": name,
+                "window": f"{samples} in {steps}",
+                "windows": windows,
+                "runner s": both["runner"],
+                "loop s": both["loop"],
+                "runner / loop": both["runner"] / both["loop"],
+                "loop, default malloc s": default["loop"],
+                "fixed / default malloc": both["loop"] / default["loop"],
+            }
+        )
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    kinds = {"alternate": alternate, "default_malloc": default_malloc, "solving": solving}
+    if args.one:
+        kind, *rest = json.loads(args.one)
+        print("RESULT", json.dumps(kinds[kind](*rest)))
+        return
+    import pandas
+
+    print(pandas.DataFrame(table(windows=args.windows)).to_string(index=False, float_format="{:.3f}".format))
+    print("solving", _in_process("solving"))
+    print("starting", starting())
+
+
+if __name__ == "__main__":
+    main()
