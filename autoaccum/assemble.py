@@ -46,6 +46,7 @@ def plan(
         budget=outlook.budget,
         base_bytes=outlook.base_bytes,
         data_bytes=outlook.data_bytes(sum(split)),
+        history_bytes=max(0, here - fresh),
         predicted_peak_bytes=max(fresh, here),
         measured_peak_bytes=None if measured is None else _measured_peak(outlook, measured, split, verified),
         resident_peak_bytes=None if measured is None else measured.resident_bytes,
@@ -61,7 +62,7 @@ def plan(
         fresh_pages_share=None if measured is None else measured.system_share,
         window_seconds=None if measured is None else _window_seconds(measured, split, verified),
         recordings=tuple(observed.notes),
-        reasons=_reasons(outlook, split, rows, measured, largest),
+        reasons=_reasons(outlook, split, rows, measured, held + max(0, here - fresh)),
         notes=_notes(outlook, assumed),
         workload=workload.name,
     )
@@ -85,7 +86,7 @@ def _largest(outlook: Outlook, split: Split) -> tuple[int, bool]:
     most = recorded if observed.doubt else max(split[0], wish.most if wish.samples else split[0])
     if len(split) == 1:
         return split[0], wish.samples is not None
-    size = largest_micro_batch(outlook.fits, outlook.floor, budget_bytes=outlook.usable_bytes, most=most)
+    size = largest_micro_batch(outlook.fits, outlook.later_floor, budget_bytes=outlook.usable_bytes, most=most)
     return max(size, split[0]), size >= most
 
 
@@ -114,7 +115,7 @@ def _row(size: int, window: Replay) -> PeakRow:
 
 
 def _reasons(
-    outlook: Outlook, split: Split, rows: tuple[PeakRow, ...], measured: Measured | None, largest: int
+    outlook: Outlook, split: Split, rows: tuple[PeakRow, ...], measured: Measured | None, held_bytes: int
 ) -> dict[str, str]:
     usable = show_bytes(outlook.usable_bytes)
     samples, steps = sum(split), len(split)
@@ -124,9 +125,10 @@ def _reasons(
         "largest_micro_batch": f"the largest of which a window of several fits {usable}",
         "base_bytes": "committed by this process before training: interpreter, libraries, the model",
         "data_bytes": f"{samples} samples of {outlook.sample_bytes:,} bytes, kept until their optimizer step is done",
+        "history_bytes": "holes that planning left in this process's heap and that large blocks can't use",
         "budget_bytes": f"the tightest of the limits ({outlook.budget.binds}) less the headroom",
     }
-    smaller = smaller_steps_need(rows, samples, steps, outlook.base_bytes + outlook.data_bytes(samples))
+    smaller = smaller_steps_need(rows, samples, steps, held_bytes)
     if smaller is not None:
         size, needed = smaller
         reasons["accumulation_steps"] += (

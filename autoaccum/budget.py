@@ -14,6 +14,7 @@ from .process_memory import PAGE_BYTES, committed_bytes, read_memory
 from .units import parse_bytes, parse_part, show_bytes
 
 DEFAULT_HEADROOM = "10%"  # of what the machine has free, where nobody named a limit: others use it too
+_NO_LIMIT_BYTES = 1 << 60  # version 1 of cgroups writes "no limit" as the largest multiple of a page
 
 
 @dataclass(frozen=True)
@@ -111,29 +112,44 @@ def _address_space_bytes() -> int:
 
 
 def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int] | None:
-    """Limit and use of the tightest memory cgroup (version 2) around this process, file cache not counted as used."""
+    """Limit and use of the tightest memory cgroup around this process, file cache not counted as used.
+
+    Version 2's files (Documentation/admin-guide/cgroup-v2.rst), or version 1's (cgroup-v1/memory.rst).
+    """
     try:
-        path = next(line.split("::", 1)[1] for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
         return None
+    found = []
+    for _, controllers, path in (group for group in groups if len(group) == 3):
+        if not controllers:
+            found += _limits_above(root, path, "memory.max", "memory.current", "inactive_file ")
+        elif "memory" in controllers.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "
+            found += _limits_above(root / "memory", path, *names)
+    return min(found, key=lambda pair: pair[0] - pair[1], default=None)
+
+
+def _limits_above(root: Path, path: str, limit_name: str, used_name: str, cache_name: str) -> list[tuple[int, int]]:
+    """Limit and use of a group and of those around it."""
     found: list[tuple[int, int]] = []
     folder = root / path.strip().lstrip("/")
     for place in (folder, *folder.parents):
         if not place.is_relative_to(root):
             break
         try:
-            limit = (place / "memory.max").read_text().strip()
-            if limit != "max":
-                used = int((place / "memory.current").read_text())
-                found.append((int(limit), max(0, used - _file_cache_bytes(place / "memory.stat"))))
+            limit = (place / limit_name).read_text().strip()
+            if limit != "max" and int(limit) < _NO_LIMIT_BYTES:
+                used = int((place / used_name).read_text())
+                found.append((int(limit), max(0, used - _file_cache_bytes(place / "memory.stat", cache_name))))
         except (OSError, ValueError):
             continue
-    return min(found, key=lambda pair: pair[0] - pair[1], default=None)
+    return found
 
 
-def _file_cache_bytes(stat: Path) -> int:
+def _file_cache_bytes(stat: Path, name: str) -> int:
     """What the kernel can drop at once; 0 where it doesn't say, on the safe side."""
     try:
-        return next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith("inactive_file "))
+        return next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith(name))
     except (OSError, ValueError, IndexError, StopIteration):
         return 0

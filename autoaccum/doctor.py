@@ -49,7 +49,7 @@ def torch_facts() -> dict[str, Any]:
         "torch threads": torch.get_num_threads(),
         "torch after import": f"{show_bytes(process_memory.committed_bytes())} committed",
         "fixed mmap threshold": "available" if process_memory.fix_mmap_threshold() else "not with this C library",
-        "mkldnn": torch.backends.mkldnn.is_available(),
+        "mkldnn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
     }
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     facts["cuda devices"] = count

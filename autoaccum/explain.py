@@ -99,6 +99,8 @@ def _phases(plan: Plan) -> list[str]:
     lines = [f"peak of each phase (predicted; {plan.binds} binds)"]
     lines.append(f"  {'baseline':<20}{show_bytes(plan.base_bytes):>12}  {plan.reasons['base_bytes']}")
     lines.append(f"  {'data':<20}{show_bytes(plan.data_bytes):>12}  {plan.reasons['data_bytes']}")
+    if plan.history_bytes:
+        lines.append(f"  {'history':<20}{show_bytes(plan.history_bytes):>12}  {plan.reasons['history_bytes']}")
     for name, size in plan.phases.items():
         above = show_bytes(size - plan.base_bytes - plan.data_bytes)
         lines.append(f"  {PHASE_TITLES[name]:<20}{show_bytes(size):>12}  {above} above these")
@@ -106,7 +108,7 @@ def _phases(plan: Plan) -> list[str]:
 
 
 def _fewer_steps(plan: Plan) -> list[str]:
-    held = plan.base_bytes + plan.data_bytes
+    held = plan.base_bytes + plan.data_bytes + plan.history_bytes
     needed = smaller_steps_need(plan.peaks, sum(plan.split), plan.accumulation_steps, held)
     lines = ["fewer steps"]
     if plan.accumulation_steps == 1:

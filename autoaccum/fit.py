@@ -90,10 +90,12 @@ class Outlook:
             return False
 
     def floor(self, n: int) -> int:
-        """Bytes without which no window with a micro-batch of n can run."""
-        if self.observed.doubt is not None:
-            return 0
-        return self.base_bytes + observe.peak_of(self.subject, self.observed, (n,)).live_bytes
+        """Bytes without which no window whose first micro-batch is n can run."""
+        return self.base_bytes + observe.floor_of(self.observed, n, later=False)
+
+    def later_floor(self, n: int) -> int:
+        """Bytes without which no window that has a later micro-batch of n can run."""
+        return self.base_bytes + observe.floor_of(self.observed, n, later=True)
 
 
 def fit_plan(
@@ -323,6 +325,7 @@ def _solve(outlook: Outlook) -> Solution | None:
             budget_bytes=budget,
             least=wish.least,
             most=wish.most,
+            later_floor=outlook.later_floor,
         )
     most = wish.most if outlook.observed.doubt is None else outlook.observed.recordings[-1].micro_batch
     size = largest_micro_batch(outlook.fits, outlook.floor, budget_bytes=budget, most=most, steps=1)

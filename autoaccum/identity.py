@@ -13,7 +13,6 @@ from .errors import BatchError, PlanMismatch
 from .plan import LeafForm
 from .step import Parts
 
-
 Signature = tuple[LeafForm, ...]
 
 

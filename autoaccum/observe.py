@@ -16,7 +16,7 @@ from . import step
 from .allocator import PAGE_BYTES, Replay, Start
 from .plan import RecordingNote
 from .program import StepProgram, as_recorded, lift, window
-from .recording import Event, Phase, Recording, kept_blocks
+from .recording import Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .workload import Batch, Workload
 
@@ -59,6 +59,7 @@ class Observed:
     notes: list[RecordingNote] = field(default_factory=list)
     doubt: str | None = None
     _program: StepProgram | None = None
+    _replays: dict[tuple[Split, Start], Replay] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -114,6 +115,7 @@ def add(subject: Subject, observed: Observed, n: int) -> float | None:
     recording = record_window(subject, n)
     measured = own_peak(subject, observed, recording).peak_bytes
     observed._program = None
+    observed._replays.clear()
     observed.recordings = sorted([*observed.recordings, recording], key=lambda each: each.micro_batch)
     observed.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
     return None if predicted is None else abs(predicted - measured) / measured
@@ -193,11 +195,23 @@ def peak_of(subject: Subject, observed: Observed, split: Split, start: Start | N
     """
     start = start or Start()
     if observed.doubt is None:
-        return _replay(subject, observed, observed.program(), _representative(observed.program(), split), start)
+        program = observed.program()
+        key = _representative(program, split), start
+        if key not in observed._replays:
+            observed._replays[key] = _replay(subject, observed, program, *key)
+        return observed._replays[key]
     recording = next((r for r in observed.recordings if r.micro_batch >= split[0]), None)
     if recording is None:
         raise LookupError(f"nothing was recorded at {split[0]} samples or more")
     return _replay(subject, observed, as_recorded(recording), (recording.micro_batch,) * min(len(split), 2), start)
+
+
+def floor_of(observed: Observed, n: int, *, later: bool) -> int:
+    """Bytes that are alive at once in any window with a micro-batch of n, as its first or as a later one."""
+    if observed.doubt is not None:
+        return 0
+    split = (n, n) if later else (n,)
+    return live_peak([Phase(PRELUDE, observed.prelude), *window(observed.program(), split)[: len(split)]])
 
 
 def _replay(subject: Subject, observed: Observed, program: StepProgram, split: Split, start: Start) -> Replay:

@@ -86,6 +86,7 @@ class Plan:
         budget: What training may use, and why.
         base_bytes: What the process takes before it trains: interpreter, libraries, the model itself.
         data_bytes: The window's own samples, on the host until their step is done.
+        history_bytes: What the history of the process that planned adds; a fresh one does without.
         predicted_peak_bytes: What the window will take at most, base and data included.
         measured_peak_bytes: What the verification took; None unless verified.
         resident_peak_bytes: The most of it that was in memory at once, measured; None unless verified.
@@ -118,6 +119,7 @@ class Plan:
     budget: Budget
     base_bytes: int
     data_bytes: int
+    history_bytes: int
     predicted_peak_bytes: int
     measured_peak_bytes: int | None
     resident_peak_bytes: int | None

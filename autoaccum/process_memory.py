@@ -22,10 +22,8 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class _Mallinfo2(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    # arena, ordblks, smblks, hblks, hblkhd, usmblks, fsmblks, uordblks come before fordblks, and keepcost after it
+    _fields_ = [("before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
 
 
 @functools.cache

@@ -50,6 +50,8 @@ class StepProgram:
         successors: Blocks that outlive the first micro-batch and are freed in the next, each with the block of the
             later micro-batch that takes its place, so that a window can have any number of later micro-batches.
         later_growth_bytes: What a later micro-batch leaves behind, less what it takes away.
+        leftover: What the window before left behind and the first micro-batch frees (a module that keeps its last
+            activation): such blocks are there when a window begins.
     """
 
     recorded_at: int
@@ -57,6 +59,7 @@ class StepProgram:
     phases: Mapping[str, tuple[Step, ...]]
     successors: Mapping[int, int]
     later_growth_bytes: int = 0
+    leftover: tuple[Step, ...] = ()
 
 
 def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> StepProgram:
@@ -73,7 +76,8 @@ def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> St
         phase.name: _lift_phase(phase, base.micro_batch, others.get(phase.name, phase), other.micro_batch)
         for phase in base.phases
     }
-    return _program(base, prelude, phases)
+    rules = size_rules(_leftover(base), base.micro_batch, _leftover(other), other.micro_batch)
+    return _program(base, prelude, phases, rules)
 
 
 def as_recorded(recording: Recording, prelude: tuple[Event, ...] = ()) -> StepProgram:
@@ -82,13 +86,28 @@ def as_recorded(recording: Recording, prelude: tuple[Event, ...] = ()) -> StepPr
         phase.name: tuple(Step(e.block, Rule(e.bytes) if e.bytes > 0 else None, e.stream) for e in phase.events)
         for phase in recording.phases
     }
-    return _program(recording, prelude, phases)
+    return _program(recording, prelude, phases, {size: Rule(size) for size in _leftover(recording)})
 
 
-def _program(recording: Recording, prelude: tuple[Event, ...], phases: Mapping[str, tuple[Step, ...]]) -> StepProgram:
+def _program(
+    recording: Recording,
+    prelude: tuple[Event, ...],
+    phases: Mapping[str, tuple[Step, ...]],
+    leftover_rules: Mapping[int, Rule],
+) -> StepProgram:
     successors = _successors(phases.get(FIRST, ()), phases.get(LATER, ()), recording.micro_batch)
     growth = sum(event.bytes for phase in recording.phases if phase.name == LATER for event in phase.events)
-    return StepProgram(recording.micro_batch, prelude, phases, successors, growth)
+    leftover = tuple(Step(e.block, leftover_rules[-e.bytes], e.stream) for e in _foreign(recording))
+    return StepProgram(recording.micro_batch, prelude, phases, successors, growth, leftover)
+
+
+def _foreign(recording: Recording) -> list[Event]:
+    """What the first micro-batch frees that was there before."""
+    return [event for phase in recording.phases if phase.name == FIRST for event in phase.events if event.block < 0]
+
+
+def _leftover(recording: Recording) -> list[int]:
+    return [-event.bytes for event in _foreign(recording)]
 
 
 def _lift_phase(phase: Phase, n: int, other: Phase, m: int) -> tuple[Step, ...]:
@@ -195,7 +214,9 @@ def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
         Its phases: the first micro-batch, each later one, the optimizer step, and what runs between windows.
     """
     writer = _Writer(program)
-    phases = [writer.phase(FIRST, split[0])]
+    left = writer.leftover(split[-1])
+    first = writer.phase(FIRST, split[0])
+    phases = [Phase(FIRST, left + first.events) if left else first]
     phases += [writer.phase(LATER, size) for size in split[1:]]
     phases += [writer.phase(name, split[-1]) for name in (OPTIMIZER, BETWEEN) if name in program.phases]
     return phases
@@ -209,6 +230,16 @@ class _Writer:
         self.predecessors = {after: before for before, after in program.successors.items()}
         self.live: dict[int, list[Event]] = {}  # recorded block -> what earlier phases left of it, oldest first
         self.names = max((event.block for event in program.prelude), default=0)
+
+    def leftover(self, n: int) -> tuple[Event, ...]:
+        """The blocks of the window before, whose last micro-batch had n samples."""
+        events = []
+        for block, rule, stream in self.program.leftover:
+            assert rule is not None
+            self.names += 1
+            events.append(Event(self.names, rule.at(n), stream))
+            self.live[block] = [events[-1]]
+        return tuple(events)
 
     def phase(self, name: str, n: int) -> Phase:
         """The events of the next phase, at n samples. Solving spends its time here, so the common case comes first."""

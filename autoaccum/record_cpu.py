@@ -30,11 +30,11 @@ def record(run: Callable[[Callable[[str], AbstractContextManager[Any]]], None], 
     Raises:
         UsageError: A profiler is already on: torch has room for one.
     """
-    if torch.autograd._profiler_enabled():  # type: ignore[no-untyped-call]
+    if torch._C._autograd._profiler_enabled():
         raise UsageError(
             "torch's profiler is on, and the recording of a plan needs it.",
             "A process has room for one profiler.",
-            "Plan before the profiler starts, or by `autoaccum plan --workload FILE.py:FUNCTION` in a process of its own.",
+            "Plan before the profiler starts, or in a process of its own: autoaccum plan --workload FILE.py:FUNCTION",
         )
     started = time.perf_counter()
     # Kineto writes lines of its own to the descriptor behind stderr when it starts and stops.
@@ -65,7 +65,7 @@ def _phases(profiler: torch.profiler.profile) -> tuple[Phase, ...]:
         node = todo.pop()
         todo.extend(node.children)
         if node.tag.name == "Allocation":
-            fields = node.extra_fields
+            fields: Any = node.extra_fields
             if fields.device.type == "cpu" and fields.alloc_size:
                 raw.append((node.start_time_ns, fields.ptr, fields.alloc_size))
         elif node.name.startswith(_MARK):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -66,4 +65,4 @@ def check_source(source: str) -> None:
             hint=f"Did you mean --workload {near[0]}?" if near else f"Write {_FORM}.",
         )
     if not Path(file).is_file():
-        raise UsageError(f"There is no file {file!r} (seen from {os.getcwd()}).", hint=f"Write {_FORM}.")
+        raise UsageError(f"There is no file {file!r} (seen from {Path.cwd()}).", hint=f"Write {_FORM}.")

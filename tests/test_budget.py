@@ -156,6 +156,18 @@ def test_no_cgroup_of_version_2_is_no_limit(tmp_path: Path, own: Path) -> None:
     assert budget._cgroup_bytes(tmp_path / "fs", own) is None
 
 
+def test_version_1_of_cgroups_is_read_too(tmp_path: Path) -> None:
+    own, folder = tmp_path / "own", tmp_path / "memory/jobs/mine"
+    own.write_text("5:cpu:/jobs\n4:memory,hugetlb:/jobs/mine\n")
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert budget._cgroup_bytes(tmp_path, own) is None
+    (folder.parent / "memory.limit_in_bytes").write_text("5000\n")
+    (folder.parent / "memory.usage_in_bytes").write_text("700\n")
+    (folder.parent / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 200\n")
+    assert budget._cgroup_bytes(tmp_path, own) == (5000, 500)
+
+
 def test_what_others_in_the_cgroup_use_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "read_memory", lambda: (700 * MIB, 500 * MIB))
     monkeypatch.setattr(budget, "_cgroup_bytes", lambda: (1000 * MIB, 600 * MIB))

@@ -16,7 +16,7 @@ import torch
 
 from autoaccum import Plan
 
-TINY = '''
+TINY = """
 import torch
 from autoaccum import Workload
 
@@ -25,7 +25,8 @@ print("a workload may print what it likes")
 def workload():
     torch.manual_seed(0)
     data = torch.utils.data.TensorDataset(torch.randn(200, 64), torch.randint(4, (200,)))
-    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Dropout(0.2), torch.nn.ReLU(), torch.nn.Linear(128, 4))
+    layers = torch.nn.Linear(64, 128), torch.nn.Dropout(0.2), torch.nn.ReLU(), torch.nn.Linear(128, 4)
+    model = torch.nn.Sequential(*layers)
     loader = lambda: torch.utils.data.DataLoader(data, batch_size=10, shuffle=True)
     return Workload(model, data[:4], loader=loader)
 
@@ -42,7 +43,10 @@ def broken():
 
 def other():
     return 3
-'''
+"""
+
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from autoaccum.cli import main; main()"
 
 
 def run(*args: str, cwd: Path, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -78,17 +82,18 @@ def test_a_plan_file_is_not_overwritten_unless_forced(folder: Path) -> None:
 
 def test_explain_needs_no_model_and_no_torch(folder: Path) -> None:
     out = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from autoaccum.cli import main; main()"]
-        + ["explain", str(folder / "plan.json")],
+        [sys.executable, "-c", WITHOUT_TORCH, "explain", str(folder / "plan.json")],
         capture_output=True, text=True, cwd=folder.parent,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
-    for told in ("later micro-batch", "optimizer step", "3 would need", "fewer steps", "you named it", "Sequential"):
-        assert told in out.stdout or told == "you named it"
+    for told in ("later micro-batch", "optimizer step", "3 would need", "fewer steps", "MemAvailable", "Sequential"):
+        assert told in out.stdout
 
 
 def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> None:
-    out = run("plan", "--target-batch", "64", "--memory", "300MiB", "--workload", "tiny.py:workload", cwd=folder, code=3)
+    out = run(
+        "plan", "--target-batch", "64", "--memory", "300MiB", "--workload", "tiny.py:workload", cwd=folder, code=3
+    )
     assert out.stdout == "" and out.stderr.count("\n") <= 5
     assert "bytes) are missing" in out.stderr and "What would help: --memory" in out.stderr
 
@@ -162,7 +167,7 @@ def test_ctrl_c_stops_at_a_windows_end_with_a_checkpoint(folder: Path) -> None:
     )  # fmt: skip
     _wait_for(folder / "stopped.pt")
     os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    process.communicate(timeout=60)
     assert process.returncode == 130
     state = torch.load(folder / "stopped.pt", weights_only=False)
     assert state["place"]["windows"] < 4 and state["runner"]["number"] >= 1

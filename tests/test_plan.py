@@ -50,8 +50,10 @@ def test_a_plan_is_frozen() -> None:
 def test_made_up_plans_leave_no_field_to_its_default() -> None:
     plan = made_up_plan()
     for field in dataclasses.fields(plan):
-        assert field.default is dataclasses.MISSING or getattr(plan, field.name) != field.default or (
-            field.name == "schema_version"
+        assert (
+            field.default is dataclasses.MISSING
+            or getattr(plan, field.name) != field.default
+            or (field.name == "schema_version")
         )
 
 
@@ -251,9 +253,7 @@ def without_torch(code: str) -> str:
 
 def test_a_plan_is_explained_from_its_file_alone_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     made_up_plan().save(tmp_path / "plan.json")
-    told = without_torch(
-        f"from autoaccum import Plan\nprint(Plan.load({str(tmp_path / 'plan.json')!r}).explain())"
-    )
+    told = without_torch(f"from autoaccum import Plan\nprint(Plan.load({str(tmp_path / 'plan.json')!r}).explain())")
     for phase in ("first micro-batch", "later micro-batch", "optimizer step", "between windows"):
         assert phase in told
     assert "4 would need micro-batches of up to 64, 2.36 GiB in all: 412.0 MiB over the budget" in told

@@ -1,0 +1,23 @@
+"""Predicted against real memory, both ways: below the limit it trains, above it it doesn't.
+
+One size of each of the six models; `python -m benchmarks.prediction` does them all, from 8 to 128.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import prediction
+
+SIZES = {"MLP": 64, "CNN with BatchNorm": 16, "char-GPT": 16, "LSTM": 32, "ViT": 64, "GRU tagger": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_the_increment_is_predicted_and_the_peak_is_a_border(name: str) -> None:
+    (row,) = prediction.table([name], [SIZES[name]])
+    assert row["method"] == "replayed"
+    assert abs(row["error %"]) < 3
+    assert row["trains at 1.03"] is True
+    assert row["trains at 0.97"] is False
+    assert row["resident peak MiB"] < row["measured peak MiB"]
