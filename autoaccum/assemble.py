@@ -27,7 +27,7 @@ def plan(
 ) -> Plan:
     """The plan of a solution, as it stands before everything is put back."""
     wish, observed, split = outlook.wish, outlook.observed, solution.split
-    fresh, here = (outlook.peak_bytes(split, history) for history in ("fresh", "here"))
+    fresh, worst = outlook.peak_bytes(split, "fresh"), outlook.worst_bytes(split)
     window = observe.peak_of(outlook.subject, observed, split)
     held = outlook.base_bytes + outlook.data_bytes(sum(split))
     phases = {phase.name: held + phase.bytes for phase in window.phases if phase.name in PHASE_TITLES}
@@ -46,12 +46,12 @@ def plan(
         budget=outlook.budget,
         base_bytes=outlook.base_bytes,
         data_bytes=outlook.data_bytes(sum(split)),
-        history_bytes=max(0, here - fresh),
-        predicted_peak_bytes=max(fresh, here),
+        history_bytes=worst - fresh,
+        predicted_peak_bytes=worst,
         measured_peak_bytes=None if measured is None else _measured_peak(outlook, measured, split, verified),
         resident_peak_bytes=None if measured is None else measured.resident_bytes,
         phases=phases,
-        binds=f"{PHASE_TITLES[binding]}, {'fresh' if fresh >= here else 'here'}",
+        binds=f"{PHASE_TITLES[binding]}, {'fresh' if worst == fresh else 'here'}",
         exactness="unchecked",
         peaks=rows,
         signature=signature(workload.sample),
@@ -62,7 +62,7 @@ def plan(
         fresh_pages_share=None if measured is None else measured.system_share,
         window_seconds=None if measured is None else _window_seconds(measured, split, verified),
         recordings=tuple(observed.notes),
-        reasons=_reasons(outlook, split, rows, measured, held + max(0, here - fresh)),
+        reasons=_reasons(outlook, split, rows, measured, held + worst - fresh),
         notes=_notes(outlook, assumed),
         workload=workload.name,
     )

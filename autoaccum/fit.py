@@ -50,6 +50,7 @@ class Wish:
     headroom: str | int | None
     least: int
     most: int
+    histories: tuple[str, ...] = ("fresh", "here")
 
 
 @dataclass
@@ -82,10 +83,14 @@ class Outlook:
         inside = self.start.heap_free_bytes
         return held + inside + observe.peak_of(self.subject, self.observed, split, self.start).peak_bytes
 
+    def worst_bytes(self, split: Split) -> int:
+        """The same for the worse of the histories that the plan is for."""
+        return max(self.peak_bytes(split, history) for history in self.wish.histories)
+
     def fits(self, split: Split) -> bool:
-        """Whether that window fits, in a fresh process and in this one."""
+        """Whether that window fits, with a little less than there is."""
         try:
-            return all(self.peak_bytes(split, history) <= self.usable_bytes for history in ("fresh", "here"))
+            return self.worst_bytes(split) <= self.usable_bytes
         except LookupError:
             return False
 
@@ -111,6 +116,7 @@ def fit_plan(
     verify: bool = True,
     rank: int = 0,
     world_size: int = 1,
+    elsewhere: bool = False,
     progress: Callable[[str], None] | None = None,
     **how: Any,
 ) -> Plan:
@@ -132,6 +138,7 @@ def fit_plan(
         verify: Whether to run the plan's window for real.
         rank: This process's rank.
         world_size: Ranks that share the target.
+        elsewhere: Whether another process will train, so that what planning leaves behind in this one doesn't matter.
         progress: Called with what is being done.
         **how: `Workload`'s own arguments, where a model is given.
 
@@ -145,6 +152,8 @@ def fit_plan(
     started = time.perf_counter()
     workload, assumed = _as_workload(workload, sample, how)
     wish = _wish(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
+    if elsewhere:
+        wish = replace(wish, histories=("fresh",))
     module = _device_module(workload.model, device)
     threshold = module.prepare()
     with _as_it_was(workload) as snapshot:
@@ -398,7 +407,7 @@ def _does_not_fit(outlook: Outlook) -> DoesNotFit:
     samples = wish.samples or wish.least
     split = balanced(samples, samples // wish.least)
     try:
-        needed = max(outlook.peak_bytes(split, history) for history in ("fresh", "here"))
+        needed = outlook.worst_bytes(split)
     except LookupError:
         needed = outlook.usable_bytes + 1
     return assemble.does_not_fit(outlook, split, int(needed / (1 - CAPACITY_MARGIN)))

@@ -33,6 +33,7 @@ def plan(
         headroom=headroom,
         max_micro_batch=max_micro_batch,
         verify=verify,
+        elsewhere=True,
         progress=lambda text: say({"say": text}),
     )
     return {"plan": found.to_json()}

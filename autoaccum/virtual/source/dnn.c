@@ -1,0 +1,127 @@
+/* cuDNN: convolutions and batch norm. */
+#include "gpu.h"
+#include <cudnn.h>
+
+#define DNN(name, arguments, doing) \
+  API cudnnStatus_t name arguments { return doing, CUDNN_STATUS_SUCCESS; }
+
+/* The library and its handle --------------------------------------------- */
+
+API size_t cudnnGetVersion(void) { return CUDNN_VERSION; }
+API size_t cudnnGetCudartVersion(void) { return CUDART_VERSION; }
+DNN(cudnnGetProperty, (libraryPropertyType which, int *value),
+    *value = which == MAJOR_VERSION ? CUDNN_MAJOR : which == MINOR_VERSION ? CUDNN_MINOR : CUDNN_PATCHLEVEL)
+API const char *cudnnGetErrorString(cudnnStatus_t status) {
+  return status ? "not supported (not modelled by the virtual GPU)" : "success";
+}
+API void cudnnGetLastErrorString(char *text, size_t length) {
+  if (length) *text = 0;
+}
+DNN(cudnnCreate, (cudnnHandle_t *h), *h = calloc(1, 64))
+DNN(cudnnDestroy, (cudnnHandle_t h), free(h))
+DNN(cudnnSetStream, (cudnnHandle_t h, cudaStream_t stream), *(cudaStream_t *)h = stream)
+DNN(cudnnGetStream, (cudnnHandle_t h, cudaStream_t *stream), *stream = *(cudaStream_t *)h)
+
+/* Convolutions ----------------------------------------------------------
+ * PyTorch uses the backend (graph) API, whose objects are opaque: here each carries the bytes of the tensors under it,
+ * from which the workspace of the one faked engine follows. If that is not nothing, a second engine without one is
+ * offered, as the real library mostly does: PyTorch turns to it when the workspace doesn't fit. Without that fallback
+ * PyTorch says "unable to find an engine" instead of "out of memory". */
+
+typedef struct { int type, element; int64_t bytes, workspace; } Descriptor;
+
+static int size_of(cudnnDataType_t type) {
+  switch (type) {
+    case CUDNN_DATA_DOUBLE: case CUDNN_DATA_INT64: return 8;
+    case CUDNN_DATA_HALF: case CUDNN_DATA_BFLOAT16: return 2;
+    case CUDNN_DATA_INT8: case CUDNN_DATA_UINT8: case CUDNN_DATA_BOOLEAN: return 1;
+    case CUDNN_DATA_FP8_E4M3: case CUDNN_DATA_FP8_E5M2: return 1;
+    default: return 4;
+  }
+}
+
+API cudnnStatus_t cudnnBackendCreateDescriptor(cudnnBackendDescriptorType_t type, cudnnBackendDescriptor_t *made) {
+  Descriptor *d = calloc(1, sizeof *d);
+  d->type = type;
+  return *made = d, CUDNN_STATUS_SUCCESS;
+}
+DNN(cudnnBackendDestroyDescriptor, (cudnnBackendDescriptor_t d), free(d))
+DNN(cudnnBackendFinalize, (cudnnBackendDescriptor_t d), (void)d)
+DNN(cudnnBackendExecute, (cudnnHandle_t h, cudnnBackendDescriptor_t plan, cudnnBackendDescriptor_t pack), launch())
+
+API cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t descriptor, cudnnBackendAttributeName_t name,
+                                           cudnnBackendAttributeType_t type, int64_t count, const void *values) {
+  Descriptor *d = descriptor;
+  if (name == CUDNN_ATTR_TENSOR_DATA_TYPE) {
+    d->element = size_of(*(cudnnDataType_t *)values);
+  } else if (name == CUDNN_ATTR_TENSOR_DIMENSIONS) {
+    d->bytes = 1;
+    while (count-- > 0) d->bytes *= ((int64_t *)values)[count];
+  } else if (type == CUDNN_TYPE_BACKEND_DESCRIPTOR) {
+    while (count-- > 0) {
+      Descriptor *under = ((Descriptor **)values)[count];
+      if (!under) continue;
+      d->bytes += under->bytes * (under->type == CUDNN_BACKEND_TENSOR_DESCRIPTOR ? under->element : 1);
+      d->workspace += under->workspace;
+    }
+  }
+  return CUDNN_STATUS_SUCCESS;
+}
+
+/* The engines that the heuristic finds; how many, where `room` is 0. */
+static int64_t engines(const Descriptor *d, int64_t room, Descriptor **found) {
+  int64_t workspace = settings.workspace + (int64_t)(settings.workspace_factor * d->bytes);
+  int64_t count = workspace && settings.fallback ? 2 : 1;
+  if (!found || room <= 0) return count;
+  found[0]->workspace = workspace;
+  return room < count ? room : count;
+}
+API cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const descriptor, cudnnBackendAttributeName_t name,
+                                           cudnnBackendAttributeType_t type, int64_t room, int64_t *count, void *values) {
+  const Descriptor *d = descriptor;
+  int64_t found = 0; /* of notes and knobs there are none */
+  switch (name) {
+    case CUDNN_ATTR_ENGINEHEUR_RESULTS: found = engines(d, room, values); break;
+    case CUDNN_ATTR_ENGINECFG_ENGINE:
+    case CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG: found = 1; break;
+    case CUDNN_ATTR_ENGINE_GLOBAL_INDEX:
+      found = 1;
+      if (values) *(int64_t *)values = 0;
+      break;
+    case CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE:
+      found = 1;
+      if (values) *(int64_t *)values = d->workspace;
+      break;
+    default: break;
+  }
+  if (count) *count = found;
+  return CUDNN_STATUS_SUCCESS;
+}
+
+/* Batch norm ------------------------------------------------------------
+ * It goes through the older API, with the descriptors that this needs; neither workspace nor reserve space. */
+
+#define DNN_OBJECT(Name)                                                                             \
+  DNN(cudnnCreate##Name##Descriptor, (cudnn##Name##Descriptor_t * made), *made = calloc(1, 64))      \
+  DNN(cudnnDestroy##Name##Descriptor, (cudnn##Name##Descriptor_t made), free(made))
+DNN_OBJECT(Tensor)
+DNN_OBJECT(Filter)
+DNN_OBJECT(Activation)
+DNN(cudnnSetTensorNdDescriptor,
+    (cudnnTensorDescriptor_t d, cudnnDataType_t type, int count, const int sizes[], const int strides[]), (void)d)
+DNN(cudnnSetFilterNdDescriptor,
+    (cudnnFilterDescriptor_t d, cudnnDataType_t type, cudnnTensorFormat_t format, int count, const int sizes[]), (void)d)
+DNN(cudnnSetActivationDescriptor,
+    (cudnnActivationDescriptor_t d, cudnnActivationMode_t mode, cudnnNanPropagation_t nan, double ceiling), (void)d)
+DNN(cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize,
+    (cudnnHandle_t h, cudnnBatchNormMode_t mode, cudnnBatchNormOps_t ops, const cudnnTensorDescriptor_t x,
+     const cudnnTensorDescriptor_t z, const cudnnTensorDescriptor_t y, const cudnnTensorDescriptor_t parameters,
+     const cudnnActivationDescriptor_t activation, size_t *bytes), *bytes = 0)
+DNN(cudnnGetBatchNormalizationBackwardExWorkspaceSize,
+    (cudnnHandle_t h, cudnnBatchNormMode_t mode, cudnnBatchNormOps_t ops, const cudnnTensorDescriptor_t x,
+     const cudnnTensorDescriptor_t y, const cudnnTensorDescriptor_t dy, const cudnnTensorDescriptor_t dz,
+     const cudnnTensorDescriptor_t dx, const cudnnTensorDescriptor_t parameters,
+     const cudnnActivationDescriptor_t activation, size_t *bytes), *bytes = 0)
+DNN(cudnnGetBatchNormalizationTrainingExReserveSpaceSize,
+    (cudnnHandle_t h, cudnnBatchNormMode_t mode, cudnnBatchNormOps_t ops, const cudnnActivationDescriptor_t activation,
+     const cudnnTensorDescriptor_t x, size_t *bytes), *bytes = 0)
