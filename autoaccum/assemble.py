@@ -9,7 +9,7 @@ from . import observe
 from .allocator import Replay
 from .errors import DoesNotFit
 from .identity import fingerprint, signature
-from .plan import PeakRow, Plan, smaller_steps_need
+from .plan import PeakRow, Plan
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from .solve import Solution, Split, largest_micro_batch
 from .units import show_bytes
@@ -27,7 +27,8 @@ def plan(
 ) -> Plan:
     """The plan of a solution, as it stands before everything is put back."""
     wish, observed, split = outlook.wish, outlook.observed, solution.split
-    fresh, worst = outlook.peak_bytes(split, "fresh"), outlook.worst_bytes(split)
+    fresh = outlook.peak_bytes(split, "fresh")
+    history = max(outlook.peak_bytes(split, name) for name in wish.histories) - fresh
     window = observe.peak_of(outlook.subject, observed, split)
     held = outlook.base_bytes + outlook.data_bytes(sum(split))
     phases = {phase.name: held + phase.bytes for phase in window.phases if phase.name in PHASE_TITLES}
@@ -46,12 +47,12 @@ def plan(
         budget=outlook.budget,
         base_bytes=outlook.base_bytes,
         data_bytes=outlook.data_bytes(sum(split)),
-        history_bytes=worst - fresh,
-        predicted_peak_bytes=worst,
+        history_bytes=history,
+        predicted_peak_bytes=outlook.worst_bytes(split),
         measured_peak_bytes=None if measured is None else _measured_peak(outlook, measured, split, verified),
         resident_peak_bytes=None if measured is None else measured.resident_bytes,
         phases=phases,
-        binds=f"{PHASE_TITLES[binding]}, {'fresh' if worst == fresh else 'here'}",
+        binds=f"{PHASE_TITLES[binding]}, {'here' if history else 'fresh'}",
         exactness="unchecked",
         peaks=rows,
         signature=signature(workload.sample),
@@ -62,8 +63,10 @@ def plan(
         fresh_pages_share=None if measured is None else measured.system_share,
         window_seconds=None if measured is None else _window_seconds(measured, split, verified),
         recordings=tuple(observed.notes),
-        reasons=_reasons(outlook, split, rows, measured, held + worst - fresh),
+        reasons=_reasons(outlook, split, measured),
         notes=_notes(outlook, assumed),
+        slack=outlook.slack,
+        smallest_micro_batch=wish.least,
         workload=workload.name,
     )
 
@@ -114,28 +117,23 @@ def _row(size: int, window: Replay) -> PeakRow:
     return PeakRow(size, peaks[FIRST], peaks[LATER], peaks[OPTIMIZER], peaks.get(BETWEEN, 0))
 
 
-def _reasons(
-    outlook: Outlook, split: Split, rows: tuple[PeakRow, ...], measured: Measured | None, held_bytes: int
-) -> dict[str, str]:
+def _reasons(outlook: Outlook, split: Split, measured: Measured | None) -> dict[str, str]:
     usable = show_bytes(outlook.usable_bytes)
     samples, steps = sum(split), len(split)
     reasons = {
-        "accumulation_steps": f"the fewest whose own window fits {usable}, the budget less 2 %",
+        "accumulation_steps": (
+            f"all {samples} samples fit at once"
+            if steps == 1
+            else f"the fewest whose own window fits {usable}, the budget less 2 %"
+        ),
         "split": f"{samples} samples in {steps} micro-batches whose sizes differ by at most one, largest first",
         "largest_micro_batch": f"the largest of which a window of several fits {usable}",
         "base_bytes": "committed by this process before training: interpreter, libraries, the model",
         "data_bytes": f"{samples} samples of {outlook.sample_bytes:,} bytes, kept until their optimizer step is done",
         "history_bytes": "holes that planning left in this process's heap and that large blocks can't use",
+        "slack": f"{outlook.slack:.0%} of what training takes, for the fragmentation of malloc's default",
         "budget_bytes": f"the tightest of the limits ({outlook.budget.binds}) less the headroom",
     }
-    smaller = smaller_steps_need(rows, samples, steps, held_bytes)
-    if smaller is not None:
-        size, needed = smaller
-        reasons["accumulation_steps"] += (
-            f"; {steps - 1} step{'s' * (steps > 2)} of up to {size} would need {show_bytes(needed)}"
-        )
-    elif steps == 1:
-        reasons["accumulation_steps"] = f"all {samples} samples fit at once"
     reasons["method"] = outlook.observed.doubt or (
         "a step program lifted from recordings at " + ", ".join(str(n.micro_batch) for n in outlook.observed.notes)
     )
@@ -154,7 +152,10 @@ def _notes(outlook: Outlook, assumed: str | None) -> tuple[str, ...]:
     if outlook.observed.doubt is not None:
         notes.append(f"Bracketed: {outlook.observed.doubt}.")
     if outlook.subject.mmap_threshold_bytes is None:
-        notes.append("This C library has no fixed mmap threshold: expect predictions to be off by up to a quarter.")
+        notes.append(
+            f"malloc is left at its default: {outlook.slack:.0%} of what training takes is reckoned on top, "
+            "for its fragmentation."
+        )
     return tuple(notes)
 
 

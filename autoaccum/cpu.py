@@ -42,8 +42,10 @@ class Measured:
     system_share: float
 
 
-def prepare() -> int | None:
-    """Fixes malloc's threshold, which the plan then holds for; None where the C library has none."""
+def prepare(malloc: str = "fixed") -> int | None:
+    """Fixes malloc's threshold, which the plan then holds for; None where it stays the C library's own affair."""
+    if malloc == "default":
+        return process_memory.fixed_threshold_bytes()
     threshold = process_memory.MMAP_THRESHOLD_BYTES
     return threshold if process_memory.fix_mmap_threshold(threshold) else None
 

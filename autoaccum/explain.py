@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .plan import Plan, smaller_steps_need
+from .plan import Plan
 from .recording import PHASE_TITLES
 from .units import show_bytes
 
@@ -18,7 +18,7 @@ def summary(plan: Plan) -> str:
         ("recorded", _recorded(plan)),
         ("plan", _split(plan)),
         ("peak", _peak(plan)),
-        ("why", plan.reasons["accumulation_steps"]),
+        ("why", _why(plan)),
         ("largest", _largest(plan)),
     ]
     if plan.window_seconds is not None:
@@ -70,6 +70,17 @@ def _peak(plan: Plan) -> str:
     )
 
 
+def _why(plan: Plan) -> str:
+    needed = plan.fewer_steps_need()
+    if needed is None:
+        return plan.reasons["accumulation_steps"]
+    steps = plan.accumulation_steps - 1
+    return (
+        f"{plan.reasons['accumulation_steps']}; {steps} step{'s' * (steps > 1)} of up to {needed[0]} "
+        f"would need {show_bytes(needed[1])}"
+    )
+
+
 def _largest(plan: Plan) -> str:
     told = f"a micro-batch of {plan.largest_micro_batch} is the largest that fits"
     return f"at least {plan.largest_micro_batch}: nothing larger was asked for" if plan.largest_is_capped else told
@@ -101,6 +112,9 @@ def _phases(plan: Plan) -> list[str]:
     lines.append(f"  {'data':<20}{show_bytes(plan.data_bytes):>12}  {plan.reasons['data_bytes']}")
     if plan.history_bytes:
         lines.append(f"  {'history':<20}{show_bytes(plan.history_bytes):>12}  {plan.reasons['history_bytes']}")
+    if plan.slack:
+        extra = plan.predicted_peak_bytes - max(plan.phases.values()) - plan.history_bytes
+        lines.append(f"  {'slack':<20}{show_bytes(extra):>12}  {plan.reasons['slack']}")
     for name, size in plan.phases.items():
         above = show_bytes(size - plan.base_bytes - plan.data_bytes)
         lines.append(f"  {PHASE_TITLES[name]:<20}{show_bytes(size):>12}  {above} above these")
@@ -108,8 +122,7 @@ def _phases(plan: Plan) -> list[str]:
 
 
 def _fewer_steps(plan: Plan) -> list[str]:
-    held = plan.base_bytes + plan.data_bytes + plan.history_bytes
-    needed = smaller_steps_need(plan.peaks, sum(plan.split), plan.accumulation_steps, held)
+    needed = plan.fewer_steps_need()
     lines = ["fewer steps"]
     if plan.accumulation_steps == 1:
         return [*lines, "  there are none: one step is the least"]

@@ -33,6 +33,8 @@ from .solve import Solution, Split, balanced, largest_micro_batch, share_of, sma
 from .workload import Workload
 
 CAPACITY_MARGIN = 0.02  # a plan still fits when there turns out to be this much less
+DEFAULT_MALLOC_SLACK = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
+MALLOCS = ("fixed", "default")
 AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more teaches instead of confirming
 ATTEMPTS = 4
 VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
@@ -83,9 +85,15 @@ class Outlook:
         inside = self.start.heap_free_bytes
         return held + inside + observe.peak_of(self.subject, self.observed, split, self.start).peak_bytes
 
+    @property
+    def slack(self) -> float:
+        """Part of what training takes that may come on top, unpredictably."""
+        return 0.0 if self.subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
+
     def worst_bytes(self, split: Split) -> int:
         """The same for the worse of the histories that the plan is for."""
-        return max(self.peak_bytes(split, history) for history in self.wish.histories)
+        worst = max(self.peak_bytes(split, history) for history in self.wish.histories)
+        return worst + int(self.slack * (worst - self.base_bytes))
 
     def fits(self, split: Split) -> bool:
         """Whether that window fits, with a little less than there is."""
@@ -117,6 +125,7 @@ def fit_plan(
     rank: int = 0,
     world_size: int = 1,
     elsewhere: bool = False,
+    malloc: str = "fixed",
     progress: Callable[[str], None] | None = None,
     **how: Any,
 ) -> Plan:
@@ -139,6 +148,9 @@ def fit_plan(
         rank: This process's rank.
         world_size: Ranks that share the target.
         elsewhere: Whether another process will train, so that what planning leaves behind in this one doesn't matter.
+        malloc: On the CPU. "fixed": blocks from 128 KiB on become mappings, so that memory can be predicted to a
+            percent, at the price of fresh pages; "default": the C library's own way, faster, and a quarter is kept
+            free for its fragmentation.
         progress: Called with what is being done.
         **how: `Workload`'s own arguments, where a model is given.
 
@@ -152,10 +164,12 @@ def fit_plan(
     started = time.perf_counter()
     workload, assumed = _as_workload(workload, sample, how)
     wish = _wish(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
+    if malloc not in MALLOCS:
+        raise UsageError(f"malloc {malloc!r} is not known.", hint="Use malloc='fixed' or malloc='default'.")
     if elsewhere:
         wish = replace(wish, histories=("fresh",))
     module = _device_module(workload.model, device)
-    threshold = module.prepare()
+    threshold = module.prepare(malloc)
     with _as_it_was(workload) as snapshot:
         parts = step.open_parts(workload)
         subject = Subject(parts, workload, module, threshold, progress or (lambda text: None))
@@ -357,7 +371,7 @@ def _solve_and_verify(
         measured = _run_for_real(outlook.subject, split)
         predicted = outlook.peak_bytes(split, "here") - outlook.start.heap_free_bytes - outlook.base_bytes
         whole = outlook.base_bytes + predicted
-        if abs(measured.increment_bytes - predicted) <= AGREES_WITHIN * whole:
+        if abs(measured.increment_bytes - predicted) <= AGREES_WITHIN * whole + outlook.slack * predicted:
             return solution, measured
         if outlook.observed.doubt and outlook.base_bytes + measured.increment_bytes <= outlook.usable_bytes:
             return solution, measured  # without a program, that it fits for real is all there is to know

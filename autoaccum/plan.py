@@ -105,6 +105,8 @@ class Plan:
         recordings: What was recorded.
         reasons: Why each chosen number is what it is.
         notes: What else the reader should know.
+        slack: Part of what training takes that is reckoned on top of it, where malloc is left at its default.
+        smallest_micro_batch: The smallest allowed: 2 where the model takes batch statistics.
         workload: Name of the workload, or FILE.py:FUNCTION, where the command line made the plan.
         seconds: What planning took.
     """
@@ -137,6 +139,8 @@ class Plan:
     recordings: tuple[RecordingNote, ...]
     reasons: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    slack: float = 0.0
+    smallest_micro_batch: int = 1
     workload: str | None = None
     seconds: float = 0.0
     schema_version: int = SCHEMA_VERSION
@@ -150,6 +154,21 @@ class Plan:
     def verified(self) -> bool:
         """Whether the plan's window was run for real and took what was predicted."""
         return self.measured_peak_bytes is not None
+
+    def fewer_steps_need(self) -> tuple[int, int] | None:
+        """What one accumulation step fewer would need.
+
+        Returns:
+            Its largest micro-batch, and what its window would take in all; None where there are no fewer steps, or
+            where the table of peaks doesn't have that size.
+        """
+        steps = self.accumulation_steps - 1
+        size = -(-sum(self.split) // steps) if steps else 0
+        row = next((row for row in self.peaks if row.micro_batch == size), None)
+        if row is None:
+            return None
+        training = self.data_bytes + self.history_bytes + row.peak_bytes(steps)
+        return size, self.base_bytes + int((1 + self.slack) * training)
 
     def to_json(self) -> str:
         """The plan as JSON, for `Plan.load` and for other tools."""
@@ -208,15 +227,6 @@ class Plan:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.explain())}</pre>"
-
-
-def smaller_steps_need(rows: tuple[PeakRow, ...], samples: int, steps: int, held_bytes: int) -> tuple[int, int] | None:
-    """The largest micro-batch of one step fewer, and what its window would take in all; None where the table ends."""
-    if steps < 2:
-        return None
-    size = -(-samples // (steps - 1))
-    row = next((row for row in rows if row.micro_batch == size), None)
-    return None if row is None else (size, held_bytes + row.peak_bytes(steps - 1))
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:

@@ -36,6 +36,9 @@ def _libc() -> ctypes.CDLL | None:
     return libc
 
 
+_fixed: list[int] = []
+
+
 def fix_mmap_threshold(threshold_bytes: int = MMAP_THRESHOLD_BYTES) -> bool:
     """Makes malloc give every block of at least that size a mapping of its own, from now on.
 
@@ -46,7 +49,15 @@ def fix_mmap_threshold(threshold_bytes: int = MMAP_THRESHOLD_BYTES) -> bool:
         Whether the C library took it. It can't be undone within the process.
     """
     libc = _libc()
-    return libc is not None and libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes) == 1
+    taken = libc is not None and libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes) == 1
+    if taken:
+        _fixed[:] = [threshold_bytes]
+    return taken
+
+
+def fixed_threshold_bytes() -> int | None:
+    """What the threshold was fixed to in this process; None where it never was."""
+    return _fixed[0] if _fixed else None
 
 
 def heap_free_bytes() -> int:

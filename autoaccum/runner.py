@@ -120,7 +120,7 @@ class Runner:
             step.run_between(self.parts)
 
     def _split(self, samples: int) -> tuple[int, ...]:
-        return split_within(samples, self.micro_batch)
+        return split_within(samples, self.micro_batch, self.plan.smallest_micro_batch)
 
     def _train(self, window: Window) -> StepResult:
         for piece in window.pieces:
@@ -133,7 +133,7 @@ class Runner:
         while True:
             self._phase = ""
             before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
-            failure = ""
+            versions, failure = _versions(window), ""
             try:
                 result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
                 break
@@ -143,6 +143,7 @@ class Runner:
                 failure = oom.drop_frames(error)
             # Out of the handler only: inside it the error still holds the activations of the failed micro-batch.
             retries += 1
+            _refuse_changed(window, versions, failure)
             window = self._start_over(before, window, failure)
         self.number += 1
         self._tell_drift()
@@ -180,7 +181,7 @@ class Runner:
 
     def _start_over(self, before: restore.Snapshot, window: Window, failure: str) -> Window:
         """Drops the half-added gradients, puts back random states and buffers, lowers the micro-batch, cuts again."""
-        largest = max(window.sizes)
+        largest, least = max(window.sizes), self.plan.smallest_micro_batch
         where = PHASE_TITLES.get(self._phase, "pass that counts")
         if self._phase == OPTIMIZER:
             raise OutOfMemory(
@@ -192,21 +193,21 @@ class Runner:
         before.restore()
         oom.collect()
         process_memory.trim()
-        if largest == 1:
+        if largest <= least:
             raise OutOfMemory(
-                f"Out of memory with a micro-batch of 1 in the {where} ({failure}).",
+                f"Out of memory with a micro-batch of {largest} in the {where} ({failure}).",
                 f"The plan reckoned with {show_bytes(self.plan.predicted_peak_bytes)} for a micro-batch of "
                 f"{self.plan.micro_batch}; there is less now, or this batch needs more.",
                 "Free memory, or plan again: autoaccum plan --target-batch " + str(self.plan.target_batch),
             )
-        lowered = max(1, min(largest - 1, int(SHRINK * largest)))
+        lowered = max(least, min(largest - 1, int(SHRINK * largest)))
         self.micro_batch = min(self.micro_batch, lowered)
         smaller = self._recut(window)
         if max(smaller.sizes) == largest:
             raise OutOfMemory(
                 f"Out of memory in the {where} with a micro-batch of {largest}, which can't be cut ({failure}).",
-                "Its collate function packed it, so this window can't be repeated in smaller pieces; nothing was "
-                f"trained by it. The next windows are loaded in micro-batches of at most {self.micro_batch}.",
+                "Its collate function packed it, or batch statistics need two samples, so this window can't be repeated "
+                f"in smaller pieces; nothing was trained by it. The next windows are loaded in micro-batches of at most {self.micro_batch}.",
                 "Plan again with less memory (--memory), and go on from the last checkpoint.",
             )
         log.warning(
@@ -275,3 +276,23 @@ class Runner:
             if state[part] is not None:
                 getattr(parts, part).load_state_dict(state[part])
         self.number, self.micro_batch = state["number"], state["micro_batch"]
+
+
+def _versions(window: Window) -> list[int]:
+    """How often each tensor of the window was written to in place, as autograd counts it."""
+    return [
+        leaf._version
+        for piece in window.pieces
+        for _, leaf in tree.leaves(piece)
+        if isinstance(leaf, torch.Tensor) and not leaf.is_inference()
+    ]
+
+
+def _refuse_changed(window: Window, versions: list[int], failure: str) -> None:
+    """A loss that writes into its batch has spoilt what a repetition needs."""
+    if _versions(window) != versions:
+        raise OutOfMemory(
+            f"Out of memory in a window whose loss changes its batch in place ({failure}).",
+            "The samples aren't what they were, so the window can't be repeated; nothing was trained by it.",
+            "Let the loss work on copies: batch = batch.clone()",
+        )

@@ -44,9 +44,13 @@ def balanced(samples: int, steps: int) -> Split:
     return (size + 1,) * larger + (size,) * (steps - larger)
 
 
-def split_within(samples: int, micro_batch: int) -> Split:
-    """The balanced split of the fewest micro-batches of at most `micro_batch` samples."""
-    return balanced(samples, -(-samples // min(micro_batch, samples)))
+def split_within(samples: int, micro_batch: int, least: int = 1) -> Split:
+    """The balanced split of the fewest micro-batches of at most `micro_batch` samples.
+
+    Where it would leave micro-batches of fewer than `least`, there are as many as allow `least`, one sample larger.
+    """
+    steps = -(-samples // min(micro_batch, samples))
+    return balanced(samples, min(steps, max(1, samples // least)))
 
 
 def share_of(target_batch: int, world_size: int, rank: int) -> int:

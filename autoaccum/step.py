@@ -143,7 +143,7 @@ def window_count(parts: Parts, pieces: Sequence[Batch]) -> Any:
     if len(pieces) < 2 or not (parts.counts_by_forward or _is_pair(parts, pieces[0])):
         return None
     with _untouched(parts), torch.no_grad():
-        return _nonzero(sum(_forward(parts, piece)[1] for piece in pieces))
+        return _nonzero(sum(_forward(parts, _copy(piece))[1] for piece in pieces))
 
 
 def _is_pair(parts: Parts, piece: Batch) -> bool:
@@ -151,9 +151,14 @@ def _is_pair(parts: Parts, piece: Batch) -> bool:
     if parts.loss_is_mean:
         return False
     with _untouched(parts), torch.no_grad():
-        parts.counts_by_forward = isinstance(_forward(parts, piece), tuple)
+        parts.counts_by_forward = isinstance(_forward(parts, _copy(piece)), tuple)
     parts.loss_is_mean = not parts.counts_by_forward
     return parts.counts_by_forward
+
+
+def _copy(piece: Batch) -> Batch:
+    """A loss may write into its batch; a forward that only counts must not spoil it for the real one."""
+    return tree.map_leaves(piece, lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
 
 
 def _untouched(parts: Parts) -> AbstractContextManager[Any]:

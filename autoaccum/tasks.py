@@ -20,6 +20,7 @@ def plan(
     headroom: str | None,
     max_micro_batch: int | None,
     verify: bool,
+    malloc: str,
 ) -> dict[str, Any]:
     """Plans a workload; returns the plan's JSON."""
     say({"say": "loading torch and the workload"})
@@ -33,6 +34,7 @@ def plan(
         headroom=headroom,
         max_micro_batch=max_micro_batch,
         verify=verify,
+        malloc=malloc,
         elsewhere=True,
         progress=lambda text: say({"say": text}),
     )

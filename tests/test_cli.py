@@ -75,6 +75,16 @@ def test_json_is_alone_on_stdout(folder: Path) -> None:
     assert plan.split == (8,) and plan.workload == "tiny.py:workload" and json.loads(out.stdout)["schema_version"] == 1
 
 
+def test_with_the_default_malloc_a_quarter_is_reckoned_on_top(folder: Path) -> None:
+    out = run(
+        "plan", "--target-batch", "64", "--workload", "tiny.py:workload", "--malloc", "default", "--json", cwd=folder
+    )
+    plan = Plan.from_json(out.stdout)
+    assert plan.mmap_threshold_bytes is None and plan.slack == 0.25 and "25% of what" in plan.explain()
+    taken = max(plan.phases.values()) + plan.history_bytes - plan.base_bytes
+    assert plan.predicted_peak_bytes == plan.base_bytes + taken + int(0.25 * taken)
+
+
 def test_a_plan_file_is_not_overwritten_unless_forced(folder: Path) -> None:
     out = run("plan", "--target-batch", "8", "-o", "plan.json", cwd=folder, code=2)
     assert "plan.json exists already" in out.stderr and "--force" in out.stderr
@@ -239,7 +249,7 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         "doctor": ["--json"],
         "explain": ["--json"],
         "plan": [
-            "--device", "--force", "--headroom", "--json", "--max-micro-batch", "--memory", "--output",
+            "--device", "--force", "--headroom", "--json", "--malloc", "--max-micro-batch", "--memory", "--output",
             "--target-batch", "--verify", "--workload",
         ],
         "run": ["--checkpoint", "--checkpoint-seconds", "--epochs", "--json", "--steps"],

@@ -162,10 +162,9 @@ def test_a_budget_is_kept_and_the_next_smaller_number_of_steps_would_not_have_fi
     assert 1 < plan.accumulation_steps < 256 and sum(plan.split) == 256
     assert plan.measured_peak_bytes <= budget and plan.predicted_peak_bytes <= 0.98 * budget
     assert abs(plan.predicted_peak_bytes / plan.measured_peak_bytes - 1) < 0.03
-    fewer = -(-256 // (plan.accumulation_steps - 1))
-    row = next(row for row in plan.peaks if row.micro_batch == fewer)
-    assert plan.base_bytes + plan.data_bytes + plan.history_bytes + row.peak_bytes(2) > 0.98 * budget
-    assert f"{plan.accumulation_steps - 1} step" in plan.reasons["accumulation_steps"]
+    needed = plan.fewer_steps_need()
+    assert needed is not None and needed[0] == -(-256 // (plan.accumulation_steps - 1)) and needed[1] > 0.98 * budget
+    assert f"of up to {needed[0]} would need" in plan.explain()
 
 
 def test_without_a_target_the_largest_micro_batch_is_the_batch() -> None:

@@ -24,6 +24,7 @@ from helpers_train import (
     cut,
     distance,
     gradients,
+    mlp,
     one_thread,  # noqa: F401
     pad,
     runner_for,
@@ -39,7 +40,7 @@ from helpers_train import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autoaccum import OutOfMemory, Runner, Workload, oom
+from autoaccum import OutOfMemory, Runner, Workload, fit_plan, oom
 from autoaccum.rng import same_state, take_rng
 from autoaccum.units import show_bytes
 from autoaccum.workload import default_loss
@@ -591,3 +592,45 @@ def test_a_real_out_of_memory_is_recovered_from_exactly(tmp_path: Path) -> None:
     assert max(found["splits"][0]) <= 32
     for name, value in want.items():
         assert float((got[name] - value).norm() / value.norm()) <= FP64, name
+
+
+def test_batch_statistics_are_never_taken_of_a_single_sample() -> None:
+    seen: list[int] = []
+
+    def short(model: nn.Module, batch: Any) -> torch.Tensor:
+        seen.append(len(batch[0]))
+        raise torch.OutOfMemoryError("short")
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).double()
+    work = Workload(model, vectors(4), loss=lambda m, b: default_loss(m, b))
+    plan = fit_plan(work, target_batch=5, budget="4GiB", max_micro_batch=4, verify=False)
+    assert plan.split == (3, 2) and plan.smallest_micro_batch == 2
+    runner = Runner(work, plan)
+    runner.parts.loss = short
+    runner.parts.loss_is_mean = True
+    with pytest.raises(OutOfMemory, match="micro-batch of 3"):  # 5 samples in micro-batches of two or more: 3 and 2
+        runner.step(vectors(5))
+    assert seen == [3, 3] or seen == [3]
+
+
+def test_a_window_whose_loss_spoils_its_batch_is_not_repeated() -> None:
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        batch[0].mul_(2)
+        raise torch.OutOfMemoryError("short")
+
+    runner = runner_for(Workload(mlp(), vectors(4)), 8, 4)
+    runner.parts.loss, runner.parts.loss_is_mean = loss, True
+    with pytest.raises(OutOfMemory, match="changes its batch in place"):
+        runner.step(vectors(8))
+
+
+def test_counting_does_not_spoil_a_batch_that_the_loss_writes_to() -> None:
+    def loss(model: nn.Module, batch: Any) -> Any:
+        losses = nn.functional.cross_entropy(model(batch[0].mul_(2)), batch[1], reduction="none")
+        return losses.sum(), len(losses)
+
+    runner = runner_for(Workload(mlp(), vectors(4), loss=loss, optimizer=Capture), 8, 4)
+    doubled = vectors(8)[0] * 2, vectors(8)[1]
+    want = gradients(runner.parts.model, default_loss, doubled)
+    runner.step(vectors(8))
+    assert distance(seen(runner)[-1], want) < FP64

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from strategies import made_up_plan, plans
 import autoaccum
 from autoaccum.errors import PlanFileError, UsageError
 from autoaccum.files import write_whole
-from autoaccum.plan import SCHEMA_VERSION, Plan, smaller_steps_need
+from autoaccum.plan import SCHEMA_VERSION, Plan
 
 HERE = Path(__file__).parent
 PURE = ("solve", "program", "allocator", "recording", "plan", "budget", "units", "files", "errors", "explain")
@@ -256,17 +257,21 @@ def test_a_plan_is_explained_from_its_file_alone_where_torch_cannot_be_imported(
     told = without_torch(f"from autoaccum import Plan\nprint(Plan.load({str(tmp_path / 'plan.json')!r}).explain())")
     for phase in ("first micro-batch", "later micro-batch", "optimizer step", "between windows"):
         assert phase in told
-    assert "4 would need micro-batches of up to 64, 2.36 GiB in all: 412.0 MiB over the budget" in told
+    assert "4 would need micro-batches of up to 64, 2.87 GiB in all: 940.0 MiB over the budget" in told
     assert "1 of 52 and 4 of 51 samples = 256 x 2 ranks" in told
     assert "a reason for accumulation_steps" in told
 
 
 def test_the_next_smaller_number_of_steps_needs_what_the_table_says() -> None:
-    plan = made_up_plan()
-    assert smaller_steps_need(plan.peaks, 256, 5, 100) == (64, 100 + 2100 * 2**20)
-    assert smaller_steps_need(plan.peaks, 64, 2, 100) == (64, 100 + 1900 * 2**20)  # one step: no later micro-batch
-    assert smaller_steps_need(plan.peaks, 256, 4, 100) is None
-    assert smaller_steps_need(plan.peaks, 256, 1, 100) is None
+    plan = made_up_plan(slack=0.0)
+    held = plan.base_bytes + plan.data_bytes
+    assert plan.fewer_steps_need() == (64, held + 2100 * 2**20)
+    two = replace(plan, split=(32, 32), accumulation_steps=2)
+    assert two.fewer_steps_need() == (64, held + 1900 * 2**20)  # one step: no later micro-batch
+    assert replace(plan, split=(64,) * 4, accumulation_steps=4).fewer_steps_need() is None
+    assert replace(plan, split=(256,), accumulation_steps=1).fewer_steps_need() is None
+    more = replace(plan, slack=0.5, history_bytes=100 * 2**20)
+    assert more.fewer_steps_need() == (64, plan.base_bytes + (plan.data_bytes + 2200 * 2**20) * 3 // 2)
 
 
 def test_plans_without_verification_or_with_one_step_explain_themselves() -> None:

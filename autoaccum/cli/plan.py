@@ -19,6 +19,7 @@ def plan(
     memory: str = typer.Option(None, help="What the whole process may use, like 2GiB. Left out: what is free."),
     headroom: str = typer.Option(None, help="How much of that to keep free, like 500MiB or 5%."),
     max_micro_batch: int = typer.Option(None, help="The largest micro-batch allowed."),
+    malloc: str = typer.Option("fixed", help="fixed: predictable memory; default: faster, with a quarter kept free."),
     verify: bool = typer.Option(True, help="Run the plan's window for real."),
     output: Path = typer.Option(None, "--output", "-o", help="Write the plan to this file, as JSON."),
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
@@ -39,6 +40,7 @@ def plan(
         "headroom": headroom,
         "max_micro_batch": max_micro_batch,
         "verify": verify,
+        "malloc": malloc,
     }
     with progress("planning") as say:
         found = Plan.from_json(call("plan", arguments, on_message=say)["plan"])
