@@ -206,8 +206,9 @@ class Runner:
         if max(smaller.sizes) == largest:
             raise OutOfMemory(
                 f"Out of memory in the {where} with a micro-batch of {largest}, which can't be cut ({failure}).",
-                "Its collate function packed it, or batch statistics need two samples, so this window can't be repeated "
-                f"in smaller pieces; nothing was trained by it. The next windows are loaded in micro-batches of at most {self.micro_batch}.",
+                "Its collate function packed it, or batch statistics need two samples, so this window can't be "
+                "repeated in smaller pieces; nothing was trained by it. "
+                f"The next windows are loaded in micro-batches of at most {self.micro_batch}.",
                 "Plan again with less memory (--memory), and go on from the last checkpoint.",
             )
         log.warning(

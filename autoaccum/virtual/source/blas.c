@@ -28,7 +28,8 @@ API size_t cublasGetCudartVersion(void) { return CUDART_VERSION; }
 #define LT_OBJECT(Name, arguments, type)                           \
   BLAS(cublasLt##Name##Create, arguments, *made = calloc(1, 64))  \
   BLAS(cublasLt##Name##Destroy, (type made), free((void *)made))
-LT_OBJECT(MatmulDesc, (cublasLtMatmulDesc_t *made, cublasComputeType_t compute, cudaDataType_t scale), cublasLtMatmulDesc_t)
+LT_OBJECT(MatmulDesc, (cublasLtMatmulDesc_t *made, cublasComputeType_t compute, cudaDataType_t scale),
+          cublasLtMatmulDesc_t)
 LT_OBJECT(MatrixLayout, (cublasLtMatrixLayout_t *made, cudaDataType type, uint64_t rows, uint64_t columns, int64_t ld),
           cublasLtMatrixLayout_t)
 LT_OBJECT(MatmulPreference, (cublasLtMatmulPreference_t *made), cublasLtMatmulPreference_t)
@@ -44,11 +45,15 @@ API cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasLtMa
 }
 
 /* What a failed call is called. These return text: a stub's number in its place would be read as an address. */
-#define TEXT(name) \
-  API const char *name(int status) { return status ? "not supported (not modelled by the virtual GPU)" : "success"; }
-API const char *cublasGetStatusString(cublasStatus_t s) { return s ? "not supported (not modelled by the virtual GPU)" : "success"; }
-API const char *cublasGetStatusName(cublasStatus_t s) { return s ? "CUBLAS_STATUS_NOT_SUPPORTED" : "CUBLAS_STATUS_SUCCESS"; }
-API const char *cublasLtGetStatusString(cublasStatus_t s) { return cublasGetStatusString(s); }
-API const char *cublasLtGetStatusName(cublasStatus_t s) { return cublasGetStatusName(s); }
-TEXT(cusparseGetErrorString)
-TEXT(cusparseGetErrorName)
+static const char *text_of(int status) {
+  return status ? "not supported (not modelled by the virtual GPU)" : "success";
+}
+static const char *name_of(cublasStatus_t status) {
+  return status ? "CUBLAS_STATUS_NOT_SUPPORTED" : "CUBLAS_STATUS_SUCCESS";
+}
+API const char *cublasGetStatusString(cublasStatus_t s) { return text_of(s); }
+API const char *cublasGetStatusName(cublasStatus_t s) { return name_of(s); }
+API const char *cublasLtGetStatusString(cublasStatus_t s) { return text_of(s); }
+API const char *cublasLtGetStatusName(cublasStatus_t s) { return name_of(s); }
+API const char *cusparseGetErrorString(int s) { return text_of(s); } /* cusparse.h needs the half types for real */
+API const char *cusparseGetErrorName(int s) { return text_of(s); }

@@ -1,4 +1,4 @@
-/* cuDNN: convolutions and batch norm. */
+/* cuDNN: convolutions, attention and batch norm. */
 #include "gpu.h"
 #include <cudnn.h>
 
@@ -22,13 +22,20 @@ DNN(cudnnDestroy, (cudnnHandle_t h), free(h))
 DNN(cudnnSetStream, (cudnnHandle_t h, cudaStream_t stream), *(cudaStream_t *)h = stream)
 DNN(cudnnGetStream, (cudnnHandle_t h, cudaStream_t *stream), *stream = *(cudaStream_t *)h)
 
-/* Convolutions ----------------------------------------------------------
+/* Convolutions and attention --------------------------------------------
  * PyTorch uses the backend (graph) API, whose objects are opaque: here each carries the bytes of the tensors under it,
- * from which the workspace of the one faked engine follows. If that is not nothing, a second engine without one is
+ * from which the workspace of the one faked engine follows. Only convolutions have one: what attention asks for, in its
+ * backward pass above all, isn't known here. If that is not nothing, a second engine without one is
  * offered, as the real library mostly does: PyTorch turns to it when the workspace doesn't fit. Without that fallback
  * PyTorch says "unable to find an engine" instead of "out of memory". */
 
-typedef struct { int type, element; int64_t bytes, workspace; } Descriptor;
+typedef struct { int type, element, convolutions; int64_t bytes, workspace; } Descriptor;
+
+static int is_convolution(cudnnBackendDescriptorType_t type) {
+  return type == CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR ||
+         type == CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR ||
+         type == CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_FILTER_DESCRIPTOR;
+}
 
 static int size_of(cudnnDataType_t type) {
   switch (type) {
@@ -43,6 +50,7 @@ static int size_of(cudnnDataType_t type) {
 API cudnnStatus_t cudnnBackendCreateDescriptor(cudnnBackendDescriptorType_t type, cudnnBackendDescriptor_t *made) {
   Descriptor *d = calloc(1, sizeof *d);
   d->type = type;
+  d->convolutions = is_convolution(type);
   return *made = d, CUDNN_STATUS_SUCCESS;
 }
 DNN(cudnnBackendDestroyDescriptor, (cudnnBackendDescriptor_t d), free(d))
@@ -63,6 +71,7 @@ API cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t descriptor, 
       if (!under) continue;
       d->bytes += under->bytes * (under->type == CUDNN_BACKEND_TENSOR_DESCRIPTOR ? under->element : 1);
       d->workspace += under->workspace;
+      d->convolutions += under->convolutions;
     }
   }
   return CUDNN_STATUS_SUCCESS;
@@ -70,14 +79,15 @@ API cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t descriptor, 
 
 /* The engines that the heuristic finds; how many, where `room` is 0. */
 static int64_t engines(const Descriptor *d, int64_t room, Descriptor **found) {
-  int64_t workspace = settings.workspace + (int64_t)(settings.workspace_factor * d->bytes);
+  int64_t workspace = d->convolutions ? settings.workspace + (int64_t)(settings.workspace_factor * d->bytes) : 0;
   int64_t count = workspace && settings.fallback ? 2 : 1;
   if (!found || room <= 0) return count;
   found[0]->workspace = workspace;
   return room < count ? room : count;
 }
-API cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const descriptor, cudnnBackendAttributeName_t name,
-                                           cudnnBackendAttributeType_t type, int64_t room, int64_t *count, void *values) {
+API cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const descriptor,
+                                           cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type,
+                                           int64_t room, int64_t *count, void *values) {
   const Descriptor *d = descriptor;
   int64_t found = 0; /* of notes and knobs there are none */
   switch (name) {
@@ -88,6 +98,11 @@ API cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const descri
       found = 1;
       if (values) *(int64_t *)values = 0;
       break;
+    case CUDNN_ATTR_ENGINECFG_SHARED_MEMORY_USED:
+      found = 1;
+      if (values) *(int32_t *)values = 0;
+      break;
+    case CUDNN_ATTR_ENGINECFG_WORKSPACE_SIZE:
     case CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE:
       found = 1;
       if (values) *(int64_t *)values = d->workspace;

@@ -76,6 +76,9 @@ API CUresult cuGetErrorName(CUresult error, const char **text) {
 API CUresult cuGetErrorString(CUresult error, const char **text) {
   return *text = cudaGetErrorString((cudaError_t)error), CUDA_SUCCESS;
 }
+/* PyTorch asks to be told of errors that the driver logs: there are none. */
+DONE(cuLogsRegisterCallback, (CUlogsCallback call, void *data, CUlogsCallbackHandle *handle))
+DONE(cuLogsUnregisterCallback, (CUlogsCallbackHandle handle))
 API CUresult cuPointerGetAttribute(void *value, CUpointer_attribute which, CUdeviceptr address) {
   struct cudaPointerAttributes a;
   cudaPointerGetAttributes(&a, (void *)address);
@@ -153,9 +156,11 @@ API CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   enter();
   return *module = malloc(1), CUDA_SUCCESS;
 }
-API CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned count, CUjit_option *options, void **values) {
+API CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned count, CUjit_option *options,
+                                void **values) {
   return cuModuleLoadData(module, image);
 }
+API CUresult cuModuleLoad(CUmodule *module, const char *path) { return cuModuleLoadData(module, path); }
 API CUresult cuModuleUnload(CUmodule module) { return free(module), CUDA_SUCCESS; }
 API CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   static char any_kernel;
@@ -191,15 +196,15 @@ API CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsig
 API CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
   return (CUresult)launch();
 }
-API CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                                       unsigned bz, unsigned shared, CUstream stream, void **arguments) {
+API CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                                       unsigned by, unsigned bz, unsigned shared, CUstream stream, void **arguments) {
   return (CUresult)launch();
 }
 
 /* A tensor map describes tiles to hardware that isn't there. */
 API CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
                                     const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
-                                    const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                                    CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+                                    const cuuint32_t *steps, CUtensorMapInterleave interleave,
+                                    CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   return memset(map, 0, sizeof *map), CUDA_SUCCESS;
 }

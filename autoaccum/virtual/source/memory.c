@@ -18,7 +18,8 @@ size_t round_up(size_t size, size_t to) { return (size + to - 1) / to * to; }
 static void arena_reserve(Arena *arena, uintptr_t where, size_t span, size_t granule) {
   arena->base = mmap((void *)where, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (arena->base == MAP_FAILED) {
-    fprintf(stderr, "virtual GPU: no %zu GiB of addresses: a limit (ulimit -v, -d) or vm.overcommit_memory=2 forbids it.\n", span >> 30);
+    fprintf(stderr, "virtual GPU: no %zu GiB of addresses: ", span >> 30);
+    fprintf(stderr, "a limit (ulimit -v, -d) or vm.overcommit_memory=2 forbids it.\n");
     _Exit(2);
   }
   arena->span = span;
@@ -45,7 +46,8 @@ void *arena_take(Arena *arena, size_t size) {
   size_t i, at = 0;
   pthread_once(&reserved_once, reserve_all);
   size = round_up(size ? size : 1, arena->granule);
-  for (i = 0; i < arena->count && arena->used[i].offset - at < size; i++) at = arena->used[i].offset + arena->used[i].size;
+  for (i = 0; i < arena->count && arena->used[i].offset - at < size; i++)
+    at = arena->used[i].offset + arena->used[i].size;
   if (at + size > arena->span) return NULL;
   if (arena->count == arena->room) {
     arena->room = arena->room ? 2 * arena->room : 256;

@@ -116,7 +116,9 @@ API int nvmlDeviceGetComputeRunningProcesses(Device *device, unsigned *count, Pr
   for (unsigned i = 0; i < *count; i++) list[i] = (Process1){found[i].pid, found[i].used};
   return OK;
 }
-API int nvmlDeviceGetGraphicsRunningProcesses_v3(Device *device, unsigned *count, Process *list) { return *count = 0, OK; }
+API int nvmlDeviceGetGraphicsRunningProcesses_v3(Device *device, unsigned *count, Process *list) {
+  return *count = 0, OK;
+}
 
 /* PyTorch insists that these exist. */
 API int nvmlDeviceGetNvLinkRemoteDeviceType(void) { return UNSUPPORTED; }

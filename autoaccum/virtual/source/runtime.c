@@ -219,8 +219,11 @@ static cudaError_t copy(void *to, const void *from, size_t size) {
   else if (settings.copies != COPY_ZERO || !onto) memmove(to, from, size);
   return cudaSuccess;
 }
-API cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) { return copy(to, from, size); }
-API cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
+API cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
+  return copy(to, from, size);
+}
+API cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind,
+                                cudaStream_t stream) {
   return copy(to, from, size);
 }
 API cudaError_t cudaMemcpyPeerAsync(void *to, int td, const void *from, int fd, size_t size, cudaStream_t stream) {

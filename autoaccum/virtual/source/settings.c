@@ -42,7 +42,10 @@ void uuid_text(int physical, char text[48]) {
   unsigned char bytes[16];
   uuid_of(physical, bytes);
   text += sprintf(text, "GPU");
-  for (int i = 0; i < 16; i++) text += sprintf(text, i == 0 || (i >= 4 && i <= 10 && i % 2 == 0) ? "-%02x" : "%02x", bytes[i]);
+  for (int i = 0; i < 16; i++) {
+    int begins = i == 0 || (i >= 4 && i <= 10 && i % 2 == 0);
+    text += sprintf(text, begins ? "-%02x" : "%02x", bytes[i]);
+  }
 }
 
 /* CUDA_VISIBLE_DEVICES, as the CUDA programming guide has it: indices, or UUIDs of which a unique beginning suffices;
@@ -91,7 +94,8 @@ static void read_capability(void) {
   /* CUDA programming guide, technical specifications per compute capability: 227 KiB from 9.0, 163 at 8.0 and 8.7,
    * 99 at 8.6, 8.9 and 12.x, 64 at 7.5 (96 at 7.0) */
   int cc = 10 * settings.cc_major + settings.cc_minor;
-  settings.shared_optin = 1024 * (cc >= 120 ? 99 : cc >= 90 ? 227 : cc == 80 || cc == 87 ? 163 : cc > 80 ? 99 : cc == 75 ? 64 : 96);
+  int kib = cc >= 120 ? 99 : cc >= 90 ? 227 : cc == 80 || cc == 87 ? 163 : cc > 80 ? 99 : cc == 75 ? 64 : 96;
+  settings.shared_optin = 1024 * kib;
 }
 
 static void read_workspace(void) {
@@ -118,7 +122,8 @@ __attribute__((constructor)) static void read_settings(void) {
   read_workspace();
   text = text_of("AUTOACCUM_GPU_COPIES");
   settings.copies = !text || !strcmp(text, "tensors") ? COPY_TENSORS : !strcmp(text, "all") ? COPY_ALL : COPY_ZERO;
-  if (settings.copies == COPY_ZERO && strcmp(text, "zero")) refuse("AUTOACCUM_GPU_COPIES", text, "tensors, all or zero");
+  if (settings.copies == COPY_ZERO && strcmp(text, "zero"))
+    refuse("AUTOACCUM_GPU_COPIES", text, "tensors, all or zero");
   read_visible(getenv("CUDA_VISIBLE_DEVICES"));
   for (int i = 0; i < settings.physical; i++) devices[i].other = settings.other;
 }

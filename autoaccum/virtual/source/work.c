@@ -137,8 +137,8 @@ API cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, vo
 API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **arguments) {
   return launch();
 }
-API cudaError_t cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared,
-                                            cudaStream_t stream) {
+API cudaError_t cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 block, void **arguments,
+                                            size_t shared, cudaStream_t stream) {
   return launch();
 }
 
@@ -152,7 +152,8 @@ API cudaError_t cudaFuncSetAttribute(const void *function, enum cudaFuncAttribut
   int too_much = which == cudaFuncAttributeMaxDynamicSharedMemorySize && (size_t)value > settings.shared_optin;
   return too_much ? fail(cudaErrorInvalidValue) : cudaSuccess;
 }
-API cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t kernel, enum cudaFuncAttribute which, int value, int logical) {
+API cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t kernel, enum cudaFuncAttribute which, int value,
+                                                int logical) {
   return cudaFuncSetAttribute(kernel, which, value);
 }
 API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *count, const void *function, int block,

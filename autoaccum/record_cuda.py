@@ -1,0 +1,93 @@
+"""Records a window on a CUDA device: the caching allocator's own history, in order, by phase and stream."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from .recording import Phase, Recording, name_blocks
+
+_MARK = "autoaccum:"
+_EVENTS = {"alloc": 1, "free_completed": -1}  # a free is complete when no stream uses the block any more
+_MOST_EVENTS = 10_000_000
+
+
+def record(
+    run: Callable[[Callable[[str], AbstractContextManager[Any]]], None],
+    *,
+    micro_batch: int,
+    device: torch.device | None = None,
+) -> Recording:
+    """Records what a run of `step.train_window` allocates.
+
+    Where the user's own recording is on, its tail is read and nothing is changed.
+
+    Args:
+        run: Called with the `on_phase` to hand on.
+        micro_batch: Samples in each micro-batch of the run.
+        device: The CUDA device; left out, the current one.
+
+    Returns:
+        The recording; what happens outside of phases is left out.
+    """
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    started = time.perf_counter()
+    phases: list[str] = []
+    with _history():
+        skip = len(_trace(index))
+        run(lambda name: _marked(name, phases))
+        torch.cuda.synchronize(index)
+        trace = _trace(index)[skip:]
+    found = _cut(trace, phases)
+    passes = sum(phase.name in ("first", "later") for phase in found)
+    return Recording(micro_batch, found, passes, time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """Switches the history on where it is off, without stack frames; and off again."""
+    if torch._C._cuda_isHistoryEnabled():
+        yield
+        return
+    torch._C._cuda_clearCublasWorkspaces()  # so that they are allocated anew, into the history
+    torch.cuda.memory._record_memory_history("all", context=None, max_entries=_MOST_EVENTS)
+    try:
+        yield
+    finally:
+        torch.cuda.memory._record_memory_history(None)
+
+
+def _trace(index: int) -> list[dict[str, Any]]:
+    traces: list[dict[str, Any]] = torch.cuda.memory._snapshot()["device_traces"][index]
+    return traces
+
+
+@contextlib.contextmanager
+def _marked(name: str, phases: list[str]) -> Iterator[None]:
+    """Has the allocator write the phase's number beside each event; numbers, since names come again."""
+    phases.append(name)
+    before = torch.cuda.memory._get_memory_metadata()
+    torch.cuda.memory._set_memory_metadata(f"{_MARK}{len(phases) - 1}")
+    try:
+        yield
+    finally:
+        torch.cuda.memory._set_memory_metadata(before)
+
+
+def _cut(trace: list[dict[str, Any]], names: list[str]) -> tuple[Phase, ...]:
+    kept = [entry for entry in trace if entry["action"] in _EVENTS]
+    events = name_blocks((e["addr"], _EVENTS[e["action"]] * e["size"], e["stream"]) for e in kept)
+    phases: list[list[Any]] = [[] for _ in names]
+    last = None
+    for event, entry in zip(events, kept, strict=True):
+        mark = entry["user_metadata"]
+        if mark.startswith(_MARK):
+            last = int(mark.removeprefix(_MARK))
+        if last is not None:  # marks are a thread's own, and backward has a thread of its own: it bears none
+            phases[last].append(event)
+    return tuple(Phase(name, tuple(found)) for name, found in zip(names, phases, strict=True))

@@ -1,0 +1,486 @@
+"""What is real and what is faked on the virtual GPU, as checks that run on it; test_virtual.py starts them.
+
+Checks that can share a process form a group, which has one GPU and one environment. `virtual_checks.py GROUP` runs a
+group's checks in order and prints a line of JSON for each.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pynvml
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from autoaccum.virtual import VirtualGpu, control
+
+MIB, GIB = 2**20, 2**30
+Check = Callable[[], None]
+
+
+@dataclass
+class Group:
+    gpu: VirtualGpu
+    env: dict[str, str]
+    checks: dict[str, Check] = field(default_factory=dict)
+
+
+GROUPS: dict[str, Group] = {}
+
+
+def check(group: str) -> Callable[[Check], Check]:
+    def add(body: Check) -> Check:
+        GROUPS[group].checks[body.__name__] = body
+        return body
+
+    return add
+
+
+def _group(name: str, env: dict[str, str] | None = None, /, **gpu: Any) -> str:
+    GROUPS[name] = Group(VirtualGpu(**gpu), env or {})
+    return name
+
+
+PLAIN = _group("plain")
+SMALL = _group("small", memory_bytes=2 * GIB, context_bytes=256 * MIB)
+NEIGHBOUR = _group("neighbour", memory_bytes=2 * GIB, context_bytes=128 * MIB, other_bytes=512 * MIB)
+TWO = _group("two", devices=2)
+SWAPPED = _group("swapped", {"CUDA_VISIBLE_DEVICES": "2,0"}, devices=3)
+NONE = _group("none", {"CUDA_VISIBLE_DEVICES": ""})
+HOPPER = _group("hopper", compute_capability="9.0", multiprocessors=132, name="A name with spaces")
+ALL = _group("all", copies="all")
+ZERO = _group("zero", copies="zero")
+FIXED = _group("fixed", convolution_workspace="3MiB")
+SCALED = _group("scaled", convolution_workspace="0.5x")
+HUGE = _group("huge", convolution_workspace="20GiB")
+STUBBORN = _group("stubborn", convolution_workspace="20GiB", convolution_fallback=False)
+EXPANDABLE = _group(
+    "expandable", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, memory_bytes=2 * GIB, context_bytes=0
+)
+ASYNC = _group("async", {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, memory_bytes=2 * GIB)
+COMPILED = _group("compiled")
+
+
+def grab(size: int, device: str = "cuda") -> Any:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def nvml(physical: int = 0) -> tuple[Any, Any]:
+    pynvml.nvmlInit()
+    return pynvml, pynvml.nvmlDeviceGetHandleByIndex(physical)
+
+
+# -- the limit, and who sees what
+
+
+@check(PLAIN)
+def the_context_is_taken_at_first_use() -> None:
+    library, device = nvml()
+    assert control.is_virtual() and torch.cuda.device_count() == 1
+    assert library.nvmlDeviceGetMemoryInfo(device).free == 16 * GIB
+    assert library.nvmlDeviceGetComputeRunningProcesses(device) == []
+    assert torch.cuda.mem_get_info() == (16 * GIB - 512 * MIB, 16 * GIB)
+    assert library.nvmlDeviceGetMemoryInfo(device).free == 16 * GIB - 512 * MIB
+    assert [process.pid for process in library.nvmlDeviceGetComputeRunningProcesses(device)] == [os.getpid()]
+
+
+@check(SMALL)
+def memory_ends_where_it_says() -> None:
+    assert torch.cuda.mem_get_info() == (2 * GIB - 256 * MIB, 2 * GIB)
+    held = grab(GIB)
+    text = "Tried to allocate 1024.00 MiB. GPU 0 has a total capacity of 2.00 GiB of which 768.00 MiB is free"
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=text):
+        grab(GIB)
+    assert torch.cuda.memory_stats()["num_ooms"] == 1
+    del held
+    grab(GIB)  # the cached gigabyte serves again
+    assert torch.cuda.max_memory_allocated() == GIB
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info()[0] == 2 * GIB - 256 * MIB
+
+
+@check(SMALL)
+def allocations_are_rounded_to_2_mib() -> None:
+    before = torch.cuda.mem_get_info()[0]
+    held = grab(30 * MIB + 1)  # large ones: the caching allocator rounds to 2 MiB too
+    assert before - torch.cuda.mem_get_info()[0] == 32 * MIB == control.stats().used_bytes
+    del held
+    torch.cuda.empty_cache()
+    assert control.stats().used_bytes == 0 and control.stats().peak_bytes >= 32 * MIB
+    control.reset_peak()
+    assert control.stats().peak_bytes == 0
+
+
+@check(SMALL)
+def the_fraction_is_kept() -> None:
+    torch.cuda.set_per_process_memory_fraction(0.25)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        grab(700 * MIB)
+    grab(400 * MIB)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@check(NEIGHBOUR)
+def another_process_takes_its_part() -> None:
+    library, device = nvml()
+
+    def free() -> int:
+        info = library.nvmlDeviceGetMemoryInfo(device)
+        assert (info.free, info.total) == torch.cuda.mem_get_info()
+        return int(info.free)
+
+    held = grab(100 * MIB)
+    assert free() == (2048 - 128 - 512 - 100) * MIB
+    found = {p.pid: p.usedGpuMemory for p in library.nvmlDeviceGetComputeRunningProcesses(device)}
+    assert found == {os.getpid(): 228 * MIB, 1: 512 * MIB}
+    control.set_other(0, 1772 * MIB)  # it grows while we run
+    assert free() == 48 * MIB and control.stats().other_bytes == 1772 * MIB
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        grab(64 * MIB)
+    control.set_other(0, 0)
+    assert grab(64 * MIB).numel() and held.numel()
+    assert library.nvmlDeviceGetUUID(device) == f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
+@check(PLAIN)
+def allocations_fail_when_told_to() -> None:
+    control.fail_next(2)  # PyTorch retries one after emptying its cache
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        grab(40 * MIB)
+    assert control.stats().failures == 2
+    assert grab(40 * MIB).numel()
+
+
+# -- PyTorch's own allocators
+
+
+@check(PLAIN)
+def memory_history() -> None:
+    torch.cuda.memory._record_memory_history()
+    grab(5 * MIB)
+    trace = torch.cuda.memory._snapshot()["device_traces"][0]
+    assert any(event["action"] == "alloc" and event["size"] == 5 * MIB for event in trace)
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+@check(EXPANDABLE)
+def expandable_segments() -> None:
+    first, second = grab(300 * MIB), grab(300 * MIB)
+    assert torch.cuda.memory_snapshot()[0]["is_expandable"] and torch.cuda.mem_get_info()[0] == 1448 * MIB
+    del first, second
+    held = grab(1200 * MIB)  # grows the one segment
+    assert len(torch.cuda.memory_snapshot()) == 1 and torch.cuda.memory_reserved() == 1200 * MIB
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        grab(1200 * MIB)
+    del held
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info()[0] == 2 * GIB and control.stats().used_bytes == 0
+
+
+@check(ASYNC)
+def malloc_async() -> None:
+    held = grab(GIB)
+    assert torch.cuda.memory_allocated() == GIB == held.numel()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        grab(GIB)
+
+
+# -- copies
+
+
+@check(PLAIN)
+def copies_are_real() -> None:
+    x = torch.randn(1000, 37)
+    y = x.cuda()
+    assert torch.equal(y.cpu(), x) and torch.equal(y.clone().cpu(), x)
+    pinned = x.pin_memory()
+    assert pinned.is_pinned() and not x.is_pinned()
+    assert torch.equal(pinned.to("cuda", non_blocking=True).cpu(), x)
+
+
+@check(PLAIN)
+def scalars_read_as_zero() -> None:
+    assert (torch.ones(1000).cuda() + 1).sum().item() == 0  # a kernel's result, whatever its memory held
+    assert torch.tensor(5.0).cuda().item() == 0
+    assert torch.zeros(10, device="cuda").nonzero().shape == (0, 1)
+
+
+@check(ALL)
+def scalars_are_copied_when_asked() -> None:
+    assert torch.tensor(5.0).cuda().item() == 5
+
+
+@check(ZERO)
+def nothing_is_copied_when_asked() -> None:
+    assert torch.ones(1000).cuda().cpu().sum() == 0
+
+
+# -- several devices, and which of them CUDA shows
+
+
+@check(TWO)
+def two_devices() -> None:
+    assert torch.cuda.device_count() == 2
+    x = torch.arange(10.0).to("cuda:1")
+    assert torch.cuda.memory_allocated(0) == 0 and torch.cuda.memory_allocated(1) > 0
+    assert control.stats(0).used_bytes == 0 < control.stats(1).used_bytes
+    assert torch.equal(x.to("cuda:0").cpu(), torch.arange(10.0))
+
+
+@check(SWAPPED)
+def visible_devices_are_in_their_order() -> None:
+    library, second = nvml(2)
+    assert torch.cuda.device_count() == 2 and library.nvmlDeviceGetCount() == 3
+    assert library.nvmlDeviceGetUUID(second) == f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    before = [torch.cuda.mem_get_info(logical)[0] for logical in (0, 1)]
+    control.set_other(2, GIB)
+    assert [torch.cuda.mem_get_info(logical)[0] for logical in (0, 1)] == [before[0] - GIB, before[1]]
+    grab(100 * MIB, "cuda:1")
+    assert [control.stats(physical).used_bytes for physical in (0, 1, 2)] == [100 * MIB, 0, 0]
+    assert control.stats(1).free_bytes == 16 * GIB  # no context there
+
+
+@check(SWAPPED)
+def visible_devices_by_uuid() -> None:
+    library, _ = nvml()
+    uuids = [library.nvmlDeviceGetUUID(library.nvmlDeviceGetHandleByIndex(i)) for i in range(3)]
+    assert len({uuid[:6] for uuid in uuids}) == 3
+    expected = {
+        "0,1": [0, 1],
+        " 1, 0": [1, 0],
+        f"{uuids[1]},{uuids[0]}": [1, 0],
+        f"{uuids[2][:8]},1": [2, 1],  # a unique beginning suffices
+        "GPU-" + uuids[1][4:].upper(): [1],
+        "GPU-": [],  # begins all three
+        "0,7,1": [0],  # the list ends at what is no device
+        "1,GPU-00000000,0": [1],
+        "-1": [],
+        "0,0": [],
+        f"0,{uuids[0]}": [],
+        "MIG-1": [],
+        "": [],
+    }
+    source = (
+        "from ctypes import *; cuda = CDLL('libcuda.so.1'); n = c_int(); cuda.cuDeviceGetCount(byref(n))\n"
+        "for i in range(n.value): b = (c_ubyte * 16)(); cuda.cuDeviceGetUuid_v2(b, i); print(bytes(b).hex())"
+    )
+    plain = [uuid.removeprefix("GPU-").replace("-", "") for uuid in uuids]
+    for setting, devices in expected.items():
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": setting}
+        out = subprocess.run([sys.executable, "-Sc", source], env=env, capture_output=True, text=True, check=True)
+        assert [plain.index(line) for line in out.stdout.split()] == devices, setting
+
+
+@check(NONE)
+def no_device() -> None:
+    assert control.is_virtual() and not torch.cuda.is_available() and torch.cuda.device_count() == 0
+
+
+# -- what PyTorch asks of libraries
+
+
+def workspace_of_a_product() -> int:
+    torch._C._cuda_clearCublasWorkspaces()
+    a = torch.zeros(64, 64, device="cuda")
+    before = torch.cuda.memory_allocated()
+    a @ a
+    return torch.cuda.memory_allocated() - before
+
+
+@check(PLAIN)
+def blas_workspace_at_8_0() -> None:
+    assert workspace_of_a_product() == 8 * MIB + 128 * 1024  # PyTorch's default: two of 4 MiB and eight of 16 KiB
+
+
+@check(HOPPER)
+def blas_workspace_at_9_0() -> None:
+    assert workspace_of_a_product() == 32 * MIB
+    assert torch.cuda.get_device_name() == "A name with spaces"
+    properties = torch.cuda.get_device_properties(0)
+    assert (properties.major, properties.minor, properties.multi_processor_count) == (9, 0, 132)
+
+
+@check(HOPPER)
+def attention_through_cudnn() -> None:
+    q = torch.zeros(2, 8, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.CUDNN_ATTENTION):
+        out = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert "Cudnn" in type(out.grad_fn).__name__
+    out.sum().backward()
+    assert q.grad is not None
+
+
+@check(PLAIN)
+def attention_is_chosen_by_type() -> None:
+    def chosen(dtype: torch.dtype) -> str:
+        q = torch.zeros(2, 8, 128, 64, device="cuda", dtype=dtype, requires_grad=True)
+        return type(nn.functional.scaled_dot_product_attention(q, q, q).grad_fn).__name__
+
+    assert "Flash" in chosen(torch.bfloat16) and "Efficient" in chosen(torch.float32)
+
+
+def convolution() -> tuple[Any, Any]:
+    conv = nn.Conv2d(8, 8, 3, padding=1).cuda()
+    return conv, torch.zeros(16, 8, 64, 64, device="cuda")
+
+
+@check(PLAIN)
+def a_convolution_has_no_workspace() -> None:
+    conv, x = convolution()
+    y = conv(x)
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated() and y.numel()
+
+
+@check(FIXED)
+def a_convolution_has_a_fixed_workspace() -> None:
+    conv, x = convolution()
+    y = conv(x)
+    assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() == 3 * MIB and y.numel()
+
+
+@check(SCALED)
+def a_convolution_has_a_workspace_of_its_size() -> None:
+    conv, x = convolution()
+    y = conv(x)
+    tensors = x.nbytes + y.nbytes + conv.weight.nbytes
+    assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() == (tensors // 2 + 511) // 512 * 512
+
+
+@check(HUGE)
+def a_convolution_falls_back() -> None:
+    conv, x = convolution()
+    conv(x).sum().backward()
+    assert torch.cuda.memory_stats()["num_ooms"] > 0  # PyTorch caught it
+
+
+@check(STUBBORN)
+def a_convolution_without_fallback() -> None:
+    conv, x = convolution()
+    with pytest.raises(RuntimeError, match="unable to find an engine") as error:
+        conv(x)
+    assert not isinstance(error.value, torch.cuda.OutOfMemoryError)
+
+
+# -- the rest of a training step
+
+
+@check(PLAIN)
+def streams_and_events() -> None:
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        grab(MIB).record_stream(torch.cuda.current_stream())
+    after.record()
+    assert before.elapsed_time(after) >= 0 and after.query()
+
+
+@check(PLAIN)
+def graphs_have_their_pools() -> None:
+    model, x = nn.Linear(8, 8).cuda(), torch.zeros(4, 8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(x)
+    graph.replay()
+
+
+@check(PLAIN)
+def mixed_precision_training() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.1), nn.ReLU(), nn.LayerNorm(64)).cuda()
+    scaler = torch.amp.GradScaler()
+    optimizer = torch.optim.Adam(model.parameters(), foreach=True)
+    for _ in range(2):
+        with torch.autocast("cuda", torch.float16):
+            loss = checkpoint(model, torch.randn(8, 64, device="cuda"), use_reentrant=False).sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@check(PLAIN)
+def layers_and_functions() -> None:
+    ids = torch.randint(0, 9, (4, 5), device="cuda")
+    nn.Embedding(9, 3).cuda()(ids).sum().backward()
+    image = torch.zeros(2, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.ConvTranspose2d(8, 3, 2)).cuda()
+    net(image).sum().backward()
+    line = torch.zeros(1000, device="cuda")
+    line.sort(), line.cumsum(0), line.topk(3), (line + 1).multinomial(2)
+    torch.cuda.set_rng_state(torch.cuda.get_rng_state())
+
+
+@check(PLAIN)
+def recurrent_nets_without_cudnn() -> None:
+    with torch.backends.cudnn.flags(enabled=False):
+        nn.LSTM(4, 4).cuda()(torch.zeros(3, 2, 4, device="cuda"))[0].sum().backward()
+
+
+@check(PLAIN)
+def kernels_compiled_at_run_time() -> None:
+    square = torch.cuda.jiterator._create_jit_fn("template <typename T> T square(T x) { return x * x; }")
+    before = control.stats().launches
+    square(torch.zeros(10, device="cuda"))
+    assert control.stats().launches > before
+
+
+@check(PLAIN)
+def torchs_own_triton_kernels() -> None:
+    out = torch.bmm(torch.zeros(4, 8, 1, device="cuda"), torch.zeros(4, 1, 8, device="cuda"))  # an outer product
+    assert out.shape == (4, 8, 8)
+
+
+@check(COMPILED)
+def torch_compile() -> None:
+    model = torch.compile(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)).cuda())
+    model(torch.randn(8, 64, device="cuda")).sum().backward()
+
+
+@check(PLAIN)
+def what_is_not_modelled_is_loud() -> None:
+    with pytest.raises(RuntimeError, match="cusolver"):
+        torch.linalg.svd(torch.zeros(4, 4, device="cuda"))
+    with pytest.raises(RuntimeError, match="not modelled by the virtual GPU"):
+        nn.LSTM(4, 4).cuda()(torch.zeros(3, 2, 4, device="cuda"))
+    with pytest.raises(RuntimeError, match="CUFFT_NOT_SUPPORTED"):
+        torch.fft.fft(torch.zeros(8, device="cuda"))
+
+
+# -- running them
+
+
+def _outcome(body: Check) -> str:
+    try:
+        body()
+    except BaseException as error:
+        return "".join(traceback.format_exception(error))
+    return ""
+
+
+def main(group: str) -> None:
+    """Runs the group's checks; ends right after a backward(), as short scripts do (see source/ending.c)."""
+    warnings.simplefilter("ignore")
+    for name, body in GROUPS[group].checks.items():
+        print(json.dumps({"check": name, "error": _outcome(body)}), flush=True)
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        nn.Linear(4, 4).cuda()(torch.zeros(2, 4, device="cuda")).sum().backward()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
