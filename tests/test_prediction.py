@@ -1,6 +1,6 @@
 """Predicted against real memory, both ways: below the limit it trains, above it it doesn't.
 
-One size of each of the six models; `python -m benchmarks.prediction` does them all, from 8 to 128.
+One size of four models; `python -m benchmarks.prediction` does all six, from 8 to 128.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import prediction
 
-SIZES = {"MLP": 64, "CNN with BatchNorm": 16, "char-GPT": 16, "LSTM": 32, "ViT": 64, "GRU tagger": 8}
+SIZES = {"MLP": 64, "CNN with BatchNorm": 16, "char-GPT": 16, "LSTM": 16}
 
 
 @pytest.mark.slow
@@ -17,8 +17,7 @@ SIZES = {"MLP": 64, "CNN with BatchNorm": 16, "char-GPT": 16, "LSTM": 32, "ViT":
 def test_the_increment_is_predicted_and_the_peak_is_a_border(name: str) -> None:
     (row,) = prediction.table([name], [SIZES[name]])
     assert row["method"] == "replayed"
-    if name != "GRU tagger":  # its small blocks fill holes of the measuring process's heap: see benchmarks/LOG.md
-        assert abs(row["error %"]) < 3
+    assert abs(row["error %"]) < 3
     assert abs(row["predicted peak MiB"] / row["measured peak MiB"] - 1) < 0.03
     assert row["trains at 1.03"] is True
     assert row["trains at 0.97"] is False
