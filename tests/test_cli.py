@@ -234,7 +234,6 @@ def test_importing_and_help_are_quick_and_load_nothing_heavy() -> None:
 
 
 def test_the_options_of_the_command_line_are_frozen() -> None:
-    import click
     from typer.main import get_command
 
     from autoaccum.cli import app
@@ -244,7 +243,6 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         name: sorted(option for parameter in command.params for option in parameter.opts if option.startswith("--"))
         for name, command in group.commands.items()
     }
-    assert click is not None
     assert found == {
         "doctor": ["--json"],
         "explain": ["--json"],
