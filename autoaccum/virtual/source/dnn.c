@@ -125,7 +125,8 @@ DNN_OBJECT(Activation)
 DNN(cudnnSetTensorNdDescriptor,
     (cudnnTensorDescriptor_t d, cudnnDataType_t type, int count, const int sizes[], const int strides[]), (void)d)
 DNN(cudnnSetFilterNdDescriptor,
-    (cudnnFilterDescriptor_t d, cudnnDataType_t type, cudnnTensorFormat_t format, int count, const int sizes[]), (void)d)
+    (cudnnFilterDescriptor_t d, cudnnDataType_t type, cudnnTensorFormat_t format, int count,
+     const int sizes[]), (void)d)
 DNN(cudnnSetActivationDescriptor,
     (cudnnActivationDescriptor_t d, cudnnActivationMode_t mode, cudnnNanPropagation_t nan, double ceiling), (void)d)
 DNN(cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize,
