@@ -124,6 +124,8 @@ def _reasons(outlook: Outlook, split: Split, measured: Measured | None) -> dict[
         "accumulation_steps": (
             f"all {samples} samples fit at once"
             if steps == 1
+            else f"the fewest that micro-batches of at most {outlook.wish.most} allow"
+            if steps == -(-samples // outlook.wish.most)
             else f"the fewest whose own window fits {usable}, the budget less 2 %"
         ),
         "split": f"{samples} samples in {steps} micro-batches whose sizes differ by at most one, largest first",
@@ -165,7 +167,11 @@ def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int) -> DoesNotFi
     missing = max(1, needed_bytes - budget.bytes)
     state = outlook.observed.state_bytes
     helps: list[Callable[[], str | None]] = [
-        lambda: f"--memory {show_bytes(int(needed_bytes * 1.02) + budget.headroom_bytes).replace(' ', '')}",
+        lambda: (
+            f"a budget of {show_bytes(int(needed_bytes * 1.001) + budget.headroom_bytes).replace(' ', '')} (--memory)"
+            if budget.binds == "asked"
+            else f"a higher limit ({budget.binds})"
+        ),
         lambda: f"an optimizer without state (this one's is {show_bytes(state)})" if state > missing / 4 else None,
         lambda: "activation checkpointing, shorter samples, or a smaller model",
     ]

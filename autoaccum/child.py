@@ -6,13 +6,16 @@ their own, so that whatever the user's code prints (it goes to stderr) disturbs 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import errors
@@ -36,30 +39,50 @@ def call(task: str, arguments: dict[str, Any], *, on_message: Say | None = None)
         AutoaccumError: What the task raised, as the same class; or how the process ended.
     """
     reading, writing = os.pipe()
-    command = [sys.executable, "-m", "autoaccum.child", task, json.dumps(arguments), str(writing)]
-    environment = {"KINETO_LOG_LEVEL": "5", **os.environ}
-    process = subprocess.Popen(command, pass_fds=[writing], stdin=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "autoaccum.child", task, str(writing)],
+        pass_fds=[writing],
+        stdin=subprocess.PIPE,
+        env={"KINETO_LOG_LEVEL": "5", **os.environ},
+        process_group=0,  # a terminal's Ctrl-C reaches this process only, which hands it on: once, not twice
+        text=True,
+    )
     os.close(writing)
     result: dict[str, Any] = {}
-    try:
-        with os.fdopen(reading, encoding="utf-8") as lines:
-            for line in lines:
-                message = json.loads(line)
-                if "result" in message or "error" in message:
-                    result = message
-                elif on_message is not None:
-                    on_message(message)
+    with _handed_on(process), os.fdopen(reading, encoding="utf-8") as lines:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once: what it printed and its exit code will tell
+            process.stdin.write(json.dumps(arguments))  # an argument of a command line ends at 128 KiB
+            process.stdin.close()
+        for line in lines:
+            message = json.loads(line)
+            if "result" in message or "error" in message:
+                result = message
+                break  # a process that the user's code left behind may hold the pipe open
+            if on_message is not None:
+                on_message(message)
         code = process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
     if "error" in result:
         raise _rebuilt(result["error"])
     if "result" not in result:
         raise _died(task, code)
     answer: dict[str, Any] = result["result"]
     return answer
+
+
+@contextlib.contextmanager
+def _handed_on(process: subprocess.Popen[str]) -> Iterator[None]:
+    """While the child works, it is for the child to say what an interrupt means."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = {number: signal.signal(number, lambda got, frame: process.send_signal(got)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _died(task: str, code: int) -> AutoaccumError:
@@ -103,8 +126,11 @@ def _described(error: BaseException) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """The child's side: TASK, its arguments as JSON, the descriptor to answer on."""
-    task, arguments, descriptor = argv
+    """The child's side: TASK and the descriptor to answer on; the arguments come as JSON on stdin."""
+    task, descriptor = argv
+    _die_with_parent()
+    arguments = sys.stdin.read()
+    os.set_inheritable(int(descriptor), False)
     os.dup2(2, 1)  # whatever is printed from here on is no result
     pipe = os.fdopen(int(descriptor), "w", encoding="utf-8", buffering=1)
 
@@ -122,6 +148,11 @@ def main(argv: list[str]) -> int:
     except BaseException as error:
         say({"error": _described(error)})
         return 1
+
+
+def _die_with_parent() -> None:
+    """Has the kernel kill this process when the one that waits for it is killed (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 if __name__ == "__main__":

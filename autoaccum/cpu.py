@@ -30,12 +30,14 @@ class Measured:
     """What a real run took, in bytes above where it began.
 
     Attributes:
-        increment_bytes: Committed bytes.
+        base_bytes: Committed bytes where it began.
+        increment_bytes: Committed bytes above that.
         resident_bytes: The most of the whole process that was resident at once.
         seconds: What it took.
         system_share: Part of the processor time that the kernel took.
     """
 
+    base_bytes: int
     increment_bytes: int
     resident_bytes: int
     seconds: float
@@ -91,6 +93,7 @@ def measure(work: Callable[[], None]) -> Measured:
     system = after.ru_stime - before.ru_stime
     user = after.ru_utime - before.ru_utime
     return Measured(
+        base_bytes=sampler.base_bytes,
         increment_bytes=sampler.committed_peak_bytes - sampler.base_bytes,
         resident_bytes=sampler.resident_peak_bytes,
         seconds=seconds,

@@ -94,8 +94,8 @@ def _time(plan: Plan) -> str:
     if plan.mmap_threshold_bytes is None or plan.fresh_pages_share is None:
         return told
     return (
-        f"{told}; at most {plan.fresh_pages_share:.0%} of it is the price of predictable memory "
-        f"(malloc maps blocks from {show_bytes(plan.mmap_threshold_bytes)} on; the kernel's share)"
+        f"{told}; the kernel took {plan.fresh_pages_share:.0%} of it, mostly for fresh pages: the price of predictable "
+        f"memory (blocks from {show_bytes(plan.mmap_threshold_bytes)} on are mapped; --malloc default is faster)"
     )
 
 
@@ -131,7 +131,12 @@ def _fewer_steps(plan: Plan) -> list[str]:
         return [*lines, f"  {steps} would need micro-batches beyond the plan's table"]
     size, total = needed
     over = total - plan.budget.bytes
-    told = f"{show_bytes(over)} over the budget" if over > 0 else "within the budget, but not with 2 % to spare"
+    if over > 0:
+        told = f"{show_bytes(over)} over the budget"
+    elif total > 0.98 * plan.budget.bytes:
+        told = "within the budget, but not with 2 % to spare"
+    else:
+        told = "it would fit, but so large a micro-batch isn't allowed"
     return [*lines, f"  {steps} would need micro-batches of up to {size}, {show_bytes(total)} in all: {told}"]
 
 

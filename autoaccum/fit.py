@@ -28,7 +28,7 @@ from .errors import DoesNotFit, UsageError
 from .infer import infer_sample
 from .observe import Observed, Subject
 from .plan import Plan
-from .recording import Phase, live_peak
+from .recording import Phase, kept_blocks, live_peak
 from .solve import Solution, Split, balanced, largest_micro_batch, share_of, smallest_steps
 from .workload import Workload
 
@@ -104,11 +104,15 @@ class Outlook:
 
     def floor(self, n: int) -> int:
         """Bytes without which no window whose first micro-batch is n can run."""
-        return self.base_bytes + observe.floor_of(self.observed, n, later=False)
+        return self._floor(n, later=False)
 
     def later_floor(self, n: int) -> int:
         """Bytes without which no window that has a later micro-batch of n can run."""
-        return self.base_bytes + observe.floor_of(self.observed, n, later=True)
+        return self._floor(n, later=True)
+
+    def _floor(self, n: int, *, later: bool) -> int:
+        data = self.data_bytes(self.wish.samples or n)
+        return self.base_bytes + int((1 + self.slack) * (data + observe.floor_of(self.observed, n, later=later)))
 
 
 def fit_plan(
@@ -171,7 +175,7 @@ def fit_plan(
     module = _device_module(workload.model, device)
     threshold = module.prepare(malloc)
     with _as_it_was(workload) as snapshot:
-        parts = step.open_parts(workload)
+        parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
         subject = Subject(parts, workload, module, threshold, progress or (lambda text: None))
 
         def start_over() -> None:
@@ -296,7 +300,7 @@ def _make_ready(parts: step.Parts, *, owns_optimizer: bool) -> None:
 
 def _look(subject: Subject, wish: Wish, snapshot_bytes: int, start_over: Callable[[], None]) -> Outlook:
     """Records until the answer is predicted, then reads what there is to be used."""
-    sample_bytes = _tensor_bytes(subject.tile(1))
+    sample_bytes = bytes_per_sample(subject)
 
     def outlook(observed: Observed, state_bytes: int) -> Outlook:
         base, start = subject.device.read_base()
@@ -311,7 +315,7 @@ def _look(subject: Subject, wish: Wish, snapshot_bytes: int, start_over: Callabl
     def allowed(observed: Observed, n: int) -> bool:
         return _is_sure_to_fit(outlook(observed, observed.state_bytes), n)
 
-    observed = observe.observe(subject, answer, allowed)
+    observed = observe.observe(subject, answer, allowed, wish.least)
     if observed.doubt is not None:
         observe.bracket(subject, observed, allowed, min(wish.most, SEARCH_LIMIT))
     start_over()
@@ -329,13 +333,21 @@ def _is_sure_to_fit(outlook: Outlook, n: int) -> bool:
     if observed.recordings:
         known, peak = observed.recordings[-1].micro_batch, observed.notes[-1].measured_bytes
     else:
-        known, peak = observe.SCOUT, steady + live_peak([Phase(observe.PRELUDE, observed.prelude)])
+        # The first step makes the gradients and the state itself: only what comes on top of them is of the batch.
+        kept = {event.block for event in kept_blocks(observed.prelude)}
+        passing = tuple(event for event in observed.prelude if event.block not in kept)
+        known = observe.SCOUT
+        peak = steady + max(0, live_peak([Phase(observe.PRELUDE, passing)]) - gradients)
     scaling = max(peak - steady, peak // 10)  # all the rest growing with the batch is the worst there is
     return peak + scaling * max(0, n - known) // known <= room
 
 
-def _tensor_bytes(batch: Any) -> int:
-    return sum(leaf.nbytes for _, leaf in tree.leaves(batch) if isinstance(leaf, torch.Tensor))
+def bytes_per_sample(subject: Subject) -> int:
+    """What one sample more adds to a batch; what all samples share adds nothing."""
+    one, two = (
+        sum(leaf.nbytes for _, leaf in tree.leaves(subject.tile(n)) if isinstance(leaf, torch.Tensor)) for n in (1, 2)
+    )
+    return two - one
 
 
 def _solve(outlook: Outlook) -> Solution | None:

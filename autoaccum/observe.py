@@ -97,11 +97,11 @@ def scout(subject: Subject, observed: Observed) -> None:
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
 
 
-def small_primes(model: Any, most: int) -> tuple[int, int]:
+def small_primes(model: Any) -> tuple[int, int]:
     """Two primes that divide the number of elements of no parameter, where there are such, and that aren't large."""
     sizes = {p.numel() for p in model.parameters()}
     free = [prime for prime in PRIMES if not any(size % prime == 0 for size in sizes)]
-    chosen = [prime for prime in (free + [p for p in PRIMES if p not in free])[:2] if prime]
+    chosen = (free + [p for p in PRIMES if p not in free])[:2]
     return min(chosen), max(chosen)
 
 
@@ -121,18 +121,21 @@ def add(subject: Subject, observed: Observed, n: int) -> float | None:
     return None if predicted is None else abs(predicted - measured) / measured
 
 
-def observe(subject: Subject, answer: Callable[[Observed], int], allowed: Callable[[Observed, int], bool]) -> Observed:
+def observe(
+    subject: Subject, answer: Callable[[Observed], int], allowed: Callable[[Observed, int], bool], least: int = 1
+) -> Observed:
     """Records until the next recording was predicted, or until it is clear that none will be.
 
     Args:
         subject: What is recorded.
         answer: The micro-batch that would be chosen by what is known; asked after each recording.
         allowed: Whether a window of two micro-batches of that size is sure to fit; asked before each recording.
+        least: The smallest micro-batch allowed, recorded where nothing larger is sure to fit.
     """
     observed = Observed()
     scout(subject, observed)
-    primes = small_primes(subject.parts.model, 31)
-    add(subject, observed, 1 if not allowed(observed, primes[0]) else primes[0])
+    primes = small_primes(subject.parts.model)
+    add(subject, observed, primes[0] if allowed(observed, primes[0]) else least)
     if observed.recordings[0].micro_batch != primes[0] or not allowed(observed, primes[1]):
         observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
         return observed
@@ -203,7 +206,8 @@ def peak_of(subject: Subject, observed: Observed, split: Split, start: Start | N
     recording = next((r for r in observed.recordings if r.micro_batch >= split[0]), None)
     if recording is None:
         raise LookupError(f"nothing was recorded at {split[0]} samples or more")
-    return _replay(subject, observed, as_recorded(recording), (recording.micro_batch,) * min(len(split), 2), start)
+    program = as_recorded(recording)
+    return _replay(subject, observed, program, _representative(program, (recording.micro_batch,) * len(split)), start)
 
 
 def floor_of(observed: Observed, n: int, *, later: bool) -> int:

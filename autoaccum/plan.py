@@ -99,8 +99,8 @@ class Plan:
         device: "cpu", or the GPU's name.
         method: "replayed" from a step program; or "bracketed", measured size by size.
         mmap_threshold_bytes: The setting of the C library's malloc that the plan holds for; None for its default.
-        fresh_pages_share: Part of the verification's time that the kernel spent, on fresh pages above all: the most
-            that the malloc setting can cost. None unless verified.
+        fresh_pages_share: Part of the verification's processor time that the kernel spent, on fresh pages above all:
+            what the malloc setting costs, but for caches. None unless verified.
         window_seconds: Time of one window, reckoned from the verification's. None unless verified.
         recordings: What was recorded.
         reasons: Why each chosen number is what it is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -10,9 +11,9 @@ from typing import Any
 
 import torch
 
-from .recording import Phase, Recording, name_blocks
+from .recording import FIRST, LATER, Phase, Recording, name_blocks
 
-_MARK = "autoaccum:"
+_MARKS = itertools.count()  # each recording marks its events with a number of its own: older ones may be in the ring
 _EVENTS = {"alloc": 1, "free_completed": -1}  # a free is complete when no stream uses the block any more
 _MOST_EVENTS = 10_000_000
 
@@ -38,13 +39,13 @@ def record(
     index = torch.cuda.current_device() if device is None or device.index is None else device.index
     started = time.perf_counter()
     phases: list[str] = []
+    mark = f"autoaccum {next(_MARKS)}:"
     with _history():
-        skip = len(_trace(index))
-        run(lambda name: _marked(name, phases))
+        run(lambda name: _marked(name, mark, phases))
         torch.cuda.synchronize(index)
-        trace = _trace(index)[skip:]
-    found = _cut(trace, phases)
-    passes = sum(phase.name in ("first", "later") for phase in found)
+        trace = _trace(index)
+    found = _cut(trace, mark, phases)
+    passes = sum(phase.name in (FIRST, LATER) for phase in found)
     return Recording(micro_batch, found, passes, time.perf_counter() - started)
 
 
@@ -68,26 +69,25 @@ def _trace(index: int) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _marked(name: str, phases: list[str]) -> Iterator[None]:
+def _marked(name: str, mark: str, phases: list[str]) -> Iterator[None]:
     """Has the allocator write the phase's number beside each event; numbers, since names come again."""
     phases.append(name)
     before = torch.cuda.memory._get_memory_metadata()
-    torch.cuda.memory._set_memory_metadata(f"{_MARK}{len(phases) - 1}")
+    torch.cuda.memory._set_memory_metadata(f"{mark}{len(phases) - 1}")
     try:
         yield
     finally:
         torch.cuda.memory._set_memory_metadata(before)
 
 
-def _cut(trace: list[dict[str, Any]], names: list[str]) -> tuple[Phase, ...]:
+def _cut(trace: list[dict[str, Any]], mark: str, names: list[str]) -> tuple[Phase, ...]:
     kept = [entry for entry in trace if entry["action"] in _EVENTS]
     events = name_blocks((e["addr"], _EVENTS[e["action"]] * e["size"], e["stream"]) for e in kept)
     phases: list[list[Any]] = [[] for _ in names]
     last = None
     for event, entry in zip(events, kept, strict=True):
-        mark = entry["user_metadata"]
-        if mark.startswith(_MARK):
-            last = int(mark.removeprefix(_MARK))
+        if entry["user_metadata"].startswith(mark):
+            last = int(entry["user_metadata"].removeprefix(mark))
         if last is not None:  # marks are a thread's own, and backward has a thread of its own: it bears none
             phases[last].append(event)
     return tuple(Phase(name, tuple(found)) for name, found in zip(names, phases, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from .rng import put_rng
 from .solve import share_of, split_within
 from .units import show_bytes
 from .windows import Window, windows
-from .workload import Batch, Workload
+from .workload import IGNORED, Batch, Workload, default_loss
 
 log = logging.getLogger("autoaccum")
 
@@ -79,12 +79,14 @@ class Runner:
         self.number = 0
         self._names = {"shared": workload.shared, "per_sample": workload.per_sample}
         self._phase = ""
-        self._drift_told = False
+        self._drift_told = self._ignored_told = False
         if not self.parts.model.training:
             self.parts.model.train()
 
     def step(self, batch: Batch) -> StepResult:
         """Trains one window: the whole batch given, whatever its size, cut as the plan says.
+
+        What the workload does `between` windows is the caller's business here.
 
         Args:
             batch: A pytree of tensors with the samples in dimension 0, on the host or on the device.
@@ -110,14 +112,16 @@ class Runner:
             skip: Windows to pass over without training: those before a checkpoint.
             rng: Random states (of `rng.take_rng`) to go on with after them.
         """
-        found = windows(loader, self.samples, self._split, largest=lambda: self.micro_batch, **self._names)
+        found = windows(loader, self.samples, self._split, **self._names)
         for _ in range(skip):
             next(found, None)
         if rng is not None:
             put_rng(rng)
         for window in found:
-            yield self._train(window)
+            result = self._train(window)
+            del window  # or its samples would still be held while the next window's are loaded
             step.run_between(self.parts)
+            yield result
 
     def _split(self, samples: int) -> tuple[int, ...]:
         return split_within(samples, self.micro_batch, self.plan.smallest_micro_batch)
@@ -125,6 +129,7 @@ class Runner:
     def _train(self, window: Window) -> StepResult:
         for piece in window.pieces:
             check_signature(piece, self.plan.signature)
+        self._warn_of_ignored(window)
         window = self._counted(window)
         if max(window.sizes) > self.micro_batch:  # loaded before an out-of-memory lowered it
             window = self._recut(window)
@@ -170,6 +175,19 @@ class Runner:
             if tensors and not any(map(len, tensors)):
                 return 0  # emptied: as a mean it would be 0 / 0
             return planned  # packed by its collate function: it can be trained, only not counted or cut
+
+    def _warn_of_ignored(self, window: Window) -> None:
+        """A Hugging Face model's own loss is a mean over labels that aren't ignored; samples don't tell of these."""
+        if self._ignored_told or self.parts.loss is not default_loss or self.parts.count or len(window.pieces) < 2:
+            return
+        labels = [piece.get("labels") for piece in window.pieces if isinstance(piece, Mapping)]
+        if any(isinstance(label, torch.Tensor) and bool((label == IGNORED).any()) for label in labels):
+            self._ignored_told = True
+            log.warning(
+                "Some labels are ignored (-100), and the model's own .loss is a mean over the others. Micro-batches "
+                "are weighted by their samples, so the gradient is not that of the whole batch. "
+                "Give loss= as (sum, count), or count= with what the model averages over."
+            )
 
     def _in_phase(self, name: str) -> AbstractContextManager[Any]:
         self._phase = name
@@ -276,7 +294,8 @@ class Runner:
         for part in ("scheduler", "scaler"):
             if state[part] is not None:
                 getattr(parts, part).load_state_dict(state[part])
-        self.number, self.micro_batch = state["number"], state["micro_batch"]
+        self.number = state["number"]
+        self.micro_batch = min(state["micro_batch"], self.plan.micro_batch)  # a new plan may be for less memory
 
 
 def _versions(window: Window) -> list[int]:

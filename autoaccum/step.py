@@ -18,7 +18,7 @@ from torch import nn
 from . import restore, tree
 from .errors import UsageError
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER
-from .workload import Batch, Loss, Workload, default_loss
+from .workload import Batch, Loss, Workload, class_count, default_loss, is_pair
 
 OnPhase = Callable[[str], AbstractContextManager[Any]]
 
@@ -90,7 +90,7 @@ def open_parts(workload: Workload) -> Parts:
         scaler=workload.scaler,
         scheduler=scheduler,
         clip_grad_norm=workload.clip_grad_norm,
-        count=workload.count,
+        count=workload.count or (class_count if workload.loss is None and is_pair(workload.sample) else None),
         between=workload.between,
         autocast_dtype=_DTYPES.get(workload.precision or ""),
     )
@@ -116,7 +116,7 @@ def train_window(
     window_loss: torch.Tensor | None = None
     for index, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
         with phase(FIRST if index == 0 else LATER):
-            loss = _micro_batch(parts, piece, size / samples, total)
+            loss = _micro_batch(parts, piece, None if len(pieces) == 1 else size / samples, total)
             window_loss = loss if window_loss is None else window_loss.add_(loss)
             del loss
     assert window_loss is not None
@@ -133,14 +133,16 @@ def run_between(parts: Parts, *, on_phase: OnPhase | None = None) -> None:
 
 
 def window_count(parts: Parts, pieces: Sequence[Batch]) -> Any:
-    """What a `(sum, count)` loss counts in the whole window, known before its first backward.
+    """What the loss counts in the whole window, known before its first backward.
 
     Returns:
-        The count; None where the loss is a mean, or where the window is one piece, which brings its own count.
+        The count; None where the loss is a mean over samples, or where the window is one piece, which needs none.
     """
+    if len(pieces) < 2:
+        return None
     if parts.count is not None:
         return _nonzero(sum(parts.count(piece) for piece in pieces))
-    if len(pieces) < 2 or not (parts.counts_by_forward or _is_pair(parts, pieces[0])):
+    if not (parts.counts_by_forward or _is_pair(parts, pieces[0])):
         return None
     with _untouched(parts), torch.no_grad():
         return _nonzero(sum(_forward(parts, _copy(piece))[1] for piece in pieces))
@@ -168,16 +170,42 @@ def _untouched(parts: Parts) -> AbstractContextManager[Any]:
 
 def _forward(parts: Parts, piece: Batch) -> Any:
     with torch.autocast(parts.device.type, dtype=parts.autocast_dtype, enabled=parts.autocast_dtype is not None):
-        return parts.loss(parts.model, tree.to_device(piece, parts.device))
+        out = parts.loss(parts.model, tree.to_device(piece, parts.device))
+    if isinstance(out, tuple):
+        _check_pair(out)
+    return out
 
 
-def _micro_batch(parts: Parts, piece: Batch, share: float, total: Any) -> torch.Tensor:
-    """Forward and backward of one piece; returns its part of the window's loss, detached."""
+def _check_pair(out: tuple[Any, ...]) -> None:
+    """A tuple is `(sum, count)` and nothing else: `(loss, logits)` would be divided by its logits without a word."""
+    numbers = [isinstance(part, (int, float)) or (isinstance(part, torch.Tensor) and part.numel() == 1) for part in out]
+    if len(out) != 2 or not all(numbers) or getattr(out[1], "requires_grad", False):
+        told = ", ".join(f"{tuple(p.shape)}" if isinstance(p, torch.Tensor) else type(p).__name__ for p in out)
+        raise UsageError(
+            f"The loss returned a tuple of {len(out)} ({told}), which is not (sum, count).",
+            "A tuple is taken for the sum over the batch and what it is to be divided by.",
+            "Return the mean alone as a scalar, or (sum, count) with a count that needs no gradient.",
+        )
+
+
+def _micro_batch(parts: Parts, piece: Batch, share: float | None, total: Any) -> torch.Tensor:
+    """Forward and backward of one piece; returns its part of the window's loss, detached.
+
+    Args:
+        parts: What is trained.
+        piece: The micro-batch.
+        share: Its part of the window's samples; None where it is the whole window.
+        total: What the window counts, where that is known.
+    """
     out = _forward(parts, piece)
     if isinstance(out, tuple):
         loss = out[0] / (_nonzero(out[1]) if total is None else total)
+    elif share is None:
+        loss = out
+    elif total is None or parts.count is None:
+        loss = out * share
     else:
-        loss = out if share == 1 else out * share
+        loss = out * parts.count(piece) / total  # in this order: two integers divided would be a float32
     del out
     (parts.scaler.scale(loss) if parts.scaler else loss).backward()
     detached: torch.Tensor = loss.detach()

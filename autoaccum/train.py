@@ -14,13 +14,18 @@ import torch
 
 from .errors import UsageError
 from .files import write_whole
-from .identity import check_fingerprint
 from .plan import Plan
 from .process_memory import committed_bytes
 from .rng import put_rng, take_rng
 from .runner import Runner, StepResult
 from .windows import loader_length
 from .workload import Batch, Workload
+
+# What torch.load raises of files that are cut short, foreign, or name classes that aren't there.
+_UNREADABLE = (
+    OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ImportError, EOFError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def train(
@@ -59,15 +64,15 @@ def train(
     saved, last = time.monotonic(), {"loss": None}
     length = loader_length(_loader(workload), runner.samples)
     with _interrupts() as interrupted:
-        for result in _windows(runner, workload, place, epochs):
+        enough = steps is not None and runner.number >= steps
+        for result in () if enough else _windows(runner, workload, place, epochs):
             last = _figures(result, runner, place, length)
-            say({"step": last})
-            stop = interrupted() or (steps is not None and runner.number >= steps)
-            if checkpoint is not None and (stop or time.monotonic() - saved >= checkpoint_seconds):
+            if interrupted() or (steps is not None and runner.number >= steps):
+                break
+            if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
                 _save(checkpoint, runner, place, plan)
                 saved = time.monotonic()
-            if stop:
-                break
+            say({"step": last})
         if checkpoint is not None:
             _save(checkpoint, runner, place, plan)
         return {**last, "steps": runner.number, "samples": place.samples, "interrupted": interrupted()}
@@ -80,17 +85,23 @@ class _Place:
         self.epoch = self.windows = self.samples = 0
         self.rng_at_epoch: dict[str, Any] | None = None
         self.rng_now: dict[str, Any] | None = None
+        self.order_at_epoch: list[Any] = []
 
 
 def _windows(runner: Runner, workload: Workload, place: _Place, epochs: int) -> Iterator[StepResult]:
     """Every window of the epochs that are left; an epoch begun before a resume is entered where it was left."""
     while place.epoch < epochs:
         skip, rng = place.windows, place.rng_now
+        loader = _loader(workload)
+        generators = _generators(loader)
         if place.rng_at_epoch is None:
             place.rng_at_epoch = take_rng()
-        else:
-            put_rng(place.rng_at_epoch)  # the loader draws its order from it
-        for result in runner.epoch(_loader(workload), skip=skip, rng=rng if skip else None):
+            place.order_at_epoch = [generator.get_state() for generator in generators]
+        else:  # the loader draws its order from these
+            put_rng(place.rng_at_epoch)
+            for generator, state in zip(generators, place.order_at_epoch, strict=True):
+                generator.set_state(state)
+        for result in runner.epoch(loader, skip=skip, rng=rng if skip else None):
             place.windows += 1
             place.samples += result.samples
             place.rng_now = take_rng()
@@ -101,6 +112,13 @@ def _windows(runner: Runner, workload: Workload, place: _Place, epochs: int) -> 
 def _loader(workload: Workload) -> Iterable[Batch]:
     loader = workload.loader
     return loader() if callable(loader) else loader  # type: ignore[return-value]
+
+
+def _generators(loader: Iterable[Batch]) -> list[torch.Generator]:
+    """The generators that a DataLoader and its sampler draw their order from, beside the global one."""
+    holders = loader, getattr(loader, "sampler", None)
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
 def _figures(result: StepResult, runner: Runner, place: _Place, length: int | None) -> dict[str, Any]:
@@ -119,23 +137,36 @@ def _figures(result: StepResult, runner: Runner, place: _Place, length: int | No
 
 
 def _save(path: str, runner: Runner, place: _Place, plan: Plan) -> None:
-    state = {"runner": runner.state_dict(), "place": vars(place), "fingerprint": dict(plan.fingerprint)}
+    state = {"runner": runner.state_dict(), "place": vars(place), "for": _made_for(plan)}
     write_whole(path, lambda file: torch.save(state, file))
 
 
 def _resume(path: Path, runner: Runner, place: _Place, plan: Plan) -> None:
     try:
         state = torch.load(path, weights_only=False)  # a file of the user's own, with random states of three libraries
-        fingerprint = state["fingerprint"]
-    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
+        made_for = state["for"]
+    except _UNREADABLE as error:
         raise UsageError(
             f"The checkpoint {str(path)!r} can't be read ({type(error).__name__}).",
             "It was cut short, or is something else.",
             "Name another --checkpoint, or remove it to start from the beginning.",
         ) from None
-    check_fingerprint(fingerprint, plan.fingerprint)
+    if made_for != _made_for(plan):
+        here = _made_for(plan)
+        told = "; ".join(f"{k}: {made_for.get(k)} there, {here[k]} here" for k in here if made_for.get(k) != here[k])
+        raise UsageError(
+            f"The checkpoint {str(path)!r} is of another training ({told}).",
+            "It counts windows of its own size, and holds the state of its own model and optimizer.",
+            "Go on with a plan for the same target, or name another --checkpoint.",
+        )
     runner.load_state_dict(state["runner"])
     vars(place).update(state["place"])
+
+
+def _made_for(plan: Plan) -> dict[str, str]:
+    """What a checkpoint can't be taken over to another of; versions and the micro-batch may change."""
+    parts = {name: plan.fingerprint[name] for name in ("model", "optimizer")}
+    return parts | {"target batch": str(plan.target_batch), "world size": str(plan.world_size)}
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .errors import UsageError
-from .solve import split_within
 from .split import batch_size, join, joinable, split
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ def windows(
     target: int,
     split_of: SizesOf,
     *,
-    largest: Callable[[], int] | None = None,
     shared: Collection[str] = (),
     per_sample: Collection[str] = (),
 ) -> Iterator[Window]:
@@ -60,7 +58,6 @@ def windows(
         target: Samples in each window on this rank.
         split_of: `split_of(samples)`, the sizes of the micro-batches for so many samples; asked anew for each window
             when its samples are requested, a DataLoader's prefetching included.
-        largest: The largest micro-batch allowed now, which none passes; left out: the largest of `split_of(target)`.
         shared: Keys of what each micro-batch gets whole; see `split.batch_size`.
         per_sample: Keys of what has a row for each sample; see `split.batch_size`.
 
@@ -71,7 +68,7 @@ def windows(
     _check(loader, target)
 
     def sizes_of(samples: int) -> tuple[int, ...]:
-        return _sizes(samples, split_of, largest() if largest else max(split_of(target)))
+        return _sizes(samples, split_of)
 
     if _is_rebatched(loader):
         found = _from_indices(loader, target, sizes_of)
@@ -125,8 +122,8 @@ def _check(loader: Any, target: int) -> None:
         raise UsageError(f"The loader is {what}, which gives no batches.", hint=hint)
 
 
-def _sizes(samples: int, split_of: SizesOf, limit: int) -> tuple[int, ...]:
-    """The micro-batches for so many samples: as `split_of` says, or balanced where one would pass the limit."""
+def _sizes(samples: int, split_of: SizesOf) -> tuple[int, ...]:
+    """The micro-batches for so many samples, as `split_of` says."""
     sizes = tuple(split_of(samples))
     if sum(sizes) != samples or min(sizes, default=0) < 1:
         raise UsageError(
@@ -134,7 +131,7 @@ def _sizes(samples: int, split_of: SizesOf, limit: int) -> tuple[int, ...]:
             "Each sample must be in exactly one micro-batch.",
             f"Return sizes of at least 1 that sum to {samples}.",
         )
-    return sizes if max(sizes) <= limit else split_within(samples, limit)
+    return sizes
 
 
 def _is_rebatched(loader: object) -> bool:
@@ -156,6 +153,7 @@ def _not_empty(found: Iterator[Window], loader: object) -> Iterator[Window]:
             "Give a loader that starts anew for each epoch, such as a DataLoader or a list of batches.",
         )
     yield first
+    del first  # its samples, which would be held all epoch
     yield from found
 
 

@@ -19,6 +19,7 @@ Batch = Any  # a pytree of tensors whose first dimension is the samples
 Loss = Callable[["nn.Module", Batch], Any]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+IGNORED = -100  # cross_entropy's ignore_index, and Hugging Face's
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +39,9 @@ class Workload:
         scheduler: A learning rate scheduler, or a function that makes one from the optimizer; stepped once a window.
         clip_grad_norm: The largest norm of the whole window's gradient; left out: no clipping.
         between: Called between windows, with the model (an evaluation, say); recorded, as it needs memory too.
-        count: `count(batch)`, what a `(sum, count)` loss will count, read off the batch alone. It spares such losses
-            a forward pass that only counts.
+        count: `count(batch)`, what the loss averages over or counts, read off the batch alone. A mean is then weighted
+            by it instead of by samples; a `(sum, count)` loss is spared a forward pass that only counts. Left out for
+            the default cross-entropy: the classes that aren't ignored.
         shared: Names of what each micro-batch gets whole, where that isn't plain from its shape.
         per_sample: Names of what has a row for each sample, where that isn't plain.
         loader: Where training data comes from: a DataLoader, an iterable of batches, or a function that makes one.
@@ -97,7 +99,7 @@ def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         if loss is None:
             raise _no_loss(model, f"returned {type(out).__name__} without a .loss")
         return loss  # type: ignore[no-any-return]
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+    if not is_pair(batch):
         raise _no_loss(model, f"is given a {type(batch).__name__}, neither a mapping nor an (input, class) pair")
     inputs, classes = batch
     logits = model(inputs)
@@ -106,7 +108,19 @@ def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     if classes.is_floating_point() or logits.shape[:-1].numel() != classes.numel():
         shapes = f"logits of shape {tuple(logits.shape)} and targets of shape {tuple(classes.shape)}"
         raise _no_loss(model, f"gives {shapes} ({classes.dtype}), which cross-entropy can't pair")
-    return F.cross_entropy(logits.flatten(0, -2), classes.flatten())
+    # Not reduction="mean": where all classes are ignored it is 0 / 0, and NaN times a weight of 0 is still NaN.
+    return F.cross_entropy(logits.flatten(0, -2), classes.flatten(), reduction="sum") / class_count(batch).clamp(min=1)
+
+
+def class_count(batch: Batch) -> torch.Tensor:
+    """What the default cross-entropy averages over: the classes that aren't ignored (-100)."""
+    _, classes = batch
+    return (classes != IGNORED).sum()  # type: ignore[no-any-return]
+
+
+def is_pair(batch: Batch) -> bool:
+    """Whether a batch is an input and its classes."""
+    return isinstance(batch, (tuple, list)) and len(batch) == 2
 
 
 def _no_loss(model: nn.Module, what: str) -> UsageError:

@@ -18,20 +18,13 @@ LIMITS = (1.03, 0.97)
 STEPS = 2
 
 
-def predict(name: str, heap_free: dict[str, int]) -> dict[str, Any]:
-    """In a process of its own: records as planning does, and predicts each size's increment and whole peak.
-
-    Args:
-        name: A model.
-        heap_free: By micro-batch, the free bytes that the measuring process had in its heap.
-    """
+def predict(name: str, sizes: list[int]) -> dict[str, Any]:
+    """In a process of its own: records as planning does, and predicts each size's increment and whole peak."""
     from autoaccum import cpu, fit, observe, step
-    from autoaccum.allocator import Start
 
     from .models import make
 
     workload = make(name)
-    sizes = {int(n): free for n, free in heap_free.items()}
     threshold = cpu.prepare()
     with fit._as_it_was(workload) as snapshot:
         subject = observe.Subject(step.open_parts(workload), workload, cpu, threshold)
@@ -41,13 +34,12 @@ def predict(name: str, heap_free: dict[str, int]) -> dict[str, Any]:
         cpu.clean()
         base, _ = cpu.read_base()
         base -= snapshot.host_bytes
-        sample_bytes = fit._tensor_bytes(subject.tile(1))
+        sample_bytes = fit.bytes_per_sample(subject)
         rows = {}
-        for n, free in sizes.items():
-            data = cpu.data_bytes(sample_bytes * n * STEPS)
-            fresh = observe.peak_of(subject, observed, (n,) * STEPS)
-            there = observe.peak_of(subject, observed, (n,) * STEPS, Start(free))
-            rows[n] = {"peak": base + data + fresh.peak_bytes, "increment": data + there.peak_bytes}
+        for n in sizes:
+            increment = observe.peak_of(subject, observed, (n,) * STEPS).peak_bytes
+            increment += cpu.data_bytes(sample_bytes * n * STEPS)
+            rows[n] = {"peak": base + increment, "increment": increment}
     recorded = [note.micro_batch for note in observed.notes]
     return {"rows": rows, "method": observed.method, "recorded": recorded}
 
@@ -55,9 +47,11 @@ def predict(name: str, heap_free: dict[str, int]) -> dict[str, Any]:
 def measure(name: str, n: int) -> dict[str, Any]:
     """In a fresh process: what the first step and two windows of two micro-batches of n take.
 
-    The same windows run once before, unmeasured: buffers that libraries allocate on first use belong to the base.
+    The base is read afterwards, as planning reads it: buffers that libraries allocate on first use belong to it, and
+    holes that training left in the heap don't.
     """
     from autoaccum import cpu, fit, observe, step
+    from autoaccum.process_memory import committed_bytes
 
     from .models import make
 
@@ -65,15 +59,15 @@ def measure(name: str, n: int) -> dict[str, Any]:
     threshold = cpu.prepare()
     parts = step.open_parts(workload)
     subject = observe.Subject(parts, workload, cpu, threshold)
-    fit._run_for_real(subject, (n,) * STEPS)
+    before = committed_bytes()
+    measured = fit._run_for_real(subject, (n,) * STEPS)
     parts.optimizer.state.clear()
     cpu.clean()
-    base, start = cpu.read_base()
-    measured = fit._run_for_real(subject, (n,) * STEPS)
+    base, _ = cpu.read_base()
     return {
-        "base": base + start.heap_free_bytes,
-        "heap free": start.heap_free_bytes,
-        "increment": measured.increment_bytes,
+        "base": base,
+        "peak": measured.base_bytes + measured.increment_bytes,
+        "grown by": base - before,
         "resident": measured.resident_bytes,
         "seconds": measured.seconds,
     }
@@ -115,14 +109,15 @@ def row(
 ) -> dict[str, Any]:
     """One line of the table."""
     increment, peak = predicted["rows"][str(n)]["increment"], predicted["rows"][str(n)]["peak"]
+    taken = measured["peak"] - measured["base"]
     found = {
         "model": name,
         "micro-batch": n,
         "predicted increment MiB": increment / 2**20,
-        "measured increment MiB": measured["increment"] / 2**20,
-        "error %": 100 * (increment / measured["increment"] - 1),
+        "measured increment MiB": taken / 2**20,
+        "error %": 100 * (increment / taken - 1),
         "predicted peak MiB": peak / 2**20,
-        "measured peak MiB": (measured["base"] + measured["increment"]) / 2**20,
+        "measured peak MiB": measured["peak"] / 2**20,
         "resident peak MiB": measured["resident"] / 2**20,
         "seconds": measured["seconds"],
         "method": predicted["method"],
@@ -138,7 +133,7 @@ def table(names: list[str], sizes: list[int], limits: tuple[float, ...] = LIMITS
     rows = []
     for name in names:
         measured = {n: _in_process("measure", name, n) for n in sizes}
-        predicted = _in_process("predict", name, {n: found["heap free"] for n, found in measured.items()})
+        predicted = _in_process("predict", name, sizes)
         for n in sizes:
             rows.append(row(name, n, measured[n], predicted, limits))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

@@ -34,6 +34,7 @@ def slow():
     import dataclasses, time
     work = workload()
     def loss(model, batch):
+        print("a micro-batch", flush=True)
         time.sleep(0.02)
         return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
     return dataclasses.replace(work, loss=loss)
@@ -105,7 +106,7 @@ def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> Non
         "plan", "--target-batch", "64", "--memory", "300MiB", "--workload", "tiny.py:workload", cwd=folder, code=3
     )
     assert out.stdout == "" and out.stderr.count("\n") <= 5
-    assert "bytes) are missing" in out.stderr and "What would help: --memory" in out.stderr
+    assert "bytes) are missing" in out.stderr and "What would help: a budget of" in out.stderr
 
 
 @pytest.mark.parametrize(
@@ -169,18 +170,29 @@ def test_an_interrupted_and_resumed_run_ends_bitwise_like_one_that_was_not(folde
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_ctrl_c_stops_at_a_windows_end_with_a_checkpoint(folder: Path) -> None:
-    command = [sys.executable, "-c", "from autoaccum.cli import main; main()", "run", "slow.json", "--epochs", "50"]
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)]
+)
+def test_an_interrupt_stops_at_a_windows_end_with_a_checkpoint(
+    folder: Path, number: signal.Signals, whole_group: bool
+) -> None:
+    """As a terminal sends it, to the whole group; as `kill` and a job's manager do, to the one process."""
+    path = folder / f"stopped-{number.name}-{whole_group}.pt"
+    command = [sys.executable, "-c", "from autoaccum.cli import main; main()", "run", "slow.json", "--epochs", "500"]
     process = subprocess.Popen(
-        [*command, "--checkpoint", "stopped.pt", "--checkpoint-seconds", "0"],
-        cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        [*command, "--checkpoint", path.name, "--checkpoint-seconds", "10000"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    _wait_for(folder / "stopped.pt")
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    state = torch.load(folder / "stopped.pt", weights_only=False)
-    assert state["place"]["windows"] < 4 and state["runner"]["number"] >= 1
+    assert process.stderr is not None
+    seen = 0
+    while seen < 10:
+        line = process.stderr.readline()
+        assert line, "it ended before it was interrupted"
+        seen += "a micro-batch" in line
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and out.startswith("interrupted at a window's end")
+    assert torch.load(path, weights_only=False)["runner"]["number"] >= 2
 
 
 def test_a_killed_run_leaves_a_whole_checkpoint(folder: Path) -> None:
@@ -202,6 +214,29 @@ def _wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < until, "no checkpoint was written"
         time.sleep(0.05)
+
+
+def test_steps_that_were_done_before_a_resume_count(folder: Path) -> None:
+    for _ in range(2):
+        out = run("run", "plan.json", "--steps", "3", "--checkpoint", "three.pt", "--json", cwd=folder)
+        assert json.loads(out.stdout)["steps"] == 3
+
+
+def test_a_checkpoint_goes_on_with_a_smaller_micro_batch_but_not_with_another_target(folder: Path) -> None:
+    run("run", "plan.json", "--steps", "2", "--checkpoint", "moved.pt", cwd=folder)
+    plan = ["plan", "--workload", "tiny.py:workload", "--no-verify", "--target-batch"]
+    run(*plan, "64", "--max-micro-batch", "8", "-o", "smaller.json", cwd=folder)
+    out = run("run", "smaller.json", "--steps", "3", "--checkpoint", "moved.pt", "--json", cwd=folder)
+    assert json.loads(out.stdout)["steps"] == 3 and json.loads(out.stdout)["micro_batch"] == 8
+    run(*plan, "32", "-o", "other-target.json", cwd=folder)
+    out = run("run", "other-target.json", "--checkpoint", "moved.pt", cwd=folder, code=2)
+    assert "target batch: 64 there, 32 here" in out.stderr
+
+
+def test_where_a_cap_decided_the_plan_says_so(folder: Path) -> None:
+    out = run("explain", "plan.json", cwd=folder)
+    assert "micro-batches of at most 16 allow" in out.stdout and "isn't allowed" in out.stdout
+    assert "2 % to spare" not in out.stdout
 
 
 def test_a_broken_checkpoint_is_refused_in_words(folder: Path) -> None:

@@ -216,6 +216,34 @@ def test_a_budget_too_small_for_two_primes_is_recorded_size_by_size() -> None:
     assert plan.measured_peak_bytes is not None and plan.measured_peak_bytes <= budget
 
 
+def test_what_samples_share_is_counted_once() -> None:
+    def loss(m: nn.Module, b: dict[str, torch.Tensor]) -> torch.Tensor:
+        return F.mse_loss(m(b["x"]), b["y"]) + 0 * b["table"].sum()
+
+    table = torch.zeros(2**20)  # 4 MiB; times 512 it would be 2 GiB
+    sample = {"x": torch.randn(4, 8), "y": torch.randn(4, 4), "table": table}
+    work = Workload(net(), sample, loss=loss, shared={"table"})
+    plan = fit_plan(work, target_batch=512, budget=committed_bytes() + 300 * 2**20)
+    assert plan.split == (512,) and plan.data_bytes < 2**20
+
+
+def test_a_model_that_is_mostly_parameters_is_not_taken_for_one_that_hardly_fits() -> None:
+    model = nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 1024))  # 48 MiB; gradients and state 144
+    sample = torch.randn(4, 2048), torch.zeros(4).long()
+    plan = fit_plan(model, sample, target_batch=64, budget=committed_bytes() + 450 * 2**20)
+    assert plan.method == "replayed", plan.reasons["method"]
+
+
+def test_a_scheduler_with_few_steps_is_not_used_up_by_planning() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    work = Workload(
+        model, batch(busy()), optimizer=optimizer,
+        scheduler=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=2),
+    )  # fmt: skip
+    assert plan_of(work).verified
+
+
 class Keeps(nn.Module):
     """Holds on to its last activation, into the next micro-batch and into the next window."""
 

@@ -387,3 +387,33 @@ def test_a_checkpoint_of_another_workload_is_refused(part: str) -> None:
     with pytest.raises(UsageError, match=part):
         runner.load_state_dict(state)
     assert same_tensors(state_of(runner.parts.model), before)
+
+
+def test_what_runs_between_windows_has_run_when_its_window_is_handed_out() -> None:
+    told: list[str] = []
+    work = Workload(mlp(), vectors(4), between=lambda model: told.append("between"))
+    for _ in runner_for(work, 4, 2).epoch([vectors(8)]):
+        told.append("result")
+    assert told == ["between", "result"] * 2
+
+
+def test_a_hugging_face_loss_with_ignored_labels_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Tells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": F.cross_entropy(self.inner(x), labels)}
+
+    def given(ignored: int) -> dict[str, torch.Tensor]:
+        x, labels = vectors(8)
+        labels[:ignored] = -100
+        return {"x": x, "labels": labels}
+
+    runner = runner_for(Workload(Tells(), given(0)), 8, 4)
+    runner.step(given(0))
+    assert "ignored" not in caplog.text
+    runner.step(given(2))
+    runner.step(given(2))
+    assert caplog.text.count("Some labels are ignored") == 1

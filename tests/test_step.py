@@ -36,7 +36,7 @@ from helpers_train import (
 )
 from torch import nn
 
-from autoaccum import Workload
+from autoaccum import UsageError, Workload
 from autoaccum.rng import same_state, take_rng
 from autoaccum.solve import split_within
 from autoaccum.step import Parts, open_parts, train_window
@@ -362,3 +362,45 @@ def test_what_is_in_no_group_of_the_optimizer_adds_up_nowhere(sizes: tuple[int, 
     optimizer = Capture(list(model.parameters())[:2])
     window_of(open_parts(Workload(model, optimizer=optimizer)), vectors(4), sizes)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_default_loss_weighs_micro_batches_by_the_classes_that_are_not_ignored() -> None:
+    inputs, classes = vectors(8)
+    classes[:3] = -100
+    classes[5] = -100
+    model = mlp()
+    want = gradients(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), (inputs, classes))
+    parts = open_parts(Workload(model, (inputs, classes), optimizer=Capture))
+    pieces = list(cut((inputs, classes), (3, 3, 2)))  # nothing counts in the first
+    train_window(parts, pieces, (3, 3, 2))
+    assert distance(parts.optimizer.seen[-1], want) <= FP64
+    naive = mean_of([gradients(model, default_loss, piece) for piece in pieces], [3 / 8, 3 / 8, 2 / 8])
+    assert distance(naive, want) > 0.05
+
+
+def test_a_mean_is_weighted_by_the_count_that_is_given() -> None:
+    inputs, classes = vectors(8)
+    weights = torch.linspace(0.1, 5, 5, dtype=torch.float64)
+    model = mlp()
+
+    def loss(m: nn.Module, b: Any) -> torch.Tensor:
+        return F.cross_entropy(m(b[0]), b[1], weight=weights)
+
+    want = gradients(model, loss, (inputs, classes))
+    work = Workload(model, (inputs, classes), loss=loss, count=lambda b: weights[b[1]].sum(), optimizer=Capture)
+    parts = open_parts(work)
+    train_window(parts, list(cut((inputs, classes), (5, 3))), (5, 3))
+    assert distance(parts.optimizer.seen[-1], want) <= FP64
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 4)])
+@pytest.mark.parametrize("extra", ["logits", "three"])
+def test_a_tuple_that_is_no_sum_and_count_is_refused(sizes: tuple[int, ...], extra: str) -> None:
+    def loss(m: nn.Module, b: Any) -> Any:
+        logits = m(b[0])
+        mean = F.cross_entropy(logits, b[1])
+        return (mean, logits) if extra == "logits" else (mean, len(logits), 1)
+
+    parts = open_parts(Workload(mlp(), vectors(8), loss=loss, optimizer=Capture))
+    with pytest.raises(UsageError, match=r"not \(sum, count\)"):
+        train_window(parts, list(cut(vectors(8), sizes)), sizes)

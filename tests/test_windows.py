@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -89,7 +91,7 @@ def test_map_style_no_sample_is_lost_repeated_or_moved(
         with pytest.raises(UsageError, match="no batch at all"):
             list(windows(loader, target, at_most(micro)))
         return
-    found = list(windows(loader, target, at_most(micro), largest=lambda: micro))
+    found = list(windows(loader, target, at_most(micro)))
     check(found, expected, target, micro)
     assert [window.sizes for window in found] == [at_most(micro)(sum(window.sizes)) for window in found]
     assert loader_length(loader, target) == len(found)
@@ -108,7 +110,7 @@ def test_batches_no_sample_is_lost_repeated_or_moved(
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), targets, micro_batches)
 def test_batches_of_one_shape_follow_split_of(rows: list[int], target: int, micro: int) -> None:
-    found = list(windows(batches_of(rows), target, at_most(micro), largest=lambda: micro))
+    found = list(windows(batches_of(rows), target, at_most(micro)))
     assert [window.sizes for window in found] == [at_most(micro)(sum(window.sizes)) for window in found]
 
 
@@ -157,22 +159,14 @@ def test_a_run_of_joinable_batches_is_cut_balanced_by_the_largest_size() -> None
     assert window.sizes == (6, 4)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), targets, micro_batches)
-def test_without_a_largest_no_tail_passes_what_full_windows_use(rows: list[int], target: int, micro: int) -> None:
-    largest = max(at_most(micro)(target))
-    loader = DataLoader(Numbers(sum(rows)), batch_size=3)
-    for found in (windows(batches_of(rows), target, at_most(micro)), windows(loader, target, at_most(micro))):
-        check(list(found), list(range(sum(rows))), target, largest)
-
-
-def test_no_piece_passes_the_largest_even_where_split_of_does() -> None:
-    found = list(windows(batches_of([10, 3]), 8, lambda samples: (samples,), largest=lambda: 3))
-    assert [window.sizes for window in found] == [(3, 3, 2), (3, 2)]
-    loader = DataLoader(Numbers(13), batch_size=5)
-    assert [window.sizes for window in windows(loader, 8, lambda samples: (samples,), largest=lambda: 3)] == [
-        (3, 3, 2),
-        (3, 2),
-    ]
+def test_the_first_windows_samples_are_let_go_when_the_second_is_asked_for() -> None:
+    found = windows(({"x": torch.zeros(4)} for _ in range(3)), 4, at_most(4))
+    first = next(found)
+    watched = weakref.ref(first.pieces[0]["x"])
+    del first
+    next(found)
+    gc.collect()
+    assert watched() is None
 
 
 class Backwards(BatchSampler):
@@ -335,7 +329,7 @@ def test_a_target_below_one_and_a_split_that_does_not_sum_raise() -> None:
     with pytest.raises(UsageError):
         windows([], 0, at_most(2))
     with pytest.raises(UsageError, match="sum to 3"):
-        list(windows(batches_of([4]), 4, lambda samples: (2, 1), largest=lambda: 2))
+        list(windows(batches_of([4]), 4, lambda samples: (2, 1)))
 
 
 def test_loader_length_knows_samplers_and_drop_last_and_touches_no_random_state() -> None:
