@@ -19,10 +19,13 @@ from .budget import Budget, read_cpu_budget
 from .record_cpu import record
 from .recording import Phase
 
-__all__ = ["Measured", "clean", "data_bytes", "measure", "name", "prepare", "read_base", "read_budget", "record", "run"]
+__all__ = [
+    "AGREES_WITHIN", "MOST_SAMPLES", "Measured", "clean", "data_bytes", "measure", "name", "prepare", "read_base", "read_budget", "record", "run"]
 
 OnPhase = Callable[[str], AbstractContextManager[Any]]
 name = "cpu"
+AGREES_WITHIN = 0.005  # a recording that was predicted this well needs no further one
+MOST_SAMPLES = None  # recording may take as many samples as it needs
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .recording import Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .workload import Batch, Workload
 
-AGREES_WITHIN = 0.005  # a recording that was predicted this well needs no further one
+PARTS = (0.5, 0.8)  # of the answer: where to record, once it is roughly known
 LIFTS_WITHIN = 0.03  # a program that is this wrong about the next recording is no program
 SCOUT = 2  # samples of the very first window; batch statistics need two
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
@@ -36,6 +36,7 @@ class Subject:
     device: ModuleType
     mmap_threshold_bytes: int | None
     say: Callable[[str], None] = lambda text: None
+    build: tuple[Event, ...] | None = None  # the model's blocks as they came to be, where that was seen
 
     def tile(self, n: int) -> Batch:
         """A batch of n samples, made of the workload's sample."""
@@ -48,12 +49,14 @@ class Observed:
     """What is known so far.
 
     Attributes:
-        prelude: The events of the first optimizer step.
+        first_step: The first optimizer step, of one small micro-batch.
+        prelude: Its events.
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
         doubt: Why no step program could be made; None while one can.
     """
 
+    first_step: Recording | None = None
     prelude: tuple[Event, ...] = ()
     recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
@@ -94,6 +97,7 @@ def record_window(subject: Subject, n: int, steps: int = 2) -> Recording:
 def scout(subject: Subject, observed: Observed) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
     recording = record_window(subject, SCOUT, steps=1)
+    observed.first_step = recording
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
 
 
@@ -140,15 +144,26 @@ def observe(
         observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
         return observed
     add(subject, observed, primes[1])
-    for part in (0.5, 0.8):
-        n = prime_near(int(part * answer(observed)))
+    for part in PARTS:
+        n = _next_size(subject, observed, answer(observed), part)
         if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
             continue
         error = add(subject, observed, n)
-        if error is not None and error <= AGREES_WITHIN:
+        if error is not None and error <= subject.device.AGREES_WITHIN:
             return observed
     observed.doubt = doubt_of_last(observed)
     return observed
+
+
+def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -> int:
+    """A prime near a part of the answer; less, or 0, where recording may not take that many samples."""
+    most = subject.device.MOST_SAMPLES
+    n = prime_near(int(part * answer))
+    if most is None:
+        return n
+    left = int(most * answer) - SCOUT - sum(note.passes * note.micro_batch for note in observed.notes)
+    later = sum(int(2 * other * answer) for other in PARTS if other > part)  # those tell more
+    return min(n, prime_near((left - later) // 2)) if left > later else 0
 
 
 def doubt_of_last(observed: Observed) -> str | None:

@@ -181,7 +181,7 @@ def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[in
     is the i-th of the other: a list that grows may hold blocks of the same size, and those replace nothing.
     """
     freed_later = {step.block for step in later if step.rule is None}
-    before, after = _left_behind(first, n), _left_behind(later, n)
+    before, after = left_behind(first, n), left_behind(later, n)
     successors = {}
     for size, blocks in before.items():
         heirs = after.get(size, [])
@@ -193,7 +193,7 @@ def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[in
     return successors
 
 
-def _left_behind(steps: Sequence[Step], n: int) -> dict[int, list[int]]:
+def left_behind(steps: Sequence[Step], n: int) -> dict[int, list[int]]:
     """By size at n: the blocks that a phase allocates and doesn't free, in order."""
     freed = {step.block for step in steps if step.rule is None}
     left: dict[int, list[int]] = {}
@@ -213,7 +213,7 @@ def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
     Returns:
         Its phases: the first micro-batch, each later one, the optimizer step, and what runs between windows.
     """
-    writer = _Writer(program)
+    writer = Writer(program)
     left = writer.leftover(split[-1])
     first = writer.phase(FIRST, split[0])
     phases = [Phase(FIRST, left + first.events) if left else first]
@@ -222,7 +222,7 @@ def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
     return phases
 
 
-class _Writer:
+class Writer:
     """Writes phases one after the other, and knows which copy of a recorded block is alive."""
 
     def __init__(self, program: StepProgram) -> None:
@@ -259,14 +259,14 @@ class _Writer:
                 event = own.pop(block)
                 append(named((event[0], -event[1], event[2])))
             else:
-                for event in self._freed(block, all_copies=name not in (FIRST, LATER)):
+                for event in self.freed(block, all_copies=name not in (FIRST, LATER)):
                     append(named((event[0], -event[1], event[2])))
         self.names = names
         for block, event in own.items():
             self.live.setdefault(block, []).append(event)
         return Phase(name, tuple(events))
 
-    def _freed(self, block: int, *, all_copies: bool) -> list[Event]:
+    def freed(self, block: int, *, all_copies: bool) -> list[Event]:
         """The copies of earlier phases that a recorded free of `block` frees here.
 
         A micro-batch frees what the one before it left in that place, the oldest first. The optimizer step frees every

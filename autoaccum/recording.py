@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-FIRST, LATER, OPTIMIZER, BETWEEN = "first", "later", "optimizer", "between"
+BUILD, FIRST, LATER, OPTIMIZER, BETWEEN = "build", "first", "later", "optimizer", "between"
 PHASES = (FIRST, LATER, OPTIMIZER, BETWEEN)
 PHASE_TITLES = {
+    BUILD: "build",
     FIRST: "first micro-batch",
     LATER: "later micro-batch",
     OPTIMIZER: "optimizer step",
