@@ -179,13 +179,8 @@ def one(
 def main() -> None:
     """Every case, a line of JSON each."""
     settings = torch.cuda.memory._snapshot()["allocator_settings"]
-    free, _ = torch.cuda.mem_get_info()
-    limit = settings["max_split_size"]
-    rules = CudaRules(
-        capacity_bytes=free,
-        max_split_size_bytes=None if limit < 0 else limit,
-        roundup_power2_divisions=settings["roundup_power2_divisions"]["1"],
-    )
+    free, total = torch.cuda.mem_get_info()
+    rules = CudaRules.from_settings(settings["PYTORCH_CUDA_ALLOC_CONF"], capacity_bytes=free, device_bytes=total)
     for case in CASES:
         log, roomy = one(*case, rules)
         print(json.dumps(roomy), flush=True)
