@@ -23,10 +23,14 @@ from .recording import BUILD, Event, Phase, Recording, live_peak
 from .solve import Split
 from .step import OnPhase
 
-__all__ = ["Measured", "clean", "measure", "model_blocks", "name", "prepare", "read_start", "record", "rules", "run"]
+__all__ = [
+    "AGREES_WITHIN", "LIFTS_WITHIN", "MOST_SAMPLES", "Measured", "clean", "measure", "model_blocks", "name", "prepare",
+    "read_budget", "read_start", "record", "reserved_by", "rules", "run",
+]
 
 name = "cuda"
 AGREES_WITHIN = 0.0  # one micro-batch more or less is decided by a few MiB: the recordings nearest the answer count
+LIFTS_WITHIN = None  # workspaces saturate, so the next recording may be far off, and tells where; verifying decides
 MOST_SAMPLES = 3.0  # recording may take that many times the answer in samples
 
 
@@ -72,22 +76,24 @@ def rules(capacity_bytes: int | None = None, *, expandable: bool | None = None) 
         expandable: Overrides `expandable_segments`.
     """
     settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    found = CudaRules.from_settings(settings)
-    found = replace(found, capacity_bytes=capacity_bytes)
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    found = CudaRules.from_settings(settings, device_bytes=total, capacity_bytes=capacity_bytes)
+    fraction = torch.cuda.get_per_process_memory_fraction()
+    if fraction < 1.0:
+        found = replace(found, allowed_bytes=int(fraction * total))
     return found if expandable is None else replace(found, expandable_segments=expandable)
 
 
 def read_start(device: torch.device) -> CudaStart:
     """What the allocator holds now."""
     index = device.index if device.index is not None else torch.cuda.current_device()
-    segments = [each for each in torch.cuda.memory_snapshot() if each["device"] == index]
-    return CudaStart.from_snapshot(segments)
+    return CudaStart.from_snapshot(torch.cuda.memory_snapshot(), index)
 
 
 def run(phases: list[Phase], threshold_bytes: int | None, start: Start | None = None) -> Replay:
     """Replays phases from an empty allocator of any capacity."""
     found = replay_cuda(phases, rules())
-    return Replay(found.peak_reserved_bytes, live_peak(phases), found.phases)
+    return Replay(found.peak_reserved_bytes, live_peak(phases), found.phases, 0)
 
 
 def reserved_by(blocks: tuple[Event, ...], settings: CudaRules) -> int:

@@ -296,7 +296,7 @@ def _learn(outlook: Outlook, n: int, *, last: bool) -> None:
     near = next((size for size in (observe.prime_near(n), n) if size > known[-1]), None)
     if near is not None:
         observe.add(outlook.subject, observed, near)
-    observed.doubt = observe.doubt_of_last(observed)
+    observed.doubt = observe.doubt_of_last(outlook.subject, observed)
     if last and observed.doubt is None:
         observed.doubt = "windows took another amount of memory than their recordings, so each size was tried by itself"
     outlook.forget()

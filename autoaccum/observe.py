@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from . import oom, step
 from . import split as cutting
-from . import step
 from .allocator import PAGE_BYTES, Replay, Start
 from .plan import RecordingNote
-from .program import StepProgram, as_recorded, lift, window
+from .program import StepProgram, as_recorded, lift, plain_window
 from .recording import Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .workload import Batch, Workload
 
 PARTS = (0.5, 0.8)  # of the answer: where to record, once it is roughly known
-LIFTS_WITHIN = 0.03  # a program that is this wrong about the next recording is no program
 SCOUT = 2  # samples of the very first window; batch statistics need two
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
 PRELUDE = "first step"
@@ -151,7 +150,7 @@ def observe(
         error = add(subject, observed, n)
         if error is not None and error <= subject.device.AGREES_WITHIN:
             return observed
-    observed.doubt = doubt_of_last(observed)
+    observed.doubt = doubt_of_last(subject, observed)
     return observed
 
 
@@ -166,10 +165,12 @@ def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -
     return min(n, prime_near((left - later) // 2)) if left > later else 0
 
 
-def doubt_of_last(observed: Observed) -> str | None:
+def doubt_of_last(subject: Subject, observed: Observed) -> str | None:
     """Why there is no program, where it was too wrong about the last recording."""
-    last = observed.notes[-1]
-    if last.predicted_bytes is None or abs(last.predicted_bytes / last.measured_bytes - 1) <= LIFTS_WITHIN:
+    last, allowed = observed.notes[-1], subject.device.LIFTS_WITHIN
+    if allowed is None or last.predicted_bytes is None:
+        return None
+    if abs(last.predicted_bytes / last.measured_bytes - 1) <= allowed:
         return None
     before = " and ".join(str(note.micro_batch) for note in observed.notes[-3:-1])
     return (
@@ -187,9 +188,15 @@ def bracket(
         largest = observed.recordings[-1].micro_batch
         for n in (min(most, 2 * largest), min(most, int(1.4 * largest)), min(most, int(1.1 * largest) + 1)):
             if n > largest and allowed(observed, n):
-                add(subject, observed, n)
                 break
         else:
+            return
+        try:
+            add(subject, observed, n)
+        except (RuntimeError, MemoryError) as error:
+            if not oom.is_out_of_memory(error):
+                raise
+            subject.say(f"{n} samples are too many: {oom.drop_frames(error)}")
             return
 
 
@@ -230,11 +237,11 @@ def floor_of(observed: Observed, n: int, *, later: bool) -> int:
     if observed.doubt is not None:
         return 0
     split = (n, n) if later else (n,)
-    return live_peak([Phase(PRELUDE, observed.prelude), *window(observed.program(), split)[: len(split)]])
+    return live_peak([Phase(PRELUDE, observed.prelude), *plain_window(observed.program(), split)[: len(split)]])
 
 
 def _replay(subject: Subject, observed: Observed, program: StepProgram, split: Split, start: Start) -> Replay:
-    phases = [Phase(PRELUDE, observed.prelude), *window(program, split)]
+    phases = [Phase(PRELUDE, observed.prelude), *plain_window(program, split)]
     replayed: Replay = subject.device.run(phases, subject.mmap_threshold_bytes, start)
     return replayed
 

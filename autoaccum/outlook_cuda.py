@@ -13,7 +13,7 @@ from .caching_allocator import EMPTY, CudaRules, CudaStart
 from .observe import Observed, Subject
 from .outlook import AGREES_WITHIN, CAPACITY_MARGIN, VERIFIED_STEPS, Outlook
 from .plan import PeakRow
-from .program import StepProgram, as_recorded, window
+from .program import StepProgram, as_recorded, plain_window
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, live_peak
 from .solve import Split, largest_micro_batch
 from .training import Opening, TrainingReplay, opening_of, replay_training
@@ -54,6 +54,13 @@ class CudaOutlook(Outlook):
         if self.replayed(split, history, None).peak_reserved_bytes <= self.usable_bytes:
             return True
         return all(self.replayed(split, history, size).fits for size in (self.usable_bytes, self.budget.bytes))
+
+    def is_sure_to_fit(self, n: int) -> bool:
+        """By the allocator's rules once there is a program, a retry now and then included; before, pessimistically."""
+        if len(self.observed.recordings) > 1 and self.observed.doubt is None:
+            unlimited = self.replayed((n, n), "fresh", None).peak_reserved_bytes <= self.usable_bytes
+            return unlimited or self.replayed((n, n), "fresh", self.usable_bytes).out_of_memory is None
+        return super().is_sure_to_fit(n)
 
     def replayed(
         self, split: Split, history: str, capacity_bytes: int | None, *, expandable: bool | None = None
@@ -126,7 +133,7 @@ class CudaOutlook(Outlook):
             return 0
         program, opening, split = self._program((n, n) if later else (n,))
         held = sum(event.bytes for event in self.build) + opening.state_bytes
-        return held + live_peak(window(program, split)[: len(split)])
+        return held + live_peak(plain_window(program, split)[: len(split)])
 
     def phases(self, split: Split) -> dict[str, int]:
         """By the replay in a fresh process."""

@@ -23,6 +23,7 @@ def record(
     *,
     micro_batch: int,
     device: torch.device | None = None,
+    clear_workspaces: bool = True,
 ) -> Recording:
     """Records what a run of `step.train_window` allocates.
 
@@ -32,6 +33,7 @@ def record(
         run: Called with the `on_phase` to hand on.
         micro_batch: Samples in each micro-batch of the run.
         device: The CUDA device; left out, the current one.
+        clear_workspaces: Whether to clear cuBLAS's workspaces first, so that they are in the log where they are made.
 
     Returns:
         The recording; what happens outside of phases is left out.
@@ -40,7 +42,7 @@ def record(
     started = time.perf_counter()
     phases: list[str] = []
     mark = f"autoaccum {next(_MARKS)}:"
-    with _history():
+    with _history(clear_workspaces):
         run(lambda name: _marked(name, mark, phases))
         torch.cuda.synchronize(index)
         trace = _trace(index)
@@ -50,12 +52,13 @@ def record(
 
 
 @contextlib.contextmanager
-def _history() -> Iterator[None]:
+def _history(clear_workspaces: bool) -> Iterator[None]:
     """Switches the history on where it is off, without stack frames; and off again."""
     if torch._C._cuda_isHistoryEnabled():
         yield
         return
-    torch._C._cuda_clearCublasWorkspaces()  # so that they are allocated anew, into the history
+    if clear_workspaces:
+        torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.memory._record_memory_history("all", context=None, max_entries=_MOST_EVENTS)
     try:
         yield

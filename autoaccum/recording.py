@@ -84,7 +84,7 @@ def live_peak(phases: Iterable[Phase]) -> int:
     live = peak = 0
     for phase in phases:
         for event in phase.events:
-            live += event.bytes
+            live += event[1]  # it may be a plain tuple
             peak = max(peak, live)
     return peak
 

@@ -129,7 +129,7 @@ def replay_training(
     before = None
     for index in range(windows):
         run.window(split, first=index == 0)
-        after = allocator.state_key() if run.out_of_memory is None else None
+        after = run.state() if run.out_of_memory is None else None
         if run.out_of_memory is not None or (index >= 2 and after == before):
             break
         before = after
@@ -168,6 +168,11 @@ class _Run:
             if self.out_of_memory is not None:
                 return
 
+    def state(self) -> object:
+        """Equal for two moments from which on the same phases come to the same."""
+        live = self.writer.live
+        return self.allocator.state_key(event.block for role in sorted(live) for event in live[role])
+
     def _phases(self, split: Sequence[int], first: bool) -> Iterator[Phase]:
         writer = self.writer
         yield writer.first_of_all(split[0]) if first else writer.first(split[0], split[-1])
@@ -185,7 +190,7 @@ class _Run:
             yield self.writer.phase(LATER, size)
             last = len(split) - 1 - list(reversed(split)).index(size)
             if self.writer.program.later_growth_bytes == 0 and last > index:
-                state = size, self.allocator.state_key()
+                state = size, self.state()
                 if state == known:
                     index = last
                 known = state
@@ -209,12 +214,13 @@ class _Writer(Writer):
         events: list[Event] = []
         waiting = list(self.opening.once)
         plain = self.phase(FIRST, n).events
-        total = sum(event.bytes > 0 for event in plain)
+        total = sum(size > 0 for _, size, _ in plain)
         made = 0
         for event in plain:
-            while event.bytes > 0 and waiting and made * waiting[0].of >= waiting[0].after * total:
+            allocates = event[1] > 0  # a plain tuple
+            while allocates and waiting and made * waiting[0].of >= waiting[0].after * total:
                 events.append(self._once(waiting.pop(0)))
-            made += event.bytes > 0
+            made += allocates
             events.append(event)
         return Phase(FIRST, (*events, *map(self._once, waiting)))
 
