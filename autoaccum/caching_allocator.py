@@ -85,7 +85,7 @@ class CachingAllocator:
         self.out_of_memory = False
         self._peak_reserved = self._peak_allocated = 0
         self._live: dict[int, Block] = {}
-        self._held: dict[object, Block] = {}  # given back, and in use by another stream (record_stream)
+        self._held: dict[int, Block] = {}  # given back, and in use by another stream (record_stream)
         self._large: dict[int, Pool] = {}  # by stream
         self._small: dict[int, Pool] = {}
         self._wanted: dict[int, tuple[int, int, dict[int, Pool], int]] = {}  # by requested bytes: see _want
@@ -103,8 +103,9 @@ class CachingAllocator:
     def run(self, phase: Phase) -> PhaseResult:
         """Runs one phase, reading only allocations, frees, sizes and streams.
 
-        An event of no bytes says that its block was given back while another stream still uses it; its free follows. A
-        free of a block that no phase allocated is passed over.
+        An event of no bytes says that its block was given back while another stream still uses it; its free follows.
+        Live blocks of the start are named by their addresses, negative, as in the recording that began there. A free of
+        a block that is not there is passed over.
 
         Raises:
             ValueError: Where an earlier phase ran out of memory.
@@ -399,7 +400,9 @@ class CachingAllocator:
             if state == "free":
                 pool.put_in(block)
             elif state == "held":
-                self._held[block] = block
+                self._held[-block.address] = block
+            else:
+                self._live[-block.address] = block
 
     def _ages(self) -> tuple[int, ...]:
         keyed = (

@@ -24,13 +24,14 @@ from .solve import Split
 from .step import OnPhase
 
 __all__ = [
-    "AGREES_WITHIN", "LIFTS_WITHIN", "MOST_SAMPLES", "Measured", "clean", "measure", "model_blocks", "name", "prepare",
+    "AGREES_WITHIN", "LIFTS_WITHIN", "MOST_SAMPLES", "SCOUT_STEPS", "Measured", "clean", "measure", "model_blocks", "name", "prepare",
     "read_budget", "read_start", "record", "reserved_by", "rules", "run",
 ]
 
 name = "cuda"
 AGREES_WITHIN = 0.0  # one micro-batch more or less is decided by a few MiB: the recordings nearest the answer count
 LIFTS_WITHIN = None  # workspaces saturate, so the next recording may be far off, and tells where; verifying decides
+SCOUT_STEPS = 2  # micro-batches of the very first window recorded: as many as others have, so that they can be laid side by side
 MOST_SAMPLES = 3.0  # recording may take that many times the answer in samples
 
 

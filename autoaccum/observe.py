@@ -48,7 +48,7 @@ class Observed:
     """What is known so far.
 
     Attributes:
-        first_step: The first optimizer step, of one small micro-batch.
+        first_step: The first optimizer step, of small micro-batches.
         prelude: Its events.
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
@@ -95,7 +95,7 @@ def record_window(subject: Subject, n: int, steps: int = 2) -> Recording:
 
 def scout(subject: Subject, observed: Observed) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
-    recording = record_window(subject, SCOUT, steps=1)
+    recording = record_window(subject, SCOUT, steps=subject.device.SCOUT_STEPS)
     observed.first_step = recording
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
 

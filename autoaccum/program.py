@@ -89,7 +89,9 @@ def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> St
 def as_recorded(recording: Recording, prelude: tuple[Event, ...] = ()) -> StepProgram:
     """The program that a single recording is, good for its own micro-batch only."""
     phases = {
-        phase.name: tuple(Step(e.block, Rule(e.bytes) if e.bytes > 0 else None, e.stream) for e in phase.events)
+        phase.name: tuple(
+            Step(e.block, Rule(e.bytes) if e.bytes > 0 else None, e.stream) for e in phase.events if e.bytes
+        )
         for phase in recording.phases
     }
     return _program(recording, prelude, phases, {size: Rule(size) for size in _leftover(recording)})
@@ -109,7 +111,13 @@ def _program(
 
 def _foreign(recording: Recording) -> list[Event]:
     """What the first micro-batch frees that was there before."""
-    return [event for phase in recording.phases if phase.name == FIRST for event in phase.events if event.block < 0]
+    return [
+        event
+        for phase in recording.phases
+        if phase.name == FIRST
+        for event in phase.events
+        if event.block < 0 and event.bytes
+    ]
 
 
 def _leftover(recording: Recording) -> list[int]:
@@ -118,7 +126,7 @@ def _leftover(recording: Recording) -> list[int]:
 
 def _lift_phase(phase: Phase, n: int, other: Phase, m: int) -> tuple[Step, ...]:
     rules = size_rules(_sizes(phase), n, _sizes(other), m)
-    return tuple(Step(e.block, rules[e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events)
+    return tuple(Step(e.block, rules[e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events if e.bytes)
 
 
 def _sizes(phase: Phase) -> list[int]:

@@ -22,13 +22,11 @@ class Once:
 
     Attributes:
         after: Other allocations of that micro-batch before it.
-        of: Other allocations of that micro-batch in all.
         bytes: Its size.
         stream: Its stream.
     """
 
     after: int
-    of: int
     bytes: int
     stream: int
 
@@ -40,6 +38,8 @@ class Opening:
     Attributes:
         build: The blocks of the model, in the order in which they come to be.
         once: What the first micro-batch makes for good.
+        others: Sizes of what else it makes, in order.
+        samples: Its samples.
         optimizer: The first optimizer step, which makes the optimizer's state, as recorded.
         gradients: Blocks that it frees and that the first micro-batch made: each by its size and its place among the
             blocks of that size, which is how the step program's own are found.
@@ -47,6 +47,8 @@ class Opening:
 
     build: tuple[Event, ...]
     once: tuple[Once, ...]
+    others: tuple[int, ...]
+    samples: int
     optimizer: tuple[Event, ...]
     gradients: Mapping[int, tuple[int, int]]
 
@@ -89,10 +91,8 @@ def opening_of(build: tuple[Event, ...], first_step: Recording) -> Opening:
     freed_ever = {event.block for phase in first_step.phases for event in phase.events if event.bytes < 0}
     made = [event for event in first if event.bytes > 0]
     kept = [(index, event) for index, event in enumerate(made) if event.block not in freed_ever]
-    once = tuple(
-        Once(index - place, len(made) - len(kept), event.bytes, event.stream)
-        for place, (index, event) in enumerate(kept)
-    )
+    once = tuple(Once(index - place, event.bytes, event.stream) for place, (index, event) in enumerate(kept))
+    others = tuple(event.bytes for event in made if event.block in freed_ever)
     freed_here = {event.block for event in first if event.bytes < 0}
     gradients: dict[int, tuple[int, int]] = {}
     seen: dict[int, int] = {}
@@ -100,7 +100,7 @@ def opening_of(build: tuple[Event, ...], first_step: Recording) -> Opening:
         if event.block in freed_ever and event.block not in freed_here:
             gradients[event.block] = event.bytes, seen.get(event.bytes, 0)
             seen[event.bytes] = seen.get(event.bytes, 0) + 1
-    return Opening(build, once, optimizer, gradients)
+    return Opening(build, once, others, first_step.micro_batch, optimizer, gradients)
 
 
 def replay_training(
@@ -208,21 +208,22 @@ class _Writer(Writer):
         for size, blocks in left_behind(program.phases[FIRST], program.recorded_at).items():
             own.update({(size, place): block for place, block in enumerate(blocks)})
         self.gradients = {block: own[key] for block, key in opening.gradients.items() if key in own}
+        sizes = [step.rule.at(opening.samples) for step in program.phases[FIRST] if step.rule is not None]
+        self.places = [_place(once.after, opening.others, sizes) for once in opening.once]
 
     def first_of_all(self, n: int) -> Phase:
         """The very first micro-batch, with the blocks that are made once put where they were made."""
         events: list[Event] = []
-        waiting = list(self.opening.once)
         plain = self.phase(FIRST, n).events
-        total = sum(size > 0 for _, size, _ in plain)
+        waiting = [(place, once) for place, once in zip(self.places, self.opening.once, strict=True)]
         made = 0
         for event in plain:
             allocates = event[1] > 0  # a plain tuple
-            while allocates and waiting and made * waiting[0].of >= waiting[0].after * total:
-                events.append(self._once(waiting.pop(0)))
+            while allocates and waiting and made >= waiting[0][0]:
+                events.append(self._once(waiting.pop(0)[1]))
             made += allocates
             events.append(event)
-        return Phase(FIRST, (*events, *map(self._once, waiting)))
+        return Phase(FIRST, (*events, *(self._once(once) for _, once in waiting)))
 
     def first(self, n: int, last: int) -> Phase:
         """The first micro-batch of a window that isn't the first; `last` was the size of the one before it."""
@@ -258,6 +259,20 @@ class _Writer(Writer):
     def _once(self, block: Once) -> Event:
         self.names += 1
         return Event(self.names, block.bytes, block.stream)
+
+
+def _place(after: int, recorded: Sequence[int], sizes: Sequence[int]) -> int:
+    """How many allocations of the program come before what came after so many of the very first micro-batch.
+
+    As many, where both begin alike up to there; as many from the end, where both end alike from there on; else in
+    proportion.
+    """
+    if len(recorded) == len(sizes) or tuple(sizes[:after]) == tuple(recorded[:after]):
+        return after
+    rest = len(recorded) - after
+    if tuple(sizes[len(sizes) - rest :]) == tuple(recorded[after:]):
+        return len(sizes) - rest
+    return round(after * len(sizes) / len(recorded))
 
 
 def _free(event: Event) -> Event:
