@@ -58,8 +58,8 @@ def prepare(malloc: str = "fixed") -> int | None:
 
 
 def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
-    """Records what `run` allocates. Workspaces of libraries are in the log where `clean` was called before."""
-    return record_cuda.record(run, micro_batch=micro_batch, clear_workspaces=False)
+    """Records what `run` allocates."""
+    return record_cuda.record(run, micro_batch=micro_batch)
 
 
 def clean() -> None:

@@ -16,7 +16,7 @@ from .plan import PeakRow
 from .program import StepProgram, as_recorded, plain_window
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, live_peak
 from .solve import Split, largest_micro_batch
-from .training import Opening, TrainingReplay, opening_of, replay_training
+from .training import Training, TrainingReplay, replay_training, training_of
 from .virtual.control import is_virtual
 from .wish import Wish
 
@@ -38,6 +38,7 @@ class CudaOutlook(Outlook):
     settings: CudaRules = CudaRules()
     _replays: dict[_Key, TrainingReplay] = field(default_factory=dict)
     _floors: dict[tuple[int, bool], int] = field(default_factory=dict)
+    _trainings: dict[int, Training] = field(default_factory=dict)
 
     def data_bytes(self, samples: int) -> int:
         """Samples wait on the host; those of one micro-batch at a time are on the device, and recorded."""
@@ -73,10 +74,9 @@ class CudaOutlook(Outlook):
         expandable = self.settings.expandable_segments if expandable is None else expandable
         key = split, history, capacity_bytes, expandable
         if key not in self._replays:
-            program, opening, sizes = self._program(split)
+            training, sizes = self._training(split)
             found = replay_training(
-                program,
-                opening,
+                training,
                 sizes,
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
                 start=self.start if history == "here" else EMPTY,
@@ -86,16 +86,21 @@ class CudaOutlook(Outlook):
             self._replays[key] = found
         return self._replays[key]
 
-    def _program(self, split: Split) -> tuple[StepProgram, Opening, Split]:
+    def _training(self, split: Split) -> tuple[Training, Split]:
         observed = self.observed
-        assert observed.first_step is not None
-        opening = opening_of(self.build, observed.first_step)
         if observed.doubt is None:
-            return observed.program(), opening, split
+            return self._made(0, observed.program), split
         recording = next((each for each in observed.recordings if each.micro_batch >= split[0]), None)
         if recording is None:
             raise LookupError(f"nothing was recorded at {split[0]} samples or more")
-        return as_recorded(recording, observed.prelude), opening, (recording.micro_batch,) * len(split)
+        size = recording.micro_batch
+        return self._made(size, lambda: as_recorded(recording, observed.prelude)), (size,) * len(split)
+
+    def _made(self, key: int, program: Callable[[], StepProgram]) -> Training:
+        if key not in self._trainings:
+            assert self.observed.first_step is not None
+            self._trainings[key] = training_of(program(), self.observed.first_step, self.build)
+        return self._trainings[key]
 
     def peak_bytes(self, split: Split, history: str) -> int:
         """The most that is reserved: within the budget where that fits, else what it would come to without one."""
@@ -131,9 +136,9 @@ class CudaOutlook(Outlook):
     def _floor_of(self, n: int, *, later: bool) -> int:
         if self.observed.doubt is not None or self.observed.first_step is None:
             return 0
-        program, opening, split = self._program((n, n) if later else (n,))
-        held = sum(event.bytes for event in self.build) + opening.state_bytes
-        return held + live_peak(plain_window(program, split)[: len(split)])
+        training, split = self._training((n, n) if later else (n,))
+        held = sum(event.bytes for event in self.build) + training.state_bytes
+        return held + live_peak(plain_window(training.program, split)[: len(split)])
 
     def phases(self, split: Split) -> dict[str, int]:
         """By the replay in a fresh process."""
@@ -222,6 +227,7 @@ class CudaOutlook(Outlook):
         """Drops what was replayed."""
         self._replays.clear()
         self._floors.clear()
+        self._trainings.clear()
 
     def confirms(self, split: Split, measured: cuda.Measured) -> str | None:
         """The retries that were predicted, and the peak within 2 %."""

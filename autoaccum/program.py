@@ -63,7 +63,7 @@ class StepProgram:
     leftover: tuple[Step, ...] = ()
 
     @cached_property
-    def scores(self) -> Mapping[str, _Score]:
+    def scores(self) -> Mapping[str, Score]:
         """The phases made ready to be written."""
         return {name: _score(steps) for name, steps in self.phases.items()}
 
@@ -241,7 +241,7 @@ def plain_window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
     return phases
 
 
-class _Score(NamedTuple):
+class Score(NamedTuple):
     """A phase made ready to be written at any size.
 
     Attributes:
@@ -258,7 +258,7 @@ class _Score(NamedTuple):
     blocks: int
 
 
-def _score(steps: Sequence[Step]) -> _Score:
+def _score(steps: Sequence[Step]) -> Score:
     rules: dict[Rule, int] = {}
     for step in steps:
         if step.rule is not None:
@@ -279,7 +279,7 @@ def _score(steps: Sequence[Step]) -> _Score:
             parts.append((tuple(events), block))
             events = []
     kept = tuple((block, *made) for block, made in own.items())
-    return _Score(tuple(rules), (*parts, (tuple(events), None)), kept, blocks)
+    return Score(tuple(rules), (*parts, (tuple(events), None)), kept, blocks)
 
 
 class Writer:
@@ -302,8 +302,12 @@ class Writer:
         return tuple(events)
 
     def phase(self, name: str, n: int) -> Phase:
-        """The events of the next phase, at n samples; plain tuples, since solving spends its time here."""
-        score, base = self.program.scores[name], self.names
+        """The events of the next phase, at n samples."""
+        return self.written(name, self.program.scores[name], n)
+
+    def written(self, name: str, score: Score, n: int) -> Phase:
+        """A score at n samples; events are plain tuples, since solving spends its time here."""
+        base = self.names
         sizes = [rule.at(n) for rule in score.rules]
         sizes += [-size for size in sizes]
         events: list[tuple[int, int, int]] = []

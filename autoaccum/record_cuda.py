@@ -27,17 +27,16 @@ def record(
     *,
     micro_batch: int,
     device: torch.device | None = None,
-    clear_workspaces: bool = True,
 ) -> Recording:
     """Records what a run of `step.train_window` allocates.
 
-    Where the user's own recording is on, its tail is read and nothing of it is changed.
+    Where the user's own recording is on, its tail is read and nothing of it is changed. cuBLAS's workspaces are cleared
+    first, so that what the run needs of them is in the recording.
 
     Args:
         run: Called with the `on_phase` to hand on.
         micro_batch: Samples in each micro-batch of the run.
         device: The CUDA device; left out, the current one.
-        clear_workspaces: Whether to clear cuBLAS's workspaces first, so that they are in the log where they are made.
 
     Returns:
         The recording, with what the allocator held when it began; what happens before the first phase is left out. A
@@ -52,8 +51,7 @@ def record(
     phases: list[str] = []
     mark = f"autoaccum {next(_MARKS)}:"
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    if clear_workspaces:
-        torch._C._cuda_clearCublasWorkspaces()
+    torch._C._cuda_clearCublasWorkspaces()
     with _history():
         with _metadata(mark + _START):
             start = _start(index)

@@ -6,11 +6,12 @@ other from the build on, until the allocator is after one window as it was befor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .caching_allocator import EMPTY, CachingAllocator, CudaRules, CudaStart
-from .program import StepProgram, Writer, left_behind
+from .program import Score, Step, StepProgram, Writer, left_behind
 from .recording import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
 
 MOST_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two stand for those to come
@@ -32,32 +33,27 @@ class Once:
 
 
 @dataclass(frozen=True)
-class Opening:
-    """What happens once, before windows are alike.
+class Training:
+    """A step program, and what happens once before windows are alike.
 
     Attributes:
+        program: The step program, without what its first micro-batch makes for good: libraries' workspaces, which each
+            recording shows anew since they are cleared before it.
+        first: The first micro-batch of all, with these.
+        once: What else it makes for good, as the very first window showed.
         build: The blocks of the model, in the order in which they come to be.
-        once: What the first micro-batch makes for good.
-        others: Sizes of what else it makes, in order.
-        samples: Its samples.
         optimizer: The first optimizer step, which makes the optimizer's state, as recorded.
-        gradients: Blocks that it frees and that the first micro-batch made: each by its size and its place among the
-            blocks of that size, which is how the step program's own are found.
+        gradients: The blocks of the first micro-batch that it frees: its own name of each, and the program's.
+        state_bytes: What is there for good from the first window on, beside the model.
     """
 
-    build: tuple[Event, ...]
+    program: StepProgram
+    first: Score
     once: tuple[Once, ...]
-    others: tuple[int, ...]
-    samples: int
+    build: tuple[Event, ...]
     optimizer: tuple[Event, ...]
-    gradients: Mapping[int, tuple[int, int]]
-
-    @property
-    def state_bytes(self) -> int:
-        """What the first window leaves behind for good."""
-        freed = {event.block for event in self.optimizer if event.bytes < 0}
-        state = sum(event.bytes for event in self.optimizer if event.bytes > 0 and event.block not in freed)
-        return state + sum(block.bytes for block in self.once)
+    gradients: Mapping[int, int]
+    state_bytes: int
 
 
 @dataclass(frozen=True)
@@ -84,28 +80,83 @@ class TrainingReplay:
         return self.out_of_memory is None and not any(self.retries[2:])
 
 
-def opening_of(build: tuple[Event, ...], first_step: Recording) -> Opening:
-    """Reads off the very first window of one micro-batch what it does that later ones don't."""
+def training_of(program: StepProgram, first_step: Recording, build: tuple[Event, ...]) -> Training:
+    """Puts together what was recorded.
+
+    Args:
+        program: The step program.
+        first_step: The very first window, of small micro-batches.
+        build: The model's blocks in the order in which a fresh process makes them.
+    """
     events = {phase.name: phase.events for phase in first_step.phases}
-    first, optimizer = events[FIRST], events[OPTIMIZER]
-    freed_ever = {event.block for phase in first_step.phases for event in phase.events if event.bytes < 0}
-    made = [event for event in first if event.bytes > 0]
-    kept = [(index, event) for index, event in enumerate(made) if event.block not in freed_ever]
-    once = tuple(Once(index - place, event.bytes, event.stream) for place, (index, event) in enumerate(kept))
-    others = tuple(event.bytes for event in made if event.block in freed_ever)
-    freed_here = {event.block for event in first if event.bytes < 0}
-    gradients: dict[int, tuple[int, int]] = {}
-    seen: dict[int, int] = {}
-    for event in made:
-        if event.block in freed_ever and event.block not in freed_here:
-            gradients[event.block] = event.bytes, seen.get(event.bytes, 0)
-            seen[event.bytes] = seen.get(event.bytes, 0) + 1
-    return Opening(build, once, others, first_step.micro_batch, optimizer, gradients)
+    freed = {event.block for phase in first_step.phases for event in phase.events if event.bytes <= 0}
+    made = [event for event in events[FIRST] if event.bytes > 0]
+    kept = [(index, event) for index, event in enumerate(made) if event.block not in freed]
+    others = [event.bytes for event in made if event.block in freed]
+    workspaces = _made_for_good(program)
+    known = Counter(step.rule.at(program.recorded_at) for step in workspaces if step.rule is not None)
+    sizes = [
+        step.rule.at(first_step.micro_batch)
+        for step in program.phases[FIRST]
+        if step.rule is not None and step not in workspaces
+    ]
+    once = []
+    for place, (index, event) in enumerate(kept):
+        if known[event.bytes]:
+            known[event.bytes] -= 1
+        else:
+            once.append(Once(_place(index - place, others, sizes), event.bytes, event.stream))
+    optimizer = events[OPTIMIZER]
+    state = [event.bytes for event in optimizer if event.bytes > 0 and event.block not in freed]
+    state += [block.bytes for block in once]
+    state += [step.rule.at(1) for step in workspaces if step.rule is not None]
+    names = {step.block for step in workspaces}
+    steady = tuple(step for step in program.phases[FIRST] if step.block not in names)
+    return Training(
+        replace(program, phases={**program.phases, FIRST: steady}),
+        program.scores[FIRST],
+        tuple(once),
+        build,
+        optimizer,
+        _gradients(events[FIRST], freed, program),
+        sum(state),
+    )
+
+
+def _made_for_good(program: StepProgram) -> list[Step]:
+    """What the first micro-batch of a window allocates and nothing frees, and no later micro-batch does likewise."""
+    freed = {step.block for phase in program.phases.values() for step in phase if step.rule is None}
+    kept = {
+        name: [step for step in program.phases.get(name, ()) if step.rule is not None and step.block not in freed]
+        for name in (FIRST, LATER)
+    }
+    growing = Counter(step.rule for step in kept[LATER])
+    found = []
+    for step in kept[FIRST]:
+        if growing[step.rule]:
+            growing[step.rule] -= 1
+        else:
+            found.append(step)
+    return found
+
+
+def _gradients(first: Sequence[Event], freed: set[int], program: StepProgram) -> dict[int, int]:
+    """Pairs the blocks that both first micro-batches leave to be freed: the i-th of a size with the i-th."""
+    freed_here = {event.block for event in first if event.bytes <= 0}
+    own: dict[int, list[int]] = {}
+    for event in first:
+        if event.bytes > 0 and event.block in freed and event.block not in freed_here:
+            own.setdefault(event.bytes, []).append(event.block)
+    theirs = left_behind(program.phases[FIRST], program.recorded_at)
+    return {
+        block: partner
+        for size, blocks in own.items()
+        for block, partner in zip(blocks, theirs.get(size, []), strict=False)
+    }
 
 
 def replay_training(
-    program: StepProgram,
-    opening: Opening,
+    training: Training,
     split: Sequence[int],
     rules: CudaRules,
     *,
@@ -115,17 +166,16 @@ def replay_training(
     """Trains window after window of one split on a model of the allocator.
 
     Args:
-        program: The step program.
-        opening: What happens once; its build is left out where the start holds the model.
+        training: What is trained; its build is left out where the start holds the model.
         split: Samples in each micro-batch of a window.
         rules: The allocator and its capacity.
         start: What it holds before.
         windows: The most windows to replay.
     """
     allocator = CachingAllocator(rules, start)
-    run = _Run(allocator, _Writer(program, opening))
-    if opening.build and start == EMPTY:
-        run.phase(Phase(BUILD, opening.build))
+    run = _Run(allocator, _Writer(training))
+    if training.build and start == EMPTY:
+        run.phase(Phase(BUILD, training.build))
     before = None
     for index in range(windows):
         run.window(split, first=index == 0)
@@ -200,30 +250,23 @@ class _Run:
 class _Writer(Writer):
     """Writes windows one after the other; the first of them with what happens once."""
 
-    def __init__(self, program: StepProgram, opening: Opening) -> None:
-        super().__init__(program)
-        self.opening = opening
-        self.names = max([self.names, *(event.block for event in opening.build)])
-        own: dict[tuple[int, int], int] = {}
-        for size, blocks in left_behind(program.phases[FIRST], program.recorded_at).items():
-            own.update({(size, place): block for place, block in enumerate(blocks)})
-        self.gradients = {block: own[key] for block, key in opening.gradients.items() if key in own}
-        sizes = [step.rule.at(opening.samples) for step in program.phases[FIRST] if step.rule is not None]
-        self.places = [_place(once.after, opening.others, sizes) for once in opening.once]
+    def __init__(self, training: Training) -> None:
+        super().__init__(training.program)
+        self.training = training
+        self.names = max([self.names, *(event.block for event in training.build)])
 
     def first_of_all(self, n: int) -> Phase:
         """The very first micro-batch, with the blocks that are made once put where they were made."""
         events: list[Event] = []
-        plain = self.phase(FIRST, n).events
-        waiting = [(place, once) for place, once in zip(self.places, self.opening.once, strict=True)]
+        waiting = list(self.training.once)
         made = 0
-        for event in plain:
+        for event in self.written(FIRST, self.training.first, n).events:
             allocates = event[1] > 0  # a plain tuple
-            while allocates and waiting and made >= waiting[0][0]:
-                events.append(self._once(waiting.pop(0)[1]))
+            while allocates and waiting and made >= waiting[0].after:
+                events.append(self._once(waiting.pop(0)))
             made += allocates
             events.append(event)
-        return Phase(FIRST, (*events, *(self._once(once) for _, once in waiting)))
+        return Phase(FIRST, (*events, *map(self._once, waiting)))
 
     def first(self, n: int, last: int) -> Phase:
         """The first micro-batch of a window that isn't the first; `last` was the size of the one before it."""
@@ -242,15 +285,15 @@ class _Writer(Writer):
         """The optimizer step that makes the state, as recorded; then all that any other one would free is freed."""
         events: list[Event] = []
         own: dict[int, Event] = {}
-        for block, size, stream in self.opening.optimizer:
+        for block, size, stream in self.training.optimizer:
             if size > 0:
                 self.names += 1
                 own[block] = Event(self.names, size, stream)
                 events.append(own[block])
             elif block in own:
                 events.append(_free(own.pop(block)))
-            elif block in self.gradients:
-                events += map(_free, self.freed(self.gradients[block], all_copies=True))
+            elif block in self.training.gradients:
+                events += map(_free, self.freed(self.training.gradients[block], all_copies=True))
         for step in self.program.phases[OPTIMIZER]:
             if step.rule is None and step.block in self.live:
                 events += map(_free, self.freed(step.block, all_copies=True))
