@@ -182,7 +182,7 @@ def _asked(found: DeviceMemory, memory_bytes: int) -> Term:
     if memory_bytes <= found.context_bytes:
         raise UsageError(
             f"{show_bytes(memory_bytes)} is not enough for this process: its context and libraries take {context}.",
-            _context(found).why.capitalize() + ".",
+            f"They are {_context(found).why}.",
             f"Name more than {context}, as --memory.",
         )
     why = f"you named {show_bytes(memory_bytes)} for the whole process; its context and libraries take {context} of it"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -79,7 +81,7 @@ def test_memory_that_was_named_beyond_what_is_there_does_not_make_it_more() -> N
 def test_memory_that_not_even_the_context_fits() -> None:
     with pytest.raises(UsageError, match=r"200\.0 MiB is not enough .* take 512\.0 MiB") as error:
         cuda_budget(ALONE, memory="200MiB")
-    assert error.value.why and error.value.hint
+    assert "what NVML says it holds" in error.value.why and "--memory" in error.value.hint
 
 
 def test_the_memory_fraction_binds_without_headroom() -> None:
@@ -227,6 +229,24 @@ def test_a_device_is_found_by_uuid_and_computing_and_drawing_is_one_process() ->
     seen = see_device("bbbb", library=Library())
     assert (seen.uuid, seen.index, seen.driver, seen.note) == ("GPU-bbbb", 1, "580.1", "")
     assert held(seen) == {2: 25, 7: 70}
+
+
+def test_processes_are_named_where_their_numbers_are_this_machines() -> None:
+    others = [(os.getppid(), 10), (2**22 + 1, 20)]  # the second number is beyond any
+    foreign = see_device("aaaa", library=Library(running={"GPU-aaaa": others}))
+    assert [process.name for process in foreign.processes] == ["", ""]
+    listed = Library(running={"GPU-aaaa": [*others, (os.getpid(), 5)]})
+    named = {process.pid: process.name for process in see_device("aaaa", library=listed).processes}
+    assert named == {
+        os.getpid(): Path("/proc/self/comm").read_text().strip(),
+        os.getppid(): Path(f"/proc/{os.getppid()}/comm").read_text().strip(),
+        2**22 + 1: "",
+    }
+
+
+def test_a_client_of_mps_is_listed_too() -> None:
+    library = Library(nvmlDeviceGetMPSComputeRunningProcesses=lambda handle: [SimpleNamespace(pid=5, usedGpuMemory=9)])
+    assert held(see_device("aaaa", library=library)) == {1: 10, 5: 9}
 
 
 def test_a_device_is_found_by_its_place_on_the_bus_where_the_uuid_names_nothing() -> None:
@@ -438,23 +458,22 @@ def test_a_neighbour_that_grew_is_named() -> None:
 
 
 UUIDS = """
-import pynvml
-pynvml.nvmlInit()
 for physical in range(3):
     control.set_other(physical, (physical + 1) << 30)
-named = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(3)]
-seen = [read_device(i).seen for i in range(torch.cuda.device_count())]
-others = [read_device(i).others_bytes >> 30 for i in range(torch.cuda.device_count())]
-print(json.dumps([[s.index for s in seen], others, [named.index(s.uuid) for s in seen], named]))
+devices = [read_device(i) for i in range(torch.cuda.device_count())]
+print(json.dumps([[d.seen.index for d in devices], [d.others_bytes >> 30 for d in devices]]))
 """
+NAMES = (
+    "import pynvml as n; n.nvmlInit(); print([n.nvmlDeviceGetUUID(n.nvmlDeviceGetHandleByIndex(i)) for i in range(3)])"
+)
 
 
 @usable
 def test_devices_are_matched_by_uuid_whatever_is_visible() -> None:
     gpu = VirtualGpu(memory_bytes=8 * GIB, devices=3)
-    *same, named = on_the_virtual_gpu(UUIDS, gpu)
-    assert same == [[0, 1, 2], [1, 2, 3], [0, 1, 2]]
+    process = launch([sys.executable, "-c", NAMES], gpu, stdout=subprocess.PIPE)
+    named = ast.literal_eval(process.communicate(timeout=60)[0].decode())
     forms = {"2,0": [2, 0], f"{named[1]},{named[2][:12]}": [1, 2]}
-    for visible, expected in forms.items():
-        *same, _ = on_the_virtual_gpu(UUIDS, gpu, CUDA_VISIBLE_DEVICES=visible)
-        assert same == [expected, [i + 1 for i in expected], expected]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda visible: on_the_virtual_gpu(UUIDS, gpu, CUDA_VISIBLE_DEVICES=visible), forms)
+        assert list(found) == [[numbers, [n + 1 for n in numbers]] for numbers in forms.values()]
