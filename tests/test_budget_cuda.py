@@ -143,6 +143,12 @@ def test_a_process_whose_bytes_nvml_does_not_say() -> None:
     assert terms(found)[HIDDEN].bytes == GIB == found.headroom_bytes
 
 
+def test_nvmls_bytes_are_not_more_than_what_is_taken() -> None:
+    """NVML can count what a process shares with others."""
+    device = replace(ALONE, seen=Seen("GPU-a", processes=(replace(OWN, bytes=9 * GIB),)))
+    assert device.context_bytes == GIB // 2 and device.hidden_bytes == 0
+
+
 @given(
     total=st.integers(1, 2**38),
     parts=st.lists(st.integers(0, 2**36), min_size=5, max_size=5),
@@ -270,6 +276,11 @@ def test_a_mig_instance_is_found_under_every_form(visible: str, uuid: str) -> No
         assert seen.processes == () and "cut by MIG" in seen.note
 
 
+def test_a_beginning_that_several_mig_instances_share_names_none() -> None:
+    seen = see_device("bbbb", library=Library(cut=3), environ={"CUDA_VISIBLE_DEVICES": "MIG-"})
+    assert seen.processes == () and "cut by MIG" in seen.note
+
+
 def test_the_only_mig_instance_needs_no_name() -> None:
     library = Library(cut=1, running={"MIG-000": [(7, 70)]})
     assert held(see_device("bbbb", library=library, environ={})) == {7: 70}
@@ -387,6 +398,15 @@ from autoaccum.virtual import control
 """
 
 
+@given(total=st.integers(1, 2**40), fraction=st.floats(0.01, 0.999))
+def test_a_memory_fraction_is_told_to_the_byte(total: int, fraction: float) -> None:
+    """By the allocator's own way: a whole number of bytes, which it tells as a part of the total."""
+    allowed = int(fraction * total)
+    if allowed:
+        found = cuda_budget(DeviceMemory(total, total, 0, 0, fraction=allowed / total))
+        assert found.bytes == allowed
+
+
 def on_the_virtual_gpu(body: str, gpu: VirtualGpu, **env: str) -> Any:
     """Runs that in a process of its own; what it prints last is JSON."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("AUTOACCUM", "PYTORCH", "CUDA_"))}
@@ -421,6 +441,8 @@ found["most by fraction"] = most(found["fraction"][0])
 torch.cuda.set_per_process_memory_fraction(1.0)
 planned = read_cuda_budget(headroom=0)
 control.set_other(0, 2 << 30)
+unseen = read_cuda_budget(headroom=0, nvml=object())
+found["unseen"] = unseen.bytes, {term.name: [term.bytes, term.why] for term in unseen.terms}
 found["shrunk"] = shrunk_since(planned, read_cuda_budget(headroom=0))
 print(json.dumps(found))
 """
@@ -450,6 +472,13 @@ def test_context_and_others_are_what_the_virtual_gpu_was_told() -> None:
     assert parts["cached"][0] >= 100 * MIB
     assert found["default"][1] == size // 10
     assert found["asked"][:3] == [(3072 - 400) * MIB, 0, "asked"]
+
+
+@usable
+def test_without_nvml_what_torch_may_have_is_the_same() -> None:
+    size, parts = torchs_limit()["unseen"]
+    assert size == (6144 - 400 - 2048) * MIB and parts[CONTEXT][0] == (400 + 2048) * MIB
+    assert "another package, without nvmlInit" in parts[OTHERS][1] and "can't be told apart" in parts[CONTEXT][1]
 
 
 @usable

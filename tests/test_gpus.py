@@ -52,6 +52,14 @@ def test_a_name_finds_it_and_so_does_the_drivers(gpu: Gpu) -> None:
     assert find_gpu(f" {gpu.name.upper().replace('-', '_')} ") is gpu
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("RTX 4090", "rtx-4090"), ("GeForce RTX 3090", "rtx-3090"), ("V100-SXM2-16GB", "v100-16gb"), ("nvidia_l4", "l4")],
+)
+def test_a_name_that_is_spelled_another_way(name: str, meant: str) -> None:
+    assert find_gpu(name).name == meant
+
+
 def test_the_names_that_the_command_line_promises() -> None:
     names = {gpu.name for gpu in GPUS}
     data_centre = {
