@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import resource
@@ -20,14 +21,20 @@ GIB = 2**30
 REASON = available()
 usable = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 NOT_HERE = ("AUTOACCUM", "PYTORCH", "CUDA_", "LD_PRELOAD")
+NAMES = (
+    "import pynvml as n; n.nvmlInit(); print([n.nvmlDeviceGetUUID(n.nvmlDeviceGetHandleByIndex(i)) for i in (0, 1)])"
+)
 DOCTOR = [sys.executable, "-m", "autoaccum", "doctor"]
 
 
 @cache
 def on_the_virtual_gpu() -> dict[str, Any]:
     env = {key: value for key, value in os.environ.items() if not key.startswith(NOT_HERE)}
-    env |= {"CUDA_VISIBLE_DEVICES": "1,0", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     gpu = VirtualGpu(memory_bytes=4 * GIB, other_bytes=GIB, devices=2, name="A GPU")
+    out, _ = launch([sys.executable, "-c", NAMES], gpu, env=env, stdout=subprocess.PIPE).communicate(timeout=60)
+    first, second = ast.literal_eval(out.decode())
+    visible = f"{second},{first[:12]}"  # a unique beginning is enough
+    env |= {"CUDA_VISIBLE_DEVICES": visible, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     process = launch([*DOCTOR, "--json"], gpu, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err.decode()
@@ -56,7 +63,9 @@ def test_what_else_uses_a_device_and_what_is_left() -> None:
 @usable
 def test_the_allocators_settings_as_it_read_them() -> None:
     facts = on_the_virtual_gpu()
-    assert facts["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True" and facts["CUDA_VISIBLE_DEVICES"] == "1,0"
+    assert facts["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True" and facts["CUDA_VISIBLE_DEVICES"].startswith(
+        "GPU-"
+    )
     assert facts["cuda allocator"].startswith("native: ") and "expandable_segments=True" in facts["cuda allocator"]
     assert "roundup_power2_divisions=0" in facts["cuda allocator"]
     assert facts["virtual GPU"] == "this process runs on one"
