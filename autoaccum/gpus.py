@@ -21,8 +21,9 @@ from .units import parse_bytes, show_bytes
 from .virtual import VirtualGpu
 
 _MIB = 2**20
-# BERT's training on an H100 held 1229 MiB beyond what torch reserved, by NVML, whose first version counts the driver's
-# own 480 MiB (81559 - 81079) as used: 749 MiB, 83 more than out-of-memory messages there tell. Rounded up.
+# BERT's training on an H100 held up to 1229 MiB beyond what torch reserves for it on the virtual GPU. That was by the
+# first version of NVML's memory info, which counts the driver's own as used (docs.nvidia.com/deploy/nvml-api,
+# nvmlMemory_t): 81559 MiB less CUDA's 81079. So 749 MiB, 83 more than out-of-memory messages there tell; rounded up.
 LIBRARY_BYTES = 128 * _MIB
 _LIBRARY = "derived: H100, training of BERT (mila-iqia/milabench, config/scaling), less the context; rounded up"
 

@@ -89,7 +89,7 @@ def describe(*, library: Any = None) -> str:
         handles = [library.nvmlDeviceGetHandleByIndex(i) for i in range(library.nvmlDeviceGetCount())]
         gpus = [f"{i}: {_text(library.nvmlDeviceGetName(h))} {_uuid(library, h)}" for i, h in enumerate(handles)]
         driver = _text(_quietly(library.nvmlSystemGetDriverVersion)) or "of an unknown version"
-        return "; ".join([f"driver {driver}, {len(gpus)} GPUs", *gpus])
+        return "; ".join([f"driver {driver}, {len(gpus)} GPU{'s' * (len(gpus) != 1)}", *gpus])
     except Exception as error:
         return _reason(error)
     finally:
