@@ -155,10 +155,13 @@ def cuda_budget(found: DeviceMemory, memory: str | int | None = None, headroom: 
     binding = min(limits, key=lambda limit: limit.bytes - kept[limit.name].bytes)
     spared = kept[binding.name]
     if spared.bytes >= binding.bytes:
+        kept_bytes, limit_bytes = show_bytes(spared.bytes), show_bytes(binding.bytes)
         raise UsageError(
-            f"A headroom of {show_bytes(spared.bytes)} leaves nothing of {show_bytes(binding.bytes)}.",
+            f"A headroom of {kept_bytes} leaves nothing of {limit_bytes}."
+            if spared.bytes
+            else "Nothing is left to use.",
             f"The limit that binds is {binding.name}: {binding.why}.",
-            "Give a smaller --headroom, or end what else uses the device (autoaccum doctor names it).",
+            "Give a smaller --headroom, or end what else uses the device: `autoaccum doctor` names it.",
         )
     terms = (*limits, *_parts(found), spared)
     return Budget(binding.bytes - spared.bytes, binding.bytes, spared.bytes, terms, binding.name)

@@ -122,6 +122,13 @@ def test_a_headroom_that_leaves_nothing() -> None:
     assert "device" in error.value.why and "--headroom" in error.value.hint
 
 
+def test_a_device_that_others_have_filled() -> None:
+    full = replace(shared(Process(9, "x", 16 * GIB), free_bytes=0), reserved_bytes=0, active_bytes=0)
+    with pytest.raises(UsageError, match="Nothing is left to use") as error:
+        cuda_budget(full)
+    assert "autoaccum doctor" in error.value.hint
+
+
 def test_in_a_container_nobody_can_be_told_apart() -> None:
     hidden = replace(ALONE, seen=Seen("GPU-a"))
     found = cuda_budget(hidden)
