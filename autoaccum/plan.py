@@ -12,7 +12,7 @@ from typing import Any
 
 from .budget import Budget
 from .errors import PlanFileError
-from .recording import PHASES
+from .recording import PHASE_TITLES
 
 SCHEMA_VERSION = 1
 PLAN_AGAIN = "Plan again: autoaccum plan --target-batch N -o plan.json"
@@ -107,6 +107,11 @@ class Plan:
         notes: What else the reader should know.
         slack: Part of what training takes that is reckoned on top of it, where malloc is left at its default.
         smallest_micro_batch: The smallest allowed: 2 where the model takes batch statistics.
+        virtual: Whether the GPU was a virtual one: the allocator was real, and nothing was computed.
+        retries: How often the CUDA caching allocator gives its cache back to make room, by window, predicted.
+        allocated_peak_bytes: The most that CUDA tensors took of what was reserved, measured; None on a CPU.
+        largest_without_retries: The largest micro-batch for which it never does.
+        largest_with_expandable_segments: The same with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
         workload: Name of the workload, or FILE.py:FUNCTION, where the command line made the plan.
         seconds: What planning took.
     """
@@ -141,6 +146,11 @@ class Plan:
     notes: tuple[str, ...] = ()
     slack: float = 0.0
     smallest_micro_batch: int = 1
+    virtual: bool = False
+    retries: tuple[int, ...] = ()
+    allocated_peak_bytes: int | None = None
+    largest_without_retries: int | None = None
+    largest_with_expandable_segments: int | None = None
     workload: str | None = None
     seconds: float = 0.0
     schema_version: int = SCHEMA_VERSION
@@ -149,6 +159,11 @@ class Plan:
     def budget_bytes(self) -> int:
         """What the whole process may use."""
         return self.budget.bytes
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether bytes are reserved bytes of a CUDA device; else they are committed bytes of a process."""
+        return self.device != "cpu"
 
     @property
     def verified(self) -> bool:
@@ -270,11 +285,15 @@ def _contradiction(plan: Plan) -> str | None:
         ),
         (budget.bytes > 0, f"a budget of {budget.bytes} bytes"),
         (budget.binds in [term.name for term in budget.terms], f"{budget.binds!r} is none of its budget's limits"),
-        (set(plan.phases) <= set(PHASES), f"{', '.join(sorted(set(plan.phases) - set(PHASES)))}: no phase of a window"),
+        (
+            set(plan.phases) <= set(PHASE_TITLES),
+            f"{', '.join(sorted(set(plan.phases) - set(PHASE_TITLES)))}: no phase of a window",
+        ),
         (bool(plan.recordings), "it rests on no recording"),
         (all(note.measured_bytes > 0 for note in plan.recordings), "a recording of no bytes"),
         (
-            plan.measured_peak_bytes is None or (plan.measured_peak_bytes > 0 and plan.resident_peak_bytes is not None),
+            plan.measured_peak_bytes is None
+            or (plan.measured_peak_bytes > 0 and (plan.on_cuda or plan.resident_peak_bytes is not None)),
             "it was verified, but what was measured is missing",
         ),
         (not lacking, f"it gives no reason for {', '.join(lacking)}"),
