@@ -117,6 +117,7 @@ def read_device(device: torch.device | int | str | None = None, *, nvml: Any = N
     free, total = torch.cuda.mem_get_info(index)
     found = torch.cuda.memory_stats(index)  # nothing in it before torch's first allocation
     properties = torch.cuda.get_device_properties(index)
+    fraction = torch.cuda.get_per_process_memory_fraction(index)
     bus_id = "{:08x}:{:02x}:{:02x}.0".format(*(getattr(properties, f"pci_{part}_id") for part in _BUS_ID))
     return DeviceMemory(
         total_bytes=total,
@@ -124,7 +125,7 @@ def read_device(device: torch.device | int | str | None = None, *, nvml: Any = N
         reserved_bytes=found.get("reserved_bytes.all.current", 0),
         active_bytes=found.get("active_bytes.all.current", 0),
         stuck_bytes=found.get("inactive_split_bytes.all.current", 0),
-        fraction=torch.cuda.get_per_process_memory_fraction(index),
+        fraction=fraction / total if fraction > 1 else fraction,  # cudaMallocAsync's gives bytes
         seen=see_device(str(properties.uuid), bus_id, library=nvml),
         pid=os.getpid(),
     )
@@ -154,10 +155,13 @@ def cuda_budget(found: DeviceMemory, memory: str | int | None = None, headroom: 
     binding = min(limits, key=lambda limit: limit.bytes - kept[limit.name].bytes)
     spared = kept[binding.name]
     if spared.bytes >= binding.bytes:
+        kept_bytes, limit_bytes = show_bytes(spared.bytes), show_bytes(binding.bytes)
         raise UsageError(
-            f"A headroom of {show_bytes(spared.bytes)} leaves nothing of {show_bytes(binding.bytes)}.",
+            f"A headroom of {kept_bytes} leaves nothing of {limit_bytes}."
+            if spared.bytes
+            else "Nothing is left to use.",
             f"The limit that binds is {binding.name}: {binding.why}.",
-            "Give a smaller --headroom, or end what else uses the device (autoaccum doctor names it).",
+            "Give a smaller --headroom, or end what else uses the device: `autoaccum doctor` names it.",
         )
     terms = (*limits, *_parts(found), spared)
     return Budget(binding.bytes - spared.bytes, binding.bytes, spared.bytes, terms, binding.name)
@@ -169,8 +173,9 @@ def _limits(found: DeviceMemory, memory: str | int | None) -> list[Term]:
     why = f"{free} that the driver says are free and {reserved} that torch has reserved, of {total}"
     limits = [Term(DEVICE, found.free_bytes + found.reserved_bytes, why)]
     if found.fraction < 1:
-        # CUDACachingAllocator.cpp, setMemoryFraction: a segment is refused where reserved would exceed this product
-        allowed = int(found.fraction * found.total_bytes)
+        # CUDACachingAllocator.cpp: a segment is refused where reserved would exceed a number of bytes, which
+        # setMemoryFraction rounds down to, and getMemoryFraction divides by the total
+        allowed = round(found.fraction * found.total_bytes)
         limits.insert(0, Term(FRACTION, allowed, f"set_per_process_memory_fraction({found.fraction:g}) of {total}"))
     if memory is not None:
         limits.insert(0, _asked(found, parse_bytes(memory, what="an amount of memory")))
@@ -182,7 +187,7 @@ def _asked(found: DeviceMemory, memory_bytes: int) -> Term:
     if memory_bytes <= found.context_bytes:
         raise UsageError(
             f"{show_bytes(memory_bytes)} is not enough for this process: its context and libraries take {context}.",
-            _context(found).why.capitalize() + ".",
+            f"They are {_context(found).why}.",
             f"Name more than {context}, as --memory.",
         )
     why = f"you named {show_bytes(memory_bytes)} for the whole process; its context and libraries take {context} of it"

@@ -78,6 +78,29 @@ def see_device(uuid: str, bus_id: str = "", *, library: Any = None, environ: Map
         _quietly(library.nvmlShutdown)
 
 
+def describe(*, library: Any = None) -> str:
+    """The driver and every GPU that NVML shows, whatever CUDA_VISIBLE_DEVICES hides; or why it can't be asked."""
+    try:
+        library = _loaded() if library is None else library
+        library.nvmlInit()
+    except Exception as error:
+        return _reason(error)
+    try:
+        handles = [library.nvmlDeviceGetHandleByIndex(i) for i in range(library.nvmlDeviceGetCount())]
+        gpus = [f"{i}: {_text(library.nvmlDeviceGetName(h))} {_uuid(library, h)}" for i, h in enumerate(handles)]
+        driver = _text(_quietly(library.nvmlSystemGetDriverVersion)) or "of an unknown version"
+        return "; ".join([f"driver {driver}, {len(gpus)} GPU{'s' * (len(gpus) != 1)}", *gpus])
+    except Exception as error:
+        return _reason(error)
+    finally:
+        _quietly(library.nvmlShutdown)
+
+
+def _uuid(library: Any, handle: Any) -> str:
+    cut = ", cut by MIG" if _is_cut(library, handle) else ""
+    return _text(_quietly(library.nvmlDeviceGetUUID, handle)) + cut
+
+
 def _loaded() -> Any:
     import pynvml
 
@@ -88,6 +111,8 @@ def _reason(error: Exception) -> str:
     """Why NVML can't be asked, in words."""
     if isinstance(error, ImportError):
         return f"NVML can't be asked: module pynvml is not installed ({_HINT})"
+    if isinstance(error, AttributeError):
+        return f"the installed pynvml is another package or too old: {error} ({_HINT})"
     text = str(error).strip() or type(error).__name__
     kind = type(error).__name__
     if "LibRmVersionMismatch" in kind or "version mismatch" in text.lower():
@@ -159,16 +184,19 @@ def _instance(library: Any, gpu: Any, uuid: str, environ: Mapping[str, str]) -> 
 
 
 def _processes(library: Any, handle: Any) -> tuple[Process, ...]:
-    """Who computes or draws on it; who does both is one process."""
+    """Who computes on it, under MPS too, or draws; who does both is one process."""
     listed = list(library.nvmlDeviceGetComputeRunningProcesses(handle))
-    if hasattr(library, "nvmlDeviceGetGraphicsRunningProcesses"):
-        listed += _quietly(library.nvmlDeviceGetGraphicsRunningProcesses, handle) or []
+    for kind in ("MPSCompute", "Graphics"):
+        function = getattr(library, f"nvmlDeviceGet{kind}RunningProcesses", None)
+        listed += (_quietly(function, handle) if function else None) or []
+    # A container has pids of its own: where this process isn't in the list, its numbers are other processes' here
+    here = os.getpid() in [entry.pid for entry in listed]
     found: dict[int, Process] = {}
     for entry in listed:
         size = entry.usedGpuMemory
         known = found.get(entry.pid)
         if known is None or (known.bytes or 0) < (size or 0):
-            found[entry.pid] = Process(entry.pid, _name(entry.pid), None if size is None else int(size))
+            found[entry.pid] = Process(entry.pid, _name(entry.pid) if here else "", None if size is None else int(size))
     return tuple(found[pid] for pid in sorted(found))
 
 
