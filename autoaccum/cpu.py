@@ -20,7 +20,21 @@ from .record_cpu import record
 from .recording import Phase
 
 __all__ = [
-    "AGREES_WITHIN", "LIFTS_WITHIN", "MOST_SAMPLES", "SCOUT_STEPS", "Measured", "clean", "data_bytes", "measure", "name", "prepare", "read_base", "read_budget", "record", "run"]
+    "AGREES_WITHIN",
+    "LIFTS_WITHIN",
+    "MOST_SAMPLES",
+    "SCOUT_STEPS",
+    "Measured",
+    "clean",
+    "data_bytes",
+    "measure",
+    "name",
+    "prepare",
+    "read_base",
+    "read_budget",
+    "record",
+    "run",
+]
 
 OnPhase = Callable[[str], AbstractContextManager[Any]]
 name = "cpu"

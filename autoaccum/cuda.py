@@ -15,23 +15,39 @@ from typing import Any
 
 import torch
 
-from .allocator import Replay, Start
-from .caching_allocator import CudaRules, CudaStart, replay_cuda
 from . import record_cuda
+from .allocator import Replay, Start
 from .budget_cuda import read_cuda_budget as read_budget
+from .caching_allocator import CudaRules, CudaStart, replay_cuda
 from .recording import BUILD, Event, Phase, Recording, live_peak
 from .solve import Split
 from .step import OnPhase
 
 __all__ = [
-    "AGREES_WITHIN", "LIFTS_WITHIN", "MOST_SAMPLES", "SCOUT_STEPS", "Measured", "clean", "measure", "model_blocks", "name", "prepare",
-    "read_budget", "read_start", "record", "reserved_by", "rules", "run",
+    "AGREES_WITHIN",
+    "LIFTS_WITHIN",
+    "MOST_SAMPLES",
+    "SCOUT_STEPS",
+    "Measured",
+    "clean",
+    "measure",
+    "model_blocks",
+    "name",
+    "prepare",
+    "read_budget",
+    "read_start",
+    "record",
+    "reserved_by",
+    "rules",
+    "run",
 ]
 
 name = "cuda"
 AGREES_WITHIN = 0.0  # one micro-batch more or less is decided by a few MiB: the recordings nearest the answer count
 LIFTS_WITHIN = None  # workspaces saturate, so the next recording may be far off, and tells where; verifying decides
-SCOUT_STEPS = 2  # micro-batches of the very first window recorded: as many as others have, so that they can be laid side by side
+SCOUT_STEPS = (
+    2  # micro-batches of the very first window recorded: as many as others have, so that they can be laid side by side
+)
 MOST_SAMPLES = 3.0  # recording may take that many times the answer in samples
 
 
@@ -88,7 +104,7 @@ def rules(capacity_bytes: int | None = None, *, expandable: bool | None = None) 
 def read_start(device: torch.device) -> CudaStart:
     """What the allocator holds now."""
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return CudaStart.from_snapshot(torch.cuda.memory_snapshot(), index)
+    return CudaStart.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
 
 
 def run(phases: list[Phase], threshold_bytes: int | None, start: Start | None = None) -> Replay:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import assemble, cpu, observe, oom, outlook_cpu, restore, step, tree
+from . import assemble, cpu, observe, oom, outlook_cpu, restore, step
 from .errors import DoesNotFit, NotConfirmed, UsageError
 from .infer import infer_sample
 from .observe import Observed, Subject

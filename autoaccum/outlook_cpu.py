@@ -137,5 +137,3 @@ def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, ow
     budget = cpu.read_budget(wish.budget, wish.headroom)
     slack = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
     return CpuOutlook(subject, wish, observed, base - own_bytes, budget, sample_bytes, slack, start)
-
-

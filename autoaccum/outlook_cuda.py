@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import cuda, observe
+from . import cuda
 from .caching_allocator import EMPTY, CudaRules, CudaStart
 from .observe import Observed, Subject
 from .outlook import AGREES_WITHIN, CAPACITY_MARGIN, VERIFIED_STEPS, Outlook

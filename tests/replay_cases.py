@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from autoaccum import Workload, oom, split, step
 from autoaccum.caching_allocator import CachingAllocator
-from autoaccum.cuda_rules import MiB
 from autoaccum.cuda_rules import CudaRules as Rules
+from autoaccum.cuda_rules import MiB
 from autoaccum.record_cuda import record
 from autoaccum.recording import Recording
 from autoaccum.virtual import control
