@@ -85,20 +85,17 @@ def clean() -> None:
     torch.cuda.empty_cache()
 
 
-def rules(capacity_bytes: int | None = None, *, expandable: bool | None = None) -> CudaRules:
-    """The allocator as it is set in this process, with what the device can give it.
+def rules(device_bytes: int | None = None) -> CudaRules:
+    """The allocator as it is set in this process, with any amount of memory.
 
     Args:
-        capacity_bytes: None for any amount.
-        expandable: Overrides `expandable_segments`.
+        device_bytes: The device's memory; left out, the current one's.
     """
     settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    found = CudaRules.from_settings(settings, device_bytes=total, capacity_bytes=capacity_bytes)
+    total = device_bytes or torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     fraction = torch.cuda.get_per_process_memory_fraction()
-    if fraction < 1.0:
-        found = replace(found, allowed_bytes=int(fraction * total))
-    return found if expandable is None else replace(found, expandable_segments=expandable)
+    found = CudaRules.from_settings(settings, device_bytes=total)
+    return replace(found, allowed_bytes=int(fraction * total)) if fraction < 1.0 else found
 
 
 def read_start(device: torch.device) -> CudaStart:

@@ -45,6 +45,7 @@ class Setting:
         build: The model's blocks as a fresh process makes them, where that was seen.
         keep: Whether everything has to be put back; not so in a process that ends with the plan.
         progress: Called with what is being done.
+        subject: The kind of subject: how its batches are made.
     """
 
     device: ModuleType
@@ -52,6 +53,7 @@ class Setting:
     build: tuple[Event, ...] | None = None
     keep: bool = True
     progress: Callable[[str], None] = lambda text: None
+    subject: type[Subject] = Subject
 
 
 def fit_plan(
@@ -131,7 +133,7 @@ def plan_in(
     threshold = setting.device.prepare(malloc)
     with _as_it_was(workload) if setting.keep else contextlib.nullcontext() as snapshot:
         parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
-        subject = Subject(parts, workload, setting.device, threshold, setting.progress, setting.build)
+        subject = setting.subject(parts, workload, setting.device, threshold, setting.progress, setting.build)
 
         def start_over() -> None:
             if snapshot is not None:
@@ -233,7 +235,14 @@ def _look(
     def allowed(observed: Observed, n: int) -> bool:
         return outlook(observed, observed.state_bytes).is_sure_to_fit(n)
 
-    observed = observe.observe(subject, answer, allowed, wish.least)
+    observed = Observed()
+    try:
+        observe.observe(subject, observed, answer, allowed, wish.least)
+    except (RuntimeError, MemoryError) as error:
+        if not oom.is_out_of_memory(error):
+            raise
+        failure = oom.drop_frames(error)
+        raise assemble.ran_out(outlook(Observed(), 0), failure) from None
     if observed.doubt is not None:
         observe.bracket(subject, observed, allowed, min(wish.most, SEARCH_LIMIT))
     start_over()
@@ -273,7 +282,7 @@ def _solve_and_verify(outlook: Outlook, start_over: Callable[[], None], *, verif
         if measured is not None:
             wrong = outlook.confirms(split, measured)
         if wrong is None:
-            return solution, measured
+            return outlook.nearer(solution, measured, _trainer(outlook.subject), start_over)
         outlook.subject.say(f"{wrong}: learning from it")
         start_over()
         _learn(outlook, split[0], last=attempt >= 1)
@@ -309,19 +318,25 @@ def _run_for_real(outlook: Outlook, split: Split) -> tuple[Any, str | None]:
     subject = outlook.subject
     subject.say(f"verifying {len(split)} micro-batches of {split[0]}")
 
-    def train(sizes: Split) -> None:
-        pieces = [subject.tile(size) for size in sizes]
-        step.train_window(subject.parts, pieces, sizes)
-        step.run_between(subject.parts)
-
     try:
-        return outlook.measure(train, split), None
+        return outlook.measure(_trainer(subject), split), None
     except (RuntimeError, MemoryError) as error:
         if not oom.is_out_of_memory(error):
             raise
         failure = oom.drop_frames(error)
     oom.collect()
     return None, f"ran out of memory ({failure})"
+
+
+def _trainer(subject: Subject) -> Callable[[Split], None]:
+    """Trains one window of a split, as the Runner would."""
+
+    def train(sizes: Split) -> None:
+        pieces = [subject.tile(size) for size in sizes]
+        step.train_window(subject.parts, pieces, sizes)
+        step.run_between(subject.parts)
+
+    return train
 
 
 def _does_not_fit(outlook: Outlook) -> DoesNotFit:

@@ -125,23 +125,27 @@ def add(subject: Subject, observed: Observed, n: int) -> float | None:
 
 
 def observe(
-    subject: Subject, answer: Callable[[Observed], int], allowed: Callable[[Observed, int], bool], least: int = 1
-) -> Observed:
+    subject: Subject,
+    observed: Observed,
+    answer: Callable[[Observed], int],
+    allowed: Callable[[Observed, int], bool],
+    least: int = 1,
+) -> None:
     """Records until the next recording was predicted, or until it is clear that none will be.
 
     Args:
         subject: What is recorded.
+        observed: What is known, to be added to.
         answer: The micro-batch that would be chosen by what is known; asked after each recording.
         allowed: Whether a window of two micro-batches of that size is sure to fit; asked before each recording.
         least: The smallest micro-batch allowed, recorded where nothing larger is sure to fit.
     """
-    observed = Observed()
     scout(subject, observed)
     primes = small_primes(subject.parts.model)
     add(subject, observed, primes[0] if allowed(observed, primes[0]) else least)
     if observed.recordings[0].micro_batch != primes[0] or not allowed(observed, primes[1]):
         observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
-        return observed
+        return
     add(subject, observed, primes[1])
     for part in PARTS:
         n = _next_size(subject, observed, answer(observed), part)
@@ -149,9 +153,8 @@ def observe(
             continue
         error = add(subject, observed, n)
         if error is not None and error <= subject.device.AGREES_WITHIN:
-            return observed
+            return
     observed.doubt = doubt_of_last(subject, observed)
-    return observed
 
 
 def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -> int:

@@ -16,6 +16,7 @@ from .plan import PeakRow
 from .program import StepProgram, as_recorded, plain_window
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, live_peak
 from .solve import Split, largest_micro_batch
+from .units import show_bytes
 from .training import Training, TrainingReplay, replay_training, training_of
 from .virtual.control import is_virtual
 from .wish import Wish
@@ -119,6 +120,18 @@ class CudaOutlook(Outlook):
             fits = replace(self, budget=replace(self.budget, bytes=middle), _replays={}).fits(split)
             low, high = (low, middle) if fits else (middle, high)
         return high
+
+    def helps(self, needed_bytes: int) -> list[str]:
+        """Over how many devices parameters, gradients and state would have to be sharded."""
+        gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)
+        static = sum(event.bytes for event in self.build) + gradients + self.observed.state_bytes
+        for devices in (2, 4, 8, 16, 32, 64):
+            if needed_bytes - static + static // devices <= self.budget.bytes:
+                return [
+                    f"sharded over {devices} such devices it would (reckoned: parameters, gradients and optimizer "
+                    f"state are {show_bytes(static)} of it)"
+                ]
+        return []
 
     def floor(self, n: int) -> int:
         """What is alive at once in a first micro-batch of a window that isn't the first."""

@@ -21,23 +21,28 @@ def plan(
     max_micro_batch: int | None,
     verify: bool,
     malloc: str,
+    device: str = "cpu",
+    gpu: str | None = None,
 ) -> dict[str, Any]:
     """Plans a workload; returns the plan's JSON."""
     say({"say": "loading torch and the workload"})
+    asked: dict[str, Any] = {
+        "target_batch": target_batch,
+        "headroom": headroom,
+        "max_micro_batch": max_micro_batch,
+        "verify": verify,
+        "progress": lambda text: say({"say": text}),
+    }
+    if device == "cuda":
+        from .gpus import find_gpu
+        from .on_gpu import plan_on_gpu
+
+        found = plan_on_gpu(workload, gpu=find_gpu(gpu) if gpu is not None else None, memory=memory, **asked)
+        return {"plan": found.to_json()}
     from .fit import fit_plan
     from .source import load_workload
 
-    found = fit_plan(
-        load_workload(workload),
-        target_batch=target_batch,
-        budget=memory,
-        headroom=headroom,
-        max_micro_batch=max_micro_batch,
-        verify=verify,
-        malloc=malloc,
-        elsewhere=True,
-        progress=lambda text: say({"say": text}),
-    )
+    found = fit_plan(load_workload(workload), budget=memory, malloc=malloc, elsewhere=True, **asked)
     return {"plan": found.to_json()}
 
 
