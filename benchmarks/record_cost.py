@@ -11,7 +11,7 @@ import time
 
 import torch
 
-PAIRS, ROUNDS = 20_000, 7
+PAIRS, ROUNDS = 10_000, 5
 
 
 def seconds_per_event() -> float:
