@@ -185,7 +185,7 @@ SETTINGS = [
     Setting("expandable_segments:True,roundup_power2_divisions:4", fraction=True),
     Setting("large_segment_size_mb:32"),
 ]
-PARTS = (0.75, 0.5, 0.25)  # where between what is alive and what is reserved the tight capacities lie
+PARTS = (0.95, 0.8, 0.5)  # where between what is alive and what is reserved the tight capacities lie
 
 
 def surroundings() -> list[torch.Tensor]:

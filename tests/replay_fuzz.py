@@ -35,7 +35,7 @@ SETTINGS = [
     "expandable_segments:True,roundup_power2_divisions:4,garbage_collection_threshold:0.6",
     "expandable_segments:True,large_segment_size_mb:30",
 ]
-EVENTS = 150
+EVENTS = 200
 
 
 class Real:
@@ -67,6 +67,9 @@ def figures() -> tuple[int, int, int]:
 
 
 def size_of(rng: random.Random) -> int:
+    """Any size up to 64 MiB, or one of a few, so that free blocks of the same size have to be told apart."""
+    if rng.random() < 0.4:
+        return rng.choice((700, 300_000, 3 * MiB, 12 * MiB, 20 * MiB, 30 * MiB))
     return int(2 ** rng.uniform(0, rng.choice((20, 24, 26))))
 
 
