@@ -14,11 +14,9 @@ _PACKAGES = ("autoaccum", "torch", "numpy", "nvidia-ml-py", "optuna", "pandas", 
 _SETTINGS = ("OMP_NUM_THREADS", "MALLOC_", "PYTORCH_", "CUDA_VISIBLE_DEVICES", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
-def host_facts() -> dict[str, Any]:
-    """Versions, machine, limits and settings; no torch needed."""
-    from .budget import read_cpu_budget
-
-    facts: dict[str, Any] = {}
+def versions() -> dict[str, str]:
+    """Of the packages, of Python and of the system, and how many processors there are; no torch needed."""
+    facts: dict[str, str] = {}
     for name in _PACKAGES:
         try:
             facts[name] = importlib.metadata.version(name)
@@ -27,6 +25,14 @@ def host_facts() -> dict[str, Any]:
     facts["python"] = platform.python_version()
     facts["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}"
     facts["processors"] = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable"
+    return facts
+
+
+def host_facts() -> dict[str, Any]:
+    """Versions, machine, limits and settings; no torch needed."""
+    from .budget import read_cpu_budget
+
+    facts: dict[str, Any] = dict(versions())
     for term in read_cpu_budget().terms:
         facts[term.name] = f"{show_bytes(term.bytes)}: {term.why}"
     for name, limit in (("data limit", resource.RLIMIT_DATA), ("address space limit", resource.RLIMIT_AS)):

@@ -29,16 +29,23 @@ from .infer import infer_sample
 from .observe import Observed, Subject
 from .plan import Plan
 from .recording import Phase, kept_blocks, live_peak
-from .solve import Solution, Split, balanced, largest_micro_batch, share_of, smallest_steps
+from .solve import (
+    CAPACITY_MARGIN,
+    SEARCH_LIMIT,
+    Solution,
+    Split,
+    balanced,
+    largest_micro_batch,
+    share_of,
+    smallest_steps,
+)
 from .workload import Workload
 
-CAPACITY_MARGIN = 0.02  # a plan still fits when there turns out to be this much less
 DEFAULT_MALLOC_SLACK = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
 MALLOCS = ("fixed", "default")
 AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more teaches instead of confirming
 ATTEMPTS = 4
 VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
-SEARCH_LIMIT = 1 << 20  # where to stop looking for the largest micro-batch when nothing asks for more
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,38 @@ class RecordingNote:
 
 
 @dataclass(frozen=True)
+class TimelinePart:
+    """What is alive during one phase of the window, thinned out: each figure is the highest of a stretch of events.
+
+    Attributes:
+        phase: The phase's name.
+        micro_batch: Samples in its micro-batch; of the optimizer step, in the last one.
+        events: Allocations and frees that the phase has.
+        bytes: Alive above the base, as requested, in order of time; their highest is the phase's highest.
+    """
+
+    phase: str
+    micro_batch: int
+    events: int
+    bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TimedSize:
+    """What an optimizer step of the plan's effective batch took with micro-batches of one size, measured.
+
+    Attributes:
+        micro_batch: The largest micro-batch of the split.
+        step_seconds: Median of the optimizer steps that were timed.
+        windows: How many were.
+    """
+
+    micro_batch: int
+    step_seconds: float
+    windows: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """How to train an effective batch on one device.
 
@@ -109,6 +142,12 @@ class Plan:
         smallest_micro_batch: The smallest allowed: 2 where the model takes batch statistics.
         workload: Name of the workload, or FILE.py:FUNCTION, where the command line made the plan.
         seconds: What planning took.
+        sample_bytes: What one sample more adds to a batch; 0 where that is not known.
+        max_micro_batch: The largest micro-batch that was allowed; None where none was named.
+        composition: By phase, what lives at its peak, in bytes by category (composition.py); base included.
+        timeline: What is alive through a window of at most three of the split's micro-batches (timeline.py).
+        times: Optimizer steps that were timed at other micro-batches, if any.
+        environment: Versions and machine that the plan was made on.
     """
 
     target_batch: int
@@ -143,6 +182,12 @@ class Plan:
     smallest_micro_batch: int = 1
     workload: str | None = None
     seconds: float = 0.0
+    sample_bytes: int = 0
+    max_micro_batch: int | None = None
+    composition: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    timeline: tuple[TimelinePart, ...] = ()
+    times: tuple[TimedSize, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -172,7 +217,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON, for `Plan.load` and for other tools."""
-        return json.dumps({"kind": _KIND, **asdict(self)}, indent=2) + "\n"
+        return _folded(json.dumps({"kind": _KIND, **asdict(self)}, indent=2)) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "the plan") -> Plan:
@@ -227,6 +272,17 @@ class Plan:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.explain())}</pre>"
+
+
+_INNERMOST = re.compile(r"[\[{]\n[^\[\]{}]*?\n *[\]}]")
+
+
+def _folded(text: str) -> str:
+    """Indented JSON with its innermost lists and objects on a line each: a table is read by rows.
+
+    A string's own line break is written as an escape, so that what is folded here is never inside of one.
+    """
+    return _INNERMOST.sub(lambda match: re.sub(r"\n *", " ", match[0]), text)
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
