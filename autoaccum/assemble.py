@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from . import composition, observe
-from .allocator import Replay
 from .doctor import versions
 from .errors import DoesNotFit
 from .identity import fingerprint, signature
+from .outlook import Outlook
 from .plan import PeakRow, Plan
-from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
-from .solve import SEARCH_LIMIT, Solution, Split, largest_micro_batch
+from .recording import PHASE_TITLES, PHASES
+from .solve import Solution, Split, largest_micro_batch
 from .timeline import timeline
 from .units import show_bytes
+from .wish import SEARCH_LIMIT
 from .workload import Workload
 
-if TYPE_CHECKING:
-    from .cpu import Measured
-    from .fit import Outlook
-
 TABLE_ROWS = 256  # every size up to twice the largest that fits, or where those are more, some of them
+TABLE_ROWS_CUDA = 96  # a replay of the caching allocator takes longer
+UNVERIFIED: dict[str, Any] = {
+    "measured_peak_bytes": None,
+    "resident_peak_bytes": None,
+    "fresh_pages_share": None,
+    "window_seconds": None,
+}
 
 
-def plan(
-    outlook: Outlook, solution: Solution, measured: Measured | None, workload: Workload, assumed: str | None
-) -> Plan:
+def plan(outlook: Outlook, solution: Solution, measured: Any, workload: Workload, assumed: str | None) -> Plan:
     """The plan of a solution, as it stands before everything is put back."""
     wish, observed, split = outlook.wish, outlook.observed, solution.split
     fresh = outlook.peak_bytes(split, "fresh")
     history = max(outlook.peak_bytes(split, name) for name in wish.histories) - fresh
-    window = observe.peak_of(outlook.subject, observed, split)
-    held = outlook.base_bytes + outlook.data_bytes(sum(split))
-    phases = {phase.name: held + phase.bytes for phase in window.phases if phase.name in PHASE_TITLES}
-    binding = max(phases, key=lambda name: phases[name])
+    phases = dict(outlook.phases(split))
+    binding = max((name for name in phases if name in PHASES), key=lambda name: phases[name])
     largest, capped = _largest(outlook, split)
-    rows = _table(outlook, split, largest)
-    verified = split[: len(split) if measured is None else 3]
     return Plan(
         target_batch=wish.target_batch or split[0] * wish.world_size,
         world_size=wish.world_size,
@@ -51,22 +48,17 @@ def plan(
         data_bytes=outlook.data_bytes(sum(split)),
         history_bytes=history,
         predicted_peak_bytes=outlook.worst_bytes(split),
-        measured_peak_bytes=None if measured is None else _measured_peak(outlook, measured, split, verified),
-        resident_peak_bytes=None if measured is None else measured.resident_bytes,
         phases=phases,
         binds=f"{PHASE_TITLES[binding]}, {'here' if history else 'fresh'}",
         exactness="unchecked",
-        peaks=rows,
+        peaks=_table(outlook, split, largest),
         signature=signature(workload.sample),
         fingerprint=fingerprint(outlook.subject.parts),
-        device=outlook.subject.device.name,
         method=observed.method,
         mmap_threshold_bytes=outlook.subject.mmap_threshold_bytes,
-        fresh_pages_share=None if measured is None else measured.system_share,
-        window_seconds=None if measured is None else _window_seconds(measured, split, verified),
         recordings=tuple(observed.notes),
         reasons=_reasons(outlook, split, measured),
-        notes=_notes(outlook, assumed),
+        notes=_notes(outlook, split, assumed),
         slack=outlook.slack,
         smallest_micro_batch=wish.least,
         workload=workload.name,
@@ -75,6 +67,8 @@ def plan(
         composition=_composition(outlook, split, phases),
         timeline=timeline(*observe.window_of(observed, split)),
         environment=versions(),
+        **outlook.own_fields(split, largest),
+        **(outlook.measured_fields(measured, split) if measured is not None else UNVERIFIED),
     )
 
 
@@ -90,18 +84,6 @@ def _composition(outlook: Outlook, split: Split, phases: dict[str, int]) -> dict
     )
 
 
-def _measured_peak(outlook: Outlook, measured: Measured, split: Split, verified: Split) -> int:
-    """What the verified windows took, and the samples that the rest of a whole window adds."""
-    rest = outlook.data_bytes(sum(split)) - outlook.data_bytes(sum(verified))
-    return outlook.base_bytes + measured.increment_bytes + rest
-
-
-def _window_seconds(measured: Measured, split: Split, verified: Split) -> float:
-    """Reckoned by samples: the verification ran one micro-batch and two windows."""
-    ran = verified[0] + 2 * sum(verified)
-    return measured.seconds * sum(split) / ran
-
-
 def _largest(outlook: Outlook, split: Split) -> tuple[int, bool]:
     wish, observed = outlook.wish, outlook.observed
     recorded = observed.recordings[-1].micro_batch
@@ -115,25 +97,21 @@ def _largest(outlook: Outlook, split: Split) -> tuple[int, bool]:
 def _table(outlook: Outlook, split: Split, largest: int) -> tuple[PeakRow, ...]:
     """Peaks at every size up to twice the largest; or at a grid, and where the neighbouring numbers of steps are."""
     samples = sum(split)
+    count = TABLE_ROWS if outlook.subject.parts.device.type == "cpu" else TABLE_ROWS_CUDA
     neighbours = {-(-samples // k) for k in range(max(1, len(split) - 1), min(samples, 4 * len(split)) + 1)}
-    needed = {1, outlook.wish.least, split[-1], largest, *sorted(neighbours)[-TABLE_ROWS // 2 :]}
+    needed = {1, outlook.wish.least, split[-1], largest, *sorted(neighbours)[-count // 2 :]}
     most = max(2 * largest, *needed)
-    sizes = needed | {round(1 + (most - 1) * part / (TABLE_ROWS - 1)) for part in range(TABLE_ROWS)}
+    sizes = needed | {round(1 + (most - 1) * part / (count - 1)) for part in range(count)}
     rows = []
     for size in sorted(sizes):
         try:
-            rows.append(_row(size, observe.peak_of(outlook.subject, outlook.observed, (size, size))))
+            rows.append(outlook.row(size))
         except LookupError:
             break
     return tuple(rows)
 
 
-def _row(size: int, window: Replay) -> PeakRow:
-    peaks = {phase.name: phase.bytes for phase in window.phases}
-    return PeakRow(size, peaks[FIRST], peaks[LATER], peaks[OPTIMIZER], peaks.get(BETWEEN, 0))
-
-
-def _reasons(outlook: Outlook, split: Split, measured: Measured | None) -> dict[str, str]:
+def _reasons(outlook: Outlook, split: Split, measured: Any) -> dict[str, str]:
     usable = show_bytes(outlook.usable_bytes)
     samples, steps = sum(split), len(split)
     reasons = {
@@ -146,12 +124,10 @@ def _reasons(outlook: Outlook, split: Split, measured: Measured | None) -> dict[
         ),
         "split": f"{samples} samples in {steps} micro-batches whose sizes differ by at most one, largest first",
         "largest_micro_batch": f"the largest of which a window of several fits {usable}",
-        "base_bytes": "committed by this process before training: interpreter, libraries, the model",
-        "data_bytes": f"{samples} samples of {outlook.sample_bytes:,} bytes, kept until their optimizer step is done",
-        "history_bytes": "holes that planning left in this process's heap and that large blocks can't use",
         "slack": f"{outlook.slack:.0%} of what training takes, for the fragmentation of malloc's default",
         "budget_bytes": f"the tightest of the limits ({outlook.budget.binds}) less the headroom",
     }
+    reasons |= outlook.reasons(split)
     reasons["method"] = outlook.observed.doubt or (
         "a step program lifted from recordings at " + ", ".join(str(n.micro_batch) for n in outlook.observed.notes)
     )
@@ -163,40 +139,52 @@ def _reasons(outlook: Outlook, split: Split, measured: Measured | None) -> dict[
     return reasons
 
 
-def _notes(outlook: Outlook, assumed: str | None) -> tuple[str, ...]:
+def _notes(outlook: Outlook, split: Split, assumed: str | None) -> tuple[str, ...]:
     notes = []
     if assumed is not None:
         notes.append(f"Assumed, as no sample was given: {assumed}.")
     if outlook.observed.doubt is not None:
         notes.append(f"Bracketed: {outlook.observed.doubt}.")
-    if outlook.subject.mmap_threshold_bytes is None:
-        notes.append(
-            f"malloc is left at its default: {outlook.slack:.0%} of what training takes is reckoned on top, "
-            "for its fragmentation."
-        )
+    notes += outlook.notes(split)
     return tuple(notes)
 
 
-def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int) -> DoesNotFit:
-    """Not even the smallest window fits: by how much, and what would help."""
+def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> DoesNotFit:
+    """Not even the smallest window fits: by how much, and what would help.
+
+    Args:
+        outlook: What is known.
+        split: The smallest window.
+        needed_bytes: The smallest budget that it fits; None where that isn't known, since nothing so small was seen.
+    """
     budget = outlook.budget
-    missing = max(1, needed_bytes - budget.bytes)
+    missing = max(1, needed_bytes - budget.bytes) if needed_bytes is not None else 0
     state = outlook.observed.state_bytes
-    helps: list[Callable[[], str | None]] = [
-        lambda: (
-            f"a budget of {show_bytes(int(needed_bytes * 1.001) + budget.headroom_bytes).replace(' ', '')} (--memory)"
-            if budget.binds == "asked"
-            else f"a higher limit ({budget.binds})"
-        ),
-        lambda: f"an optimizer without state (this one's is {show_bytes(state)})" if state > missing / 4 else None,
-        lambda: "activation checkpointing, shorter samples, or a smaller model",
-    ]
-    told = ", ".join(text for text in (help() for help in helps) if text)
+    helps = (
+        _larger_budget(outlook, needed_bytes),
+        f"an optimizer without state (this one's is {show_bytes(state)})" if state and state > missing / 4 else None,
+        "activation checkpointing, shorter samples, or a smaller model",
+    )
+    told = ", ".join(text for text in helps if text)
+    needs = (
+        f"its window needs {show_bytes(needed_bytes)}, the budget is {show_bytes(budget.bytes)}; "
+        f"{show_bytes(missing)} ({missing:,} bytes) are missing."
+        if needed_bytes is not None
+        else f"nothing was recorded within the budget of {show_bytes(budget.bytes)}."
+    )
     return DoesNotFit(
-        f"Not even a micro-batch of {split[0]} fits: its window needs {show_bytes(needed_bytes)}, "
-        f"the budget is {show_bytes(budget.bytes)}; {show_bytes(missing)} ({missing:,} bytes) are missing.",
-        f"{show_bytes(outlook.base_bytes)} of it are the process before training; "
-        f"the limit that binds is {budget.binds}.",
+        f"Not even a micro-batch of {split[0]} fits: {needs}",
+        f"{show_bytes(outlook.base_bytes)} of it are {outlook.base_words}; the limit that binds is {budget.binds}.",
         f"What would help: {told}.",
         missing_bytes=missing,
     )
+
+
+def _larger_budget(outlook: Outlook, needed_bytes: int | None) -> str | None:
+    budget = outlook.budget
+    if budget.binds != "asked":
+        return f"a higher limit ({budget.binds})"
+    if needed_bytes is None:
+        return "a larger budget (--memory)"
+    outside = outlook.budget.limit_bytes - outlook.budget.bytes  # headroom, and on a GPU what torch doesn't see
+    return f"a budget of {show_bytes(int(needed_bytes * 1.001) + outside).replace(' ', '')} (--memory)"

@@ -1,42 +1,43 @@
-"""The rules of PyTorch's CUDA caching allocator, without CUDA and without torch.
+"""PyTorch's CUDA caching allocator, without CUDA and without torch.
 
-Read from c10/cuda/CUDACachingAllocator.cpp (2025) and c10/core/AllocatorConfig.h as installed with torch 2.14; the name
-of the function or constant stands beside each rule. What is not modelled: private pools (CUDA graphs), blocks held
-back by `record_stream`, expandable segments, the garbage collection threshold.
+Read from c10/cuda/CUDACachingAllocator.cpp (2025), held against torch 2.14's on a virtual GPU; the name of the function
+stands beside each rule. What is not modelled: private pools (CUDA graphs, `MemPool`), calls of `empty_cache` within a
+phase, and where the driver puts a segment: here at the lowest free address, which decides between free blocks of the
+same size.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from .allocator import PhasePeak
+from .cuda_pool import ADDRESS_BITS, ENDLESS, Block, Pool, expand, load, unmap
+from .cuda_rules import MIN_BLOCK, SMALL, SMALL_SEGMENT, CudaRules, round_size, segment_bytes
+from .cuda_start import EMPTY, CudaSegment, CudaStart
 from .recording import Phase
 
-KiB, MiB = 1 << 10, 1 << 20
-MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
-SMALL = MiB  # kSmallSize: rounded sizes up to here live in the small pool
-SMALL_SEGMENT = 2 * MiB  # kSmallBuffer
-MIN_LARGE = 10 * MiB  # kMinLargeAlloc: below it a large segment is
-LARGE_SEGMENT = 20 * MiB  # kLargeBuffer, and from it on the size rounded up to
-ROUND_LARGE = 2 * MiB  # kRoundLarge
-MAX_NON_SPLIT_ROUNDING = 20 * MiB  # max_non_split_rounding_size: a block that may not be split wastes at most this
+__all__ = ["EMPTY", "CachingAllocator", "CudaReplay", "CudaRules", "CudaStart", "PhaseResult", "replay_cuda"]
 
 
 @dataclass(frozen=True)
-class CudaRules:
-    """How the allocator is set, and what the device can give it.
+class PhaseResult:
+    """What one phase came to, in the allocator's own statistics.
 
     Attributes:
-        capacity_bytes: What cudaMalloc can hand out in all; None for any amount.
-        max_split_size_bytes: Blocks from here on are neither split nor given to smaller requests; None for no limit.
-        roundup_power2_divisions: Steps between powers of two that sizes are rounded up to; 0 for none.
+        name: The phase's.
+        peak_reserved_bytes: `max_memory_reserved`, were it reset when the phase began.
+        peak_allocated_bytes: `max_memory_allocated` likewise: whole blocks, their slack included.
+        retries: `num_alloc_retries`: how often the cache was given back to make room.
+        out_of_memory: Whether it ran out, and the phase ended there.
     """
 
-    capacity_bytes: int | None = None
-    max_split_size_bytes: int | None = None
-    roundup_power2_divisions: int = 0
+    name: str
+    peak_reserved_bytes: int
+    peak_allocated_bytes: int
+    retries: int
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,104 +59,296 @@ class CudaReplay:
     out_of_memory: int | None = None
 
 
-@dataclass(slots=True, eq=False)
-class _Block:
-    """A piece of a segment; neighbours within the segment are linked."""
-
-    address: int
-    size: int
-    stream: int
-    small: bool
-    free: bool = True
-    before: _Block | None = None
-    after: _Block | None = None
-
-
 class _OutOfMemory(Exception):
     pass
 
 
-@dataclass
-class _Allocator:
-    rules: CudaRules
-    pools: dict[tuple[int, bool], list[tuple[int, int, _Block]]] = field(default_factory=dict)
-    next_address: int = 1 << 40
-    reserved: int = 0
-    allocated: int = 0
-    peak_reserved: int = 0
-    peak_allocated: int = 0
-    retries: int = 0
+class CachingAllocator:
+    """The allocator of one device, as it is after the phases that were run so far.
 
-    def malloc(self, requested: int, stream: int) -> _Block:
-        size = round_size(requested, self.rules.roundup_power2_divisions)
-        small = size <= SMALL  # get_pool
-        block = self._best_fit(size, stream, small) or self._new_segment(size, stream, small)
-        self._split(block, size)
-        block.free = False
-        self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
-        return block
+    Args:
+        rules: Its settings and the capacity.
+        start: What it holds before the first event.
 
-    def free(self, block: _Block) -> None:
-        """free_block: merges with free neighbours, and goes back to its pool."""
-        self.allocated -= block.size
-        block.free = True
-        for other in (block.before, block.after):
-            if other is not None and other.free:
-                self._take_out(other)
-                block = _merged(block, other)
-        self._put_in(block)
+    Attributes:
+        reserved_bytes: `memory_reserved` now.
+        allocated_bytes: `memory_allocated` now.
+        retries: `num_alloc_retries` since the start.
+        out_of_memory: Whether it ran out: it runs no more phases then.
+    """
 
-    def _best_fit(self, size: int, stream: int, small: bool) -> _Block | None:
-        """get_free_block: the smallest that is large enough, ties by lowest address."""
-        pool = self.pools.get((stream, small), [])
-        index = bisect.bisect_left(pool, (size, 0))
-        if index == len(pool):
-            return None
-        found = pool[index][2]
-        limit = self.rules.max_split_size_bytes
-        if limit is not None:
-            if size < limit <= found.size:
-                return None
-            if size >= limit and found.size >= size + MAX_NON_SPLIT_ROUNDING:
-                return None
-        del pool[index]
+    def __init__(self, rules: CudaRules, start: CudaStart = EMPTY) -> None:
+        self.rules = rules
+        self.reserved_bytes = start.reserved_bytes
+        self.allocated_bytes = start.allocated_bytes
+        self.retries = 0
+        self.out_of_memory = False
+        self._peak_reserved = self._peak_allocated = 0
+        self._live: dict[int, Block] = {}
+        self._held: dict[int, Block] = {}  # given back, and in use by another stream (record_stream)
+        self._large: dict[int, Pool] = {}  # by stream
+        self._small: dict[int, Pool] = {}
+        self._wanted: dict[int, tuple[int, int, dict[int, Pool], int]] = {}  # by requested bytes: see _want
+        self._collects = rules.allowed_bytes is not None and rules.garbage_collection_threshold > 0
+        self._searches = 0  # get_free_blocks_call_count, of large blocks
+        expandable = rules.expandable_segments or any(segment.expandable for segment in start.segments)
+        self._looks_further = expandable or self._collects or rules.max_split_size_bytes is not None
+        span = ENDLESS if rules.device_bytes is None else rules.device_bytes + rules.device_bytes // 8
+        self._spans = {page: -(-span // page) * page for page in (SMALL_SEGMENT, rules.large_segment_bytes)}
+        self._addresses = _Addresses(start)
+        for segment in start.segments:
+            if not segment.private:
+                self._load(segment)
+
+    def run(self, phase: Phase) -> PhaseResult:
+        """Runs one phase, reading only allocations, frees, sizes and streams.
+
+        An event of no bytes says that its block was given back while another stream still uses it; its free follows.
+        Live blocks of the start are named by their addresses, negative, as in the recording that began there. A free of
+        a block that is not there is passed over.
+
+        Raises:
+            ValueError: Where an earlier phase ran out of memory.
+        """
+        if self.out_of_memory:
+            raise ValueError("This allocator ran out of memory in an earlier phase: start again with a new one.")
+        before, self._peak_reserved, self._peak_allocated = self.retries, self.reserved_bytes, self.allocated_bytes
+        live, malloc, free = self._live, self._malloc, self._free
+        try:
+            for name, size, stream in phase.events:
+                if size > 0:
+                    live[name] = malloc(size, stream)
+                elif name in live:
+                    block = live.pop(name)
+                    self.allocated_bytes -= block.size
+                    if size:
+                        free(block)
+                    else:
+                        self._held[name] = block
+                elif name in self._held:
+                    free(self._held.pop(name))
+        except _OutOfMemory:
+            self.out_of_memory = True
+        return PhaseResult(
+            phase.name, self._peak_reserved, self._peak_allocated, self.retries - before, self.out_of_memory
+        )
+
+    def state_key(self, names: Iterable[int] = ()) -> tuple[object, ...]:
+        """Equal for two moments of one allocator if it behaves the same from then on.
+
+        It says where each segment lies, which blocks it is cut into, and which of those are free; of live blocks not
+        whose they are. Two moments with equal keys go on alike if the blocks that are freed later lie at the same
+        places: give their names, in the same order of roles, to have that in the key.
+
+        Args:
+            names: Live blocks by name; a name that isn't live stands for nothing.
+        """
+        layout: list[int] = []
+        for pools in (self._small, self._large):
+            for stream in sorted(pools):
+                pool = pools[stream]
+                layout += (-1, stream)
+                for address in sorted(pool.heads):
+                    layout += (-2, address)
+                    block: Block | None = pool.heads[address]
+                    while block is not None:
+                        layout.append(block.size << 2 | block.free << 1 | block.mapped)
+                        block = block.after
+        places = tuple(self._live[name].address if name in self._live else -1 for name in names)
+        held = tuple(sorted((block.pool.stream, block.pool.small, block.address) for block in self._held.values()))
+        return tuple(layout), places, held, self._ages() if self._collects else ()
+
+    # -- malloc and free
+
+    def _want(self, requested: int) -> tuple[int, int, dict[int, Pool], int]:
+        """The rounded size, the least key that will do, whose pools, and the least rest that is split off."""
+        rules = self.rules
+        size = round_size(requested, rules.roundup_power2_divisions)
+        small, limit = size <= SMALL, rules.max_split_size_bytes  # get_pool
+        if small or rules.expandable_segments:  # should_split
+            least_rest = MIN_BLOCK
+        else:
+            least_rest = SMALL + 1 if limit is None or size < limit else ENDLESS
+        found = size, size << ADDRESS_BITS, self._small if small else self._large, least_rest
+        self._wanted[requested] = found
         return found
 
-    def _new_segment(self, size: int, stream: int, small: bool) -> _Block:
-        """alloc_block, with what is done before it gives up."""
-        total = segment_bytes(size)
-        if not self._has_room(total):
-            released = self._release_oversize(size, stream, small)  # release_available_cached_blocks
-            if not (released and self._has_room(total)):
-                self._release_free_segments()  # release_cached_blocks
-                self.retries += 1
-        if not self._has_room(total):
-            raise _OutOfMemory
-        self.reserved += total
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
-        block = _Block(self.next_address, total, stream, small)
-        self.next_address += total
+    def _malloc(self, requested: int, stream: int) -> Block:
+        """malloc: the smallest free block that is large enough, ties by lowest address; else a new segment."""
+        size, least_key, pools, least_rest = self._wanted.get(requested) or self._want(requested)
+        pool = pools.get(stream) or self._new_pool(stream, small=pools is self._small)
+        keys = pool.keys
+        index = bisect_left(keys, least_key)
+        if self._looks_further:
+            index = self._choice(pool, index, size)
+        if index < len(keys):
+            block = pool.blocks.pop(keys[index])
+            block.free = False
+        else:
+            block = self._new_block(pool, size)
+            index = -1
+        rest = block.size - size
+        if rest >= least_rest:  # alloc_found_block: the rest goes back
+            self._split(block, size, index)
+        elif index >= 0:
+            del keys[index]
+        self.allocated_bytes = allocated = self.allocated_bytes + block.size
+        if allocated > self._peak_allocated:
+            self._peak_allocated = allocated
         return block
 
-    def _has_room(self, size: int) -> bool:
-        capacity = self.rules.capacity_bytes
-        return capacity is None or self.reserved + size <= capacity
-
-    def _split(self, block: _Block, size: int) -> None:
-        """should_split, and the split itself."""
-        rest = block.size - size
-        limit = self.rules.max_split_size_bytes
-        if not (rest >= MIN_BLOCK if block.small else (limit is None or size < limit) and rest > SMALL):
-            return
-        after = _Block(block.address + size, rest, block.stream, block.small, before=block, after=block.after)
-        if block.after is not None:
-            block.after.before = after
+    def _split(self, block: Block, size: int, index: int) -> None:
+        """Cuts a block, whose key stands at `index` of its pool's (-1 for nowhere): the rest takes its place."""
+        pool = block.pool
+        keys = pool.keys
+        address = block.address + size
+        after = Block(pool, address, block.size - size, block, block.page, block.base)
+        following = block.after
+        if following is not None:
+            after.after = following
+            following.before = after
         block.after, block.size = after, size
-        self._put_in(after)
+        after.key = key = after.size << ADDRESS_BITS | address
+        after.born, after.free = self._searches, True
+        pool.blocks[key] = after
+        if index < 0:
+            insort(keys, key)
+        elif index == 0 or keys[index - 1] < key:
+            keys[index] = key
+        else:
+            del keys[index]
+            insort(keys, key, 0, index)
 
-    def _release_oversize(self, size: int, stream: int, small: bool) -> bool:
-        """With a maximum split size: gives back one block that is enough, or the largest until they are.
+    def _free(self, block: Block) -> None:
+        """free_block: merges with free neighbours (try_merge_blocks), and goes back to its pool."""
+        pool = block.pool
+        keys, old = pool.keys, None
+        before, after = block.before, block.after
+        if before is not None and before.free:
+            old = before.key
+            del pool.blocks[old]
+            before.size += block.size
+            before.after = after
+            if after is not None:
+                after.before = before
+            block = before
+        if after is not None and after.free:
+            if old is not None:
+                del keys[bisect_left(keys, old)]
+            old = after.key
+            del pool.blocks[old]
+            block.size += after.size
+            block.after = following = after.after
+            if following is not None:
+                following.before = block
+        block.key = key = block.size << ADDRESS_BITS | block.address
+        block.born, block.free = self._searches, True
+        pool.blocks[key] = block
+        if old is None:
+            insort(keys, key)
+            return
+        index = bisect_left(keys, old)
+        if index + 1 == len(keys) or keys[index + 1] > key:
+            keys[index] = key
+        else:
+            del keys[index]
+            insort(keys, key, index)
+
+    def _choice(self, pool: Pool, index: int, size: int) -> int:
+        """get_free_block, from the best fit on: which block is taken, by index; the pool's length for none."""
+        keys, blocks, limit = pool.keys, pool.blocks, self.rules.max_split_size_bytes
+        if self._collects and not pool.small:
+            self._searches += 1
+        none = len(keys)
+        if index == none:
+            return none
+        if self.rules.expandable_segments:
+            # A block that can grow counts as large as it can get: the next larger is taken if it can't get as large.
+            while blocks[keys[index]].page and index + 1 < none:
+                if _expandable_size(blocks[keys[index + 1]]) >= _expandable_size(blocks[keys[index]]):
+                    break
+                index += 1
+        else:
+            while index < none and blocks[keys[index]].page:
+                index += 1
+            if index == none:
+                return none
+        if limit is not None:
+            found = keys[index] >> ADDRESS_BITS
+            if size < limit <= found:
+                return none
+            if size >= limit and found >= size + self.rules.max_non_split_rounding_bytes:
+                return none
+        return index
+
+    # -- memory from the driver, and back
+
+    def _new_block(self, pool: Pool, size: int) -> Block:
+        """malloc, where no free block will do: alloc_block, with what is done before it gives up."""
+        if self._collects:
+            self._collect()
+        block = self._alloc_block(pool, size)
+        if block is None and self._release_oversize(pool, size):
+            block = self._alloc_block(pool, size)
+        if block is None:
+            self._release_cached()
+            self.retries += 1
+            block = self._alloc_block(pool, size)
+        if block is None:
+            raise _OutOfMemory
+        return block
+
+    def _alloc_block(self, pool: Pool, size: int) -> Block | None:
+        rules = self.rules
+        total = segment_bytes(size, rules.large_segment_bytes)
+        if rules.allowed_bytes is not None and self.reserved_bytes + total > rules.allowed_bytes:
+            return None
+        if rules.expandable_segments:
+            page = SMALL_SEGMENT if pool.small else rules.large_segment_bytes
+            return expand(pool, size, page, self._spans[page], self._take)
+        if not self._take(total):
+            return None
+        block = Block(pool, self._addresses.take(total), total)
+        pool.heads[block.address] = block
+        return block
+
+    def _take(self, size: int) -> bool:
+        """cudaMalloc, cuMemCreate: whether the driver has that many bytes left."""
+        reserved, capacity = self.reserved_bytes + size, self.rules.capacity_bytes
+        if capacity is not None and reserved > capacity:
+            return False
+        self.reserved_bytes = reserved
+        if reserved > self._peak_reserved:
+            self._peak_reserved = reserved
+        return True
+
+    def _give_back(self, block: Block) -> None:
+        """release_block."""
+        block.pool.take_out(block)
+        del block.pool.heads[block.address]
+        self._addresses.give(block.address, block.size)
+        self.reserved_bytes -= block.size
+
+    def _collect(self) -> None:
+        """garbage_collect_cached_blocks: above the threshold, unused large segments older than the average go."""
+        most = int(self.rules.garbage_collection_threshold * (self.rules.allowed_bytes or 0))
+        target = self.reserved_bytes - most
+        unused = [
+            block for pool in self._large.values() for block in pool.blocks.values() if block.is_whole_segment()
+        ]  # fmt: skip
+        unused = [block for block in unused if not block.page]
+        ages = {block: self._searches - block.born for block in unused}
+        reclaimed = 0
+        while reclaimed < target and ages:
+            average = sum(ages.values()) / len(ages)
+            old = [block for block, age in ages.items() if age >= average]
+            for block in old:
+                reclaimed += block.size
+                del ages[block]
+                self._give_back(block)
+
+    def _release_oversize(self, pool: Pool, size: int) -> bool:
+        """release_available_cached_blocks, with a maximum split size: one block that is enough, or the largest.
 
         Returns:
             Whether it was enough; where not, what it gave back stays given back.
@@ -164,97 +357,120 @@ class _Allocator:
         if limit is None:
             return False
         needed, released = max(size, limit), 0
-        pool = self.pools.get((stream, small), [])
-        enough = bisect.bisect_left(pool, (needed, 0))
-        candidates = pool[enough : enough + 1] or pool[::-1]
-        for _, _, block in candidates:
+        enough = bisect_left(pool.keys, needed << ADDRESS_BITS)
+        for key in pool.keys[enough : enough + 1] or pool.keys[::-1]:
+            block = pool.blocks[key]
             if released >= needed or block.size < limit:
                 break
             released += block.size
             self._give_back(block)
         return released >= needed
 
-    def _release_free_segments(self) -> None:
-        for pool in list(self.pools.values()):
-            for _, _, block in list(pool):
-                if _is_whole_segment(block):
-                    self._give_back(block)
+    def _release_cached(self) -> None:
+        """release_cached_blocks: waits for what other streams use, then gives back every page that is free."""
+        for block in self._held.values():  # synchronize_and_free_events
+            self._free(block)
+        self._held.clear()
+        for pools in (self._large, self._small):
+            for pool in pools.values():
+                free = [pool.blocks[key] for key in pool.keys]
+                for block in free:
+                    if not block.page and block.is_whole_segment():
+                        self._give_back(block)
+                for block in free:
+                    if block.page:
+                        self.reserved_bytes -= unmap(block)
 
-    def _give_back(self, block: _Block) -> None:
-        self._take_out(block)
-        self.reserved -= block.size
+    # -- state
 
-    def _put_in(self, block: _Block) -> None:
-        bisect.insort(self.pools.setdefault((block.stream, block.small), []), (block.size, block.address, block))
+    def _new_pool(self, stream: int, *, small: bool) -> Pool:
+        pool = Pool(stream, small)
+        (self._small if small else self._large)[stream] = pool
+        return pool
 
-    def _take_out(self, block: _Block) -> None:
-        pool = self.pools[block.stream, block.small]
-        del pool[bisect.bisect_left(pool, (block.size, block.address))]
+    def _load(self, segment: CudaSegment) -> None:
+        """Puts a segment of the start where it belongs."""
+        pools = self._small if segment.small else self._large
+        pool = pools.get(segment.stream) or self._new_pool(segment.stream, small=segment.small)
+        page = (SMALL_SEGMENT if segment.small else self.rules.large_segment_bytes) if segment.expandable else 0
+        sizes = [block.bytes for block in segment.blocks]
+        for block, (_, state) in zip(
+            load(pool, segment.address, sizes, page, self._spans[page] if page else 0), segment.blocks, strict=True
+        ):
+            if state == "free":
+                pool.put_in(block)
+            elif state == "held":
+                self._held[-block.address] = block
+            else:
+                self._live[-block.address] = block
 
-
-def _is_whole_segment(block: _Block) -> bool:
-    return block.before is None and block.after is None
-
-
-def _merged(block: _Block, other: _Block) -> _Block:
-    """try_merge_blocks: the lower of the two takes the other in."""
-    low, high = (block, other) if block.address < other.address else (other, block)
-    low.size += high.size
-    low.after = high.after
-    if low.after is not None:
-        low.after.before = low
-    low.free = True
-    return low
-
-
-def round_size(size: int, divisions: int = 0) -> int:
-    """round_size: to multiples of 512; with divisions, to that many equal steps between powers of two."""
-    if size < MIN_BLOCK:
-        return MIN_BLOCK
-    if divisions > 1 and size > MIN_BLOCK * divisions:  # roundup_power2_next_division
-        power = 1 << (size.bit_length() - 1)
-        if power == size:
-            return size
-        step = power // divisions
-        return -(-size // step) * step
-    return -(-size // MIN_BLOCK) * MIN_BLOCK
-
-
-def segment_bytes(size: int) -> int:
-    """get_allocation_size: what is asked of cudaMalloc for a rounded size."""
-    if size <= SMALL:
-        return SMALL_SEGMENT
-    if size < MIN_LARGE:
-        return LARGE_SEGMENT
-    return -(-size // ROUND_LARGE) * ROUND_LARGE
+    def _ages(self) -> tuple[int, ...]:
+        keyed = (
+            pool.blocks[key] for stream in sorted(self._large) for pool in [self._large[stream]] for key in pool.keys
+        )
+        return tuple(self._searches - block.born for block in keyed)
 
 
-def replay_cuda(phases: Sequence[Phase] | Iterable[Phase], rules: CudaRules) -> CudaReplay:
-    """Runs phases through the allocator from empty, reading only allocations, frees, sizes and streams.
+class _Addresses:
+    """Where cudaMalloc puts segments: the lowest addresses that have room, from the lowest of the start on."""
+
+    def __init__(self, start: CudaStart) -> None:
+        taken = [(segment.address, segment.bytes) for segment in start.segments if not segment.expandable]
+        self._top = taken[0][0] if taken else 0
+        self._gaps: list[tuple[int, int]] = []  # below the top: address, bytes
+        for address, size in taken:
+            if address > self._top:
+                self._gaps.append((self._top, address - self._top))
+            self._top = address + size
+
+    def take(self, size: int) -> int:
+        for index, (address, room) in enumerate(self._gaps):
+            if room >= size:
+                self._gaps[index : index + 1] = [(address + size, room - size)] if room > size else []
+                return address
+        self._top += size
+        return self._top - size
+
+    def give(self, address: int, size: int) -> None:
+        index = bisect_left(self._gaps, (address, size))
+        if index < len(self._gaps) and self._gaps[index][0] == address + size:
+            size += self._gaps.pop(index)[1]
+        if index and sum(self._gaps[index - 1]) == address:
+            index -= 1
+            address, lower = self._gaps.pop(index)
+            size += lower
+        if address + size == self._top:
+            self._top = address
+        else:
+            self._gaps.insert(index, (address, size))
+
+
+def _expandable_size(block: Block) -> int:
+    after = block.after
+    return block.size if after is None or after.mapped else block.size + after.size
+
+
+def replay_cuda(phases: Iterable[Phase], rules: CudaRules, start: CudaStart = EMPTY) -> CudaReplay:
+    """Runs phases through the allocator, reading only allocations, frees, sizes and streams.
 
     Args:
         phases: In order. A free of a block that they didn't allocate is passed over.
         rules: The allocator's settings and the capacity.
+        start: What it holds before the first event.
     """
-    allocator = _Allocator(rules)
-    live: dict[int, _Block] = {}
+    allocator = CachingAllocator(rules, start)
+    results: list[PhaseResult] = []
     by_phase: dict[str, int] = {}
-    retries: list[int] = []
-    failed = None
-    for index, phase in enumerate(phases):
-        before, allocator.peak_reserved = allocator.retries, allocator.reserved
-        try:
-            for block, size, stream in phase.events:
-                if size > 0:
-                    live[block] = allocator.malloc(size, stream)
-                elif block in live:
-                    allocator.free(live.pop(block))
-        except _OutOfMemory:
-            failed = index
-        by_phase[phase.name] = max(by_phase.get(phase.name, 0), allocator.peak_reserved)
-        retries.append(allocator.retries - before)
-        if failed is not None:
+    for phase in phases:
+        result = allocator.run(phase)
+        results.append(result)
+        by_phase[phase.name] = max(by_phase.get(phase.name, 0), result.peak_reserved_bytes)
+        if result.out_of_memory:
             break
-    peaks = tuple(PhasePeak(name, size) for name, size in by_phase.items())
-    peak = max((peak.bytes for peak in peaks), default=0)
-    return CudaReplay(peak, allocator.peak_allocated, tuple(retries), peaks, failed)
+    return CudaReplay(
+        peak_reserved_bytes=max((result.peak_reserved_bytes for result in results), default=allocator.reserved_bytes),
+        peak_allocated_bytes=max((result.peak_allocated_bytes for result in results), default=0),
+        retries=tuple(result.retries for result in results),
+        phases=tuple(PhasePeak(name, size) for name, size in by_phase.items()),
+        out_of_memory=len(results) - 1 if allocator.out_of_memory else None,
+    )

@@ -37,9 +37,7 @@ SCALAR_BYTES = 8  # the loss, in the widest type there is
 _Place = tuple[int, int]  # index of the phase, index of the event in it
 
 
-def composition(
-    program: StepProgram, split: Split, *, inputs: Sequence[int] = ()
-) -> dict[str, dict[str, int]]:
+def composition(program: StepProgram, split: Split, *, inputs: Sequence[int] = ()) -> dict[str, dict[str, int]]:
     """What is alive at the highest instant of each phase, by category.
 
     Args:
@@ -105,9 +103,7 @@ def _state_bytes(program: StepProgram) -> int:
     return sum(event.bytes for event in program.prelude if event.bytes > 0 and event.block not in freed)
 
 
-def _kinds(
-    program: StepProgram, phases: Sequence[Phase], split: Split, inputs: Sequence[int]
-) -> dict[int, str]:
+def _kinds(program: StepProgram, phases: Sequence[Phase], split: Split, inputs: Sequence[int]) -> dict[int, str]:
     """The category of every block of the window, by the rules above."""
     births, deaths = _lives(phases)
     gradients = {
@@ -133,7 +129,8 @@ def _kinds(
 
 def _lives(phases: Sequence[Phase]) -> tuple[dict[int, _Place], dict[int, _Place]]:
     """Where each block is born, and where it dies if it does."""
-    births, deaths = {}, {}
+    births: dict[int, _Place] = {}
+    deaths: dict[int, _Place] = {}
     for phase, each in enumerate(phases):
         for index, event in enumerate(each.events):
             (births if event.bytes > 0 else deaths)[event.block] = (phase, index)

@@ -19,10 +19,29 @@ from .budget import Budget, read_cpu_budget
 from .record_cpu import record
 from .recording import Phase
 
-__all__ = ["Measured", "clean", "data_bytes", "measure", "name", "prepare", "read_base", "read_budget", "record", "run"]
+__all__ = [
+    "AGREES_WITHIN",
+    "LIFTS_WITHIN",
+    "MOST_SAMPLES",
+    "SCOUT_STEPS",
+    "Measured",
+    "clean",
+    "data_bytes",
+    "measure",
+    "name",
+    "prepare",
+    "read_base",
+    "read_budget",
+    "record",
+    "run",
+]
 
 OnPhase = Callable[[str], AbstractContextManager[Any]]
 name = "cpu"
+AGREES_WITHIN = 0.005  # a recording that was predicted this well needs no further one
+LIFTS_WITHIN = 0.03  # a program that is this wrong about the next recording is no program
+SCOUT_STEPS = 1  # micro-batches of the very first window recorded
+MOST_SAMPLES = None  # recording may take as many samples as it needs
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     |   |-- BatchError     a batch that can't be cut, or isn't what was planned
     |   `-- PlanFileError  a plan file that is missing, half-written, foreign or newer
     |-- DoesNotFit         not even the smallest micro-batch fits             exit code 3
+    |-- NotConfirmed       what was run for real kept differing from what was predicted
     |-- PlanMismatch       the plan was made for another model, optimizer or device
     |-- OutOfMemory        the Runner could not finish a window, however small its micro-batches
     `-- RestoreError       something that planning changed could not be put back
@@ -18,6 +19,7 @@ __all__ = [
     "AutoaccumError",
     "BatchError",
     "DoesNotFit",
+    "NotConfirmed",
     "OutOfMemory",
     "PlanFileError",
     "PlanMismatch",
@@ -71,6 +73,10 @@ class DoesNotFit(AutoaccumError):
     def __init__(self, what: str, why: str = "", hint: str = "", *, missing_bytes: int = 0) -> None:
         super().__init__(what, why, hint)
         self.missing_bytes = missing_bytes
+
+
+class NotConfirmed(AutoaccumError):
+    """What was run for real kept differing from what was predicted."""
 
 
 class PlanMismatch(AutoaccumError):

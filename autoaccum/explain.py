@@ -14,7 +14,7 @@ def summary(plan: Plan) -> str:
     budget = plan.budget
     lines = [
         ("device", f"{plan.device}, {show_bytes(budget.bytes)} to use ({_limit(plan)})"),
-        ("baseline", f"{show_bytes(plan.base_bytes)} committed before training: interpreter, libraries, model"),
+        ("baseline", f"{show_bytes(plan.base_bytes)} {plan.reasons['base_bytes']}"),
         ("recorded", _recorded(plan)),
         ("plan", _split(plan)),
         ("peak", _peak(plan)),
@@ -59,15 +59,23 @@ def _split(plan: Plan) -> str:
 
 
 def _peak(plan: Plan) -> str:
-    told = f"{show_bytes(plan.predicted_peak_bytes)} committed, predicted"
+    told = f"{show_bytes(plan.predicted_peak_bytes)} {'reserved' if plan.on_cuda else 'committed'}, predicted"
     if plan.measured_peak_bytes is None:
         return f"{told}; not verified"
-    assert plan.resident_peak_bytes is not None
     error = plan.predicted_peak_bytes / plan.measured_peak_bytes - 1
-    return (
-        f"{told}; {show_bytes(plan.measured_peak_bytes)} measured on this {plan.device.upper()} ({error:+.1%}), "
-        f"{show_bytes(plan.resident_peak_bytes)} of it resident"
+    part = (
+        f"{show_bytes(plan.allocated_peak_bytes or 0)} of it allocated"
+        if plan.on_cuda
+        else f"{show_bytes(plan.resident_peak_bytes or 0)} of it resident"
     )
+    return f"{told}; {show_bytes(plan.measured_peak_bytes)} {_place(plan)} ({error:+.1%}), {part}"
+
+
+def _place(plan: Plan) -> str:
+    """What a measured figure was measured on: four different things, never to be mixed up."""
+    if plan.virtual:
+        return "by the real allocator on a virtual GPU"
+    return "measured on this GPU" if plan.on_cuda else "measured on this CPU"
 
 
 def _why(plan: Plan) -> str:
@@ -82,15 +90,20 @@ def _why(plan: Plan) -> str:
 
 
 def _largest(plan: Plan) -> str:
+    if plan.largest_is_capped:
+        return f"at least {plan.largest_micro_batch}: nothing larger was asked for"
     told = f"a micro-batch of {plan.largest_micro_batch} is the largest that fits"
-    return f"at least {plan.largest_micro_batch}: nothing larger was asked for" if plan.largest_is_capped else told
+    if not plan.on_cuda or plan.largest_without_retries is None:
+        return told
+    return (
+        f"{told}; {plan.largest_without_retries} without the allocator ever giving its cache back, "
+        f"{plan.largest_with_expandable_segments} with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+    )
 
 
 def _time(plan: Plan) -> str:
     assert plan.window_seconds is not None
-    told = (
-        f"{plan.window_seconds:.1f} s per optimizer step, reckoned from the verification on this {plan.device.upper()}"
-    )
+    told = f"{plan.window_seconds:.1f} s per optimizer step, reckoned from the verification, {_place(plan)}"
     if plan.mmap_threshold_bytes is None or plan.fresh_pages_share is None:
         return told
     return (

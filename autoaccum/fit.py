@@ -1,8 +1,8 @@
 """fit_plan: from a workload to a plan. The page to read first.
 
-    record   the window at small sizes              observe.py, record_cpu.py
+    record   the window at small sizes              observe.py, record_cpu.py, record_cuda.py
     lift     its sizes, as functions of the batch   program.py
-    replay   any window by the allocator's rules    allocator.py
+    replay   any window by the allocator's rules    allocator.py, caching_allocator.py
     solve    for the fewest steps that fit          solve.py
     verify   by running that window for real        here
 
@@ -11,115 +11,47 @@ On the way the model is really trained, so all of it is put back afterwards (res
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from . import assemble, cpu, observe, restore, step, tree
-from . import split as cutting
-from .allocator import Start
-from .budget import Budget
-from .errors import DoesNotFit, UsageError
+from . import assemble, cpu, observe, oom, outlook_cpu, restore, step
+from .errors import DoesNotFit, NotConfirmed, UsageError
 from .infer import infer_sample
 from .observe import Observed, Subject
+from .outlook import VERIFIED_STEPS, Outlook, bytes_per_sample
 from .plan import Plan
-from .recording import Phase, kept_blocks, live_peak
-from .solve import (
-    CAPACITY_MARGIN,
-    SEARCH_LIMIT,
-    Solution,
-    Split,
-    balanced,
-    largest_micro_batch,
-    share_of,
-    smallest_steps,
-)
+from .recording import Event
+from .solve import Solution, Split, balanced, largest_micro_batch, smallest_steps
+from .wish import SEARCH_LIMIT, Wish, read_wish
 from .workload import Workload
 
-DEFAULT_MALLOC_SLACK = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
 MALLOCS = ("fixed", "default")
-AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more teaches instead of confirming
 ATTEMPTS = 4
-VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a plan is asked for."""
+class Setting:
+    """Where planning takes place.
 
-    target_batch: int | None
-    samples: int | None  # this rank's share of it
-    world_size: int
-    budget: str | int | None
-    headroom: str | int | None
-    least: int
-    most: int
-    histories: tuple[str, ...] = ("fresh", "here")
+    Attributes:
+        device: The device module.
+        look: Makes the outlook on it.
+        build: The model's blocks as a fresh process makes them, where that was seen.
+        keep: Whether everything has to be put back; not so in a process that ends with the plan.
+        progress: Called with what is being done.
+    """
 
-
-@dataclass
-class Outlook:
-    """What is there to be used, and what is known so far."""
-
-    subject: Subject
-    wish: Wish
-    observed: Observed
-    base_bytes: int
-    start: Start
-    budget: Budget
-    sample_bytes: int
-
-    @property
-    def usable_bytes(self) -> int:
-        """What the peak may come to, so that it still fits with a little less."""
-        return int(self.budget.bytes * (1 - CAPACITY_MARGIN))
-
-    def data_bytes(self, samples: int) -> int:
-        """What the samples of a window take on the device before they are used."""
-        size: int = self.subject.device.data_bytes(samples * self.sample_bytes)
-        return size
-
-    def peak_bytes(self, split: Split, history: str) -> int:
-        """What the process comes to with that window, in a fresh process or in this one."""
-        held = self.base_bytes + self.data_bytes(sum(split))
-        if history == "fresh":
-            return held + observe.peak_of(self.subject, self.observed, split).peak_bytes
-        inside = self.start.heap_free_bytes
-        return held + inside + observe.peak_of(self.subject, self.observed, split, self.start).peak_bytes
-
-    @property
-    def slack(self) -> float:
-        """Part of what training takes that may come on top, unpredictably."""
-        return 0.0 if self.subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
-
-    def worst_bytes(self, split: Split) -> int:
-        """The same for the worse of the histories that the plan is for."""
-        worst = max(self.peak_bytes(split, history) for history in self.wish.histories)
-        return worst + int(self.slack * (worst - self.base_bytes))
-
-    def fits(self, split: Split) -> bool:
-        """Whether that window fits, with a little less than there is."""
-        try:
-            return self.worst_bytes(split) <= self.usable_bytes
-        except LookupError:
-            return False
-
-    def floor(self, n: int) -> int:
-        """Bytes without which no window whose first micro-batch is n can run."""
-        return self._floor(n, later=False)
-
-    def later_floor(self, n: int) -> int:
-        """Bytes without which no window that has a later micro-batch of n can run."""
-        return self._floor(n, later=True)
-
-    def _floor(self, n: int, *, later: bool) -> int:
-        data = self.data_bytes(self.wish.samples or n)
-        return self.base_bytes + int((1 + self.slack) * (data + observe.floor_of(self.observed, n, later=later)))
+    device: ModuleType
+    look: Callable[..., Outlook]
+    build: tuple[Event, ...] | None = None
+    keep: bool = True
+    progress: Callable[[str], None] = lambda text: None
 
 
 def fit_plan(
@@ -174,27 +106,43 @@ def fit_plan(
     """
     started = time.perf_counter()
     workload, assumed = _as_workload(workload, sample, how)
-    wish = _wish(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
+    wish = read_wish(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
     if malloc not in MALLOCS:
         raise UsageError(f"malloc {malloc!r} is not known.", hint="Use malloc='fixed' or malloc='default'.")
     if elsewhere:
         wish = replace(wish, histories=("fresh",))
-    module = _device_module(workload.model, device)
-    threshold = module.prepare(malloc)
-    with _as_it_was(workload) as snapshot:
+    setting = _setting(workload.model, device)
+    if progress is not None:
+        setting = replace(setting, progress=progress)
+    plan = plan_in(setting, workload, wish, assumed=assumed, verify=verify, malloc=malloc)
+    return replace(plan, seconds=time.perf_counter() - started)
+
+
+def plan_in(
+    setting: Setting,
+    workload: Workload,
+    wish: Wish,
+    *,
+    assumed: str | None = None,
+    verify: bool = True,
+    malloc: str = "fixed",
+) -> Plan:
+    """Records, solves and verifies in a setting; what `fit_plan` does once it knows what is asked for."""
+    threshold = setting.device.prepare(malloc)
+    with _as_it_was(workload) if setting.keep else contextlib.nullcontext() as snapshot:
         parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
-        subject = Subject(parts, workload, module, threshold, progress or (lambda text: None))
+        subject = Subject(parts, workload, setting.device, threshold, setting.progress, setting.build)
 
         def start_over() -> None:
-            snapshot.restore()
+            if snapshot is not None:
+                snapshot.restore()
             _make_ready(parts, owns_optimizer=parts.optimizer is not workload.optimizer)
-            module.clean()
+            setting.device.clean()
 
         start_over()
-        outlook = _look(subject, wish, snapshot.host_bytes, start_over)
+        outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over)
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify)
-        plan = assemble.plan(outlook, solution, measured, workload, assumed)
-    return replace(plan, seconds=time.perf_counter() - started)
+        return assemble.plan(outlook, solution, measured, workload, assumed)
 
 
 def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str | None]:
@@ -220,69 +168,33 @@ def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workl
     return replace(workload, sample=inferred), assumed
 
 
-def _wish(
-    workload: Workload,
-    target_batch: int | None,
-    budget: str | int | None,
-    headroom: str | int | None,
-    most: int | None,
-    least: int | None,
-    rank: int,
-    world_size: int,
-) -> Wish:
-    for name, value in (("target_batch", target_batch), ("max_micro_batch", most), ("min_micro_batch", least)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"{name} is {value!r}: a number of samples, at least 1.", hint=f"Give {name}=512, say.")
-    if not 0 <= rank < world_size:
-        raise UsageError(f"rank {rank} of {world_size} ranks.", hint="Ranks count from 0 to world_size - 1.")
-    if target_batch is not None and target_batch < world_size:
-        raise UsageError(
-            f"A target batch of {target_batch} can't be shared by {world_size} ranks.",
-            "Each needs at least one sample.",
-            f"Give a target of at least {world_size}, or fewer ranks.",
-        )
-    _sample_size(workload)
-    samples = None if target_batch is None else share_of(target_batch, world_size, rank)
-    least = least or (2 if _takes_batch_statistics(workload.model) else 1)
-    most = min(most or SEARCH_LIMIT, samples or SEARCH_LIMIT)
-    if least > most:
-        raise UsageError(
-            f"The smallest micro-batch allowed, {least}, is above the largest, {most}.",
-            "Batch normalization in train mode needs 2 samples." if least == 2 else "",
-            "Raise the target, or max_micro_batch.",
-        )
-    if samples is not None and samples // least < -(-samples // most):
-        raise UsageError(
-            f"{samples} samples can't be cut into micro-batches of at least {least} and at most {most}.",
-            "Batch normalization in train mode needs 2 samples." if least == 2 else "",
-            f"Allow micro-batches of {most + 1}, or change the target by one.",
-        )
-    return Wish(target_batch, samples, world_size, budget, headroom, least, most)
-
-
-def _sample_size(workload: Workload) -> int:
-    return cutting.batch_size(workload.sample, shared=workload.shared, per_sample=workload.per_sample)
-
-
-def _takes_batch_statistics(model: torch.nn.Module) -> bool:
-    kind = torch.nn.modules.batchnorm._BatchNorm
-    return any(isinstance(module, kind) and (module.training or not model.training) for module in model.modules())
-
-
-def _device_module(model: torch.nn.Module, device: str | torch.device | None) -> ModuleType:
+def _setting(model: torch.nn.Module, device: str | torch.device | None) -> Setting:
     here = next(model.parameters()).device
     wanted = torch.device(device) if device is not None else here
     if wanted.type != here.type:
         raise UsageError(f"The model is on {here}, not on {wanted}.", hint=f"Move it first: model.to({str(wanted)!r})")
-    if wanted.type != "cpu":
-        raise UsageError(
-            f"Planning for {wanted.type} is not there yet: this version plans for the CPU.",
-            hint="Plan with the model on the CPU, or follow the project's CHANGELOG.",
-        )
-    return cpu
+    return setting_for(here)
 
 
-@contextmanager
+def setting_for(device: torch.device) -> Setting:
+    """Where planning for that kind of device takes place.
+
+    Raises:
+        UsageError: It is neither a CPU nor a CUDA device.
+    """
+    if device.type == "cpu":
+        return Setting(cpu, outlook_cpu.look)
+    if device.type == "cuda":
+        from . import cuda, outlook_cuda
+
+        return Setting(cuda, outlook_cuda.look)
+    raise UsageError(
+        f"Planning for {device.type} is not there: it is for the CPU and for CUDA.",
+        hint="Plan with the model on one of these.",
+    )
+
+
+@contextlib.contextmanager
 def _as_it_was(workload: Workload) -> Iterator[restore.Snapshot]:
     """Puts back, whatever happens, all that training changes."""
     optimizer, scheduler = workload.optimizer, workload.scheduler
@@ -305,56 +217,27 @@ def _make_ready(parts: step.Parts, *, owns_optimizer: bool) -> None:
         parts.optimizer.state.clear()
 
 
-def _look(subject: Subject, wish: Wish, snapshot_bytes: int, start_over: Callable[[], None]) -> Outlook:
+def _look(
+    setting: Setting, subject: Subject, wish: Wish, snapshot_bytes: int, start_over: Callable[[], None]
+) -> Outlook:
     """Records until the answer is predicted, then reads what there is to be used."""
     sample_bytes = bytes_per_sample(subject)
 
     def outlook(observed: Observed, state_bytes: int) -> Outlook:
-        base, start = subject.device.read_base()
-        base -= snapshot_bytes + state_bytes
-        budget = subject.device.read_budget(wish.budget, wish.headroom)
-        return Outlook(subject, wish, observed, base, start, budget, sample_bytes)
+        return setting.look(subject, wish, observed, sample_bytes, snapshot_bytes + state_bytes)
 
     def answer(observed: Observed) -> int:
         solution = _solve(outlook(observed, observed.state_bytes))
         return solution.split[0] if solution is not None else 0
 
     def allowed(observed: Observed, n: int) -> bool:
-        return _is_sure_to_fit(outlook(observed, observed.state_bytes), n)
+        return outlook(observed, observed.state_bytes).is_sure_to_fit(n)
 
     observed = observe.observe(subject, answer, allowed, wish.least)
     if observed.doubt is not None:
         observe.bracket(subject, observed, allowed, min(wish.most, SEARCH_LIMIT))
     start_over()
     return outlook(observed, state_bytes=0)
-
-
-def _is_sure_to_fit(outlook: Outlook, n: int) -> bool:
-    """Whether recording at n can't go over the budget, by the most pessimistic of what is known."""
-    observed = outlook.observed
-    room = outlook.usable_bytes - outlook.base_bytes - outlook.data_bytes(2 * n)
-    if observed.recordings and observed.doubt is None and len(observed.recordings) > 1:
-        return observe.peak_of(outlook.subject, observed, (n, n)).peak_bytes <= room
-    gradients = sum(p.nbytes for p in outlook.subject.parts.model.parameters() if p.requires_grad)
-    steady = gradients + observed.state_bytes  # it is there whatever the batch
-    if observed.recordings:
-        known, peak = observed.recordings[-1].micro_batch, observed.notes[-1].measured_bytes
-    else:
-        # The first step makes the gradients and the state itself: only what comes on top of them is of the batch.
-        kept = {event.block for event in kept_blocks(observed.prelude)}
-        passing = tuple(event for event in observed.prelude if event.block not in kept)
-        known = observe.SCOUT
-        peak = steady + max(0, live_peak([Phase(observe.PRELUDE, passing)]) - gradients)
-    scaling = max(peak - steady, peak // 10)  # all the rest growing with the batch is the worst there is
-    return peak + scaling * max(0, n - known) // known <= room
-
-
-def bytes_per_sample(subject: Subject) -> int:
-    """What one sample more adds to a batch; what all samples share adds nothing."""
-    one, two = (
-        sum(leaf.nbytes for _, leaf in tree.leaves(subject.tile(n)) if isinstance(leaf, torch.Tensor)) for n in (1, 2)
-    )
-    return two - one
 
 
 def _solve(outlook: Outlook) -> Solution | None:
@@ -374,10 +257,9 @@ def _solve(outlook: Outlook) -> Solution | None:
     return Solution((size,), 1) if size >= wish.least else None
 
 
-def _solve_and_verify(
-    outlook: Outlook, start_over: Callable[[], None], *, verify: bool
-) -> tuple[Solution, cpu.Measured | None]:
+def _solve_and_verify(outlook: Outlook, start_over: Callable[[], None], *, verify: bool) -> tuple[Solution, Any]:
     """Solves, runs the answer for real, and where that was another than predicted, learns and solves again."""
+    wrong: str | None = None
     for attempt in range(ATTEMPTS):
         solution = _solve(outlook)
         if solution is None:
@@ -387,19 +269,18 @@ def _solve_and_verify(
         split = solution.split[:VERIFIED_STEPS]
         if attempt:
             start_over()
-        measured = _run_for_real(outlook.subject, split)
-        predicted = outlook.peak_bytes(split, "here") - outlook.start.heap_free_bytes - outlook.base_bytes
-        whole = outlook.base_bytes + predicted
-        if abs(measured.increment_bytes - predicted) <= AGREES_WITHIN * whole + outlook.slack * predicted:
+        measured, wrong = _run_for_real(outlook, split)
+        if measured is not None:
+            wrong = outlook.confirms(split, measured)
+        if wrong is None:
             return solution, measured
-        if outlook.observed.doubt and outlook.base_bytes + measured.increment_bytes <= outlook.usable_bytes:
-            return solution, measured  # without a program, that it fits for real is all there is to know
-        outlook.subject.say(f"took {measured.increment_bytes:,} bytes, not {predicted:,}: learning from it")
+        outlook.subject.say(f"{wrong}: learning from it")
+        start_over()
         _learn(outlook, split[0], last=attempt >= 1)
-    raise DoesNotFit(
-        f"No plan could be confirmed in {ATTEMPTS} attempts: windows of one size take different amounts of memory.",
+    raise NotConfirmed(
+        f"No plan could be confirmed in {ATTEMPTS} attempts: the last one {wrong}.",
         "What a window allocates seems to depend on chance or on the data.",
-        "Plan with more headroom (--headroom 20%), or with verify=False.",
+        "Plan with more headroom (--headroom 20%), or without verifying: --no-verify.",
     )
 
 
@@ -409,30 +290,38 @@ def _learn(outlook: Outlook, n: int, *, last: bool) -> None:
     if observed.doubt is not None:  # it took more than its own recording: leave it out
         observed.recordings = [r for r in observed.recordings if r.micro_batch < n] or observed.recordings[:1]
         observed.notes = [note for note in observed.notes if note.micro_batch < n] or observed.notes[:1]
+        outlook.forget()
         return
     known = [recording.micro_batch for recording in observed.recordings]
     near = next((size for size in (observe.prime_near(n), n) if size > known[-1]), None)
     if near is not None:
         observe.add(outlook.subject, observed, near)
-    observed.doubt = observe.doubt_of_last(observed)
+    observed.doubt = observe.doubt_of_last(outlook.subject, observed)
     if last and observed.doubt is None:
         observed.doubt = "windows took another amount of memory than their recordings, so each size was tried by itself"
+    outlook.forget()
     if observed.doubt is not None:
-        observe.bracket(outlook.subject, observed, lambda _, size: _is_sure_to_fit(outlook, size), outlook.wish.most)
+        observe.bracket(outlook.subject, observed, lambda _, size: outlook.is_sure_to_fit(size), outlook.wish.most)
 
 
-def _run_for_real(subject: Subject, split: Split) -> cpu.Measured:
-    """The first optimizer step and two windows, as the Runner would run them, watched."""
+def _run_for_real(outlook: Outlook, split: Split) -> tuple[Any, str | None]:
+    """Runs the first windows as the Runner would; what they took, or what went wrong where memory ran out."""
+    subject = outlook.subject
     subject.say(f"verifying {len(split)} micro-batches of {split[0]}")
 
-    def work() -> None:
-        for sizes in (split[:1], split, split):
-            pieces = [subject.tile(size) for size in sizes]
-            step.train_window(subject.parts, pieces, sizes)
-            step.run_between(subject.parts)
+    def train(sizes: Split) -> None:
+        pieces = [subject.tile(size) for size in sizes]
+        step.train_window(subject.parts, pieces, sizes)
+        step.run_between(subject.parts)
 
-    measured: cpu.Measured = subject.device.measure(work)
-    return measured
+    try:
+        return outlook.measure(train, split), None
+    except (RuntimeError, MemoryError) as error:
+        if not oom.is_out_of_memory(error):
+            raise
+        failure = oom.drop_frames(error)
+    oom.collect()
+    return None, f"ran out of memory ({failure})"
 
 
 def _does_not_fit(outlook: Outlook) -> DoesNotFit:
@@ -440,7 +329,7 @@ def _does_not_fit(outlook: Outlook) -> DoesNotFit:
     samples = wish.samples or wish.least
     split = balanced(samples, samples // wish.least)
     try:
-        needed = outlook.worst_bytes(split)
+        needed = outlook.needed_bytes(split)
     except LookupError:
-        needed = outlook.usable_bytes + 1
-    return assemble.does_not_fit(outlook, split, int(needed / (1 - CAPACITY_MARGIN)))
+        needed = None  # nothing was recorded that small
+    return assemble.does_not_fit(outlook, split, needed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,12 +63,15 @@ def fingerprint(parts: Parts) -> dict[str, str]:
     group = optimizer.param_groups[0]
     flags = [name for name in ("foreach", "fused", "amsgrad", "momentum", "capturable") if group.get(name)]
     device = parts.device
+    cuda = device.type == "cuda"
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "as it comes"
     return {
         "model": f"{type(parts.model).__name__} {_digest(_structure(parts.model))}",
         "loss": getattr(parts.loss, "__qualname__", type(parts.loss).__name__),
         "optimizer": " ".join([type(optimizer).__name__, *flags]),
         "precision": str(parts.autocast_dtype or "as the model is"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        **({"allocator": allocator} if cuda else {}),
         "torch": torch.__version__,
         "autoaccum": __version__,
     }

@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from . import oom, step
 from . import split as cutting
-from . import step
 from .allocator import PAGE_BYTES, Replay, Start
 from .plan import RecordingNote
-from .program import StepProgram, as_recorded, lift, window
+from .program import StepProgram, as_recorded, lift, plain_window
 from .recording import Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .workload import Batch, Workload
 
-AGREES_WITHIN = 0.005  # a recording that was predicted this well needs no further one
-LIFTS_WITHIN = 0.03  # a program that is this wrong about the next recording is no program
+PARTS = (0.5, 0.8)  # of the answer: where to record, once it is roughly known
 SCOUT = 2  # samples of the very first window; batch statistics need two
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
 PRELUDE = "first step"
@@ -36,6 +35,7 @@ class Subject:
     device: ModuleType
     mmap_threshold_bytes: int | None
     say: Callable[[str], None] = lambda text: None
+    build: tuple[Event, ...] | None = None  # the model's blocks as they came to be, where that was seen
 
     def tile(self, n: int) -> Batch:
         """A batch of n samples, made of the workload's sample."""
@@ -48,12 +48,14 @@ class Observed:
     """What is known so far.
 
     Attributes:
-        prelude: The events of the first optimizer step.
+        first_step: The first optimizer step, of small micro-batches.
+        prelude: Its events.
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
         doubt: Why no step program could be made; None while one can.
     """
 
+    first_step: Recording | None = None
     prelude: tuple[Event, ...] = ()
     recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
@@ -93,7 +95,8 @@ def record_window(subject: Subject, n: int, steps: int = 2) -> Recording:
 
 def scout(subject: Subject, observed: Observed) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
-    recording = record_window(subject, SCOUT, steps=1)
+    recording = record_window(subject, SCOUT, steps=subject.device.SCOUT_STEPS)
+    observed.first_step = recording
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
 
 
@@ -140,21 +143,34 @@ def observe(
         observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
         return observed
     add(subject, observed, primes[1])
-    for part in (0.5, 0.8):
-        n = prime_near(int(part * answer(observed)))
+    for part in PARTS:
+        n = _next_size(subject, observed, answer(observed), part)
         if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
             continue
         error = add(subject, observed, n)
-        if error is not None and error <= AGREES_WITHIN:
+        if error is not None and error <= subject.device.AGREES_WITHIN:
             return observed
-    observed.doubt = doubt_of_last(observed)
+    observed.doubt = doubt_of_last(subject, observed)
     return observed
 
 
-def doubt_of_last(observed: Observed) -> str | None:
+def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -> int:
+    """A prime near a part of the answer; less, or 0, where recording may not take that many samples."""
+    most = subject.device.MOST_SAMPLES
+    n = prime_near(int(part * answer))
+    if most is None:
+        return n
+    left = int(most * answer) - SCOUT - sum(note.passes * note.micro_batch for note in observed.notes)
+    later = sum(int(2 * other * answer) for other in PARTS if other > part)  # those tell more
+    return min(n, prime_near((left - later) // 2)) if left > later else 0
+
+
+def doubt_of_last(subject: Subject, observed: Observed) -> str | None:
     """Why there is no program, where it was too wrong about the last recording."""
-    last = observed.notes[-1]
-    if last.predicted_bytes is None or abs(last.predicted_bytes / last.measured_bytes - 1) <= LIFTS_WITHIN:
+    last, allowed = observed.notes[-1], subject.device.LIFTS_WITHIN
+    if allowed is None or last.predicted_bytes is None:
+        return None
+    if abs(last.predicted_bytes / last.measured_bytes - 1) <= allowed:
         return None
     before = " and ".join(str(note.micro_batch) for note in observed.notes[-3:-1])
     return (
@@ -172,9 +188,15 @@ def bracket(
         largest = observed.recordings[-1].micro_batch
         for n in (min(most, 2 * largest), min(most, int(1.4 * largest)), min(most, int(1.1 * largest) + 1)):
             if n > largest and allowed(observed, n):
-                add(subject, observed, n)
                 break
         else:
+            return
+        try:
+            add(subject, observed, n)
+        except (RuntimeError, MemoryError) as error:
+            if not oom.is_out_of_memory(error):
+                raise
+            subject.say(f"{n} samples are too many: {oom.drop_frames(error)}")
             return
 
 
@@ -225,11 +247,11 @@ def floor_of(observed: Observed, n: int, *, later: bool) -> int:
     if observed.doubt is not None:
         return 0
     split = (n, n) if later else (n,)
-    return live_peak([Phase(PRELUDE, observed.prelude), *window(observed.program(), split)[: len(split)]])
+    return live_peak([Phase(PRELUDE, observed.prelude), *plain_window(observed.program(), split)[: len(split)]])
 
 
 def _replay(subject: Subject, observed: Observed, program: StepProgram, split: Split, start: Start) -> Replay:
-    phases = [Phase(PRELUDE, observed.prelude), *window(program, split)]
+    phases = [Phase(PRELUDE, observed.prelude), *plain_window(program, split)]
     replayed: Replay = subject.device.run(phases, subject.mmap_threshold_bytes, start)
     return replayed
 

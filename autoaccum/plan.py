@@ -13,7 +13,7 @@ from typing import Any
 
 from .budget import Budget
 from .errors import PlanFileError
-from .recording import PHASES
+from .recording import PHASE_TITLES
 
 SCHEMA_VERSION = 1
 PLAN_AGAIN = "Plan again: autoaccum plan --target-batch N -o plan.json"
@@ -59,6 +59,12 @@ class PeakRow:
         """The peak of a window of `steps` of them: with one, there is no later micro-batch."""
         later = self.later_bytes if steps > 1 else 0
         return max(self.first_bytes, later, self.optimizer_bytes, self.between_bytes)
+
+
+def window_peak_bytes(first: PeakRow, second: PeakRow, last: PeakRow, steps: int) -> int:
+    """The peak of a window of `steps` whose first, second and last micro-batches are of those rows' sizes."""
+    later = max(second.later_bytes, last.later_bytes) if steps > 1 else 0
+    return max(first.first_bytes, later, last.optimizer_bytes, last.between_bytes)
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,11 @@ class Plan:
         notes: What else the reader should know.
         slack: Part of what training takes that is reckoned on top of it, where malloc is left at its default.
         smallest_micro_batch: The smallest allowed: 2 where the model takes batch statistics.
+        virtual: Whether the GPU was a virtual one: the allocator was real, and nothing was computed.
+        retries: How often the CUDA caching allocator gives its cache back to make room, by window, predicted.
+        allocated_peak_bytes: The most that CUDA tensors took of what was reserved, measured; None on a CPU.
+        largest_without_retries: The largest micro-batch for which it never does.
+        largest_with_expandable_segments: The same with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
         workload: Name of the workload, or FILE.py:FUNCTION, where the command line made the plan.
         seconds: What planning took.
         sample_bytes: What one sample more adds to a batch; 0 where that is not known.
@@ -180,6 +191,11 @@ class Plan:
     notes: tuple[str, ...] = ()
     slack: float = 0.0
     smallest_micro_batch: int = 1
+    virtual: bool = False
+    retries: tuple[int, ...] = ()
+    allocated_peak_bytes: int | None = None
+    largest_without_retries: int | None = None
+    largest_with_expandable_segments: int | None = None
     workload: str | None = None
     seconds: float = 0.0
     sample_bytes: int = 0
@@ -196,6 +212,11 @@ class Plan:
         return self.budget.bytes
 
     @property
+    def on_cuda(self) -> bool:
+        """Whether bytes are reserved bytes of a CUDA device; else they are committed bytes of a process."""
+        return self.device != "cpu"
+
+    @property
     def verified(self) -> bool:
         """Whether the plan's window was run for real and took what was predicted."""
         return self.measured_peak_bytes is not None
@@ -209,10 +230,13 @@ class Plan:
         """
         steps = self.accumulation_steps - 1
         size = -(-sum(self.split) // steps) if steps else 0
-        row = next((row for row in self.peaks if row.micro_batch == size), None)
-        if row is None:
+        rows = {row.micro_batch: row for row in self.peaks}
+        if size not in rows:
             return None
-        training = self.data_bytes + self.history_bytes + row.peak_bytes(steps)
+        smallest, larger = divmod(sum(self.split), steps)
+        first = rows[size]
+        second, last = rows.get(smallest if larger == 1 else size, first), rows.get(smallest, first)
+        training = self.data_bytes + self.history_bytes + window_peak_bytes(first, second, last, steps)
         return size, self.base_bytes + int((1 + self.slack) * training)
 
     def to_json(self) -> str:
@@ -326,11 +350,15 @@ def _contradiction(plan: Plan) -> str | None:
         ),
         (budget.bytes > 0, f"a budget of {budget.bytes} bytes"),
         (budget.binds in [term.name for term in budget.terms], f"{budget.binds!r} is none of its budget's limits"),
-        (set(plan.phases) <= set(PHASES), f"{', '.join(sorted(set(plan.phases) - set(PHASES)))}: no phase of a window"),
+        (
+            set(plan.phases) <= set(PHASE_TITLES),
+            f"{', '.join(sorted(set(plan.phases) - set(PHASE_TITLES)))}: no phase of a window",
+        ),
         (bool(plan.recordings), "it rests on no recording"),
         (all(note.measured_bytes > 0 for note in plan.recordings), "a recording of no bytes"),
         (
-            plan.measured_peak_bytes is None or (plan.measured_peak_bytes > 0 and plan.resident_peak_bytes is not None),
+            plan.measured_peak_bytes is None
+            or (plan.measured_peak_bytes > 0 and (plan.on_cuda or plan.resident_peak_bytes is not None)),
             "it was verified, but what was measured is missing",
         ),
         (not lacking, f"it gives no reason for {', '.join(lacking)}"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
@@ -61,6 +62,11 @@ class StepProgram:
     later_growth_bytes: int = 0
     leftover: tuple[Step, ...] = ()
 
+    @cached_property
+    def scores(self) -> Mapping[str, Score]:
+        """The phases made ready to be written."""
+        return {name: _score(steps) for name, steps in self.phases.items()}
+
 
 def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> StepProgram:
     """Makes a step program of recordings at different primes.
@@ -83,7 +89,9 @@ def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> St
 def as_recorded(recording: Recording, prelude: tuple[Event, ...] = ()) -> StepProgram:
     """The program that a single recording is, good for its own micro-batch only."""
     phases = {
-        phase.name: tuple(Step(e.block, Rule(e.bytes) if e.bytes > 0 else None, e.stream) for e in phase.events)
+        phase.name: tuple(
+            Step(e.block, Rule(e.bytes) if e.bytes > 0 else None, e.stream) for e in phase.events if e.bytes
+        )
         for phase in recording.phases
     }
     return _program(recording, prelude, phases, {size: Rule(size) for size in _leftover(recording)})
@@ -103,7 +111,13 @@ def _program(
 
 def _foreign(recording: Recording) -> list[Event]:
     """What the first micro-batch frees that was there before."""
-    return [event for phase in recording.phases if phase.name == FIRST for event in phase.events if event.block < 0]
+    return [
+        event
+        for phase in recording.phases
+        if phase.name == FIRST
+        for event in phase.events
+        if event.block < 0 and event.bytes
+    ]
 
 
 def _leftover(recording: Recording) -> list[int]:
@@ -112,7 +126,7 @@ def _leftover(recording: Recording) -> list[int]:
 
 def _lift_phase(phase: Phase, n: int, other: Phase, m: int) -> tuple[Step, ...]:
     rules = size_rules(_sizes(phase), n, _sizes(other), m)
-    return tuple(Step(e.block, rules[e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events)
+    return tuple(Step(e.block, rules[e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events if e.bytes)
 
 
 def _sizes(phase: Phase) -> list[int]:
@@ -181,7 +195,7 @@ def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[in
     is the i-th of the other: a list that grows may hold blocks of the same size, and those replace nothing.
     """
     freed_later = {step.block for step in later if step.rule is None}
-    before, after = _left_behind(first, n), _left_behind(later, n)
+    before, after = left_behind(first, n), left_behind(later, n)
     successors = {}
     for size, blocks in before.items():
         heirs = after.get(size, [])
@@ -193,7 +207,7 @@ def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[in
     return successors
 
 
-def _left_behind(steps: Sequence[Step], n: int) -> dict[int, list[int]]:
+def left_behind(steps: Sequence[Step], n: int) -> dict[int, list[int]]:
     """By size at n: the blocks that a phase allocates and doesn't free, in order."""
     freed = {step.block for step in steps if step.rule is None}
     left: dict[int, list[int]] = {}
@@ -213,7 +227,12 @@ def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
     Returns:
         Its phases: the first micro-batch, each later one, the optimizer step, and what runs between windows.
     """
-    writer = _Writer(program)
+    return [Phase(phase.name, tuple(map(Event._make, phase.events))) for phase in plain_window(program, split)]
+
+
+def plain_window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
+    """The same with events that are plain tuples, for a replay: named ones take four times as long to make."""
+    writer = Writer(program)
     left = writer.leftover(split[-1])
     first = writer.phase(FIRST, split[0])
     phases = [Phase(FIRST, left + first.events) if left else first]
@@ -222,7 +241,48 @@ def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
     return phases
 
 
-class _Writer:
+class Score(NamedTuple):
+    """A phase made ready to be written at any size.
+
+    Attributes:
+        rules: The distinct rules of its allocations.
+        parts: Its events in order, each part ending with a block of an earlier phase that is freed (None at the end).
+            An event is the place of its block among the phase's, the index of its size, and its stream; the sizes of
+            allocations come first, then the same ones negative, for frees.
+        kept: Blocks that the phase leaves: the recorded block, its place, the index of its size, its stream.
+    """
+
+    rules: tuple[Rule, ...]
+    parts: tuple[tuple[tuple[tuple[int, int, int], ...], int | None], ...]
+    kept: tuple[tuple[int, int, int, int], ...]
+    blocks: int
+
+
+def _score(steps: Sequence[Step]) -> Score:
+    rules: dict[Rule, int] = {}
+    for step in steps:
+        if step.rule is not None:
+            rules.setdefault(step.rule, len(rules))
+    own: dict[int, tuple[int, int, int]] = {}
+    parts: list[tuple[tuple[tuple[int, int, int], ...], int | None]] = []
+    events: list[tuple[int, int, int]] = []
+    blocks = 0
+    for block, rule, stream in steps:
+        if rule is not None:
+            blocks += 1
+            own[block] = blocks, rules[rule], stream
+            events.append(own[block])
+        elif block in own:
+            place, size, made_on = own.pop(block)
+            events.append((place, size + len(rules), made_on))
+        else:
+            parts.append((tuple(events), block))
+            events = []
+    kept = tuple((block, *made) for block, made in own.items())
+    return Score(tuple(rules), (*parts, (tuple(events), None)), kept, blocks)
+
+
+class Writer:
     """Writes phases one after the other, and knows which copy of a recorded block is alive."""
 
     def __init__(self, program: StepProgram) -> None:
@@ -242,31 +302,26 @@ class _Writer:
         return tuple(events)
 
     def phase(self, name: str, n: int) -> Phase:
-        """The events of the next phase, at n samples. Solving spends its time here, so the common case comes first."""
-        own: dict[int, Event] = {}  # recorded block -> this phase's living copy
-        sizes: dict[Rule, int] = {}
-        events: list[Event] = []
-        append, named, names = events.append, Event._make, self.names
-        for block, rule, stream in self.program.phases[name]:
-            if rule is not None:
-                size = sizes.get(rule)
-                if size is None:
-                    size = sizes[rule] = rule.at(n)
-                names += 1
-                own[block] = event = named((names, size, stream))
-                append(event)
-            elif block in own:
-                event = own.pop(block)
-                append(named((event[0], -event[1], event[2])))
-            else:
-                for event in self._freed(block, all_copies=name not in (FIRST, LATER)):
-                    append(named((event[0], -event[1], event[2])))
-        self.names = names
-        for block, event in own.items():
-            self.live.setdefault(block, []).append(event)
-        return Phase(name, tuple(events))
+        """The events of the next phase, at n samples."""
+        return self.written(name, self.program.scores[name], n)
 
-    def _freed(self, block: int, *, all_copies: bool) -> list[Event]:
+    def written(self, name: str, score: Score, n: int) -> Phase:
+        """A score at n samples; events are plain tuples, since solving spends its time here."""
+        base = self.names
+        sizes = [rule.at(n) for rule in score.rules]
+        sizes += [-size for size in sizes]
+        events: list[tuple[int, int, int]] = []
+        for part, freed in score.parts:
+            events += [(base + place, sizes[size], stream) for place, size, stream in part]
+            if freed is not None:
+                copies = self.freed(freed, all_copies=name not in (FIRST, LATER))
+                events += [(block, -size, stream) for block, size, stream in copies]
+        self.names = base + score.blocks
+        for block, place, size, stream in score.kept:
+            self.live.setdefault(block, []).append(Event(base + place, sizes[size], stream))
+        return Phase(name, tuple(events))  # type: ignore[arg-type]
+
+    def freed(self, block: int, *, all_copies: bool) -> list[Event]:
         """The copies of earlier phases that a recorded free of `block` frees here.
 
         A micro-batch frees what the one before it left in that place, the oldest first. The optimizer step frees every

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-FIRST, LATER, OPTIMIZER, BETWEEN = "first", "later", "optimizer", "between"
+if TYPE_CHECKING:
+    from .cuda_start import CudaStart
+
+BUILD, FIRST, LATER, OPTIMIZER, BETWEEN = "build", "first", "later", "optimizer", "between"
 PHASES = (FIRST, LATER, OPTIMIZER, BETWEEN)
 PHASE_TITLES = {
+    BUILD: "build",
     FIRST: "first micro-batch",
     LATER: "later micro-batch",
     OPTIMIZER: "optimizer step",
@@ -23,6 +27,7 @@ class Event(NamedTuple):
     """One block handed out (`bytes` > 0, as requested) or taken back (`bytes` < 0).
 
     `block` names the block within its recording. Blocks that were there before the recording began have negative names.
+    No bytes: it was given back while another stream still uses it, and can't be used again before its free follows.
     """
 
     block: int
@@ -47,19 +52,21 @@ class Recording:
         phases: In the order in which they ran.
         passes: Forward/backward passes that it took.
         seconds: What it took.
+        start: What the caching allocator held when it began; None on a CPU.
     """
 
     micro_batch: int
     phases: tuple[Phase, ...]
     passes: int = 0
     seconds: float = 0.0
+    start: CudaStart | None = None
 
 
 def name_blocks(raw: Iterable[tuple[int, int, int]]) -> list[Event]:
     """Turns `(address, bytes, stream)` into events: an address is used again and again, a block's name never is.
 
     Args:
-        raw: In order; `bytes` > 0 where the block is handed out, < 0 where it is taken back.
+        raw: In order; `bytes` > 0 where the block is handed out, < 0 where it is taken back, 0 where it will be.
     """
     live: dict[int, int] = {}
     events: list[Event] = []
@@ -70,7 +77,7 @@ def name_blocks(raw: Iterable[tuple[int, int, int]]) -> list[Event]:
             live[address] = named
             events.append(Event(named, size, stream))
             continue
-        block = live.pop(address, None)
+        block = live.pop(address, None) if size else live.get(address)
         if block is None:
             foreign -= 1
             block = foreign
@@ -83,7 +90,7 @@ def live_peak(phases: Iterable[Phase]) -> int:
     live = peak = 0
     for phase in phases:
         for event in phase.events:
-            live += event.bytes
+            live += event[1]  # it may be a plain tuple
             peak = max(peak, live)
     return peak
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 CAPACITY_MARGIN = 0.02  # a plan still fits when there turns out to be this much less
-SEARCH_LIMIT = 1 << 20  # where to stop looking for the largest micro-batch when nothing asks for more
 
 Split = tuple[int, ...]
 Fits = Callable[[Split], bool]

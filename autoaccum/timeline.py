@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from .plan import TimelinePart
 from .program import StepProgram, window
@@ -49,4 +50,4 @@ def _thinned(levels: Sequence[int], points: int) -> tuple[int, ...]:
     """The highest of each of that many stretches of equal length; all of them where they are as few."""
     points = min(points, len(levels))
     edges = [len(levels) * i // points for i in range(points + 1)]
-    return tuple(max(levels[low:high]) for low, high in zip(edges, edges[1:], strict=False))
+    return tuple(max(levels[low:high]) for low, high in pairwise(edges))

@@ -1,6 +1,11 @@
 """Trains models on a virtual GPU and prints what the allocator's own statistics and a replay of the log say.
 
-A program, not a test: `python -m autoaccum.virtual --memory 16GiB -- python tests/replay_cases.py`.
+A program, not a test. Each model is recorded with room; then that log is replayed at capacities between what is alive
+and what is reserved, where the real run has to give blocks back or runs out of memory.
+
+    python -m autoaccum.virtual --memory 16GiB -- python tests/replay_cases.py [CASES [SETTINGS]]
+
+CASES and SETTINGS choose by number, like 0,3,5; left out, all. A line of JSON for each run.
 """
 
 from __future__ import annotations
@@ -8,17 +13,18 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from autoaccum import Workload, oom, split, step
-from autoaccum.caching_allocator import CudaRules, replay_cuda
+from autoaccum.caching_allocator import CachingAllocator
+from autoaccum.cuda_rules import CudaRules as Rules
+from autoaccum.cuda_rules import MiB
 from autoaccum.record_cuda import record
 from autoaccum.recording import Recording
 from autoaccum.virtual import control
@@ -26,7 +32,7 @@ from autoaccum.virtual import control
 sys.path.insert(0, __file__.rsplit("/tests/", 1)[0])
 from benchmarks.models import Block, Recurrent, ViT
 
-torch.backends.cudnn.enabled = True
+# -- models
 
 
 class UNet(nn.Module):
@@ -59,15 +65,34 @@ class Checkpointed(nn.Module):
         return self.head(x)
 
 
+class TwoStreams(nn.Module):
+    """A side stream works on what the main one made, and the other way round, held by record_stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = nn.Linear(1024, 2048), nn.Linear(1024, 2048)
+        self.head = nn.Linear(2048, 10)
+        self.side = torch.cuda.Stream()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        doubled = 2 * x
+        with torch.cuda.stream(self.side):
+            far = self.far(doubled)
+        doubled.record_stream(self.side)
+        del doubled
+        near = self.near(x)
+        far.record_stream(torch.cuda.current_stream())
+        return self.head(near * far)
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(1024, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 10))
 
 
-def convnet() -> nn.Module:
-    layers: list[nn.Module] = []
-    for before, after in ((3, 32), (32, 64), (64, 128)):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 64, 10))
+def resnet(name: str) -> nn.Module:
+    import torchvision
+
+    return getattr(torchvision.models, name)(num_classes=10)
 
 
 def bert() -> nn.Module:
@@ -77,6 +102,13 @@ def bert() -> nn.Module:
         vocab_size=1000, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512
     )
     return transformers.BertForMaskedLM(config)
+
+
+def gpt() -> nn.Module:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=1000, n_positions=128, n_embd=128, n_layer=3, n_head=4)
+    return transformers.GPT2LMHeadModel(config)
 
 
 def images(n: int) -> Any:
@@ -99,12 +131,15 @@ def wide(n: int) -> Any:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], int]] = {
     "mlp": (mlp, wide, 4096),
-    "convnet": (convnet, images, 64),
+    "resnet18": (lambda: resnet("resnet18"), images, 48),
+    "resnet50": (lambda: resnet("resnet50"), images, 24),
     "vit": (ViT, images, 96),
     "lstm": (lambda: Recurrent(nn.LSTM, False), tokens, 24),
     "unet": (UNet, images, 48),
     "bert": (bert, labelled, 32),
+    "gpt": (gpt, labelled, 32),
     "checkpointed": (Checkpointed, tokens, 64),
+    "two streams": (TwoStreams, wide, 2048),
 }
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -113,18 +148,61 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw loop": lambda p: torch.optim.AdamW(p, foreach=False),
 }
 CASES = [
-    ("mlp", "sgd", "fp32"), ("mlp", "adamw foreach", "fp32"), ("mlp", "adamw fused", "bf16"),
-    ("mlp", "adamw loop", "fp16"), ("convnet", "sgd", "fp32"), ("convnet", "adamw foreach", "bf16"),
-    ("convnet", "adamw fused", "fp16"), ("vit", "adamw foreach", "fp32"), ("vit", "adamw fused", "bf16"),
-    ("vit", "sgd", "fp16"), ("lstm", "adamw foreach", "fp32"), ("lstm", "sgd", "bf16"), ("unet", "sgd", "fp32"),
-    ("unet", "adamw foreach", "bf16"), ("unet", "adamw fused", "fp16"), ("bert", "adamw foreach", "fp32"),
-    ("bert", "adamw fused", "bf16"), ("bert", "adamw loop", "fp16"), ("checkpointed", "adamw foreach", "fp32"),
-    ("checkpointed", "sgd", "bf16"), ("checkpointed", "adamw fused", "fp16"),
+    ("mlp", "sgd", "fp32"), ("mlp", "adamw fused", "bf16"), ("mlp", "adamw loop", "fp16"),
+    ("resnet18", "sgd", "fp32"), ("resnet18", "adamw foreach", "bf16"), ("resnet18", "adamw fused", "fp16"),
+    ("resnet50", "adamw foreach", "fp32"), ("resnet50", "sgd", "bf16"),
+    ("vit", "adamw foreach", "fp32"), ("vit", "adamw fused", "bf16"), ("vit", "sgd", "fp16"),
+    ("lstm", "adamw foreach", "fp32"), ("lstm", "sgd", "bf16"),
+    ("unet", "sgd", "fp32"), ("unet", "adamw foreach", "bf16"), ("unet", "adamw fused", "fp16"),
+    ("bert", "adamw foreach", "fp32"), ("bert", "adamw fused", "bf16"), ("bert", "adamw loop", "fp16"),
+    ("gpt", "adamw foreach", "fp32"), ("gpt", "adamw loop", "bf16"), ("gpt", "adamw fused", "fp16"),
+    ("checkpointed", "adamw foreach", "fp32"), ("checkpointed", "sgd", "bf16"),
+    ("checkpointed", "adamw fused", "fp16"), ("two streams", "adamw foreach", "fp32"),
 ]  # fmt: skip
 
+# -- settings and surroundings
 
-def train(model: str, optimizer: str, precision: str, on_phase: step.OnPhase) -> None:
+
+@dataclass(frozen=True)
+class Setting:
+    """How the allocator is set, what it holds before, and who sets the limit: the driver or the process' fraction."""
+
+    text: str = ""
+    start: bool = False
+    fraction: bool = False
+
+
+SETTINGS = [
+    Setting(),
+    Setting(start=True),
+    Setting(fraction=True),
+    Setting("max_split_size_mb:32"),
+    Setting("max_split_size_mb:64,max_non_split_rounding_mb:32,roundup_power2_divisions:8", start=True),
+    Setting("roundup_power2_divisions:[1:8,2:2,32:4,>:1]"),
+    Setting("garbage_collection_threshold:0.7", fraction=True),
+    Setting("expandable_segments:True"),
+    Setting("expandable_segments:True", start=True),
+    Setting("expandable_segments:True,roundup_power2_divisions:4", fraction=True),
+    Setting("large_segment_size_mb:32"),
+]
+PARTS = (0.75, 0.5, 0.25)  # where between what is alive and what is reserved the tight capacities lie
+
+
+def surroundings() -> list[torch.Tensor]:
+    """Another model's parameters, and a cache in pieces: every third of some tensors is kept, on two streams."""
+    held = [p.detach().cuda() for p in mlp().parameters()]
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            sizes = [300, 70_000, 700_000, 3 * MiB, 15 * MiB, 9 * MiB, 40 * MiB, 1_300_000, 1000] * 3
+            made = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
+            held += made[::3]
+    del made
+    return held
+
+
+def train(case: tuple[str, str, str], on_phase: step.OnPhase) -> None:
     """Builds, and trains three windows of two micro-batches, the second one smaller by one."""
+    model, optimizer, precision = case
     make, batch, n = MODELS[model]
     with on_phase("build"):
         built = make().cuda()
@@ -139,63 +217,87 @@ def train(model: str, optimizer: str, precision: str, on_phase: step.OnPhase) ->
         step.train_window(parts, split.split(batch(2 * n - 1), (n, n - 1)), (n, n - 1), on_phase=on_phase)
 
 
-def one(
-    model: str, optimizer: str, precision: str, rules: CudaRules, other: int = 0, log: Recording | None = None
-) -> Any:
+def emptied() -> None:
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == 0, "something is left of the case before"
+
+
+def one(case: tuple[str, str, str], setting: Setting, capacity: int | None = None, log: Recording | None = None) -> Any:
     """What the allocator counted, and what a replay comes to: of its own log, or of one that was recorded with room."""
-    torch.backends.cudnn.enabled = model != "lstm"
+    torch.backends.cudnn.enabled = case[0] != "lstm"
     failed = []
 
     def run(on_phase: step.OnPhase) -> None:
         try:
-            train(model, optimizer, precision, on_phase)
+            train(case, on_phase)
         except RuntimeError as error:
             if not oom.is_out_of_memory(error):
                 raise
             failed.append(oom.drop_frames(error))
 
-    gc.collect()
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() == 0, "something is left of the case before"
-    control.set_other(0, other)
-    assert torch.cuda.mem_get_info()[0] == rules.capacity_bytes
+    emptied()
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.memory._set_allocator_settings(setting.text or "expandable_segments:False")
+    held = surroundings() if setting.start else []
+    rules = Rules.from_settings(setting.text, device_bytes=total, capacity_bytes=free)
+    if capacity is not None and setting.fraction:
+        torch.cuda.set_per_process_memory_fraction(capacity / total)
+        rules = replace(rules, allowed_bytes=int(capacity / total * total))
+    elif capacity is not None:
+        control.set_other(0, free - capacity)
+        rules = replace(rules, capacity_bytes=capacity)
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_stats()["num_alloc_retries"]
-    recording: Recording = record(run, micro_batch=MODELS[model][2])
+    before = torch.cuda.memory_stats()
+    recording = record(run, micro_batch=MODELS[case[0]][2])
     stats = torch.cuda.memory_stats()
     control.set_other(0, 0)
-    found = replay_cuda((log or recording).phases, rules)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    del held
+    log = log or recording
+    assert (recording.start is not None and recording.start.reserved_bytes > 0) == setting.start
+    allocator = CachingAllocator(rules, recording.start)
+    results = []
+    for phase in log.phases:
+        results.append(allocator.run(phase))
+        if allocator.out_of_memory:
+            break
+    retries = stats["num_alloc_retries"] - before["num_alloc_retries"]
     return recording, {
-        "case": [model, optimizer, precision],
-        "events": sum(len(p.events) for p in recording.phases),
-        "ran out": [found.out_of_memory is not None, bool(failed)],
-        "allocated": [found.peak_allocated_bytes, stats["allocated_bytes.all.peak"]],
-        "reserved": [found.peak_reserved_bytes, stats["reserved_bytes.all.peak"]],
-        "retries": [sum(found.retries), stats["num_alloc_retries"] - before],
+        "case": case,
+        "setting": [setting.text, setting.start, setting.fraction],
+        "capacity": capacity,
+        "events": sum(len(phase.events) for phase in recording.phases),
+        "held": sum(event.bytes == 0 for phase in recording.phases for event in phase.events),
+        "streams": len({event.stream for phase in recording.phases for event in phase.events}),
+        "given back": stats["segment.all.freed"] - before["segment.all.freed"],
+        "ran out": [allocator.out_of_memory, bool(failed)],
+        "allocated": [max(r.peak_allocated_bytes for r in results), stats["allocated_bytes.all.peak"]],
+        "reserved": [max(r.peak_reserved_bytes for r in results), stats["reserved_bytes.all.peak"]],
+        "reserved in the end": [allocator.reserved_bytes, stats["reserved_bytes.all.current"]],
+        "retries": [allocator.retries, retries],
     }
 
 
+def chosen(argument: int, things: Sequence[Any]) -> list[Any]:
+    if len(sys.argv) <= argument:
+        return list(things)
+    return [things[int(number)] for number in sys.argv[argument].split(",")]
+
+
 def main() -> None:
-    """Every case, a line of JSON each."""
-    settings = torch.cuda.memory._snapshot()["allocator_settings"]
-    free, _ = torch.cuda.mem_get_info()
-    limit = settings["max_split_size"]
-    rules = CudaRules(
-        capacity_bytes=free,
-        max_split_size_bytes=None if limit < 0 else limit,
-        roundup_power2_divisions=settings["roundup_power2_divisions"]["1"],
-    )
-    for case in CASES:
-        log, roomy = one(*case, rules)
-        print(json.dumps(roomy), flush=True)
-        for part in (0.75, 0.5, 0.25):  # between what is alive and what is reserved: it has to give blocks back
+    """Every case in every setting, a line of JSON each."""
+    for setting in chosen(2, SETTINGS):
+        for case in chosen(1, CASES):
+            log, roomy = one(case, setting)
+            print(json.dumps(roomy), flush=True)
             allocated, reserved = roomy["allocated"][1], roomy["reserved"][1]
-            capacity = allocated + int(part * (reserved - allocated)) // 2**21 * 2**21
-            tight = replace(rules, capacity_bytes=capacity)
-            print(json.dumps(one(*case, tight, other=free - capacity, log=log)[1]), flush=True)
+            for part in PARTS:
+                capacity = (allocated + int(part * (reserved - allocated))) // (2 * MiB) * 2 * MiB
+                print(json.dumps(one(case, setting, capacity, log)[1]), flush=True)
 
 
 if __name__ == "__main__":
-    assert F is not None
     main()

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoaccum import virtual
-from autoaccum.caching_allocator import CudaRules, MiB, replay_cuda, round_size, segment_bytes
+from autoaccum.caching_allocator import CudaRules, replay_cuda
+from autoaccum.cuda_rules import MiB, round_size, segment_bytes
 from autoaccum.recording import Event, Phase
 
 CASES = Path(__file__).parent / "replay_cases.py"

@@ -279,7 +279,7 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         for name, command in group.commands.items()
     }
     assert found == {
-        "doctor": ["--json"],
+        "doctor": ["--gpus", "--json"],
         "explain": ["--json"],
         "plan": [
             "--device", "--force", "--headroom", "--json", "--malloc", "--max-micro-batch", "--memory", "--output",

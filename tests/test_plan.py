@@ -315,6 +315,7 @@ def test_the_public_names_are_these_and_each_can_be_imported() -> None:
         "AutoaccumError",
         "BatchError",
         "DoesNotFit",
+        "NotConfirmed",
         "OutOfMemory",
         "Plan",
         "PlanFileError",

@@ -5,8 +5,16 @@ from __future__ import annotations
 import typer
 
 
-def doctor(json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+def doctor(
+    json: bool = typer.Option(False, "--json", help="Print JSON."),
+    gpus: bool = typer.Option(
+        False, "--gpus", help="List the GPUs that --gpu knows, and where their figures come from."
+    ),
+) -> None:
     """Print what a bug report needs: versions, devices, limits, settings."""
+    if gpus:
+        _list_gpus(json)
+        return
     from ..child import call
     from ..doctor import host_facts
     from ..errors import AutoaccumError
@@ -24,3 +32,15 @@ def doctor(json: bool = typer.Option(False, "--json", help="Print JSON.")) -> No
     width = max(len(name) for name in facts) + 2
     for name, value in facts.items():
         print(f"{name:{width}}{value}")
+
+
+def _list_gpus(json: bool) -> None:
+    from ..gpus import GPUS, list_gpus
+
+    if not json:
+        print(list_gpus())
+        return
+    import dataclasses
+    import json as encoder
+
+    print(encoder.dumps([dataclasses.asdict(gpu) for gpu in GPUS], indent=2))

@@ -75,7 +75,7 @@ def timeline(plan: Plan, rows: Rows) -> Chart | None:
     if not rows:
         return None
     parts = rows[-1]["part"] + 1
-    y_most = _round_up(max(max(row["bytes"] for row in rows), min(plan.budget.bytes, 2 * rows[0]["bytes"])))
+    y_most = _round_up(max(max(row["bytes"] for row in rows), 1.1 * min(plan.budget.bytes, 2 * rows[0]["bytes"])))
     line = [(row["part"] + row["position"], row["bytes"]) for row in rows]
     ends = [(0, line[0][1]), *line, (parts, line[-1][1])]
     area = _path([(0, 0), *ends, (parts, 0)], parts, y_most) + "Z"

@@ -64,13 +64,13 @@ def usable_bytes(plan: Plan) -> int:
 
 
 def show_split(split: Split) -> str:
-    """`1 × 52 + 4 × 51`."""
-    return " + ".join(f"{count} × {size}" for size, count in Counter(split).items())
+    """The number and size of the micro-batches, like "1 x 52 + 4 x 51"."""
+    return " + ".join(f"{count} \u00d7 {size}" for size, count in Counter(split).items())
 
 
 def _figures(plan: Plan) -> Rows:
     real, reasons = measured(plan), plan.reasons
-    rows = [
+    rows: list[tuple[str, float, str, Kind, str]] = [
         ("target batch", plan.target_batch, "samples", Kind.GIVEN, ""),
         ("ranks", plan.world_size, "", Kind.GIVEN, ""),
         ("accumulation steps", plan.accumulation_steps, "", Kind.PREDICTED, reasons.get("accumulation_steps", "")),

@@ -26,7 +26,7 @@ def measured(plan: Plan) -> Kind:
 
 def is_virtual(plan: Plan) -> bool:
     """Whether the plan's GPU was a virtual one, which has an allocator but computes nothing and has no times."""
-    return bool(getattr(plan, "virtual", False)) or "virtual" in plan.device.lower()
+    return plan.virtual
 
 
 def byte_word(plan: Plan) -> str:

@@ -17,7 +17,9 @@ def render(plan: Plan) -> str:
     """The report as Markdown; texts of the user's are escaped."""
     data: dict[str, Rows] = {name: frame.to_dict("records") for name, frame in frames(plan).items()}
     parts = [f"# {escape(words.title(plan))}: autoaccum report", escape(words.answer(plan))]
-    figures = [[row["figure"], _told(row["value"], row["unit"]), row["kind"].value, row["why"]] for row in data["figures"]]
+    figures = [
+        [row["figure"], _told(row["value"], row["unit"]), row["kind"].value, row["why"]] for row in data["figures"]
+    ]
     parts.append(_table(["figure", "value", "kind", "why"], figures))
     parts += [escape(words.fewer(plan)), escape(words.bytes_note(plan))]
     if data["composition"]:
@@ -28,7 +30,12 @@ def render(plan: Plan) -> str:
     budget = [[row["limit"], show_bytes(row["bytes"]), row["why"]] for row in data["budget"]]
     parts += ["## Budget (given)", _table(["limit", "size", "why"], budget)]
     recordings = [
-        [row["micro_batch"], show_bytes(row["measured_bytes"]), _told(row["predicted_bytes"], "bytes"), row["kind"].value]
+        [
+            row["micro_batch"],
+            show_bytes(row["measured_bytes"]),
+            _told(row["predicted_bytes"], "bytes"),
+            row["kind"].value,
+        ]
         for row in data["recordings"]
     ]
     parts += ["## Recordings", _table(["samples", "recorded", "predicted before", "kind"], recordings)]
@@ -64,7 +71,9 @@ def _plans(rows: Rows) -> str:
 
 
 def _told(value: object, unit: str) -> str:
-    return show_bytes(value) if unit == "bytes" and isinstance(value, int) else f"{words.number(value)} {unit}".strip()
+    if unit == "bytes":
+        return show_bytes(value) if isinstance(value, int) else words.NONE
+    return f"{words.number(value)} {unit}".strip()
 
 
 def _table(head: list[str], rows: list[list[object]] | list[list[str]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..allocator import MAPPING_OVERHEAD_BYTES, PAGE_BYTES, mapping_bytes
 from ..errors import UsageError
-from ..plan import PeakRow, Plan
+from ..plan import PeakRow, Plan, window_peak_bytes
 from ..solve import CAPACITY_MARGIN, Floor, Split, balanced, share_of, smallest_steps
 from ..units import parse_bytes, parse_part
 
@@ -63,18 +63,15 @@ class Table:
         first, second, last = rows
         if first is None or second is None or last is None:
             return None
-        later = max(second.later_bytes, last.later_bytes) if len(split) > 1 else 0
-        window = max(first.first_bytes, later, last.optimizer_bytes, last.between_bytes)
+        window = window_peak_bytes(first, second, last, len(split))
         training = self.data_bytes(sum(split)) + self.history_bytes + window
         return self.base_bytes + training + int(self.slack * training)
 
     def floors(self, samples: int) -> tuple[Floor, Floor]:
         """Bytes below which no window with a first, or with a later, micro-batch of a size comes; for the solver."""
         held = self.base_bytes + self.data_bytes(samples)
-        firsts, laters = (
-            list(accumulate((each(row) for row in reversed(self.rows)), min))[::-1]
-            for each in (lambda row: row.first_bytes, lambda row: row.later_bytes)
-        )
+        firsts = list(accumulate((row.first_bytes for row in reversed(self.rows)), min))[::-1]
+        laters = list(accumulate((row.later_bytes for row in reversed(self.rows)), min))[::-1]
 
         def floor_of(least: list[int]) -> Floor:
             def floor(n: int) -> int:

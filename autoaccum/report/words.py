@@ -10,7 +10,7 @@ from ..units import show_bytes
 from .kinds import byte_word, cached_word, measured
 from .knee import knee
 
-NONE = "–"
+NONE = "\u2013"
 
 
 def title(plan: Plan) -> str:

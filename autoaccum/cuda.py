@@ -1,0 +1,173 @@
+"""A CUDA device as a device to plan for: how it is recorded, replayed and measured.
+
+A device is a module with these names; `fit.py` calls no others. A CUDA byte is a *reserved* byte: one that the caching
+allocator took from the driver.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from . import record_cuda
+from .allocator import Replay, Start
+from .budget_cuda import read_cuda_budget as read_budget
+from .caching_allocator import CudaRules, CudaStart, replay_cuda
+from .recording import BUILD, Event, Phase, Recording, live_peak
+from .solve import Split
+from .step import OnPhase
+
+__all__ = [
+    "AGREES_WITHIN",
+    "LIFTS_WITHIN",
+    "MOST_SAMPLES",
+    "SCOUT_STEPS",
+    "Measured",
+    "clean",
+    "measure",
+    "model_blocks",
+    "name",
+    "prepare",
+    "read_budget",
+    "read_start",
+    "record",
+    "reserved_by",
+    "rules",
+    "run",
+]
+
+name = "cuda"
+AGREES_WITHIN = 0.0  # one micro-batch more or less is decided by a few MiB: the recordings nearest the answer count
+LIFTS_WITHIN = None  # workspaces saturate, so the next recording may be far off, and tells where; verifying decides
+SCOUT_STEPS = (
+    2  # micro-batches of the very first window recorded: as many as others have, so that they can be laid side by side
+)
+MOST_SAMPLES = 3.0  # recording may take that many times the answer in samples
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a real run took.
+
+    Attributes:
+        peak_bytes: The most that was reserved.
+        allocated_bytes: The most that was handed out.
+        retries: How often the cache was given back to make room, in each window.
+        seconds: What it took.
+    """
+
+    peak_bytes: int
+    allocated_bytes: int
+    retries: tuple[int, ...]
+    seconds: float
+
+
+def prepare(malloc: str = "fixed") -> int | None:
+    """The C library's malloc has no say here."""
+    return None
+
+
+def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
+    """Records what `run` allocates."""
+    return record_cuda.record(run, micro_batch=micro_batch)
+
+
+def clean() -> None:
+    """Gives back to the driver all that can be given back: cached blocks, and cuBLAS's workspaces."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+
+
+def rules(capacity_bytes: int | None = None, *, expandable: bool | None = None) -> CudaRules:
+    """The allocator as it is set in this process, with what the device can give it.
+
+    Args:
+        capacity_bytes: None for any amount.
+        expandable: Overrides `expandable_segments`.
+    """
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    found = CudaRules.from_settings(settings, device_bytes=total, capacity_bytes=capacity_bytes)
+    fraction = torch.cuda.get_per_process_memory_fraction()
+    if fraction < 1.0:
+        found = replace(found, allowed_bytes=int(fraction * total))
+    return found if expandable is None else replace(found, expandable_segments=expandable)
+
+
+def read_start(device: torch.device) -> CudaStart:
+    """What the allocator holds now."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return CudaStart.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
+
+
+def run(phases: list[Phase], threshold_bytes: int | None, start: Start | None = None) -> Replay:
+    """Replays phases from an empty allocator of any capacity."""
+    found = replay_cuda(phases, rules())
+    return Replay(found.peak_reserved_bytes, live_peak(phases), found.phases, 0)
+
+
+def reserved_by(blocks: tuple[Event, ...], settings: CudaRules) -> int:
+    """What the allocator reserves for blocks that come one after the other."""
+    return replay_cuda([Phase(BUILD, blocks)], replace(settings, capacity_bytes=None)).peak_reserved_bytes
+
+
+def model_blocks(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple[Event, ...]:
+    """The blocks of a model in the order in which `model.cuda()` makes them, then those of its optimizer's state.
+
+    torch.nn.Module._apply: children first, then a module's own parameters, then its buffers. A fresh process that
+    builds its model otherwise (on the device at once, or loaded from a file) may order them otherwise.
+    """
+    tensors = list(_applied(model))
+    if optimizer is not None:
+        tensors += [
+            value
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, torch.Tensor)
+        ]
+    seen: set[int] = set()
+    events: list[Event] = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if tensor.device.type == "cuda" and storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            events.append(Event(len(events) + 1, storage.nbytes()))
+    return tuple(events)
+
+
+def _applied(module: torch.nn.Module) -> list[torch.Tensor]:
+    inner = [tensor for child in module.children() for tensor in _applied(child)]
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return [*inner, *own, *(buffer for buffer in module._buffers.values() if buffer is not None)]
+
+
+def measure(train: Callable[[Split], None], windows: Sequence[Split], device: torch.device) -> Measured:
+    """Trains windows for real and reads the allocator's own statistics."""
+    retries = []
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    for split in windows:
+        before = _retries(device)
+        train(split)
+        retries.append(_retries(device) - before)
+    torch.cuda.synchronize(device)
+    return Measured(
+        peak_bytes=torch.cuda.max_memory_reserved(device),
+        allocated_bytes=torch.cuda.max_memory_allocated(device),
+        retries=tuple(retries),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _retries(device: torch.device) -> int:
+    statistics: dict[str, Any] = torch.cuda.memory_stats(device)
+    return int(statistics.get("num_alloc_retries", 0))

@@ -1,0 +1,238 @@
+"""The caching allocator's blocks and pools, and how an expandable segment grows and gives pages back. No torch here.
+
+Read from c10/cuda/CUDACachingAllocator.cpp; the name of the function or type stands beside each rule.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+
+ADDRESS_BITS = 64  # keys of free blocks: the size, and below it the address
+ENDLESS = 1 << 60
+
+
+class Block:
+    """A piece of a segment; neighbours within the segment are linked. An unmapped one is not free."""
+
+    __slots__ = ("address", "after", "base", "before", "born", "free", "key", "mapped", "page", "pool", "size")
+
+    def __init__(
+        self, pool: Pool, address: int, size: int, before: Block | None = None, page: int = 0, base: int = 0
+    ) -> None:
+        self.pool, self.address, self.size, self.before = pool, address, size, before
+        self.after: Block | None = None
+        self.page, self.base = page, base  # of its expandable segment: a page's bytes (0 for none), where it begins
+        self.mapped, self.free = True, False
+        self.key = self.born = 0
+
+    def is_whole_segment(self) -> bool:
+        """Not is_split."""
+        return self.before is None and self.after is None
+
+
+class Pool:
+    """BlockPool: what one stream has of small, or of large blocks.
+
+    Attributes:
+        keys: Of free blocks: sizes above addresses, ascending (BlockComparatorSize).
+        blocks: By key.
+        unmapped: Of expandable segments, by address (BlockComparatorAddress).
+        heads: The first block of each segment.
+    """
+
+    __slots__ = ("blocks", "heads", "keys", "small", "stream", "unmapped")
+
+    def __init__(self, stream: int, small: bool) -> None:
+        self.stream, self.small = stream, small
+        self.keys: list[int] = []
+        self.blocks: dict[int, Block] = {}
+        self.unmapped: list[Block] = []
+        self.heads: dict[int, Block] = {}
+
+    def put_in(self, block: Block) -> None:
+        """insert_into_blocks."""
+        block.free = True
+        block.key = block.size << ADDRESS_BITS | block.address
+        insort(self.keys, block.key)
+        self.blocks[block.key] = block
+
+    def take_out(self, block: Block) -> None:
+        """Takes a free block away."""
+        block.free = False
+        del self.blocks[block.key]
+        del self.keys[bisect_left(self.keys, block.key)]
+
+
+def load(pool: Pool, address: int, sizes: Sequence[int], page: int = 0, span: int = 0) -> list[Block]:
+    """Puts a segment that is there already into a pool; of an expandable one, a range of mapped pages.
+
+    Args:
+        pool: Whose it is.
+        address: Where it begins.
+        sizes: Of its blocks, in order.
+        page: Bytes of a page of an expandable segment; 0 for an ordinary one.
+        span: Addresses of an expandable segment, which begins with the first of its ranges.
+
+    Returns:
+        Its blocks, none of them free yet.
+    """
+    if page:
+        block = _unmapped_at(pool, address) or _new_segment(pool, page, span, address)
+        if address > block.address:
+            block = _cut_unmapped(block, address - block.address)
+        pool.unmapped.remove(block)
+        block.mapped = True
+        if sum(sizes) < block.size:
+            _cut_unmapped(block, sum(sizes))
+    else:
+        block = pool.heads[address] = Block(pool, address, sum(sizes))
+    blocks = [block]
+    for size in sizes[:-1]:
+        blocks.append(_cut(blocks[-1], size))
+    return blocks
+
+
+# -- expandable segments
+
+
+def expand(pool: Pool, size: int, page: int, span: int, take: Callable[[int], bool]) -> Block | None:
+    """try_allocate_expandable_block: maps pages until there is a block of at least `size`.
+
+    Args:
+        pool: Whose segment it is.
+        size: Rounded bytes.
+        page: Bytes of a page.
+        span: Addresses of a new segment.
+        take: Takes bytes from the driver, if it has them.
+
+    Returns:
+        The block, not free any more; None where the driver ran out. What was mapped up to then stays mapped.
+    """
+    block = _room_for(pool, size) or _new_segment(pool, page, span)
+    if not block.mapped:
+        mapped = _map(block, min(block.size, size), take)
+        if mapped is None:
+            return None
+        block = mapped
+    while block.size < size:
+        following = block.after
+        assert following is not None
+        mapped = _map(following, min(size - block.size, following.size), take)
+        if mapped is None:
+            return None
+        block = mapped
+    pool.take_out(block)
+    return block
+
+
+def _room_for(pool: Pool, size: int) -> Block | None:
+    """find_expandable_block: the lowest addresses, free or unmapped, that have room."""
+    for unmapped in pool.unmapped:
+        before = unmapped.before
+        first = before if before is not None and before.free else unmapped
+        room, block = 0, first
+        while room < size and block is not None and (block.free or not block.mapped):
+            room += block.size
+            following = block.after
+            if following is None:
+                break
+            block = following
+        if room >= size:
+            return first
+    return None
+
+
+def _new_segment(pool: Pool, page: int, span: int, address: int | None = None) -> Block:
+    """ExpandableSegment: addresses without memory, above all that there are."""
+    if address is None:
+        address = max(pool.heads, default=0) + 2 * ENDLESS
+    block = Block(pool, address, span, page=page, base=address)
+    block.mapped = False
+    pool.heads[block.address] = block
+    insort(pool.unmapped, block, key=_address)
+    return block
+
+
+def _map(block: Block, size: int, take: Callable[[int], bool]) -> Block | None:
+    """map_block: whole pages, all or none; then merged with its free neighbours."""
+    pool, mapped = block.pool, -(-size // block.page) * block.page
+    if not take(mapped):
+        return None
+    pool.unmapped.remove(block)
+    block.mapped = True
+    if mapped < block.size:
+        _cut_unmapped(block, mapped)
+    block = _merged_with_neighbours(block)
+    pool.put_in(block)
+    return block
+
+
+def unmap(block: Block) -> int:
+    """unmap_block: gives back the whole pages within a free block; where its segment has none left, that ends.
+
+    Returns:
+        The bytes given back.
+    """
+    pool, page, base = block.pool, block.page, block.base
+    begin = base + -(-(block.address - base) // page) * page
+    end = base + (block.address + block.size - base) // page * page
+    if begin >= end:
+        return 0
+    pool.take_out(block)
+    if begin > block.address:
+        block, low = _cut(block, begin - block.address), block
+        pool.put_in(low)
+    if block.address + block.size > end:
+        pool.put_in(_cut(block, end - begin))
+    block.mapped = False
+    block = _merged_with_neighbours(block)
+    if block.is_whole_segment():  # release_expandable_segment
+        del pool.heads[block.address]
+    else:
+        insort(pool.unmapped, block, key=_address)
+    return end - begin
+
+
+def _cut(block: Block, size: int) -> Block:
+    """Shortens a block to `size`; returns the rest, neither free nor unmapped."""
+    rest = Block(block.pool, block.address + size, block.size - size, block, block.page, block.base)
+    rest.after = block.after
+    if rest.after is not None:
+        rest.after.before = rest
+    block.after, block.size = rest, size
+    return rest
+
+
+def _cut_unmapped(block: Block, size: int) -> Block:
+    rest = _cut(block, size)
+    rest.mapped = False
+    insort(block.pool.unmapped, rest, key=_address)
+    return rest
+
+
+def _unmapped_at(pool: Pool, address: int) -> Block | None:
+    return next((b for b in pool.unmapped if b.address <= address < b.address + b.size), None)
+
+
+def _merged_with_neighbours(block: Block) -> Block:
+    """try_merge_blocks, of a block that is in no list: mapped with free ones, unmapped with unmapped ones."""
+    pool = block.pool
+    for other in (block.before, block.after):
+        if other is None or other.mapped != block.mapped or (other.mapped and not other.free):
+            continue
+        if other.mapped:
+            pool.take_out(other)
+        else:
+            pool.unmapped.remove(other)
+        low, high = (other, block) if other.address < block.address else (block, other)
+        low.size += high.size
+        low.after = high.after
+        if low.after is not None:
+            low.after.before = low
+        block = low
+    return block
+
+
+_address = attrgetter("address")

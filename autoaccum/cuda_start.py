@@ -1,0 +1,102 @@
+"""What a CUDA caching allocator holds before the first event: nothing, or what a snapshot of it says. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+State = Literal["live", "held", "free"]
+_STATES: dict[str, State] = {
+    "active_allocated": "live",
+    "active_pending_free": "held",
+    "active_awaiting_free": "held",
+    "inactive": "free",
+}
+
+
+class CudaBlock(NamedTuple):
+    """A piece of a segment.
+
+    Attributes:
+        bytes: Its size, slack included.
+        state: Handed out; given back while another stream still uses it (`record_stream`); or free.
+    """
+
+    bytes: int
+    state: State
+
+
+@dataclass(frozen=True)
+class CudaSegment:
+    """Memory that the driver gave in one piece; of an expandable segment, a range of mapped pages.
+
+    Attributes:
+        address: Where it begins.
+        stream: Whose it is.
+        small: Whether it belongs to the pool of blocks up to 1 MiB.
+        expandable: Whether it is mapped page by page.
+        private: Whether it belongs to a CUDA graph or a `MemPool`: reserved, and nobody else's to use.
+        blocks: From its beginning to its end, without gaps.
+    """
+
+    address: int
+    stream: int
+    small: bool
+    expandable: bool
+    private: bool
+    blocks: tuple[CudaBlock, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return sum(block.bytes for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class CudaStart:
+    """What the allocator of one device holds before the first event.
+
+    Attributes:
+        segments: By address.
+    """
+
+    segments: tuple[CudaSegment, ...] = ()
+
+    @staticmethod
+    def from_snapshot(segments: Iterable[Mapping[str, Any]], device: int = 0) -> CudaStart:
+        """Reads `torch.cuda.memory_snapshot()`.
+
+        Of an expandable segment a snapshot shows mapped pages only: what was unmapped below the lowest of them is not
+        known and taken as none, and neither is the age of blocks, by which the garbage collection goes.
+
+        Args:
+            segments: The list of dicts.
+            device: The device's index; the others' segments are passed over.
+        """
+        found = [_segment(segment) for segment in segments if segment.get("device", device) == device]
+        return CudaStart(tuple(sorted(found, key=lambda segment: segment.address)))
+
+    @property
+    def reserved_bytes(self) -> int:
+        """`memory_reserved` at that moment."""
+        return sum(segment.bytes for segment in self.segments)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """`memory_allocated` at that moment."""
+        return sum(b.bytes for segment in self.segments for b in segment.blocks if b.state == "live")
+
+
+EMPTY = CudaStart()
+
+
+def _segment(segment: Mapping[str, Any]) -> CudaSegment:
+    return CudaSegment(
+        address=segment["address"],
+        stream=segment["stream"],
+        small=segment["segment_type"] == "small",
+        expandable=bool(segment.get("is_expandable", False)),
+        private=tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0),
+        blocks=tuple(CudaBlock(block["size"], _STATES[block["state"]]) for block in segment["blocks"]),
+    )

@@ -1,0 +1,152 @@
+"""What planning knows: what there is to be used, what was observed, and so what a window would come to.
+
+Each kind of device has its own: `outlook_cpu.py`, `outlook_cuda.py`. Here is what they share.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import observe, tree
+from .budget import Budget
+from .observe import Observed, Subject
+from .plan import PeakRow
+from .recording import Phase, kept_blocks, live_peak
+from .solve import CAPACITY_MARGIN, Split
+from .wish import Wish
+
+VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
+AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more teaches instead of confirming
+
+
+@dataclass
+class Outlook(ABC):
+    """What is there to be used, and what is known so far.
+
+    Attributes:
+        subject: What is planned.
+        wish: What is asked for.
+        observed: What was recorded.
+        base_bytes: What is taken before training begins.
+        budget: What training may use.
+        sample_bytes: What one sample more adds to a batch.
+    """
+
+    subject: Subject
+    wish: Wish
+    observed: Observed
+    base_bytes: int
+    budget: Budget
+    sample_bytes: int
+    slack: float = 0.0
+
+    @property
+    def usable_bytes(self) -> int:
+        """What the peak may come to, so that it still fits with a little less."""
+        return int(self.budget.bytes * (1 - CAPACITY_MARGIN))
+
+    @abstractmethod
+    def data_bytes(self, samples: int) -> int:
+        """What the samples of a window take on the device until they are used."""
+
+    @abstractmethod
+    def peak_bytes(self, split: Split, history: str) -> int:
+        """What the process comes to with that window, in a fresh process or in this one ("here").
+
+        Raises:
+            LookupError: Nothing as large was recorded, and nothing follows from what was.
+        """
+
+    @abstractmethod
+    def fits(self, split: Split) -> bool:
+        """Whether that window fits, with a little less than there is."""
+
+    @abstractmethod
+    def floor(self, n: int) -> int:
+        """Bytes without which no window whose first micro-batch is n can run."""
+
+    @abstractmethod
+    def later_floor(self, n: int) -> int:
+        """Bytes without which no window that has a later micro-batch of n can run."""
+
+    @abstractmethod
+    def phases(self, split: Split) -> Mapping[str, int]:
+        """The peak of each phase of a window, in a fresh process."""
+
+    @abstractmethod
+    def row(self, n: int) -> PeakRow:
+        """What windows of micro-batches of n would take above the base, unlimited by any budget."""
+
+    @property
+    @abstractmethod
+    def base_words(self) -> str:
+        """What the base is, in words."""
+
+    @abstractmethod
+    def own_fields(self, split: Split, largest: int) -> dict[str, Any]:
+        """Fields of a plan that this kind of device has a say in."""
+
+    @abstractmethod
+    def measured_fields(self, measured: Any, split: Split) -> dict[str, Any]:
+        """Fields of a plan that come of its verification."""
+
+    @abstractmethod
+    def reasons(self, split: Split) -> dict[str, str]:
+        """Why base, data, history and budget are what they are."""
+
+    @abstractmethod
+    def notes(self, split: Split) -> list[str]:
+        """What else the reader should know."""
+
+    @abstractmethod
+    def measure(self, train: Callable[[Split], None], split: Split) -> Any:
+        """Runs the first optimizer step and two windows for real, watched; `train` trains one window of a split."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drops what was reckoned from recordings that have been added to."""
+
+    @abstractmethod
+    def confirms(self, split: Split, measured: Any) -> str | None:
+        """What speaks against the prediction, after a window was run for real; None where it was confirmed."""
+
+    def worst_bytes(self, split: Split) -> int:
+        """What the process comes to in the worse of the histories that the plan is for."""
+        worst = max(self.peak_bytes(split, history) for history in self.wish.histories)
+        return worst + int(self.slack * (worst - self.base_bytes))
+
+    def needed_bytes(self, split: Split) -> int:
+        """The smallest budget that this window would fit."""
+        return int(self.worst_bytes(split) / (1 - CAPACITY_MARGIN)) + 1
+
+    def is_sure_to_fit(self, n: int) -> bool:
+        """Whether recording at n can't go over the budget, by the most pessimistic of what is known."""
+        observed = self.observed
+        room = self.usable_bytes - self.base_bytes - self.data_bytes(2 * n)
+        if observed.recordings and observed.doubt is None and len(observed.recordings) > 1:
+            return observe.peak_of(self.subject, observed, (n, n)).peak_bytes <= room
+        gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)
+        steady = gradients + observed.state_bytes  # it is there whatever the batch
+        if observed.recordings:
+            known, peak = observed.recordings[-1].micro_batch, observed.notes[-1].measured_bytes
+        else:
+            # The first step makes gradients and state itself: only what comes on top of them is of the batch.
+            kept = {event.block for event in kept_blocks(observed.prelude)}
+            passing = tuple(event for event in observed.prelude if event.block not in kept)
+            known = observe.SCOUT
+            peak = steady + max(0, live_peak([Phase(observe.PRELUDE, passing)]) - gradients)
+        scaling = max(peak - steady, peak // 10)  # all the rest growing with the batch is the worst there is
+        return peak + scaling * max(0, n - known) // known <= room
+
+
+def bytes_per_sample(subject: Subject) -> int:
+    """What one sample more adds to a batch; what all samples share adds nothing."""
+    one, two = (
+        sum(leaf.nbytes for _, leaf in tree.leaves(subject.tile(n)) if isinstance(leaf, torch.Tensor)) for n in (1, 2)
+    )
+    return two - one

@@ -1,0 +1,139 @@
+"""The outlook on the CPU: committed bytes of the process, its own samples among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from . import cpu, observe
+from .allocator import Start
+from .observe import Observed, Subject
+from .outlook import AGREES_WITHIN, VERIFIED_STEPS, Outlook
+from .plan import PeakRow
+from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
+from .solve import Split
+from .wish import Wish
+
+DEFAULT_MALLOC_SLACK = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
+
+
+@dataclass
+class CpuOutlook(Outlook):
+    """What is there to be used, and what is known so far; `start` is the heap as it is here."""
+
+    start: Start = Start()
+
+    def data_bytes(self, samples: int) -> int:
+        """The samples of a window lie in the same memory until their step is done."""
+        return cpu.data_bytes(samples * self.sample_bytes)
+
+    def peak_bytes(self, split: Split, history: str) -> int:
+        """Base, data, and what the window makes malloc take."""
+        held = self.base_bytes + self.data_bytes(sum(split))
+        if history == "fresh":
+            return held + observe.peak_of(self.subject, self.observed, split).peak_bytes
+        inside = self.start.heap_free_bytes
+        return held + inside + observe.peak_of(self.subject, self.observed, split, self.start).peak_bytes
+
+    def fits(self, split: Split) -> bool:
+        """Whether the worse history's peak is within what is usable."""
+        try:
+            return self.worst_bytes(split) <= self.usable_bytes
+        except LookupError:
+            return False
+
+    def floor(self, n: int) -> int:
+        """What is alive at once in a first micro-batch."""
+        return self._floor(n, later=False)
+
+    def later_floor(self, n: int) -> int:
+        """What is alive at once in a later one."""
+        return self._floor(n, later=True)
+
+    def _floor(self, n: int, *, later: bool) -> int:
+        data = self.data_bytes(self.wish.samples or n)
+        return self.base_bytes + int((1 + self.slack) * (data + observe.floor_of(self.observed, n, later=later)))
+
+    def phases(self, split: Split) -> dict[str, int]:
+        """By the replay of that window."""
+        held = self.base_bytes + self.data_bytes(sum(split))
+        window = observe.peak_of(self.subject, self.observed, split)
+        return {phase.name: held + phase.bytes for phase in window.phases if phase.name in PHASE_TITLES}
+
+    def row(self, n: int) -> PeakRow:
+        """By the replay of two micro-batches."""
+        window = observe.peak_of(self.subject, self.observed, (n, n))
+        peaks = {phase.name: phase.bytes for phase in window.phases}
+        return PeakRow(n, peaks[FIRST], peaks[LATER], peaks[OPTIMIZER], peaks.get(BETWEEN, 0))
+
+    @property
+    def base_words(self) -> str:
+        """What the base is."""
+        return "the process before training"
+
+    def own_fields(self, split: Split, largest: int) -> dict[str, Any]:
+        """The device's name."""
+        return {"device": cpu.name}
+
+    def measured_fields(self, measured: cpu.Measured, split: Split) -> dict[str, Any]:
+        """What the verified windows took, and the samples that the rest of a whole window adds."""
+        verified = split[:VERIFIED_STEPS]
+        rest = self.data_bytes(sum(split)) - self.data_bytes(sum(verified))
+        ran = verified[0] + 2 * sum(verified)
+        return {
+            "measured_peak_bytes": self.base_bytes + measured.increment_bytes + rest,
+            "resident_peak_bytes": measured.resident_bytes,
+            "fresh_pages_share": measured.system_share,
+            "window_seconds": measured.seconds * sum(split) / ran,
+        }
+
+    def reasons(self, split: Split) -> dict[str, str]:
+        """In committed bytes."""
+        return {
+            "base_bytes": "committed by this process before training: interpreter, libraries, the model",
+            "data_bytes": (
+                f"{sum(split)} samples of {self.sample_bytes:,} bytes, kept until their optimizer step is done"
+            ),
+            "history_bytes": "holes that planning left in this process's heap and that large blocks can't use",
+            "budget_bytes": f"the tightest of the limits ({self.budget.binds}) less the headroom",
+        }
+
+    def notes(self, split: Split) -> list[str]:
+        """Of the default malloc."""
+        if self.subject.mmap_threshold_bytes is not None:
+            return []
+        return [
+            f"malloc is left at its default: {self.slack:.0%} of what training takes is reckoned on top, "
+            "for its fragmentation."
+        ]
+
+    def measure(self, train: Callable[[Split], None], split: Split) -> cpu.Measured:
+        """Its first micro-batch alone, then two windows."""
+
+        def work() -> None:
+            for sizes in (split[:1], split, split):
+                train(sizes)
+
+        return cpu.measure(work)
+
+    def forget(self) -> None:
+        """Nothing to forget: what was observed keeps its own replays."""
+
+    def confirms(self, split: Split, measured: cpu.Measured) -> str | None:
+        """Within 2 % of the whole; where each size stands for itself, that it fits is all there is to know."""
+        predicted = self.peak_bytes(split, "here") - self.start.heap_free_bytes - self.base_bytes
+        allowed = AGREES_WITHIN * (self.base_bytes + predicted) + self.slack * predicted
+        if abs(measured.increment_bytes - predicted) <= allowed:
+            return None
+        if self.observed.doubt and self.base_bytes + measured.increment_bytes <= self.usable_bytes:
+            return None
+        return f"took {measured.increment_bytes:,} bytes, not {predicted:,}"
+
+
+def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CpuOutlook:
+    """Reads what there is now; `own_bytes` are planning's own, and the optimizer state's that is there already."""
+    base, start = cpu.read_base()
+    budget = cpu.read_budget(wish.budget, wish.headroom)
+    slack = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
+    return CpuOutlook(subject, wish, observed, base - own_bytes, budget, sample_bytes, slack, start)

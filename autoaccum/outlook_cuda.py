@@ -1,0 +1,251 @@
+"""The outlook on a CUDA device: bytes that the caching allocator reserves, in a fresh process and in this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from . import cuda
+from .caching_allocator import EMPTY, CudaRules, CudaStart
+from .observe import Observed, Subject
+from .outlook import AGREES_WITHIN, VERIFIED_STEPS, Outlook
+from .plan import PeakRow
+from .program import StepProgram, as_recorded, plain_window
+from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, live_peak
+from .solve import CAPACITY_MARGIN, Split, largest_micro_batch
+from .training import Training, TrainingReplay, replay_training, training_of
+from .virtual.control import is_virtual
+from .wish import Wish
+
+_Key = tuple[Split, str, int | None, bool]
+
+
+@dataclass
+class CudaOutlook(Outlook):
+    """What is there to be used, and what is known so far.
+
+    Attributes:
+        build: The model's blocks as a fresh process makes them.
+        start: What the allocator holds here.
+        settings: How the allocator is set.
+    """
+
+    build: tuple[Event, ...] = ()
+    start: CudaStart = EMPTY
+    settings: CudaRules = CudaRules()
+    _replays: dict[_Key, TrainingReplay] = field(default_factory=dict)
+    _floors: dict[tuple[int, bool], int] = field(default_factory=dict)
+    _trainings: dict[int, Training] = field(default_factory=dict)
+
+    def data_bytes(self, samples: int) -> int:
+        """Samples wait on the host; those of one micro-batch at a time are on the device, and recorded."""
+        return 0
+
+    def fits(self, split: Split) -> bool:
+        """Whether it fits as it is and with 2 % less, in each history, without a retry once windows are alike."""
+        try:
+            return all(self._fits(split, history) for history in self.wish.histories)
+        except LookupError:
+            return False
+
+    def _fits(self, split: Split, history: str) -> bool:
+        if self.replayed(split, history, None).peak_reserved_bytes <= self.usable_bytes:
+            return True
+        return all(self.replayed(split, history, size).fits for size in (self.usable_bytes, self.budget.bytes))
+
+    def is_sure_to_fit(self, n: int) -> bool:
+        """By the allocator's rules once there is a program, a retry now and then included; before, pessimistically."""
+        if len(self.observed.recordings) > 1 and self.observed.doubt is None:
+            unlimited = self.replayed((n, n), "fresh", None).peak_reserved_bytes <= self.usable_bytes
+            return unlimited or self.replayed((n, n), "fresh", self.usable_bytes).out_of_memory is None
+        return super().is_sure_to_fit(n)
+
+    def replayed(
+        self, split: Split, history: str, capacity_bytes: int | None, *, expandable: bool | None = None
+    ) -> TrainingReplay:
+        """The training run of a split by the allocator's rules.
+
+        Raises:
+            LookupError: Nothing as large was recorded, and nothing follows from what was.
+        """
+        expandable = self.settings.expandable_segments if expandable is None else expandable
+        key = split, history, capacity_bytes, expandable
+        if key not in self._replays:
+            training, sizes = self._training(split)
+            found = replay_training(
+                training,
+                sizes,
+                replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
+                start=self.start if history == "here" else EMPTY,
+            )
+            if len(self._replays) > 4096:
+                self._replays.clear()
+            self._replays[key] = found
+        return self._replays[key]
+
+    def _training(self, split: Split) -> tuple[Training, Split]:
+        observed = self.observed
+        if observed.doubt is None:
+            return self._made(0, observed.program), split
+        recording = next((each for each in observed.recordings if each.micro_batch >= split[0]), None)
+        if recording is None:
+            raise LookupError(f"nothing was recorded at {split[0]} samples or more")
+        size = recording.micro_batch
+        return self._made(size, lambda: as_recorded(recording, observed.prelude)), (size,) * len(split)
+
+    def _made(self, key: int, program: Callable[[], StepProgram]) -> Training:
+        if key not in self._trainings:
+            assert self.observed.first_step is not None
+            self._trainings[key] = training_of(program(), self.observed.first_step, self.build)
+        return self._trainings[key]
+
+    def peak_bytes(self, split: Split, history: str) -> int:
+        """The most that is reserved: within the budget where that fits, else what it would come to without one."""
+        unlimited = self.replayed(split, history, None)
+        if unlimited.peak_reserved_bytes <= self.budget.bytes:
+            return unlimited.peak_reserved_bytes
+        limited = self.replayed(split, history, self.budget.bytes)
+        return limited.peak_reserved_bytes if limited.fits else unlimited.peak_reserved_bytes
+
+    def needed_bytes(self, split: Split) -> int:
+        """The smallest budget that the window fits; below what it takes without a limit, since a retry makes room."""
+        low, high = 0, max(self.replayed(split, history, None).peak_reserved_bytes for history in self.wish.histories)
+        high = int(high / (1 - CAPACITY_MARGIN)) + 1
+        while high - low > 2 << 20:
+            middle = (low + high) // 2
+            fits = replace(self, budget=replace(self.budget, bytes=middle), _replays={}).fits(split)
+            low, high = (low, middle) if fits else (middle, high)
+        return high
+
+    def floor(self, n: int) -> int:
+        """What is alive at once in a first micro-batch of a window that isn't the first."""
+        return self._floor(n, later=False)
+
+    def later_floor(self, n: int) -> int:
+        """What is alive at once in a later one."""
+        return self._floor(n, later=True)
+
+    def _floor(self, n: int, *, later: bool) -> int:
+        if (n, later) not in self._floors:
+            self._floors[n, later] = self._floor_of(n, later=later)
+        return self._floors[n, later]
+
+    def _floor_of(self, n: int, *, later: bool) -> int:
+        if self.observed.doubt is not None or self.observed.first_step is None:
+            return 0
+        training, split = self._training((n, n) if later else (n,))
+        held = sum(event.bytes for event in self.build) + training.state_bytes
+        return held + live_peak(plain_window(training.program, split)[: len(split)])
+
+    def phases(self, split: Split) -> dict[str, int]:
+        """By the replay in a fresh process."""
+        unlimited = self.replayed(split, "fresh", None)
+        within = unlimited.peak_reserved_bytes <= self.budget.bytes
+        found = unlimited if within else self.replayed(split, "fresh", self.budget.bytes)
+        return {name: size for name, size in found.phases.items() if name in PHASE_TITLES}
+
+    def row(self, n: int) -> PeakRow:
+        """By the replay of windows of two micro-batches, without a limit."""
+        peaks = self.replayed((n, n), "fresh", None).phases
+        above = {name: max(0, size - self.base_bytes) for name, size in peaks.items()}
+        return PeakRow(n, above[FIRST], above[LATER], above[OPTIMIZER], above.get(BETWEEN, 0))
+
+    @property
+    def base_words(self) -> str:
+        """What the base is."""
+        return "the model"
+
+    def own_fields(self, split: Split, largest: int) -> dict[str, Any]:
+        """The GPU, the retries, and what other settings of the allocator would allow."""
+        limited = self.replayed(split, self.wish.histories[0], self.budget.bytes)
+        return {
+            "device": torch.cuda.get_device_name(self.subject.parts.device),
+            "virtual": is_virtual(),
+            "retries": limited.retries,
+            "largest_without_retries": self._largest(largest, expandable=None),
+            "largest_with_expandable_segments": self._largest(None, expandable=True),
+        }
+
+    def _largest(self, most: int | None, *, expandable: bool | None) -> int | None:
+        """The largest micro-batch that never makes the allocator give its cache back."""
+        if self.observed.doubt is not None:
+            return None
+
+        def fits(split: Split) -> bool:
+            return all(
+                self.replayed(split, history, None, expandable=expandable).peak_reserved_bytes <= self.usable_bytes
+                for history in self.wish.histories
+            )
+
+        reach = most or self.wish.most
+        return largest_micro_batch(fits, self.later_floor, budget_bytes=self.usable_bytes, most=reach) or None
+
+    def measured_fields(self, measured: cuda.Measured, split: Split) -> dict[str, Any]:
+        """What the allocator counted. A virtual GPU has no time."""
+        seconds = measured.seconds * sum(split) / (3 * sum(split[:VERIFIED_STEPS]))
+        return {
+            "measured_peak_bytes": measured.peak_bytes,
+            "resident_peak_bytes": None,
+            "allocated_peak_bytes": measured.allocated_bytes,
+            "fresh_pages_share": None,
+            "window_seconds": None if is_virtual() else seconds,
+        }
+
+    def reasons(self, split: Split) -> dict[str, str]:
+        """In reserved bytes."""
+        return {
+            "base_bytes": "reserved for the model's parameters and buffers before training",
+            "data_bytes": "none: samples wait on the host, and those of one micro-batch at a time are in its peak",
+            "history_bytes": "fragments of what this process had on the device before",
+            "budget_bytes": f"what the caching allocator may reserve, by {self.budget.binds}, less the headroom",
+        }
+
+    def notes(self, split: Split) -> list[str]:
+        """Of retries, and of what a virtual GPU can't know."""
+        notes = []
+        retries = self.replayed(split, self.wish.histories[0], self.budget.bytes).retries
+        if any(retries):
+            notes.append(
+                f"The allocator gives its cache back {sum(retries)} times in the first windows, which costs "
+                "milliseconds once, and never again after them."
+            )
+        if is_virtual():
+            notes.append(
+                "Real allocator on a virtual GPU, not measured on one: kernels compute nothing, so time and exactness "
+                "are unknown, and workspaces of cuDNN's convolutions are counted as set there (docs/virtual-gpu.md)."
+            )
+        return notes
+
+    def measure(self, train: Callable[[Split], None], split: Split) -> cuda.Measured:
+        """Three windows: the first of all, and two that follow."""
+        return cuda.measure(train, [split] * 3, self.subject.parts.device)
+
+    def forget(self) -> None:
+        """Drops what was replayed."""
+        self._replays.clear()
+        self._floors.clear()
+        self._trainings.clear()
+
+    def confirms(self, split: Split, measured: cuda.Measured) -> str | None:
+        """The retries that were predicted, and the peak within 2 %."""
+        expected = self.replayed(split, "here", self.budget.bytes)
+        retries = expected.retries[: len(measured.retries)]
+        if measured.retries != retries:
+            return f"gave its cache back {measured.retries} times in its windows, not {retries}"
+        if abs(measured.peak_bytes - expected.peak_reserved_bytes) > AGREES_WITHIN * expected.peak_reserved_bytes:
+            return f"took {measured.peak_bytes:,} bytes, not {expected.peak_reserved_bytes:,}"
+        return None
+
+
+def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CudaOutlook:
+    """Reads what there is now."""
+    parts = subject.parts
+    build = subject.build or cuda.model_blocks(parts.model)
+    settings = cuda.rules()
+    budget = cuda.read_budget(parts.device, wish.budget, wish.headroom)
+    base = cuda.reserved_by(build, settings)
+    start = cuda.read_start(parts.device)
+    return CudaOutlook(subject, wish, observed, base, budget, sample_bytes, 0.0, build, start, settings)

@@ -1,0 +1,93 @@
+"""What a plan is asked for, checked before anything is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import split as cutting
+from .errors import UsageError
+from .solve import share_of
+from .workload import Workload
+
+SEARCH_LIMIT = 1 << 20  # where to stop looking for the largest micro-batch when nothing asks for more
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a plan is asked for.
+
+    Attributes:
+        target_batch: Samples in an optimizer step, over all ranks; None for one micro-batch, the largest that fits.
+        samples: This rank's share of it.
+        world_size: Ranks.
+        budget: What training may use; None for what there is.
+        headroom: How much of it to keep free.
+        least: The smallest micro-batch allowed.
+        most: The largest.
+        histories: The processes that the plan has to hold in: a "fresh" one, this one as it is now ("here"), or both.
+    """
+
+    target_batch: int | None
+    samples: int | None  # this rank's share of it
+    world_size: int
+    budget: str | int | None
+    headroom: str | int | None
+    least: int
+    most: int
+    histories: tuple[str, ...] = ("fresh", "here")
+
+
+def read_wish(
+    workload: Workload,
+    target_batch: int | None,
+    budget: str | int | None,
+    headroom: str | int | None,
+    most: int | None,
+    least: int | None,
+    rank: int,
+    world_size: int,
+) -> Wish:
+    """Checks what was asked for.
+
+    Raises:
+        UsageError: It can't be had, whatever the memory.
+    """
+    for name, value in (("target_batch", target_batch), ("max_micro_batch", most), ("min_micro_batch", least)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"{name} is {value!r}: a number of samples, at least 1.", hint=f"Give {name}=512, say.")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"rank {rank} of {world_size} ranks.", hint="Ranks count from 0 to world_size - 1.")
+    if target_batch is not None and target_batch < world_size:
+        raise UsageError(
+            f"A target batch of {target_batch} can't be shared by {world_size} ranks.",
+            "Each needs at least one sample.",
+            f"Give a target of at least {world_size}, or fewer ranks.",
+        )
+    _sample_size(workload)
+    samples = None if target_batch is None else share_of(target_batch, world_size, rank)
+    least = least or (2 if _takes_batch_statistics(workload.model) else 1)
+    most = min(most or SEARCH_LIMIT, samples or SEARCH_LIMIT)
+    if least > most:
+        raise UsageError(
+            f"The smallest micro-batch allowed, {least}, is above the largest, {most}.",
+            "Batch normalization in train mode needs 2 samples." if least == 2 else "",
+            "Raise the target, or max_micro_batch.",
+        )
+    if samples is not None and samples // least < -(-samples // most):
+        raise UsageError(
+            f"{samples} samples can't be cut into micro-batches of at least {least} and at most {most}.",
+            "Batch normalization in train mode needs 2 samples." if least == 2 else "",
+            f"Allow micro-batches of {most + 1}, or change the target by one.",
+        )
+    return Wish(target_batch, samples, world_size, budget, headroom, least, most)
+
+
+def _sample_size(workload: Workload) -> int:
+    return cutting.batch_size(workload.sample, shared=workload.shared, per_sample=workload.per_sample)
+
+
+def _takes_batch_statistics(model: torch.nn.Module) -> bool:
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(module, kind) and (module.training or not model.training) for module in model.modules())

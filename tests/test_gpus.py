@@ -1,0 +1,125 @@
+"""The table of real GPUs: that its figures are those of the sources beside them, and what stands in for them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from autoaccum.errors import UsageError
+from autoaccum.gpus import GPUS, LIBRARY_BYTES, Gpu, find_gpu, list_gpus, virtual_settings
+from autoaccum.units import parse_bytes
+from autoaccum.virtual import available, launch
+
+MIB, GIB = 2**20, 2**30
+REASON = available()
+usable = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+each = pytest.mark.parametrize("gpu", GPUS, ids=[gpu.name for gpu in GPUS])
+
+
+@each
+def test_every_figure_has_a_source_that_can_be_looked_up(gpu: Gpu) -> None:
+    told = gpu.sources
+    for source in (told.total, told.processor):
+        assert "https://github.com/" in source or "'" in source
+    assert told.context.startswith(("out-of-memory message: ", "derived: "))
+    assert told.library.startswith("derived: ") and gpu.library_bytes == LIBRARY_BYTES
+
+
+@each
+def test_the_figures_are_those_of_the_sources(gpu: Gpu) -> None:
+    told = gpu.sources
+    quoted = [int(size) for size in re.findall(r"\((\d{10,}) bytes\)", told.total)]
+    rounded = [int(size) * MIB for size in re.findall(r"total_memory=(\d+)MB", told.total)]
+    capacities = [parse_bytes(f"{size}GiB") for size in re.findall(r"capacity of ([\d.]+) GiB", told.total)]
+    near = [size for size in (*quoted, *rounded, *capacities) if abs(size - gpu.total_bytes) <= 10 * MIB]
+    assert near or "https://" in told.total
+    counts = re.findall(r"multi_processor_count=(\d+)|\(0*(\d+)\) Multiprocessors", told.processor)
+    assert all(int(a or b) == gpu.multiprocessors for a, b in counts)
+    assert counts or "https://" in told.processor
+    in_use, allocated, idle = re.findall(r"([\d.]+ [GM]iB) (?:memory in use|allocated|reserved)", told.context)
+    assert gpu.context_bytes == parse_bytes(in_use) - parse_bytes(allocated) - parse_bytes(idle)
+    assert 100 * MIB < gpu.context_bytes < GIB
+
+
+@each
+def test_a_name_finds_it_and_so_does_the_drivers(gpu: Gpu) -> None:
+    assert find_gpu(gpu.name) is gpu
+    assert find_gpu(gpu.device_name) is gpu
+    assert find_gpu(f" {gpu.name.upper().replace('-', '_')} ") is gpu
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("RTX 4090", "rtx-4090"), ("GeForce RTX 3090", "rtx-3090"), ("V100-SXM2-16GB", "v100-16gb"), ("nvidia_l4", "l4")],
+)
+def test_a_name_that_is_spelled_another_way(name: str, meant: str) -> None:
+    assert find_gpu(name).name == meant
+
+
+def test_the_names_that_the_command_line_promises() -> None:
+    names = {gpu.name for gpu in GPUS}
+    data_centre = {
+        "h100-80gb",
+        "h100-pcie-80gb",
+        "h200",
+        "gh200",
+        "b200",
+        "a100-40gb",
+        "a100-80gb",
+        "a40",
+        "l40s",
+        "l4",
+    }
+    assert data_centre | {"a10g", "a10", "t4", "v100-16gb", "v100-32gb", "p100"} <= names
+    assert {"a6000", "rtx-3090", "rtx-4090", "rtx-5090"} <= names
+    assert len(names) == len(GPUS)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("h100", "Near it are: h100-80gb, h100-pcie-80gb."),
+        ("v100-24gb", "v100-32gb"),
+        ("4090", "Near it are: rtx-4090."),
+        ("abacus", "Nothing in the table is near it."),
+        ("", "Nothing in the table is near it."),
+    ],
+)
+def test_a_name_that_is_not_known(name: str, told: str) -> None:
+    with pytest.raises(UsageError, match=f"No GPU is known as '{name}'") as error:
+        find_gpu(name)
+    assert told in error.value.why and "autoaccum doctor --gpus" in error.value.hint
+
+
+def test_the_list_tells_each_with_its_sources() -> None:
+    text = list_gpus()
+    assert all(gpu.name in text and gpu.sources.context in text for gpu in GPUS)
+
+
+@each
+def test_each_can_be_stood_in_for(gpu: Gpu) -> None:
+    virtual = virtual_settings(gpu, devices=2)
+    assert (virtual.memory_bytes, virtual.name, virtual.devices) == (gpu.total_bytes, gpu.device_name, 2)
+    assert gpu.total_bytes - virtual.context_bytes == gpu.capacity_bytes
+
+
+LOOK = """
+import json, torch
+from autoaccum.budget_cuda import read_cuda_budget
+kind = torch.cuda.get_device_properties(0)
+seen = kind.name, kind.total_memory, f"{kind.major}.{kind.minor}", kind.multi_processor_count
+print(json.dumps([*seen, read_cuda_budget().bytes]))
+"""
+
+
+@usable
+def test_torch_takes_the_largest_for_the_real_one() -> None:
+    gpu = max(GPUS, key=lambda gpu: gpu.total_bytes)
+    process = launch([sys.executable, "-c", LOOK], virtual_settings(gpu), stdout=subprocess.PIPE)
+    out, _ = process.communicate(timeout=60)
+    expected = [gpu.device_name, gpu.total_bytes, gpu.capability, gpu.multiprocessors, gpu.capacity_bytes]
+    assert process.returncode == 0 and json.loads(out) == expected
