@@ -222,17 +222,27 @@ def peak_of(subject: Subject, observed: Observed, split: Split, start: Start | N
         LookupError: No program, and no recording that large.
     """
     start = start or Start()
+    program, short = window_of(observed, split)
+    if observed.doubt is not None:
+        return _replay(subject, observed, program, short, start)
+    if (short, start) not in observed._replays:
+        observed._replays[short, start] = _replay(subject, observed, program, short, start)
+    return observed._replays[short, start]
+
+
+def window_of(observed: Observed, split: Split) -> tuple[StepProgram, Split]:
+    """The program that says what a split's window takes, and a short window with the same peak.
+
+    Raises:
+        LookupError: No program, and no recording that large.
+    """
     if observed.doubt is None:
-        program = observed.program()
-        key = _representative(program, split), start
-        if key not in observed._replays:
-            observed._replays[key] = _replay(subject, observed, program, *key)
-        return observed._replays[key]
+        return observed.program(), _representative(observed.program(), split)
     recording = next((r for r in observed.recordings if r.micro_batch >= split[0]), None)
     if recording is None:
         raise LookupError(f"nothing was recorded at {split[0]} samples or more")
-    program = as_recorded(recording)
-    return _replay(subject, observed, program, _representative(program, (recording.micro_batch,) * len(split)), start)
+    program = as_recorded(recording, observed.prelude)
+    return program, _representative(program, (recording.micro_batch,) * len(split))
 
 
 def floor_of(observed: Observed, n: int, *, later: bool) -> int:

@@ -17,10 +17,9 @@ from .budget import Budget
 from .observe import Observed, Subject
 from .plan import PeakRow
 from .recording import Phase, kept_blocks, live_peak
-from .solve import Solution, Split
+from .solve import CAPACITY_MARGIN, Solution, Split
 from .wish import Wish
 
-CAPACITY_MARGIN = 0.02  # a plan still fits when there turns out to be this much less
 VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
 AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more teaches instead of confirming
 

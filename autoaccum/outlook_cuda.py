@@ -11,13 +11,13 @@ import torch
 from . import cuda
 from .caching_allocator import EMPTY, CudaRules, CudaStart
 from .observe import Observed, Subject
-from .outlook import AGREES_WITHIN, CAPACITY_MARGIN, VERIFIED_STEPS, Outlook
+from .outlook import AGREES_WITHIN, VERIFIED_STEPS, Outlook
 from .plan import PeakRow
 from .program import StepProgram, as_recorded, plain_window
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, live_peak
-from .solve import Split, largest_micro_batch
-from .units import show_bytes
+from .solve import CAPACITY_MARGIN, Split, largest_micro_batch
 from .training import Training, TrainingReplay, replay_training, training_of
+from .units import show_bytes
 from .virtual.control import is_virtual
 from .wish import Wish
 
