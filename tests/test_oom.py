@@ -40,7 +40,7 @@ from helpers_train import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autoaccum import OutOfMemory, Runner, Workload, budget, fit_plan, oom
+from autoaccum import OutOfMemory, Runner, Workload, budget, fit_plan, oom, restore
 from autoaccum.budget import Term
 from autoaccum.rng import same_state, take_rng
 from autoaccum.units import show_bytes
@@ -636,6 +636,23 @@ def test_batch_statistics_are_never_taken_of_a_single_sample() -> None:
     with pytest.raises(OutOfMemory, match="micro-batch of 3"):  # 5 samples in micro-batches of two or more: 3 and 2
         runner.step(vectors(5))
     assert seen == [3, 3] or seen == [3]
+
+
+def test_running_out_while_the_snapshot_is_taken_is_recovered_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, taken, take = mlp(), list[int](), restore.take
+    runner = runner_for(Workload(model, vectors(4), optimizer=Capture), 8, 4)
+    want = gradients(model, default_loss, vectors(8))
+
+    def short(**how: Any) -> Any:
+        taken.append(1)
+        if len(taken) == 1:
+            raise MemoryError
+        return take(**how)
+
+    monkeypatch.setattr(restore, "take", short)
+    result = runner.step(vectors(8))
+    assert result.retries == 1
+    assert distance(seen(runner)[-1], want) <= FP64
 
 
 def test_a_window_whose_loss_spoils_its_batch_is_not_repeated() -> None:
