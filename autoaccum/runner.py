@@ -267,7 +267,8 @@ class Runner:
     def _recut(self, window: Window) -> Window:
         """The same samples in smaller pieces: the pieces are all that is left of the batch, so they are cut again.
 
-        A packed piece can't be, and stays.
+        A packed piece can't be, and stays. Where batch statistics keep one of three samples from being cut, the pieces
+        are joined first, at the price of a copy of the window.
         """
         pieces: list[Batch] = []
         sizes: list[int] = []
@@ -279,7 +280,17 @@ class Runner:
             except BatchError:
                 pieces.append(piece)
                 sizes.append(size)
+        if max(sizes) > self.micro_batch and self._least > 1:
+            return self._recut_joined(window) or Window(tuple(pieces), tuple(sizes))
         return Window(tuple(pieces), tuple(sizes))
+
+    def _recut_joined(self, window: Window) -> Window | None:
+        try:
+            joined = cutting.join(window.pieces, **self._names)
+            sizes = self._split(sum(window.sizes))
+            return None if joined is None else Window(tuple(cutting.split(joined, sizes, **self._names)), sizes)
+        except BatchError:
+            return None
 
     def state_dict(self) -> dict[str, Any]:
         """All that training changes, between windows: for a checkpoint."""
