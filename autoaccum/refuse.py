@@ -45,6 +45,11 @@ def refuse(parts: Parts, steps: int) -> None:
         _refuse_graphs(parts.model, steps)
 
 
+def steps_in_backward(model: nn.Module) -> bool:
+    """Whether a hook updates parameters while a backward is under way."""
+    return any(_in_backward(hook) is not None for _, hook in _accumulation_hooks(model))
+
+
 def warnings(parts: Parts, steps: int) -> list[str]:
     """What may be meant otherwise in windows of so many micro-batches; a sentence for each."""
     if steps < 2:

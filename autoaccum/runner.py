@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from .plan import Plan
 from .recording import OPTIMIZER, PHASE_TITLES
 from .rng import put_rng
 from .solve import share_of, split_within
+from .tokens import split_by_tokens
 from .units import show_bytes
 from .windows import Window, windows
 from .workload import IGNORED, Batch, Workload, default_loss
@@ -124,7 +125,10 @@ class Runner:
             skip: Windows to pass over without training: those before a checkpoint.
             rng: Random states (of `rng.take_rng`) to go on with after them.
         """
-        found = windows(loader, self.samples, self._split, **self._names)
+        lengths = self.workload.lengths
+        found = windows(
+            loader, self.samples, self._split, lengths=lengths, split_of_lengths=self._split_lengths, **self._names
+        )
         for _ in range(skip):
             next(found, None)
         if rng is not None:
@@ -140,11 +144,18 @@ class Runner:
             return self.plan.split  # which was verified; another of the same largest micro-batch may not fit
         return split_within(samples, self.micro_batch, self._least)
 
+    def _split_lengths(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Within the budget of tokens too, where there is one."""
+        if self.workload.max_tokens is None:
+            return self._split(len(lengths))
+        return split_by_tokens(lengths, self.micro_batch, self.workload.max_tokens, self._least)
+
     def _train(self, window: Window) -> StepResult:
         for piece in window.pieces:
             check_signature(piece, self.plan.signature)
         window = self._counted(window)
-        if max(window.sizes) > self.micro_batch:  # loaded before an out-of-memory lowered it
+        if max(window.sizes) > self.micro_batch and window.sizes != self._split(sum(window.sizes)):
+            # Loaded before an out-of-memory lowered it.
             window = self._recut(window)
         self._drop_gradients()  # somebody's own backward, or a window that an error broke off
         retries = 0
@@ -228,6 +239,12 @@ class Runner:
         """Drops the half-added gradients, puts back random states and buffers, lowers the micro-batch, cuts again."""
         largest, least = max(window.sizes), self._least
         where = PHASE_TITLES.get(self._phase, "pass that counts")
+        if refuse.steps_in_backward(self.parts.model):
+            raise OutOfMemory(
+                f"Out of memory in the {where}, and a hook steps the optimizer in backward ({failure}).",
+                "Some parameters may be updated already, so the window can't be repeated.",
+                "Load the last checkpoint and plan again with less memory (--memory).",
+            )
         if self._phase == OPTIMIZER:
             raise OutOfMemory(
                 f"The optimizer step ran out of memory ({failure}).",

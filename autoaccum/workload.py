@@ -5,7 +5,7 @@ Knows the model, a sample, the loss and the optimizer; knows nothing of memory o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,9 @@ class Workload:
         per_sample: Names of what has a row for each sample, where that isn't plain.
         loader: Where training data comes from: a DataLoader, an iterable of batches, or a function that makes one.
             Planning never touches it; `autoaccum run` reads it.
+        lengths: For sequences from a map-style loader: the length of each sample of its data set. A window's samples
+            then come longest first, so that each micro-batch is padded little; its gradient is the same.
+        max_tokens: With lengths: the most tokens in a micro-batch, padding included, as well as its most samples.
         name: What to call this workload in a plan.
     """
 
@@ -77,6 +80,8 @@ class Workload:
     shared: Collection[str] = field(default=(), kw_only=True)
     per_sample: Collection[str] = field(default=(), kw_only=True)
     loader: Iterable[Batch] | Callable[[], Iterable[Batch]] | None = field(default=None, kw_only=True)
+    lengths: Sequence[int] | None = field(default=None, kw_only=True)
+    max_tokens: int | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -88,6 +93,12 @@ class Workload:
         if self.on_nonfinite is not None and self.on_nonfinite not in ON_NONFINITE:
             raise UsageError(
                 f"on_nonfinite {self.on_nonfinite!r} is not known.", hint=f"Use one of {', '.join(ON_NONFINITE)}."
+            )
+        if self.max_tokens is not None and (self.lengths is None or self.max_tokens < 1):
+            raise UsageError(
+                f"max_tokens is {self.max_tokens}, and lengths are {'not ' if self.lengths is None else ''}given.",
+                "A budget of tokens needs the length of each sample, and at least 1.",
+                "Give lengths=[len(sample) for each sample of the data set].",
             )
         if self.encode is not None and self.loss is None:
             raise UsageError(
