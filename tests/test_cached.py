@@ -180,6 +180,7 @@ def test_batch_statistics_are_counted_once_per_forward(how: str | None) -> None:
         assert int(model.body[1].num_batches_tracked) == 2  # two views, once a window
         encode_pair(twin, batch)
         assert torch.allclose(model.body[1].running_mean, twin.body[1].running_mean, rtol=0, atol=1e-12)
+        assert torch.allclose(model.body[1].running_var, twin.body[1].running_var, rtol=0, atol=1e-12)
     else:
         assert same_tensors(state_of(model.body[1]), state_of(twin.body[1]))
 
