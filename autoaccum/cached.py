@@ -53,6 +53,7 @@ def fill(
     encode: Callable[[Batch], Any],
     backward: Callable[[Any], torch.Tensor],
     pieces: Sequence[Batch],
+    window_samples: int | None = None,
 ) -> Cache:
     """Encodes every micro-batch without gradients, and takes the loss of all their representations.
 
@@ -61,6 +62,8 @@ def fill(
         encode: From a micro-batch to its representations, a tree of tensors with the samples in dimension 0.
         backward: From the representations of all to their loss, backpropagated already; detached.
         pieces: The micro-batches.
+        window_samples: Where planning runs a short window in place of a longer one: the samples of that one, of whose
+            representations the loss is to be taken, for its memory's sake.
 
     Raises:
         UsageError: The representations of two micro-batches can't be joined.
@@ -70,6 +73,9 @@ def fill(
         states.append(take_rng())
         with torch.no_grad():
             encoded.append(tree.map_leaves(encode(piece), _leaf))
+    counts = [cutting.batch_size(each) for each in encoded]
+    if sum(counts) < (window_samples or 0):
+        encoded = _stand_ins(encoded[0], window_samples or 0)
     together = cutting.join(encoded)
     if together is None:
         raise UsageError(
@@ -78,8 +84,14 @@ def fill(
             "Let encode= return such tensors: pooled over the sequence, or padded to one length.",
         )
     loss = backward(together)
-    gradients = [_gradients(each) for each in encoded]
+    gradients = [_gradients(encoded[min(i, len(encoded) - 1)], count) for i, count in enumerate(counts)]
     return Cache(loss, gradients, states, restore.take(model=model, storages=False))
+
+
+def _stand_ins(encoded: Any, samples: int) -> list[Any]:
+    """Representations of as many samples, in two pieces, made of those of one micro-batch."""
+    half = samples // 2
+    return [cutting.tile(encoded, half), cutting.tile(encoded, samples - half)]
 
 
 def repeat(cache: Cache, index: int, encode: Callable[[Batch], Any], piece: Batch) -> None:
@@ -101,6 +113,7 @@ def _leaf(_: str, value: Any) -> Any:
     return value.requires_grad_() if value.is_floating_point() or value.is_complex() else value
 
 
-def _gradients(encoded: Any) -> dict[str, torch.Tensor]:
+def _gradients(encoded: Any, count: int) -> dict[str, torch.Tensor]:
+    """The gradients of a micro-batch's representations; where a stand-in has more samples, those of the first."""
     leaves = [(path, leaf) for path, leaf in tree.leaves(encoded) if isinstance(leaf, torch.Tensor)]
-    return {path: leaf.grad for path, leaf in leaves if leaf.grad is not None}
+    return {path: leaf.grad[:count] for path, leaf in leaves if leaf.grad is not None}

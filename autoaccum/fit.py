@@ -176,6 +176,7 @@ def fit_plan(
     threshold = module.prepare(malloc)
     with _as_it_was(workload) as snapshot:
         parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
+        parts.window_samples = wish.samples
         subject = Subject(parts, workload, module, threshold, progress or (lambda text: None))
 
         def start_over() -> None:

@@ -29,6 +29,8 @@ class Parts:
             so that each window of several micro-batches first counts by a forward pass without gradients.
         denominator: Found out by the first window: what a Hugging Face model's own loss averages over.
         asked_for_denominator: Whether it was looked for.
+        window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
+            for. Only a loss over all its representations asks.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class Parts:
     loss_is_mean: bool = False
     denominator: Denominator | None = None
     asked_for_denominator: bool = False
+    window_samples: int | None = None
 
 
 def open_parts(workload: Workload) -> Parts:

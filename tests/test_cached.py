@@ -24,7 +24,7 @@ from torch import nn
 
 from autoaccum import UsageError, Workload
 from autoaccum.record_cpu import record
-from autoaccum.recording import FIRST, LATER
+from autoaccum.recording import FIRST, LATER, live_peak
 from autoaccum.rng import put_rng, same_state, take_rng
 from autoaccum.step import open_parts, train_window
 
@@ -237,6 +237,33 @@ def test_representations_are_in_the_recorded_window() -> None:
     assert sum(event.bytes == 7 * 4096 * 8 for event in first.events) >= 2  # those of each micro-batch
     assert sum(event.bytes == 14 * 4096 * 8 for event in first.events) >= 2  # joined, and their gradient
     assert [phase.name for phase in recorded.phases][:2] == [FIRST, LATER]
+
+
+@pytest.mark.parametrize("n", [7, 11])
+def test_a_short_window_that_stands_for_a_longer_one_takes_its_loss(n: int) -> None:
+    samples, shapes = 15 * n, list[Any]()
+
+    def loss(model: Any, z: Any) -> torch.Tensor:
+        shapes.append(z.shape)
+        return (z @ z.T).tanh().mean()
+
+    def peak(parts: Any, steps: int) -> int:
+        pieces = [vectors(n)] * steps
+        recorded = record(lambda on: train_window(parts, pieces, (n,) * steps, on_phase=on), micro_batch=n)
+        return live_peak(phase for phase in recorded.phases if phase.name == FIRST)
+
+    def parts_of() -> Any:
+        model = nn.Linear(6, 512).double()
+        parts = open_parts(Workload(model, vectors(7), encode=lambda m, b: m(b[0]), loss=loss))
+        train_window(parts, [vectors(n)], (n,))
+        return parts
+
+    short, long = parts_of(), parts_of()
+    short.window_samples = samples
+    states = 13 * torch.get_rng_state().nbytes  # of the micro-batches that there are not
+    assert peak(short, 2) == pytest.approx(peak(long, 15) - states, rel=1e-3)
+    assert shapes[1:2] == [(samples, 512)]
+    assert peak(parts_of(), 2) < 0.5 * peak(long, 15)  # which is why
 
 
 def test_representations_that_cannot_be_joined_are_refused() -> None:
