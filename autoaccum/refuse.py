@@ -123,12 +123,28 @@ def _accumulation_hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _in_backward(hook: Any) -> str | None:
     """What a hook does that ends a gradient in the middle of a window; None where nothing is known of it."""
+    if isinstance(hook, torch.optim.Optimizer):
+        return f"steps {type(hook).__name__} in backward"
     optimizer = _optimizer_in(hook, _DEPTH)
-    if optimizer is not None:
+    if optimizer is not None and "step" in _names(hook):
         return f"steps {type(optimizer).__name__} in backward"
     if _sets_gradient(_function(hook)):
         return "sets the gradient in backward"
     return None
+
+
+def _names(hook: Any) -> set[str]:
+    """Names that a hook's code uses, and that of the functions it can call by their names."""
+    function = _function(hook)
+    code = getattr(function, "__code__", None)
+    if function is None or code is None:
+        return set()
+    names = set(code.co_names)
+    inner = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    inner += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+    for other in filter(inspect.isfunction, inner):
+        names |= set(other.__code__.co_names)
+    return names
 
 
 def _optimizer_in(value: Any, depth: int) -> torch.optim.Optimizer | None:
@@ -209,7 +225,7 @@ def _asks_for_graphs(backend: Any, depth: int) -> bool:
     return any(_asks_for_graphs(each, depth - 1) for each in inner if each is not backend)
 
 
-def _function(hook: Any) -> Callable[..., Any] | None:
+def _function(hook: Any) -> Any:
     if isinstance(hook, functools.partial):
         return _function(hook.func)
     if inspect.ismethod(hook):

@@ -93,8 +93,21 @@ class Runner:
         warned = refuse.warnings(self.parts, steps)
         if steps > 1:
             warned.append(batchnorm.told(self.parts.norms, self.parts.batchnorm))
+        warned.append(self._told_of_lengths())
         for text in filter(None, warned):
             log.warning("%s", text)
+
+    def _told_of_lengths(self) -> str:
+        """Where data is longer than what was planned with: said now, and not in the middle of an epoch."""
+        longest = max(self.workload.lengths or [0], default=0)
+        known = max((size for leaf in self.plan.signature for size in leaf.trailing_shape), default=longest)
+        if longest > known:
+            return (
+                f"The longest sample has {longest} by lengths=, and the plan was made with a sample of at most {known}. "
+                "Such a micro-batch could need more memory than was planned, and is refused. "
+                "Plan again with a sample of the longest data there is."
+            )
+        return ""
 
     def step(self, batch: Batch) -> StepResult:
         """Trains one window: the whole batch given, whatever its size, cut as the plan says.

@@ -63,6 +63,20 @@ def by_partial(model: nn.Module) -> None:
         p.register_post_accumulate_grad_hook(functools.partial(update, optimizer))
 
 
+def by_helper(model: nn.Module) -> None:
+    """The hook calls a function that steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def helper() -> None:
+        optimizer.step()
+
+    def calls_helper(parameter: torch.Tensor) -> None:
+        helper()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(calls_helper)
+
+
 def lomo(model: nn.Module) -> None:
     """No optimizer at all: the hook updates and drops the gradient itself."""
 
@@ -100,10 +114,11 @@ def of_torch(model: nn.Module) -> None:
         (Layerwise, "Layerwise.update on 0.weight steps SGD in backward"),
         (by_partial, "update on 0.weight steps SGD"),
         (by_global, "global_hook on 0.weight steps SGD"),
+        (by_helper, "calls_helper on 0.weight steps SGD"),
         (lomo, "fused_update on 0.weight sets the gradient in backward"),
         (of_torch, "0.weight steps SGD in backward"),
     ],
-    ids=["tutorial", "bound", "partial", "global", "lomo", "torch.distributed"],
+    ids=["tutorial", "bound", "partial", "global", "helper", "lomo", "torch.distributed"],
 )
 def test_an_optimizer_in_backward_is_refused_where_there_are_several_micro_batches(attach: Any, said: str) -> None:
     model = mlp()
@@ -145,6 +160,19 @@ def test_other_hooks_after_accumulation_are_said_and_work(caplog: pytest.LogCapt
     runner.step(vectors(16))
     assert len(norms) == 8
     assert distance(seen(runner)[-1], want) <= FP64
+
+
+def test_a_hook_that_only_reads_an_optimizer_is_not_refused(caplog: pytest.LogCaptureFixture) -> None:
+    model, rates = mlp(), list[float]()
+    optimizer = Capture(model.parameters(), lr=0.1)
+
+    def reads_rate(parameter: torch.Tensor) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    next(model.parameters()).register_post_accumulate_grad_hook(reads_rate)
+    runner_for(Workload(model, vectors(2), optimizer=optimizer), 16, 4).step(vectors(16))
+    assert "reads_rate on 0.weight runs after every micro-batch" in caplog.text
+    assert rates == [0.1] * 4
 
 
 def test_hooks_on_gradients_are_said(caplog: pytest.LogCaptureFixture) -> None:

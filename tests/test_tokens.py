@@ -114,6 +114,13 @@ def test_log_normal_lengths_are_padded_to_less_than_half() -> None:
     assert padded_tokens(ordered, split_by_tokens(ordered, 8, None)) < 0.5 * in_order
 
 
+@pytest.mark.parametrize("longest", [8, 9])
+def test_data_longer_than_the_planned_sample_is_said_at_once(longest: int, caplog: pytest.LogCaptureFixture) -> None:
+    work = Workload(tagger(), pad([sequence(8, seed=0)] * 2), loss=token_sum, optimizer=Capture, lengths=[3, longest])
+    runner_for(work, 4, 2)
+    assert ("The longest sample has 9" in caplog.text) == (longest == 9)
+
+
 def test_lengths_need_a_map_style_loader_and_a_budget_needs_lengths() -> None:
     samples = [sequence(3, seed=i) for i in range(4)]
     work = Workload(tagger(), pad(samples), loss=token_sum, count=token_count, optimizer=Capture, lengths=[3] * 4)
