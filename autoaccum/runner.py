@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from . import batchnorm, drift, oom, process_memory, refuse, restore, step, tree
+from . import batchnorm, drift, oom, process_memory, refuse, restore, step
 from . import split as cutting
-from .errors import BatchError, OutOfMemory, UsageError
+from .errors import OutOfMemory, UsageError
 from .identity import check_fingerprint, check_signature, fingerprint
 from .plan import Plan
-from .recording import OPTIMIZER, PHASE_TITLES
+from .recording import FIRST, LATER, OPTIMIZER, PHASE_TITLES
+from .recut import counted, cut_one, recut, refuse_changed, versions
 from .rng import put_rng
 from .solve import share_of, split_within
 from .tokens import split_by_tokens
@@ -78,7 +79,8 @@ class Runner:
         self.micro_batch = plan.micro_batch
         self.number = 0
         self._names = {"shared": workload.shared, "per_sample": workload.per_sample}
-        self._phase = ""
+        self._phase, self._begun = "", 0  # of a window: where it is, and its micro-batches so far
+        self._max_tokens = workload.max_tokens
         self._ignored_told = self._changes_looked_at = False
         self._drift = drift.Watch(self.parts.device, plan)
         self._least = max(plan.smallest_micro_batch, batchnorm.least_micro_batch(self.parts.norms, workload.batchnorm))
@@ -103,7 +105,7 @@ class Runner:
         known = max((size for leaf in self.plan.signature for size in leaf.trailing_shape), default=longest)
         if longest > known:
             return (
-                f"The longest sample has {longest} by lengths=, and the plan was made with a sample of at most {known}. "
+                f"The longest sample has {longest} by lengths=, and the plan's own has at most {known}. "
                 "Such a micro-batch could need more memory than was planned, and is refused. "
                 "Plan again with a sample of the longest data there is."
             )
@@ -159,23 +161,22 @@ class Runner:
 
     def _split_lengths(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """Within the budget of tokens too, where there is one."""
-        if self.workload.max_tokens is None:
+        if self._max_tokens is None:
             return self._split(len(lengths))
-        return split_by_tokens(lengths, self.micro_batch, self.workload.max_tokens, self._least)
+        return split_by_tokens(lengths, self.micro_batch, self._max_tokens, self._least)
 
     def _train(self, window: Window) -> StepResult:
         for piece in window.pieces:
             check_signature(piece, self.plan.signature)
-        window = self._counted(window)
+        window = counted(window, self._names)
         if max(window.sizes) > self.micro_batch and window.sizes != self._split(sum(window.sizes)):
-            # Loaded before an out-of-memory lowered it.
-            window = self._recut(window)
+            window = self._recut(window)  # loaded before an out-of-memory lowered it
         self._drop_gradients()  # somebody's own backward, or a window that an error broke off
         retries = 0
         self._drift.begin()
         while True:
-            self._phase, before = "", None
-            versions, failure = _versions(window), ""
+            self._phase, self._begun, before = "", 0, None
+            before_versions, failure = versions(window), ""
             try:
                 before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
                 result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
@@ -186,7 +187,7 @@ class Runner:
                 failure = oom.drop_frames(error)
             # Out of the handler only: inside it the error still holds the activations of the failed micro-batch.
             retries += 1
-            _refuse_changed(window, versions, failure)
+            refuse_changed(window, before_versions, failure)
             window = self._start_over(before, window, failure)
         self.number += 1
         self._drift.end()
@@ -195,26 +196,6 @@ class Runner:
         return StepResult(
             self.number, result.loss, result.samples, window.sizes, result.grad_norm, result.stepped, retries
         )
-
-    def _counted(self, window: Window) -> Window:
-        """The window with the samples that are really there: a collate function may have left some out, or all."""
-        counted = [(piece, self._rows(piece, size)) for piece, size in zip(window.pieces, window.sizes, strict=True)]
-        there = [(piece, size) for piece, size in counted if size]
-        if not there:
-            raise BatchError(
-                f"A window of {sum(window.sizes)} samples has no sample left after its collate function.",
-                hint="Leave out samples in the sampler or in the dataset, where the window is filled up by others.",
-            )
-        return Window(tuple(piece for piece, _ in there), tuple(size for _, size in there))
-
-    def _rows(self, piece: Batch, planned: int) -> int:
-        try:
-            return cutting.batch_size(piece, **self._names)
-        except BatchError:
-            tensors = [leaf for _, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-            if tensors and not any(map(len, tensors)):
-                return 0  # emptied: as a mean it would be 0 / 0
-            return planned  # packed by its collate function: it can be trained, only not counted or cut
 
     def _warn_of_ignored(self, window: Window) -> None:
         """A Hugging Face model's own loss is a mean over labels that aren't ignored; samples don't tell of these."""
@@ -233,6 +214,7 @@ class Runner:
 
     def _in_phase(self, name: str) -> AbstractContextManager[Any]:
         self._phase = name
+        self._begun += name in (FIRST, LATER)
         return contextlib.nullcontext()
 
     def _drop_gradients(self) -> None:
@@ -250,8 +232,45 @@ class Runner:
 
     def _start_over(self, before: restore.Snapshot | None, window: Window, failure: str) -> Window:
         """Drops the half-added gradients, puts back random states and buffers, lowers the micro-batch, cuts again."""
-        largest, least = max(window.sizes), self._least
         where = PHASE_TITLES.get(self._phase, "pass that counts")
+        self._refuse_to_repeat(where, failure)
+        self._drop_gradients()
+        if before is not None:
+            before.restore()
+        oom.collect()
+        process_memory.trim()
+        failed = window.sizes[self._begun - 1] if self._max_tokens is not None and self._begun else max(window.sizes)
+        if failed <= self._least:
+            raise OutOfMemory(
+                f"Out of memory with a micro-batch of {failed} in the {where} ({failure}).",
+                f"The plan reckoned with {show_bytes(self.plan.predicted_peak_bytes)} for a micro-batch of "
+                f"{self.plan.micro_batch}; there is less now, or this batch needs more.",
+                "Free memory, or plan again: autoaccum plan --target-batch " + str(self.plan.target_batch),
+            )
+        lowered = max(self._least, min(failed - 1, int(SHRINK * failed)))
+        if self._max_tokens is not None and failed < self.micro_batch:  # few samples, but long ones
+            self._max_tokens = max(1, int(SHRINK * self._max_tokens))
+            smaller = cut_one(window, self._begun - 1, split_within(failed, lowered, self._least), self._names)
+        else:
+            self.micro_batch = min(self.micro_batch, lowered)
+            smaller = self._recut(window)
+        if smaller.sizes == window.sizes:
+            raise OutOfMemory(
+                f"Out of memory in the {where} with a micro-batch of {failed}, which can't be cut ({failure}).",
+                "Its collate function packed it, or batch statistics need two samples, so this window can't be "
+                "repeated in smaller pieces; nothing was trained by it. "
+                f"The next windows are loaded in micro-batches of at most {self.micro_batch}.",
+                "Plan again with less memory (--memory), and go on from the last checkpoint.",
+            )
+        log.warning(
+            "Out of memory in the %s of a window with micro-batches of %d (%s). The window starts over with at most "
+            "%d, and so do the next ones; its gradient is still that of all %d samples.",
+            where, failed, failure, lowered, sum(window.sizes),
+        )  # fmt: skip
+        return smaller
+
+    def _refuse_to_repeat(self, where: str, failure: str) -> None:
+        """Raises where parameters may be updated in part."""
         if refuse.steps_in_backward(self.parts.model):
             raise OutOfMemory(
                 f"Out of memory in the {where}, and a hook steps the optimizer in backward ({failure}).",
@@ -264,63 +283,9 @@ class Runner:
                 "Parameters may be updated in part, so the window can't be repeated; its size doesn't matter here.",
                 "Plan again with less memory (--memory), or load the last checkpoint and use a leaner optimizer.",
             )
-        self._drop_gradients()
-        if before is not None:
-            before.restore()
-        oom.collect()
-        process_memory.trim()
-        if largest <= least:
-            raise OutOfMemory(
-                f"Out of memory with a micro-batch of {largest} in the {where} ({failure}).",
-                f"The plan reckoned with {show_bytes(self.plan.predicted_peak_bytes)} for a micro-batch of "
-                f"{self.plan.micro_batch}; there is less now, or this batch needs more.",
-                "Free memory, or plan again: autoaccum plan --target-batch " + str(self.plan.target_batch),
-            )
-        lowered = max(least, min(largest - 1, int(SHRINK * largest)))
-        self.micro_batch = min(self.micro_batch, lowered)
-        smaller = self._recut(window)
-        if max(smaller.sizes) == largest:
-            raise OutOfMemory(
-                f"Out of memory in the {where} with a micro-batch of {largest}, which can't be cut ({failure}).",
-                "Its collate function packed it, or batch statistics need two samples, so this window can't be "
-                "repeated in smaller pieces; nothing was trained by it. "
-                f"The next windows are loaded in micro-batches of at most {self.micro_batch}.",
-                "Plan again with less memory (--memory), and go on from the last checkpoint.",
-            )
-        log.warning(
-            "Out of memory in the %s of a window with micro-batches of %d (%s). The window starts over with at most "
-            "%d, and so do the next ones; its gradient is still that of all %d samples.",
-            where, largest, failure, lowered, sum(window.sizes),
-        )  # fmt: skip
-        return smaller
 
     def _recut(self, window: Window) -> Window:
-        """The same samples in smaller pieces: the pieces are all that is left of the batch, so they are cut again.
-
-        A packed piece can't be, and stays. Where batch statistics keep one of three samples from being cut, the pieces
-        are joined first, at the price of a copy of the window.
-        """
-        pieces: list[Batch] = []
-        sizes: list[int] = []
-        for piece, size in zip(window.pieces, window.sizes, strict=True):
-            smaller = self._split(size)
-            try:
-                pieces += cutting.split(piece, smaller, **self._names)
-                sizes += smaller
-            except BatchError:
-                pieces.append(piece)
-                sizes.append(size)
-        if max(sizes) > self.micro_batch and self._least > 1:
-            return self._recut_joined(window) or Window(tuple(pieces), tuple(sizes))
-        return Window(tuple(pieces), tuple(sizes))
-
-    def _recut_joined(self, window: Window) -> Window | None:
-        try:
-            joined = cutting.join(window.pieces, **self._names)
-            sizes = self._split(sum(window.sizes))
-            return None if joined is None else Window(tuple(cutting.split(joined, sizes, **self._names)), sizes)
-        except BatchError:
-            return None
+        return recut(window, self._split, self.micro_batch, self._names, joins=self._least > 1)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training changes, between windows: for a checkpoint."""
@@ -351,23 +316,3 @@ class Runner:
                 getattr(parts, part).load_state_dict(state[part])
         self.number = state["number"]
         self.micro_batch = min(state["micro_batch"], self.plan.micro_batch)  # a new plan may be for less memory
-
-
-def _versions(window: Window) -> list[int]:
-    """How often each tensor of the window was written to in place, as autograd counts it."""
-    return [
-        leaf._version
-        for piece in window.pieces
-        for _, leaf in tree.leaves(piece)
-        if isinstance(leaf, torch.Tensor) and not leaf.is_inference()
-    ]
-
-
-def _refuse_changed(window: Window, versions: list[int], failure: str) -> None:
-    """A loss that writes into its batch has spoilt what a repetition needs."""
-    if _versions(window) != versions:
-        raise OutOfMemory(
-            f"Out of memory in a window whose loss changes its batch in place ({failure}).",
-            "The samples aren't what they were, so the window can't be repeated; nothing was trained by it.",
-            "Let the loss work on copies: batch = batch.clone()",
-        )

@@ -114,6 +114,28 @@ def test_log_normal_lengths_are_padded_to_less_than_half() -> None:
     assert padded_tokens(ordered, split_by_tokens(ordered, 8, None)) < 0.5 * in_order
 
 
+def test_long_samples_that_do_not_fit_are_cut_without_cutting_the_short_ones() -> None:
+    samples = [sequence(length, seed=i) for i, length in enumerate([50] * 4 + [2] * 12)]
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        if batch["ids"].numel() > 60:
+            raise torch.OutOfMemoryError("short")
+        return token_sum(model, batch)
+
+    lengths = [len(sample["ids"]) for sample in samples]
+    model = tagger()
+    work = Workload(
+        model, pad(samples[:2]), loss=loss, count=token_count, optimizer=Capture, lengths=lengths, max_tokens=100
+    )
+    runner = runner_for(work, 16, 6)
+    want = gradients(model, token_sum, pad(samples))
+    first, second = (next(iter(runner.epoch(DataLoader(Rows(samples), batch_size=4, collate_fn=pad)))) for _ in "ab")
+    assert first.split == (1, 1, 1, 1, 6, 6) and first.retries == 2  # each piece of two long ones, and no other
+    assert second.split == (1, 1, 1, 1, 6, 6) and second.retries == 0
+    assert all(distance(got, want) <= FP64 for got in seen(runner))
+    assert runner.micro_batch == 6
+
+
 @pytest.mark.parametrize("longest", [8, 9])
 def test_data_longer_than_the_planned_sample_is_said_at_once(longest: int, caplog: pytest.LogCaptureFixture) -> None:
     work = Workload(tagger(), pad([sequence(8, seed=0)] * 2), loss=token_sum, optimizer=Capture, lengths=[3, longest])
