@@ -133,6 +133,7 @@ def plan_in(
     threshold = setting.device.prepare(malloc)
     with _as_it_was(workload) if setting.keep else contextlib.nullcontext() as snapshot:
         parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
+        parts.window_samples = wish.samples
         subject = setting.subject(parts, workload, setting.device, threshold, setting.progress, setting.build)
 
         def start_over() -> None:
