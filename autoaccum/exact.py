@@ -1,0 +1,385 @@
+"""The verdict: is the gradient that the Runner adds up the large batch's?
+
+    sample        the workload's own rows, then the same made hard    hard_batch.py
+    gradients     of a window of uneven parts and of the whole        gradients.py, by step.train_window
+    verdict       from their difference, and from what of it least squares explains
+    advice        what is wrong and what to type next                 advice.py
+
+A verdict is about the samples that were tried. Where it is `exact` the words say how many these were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import advice, gradients, hard_batch, independence, restore, step, tree
+from . import split as cutting
+from .errors import AutoaccumError
+from .gradients import Gradients, Twin
+from .hard_batch import Trial
+from .oom import drop_frames
+from .plan import Plan
+from .step import Parts
+from .workload import IGNORED, Batch, Workload
+
+# Measured on the losses of docs/exactness.md: rounding stays under 1e-12 in double and under 1e-6 in single precision,
+# and what isn't exact is off by 1e-3 and more. The limits lie between, nearer the rounding: a model may compute parts of
+# itself in single precision whatever its parameters are (a Hugging Face RMSNorm does).
+EXACT_WITHIN = {torch.float64: 1e-6, torch.float32: 1e-4}
+WORST_WITHIN = 10  # times as far may the worst single tensor be off
+FEW_ENTRIES = 8  # entries of the gradient for each part: with fewer, least squares explains anything
+
+EXACT, CHANCE, SUM, COUNT = "exact", "same distribution", "sum", "wrong denominator"
+TERM, COUPLED, INEXACT, UNKNOWN = "additive term", "not decomposable", "not exact", "unknown"
+
+Names = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a window's gradient is that of one whole batch, and why not.
+
+    Attributes:
+        kind: "exact"; "same distribution": exact but for what is drawn at random; "sum": micro-batches would have to be
+            added, not averaged; "wrong denominator": they would have to be weighted by something else than samples;
+            "additive term": a term that doesn't depend on the samples is counted for each micro-batch; "not
+            decomposable": no weights would do; "not exact": there are too few parameters to tell which of these;
+            "unknown": it could not be tested.
+        words: The same for a person, in one line.
+        error: Relative L2 distance of the window's gradient from the whole batch's, on the worst batch that was tried;
+            NaN where it is unknown.
+        worst_tensor: The parameter whose gradient was furthest off.
+        worst_tensor_error: By how much, relative to itself.
+        samples: Samples tested on.
+        module: The module where output rows depend on other samples, where there is one.
+        advice: What is wrong, why, and what to type next; empty where it is exact.
+    """
+
+    kind: str
+    words: str
+    error: float
+    worst_tensor: str | None
+    worst_tensor_error: float
+    samples: int
+    module: str | None = None
+    advice: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether accumulating gives the large batch's gradient, up to rounding and random draws."""
+        return self.kind in (EXACT, CHANCE)
+
+
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """A batch and what it gave.
+
+    Attributes:
+        trial: The batch.
+        found: The gradients.
+        within: How far they may differ for rounding.
+        counted: Whether the workload says `count=`.
+    """
+
+    trial: Trial
+    found: Gradients
+    within: float
+    counted: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether the window's gradient is the whole batch's, up to rounding."""
+        return self.found.error() <= self.within and self.found.worst()[1] <= WORST_WITHIN * self.within
+
+
+class _Untestable(Exception):
+    """The batch can't be tested on: the loss doesn't take it, or its gradient is zero or not finite."""
+
+
+def check(workload: Workload, *, progress: Callable[[str], None] = lambda text: None) -> Verdict:
+    """Tests on the sample, as it is and made hard, whether accumulating gives the large batch's gradient.
+
+    Each of the batches costs four passes forward and backward of 9 to 16 samples (five where the loss returns a pair
+    that isn't exact), and a forward for each part where a `(sum, count)` loss has no `count=`. The model is left
+    bitwise as it was.
+
+    Args:
+        workload: What is trained. Its sample is needed.
+        progress: Called with what is being done.
+    """
+    if _is_virtual():
+        return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
+    with _as_it_trains(workload.model), _eager(workload.model):
+        try:
+            easy = hard_batch.easy(workload)
+            twin, first = _first_try(workload, easy, progress)
+            if not first.holds:
+                return _verdict(workload, twin, first)
+            progress("testing the gradient on a hard batch")
+            second = _hard_try(workload, twin, first)
+        except _Untestable as error:
+            return unknown(str(error), "Give a sample of real data: a batch whose loss is finite and not at its best.")
+        except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AttributeError, AutoaccumError) as error:
+            return unknown(f"the test itself failed ({drop_frames(error)})", "autoaccum check --traceback tells more.")
+        if second is not None and not second.holds:
+            return _verdict(workload, twin, second, easy=first)
+    return _holds(first, second)
+
+
+def stamp(plan: Plan, verdict: Verdict) -> Plan:
+    """The plan with the verdict's words, and its advice among the notes."""
+    notes = verdict.advice
+    if plan.accumulation_steps == 1 and not verdict.exact and verdict.kind != UNKNOWN:
+        notes = ("This plan's one micro-batch is the whole batch, so that its gradient is exact all the same.", *notes)
+    return replace(plan, exactness=verdict.words, notes=(*plan.notes, *notes))
+
+
+def unknown(why: str, *told: str) -> Verdict:
+    """The verdict where nothing could be tested."""
+    nan = float("nan")
+    return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=told)
+
+
+def _first_try(workload: Workload, easy: Trial, progress: Callable[[str], None]) -> tuple[Twin, Tried]:
+    """The easy batch in double precision on the CPU; where the model is large, or can't do that, in its own."""
+    progress("testing whether the gradient is the large batch's")
+    if sum(p.numel() for p in workload.model.parameters()) <= gradients.DOUBLES:
+        with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, _Untestable):
+            twin = Twin(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
+            return twin, _try(workload, twin, easy)
+    twin = Twin(workload.model, workload.loss)
+    return twin, _try(workload, twin, easy)
+
+
+def _hard_try(workload: Workload, twin: Twin, first: Tried) -> Tried | None:
+    """The hardest batch that the loss takes; None where it takes none."""
+    ignorable = advice.ignorable(first.found.draws, first.trial.batch)
+    for hardness in hard_batch.HARDNESSES:
+        if hard_batch.IGNORING in hardness and not ignorable and not _may_ignore_unasked(twin):
+            continue
+        hard = hard_batch.harder(first.trial, hardness, ignorable)
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError, _Untestable):
+            return _try(workload, twin, hard)
+    return None
+
+
+def _may_ignore_unasked(twin: Twin) -> bool:
+    """Whether a class that the loss can't take does no harm: on a GPU it ends the process's use of it."""
+    return next(iter(twin.copies.values())).device.type == "cpu"
+
+
+def _try(workload: Workload, twin: Twin, trial: Trial) -> Tried:
+    found = gradients.compare(twin, lambda: _parts(workload), trial.batch, trial.pieces(), trial.sizes)
+    if not found.finite:
+        raise _Untestable("the gradient of the sample is zero or not finite")
+    return Tried(trial, found, _within(twin), counted=workload.count is not None)
+
+
+def _within(twin: Twin) -> float:
+    exact = all(c.dtype is torch.float64 for c in twin.copies.values() if c.is_floating_point())
+    return EXACT_WITHIN[torch.float64 if exact else torch.float32]
+
+
+def _parts(workload: Workload) -> Parts:
+    """The workload's parts, without what would change them or belongs to a device."""
+    plain = replace(
+        workload,
+        optimizer=gradients.Capture,
+        precision=None,
+        scaler=None,
+        scheduler=None,
+        clip_grad_norm=None,
+        between=None,
+    )
+    return step.open_parts(plain)
+
+
+def _holds(first: Tried, second: Tried | None) -> Verdict:
+    """Exact on all that was tried."""
+    found = max((tried.found for tried in (first, second) if tried is not None), key=Gradients.error)
+    rows = first.trial.rows
+    blind = advice.untested_targets(first, second)
+    if blind is not None:
+        words = f"not exact where targets are ignored: {blind}; exact otherwise (tested on {rows} samples)"
+        return Verdict(COUNT, words, found.error(), *found.worst(), rows, advice=advice.for_untested(first))
+    told = (f"{first.trial.made_up} of the {rows} samples tested on were made of the sample's own.",)
+    notes = told if first.trial.made_up else ()
+    if first.found.chance:
+        drawn = ", ".join(sorted(first.found.draws.replaced | first.found.draws.kept)) or "Python's or NumPy's draws"
+        words = f"same distribution (exact with {drawn} off, tested on {rows} samples)"
+        return Verdict(CHANCE, words, found.error(), *found.worst(), rows, advice=notes)
+    return Verdict(EXACT, f"exact (tested on {rows} samples)", found.error(), *found.worst(), rows, advice=notes)
+
+
+def _verdict(workload: Workload, twin: Twin, tried: Tried, easy: Tried | None = None) -> Verdict:
+    """Why the window's gradient isn't the whole batch's."""
+    kind, weights = _kind(workload, twin, tried)
+    found, rows = tried.found, tried.trial.rows
+    if kind in (COUPLED, INEXACT) and found.draws.kept:
+        drawn = ", ".join(sorted(found.draws.kept))
+        return unknown(f"the loss draws random numbers by {drawn}, which can't be switched off", "Switch it off to test.")
+    module = _coupling(workload, twin, tried) if kind in (COUPLED, INEXACT) else None
+    words, told = advice.of(kind, workload, tried, weights, module, easy)
+    return Verdict(kind, words, found.error(), *found.worst(), rows, module, told)
+
+
+def _kind(workload: Workload, twin: Twin, tried: Tried) -> tuple[str, list[float]]:
+    """What least squares says of the parts, and the weights that they should have had, relative to each other."""
+    found = tried.found
+    if found.columns.shape[1] < FEW_ENTRIES * len(found.sizes):
+        return INEXACT, []
+    if not bool(found.columns.isfinite().all()):
+        return COUPLED, []
+    factors, residual = found.fit()
+    if residual > tried.within:
+        return (TERM if found.is_pair and _is_term(workload, twin, tried) else COUPLED), []
+    own = [size / sum(found.sizes) for size in found.sizes]
+    weights = [factor * share for factor, share in zip(factors, own, strict=True)]
+    if not found.is_pair and all(abs(weight - 1) <= 100 * tried.within for weight in weights):
+        return SUM, weights
+    return COUNT, factors if found.is_pair else weights
+
+
+def _is_term(workload: Workload, twin: Twin, tried: Tried) -> bool:
+    """Whether what is too much is one and the same for each micro-batch after the first.
+
+    With sums s and a term t, three parts give s1 + s2 + s3 + 3t, the whole s1 + s2 + s3 + t: twice t too much. The first
+    two must then be t above the whole of these two, whose own count is another.
+    """
+    found, (first, second, third) = tried.found, tried.trial.sizes
+    names = tried.trial.names
+    both, _ = cutting.split(tried.trial.batch, (first + second, third), **names)
+    joined = twin.window(lambda: _parts(workload), [both], [first + second]).gradient
+    excess = found.window - found.whole
+    factors, residual = gradients.fit(torch.stack([joined, excess]), found.columns[0] + found.columns[1])
+    return residual <= tried.within * 10 and abs(factors[1] - 0.5) <= 0.01
+
+
+def _coupling(workload: Workload, twin: Twin, tried: Tried) -> str | None:
+    """The module where samples mix, if one does; a model that doesn't bear being watched names none."""
+    trial = tried.trial
+    batch, loss = twin.cast(trial.batch), _parts(workload).loss
+    with contextlib.suppress(Exception):
+        found = twin.run(lambda: independence.coupling_module(workload.model, loss, batch, trial.names))
+        return None if found is None else str(found)
+    return None
+
+
+@contextlib.contextmanager
+def _as_it_trains(model: nn.Module) -> Iterator[None]:
+    """In train mode, as the Runner trains it; put back afterwards, with random states, buffers and attributes."""
+    with restore.kept(model=model, storages=False):
+        if not model.training:
+            model.train()
+        yield
+
+
+@contextlib.contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Compiled modules run as they were written meanwhile: what a compiled graph calls can't be watched."""
+    if not any(getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod") for module in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_virtual() -> bool:
+    from .virtual.control import is_virtual
+
+    return is_virtual()
+
+
+def counts_differ(pieces: Sequence[Batch], sizes: Sequence[int]) -> bool:
+    """Whether the micro-batches of a window count something differently for each sample: labels, lengths, padding.
+
+    A cheap look at the batch alone, for when to `recheck`.
+    """
+    return len(pieces) > 1 and len({_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)}) > 1
+
+
+def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
+    """What of a micro-batch could be counted: its ignored labels, the ones of its masks, its shapes; for each sample."""
+    found: list[Any] = []
+    masks = set(hard_batch.mask_paths(piece))
+    for path, leaf in tree.leaves(piece):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        found.append(tuple(leaf.shape[1:]))
+        if path in masks:
+            found.append(round(float(leaf.sum()) / size, 6))
+        elif not leaf.is_floating_point() and leaf.dtype is not torch.bool:
+            found.append(round(float((leaf == IGNORED).sum()) / size, 6))
+    return tuple(found)
+
+
+def recheck(
+    parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: Names | None = None
+) -> str | None:
+    """Tests on a few rows of a real window whether its gradient is that of one batch.
+
+    For the first window whose `counts_differ`. Needs no more memory than a micro-batch of the window: half as many
+    samples as the largest has, on views of the parameters, and gradients beside those that there are. The model, its
+    gradients and random states are left as they were.
+
+    Args:
+        parts: What is trained, between two windows.
+        pieces: The window's micro-batches.
+        sizes: Samples in each.
+        names: `shared` and `per_sample`, as `split` takes them.
+
+    Returns:
+        What to warn of; None where the gradients agree, or where this window can't tell.
+    """
+    if _is_virtual():
+        return None
+    rows = _few_rows(pieces, sizes, max(sizes) // 2, names or {})
+    if rows is None:
+        return None
+    whole, parted, counts = rows
+    with _as_it_trains(parts.model), _eager(parts.model):
+        try:
+            twin = Twin(parts.model, parts.loss, alias=True)
+            make = lambda: replace(parts)  # noqa: E731
+            found = gradients.compare(twin, make, whole, parted, counts)
+        except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AutoaccumError) as error:
+            drop_frames(error)
+            return None
+    within = _within(twin)
+    if not found.finite or (found.error() <= within and found.worst()[1] <= WORST_WITHIN * within):
+        return None
+    name, worst = found.worst()
+    return (
+        f"The gradient of this window's micro-batches is not that of one batch: off by {advice.percent(found.error())} "
+        f"on {sum(counts)} of its samples ({name}: {advice.percent(worst)}). Its micro-batches count differently, and "
+        "the plan's sample didn't show it. Return (sum, count) from the loss, or give count=; autoaccum check tells more."
+    )
+
+
+def _few_rows(
+    pieces: Sequence[Batch], sizes: Sequence[int], most: int, names: Names
+) -> tuple[Batch, list[Batch], tuple[int, ...]] | None:
+    """A few rows of two unlike micro-batches, as one batch and as two parts of unlike sizes; None where there are none."""
+    counts = [_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
+    other = next((index for index, count in enumerate(counts) if count != counts[0]), None)
+    if other is None or most < 3:
+        return None
+    wanted = (most - most // 3, most // 3)
+    taken = tuple(min(number, sizes[index]) for number, index in zip(wanted, (0, other), strict=True))
+    try:
+        parted = [
+            cutting.split(pieces[index], [number, sizes[index] - number], **names)[0]
+            if number < sizes[index]
+            else pieces[index]
+            for number, index in zip(taken, (0, other), strict=True)
+        ]
+        whole = cutting.join(parted, **names)
+    except AutoaccumError:
+        return None
+    return None if whole is None else (whole, parted, taken)

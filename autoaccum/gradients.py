@@ -1,0 +1,340 @@
+"""The gradients of parts of a batch and of the whole, without touching the model.
+
+They come from `step.train_window` itself, so that what is compared is what the Runner trains: its weights, its count,
+its loss. Parameters and buffers are stood in for by copies meanwhile (torch.func.functional_call), in double precision
+where they are few: no deepcopy, which fails where a weight is computed from others.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import step, tree
+from .chance import ClassLoss, Draws, without_chance
+from .recording import FIRST, LATER
+from .rng import put_rng, same_state, take_rng
+from .step import Parts
+from .workload import Batch
+
+DOUBLES = 1 << 22  # parameters that are copied in double precision: 64 MiB with their gradients
+COPIES = 1 << 28  # and in their own: above, the copies are views, and only embeddings that renormalize are copied
+ENTRIES = 1 << 22  # of the gradient that are compared; of more, a random part of each tensor
+LEAST_ENTRIES = 1 << 10  # of a tensor, or all it has
+TINY = 1e-3  # part of the whole gradient's norm below which a tensor is too small to be judged by its own norm
+
+MakeParts = Callable[[], Parts]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What one window gave, cut into parts and as a whole. Vectors are float64 on the host.
+
+    Attributes:
+        whole: The gradient of the whole batch, of shape (entries,).
+        window: That of the window of parts, as its optimizer step got it, of shape (entries,).
+        columns: What each micro-batch added to it, of shape (parts, entries).
+        sizes: Samples in each part.
+        places: Name and number of entries of each parameter, in order.
+        draws: What was drawn and called on the way.
+        chance: Whether something was drawn.
+        is_pair: Whether the loss returns `(sum, count)`.
+    """
+
+    whole: torch.Tensor
+    window: torch.Tensor
+    columns: torch.Tensor
+    sizes: tuple[int, ...]
+    places: tuple[tuple[str, int], ...]
+    draws: Draws
+    chance: bool
+    is_pair: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is a gradient to compare with: finite, and not zero."""
+        return bool(self.whole.isfinite().all() and self.whole.norm() > 0)
+
+    def error(self) -> float:
+        """Relative L2 distance of the window's gradient from the whole batch's; infinite where one isn't finite."""
+        return _number((self.window - self.whole).norm() / self.whole.norm())
+
+    def worst(self) -> tuple[str, float]:
+        """The parameter whose gradient is furthest off, relative to itself, and by how much.
+
+        One whose gradient is less than a thousandth of the whole is judged as if it had that: what cancels out in it
+        (an attention's key bias) leaves its rounding only.
+        """
+        floor = TINY * self.whole.norm()
+        sizes = [entries for _, entries in self.places]
+        pairs = zip((self.window - self.whole).split(sizes), self.whole.split(sizes), strict=True)
+        errors = [_number(off.norm() / torch.maximum(own.norm(), floor)) for off, own in pairs]
+        largest = max(range(len(errors)), key=errors.__getitem__)
+        return self.places[largest][0], errors[largest]
+
+    def fit(self) -> tuple[list[float], float]:
+        """Least squares: the weights with which the parts would add up to the whole, and what is left over.
+
+        Returns:
+            A factor for each part, on top of the weight that it had; and the relative residual.
+        """
+        return fit(self.columns, self.whole)
+
+
+class Capture(torch.optim.Optimizer):
+    """An optimizer whose step keeps the gradient and changes nothing."""
+
+    def __init__(self, params: Iterable[torch.Tensor]) -> None:
+        super().__init__(params, {})
+        self.seen: list[torch.Tensor | None] = []
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Keeps the gradient."""
+        self.seen = [p.grad for group in self.param_groups for p in group["params"]]
+
+
+class _Inside(nn.Module):
+    """Runs whatever it is given while its modules have other parameters."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(modules)
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+class Twin:
+    """A model, and the modules of its loss, on copies of their parameters and buffers.
+
+    Args:
+        model: The model.
+        loss: The loss; modules that it holds are copied alike.
+        dtype: What floating-point tensors become; None for what they are, but at least single precision.
+        device: Where the copies are; None for where the originals are.
+        alias: Views instead of copies of what is large, for where memory is short.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        alias: bool = False,
+    ) -> None:
+        self.model, self.dtype, self.device = model, dtype, device
+        self.outside = _Inside(dict.fromkeys([model, *modules_of(loss)]))
+        numel = sum(p.numel() for p in self.outside.parameters())
+        renormalized = {id(m.weight) for m in self.outside.modules() if getattr(m, "max_norm", None) is not None}
+        self.copies: dict[str, torch.Tensor] = {}
+        for name, p in self.outside.named_parameters():
+            copied = self._cast(p.detach())
+            if copied.data_ptr() == p.data_ptr() and (not (alias or numel > COPIES) or id(p) in renormalized):
+                copied = copied.clone()
+            self.copies[name] = nn.Parameter(copied, requires_grad=p.requires_grad)
+        for name, b in self.outside.named_buffers():
+            self.copies[name] = self._cast(b.detach()).clone()
+        chosen = torch.Generator().manual_seed(0)
+        trained = [(name, p.numel()) for name, p in self.copies.items() if p.requires_grad]
+        self.trained = [name for name, _ in trained]
+        self._chosen = _choose([size for _, size in trained], chosen)
+
+    def cast(self, batch: Batch) -> Batch:
+        """The batch in this precision and place, in storage of its own: a loss may write into it."""
+        return tree.map_leaves(
+            batch, lambda _, leaf: self._cast(leaf.detach()).clone() if isinstance(leaf, torch.Tensor) else leaf
+        )
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(self.device or tensor.device)
+        dtype = self.dtype or (torch.float32 if tensor.element_size() < 4 else tensor.dtype)
+        return tensor.to(self.device or tensor.device, dtype)
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        """Calls `work` while the model stands on the copies."""
+        return torch.func.functional_call(self.outside, self.copies, (work,))
+
+    def window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
+        """One window by `step.train_window`, cast and without chance."""
+        pieces = [self.cast(piece) for piece in pieces]
+        return self.run(lambda: self._window(make_parts, pieces, sizes))  # type: ignore[no-any-return]
+
+    def _window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
+        start, kinds, cumulative = take_rng(), set[bool](), list[torch.Tensor]()
+        trained = [self.copies[name] for name in self.trained]
+        optimizer = Capture(trained)
+        parts = replace(
+            make_parts(),
+            optimizer=optimizer,
+            device=trained[0].device,
+            scaler=None,
+            scheduler=None,
+            clip_grad_norm=None,
+            autocast_dtype=None,
+        )
+        inner = parts.loss
+
+        def loss(model: nn.Module, batch: Batch) -> Any:
+            out = inner(model, batch)
+            kinds.add(isinstance(out, tuple))
+            return out
+
+        @contextmanager
+        def phase(name: str) -> Iterator[None]:
+            put_rng(start)  # what Python or NumPy draws is the same for each part then
+            yield
+            if name in (FIRST, LATER):
+                cumulative.append(self._read([p.grad for p in trained]))
+
+        # Not where the default loss is compared by identity: the step may treat it differently.
+        parts.loss = loss if parts.loss is not step.default_loss else parts.loss
+        with without_chance() as draws:
+            step.train_window(parts, pieces, sizes, on_phase=phase)
+        draws.class_losses = [_placed(call, pieces[0]) for call in draws.class_losses]
+        for p in trained:
+            p.grad = None
+        return Passes(
+            self._read(optimizer.seen),
+            torch.stack(cumulative),
+            draws,
+            bool(draws.replaced or draws.kept) or _drawn(start),
+            kinds == {True},
+        )
+
+    def _read(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """The chosen entries of a gradient, on the host; zeros where there is none."""
+        read = []
+        for name, gradient, chosen in zip(self.trained, gradients, self._chosen, strict=True):
+            size = self.copies[name].numel()
+            if gradient is None:
+                read.append(torch.zeros(size if chosen is None else len(chosen), dtype=torch.float64))
+                continue
+            flat = (gradient.to_dense() if gradient.layout is not torch.strided else gradient).detach().reshape(-1)
+            read.append((flat if chosen is None else flat[chosen.to(flat.device)]).to("cpu", torch.float64, copy=True))
+        return torch.cat(read)
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """Name, as the model has it, and entries of each parameter."""
+        names = [name.removeprefix("inner.0.").removeprefix("inner.") for name in self.trained]
+        sizes = [self.copies[name].numel() for name in self.trained]
+        pairs = zip(sizes, self._chosen, strict=True)
+        entries = [size if chosen is None else len(chosen) for size, chosen in pairs]
+        return tuple(zip(names, entries, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """What one call of `train_window` gave."""
+
+    gradient: torch.Tensor
+    cumulative: torch.Tensor
+    draws: Draws
+    chance: bool
+    is_pair: bool
+
+
+def compare(
+    twin: Twin, make_parts: MakeParts, whole: Batch, pieces: Sequence[Batch], sizes: tuple[int, ...]
+) -> Gradients:
+    """The gradient of a window of pieces, and that of the whole batch: one pass more than there are pieces."""
+    one = twin.window(make_parts, [whole], [sum(sizes)])
+    many = twin.window(make_parts, pieces, sizes)
+    before = torch.cat([torch.zeros_like(many.cumulative[:1]), many.cumulative[:-1]])
+    columns = many.cumulative - before
+    chance = one.chance or many.chance
+    one.draws.replaced |= many.draws.replaced
+    one.draws.kept |= many.draws.kept
+    return Gradients(one.gradient, many.gradient, columns, sizes, twin.places, one.draws, chance, one.is_pair)
+
+
+def fit(columns: torch.Tensor, target: torch.Tensor) -> tuple[list[float], float]:
+    """Least squares of a vector by others: their factors, and the relative residual."""
+    scale = columns.norm(dim=1).clamp(min=torch.finfo(columns.dtype).tiny)
+    scaled = (columns / scale[:, None]).T
+    factors = torch.linalg.lstsq(scaled, target[:, None], driver="gelsd").solution[:, 0]
+    residual = _number((scaled @ factors - target).norm() / target.norm())
+    return (factors / scale).tolist(), residual
+
+
+def modules_of(loss: Any) -> list[nn.Module]:
+    """The modules that a loss holds: itself, in its closure, as defaults, as attributes, among the globals it names."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+
+    def look(thing: Any, depth: int) -> None:
+        if id(thing) in seen or depth > 3:
+            return
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            found.append(thing)
+        elif isinstance(thing, functools.partial):
+            for inner in (thing.func, *thing.args, *thing.keywords.values()):
+                look(inner, depth + 1)
+        elif inspect.ismethod(thing):
+            look(thing.__self__, depth + 1)
+            look(thing.__func__, depth + 1)
+        elif inspect.isfunction(thing):
+            named = (thing.__globals__.get(name) for name in thing.__code__.co_names)
+            for inner in (*_closure(thing), *(thing.__defaults__ or ()), *named):
+                if isinstance(inner, nn.Module) or callable(inner):
+                    look(inner, depth + 1)
+        elif not isinstance(thing, type) and hasattr(thing, "__dict__") and depth < 3 and callable(thing):
+            for inner in vars(thing).values():
+                if isinstance(inner, nn.Module):
+                    look(inner, depth + 1)
+
+    look(loss, 0)
+    return found
+
+
+def _closure(function: Any) -> list[Any]:
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            cells.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    return cells
+
+
+def _choose(sizes: Sequence[int], generator: torch.Generator) -> list[torch.Tensor | None]:
+    """Which entries of each tensor are compared; None for all."""
+    total = sum(sizes)
+    if total <= ENTRIES:
+        return [None] * len(sizes)
+    wanted = [min(size, max(LEAST_ENTRIES, size * ENTRIES // total)) for size in sizes]
+    return [
+        None if number == size else torch.randint(size, (number,), generator=generator)
+        for size, number in zip(sizes, wanted, strict=True)
+    ]
+
+
+def _drawn(start: dict[str, Any]) -> bool:
+    """Whether Python or NumPy has drawn; torch's draws are seen as they happen."""
+    now = take_rng()
+    return any(not same_state(now[name], start[name]) for name in ("Python RNG", "NumPy RNG") if name in start)
+
+
+def _placed(call: ClassLoss, piece: Batch) -> ClassLoss:
+    """The call with the path of the leaf that its classes are (a view of)."""
+    address = call.targets.untyped_storage().data_ptr()
+    for path, leaf in tree.leaves(piece):
+        if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() == address:
+            return replace(call, path=path)
+    return call
+
+
+def _number(value: torch.Tensor) -> float:
+    number = float(value)
+    return number if number == number else float("inf")
