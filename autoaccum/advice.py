@@ -78,7 +78,7 @@ def of(
     seen = f"{off} ({name}: {percent(worst)})"
     hard = tried.trial.hardness
     if easy is not None and hard:
-        seen += f", with {', '.join(hard)}; on the sample as given it is exact"
+        seen += f", with {' and '.join(hard)}; on the sample as given it is exact"
     if kind == "sum":
         return f"not exact: the loss is a sum, and micro-batches are weighted as means; {off}", _of_sum(workload, seen)
     if kind == "wrong denominator":

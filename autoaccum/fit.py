@@ -5,6 +5,7 @@
     replay   any window by the allocator's rules    allocator.py
     solve    for the fewest steps that fit          solve.py
     verify   by running that window for real        here
+    check    that its gradient is the large batch's exact.py
 
 On the way the model is really trained, so all of it is put back afterwards (restore.py).
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import assemble, cpu, observe, restore, step, tree
+from . import assemble, cpu, exact, observe, restore, step, tree
 from . import split as cutting
 from .allocator import Start
 from .budget import Budget
@@ -126,6 +127,7 @@ def fit_plan(
     max_micro_batch: int | None = None,
     min_micro_batch: int | None = None,
     verify: bool = True,
+    check: bool = True,
     rank: int = 0,
     world_size: int = 1,
     elsewhere: bool = False,
@@ -149,6 +151,7 @@ def fit_plan(
         max_micro_batch: The largest micro-batch allowed.
         min_micro_batch: The smallest allowed. Left out: 2 where the model takes batch statistics, else 1.
         verify: Whether to run the plan's window for real.
+        check: Whether to test on the sample that the window's gradient is the large batch's (see `Plan.exactness`).
         rank: This process's rank.
         world_size: Ranks that share the target.
         elsewhere: Whether another process will train, so that what planning leaves behind in this one doesn't matter.
@@ -187,6 +190,8 @@ def fit_plan(
         outlook = _look(subject, wish, snapshot.host_bytes, start_over)
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify)
         plan = assemble.plan(outlook, solution, measured, workload, assumed)
+    if check:
+        plan = exact.stamp(plan, exact.check(workload, progress=subject.say))
     return replace(plan, seconds=time.perf_counter() - started)
 
 

@@ -39,7 +39,7 @@ class Trial:
         batch: The whole of it.
         sizes: The uneven parts that it is cut into.
         made_up: Rows that the sample didn't have.
-        hardness: What was made hard about it; None for the sample's own rows.
+        hardness: What was made hard about it, besides noise; None for the sample's own rows.
         ignored: Paths of the leaves of which a part is ignored.
     """
 
@@ -88,16 +88,19 @@ def harder(easy: Trial, hardness: tuple[str, ...], ignorable: dict[str, int]) ->
     """
     generator = torch.Generator().manual_seed(2)
     batch = _noisy(easy.batch, generator, easy.names)
+    done, ignored = [], tuple[str, ...]()
     targets = list(ignorable) or target_paths(batch)
-    if SORTED in hardness:
+    if SORTED in hardness and targets:
         batch = _sorted(batch, targets, easy.names)
+        done.append(SORTED)
     lengths = _lengths(easy.rows, generator)
-    if RAGGED in hardness:
+    if RAGGED in hardness and (mask_paths(batch) or length_paths(batch)):
         batch = _ragged(batch, lengths, easy.names)
-    ignored: tuple[str, ...] = ()
+        done.append(RAGGED)
     if IGNORING in hardness:
         batch, ignored = _ignoring(batch, easy, lengths, ignorable, generator)
-    return Trial(batch, easy.sizes, easy.made_up, hardness, ignored, easy.names)
+        done += [IGNORING] * bool(ignored)
+    return Trial(batch, easy.sizes, easy.made_up, tuple(done), ignored, easy.names)
 
 
 def target_paths(batch: Batch) -> list[str]:
