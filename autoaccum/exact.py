@@ -105,7 +105,7 @@ class _Untestable(Exception):
 def check(workload: Workload, *, progress: Callable[[str], None] = lambda text: None) -> Verdict:
     """Tests on the sample, as it is and made hard, whether accumulating gives the large batch's gradient.
 
-    Each of the batches costs four passes forward and backward of 9 to 16 samples (five where the loss returns a pair
+    Each of the batches costs four passes forward and backward of 8 to 16 samples (five where the loss returns a pair
     that isn't exact), and a forward for each part where a `(sum, count)` loss has no `count=`. The model is left
     bitwise as it was.
 

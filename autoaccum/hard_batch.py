@@ -18,7 +18,7 @@ from . import split as cutting
 from . import tree
 from .workload import IGNORED, Batch, Workload
 
-LEAST_ROWS, MOST_ROWS = 9, 16
+LEAST_ROWS, MOST_ROWS = 8, 16
 NOISE = 0.5  # of a leaf's own standard deviation, added to floating-point rows
 IGNORED_PART = 1 / 3
 
@@ -61,14 +61,13 @@ class Trial:
 
 
 def uneven(rows: int) -> tuple[int, ...]:
-    """Three parts of which no two are equal, none below 2 (batch statistics need two): even ones hide errors."""
-    last = max(2, rows // 5)
-    middle = max(last + 1, rows // 3)
+    """Three parts of unlike sizes, none below 2 (batch statistics need two): even ones hide errors."""
+    last, middle = max(2, rows // 5), max(2, rows // 3)
     return rows - middle - last, middle, last
 
 
 def easy(workload: Workload) -> Trial:
-    """The sample's own rows; where it has fewer than nine, more are made of them."""
+    """The sample's own rows; where it has fewer than eight, more are made of them."""
     names = {"shared": workload.shared, "per_sample": workload.per_sample}
     own = cutting.batch_size(workload.sample, **names)
     rows = min(max(own, LEAST_ROWS), MOST_ROWS)
