@@ -13,7 +13,7 @@ import torch
 
 from . import hard_batch, tree
 from .chance import ClassLoss, Draws
-from .workload import IGNORED, Batch, Workload
+from .workload import IGNORED, Batch
 
 if TYPE_CHECKING:
     from .exact import Tried
@@ -69,7 +69,7 @@ def for_untested(first: Tried) -> tuple[str, ...]:
 
 
 def of(
-    kind: str, workload: Workload, tried: Tried, weights: Sequence[float], module: str | None, easy: Tried | None
+    kind: str, tried: Tried, weights: Sequence[float], module: str | None, easy: Tried | None
 ) -> tuple[str, tuple[str, ...]]:
     """The words and the advice of a verdict that isn't exact."""
     found = tried.found
@@ -80,21 +80,23 @@ def of(
     if easy is not None and hard:
         seen += f", with {' and '.join(hard)}; on the sample as given it is exact"
     if kind == "sum":
-        return f"not exact: the loss is a sum, and micro-batches are weighted as means; {off}", _of_sum(workload, seen)
+        return f"not exact: the loss is a sum, and micro-batches are weighted as means; {off}", _of_sum(seen)
     if kind == "wrong denominator":
-        return _of_count(workload, tried, weights, off, seen, easy)
+        return _of_count(tried, weights, off, seen, easy)
     if kind == "additive term":
         words = f"not exact: a term that doesn't depend on the samples is counted for each micro-batch; {off}"
         return words, _of_term(seen)
     if kind == "not exact":
         words = f"not exact: {off}; with so few parameters it can't be told why"
         return words, (f"{seen}.", "Return (sum, count) from the loss if it averages over something else than samples.")
+    if kind == "changes with each forward":
+        return f"not exact: {module} changes with each forward; {off}", _of_state(str(module), seen)
     if module is not None:
         return f"not exact: in {module} samples depend on one another; {off}", _of_module(module, seen)
     return f"not exact: the loss couples samples across micro-batches; {off}", _of_coupling(seen)
 
 
-def _of_sum(workload: Workload, seen: str) -> tuple[str, ...]:
+def _of_sum(seen: str) -> tuple[str, ...]:
     return (
         f"The parts' gradients add up to the whole's with weights of 1, not of samples/all: {seen}.",
         "Return (sum, count) from the loss, with the number of samples as the count: its gradient is the mean's, which "
@@ -104,7 +106,7 @@ def _of_sum(workload: Workload, seen: str) -> tuple[str, ...]:
 
 
 def _of_count(
-    workload: Workload, tried: Tried, weights: Sequence[float], off: str, seen: str, easy: Tried | None
+    tried: Tried, weights: Sequence[float], off: str, seen: str, easy: Tried | None
 ) -> tuple[str, tuple[str, ...]]:
     given = ", ".join(f"{size / tried.trial.rows:.3f}" for size in tried.trial.sizes)
     if tried.found.is_pair:
@@ -118,8 +120,8 @@ def _of_count(
         wanted = ", ".join(f"{weight:.3f}" for weight in weights)
         over = "what count= gives" if tried.counted else "samples"
         return f"not exact: the loss doesn't average over {over}; {off}", (
-            f"The parts' gradients add up to the whole's, but with the weights {wanted}; by samples it would be {given}: "
-            f"{seen}.",
+            f"The parts' gradients add up to the whole's, but with the weights {wanted}; by samples it would be "
+            f"{given}: {seen}.",
             "Return (sum, count) from the loss: what it adds up, and what it divides by. A function of a mean (a root, "
             "a logarithm) has no count: only all samples in one micro-batch train it exactly.",
         )
@@ -140,7 +142,7 @@ def _condition(tried: Tried, easy: Tried | None) -> str:
 
 def _of_term(seen: str) -> tuple[str, ...]:
     return (
-        f"A weight penalty, say, is part of the sum that the loss returns, so k micro-batches count it k times: {seen}.",
+        f"A weight penalty, say, is part of the sum that is returned, and k micro-batches count it k times: {seen}.",
         "Return the mean with the term as one scalar, and say what the mean is over: Workload(..., count=lambda batch: "
         "...); the weights of the micro-batches then add up to 1. For a penalty on weights, the optimizer's "
         "weight_decay does without a term.",
@@ -159,6 +161,14 @@ def _of_module(module: str, seen: str) -> tuple[str, ...]:
     return told, (
         "Only samples in one micro-batch meet there. Train with one accumulation step, or have it see each sample by "
         "itself."
+    )
+
+
+def _of_state(module: str, seen: str) -> tuple[str, ...]:
+    return (
+        f"{module} keeps something that each forward changes, so a micro-batch sees what those before it left: {seen}.",
+        f"Where that is wanted once per optimizer step, keep it still in between: "
+        f"model.get_submodule({module.partition(' (')[0]!r}).eval() after model.train(), and move it once a step.",
     )
 
 

@@ -88,7 +88,12 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _without_dropout(
-        self, func: Callable[..., Any], input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+        self,
+        func: Callable[..., Any],
+        input: torch.Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
     ) -> torch.Tensor:
         if training and p > 0:
             self.draws.replaced.add("dropout")
@@ -109,11 +114,11 @@ class _Functions(TorchFunctionMode):
             self.draws.class_losses.append(ClassLoss(target.detach(), ignore_index, weight, reduction == "mean"))
 
 
-class _Constants(TorchDispatchMode):
+class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Random operators, as they reach a device: dropout in attention or in an LSTM ends in one of them, too."""
 
     def __init__(self, draws: Draws) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.draws = draws
 
     def __torch_dispatch__(

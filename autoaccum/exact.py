@@ -11,34 +11,31 @@ A verdict is about the samples that were tried. Where it is `exact` the words sa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import nn
 
-from . import advice, gradients, hard_batch, independence, restore, step, tree
+from . import advice, gradients, hard_batch, independence, step
 from . import split as cutting
+from .as_it_trains import as_it_trains
 from .errors import AutoaccumError
 from .gradients import Gradients, Twin
 from .hard_batch import Trial
 from .oom import drop_frames
 from .plan import Plan
+from .recheck import counts_differ, recheck
 from .step import Parts
-from .workload import IGNORED, Batch, Workload
+from .virtual.control import is_virtual
+from .workload import Workload
 
-# Measured on the losses of docs/exactness.md: rounding stays under 1e-12 in double and under 1e-6 in single precision,
-# and what isn't exact is off by 1e-3 and more. The limits lie between, nearer the rounding: a model may compute parts of
-# itself in single precision whatever its parameters are (a Hugging Face RMSNorm does).
-EXACT_WITHIN = {torch.float64: 1e-6, torch.float32: 1e-4}
-WORST_WITHIN = 10  # times as far may the worst single tensor be off
 FEW_ENTRIES = 8  # entries of the gradient for each part: with fewer, least squares explains anything
 
 EXACT, CHANCE, SUM, COUNT = "exact", "same distribution", "sum", "wrong denominator"
-TERM, COUPLED, INEXACT, UNKNOWN = "additive term", "not decomposable", "not exact", "unknown"
+TERM, COUPLED, STATEFUL = "additive term", "not decomposable", "changes with each forward"
+INEXACT, UNKNOWN = "not exact", "unknown"
 
-Names = dict[str, Any]
+__all__ = ["Verdict", "check", "counts_differ", "recheck", "stamp", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,8 @@ class Verdict:
         kind: "exact"; "same distribution": exact but for what is drawn at random; "sum": micro-batches would have to be
             added, not averaged; "wrong denominator": they would have to be weighted by something else than samples;
             "additive term": a term that doesn't depend on the samples is counted for each micro-batch; "not
-            decomposable": no weights would do; "not exact": there are too few parameters to tell which of these;
+            decomposable": no weights would do; "changes with each forward": what a forward leaves in a module changes
+            the gradient of the next one; "not exact": there are too few parameters to tell which of these;
             "unknown": it could not be tested.
         words: The same for a person, in one line.
         error: Relative L2 distance of the window's gradient from the whole batch's, on the worst batch that was tried;
@@ -95,7 +93,7 @@ class Tried:
     @property
     def holds(self) -> bool:
         """Whether the window's gradient is the whole batch's, up to rounding."""
-        return self.found.error() <= self.within and self.found.worst()[1] <= WORST_WITHIN * self.within
+        return self.found.agrees(self.within)
 
 
 class _Untestable(Exception):
@@ -113,9 +111,9 @@ def check(workload: Workload, *, progress: Callable[[str], None] = lambda text: 
         workload: What is trained. Its sample is needed.
         progress: Called with what is being done.
     """
-    if _is_virtual():
+    if is_virtual():
         return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
-    with _as_it_trains(workload.model), _eager(workload.model):
+    with as_it_trains(workload.model):
         try:
             easy = hard_batch.easy(workload)
             twin, first = _first_try(workload, easy, progress)
@@ -126,7 +124,9 @@ def check(workload: Workload, *, progress: Callable[[str], None] = lambda text: 
         except _Untestable as error:
             return unknown(str(error), "Give a sample of real data: a batch whose loss is finite and not at its best.")
         except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AttributeError, AutoaccumError) as error:
-            return unknown(f"the test itself failed ({drop_frames(error)})", "autoaccum check --traceback tells more.")
+            return unknown(
+                f"the test itself failed ({drop_frames(error)})", "Does one step run on the sample? loss(model, sample)"
+            )
         if second is not None and not second.holds:
             return _verdict(workload, twin, second, easy=first)
     return _holds(first, second)
@@ -178,12 +178,7 @@ def _try(workload: Workload, twin: Twin, trial: Trial) -> Tried:
     found = gradients.compare(twin, lambda: _parts(workload), trial.batch, trial.pieces(), trial.sizes)
     if not found.finite:
         raise _Untestable("the gradient of the sample is zero or not finite")
-    return Tried(trial, found, _within(twin), counted=workload.count is not None)
-
-
-def _within(twin: Twin) -> float:
-    exact = all(c.dtype is torch.float64 for c in twin.copies.values() if c.is_floating_point())
-    return EXACT_WITHIN[torch.float64 if exact else torch.float32]
+    return Tried(trial, found, twin.within, counted=workload.count is not None)
 
 
 def _parts(workload: Workload) -> Parts:
@@ -223,9 +218,13 @@ def _verdict(workload: Workload, twin: Twin, tried: Tried, easy: Tried | None = 
     found, rows = tried.found, tried.trial.rows
     if kind in (COUPLED, INEXACT) and found.draws.kept:
         drawn = ", ".join(sorted(found.draws.kept))
-        return unknown(f"the loss draws random numbers by {drawn}, which can't be switched off", "Switch it off to test.")
+        return unknown(
+            f"the loss draws random numbers by {drawn}, which can't be switched off", "Switch it off to test."
+        )
     module = _coupling(workload, twin, tried) if kind in (COUPLED, INEXACT) else None
-    words, told = advice.of(kind, workload, tried, weights, module, easy)
+    if module is None and kind == COUPLED and _remembers(workload, twin, tried):
+        kind, module = STATEFUL, twin.moving_module()
+    words, told = advice.of(kind, tried, weights, module, easy)
     return Verdict(kind, words, found.error(), *found.worst(), rows, module, told)
 
 
@@ -249,8 +248,8 @@ def _kind(workload: Workload, twin: Twin, tried: Tried) -> tuple[str, list[float
 def _is_term(workload: Workload, twin: Twin, tried: Tried) -> bool:
     """Whether what is too much is one and the same for each micro-batch after the first.
 
-    With sums s and a term t, three parts give s1 + s2 + s3 + 3t, the whole s1 + s2 + s3 + t: twice t too much. The first
-    two must then be t above the whole of these two, whose own count is another.
+    With sums s and a term t, three parts give s1 + s2 + s3 + 3t, the whole s1 + s2 + s3 + t: twice t too much. The
+    first two must then be t above the whole of these two, whose own count is another.
     """
     found, (first, second, third) = tried.found, tried.trial.sizes
     names = tried.trial.names
@@ -261,6 +260,15 @@ def _is_term(workload: Workload, twin: Twin, tried: Tried) -> bool:
     return residual <= tried.within * 10 and abs(factors[1] - 0.5) <= 0.01
 
 
+def _remembers(workload: Workload, twin: Twin, tried: Tried) -> bool:
+    """Whether the second part's gradient is another one where no first part came before it."""
+    if twin.moving_module() is None:
+        return False
+    piece, size = tried.trial.pieces()[1], tried.trial.sizes[1]
+    alone = twin.window(lambda: _parts(workload), [piece], [size]).gradient
+    return gradients.fit(alone[None], tried.found.columns[1])[1] > tried.within
+
+
 def _coupling(workload: Workload, twin: Twin, tried: Tried) -> str | None:
     """The module where samples mix, if one does; a model that doesn't bear being watched names none."""
     trial = tried.trial
@@ -269,117 +277,3 @@ def _coupling(workload: Workload, twin: Twin, tried: Tried) -> str | None:
         found = twin.run(lambda: independence.coupling_module(workload.model, loss, batch, trial.names))
         return None if found is None else str(found)
     return None
-
-
-@contextlib.contextmanager
-def _as_it_trains(model: nn.Module) -> Iterator[None]:
-    """In train mode, as the Runner trains it; put back afterwards, with random states, buffers and attributes."""
-    with restore.kept(model=model, storages=False):
-        if not model.training:
-            model.train()
-        yield
-
-
-@contextlib.contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Compiled modules run as they were written meanwhile: what a compiled graph calls can't be watched."""
-    if not any(getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod") for module in model.modules()):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _is_virtual() -> bool:
-    from .virtual.control import is_virtual
-
-    return is_virtual()
-
-
-def counts_differ(pieces: Sequence[Batch], sizes: Sequence[int]) -> bool:
-    """Whether the micro-batches of a window count something differently for each sample: labels, lengths, padding.
-
-    A cheap look at the batch alone, for when to `recheck`.
-    """
-    return len(pieces) > 1 and len({_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)}) > 1
-
-
-def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
-    """What of a micro-batch could be counted: its ignored labels, the ones of its masks, its shapes; for each sample."""
-    found: list[Any] = []
-    masks = set(hard_batch.mask_paths(piece))
-    for path, leaf in tree.leaves(piece):
-        if not isinstance(leaf, torch.Tensor):
-            continue
-        found.append(tuple(leaf.shape[1:]))
-        if path in masks:
-            found.append(round(float(leaf.sum()) / size, 6))
-        elif not leaf.is_floating_point() and leaf.dtype is not torch.bool:
-            found.append(round(float((leaf == IGNORED).sum()) / size, 6))
-    return tuple(found)
-
-
-def recheck(
-    parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: Names | None = None
-) -> str | None:
-    """Tests on a few rows of a real window whether its gradient is that of one batch.
-
-    For the first window whose `counts_differ`. Needs no more memory than a micro-batch of the window: half as many
-    samples as the largest has, on views of the parameters, and gradients beside those that there are. The model, its
-    gradients and random states are left as they were.
-
-    Args:
-        parts: What is trained, between two windows.
-        pieces: The window's micro-batches.
-        sizes: Samples in each.
-        names: `shared` and `per_sample`, as `split` takes them.
-
-    Returns:
-        What to warn of; None where the gradients agree, or where this window can't tell.
-    """
-    if _is_virtual():
-        return None
-    rows = _few_rows(pieces, sizes, max(sizes) // 2, names or {})
-    if rows is None:
-        return None
-    whole, parted, counts = rows
-    with _as_it_trains(parts.model), _eager(parts.model):
-        try:
-            twin = Twin(parts.model, parts.loss, alias=True)
-            make = lambda: replace(parts)  # noqa: E731
-            found = gradients.compare(twin, make, whole, parted, counts)
-        except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AutoaccumError) as error:
-            drop_frames(error)
-            return None
-    within = _within(twin)
-    if not found.finite or (found.error() <= within and found.worst()[1] <= WORST_WITHIN * within):
-        return None
-    name, worst = found.worst()
-    return (
-        f"The gradient of this window's micro-batches is not that of one batch: off by {advice.percent(found.error())} "
-        f"on {sum(counts)} of its samples ({name}: {advice.percent(worst)}). Its micro-batches count differently, and "
-        "the plan's sample didn't show it. Return (sum, count) from the loss, or give count=; autoaccum check tells more."
-    )
-
-
-def _few_rows(
-    pieces: Sequence[Batch], sizes: Sequence[int], most: int, names: Names
-) -> tuple[Batch, list[Batch], tuple[int, ...]] | None:
-    """A few rows of two unlike micro-batches, as one batch and as two parts of unlike sizes; None where there are none."""
-    counts = [_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
-    other = next((index for index, count in enumerate(counts) if count != counts[0]), None)
-    if other is None or most < 3:
-        return None
-    wanted = (most - most // 3, most // 3)
-    taken = tuple(min(number, sizes[index]) for number, index in zip(wanted, (0, other), strict=True))
-    try:
-        parted = [
-            cutting.split(pieces[index], [number, sizes[index] - number], **names)[0]
-            if number < sizes[index]
-            else pieces[index]
-            for number, index in zip(taken, (0, other), strict=True)
-        ]
-        whole = cutting.join(parted, **names)
-    except AutoaccumError:
-        return None
-    return None if whole is None else (whole, parted, taken)

@@ -171,17 +171,18 @@ def _noisy(batch: Batch, generator: torch.Generator, names: dict[str, Collection
         if path in weights and bool((leaf == leaf[0]).all()):
             factors = torch.linspace(0.2, 1.0, len(leaf), dtype=leaf.dtype)
             return leaf * factors.to(leaf.device)
-        return leaf if _is_binary(leaf) and bool(leaf.any()) else _with_noise(leaf, generator)
+        constant = bool((leaf == leaf.reshape(-1)[0]).all())
+        return leaf if _is_binary(leaf) and not constant else _with_noise(leaf, generator)
 
     return tree.map_leaves(batch, noisy)
 
 
 def _with_noise(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The leaf with noise, inside the range that it had: a picture stays between 0 and 1."""
+    """The leaf with noise, inside the range that it had: a picture stays between 0 and 1, and so do ones alone."""
     low, high, spread = leaf.min(), leaf.max(), leaf.std()
     noise = torch.randn(leaf.shape, generator=generator).to(leaf)
     if not bool(spread > 0):
-        return leaf + noise
+        return noise.sigmoid() if _is_binary(leaf) else leaf + noise
     return (leaf + NOISE * spread * noise).clamp(low, high)
 
 
