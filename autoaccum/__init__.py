@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         AutoaccumError,
         BatchError,
         DoesNotFit,
+        NotFinite,
         OutOfMemory,
         PlanFileError,
         PlanMismatch,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .fit import fit_plan
+    from .loss_terms import LossTerms
     from .plan import Plan
     from .runner import Runner
     from .workload import Workload
@@ -30,6 +32,8 @@ __all__ = [
     "AutoaccumError",
     "BatchError",
     "DoesNotFit",
+    "LossTerms",
+    "NotFinite",
     "OutOfMemory",
     "Plan",
     "PlanFileError",
@@ -41,7 +45,13 @@ __all__ = [
     "fit_plan",
 ]
 
-_HOMES = {"Plan": "plan", "Runner": "runner", "Workload": "workload", "fit_plan": "fit"}
+_HOMES = {
+    "LossTerms": "loss_terms",
+    "Plan": "plan",
+    "Runner": "runner",
+    "Workload": "workload",
+    "fit_plan": "fit",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import oom, process_memory, restore, step, tree
+from . import batchnorm, drift, oom, process_memory, refuse, restore, step, tree
 from . import split as cutting
 from .errors import BatchError, OutOfMemory, UsageError
 from .identity import check_fingerprint, check_signature, fingerprint
@@ -79,9 +78,22 @@ class Runner:
         self.number = 0
         self._names = {"shared": workload.shared, "per_sample": workload.per_sample}
         self._phase = ""
-        self._drift_told = self._ignored_told = False
+        self._ignored_told = self._changes_looked_at = False
+        self._drift = drift.Watch(self.parts.device, plan)
+        self._least = max(plan.smallest_micro_batch, batchnorm.least_micro_batch(self.parts.norms, workload.batchnorm))
         if not self.parts.model.training:
             self.parts.model.train()
+        self._refuse_and_warn()
+
+    def _refuse_and_warn(self) -> None:
+        """What goes wrong, or otherwise than one may think, in windows of several micro-batches."""
+        steps = self.plan.accumulation_steps
+        refuse.refuse(self.parts, steps)
+        warned = refuse.warnings(self.parts, steps)
+        if steps > 1:
+            warned.append(batchnorm.told(self.parts.norms, self.parts.batchnorm))
+        for text in filter(None, warned):
+            log.warning("%s", text)
 
     def step(self, batch: Batch) -> StepResult:
         """Trains one window: the whole batch given, whatever its size, cut as the plan says.
@@ -124,22 +136,24 @@ class Runner:
             yield result
 
     def _split(self, samples: int) -> tuple[int, ...]:
-        return split_within(samples, self.micro_batch, self.plan.smallest_micro_batch)
+        if self.micro_batch == self.plan.micro_batch and samples == sum(self.plan.split):
+            return self.plan.split  # which was verified; another of the same largest micro-batch may not fit
+        return split_within(samples, self.micro_batch, self._least)
 
     def _train(self, window: Window) -> StepResult:
         for piece in window.pieces:
             check_signature(piece, self.plan.signature)
-        self._warn_of_ignored(window)
         window = self._counted(window)
         if max(window.sizes) > self.micro_batch:  # loaded before an out-of-memory lowered it
             window = self._recut(window)
         self._drop_gradients()  # somebody's own backward, or a window that an error broke off
         retries = 0
+        self._drift.begin()
         while True:
-            self._phase = ""
-            before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
+            self._phase, before = "", None
             versions, failure = _versions(window), ""
             try:
+                before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
                 result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
                 break
             except (RuntimeError, MemoryError) as error:
@@ -151,7 +165,9 @@ class Runner:
             _refuse_changed(window, versions, failure)
             window = self._start_over(before, window, failure)
         self.number += 1
-        self._tell_drift()
+        self._drift.end()
+        self._warn_of_ignored(window)
+        self._look_at_changes(before, window)
         return StepResult(
             self.number, result.loss, result.samples, window.sizes, result.grad_norm, result.stepped, retries
         )
@@ -178,14 +194,16 @@ class Runner:
 
     def _warn_of_ignored(self, window: Window) -> None:
         """A Hugging Face model's own loss is a mean over labels that aren't ignored; samples don't tell of these."""
-        if self._ignored_told or self.parts.loss is not default_loss or self.parts.count or len(window.pieces) < 2:
+        parts = self.parts  # the first window asks the model what its loss averages over
+        unknown = parts.loss is default_loss and parts.count is None and parts.asked_for_denominator
+        if self._ignored_told or not unknown or len(window.pieces) < 2:
             return
         labels = [piece.get("labels") for piece in window.pieces if isinstance(piece, Mapping)]
         if any(isinstance(label, torch.Tensor) and bool((label == IGNORED).any()) for label in labels):
             self._ignored_told = True
             log.warning(
-                "Some labels are ignored (-100), and the model's own .loss is a mean over the others. Micro-batches "
-                "are weighted by their samples, so the gradient is not that of the whole batch. "
+                "Some labels are ignored (-100), and the model's own .loss is no mean over the others that autoaccum "
+                "knows. Micro-batches are weighted by their samples, so the gradient may not be the whole batch's. "
                 "Give loss= as (sum, count), or count= with what the model averages over."
             )
 
@@ -197,9 +215,18 @@ class Runner:
         self.parts.model.zero_grad(set_to_none=True)
         self.parts.optimizer.zero_grad(set_to_none=True)
 
-    def _start_over(self, before: restore.Snapshot, window: Window, failure: str) -> Window:
+    def _look_at_changes(self, before: restore.Snapshot, window: Window) -> None:
+        """Says once what the first window of several micro-batches left changed in modules that keep count."""
+        if self._changes_looked_at or len(window.pieces) < 2:
+            return
+        self._changes_looked_at = True
+        told = refuse.told_of_changes(before.differences(), self.parts, len(window.pieces))
+        if told:
+            log.warning("%s", told)
+
+    def _start_over(self, before: restore.Snapshot | None, window: Window, failure: str) -> Window:
         """Drops the half-added gradients, puts back random states and buffers, lowers the micro-batch, cuts again."""
-        largest, least = max(window.sizes), self.plan.smallest_micro_batch
+        largest, least = max(window.sizes), self._least
         where = PHASE_TITLES.get(self._phase, "pass that counts")
         if self._phase == OPTIMIZER:
             raise OutOfMemory(
@@ -208,7 +235,8 @@ class Runner:
                 "Plan again with less memory (--memory), or load the last checkpoint and use a leaner optimizer.",
             )
         self._drop_gradients()
-        before.restore()
+        if before is not None:
+            before.restore()
         oom.collect()
         process_memory.trim()
         if largest <= least:
@@ -239,7 +267,8 @@ class Runner:
     def _recut(self, window: Window) -> Window:
         """The same samples in smaller pieces: the pieces are all that is left of the batch, so they are cut again.
 
-        A packed piece can't be, and stays.
+        A packed piece can't be, and stays. Where batch statistics keep one of three samples from being cut, the pieces
+        are joined first, at the price of a copy of the window.
         """
         pieces: list[Batch] = []
         sizes: list[int] = []
@@ -251,21 +280,17 @@ class Runner:
             except BatchError:
                 pieces.append(piece)
                 sizes.append(size)
+        if max(sizes) > self.micro_batch and self._least > 1:
+            return self._recut_joined(window) or Window(tuple(pieces), tuple(sizes))
         return Window(tuple(pieces), tuple(sizes))
 
-    def _tell_drift(self) -> None:
-        """Says once where the process was seen to take more than the plan reckoned with."""
-        if self._drift_told or self.parts.device.type != "cpu":
-            return
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if resident > 1.02 * self.plan.predicted_peak_bytes:
-            self._drift_told = True
-            log.warning(
-                "This process has had %s in memory; the plan reckoned with %s. "
-                "Data, workers or other code take the rest.",
-                show_bytes(resident),
-                show_bytes(self.plan.predicted_peak_bytes),
-            )
+    def _recut_joined(self, window: Window) -> Window | None:
+        try:
+            joined = cutting.join(window.pieces, **self._names)
+            sizes = self._split(sum(window.sizes))
+            return None if joined is None else Window(tuple(cutting.split(joined, sizes, **self._names)), sizes)
+        except BatchError:
+            return None
 
     def state_dict(self) -> dict[str, Any]:
         """All that training changes, between windows: for a checkpoint."""

@@ -6,6 +6,7 @@ hold the loader's samples in the loader's order.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
@@ -159,24 +160,55 @@ def _not_empty(found: Iterator[Window], loader: object) -> Iterator[Window]:
 
 def _from_indices(loader: Any, target: int, sizes_of: SizesOf) -> Iterator[Window]:
     """Windows of a map-style DataLoader, loaded by one DataLoader whose batches are the micro-batches."""
-    requested: deque[tuple[int, ...]] = deque()  # loading runs ahead: each window's sizes wait here for its samples
-    stream = iter(
-        DataLoader(
-            loader.dataset,
-            batch_sampler=_index_lists(loader.batch_sampler, target, sizes_of, requested),
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-        )
-    )
+    rebatched = _rebatched(loader)
+    requested = rebatched.batch_sampler.begin(target, sizes_of)
+    stream = iter(rebatched)
     for piece in stream:
         sizes = requested.popleft()
         yield Window((piece, *islice(stream, len(sizes) - 1)), sizes)
+
+
+# Whose workers persist from epoch to epoch must be the same loader in each.
+_kept: weakref.WeakKeyDictionary[Any, DataLoader[Any]] = weakref.WeakKeyDictionary()
+
+
+def _rebatched(loader: Any) -> Any:
+    """The DataLoader whose batches are the micro-batches; with persistent workers, the same one each time."""
+    if loader in _kept:
+        return _kept[loader]
+    made: DataLoader[Any] = DataLoader(
+        loader.dataset,
+        batch_sampler=_MicroBatches(loader.batch_sampler),  # it has no length
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+    if loader.persistent_workers:
+        _kept[loader] = made
+    return made
+
+
+class _MicroBatches:
+    """A batch sampler that gives one list of indices for each micro-batch of the epoch that was begun last."""
+
+    def __init__(self, batch_sampler: Iterable[Iterable[Any]]) -> None:
+        self.batch_sampler = batch_sampler
+
+    def begin(self, target: int, sizes_of: SizesOf) -> deque[tuple[int, ...]]:
+        """Sets what the next epoch is cut into; returns where the sizes of its windows will be."""
+        self.target, self.sizes_of = target, sizes_of
+        # Loading runs ahead: each window's sizes wait here for its samples.
+        self.requested = deque[tuple[int, ...]]()
+        return self.requested
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return _index_lists(self.batch_sampler, self.target, self.sizes_of, self.requested)
 
 
 def _index_lists(

@@ -272,7 +272,9 @@ def test_a_program_of_10000_events_is_solved_in_half_a_second(target: int, size:
 
     budget = int(peak((size, size)) * 1.001)
     seconds = []
-    for _ in range(5):  # the best counts: whoever shares the machine's cores and caches makes the others up to 2.5 x as long
+    for _ in range(
+        5
+    ):  # the best counts: whoever shares the machine's cores and caches makes the others up to 2.5 x as long
         started = time.process_time()  # other processes' own work is not counted
         found = smallest_steps(
             lambda split: all(peak(split) <= budget for _ in ("fresh", "here")),
