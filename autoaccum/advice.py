@@ -48,15 +48,24 @@ def ignorable(draws: Draws, batch: Batch) -> dict[str, int]:
 
 
 def untested_targets(first: Tried, second: Tried | None) -> str | None:
-    """In words, the cross-entropy that averages and was not tested with ignored classes; None where there is none."""
+    """In words, the cross-entropy that averages and was not tested with ignored classes; None where there is none.
+
+    Classes that are a leaf of the batch were tried, and where that failed the model doesn't take them. What is left are
+    classes that the loss makes of something; in-batch negatives have the sample's own place, which is never ignored.
+    """
     if first.found.is_pair or first.counted:
         return None
     if second is not None and second.trial.ignored:
         return None
-    averaging = [call for call in first.found.draws.class_losses if call.averages]
+    calls = [call for call in first.found.draws.class_losses if call.averages and call.path is None]
+    averaging = [call for call in calls if not _are_places(call.targets)]
     if not averaging:
         return None
     return f"its cross-entropy averages over classes other than {averaging[0].ignore_index}"
+
+
+def _are_places(targets: torch.Tensor) -> bool:
+    return targets.dim() == 1 and torch.equal(targets, torch.arange(len(targets)).to(targets))
 
 
 def for_untested(first: Tried) -> tuple[str, ...]:
@@ -143,20 +152,17 @@ def _condition(tried: Tried, easy: Tried | None) -> str:
 def _of_term(seen: str) -> tuple[str, ...]:
     return (
         f"A weight penalty, say, is part of the sum that is returned, and k micro-batches count it k times: {seen}.",
-        "Return the mean with the term as one scalar, and say what the mean is over: Workload(..., count=lambda batch: "
-        "...); the weights of the micro-batches then add up to 1. For a penalty on weights, the optimizer's "
-        "weight_decay does without a term.",
+        "Give it apart, so that it is counted once: return autoaccum.LossTerms(sum, count, extra=term).",
     )
 
 
 def _of_module(module: str, seen: str) -> tuple[str, ...]:
-    name, _, kind = module.partition(" (")
+    kind = module.partition(" (")[2]
     told = f"What {module} gives for a sample depends on the others in its micro-batch: {seen}."
     if "BatchNorm" in kind:
-        reach = "model" if name == "the model" else f"model.get_submodule({name!r})"
         return told, (
-            f"Frozen statistics are exact: {reach}.eval() after model.train(). So are GroupNorm and LayerNorm in its "
-            "place. Otherwise each micro-batch is normalized by itself, which trains, but isn't the large batch."
+            "Workload(..., batchnorm='frozen') is exact, and so are GroupNorm and LayerNorm in its place. Otherwise "
+            "each micro-batch is normalized by itself, which trains, but isn't the large batch."
         )
     return told, (
         "Only samples in one micro-batch meet there. Train with one accumulation step, or have it see each sample by "
@@ -176,8 +182,8 @@ def _of_coupling(seen: str) -> tuple[str, ...]:
     return (
         f"No weights of the micro-batches give the whole batch's gradient: {seen}. The loss compares samples "
         "(in-batch negatives, triplets, ranks), or is a ratio or a statistic of the whole batch.",
-        "Train it with one accumulation step, or over representations that are kept for the whole batch: "
-        "docs/exactness.md, Losses over representations.",
+        "If it is a function of each sample's representation, Workload(..., encode=lambda model, batch: ..., "
+        "loss=lambda model, representations: ...) is exact, for one more forward. Else train with one step.",
     )
 
 

@@ -16,16 +16,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import advice, gradients, hard_batch, independence, step
+from . import advice, batchnorm, gradients, hard_batch, independence
 from . import split as cutting
 from .as_it_trains import as_it_trains
 from .errors import AutoaccumError
 from .gradients import Gradients, Twin
 from .hard_batch import Trial
 from .oom import drop_frames
+from .parts import Parts, forward, open_parts
 from .plan import Plan
 from .recheck import counts_differ, recheck
-from .step import Parts
 from .virtual.control import is_virtual
 from .workload import Workload
 
@@ -129,7 +129,7 @@ def check(workload: Workload, *, progress: Callable[[str], None] = lambda text: 
             )
         if second is not None and not second.holds:
             return _verdict(workload, twin, second, easy=first)
-    return _holds(first, second)
+    return _holds(first, second, settled=workload.encode is not None)
 
 
 def stamp(plan: Plan, verdict: Verdict) -> Plan:
@@ -187,20 +187,21 @@ def _parts(workload: Workload) -> Parts:
         workload,
         optimizer=gradients.Capture,
         precision=None,
+        on_nonfinite=None,
         scaler=None,
         scheduler=None,
         clip_grad_norm=None,
         between=None,
     )
-    return step.open_parts(plain)
+    return open_parts(plain)
 
 
-def _holds(first: Tried, second: Tried | None) -> Verdict:
-    """Exact on all that was tried."""
+def _holds(first: Tried, second: Tried | None, *, settled: bool) -> Verdict:
+    """Exact on all that was tried; `settled` where the loss isn't averaged over micro-batches at all."""
     found = max((tried.found for tried in (first, second) if tried is not None), key=Gradients.error)
     rows = first.trial.rows
     blind = advice.untested_targets(first, second)
-    if blind is not None:
+    if blind is not None and not settled:
         words = f"not exact where targets are ignored: {blind}; exact otherwise (tested on {rows} samples)"
         return Verdict(COUNT, words, found.error(), *found.worst(), rows, advice=advice.for_untested(first))
     told = (f"{first.trial.made_up} of the {rows} samples tested on were made of the sample's own.",)
@@ -271,9 +272,15 @@ def _remembers(workload: Workload, twin: Twin, tried: Tried) -> bool:
 
 def _coupling(workload: Workload, twin: Twin, tried: Tried) -> str | None:
     """The module where samples mix, if one does; a model that doesn't bear being watched names none."""
-    trial = tried.trial
-    batch, loss = twin.cast(trial.batch), _parts(workload).loss
+    trial, parts = tried.trial, _parts(workload)
+    batch, norms = twin.cast(trial.batch), batchnorm.Window(parts.norms, parts.batchnorm, 1)
+
+    def look() -> str | None:
+        inside = replace(parts, device=next(iter(twin.copies.values())).device)
+        with norms.entered():
+            return independence.coupling_module(workload.model, lambda b: forward(inside, b), batch, trial.names)
+
     with contextlib.suppress(Exception):
-        found = twin.run(lambda: independence.coupling_module(workload.model, loss, batch, trial.names))
-        return None if found is None else str(found)
+        found: str | None = twin.run(look)
+        return found
     return None

@@ -17,7 +17,9 @@ from torch import nn
 
 from . import step, tree
 from .chance import ClassLoss, Draws, without_chance
+from .hard_batch import target_paths
 from .loss_modules import modules_of
+from .loss_terms import count_of
 from .recording import FIRST, LATER
 from .rng import put_rng, same_state, take_rng
 from .step import Parts
@@ -50,7 +52,7 @@ class Gradients:
         places: Name and number of entries of each parameter, in order.
         draws: What was drawn and called on the way.
         chance: Whether something was drawn.
-        is_pair: Whether the loss returns `(sum, count)`.
+        is_pair: Whether the loss returns a sum and its count.
     """
 
     whole: torch.Tensor
@@ -199,7 +201,7 @@ class Twin:
 
         def loss(model: nn.Module, batch: Batch) -> Any:
             out = inner(model, batch)
-            kinds.add(isinstance(out, tuple))
+            kinds.add(count_of(out) is not None)
             return out
 
         @contextmanager
@@ -319,11 +321,20 @@ def _drawn(start: dict[str, Any]) -> bool:
 
 
 def _placed(call: ClassLoss, piece: Batch) -> ClassLoss:
-    """The call with the path of the leaf that its classes are (a view of)."""
-    address = call.targets.untyped_storage().data_ptr()
-    for path, leaf in tree.leaves(piece):
-        if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() == address:
+    """The call with the path of the leaf that its classes are, or were copied from."""
+    address, targets = call.targets.untyped_storage().data_ptr(), call.targets.flatten()
+    leaves = [(p, leaf) for p, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    named = target_paths(piece)
+    leaves.sort(key=lambda item: item[0] not in named)  # labels that are a copy of the inputs are the labels
+    for path, leaf in leaves:
+        if leaf.untyped_storage().data_ptr() == address:
             return replace(call, path=path)
+    for path, leaf in leaves:
+        shifted = leaf[:, 1:] if leaf.dim() == 2 else leaf
+        padded = torch.nn.functional.pad(shifted, (0, 1), value=call.ignore_index) if leaf.dim() == 2 else leaf
+        for form in (leaf, shifted, padded):  # the last two: next tokens, cut off or filled up as Hugging Face does
+            if form.dtype == targets.dtype and form.numel() == len(targets) and torch.equal(form.flatten(), targets):
+                return replace(call, path=path)
     return call
 
 

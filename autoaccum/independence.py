@@ -17,7 +17,7 @@ from . import split as cutting
 from . import tree
 from .chance import without_chance
 from .rng import put_rng, take_rng
-from .workload import Batch, Loss
+from .workload import Batch
 
 ROWS = 7  # a number that is rarely also the length of something else
 KEPT = 3  # samples of these that stay
@@ -31,12 +31,14 @@ class _Trace:
     calls: list[tuple[str, list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
 
 
-def coupling_module(model: nn.Module, loss: Loss, batch: Batch, names: dict[str, Collection[str]]) -> str | None:
+def coupling_module(
+    model: nn.Module, forward: Callable[[Batch], Any], batch: Batch, names: dict[str, Collection[str]]
+) -> str | None:
     """The first module whose output for some samples moves when others are exchanged.
 
     Args:
         model: The model, in the mode in which it trains. Its buffers are moved by this.
-        loss: The loss, which calls it.
+        forward: What calls it with a batch.
         batch: At least 7 different samples.
         names: `shared` and `per_sample`, as `split` takes them.
 
@@ -53,18 +55,18 @@ def coupling_module(model: nn.Module, loss: Loss, batch: Batch, names: dict[str,
     traces = []
     for joined in (one, two):
         put_rng(start)
-        traces.append(_trace(model, loss, joined))
+        traces.append(_trace(model, forward, joined))
     return _first_moved(*traces)
 
 
-def _trace(model: nn.Module, loss: Loss, batch: Batch) -> _Trace:
+def _trace(model: nn.Module, forward: Callable[[Batch], Any], batch: Batch) -> _Trace:
     trace, handles, open_calls = _Trace(), [], list[list[torch.Tensor]]()
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(_before(open_calls), with_kwargs=True))
         handles.append(module.register_forward_hook(_after(trace, open_calls, f"{name or 'the model'}", module)))
     try:
         with torch.no_grad(), without_chance():
-            loss(model, batch)
+            forward(batch)
     finally:
         for handle in handles:
             handle.remove()

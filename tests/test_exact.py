@@ -22,7 +22,7 @@ from exact_cases import CASES, CHANCE, COUNT, COUPLED, EXACT, Case, classes, mlp
 from helpers_train import Capture, base_plan, cut, distance, gradients, mean_of, one_thread  # noqa: F401
 from torch import nn
 
-from autoaccum import Workload, exact, fit_plan, restore, step, virtual
+from autoaccum import LossTerms, Workload, exact, fit_plan, restore, step, virtual
 from autoaccum import gradients as engine
 from autoaccum.advice import percent
 from autoaccum.hard_batch import HARDNESSES, easy, harder, uneven
@@ -256,12 +256,76 @@ def test_what_python_or_numpy_draw_is_seen(draw: Callable[[], float]) -> None:
     assert found.kind == CHANCE and found.error < 1e-12
 
 
+class Running(nn.Module):
+    """Divides by something that each forward moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = x / self.scale.clone()
+        self.scale.add_(0.1)
+        return out
+
+
 def test_a_module_that_changes_with_each_forward_is_named() -> None:
-    torch.manual_seed(0)
-    norm = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
-    found = exact.check(Workload(mlp(norm), regression(False), loss=MSE.loss))
-    assert found.kind == "changes with each forward"
-    assert found.module == "1.parametrizations.weight.0 (_SpectralNorm)"
+    model = mlp(Running())
+    found = exact.check(Workload(model, regression(False), loss=MSE.loss))
+    assert found.kind == "changes with each forward" and found.module == "1 (Running)"
+    assert torch.equal(model[1].scale, torch.ones(16))
+    norm = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))  # iterates once in a window
+    assert exact.check(Workload(mlp(norm), regression(False), loss=MSE.loss)).kind == EXACT
+
+
+@pytest.mark.parametrize("name", ["infonce", "dice", "barlow twins", "batch-hard", "correlation", "vicreg"])
+def test_a_loss_over_representations_is_exact_where_they_are_all_kept(name: str) -> None:
+    case = named(name)
+
+    def loss(model: nn.Module, representations: Any) -> Any:
+        assert case.loss is not None
+        return case.loss(nn.Identity(), representations)
+
+    work = Workload(mlp(), case.sample(True), encode=lambda m, b: (m(b[0]), b[1]), loss=loss)
+    if name in ("correlation", "barlow twins", "infonce"):
+        work = replace(work, sample=(work.sample[0],), encode=lambda m, b: (m(b[0]),))
+    if name == "vicreg":
+        work = replace(work, sample=regression(True))
+    assert exact.check(work).kind == EXACT
+    assert exact.check(replace(work, model=mlp(nn.Dropout(0.3)))).kind == CHANCE
+    assert exact.check(replace(work, model=mlp(nn.BatchNorm1d(16)))).module == "1 (BatchNorm1d)"
+
+
+@pytest.mark.parametrize(("how", "kind"), [("frozen", EXACT), ("merged", COUPLED), ("per_micro_batch", COUPLED)])
+def test_batch_normalization_is_exact_where_it_is_frozen(how: str, kind: str) -> None:
+    found = exact.check(Workload(mlp(nn.BatchNorm1d(16)), vectors(True), batchnorm=how))
+    assert found.kind == kind and (found.module is None) == (kind == EXACT)
+    coupled = Workload(mlp(nn.BatchNorm1d(16)), vectors(True), loss=named("infonce").loss, batchnorm="frozen")
+    assert exact.check(coupled).module is None  # it is the loss that couples them
+
+
+def test_a_term_given_apart_is_counted_once() -> None:
+    def loss(m: nn.Module, b: Any) -> LossTerms:
+        return LossTerms(
+            F.mse_loss(m(b[0]), b[1], reduction="sum"), b[1].numel(), sum(p.norm() for p in m.parameters())
+        )
+
+    assert exact.check(Workload(mlp(), regression(True), loss=loss)).kind == EXACT
+
+
+def test_next_tokens_made_of_the_inputs_need_no_count() -> None:
+    """No class can be ignored there: the model doesn't take -100 for a token."""
+
+    def loss(m: nn.Module, b: Any) -> torch.Tensor:
+        return F.cross_entropy(m(b)[:, :-1].flatten(0, 1), b[:, 1:].reshape(-1).clamp(max=4))
+
+    def plain(m: nn.Module, b: Any) -> torch.Tensor:
+        return F.cross_entropy(m(b)[:, :-1].flatten(0, 1), b[:, 1:].reshape(-1))
+
+    ids = torch.randint(1, 5, (8, 6), generator=torch.Generator().manual_seed(0))
+    assert exact.check(Workload(named("count=").model(), ids, loss=plain)).kind == EXACT
+    made = exact.check(Workload(named("count=").model(), ids * 2, loss=loss))  # it can't be told what they are made of
+    assert made.kind == COUNT and "exact otherwise" in made.words and made.advice
 
 
 def test_the_innermost_of_nested_modules_is_named() -> None:
@@ -325,8 +389,9 @@ def test_labels_of_hugging_face_models_force_the_counted_form(kind: str) -> None
     assert found.advice[-1] == f"Workload(..., count=lambda batch: ({code} != -100).sum())"
     told = re.search(r"count=(.*)\)$", found.advice[-1])
     assert told is not None
-    mended = exact.check(replace(naive, count=eval(told[1])))  # what it says to type
-    assert mended.kind == (CHANCE if kind != "llama" else EXACT) and mended.error < 1e-6
+    for mended in (replace(naive, count=eval(told[1])), replace(naive, loss=None)):  # what it says to type; the default
+        found = exact.check(mended)
+        assert found.kind == (CHANCE if kind != "llama" else EXACT) and found.error < 1e-6
 
 
 def test_what_a_mixture_of_experts_gets_wrong_shows_in_its_gate() -> None:
