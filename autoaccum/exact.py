@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -272,15 +273,14 @@ def _remembers(workload: Workload, twin: Twin, tried: Tried) -> bool:
 
 def _coupling(workload: Workload, twin: Twin, tried: Tried) -> str | None:
     """The module where samples mix, if one does; a model that doesn't bear being watched names none."""
-    trial, parts = tried.trial, _parts(workload)
-    batch, norms = twin.cast(trial.batch), batchnorm.Window(parts.norms, parts.batchnorm, 1)
+    trial, batch = tried.trial, twin.cast(tried.trial.batch)
+    parts = replace(_parts(workload), device=next(iter(twin.copies.values())).device)
+    norms = batchnorm.Window(parts.norms, parts.batchnorm, 1)
 
-    def look() -> str | None:
-        inside = replace(parts, device=next(iter(twin.copies.values())).device)
+    def fresh_forward(piece: Any) -> None:
         with norms.entered():
-            return independence.coupling_module(workload.model, lambda b: forward(inside, b), batch, trial.names)
+            twin.run(lambda: forward(parts, piece))
 
     with contextlib.suppress(Exception):
-        found: str | None = twin.run(look)
-        return found
+        return independence.coupling_module(workload.model, fresh_forward, batch, trial.names)
     return None

@@ -173,13 +173,13 @@ class Twin:
         return tensor.to(self.device or tensor.device, dtype)
 
     def run(self, work: Callable[[], Any]) -> Any:
-        """Calls `work` while the model stands on the copies."""
+        """Calls `work` while the model stands on the copies, with its buffers as they were."""
+        self.copies |= {name: buffer.clone() for name, buffer in self.buffers.items()}
         return torch.func.functional_call(self.outside, self.copies, (work,))
 
     def window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
-        """One window by `step.train_window`, cast and without chance, from the buffers as they were."""
+        """One window by `step.train_window`, cast and without chance."""
         pieces = [self.cast(piece) for piece in pieces]
-        self.copies |= {name: buffer.clone() for name, buffer in self.buffers.items()}
         passes: Passes = self.run(lambda: self._window(make_parts, pieces, sizes))
         self.moved |= {name for name, buffer in self.buffers.items() if not _same(self.copies[name], buffer)}
         return passes

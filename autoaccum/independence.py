@@ -32,13 +32,13 @@ class _Trace:
 
 
 def coupling_module(
-    model: nn.Module, forward: Callable[[Batch], Any], batch: Batch, names: dict[str, Collection[str]]
+    model: nn.Module, forward: Callable[[Batch], object], batch: Batch, names: dict[str, Collection[str]]
 ) -> str | None:
     """The first module whose output for some samples moves when others are exchanged.
 
     Args:
-        model: The model, in the mode in which it trains. Its buffers are moved by this.
-        forward: What calls it with a batch.
+        model: The model, in the mode in which it trains.
+        forward: What calls it with a batch, each time from the same buffers.
         batch: At least 7 different samples.
         names: `shared` and `per_sample`, as `split` takes them.
 
@@ -59,7 +59,7 @@ def coupling_module(
     return _first_moved(*traces)
 
 
-def _trace(model: nn.Module, forward: Callable[[Batch], Any], batch: Batch) -> _Trace:
+def _trace(model: nn.Module, forward: Callable[[Batch], object], batch: Batch) -> _Trace:
     trace, handles, open_calls = _Trace(), [], list[list[torch.Tensor]]()
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(_before(open_calls), with_kwargs=True))
