@@ -36,7 +36,7 @@ EXACT, CHANCE, SUM, COUNT = "exact", "same distribution", "sum", "wrong denomina
 TERM, COUPLED, STATEFUL = "additive term", "not decomposable", "changes with each forward"
 INEXACT, UNKNOWN = "not exact", "unknown"
 
-__all__ = ["Verdict", "check", "counts_differ", "recheck", "stamp", "unknown"]
+__all__ = ["Verdict", "check", "counts_differ", "for_plan", "recheck", "stamp", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ class _Untestable(Exception):
     """The batch can't be tested on: the loss doesn't take it, or its gradient is zero or not finite."""
 
 
-def check(workload: Workload, *, progress: Callable[[str], None] = lambda text: None) -> Verdict:
+def check(
+    workload: Workload, *, most_rows: int = hard_batch.MOST_ROWS, progress: Callable[[str], None] = lambda text: None
+) -> Verdict:
     """Tests on the sample, as it is and made hard, whether accumulating gives the large batch's gradient.
 
     Each of the batches costs four passes forward and backward of 8 to 16 samples (five where the loss returns a pair
@@ -110,13 +112,16 @@ def check(workload: Workload, *, progress: Callable[[str], None] = lambda text: 
 
     Args:
         workload: What is trained. Its sample is needed.
+        most_rows: Samples that fit at once, in the precision of the test.
         progress: Called with what is being done.
     """
-    if is_virtual():
+    if next(workload.model.parameters()).device.type != "cpu" and is_virtual():
         return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
+    if most_rows < hard_batch.FEWEST_ROWS:
+        return unknown(f"it takes {hard_batch.FEWEST_ROWS} samples at once to test", "autoaccum check takes them.")
     with as_it_trains(workload.model):
         try:
-            easy = hard_batch.easy(workload)
+            easy = hard_batch.easy(workload, most_rows)
             twin, first = _first_try(workload, easy, progress)
             if not first.holds:
                 return _verdict(workload, twin, first)
@@ -124,13 +129,23 @@ def check(workload: Workload, *, progress: Callable[[str], None] = lambda text: 
             second = _hard_try(workload, twin, first)
         except _Untestable as error:
             return unknown(str(error), "Give a sample of real data: a batch whose loss is finite and not at its best.")
-        except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AttributeError, AutoaccumError) as error:
+        except Exception as error:  # whatever the user's code raises: a plan is a plan without a verdict, too
             return unknown(
                 f"the test itself failed ({drop_frames(error)})", "Does one step run on the sample? loss(model, sample)"
             )
         if second is not None and not second.holds:
             return _verdict(workload, twin, second, easy=first)
     return _holds(first, second, settled=workload.encode is not None)
+
+
+def for_plan(plan: Plan, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Plan:
+    """The plan with a verdict, found on no more samples than fit it."""
+    # In double precision, or in single in place of half, a sample takes twice what it took in the plan.
+    wider = workload.precision is not None or _is_small(workload)
+    most = max(plan.largest_micro_batch // (2 if wider else 1), plan.micro_batch // 2)
+    if not _is_small(workload):
+        most = min(most, hard_batch.LEAST_ROWS)  # each further one costs as much again
+    return stamp(plan, check(workload, most_rows=most, progress=progress))
 
 
 def stamp(plan: Plan, verdict: Verdict) -> Plan:
@@ -150,12 +165,17 @@ def unknown(why: str, *told: str) -> Verdict:
 def _first_try(workload: Workload, easy: Trial, progress: Callable[[str], None]) -> tuple[Twin, Tried]:
     """The easy batch in double precision on the CPU; where the model is large, or can't do that, in its own."""
     progress("testing whether the gradient is the large batch's")
-    if sum(p.numel() for p in workload.model.parameters()) <= gradients.DOUBLES:
+    if _is_small(workload):
         with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, _Untestable):
             twin = Twin(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
             return twin, _try(workload, twin, easy)
     twin = Twin(workload.model, workload.loss)
     return twin, _try(workload, twin, easy)
+
+
+def _is_small(workload: Workload) -> bool:
+    """Whether it is tested in double precision."""
+    return sum(p.numel() for p in workload.model.parameters()) <= gradients.DOUBLES
 
 
 def _hard_try(workload: Workload, twin: Twin, first: Tried) -> Tried | None:
@@ -165,7 +185,7 @@ def _hard_try(workload: Workload, twin: Twin, first: Tried) -> Tried | None:
         if hard_batch.IGNORING in hardness and not ignorable and not _may_ignore_unasked(twin):
             continue
         hard = hard_batch.harder(first.trial, hardness, ignorable)
-        with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError, _Untestable):
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError, AutoaccumError, _Untestable):
             return _try(workload, twin, hard)
     return None
 
@@ -206,7 +226,9 @@ def _holds(first: Tried, second: Tried | None, *, settled: bool) -> Verdict:
         words = f"not exact where targets are ignored: {blind}; exact otherwise (tested on {rows} samples)"
         return Verdict(COUNT, words, found.error(), *found.worst(), rows, advice=advice.for_untested(first))
     told = (f"{first.trial.made_up} of the {rows} samples tested on were made of the sample's own.",)
-    notes = told if first.trial.made_up else ()
+    notes: tuple[str, ...] = told if first.trial.made_up else ()
+    if second is None:
+        notes += ("The loss takes no batch but one like the sample, so nothing harder was tested.",)
     if first.found.chance:
         drawn = ", ".join(sorted(first.found.draws.replaced | first.found.draws.kept)) or "Python's or NumPy's draws"
         words = f"same distribution (exact with {drawn} off, tested on {rows} samples)"
@@ -238,7 +260,7 @@ def _kind(workload: Workload, twin: Twin, tried: Tried) -> tuple[str, list[float
     if not bool(found.columns.isfinite().all()):
         return COUPLED, []
     factors, residual = found.fit()
-    if residual > tried.within:
+    if residual > tried.within or found.error() <= tried.within:  # the latter: a single tensor is off, and only it
         return (TERM if found.is_pair and _is_term(workload, twin, tried) else COUPLED), []
     own = [size / sum(found.sizes) for size in found.sizes]
     weights = [factor * share for factor, share in zip(factors, own, strict=True)]

@@ -191,7 +191,7 @@ def fit_plan(
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify)
         plan = assemble.plan(outlook, solution, measured, workload, assumed)
     if check:
-        plan = exact.stamp(plan, exact.check(workload, progress=subject.say))
+        plan = exact.for_plan(plan, workload, subject.say)
     return replace(plan, seconds=time.perf_counter() - started)
 
 

@@ -155,6 +155,8 @@ class Twin:
             self.copies[name] = nn.Parameter(copied, requires_grad=p.requires_grad)
         self.buffers = {name: self._cast(b.detach()).clone() for name, b in self.outside.named_buffers()}
         self.moved: set[str] = set()
+        self._parts: Parts | None = None
+        self._is_pair = False
         self._start = take_rng()  # every part of every window draws from here on: Python's and NumPy's draws are alike
         chosen = torch.Generator().manual_seed(0)
         self.trained = [name for name, p in self.copies.items() if p.requires_grad]
@@ -185,24 +187,11 @@ class Twin:
         return passes
 
     def _window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
-        kinds, cumulative = set[bool](), list[torch.Tensor]()
-        trained = [self.copies[name] for name in self.trained]
-        optimizer = Capture(trained)
-        parts = replace(
-            make_parts(),
-            optimizer=optimizer,
-            device=trained[0].device,
-            scaler=None,
-            scheduler=None,
-            clip_grad_norm=None,
-            autocast_dtype=None,
-        )
-        inner = parts.loss
-
-        def loss(model: nn.Module, batch: Batch) -> Any:
-            out = inner(model, batch)
-            kinds.add(count_of(out) is not None)
-            return out
+        trained, cumulative = [self.copies[name] for name in self.trained], list[torch.Tensor]()
+        if self._parts is None:  # once: what its first window finds out about the loss holds for the others
+            self._parts = self._opened(make_parts, trained)
+        parts, optimizer = self._parts, self._parts.optimizer
+        assert isinstance(optimizer, Capture)
 
         @contextmanager
         def phase(name: str) -> Iterator[None]:
@@ -212,8 +201,6 @@ class Twin:
             if name in (FIRST, LATER):
                 cumulative.append(self._read([p.grad for p in trained]))
 
-        # Not where the default loss is compared by identity: the step may treat it differently.
-        parts.loss = loss if parts.loss is not default_loss else parts.loss
         with without_chance() as draws:
             step.train_window(parts, pieces, sizes, on_phase=phase)
         draws.class_losses = [_placed(call, pieces[0]) for call in draws.class_losses]
@@ -224,7 +211,29 @@ class Twin:
             torch.stack(cumulative),
             draws,
             bool(draws.replaced or draws.kept) or _drawn(self._start),
-            kinds == {True},
+            self._is_pair,
+        )
+
+    def _opened(self, make_parts: MakeParts, trained: list[torch.Tensor]) -> Parts:
+        """The parts, with an optimizer that only looks, and nothing of a scaler or a precision."""
+        made = make_parts()
+        inner = made.loss
+
+        def loss(model: nn.Module, batch: Batch) -> Any:
+            out = inner(model, batch)
+            self._is_pair = count_of(out) is not None
+            return out
+
+        return replace(
+            made,
+            loss=inner if inner is default_loss else loss,  # the step knows the default one by its identity
+            optimizer=Capture(trained),
+            device=trained[0].device,
+            scaler=None,
+            scheduler=None,
+            clip_grad_norm=None,
+            on_nonfinite=None,
+            autocast_dtype=None,
         )
 
     def _read(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:

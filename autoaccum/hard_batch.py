@@ -19,6 +19,7 @@ from . import tree
 from .workload import IGNORED, Batch, Workload
 
 LEAST_ROWS, MOST_ROWS = 8, 16
+FEWEST_ROWS = 3  # where no more fit
 NOISE = 0.5  # of a leaf's own standard deviation, added to floating-point rows
 IGNORED_PART = 1 / 3
 
@@ -61,16 +62,19 @@ class Trial:
 
 
 def uneven(rows: int) -> tuple[int, ...]:
-    """Three parts of unlike sizes, none below 2 (batch statistics need two): even ones hide errors."""
+    """Parts of unlike sizes, since even ones hide errors: three of at least 2 (batch statistics need two), or two."""
+    if rows < LEAST_ROWS:
+        last = 2 if rows > 4 else 1
+        return rows - last, last
     last, middle = max(2, rows // 5), max(2, rows // 3)
     return rows - middle - last, middle, last
 
 
-def easy(workload: Workload) -> Trial:
-    """The sample's own rows; where it has fewer than eight, more are made of them."""
+def easy(workload: Workload, most: int = MOST_ROWS) -> Trial:
+    """The sample's own rows, at most `most`; where it has fewer than eight, more are made of them."""
     names = {"shared": workload.shared, "per_sample": workload.per_sample}
     own = cutting.batch_size(workload.sample, **names)
-    rows = min(max(own, LEAST_ROWS), MOST_ROWS)
+    rows = min(max(own, LEAST_ROWS), MOST_ROWS, most)
     batch = cutting.tile(workload.sample, rows, **names)
     if rows > own:
         batch = _vary(batch, own, torch.Generator().manual_seed(1), names)

@@ -19,8 +19,7 @@ from .chance import without_chance
 from .rng import put_rng, take_rng
 from .workload import Batch
 
-ROWS = 7  # a number that is rarely also the length of something else
-KEPT = 3  # samples of these that stay
+MOST_ROWS = 7  # a number that is rarely also the length of something else
 MOVED = 1e-5  # of an output's largest value: another order of additions moves it by 1e-7
 
 
@@ -28,7 +27,23 @@ MOVED = 1e-5  # of an output's largest value: another order of additions moves i
 class _Trace:
     """What the modules were given and gave for the samples that stayed, call by call."""
 
+    rows: int
+    stay: int
     calls: list[tuple[str, list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
+
+    def kept(self, values: Any) -> list[torch.Tensor]:
+        """The parts of all tensors that belong to the samples that stayed."""
+        tensors = [leaf for _, leaf in tree.leaves(values) if isinstance(leaf, torch.Tensor)]
+        found = [self._rows(tensor) for tensor in tensors if tensor.is_floating_point()]
+        return [rows.detach().clone() for rows in found if rows is not None]
+
+    def _rows(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Those of (samples, ...), of (samples * positions, ...), or of (positions, samples, ...); else None."""
+        if tensor.dim() and len(tensor) and len(tensor) % self.rows == 0:
+            return tensor[: self.stay * (len(tensor) // self.rows)]
+        if tensor.dim() > 1 and tensor.shape[1] == self.rows:
+            return tensor[:, : self.stay]
+        return None
 
 
 def coupling_module(
@@ -39,15 +54,19 @@ def coupling_module(
     Args:
         model: The model, in the mode in which it trains.
         forward: What calls it with a batch, each time from the same buffers.
-        batch: At least 7 different samples.
+        batch: At least 4 different samples.
         names: `shared` and `per_sample`, as `split` takes them.
 
     Returns:
         Its name and class, such as `features.1 (BatchNorm2d)`; None where none does.
     """
-    pieces = cutting.split(batch, [KEPT, ROWS - KEPT, cutting.batch_size(batch, **names) - ROWS], **names)
-    kept, others, spare = pieces
-    exchanged = cutting.tile(spare, ROWS - KEPT, **names)
+    samples = cutting.batch_size(batch, **names)
+    if samples < 4:
+        return None
+    rows = min(MOST_ROWS, samples - 1)
+    stay = rows // 2
+    kept, others, spare = cutting.split(batch, [stay, rows - stay, samples - rows], **names)
+    exchanged = cutting.tile(spare, rows - stay, **names)
     one, two = (cutting.join([kept, rest], **names) for rest in (others, exchanged))
     if one is None or two is None:
         return None
@@ -55,14 +74,14 @@ def coupling_module(
     traces = []
     for joined in (one, two):
         put_rng(start)
-        traces.append(_trace(model, forward, joined))
+        traces.append(_trace(model, forward, joined, rows, stay))
     return _first_moved(*traces)
 
 
-def _trace(model: nn.Module, forward: Callable[[Batch], object], batch: Batch) -> _Trace:
-    trace, handles, open_calls = _Trace(), [], list[list[torch.Tensor]]()
+def _trace(model: nn.Module, forward: Callable[[Batch], object], batch: Batch, rows: int, stay: int) -> _Trace:
+    trace, handles, open_calls = _Trace(rows, stay), [], list[list[torch.Tensor]]()
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(_before(open_calls), with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(_before(trace, open_calls), with_kwargs=True))
         handles.append(module.register_forward_hook(_after(trace, open_calls, f"{name or 'the model'}", module)))
     try:
         with torch.no_grad(), without_chance():
@@ -73,9 +92,9 @@ def _trace(model: nn.Module, forward: Callable[[Batch], object], batch: Batch) -
     return trace
 
 
-def _before(open_calls: list[list[torch.Tensor]]) -> Callable[..., None]:
+def _before(trace: _Trace, open_calls: list[list[torch.Tensor]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        open_calls.append(_kept((args, dict(kwargs))))
+        open_calls.append(trace.kept((args, dict(kwargs))))
 
     return hook
 
@@ -84,28 +103,9 @@ def _after(trace: _Trace, open_calls: list[list[torch.Tensor]], name: str, modul
     told = f"{name} ({type(module).__name__})"
 
     def hook(module: nn.Module, args: Any, out: Any) -> None:
-        trace.calls.append((told, open_calls.pop(), _kept(out)))
+        trace.calls.append((told, open_calls.pop(), trace.kept(out)))
 
     return hook
-
-
-def _kept(values: Any) -> list[torch.Tensor]:
-    """The parts of all tensors that belong to the samples that stayed."""
-    found = []
-    for _, leaf in tree.leaves(values):
-        rows = _rows(leaf) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else None
-        if rows is not None:
-            found.append(rows.detach().clone())
-    return found
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Those of (samples, ...), of (samples * positions, ...), or of (positions, samples, ...); else None."""
-    if tensor.dim() and len(tensor) and len(tensor) % ROWS == 0:
-        return tensor[: KEPT * (len(tensor) // ROWS)]
-    if tensor.dim() > 1 and tensor.shape[1] == ROWS:
-        return tensor[:, :KEPT]
-    return None
 
 
 def _first_moved(one: _Trace, two: _Trace) -> str | None:

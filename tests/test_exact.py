@@ -121,7 +121,7 @@ def test_at_most_five_small_passes_for_each_kind_of_batch(name: str, monkeypatch
     assert max(each) <= (5 if case.kind == "additive term" else 4)
     assert sum(grad) == len(passes)
     # Only a pair without count= is counted by forwards: one that asks, and one for each part; and two to find a module.
-    assert len(grad) - sum(grad) <= (8 if name in ("sum and count", "weight penalty in a sum") else 4)
+    assert len(grad) - sum(grad) <= (7 if name in ("sum and count", "weight penalty in a sum") else 3)
     assert max(rows) <= 16
 
 
@@ -394,6 +394,39 @@ def test_labels_of_hugging_face_models_force_the_counted_form(kind: str) -> None
         assert found.kind == (CHANCE if kind != "llama" else EXACT) and found.error < 1e-6
 
 
+class Heads(nn.Module):
+    """Two heads on one body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.main, self.side = mlp(), nn.Linear(5, 5), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.main(self.body(x))
+
+
+def test_a_small_tensor_whose_gradient_is_all_wrong_shows() -> None:
+    """The whole gradient is off by less than rounding in a model with single precision inside."""
+    torch.manual_seed(0)
+
+    def loss(m: nn.Module, b: Any) -> torch.Tensor:
+        return F.mse_loss(m(b[0]), b[1]) + 1e-7 * m.side(b[0]).std(0).mean()
+
+    found = exact.check(Workload(Heads(), regression(False), loss=loss))
+    assert found.kind == COUPLED and found.error < 1e-6 and str(found.worst_tensor).startswith("side.")
+
+
+def test_a_loss_that_writes_into_its_batch_is_judged_by_fresh_copies() -> None:
+    def loss(m: nn.Module, b: Any) -> torch.Tensor:
+        b[0].mul_(2)
+        return F.mse_loss(m(b[0]), b[1])
+
+    sample = tuple(leaf.double() for leaf in regression(False))
+    before = copy.deepcopy(sample)
+    assert exact.check(Workload(mlp().double(), sample, loss=loss)).kind == EXACT
+    assert all(torch.equal(*pair) for pair in zip(sample, before, strict=True))
+
+
 def test_what_a_mixture_of_experts_gets_wrong_shows_in_its_gate() -> None:
     """The balancing loss moves the whole gradient by less than a percent, and the router's by all of it."""
     transformers = pytest.importorskip("transformers")
@@ -463,10 +496,19 @@ def test_a_sample_of_one_row_is_not_repeated_but_varied() -> None:
     assert exact.check(Workload(mlp(), equal, loss=named("rmse").loss)).kind == COUNT
 
 
-@pytest.mark.parametrize("rows", range(8, 17))
+@pytest.mark.parametrize("rows", range(3, 17))
 def test_parts_are_uneven_and_bear_batch_statistics(rows: int) -> None:
     sizes = uneven(rows)
-    assert sum(sizes) == rows and min(sizes) >= 2 and sizes[0] > sizes[1]
+    assert sum(sizes) == rows and min(sizes) >= (2 if rows > 4 else 1) and sizes[0] > sizes[1]
+    assert len(sizes) == (3 if rows >= 8 else 2)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 5, 7])
+@pytest.mark.parametrize("name", ["count=", "ignore_index", "class weights", "sum", "dice", "rmse", "mse"])
+def test_a_few_samples_do_where_no_more_fit(name: str, rows: int) -> None:
+    found = exact.check(work(named(name)), most_rows=rows)
+    assert found.kind == named(name).kind and found.samples == rows
+    assert exact.check(work(named(name)), most_rows=2).kind == "unknown"
 
 
 def test_the_hard_batch_is_hard_and_leaves_the_easy_one_alone() -> None:
@@ -494,21 +536,6 @@ def test_modules_are_found_wherever_a_loss_holds_them() -> None:
 
     assert set(modules_of(functools.partial(Holder().loss, b=1))) == {one, two, three}
     assert modules_of(one) == [one]
-
-
-@pytest.mark.xfail(strict=True, reason="step.py runs a micro-batch that counts nothing: 0 / 0 inside the loss is NaN")
-def test_a_hand_written_mean_of_nothing_poisons_no_window() -> None:
-    batch = {"x": torch.randn(12, 6, dtype=torch.float64), "mask": torch.ones(12)}
-    batch["mask"][4:8] = 0
-
-    def loss(m: nn.Module, b: Any) -> torch.Tensor:
-        return ((m(b["x"]) ** 2).mean(-1) * b["mask"]).sum() / b["mask"].sum()
-
-    model = mlp().double()
-    parts = step.open_parts(Workload(model, batch, loss=loss, count=lambda b: b["mask"].sum(), optimizer=Capture))
-    step.train_window(parts, list(cut(batch, (4, 4, 4))), (4, 4, 4))
-    assert isinstance(parts.optimizer, Capture)
-    assert distance(parts.optimizer.seen[-1], gradients(model, loss, batch)) < 1e-12
 
 
 # --- in a plan, on the command line, and in the middle of training
