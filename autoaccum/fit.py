@@ -5,6 +5,7 @@
     replay   any window by the allocator's rules    allocator.py, caching_allocator.py
     solve    for the fewest steps that fit          solve.py
     verify   by running that window for real        here
+    check    that its gradient is the large batch's exact.py
 
 On the way the model is really trained, so all of it is put back afterwards (restore.py).
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import assemble, cpu, observe, oom, outlook_cpu, restore, step
+from . import assemble, cpu, exact, observe, oom, outlook_cpu, restore, step
 from .errors import DoesNotFit, NotConfirmed, UsageError
 from .infer import infer_sample
 from .observe import Observed, Subject
@@ -67,6 +68,7 @@ def fit_plan(
     max_micro_batch: int | None = None,
     min_micro_batch: int | None = None,
     verify: bool = True,
+    check: bool = True,
     rank: int = 0,
     world_size: int = 1,
     elsewhere: bool = False,
@@ -90,6 +92,7 @@ def fit_plan(
         max_micro_batch: The largest micro-batch allowed.
         min_micro_batch: The smallest allowed. Left out: 2 where the model takes batch statistics, else 1.
         verify: Whether to run the plan's window for real.
+        check: Whether to test on the sample that the window's gradient is the large batch's (see `Plan.exactness`).
         rank: This process's rank.
         world_size: Ranks that share the target.
         elsewhere: Whether another process will train, so that what planning leaves behind in this one doesn't matter.
@@ -116,7 +119,7 @@ def fit_plan(
     setting = _setting(workload.model, device)
     if progress is not None:
         setting = replace(setting, progress=progress)
-    plan = plan_in(setting, workload, wish, assumed=assumed, verify=verify, malloc=malloc)
+    plan = plan_in(setting, workload, wish, assumed=assumed, verify=verify, check=check, malloc=malloc)
     return replace(plan, seconds=time.perf_counter() - started)
 
 
@@ -127,6 +130,7 @@ def plan_in(
     *,
     assumed: str | None = None,
     verify: bool = True,
+    check: bool = True,
     malloc: str = "fixed",
 ) -> Plan:
     """Records, solves and verifies in a setting; what `fit_plan` does once it knows what is asked for."""
@@ -145,7 +149,8 @@ def plan_in(
         start_over()
         outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over)
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify)
-        return assemble.plan(outlook, solution, measured, workload, assumed)
+        plan = assemble.plan(outlook, solution, measured, workload, assumed)
+    return exact.for_plan(plan, workload, setting.progress) if check else plan
 
 
 def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str | None]:

@@ -71,6 +71,24 @@ def run(
     )
 
 
+def check(*, say: Say, workload: str) -> dict[str, Any]:
+    """Tests a workload's gradient; returns the verdict."""
+    say({"say": "loading torch and the workload"})
+    from dataclasses import asdict, replace
+
+    from .exact import check
+    from .infer import infer_sample
+    from .source import load_workload
+
+    found, assumed = load_workload(workload), None
+    if found.sample is None:
+        sample, assumed = infer_sample(found.model)
+        found = replace(found, sample=sample)
+    verdict = check(found, progress=lambda text: say({"say": text}))
+    answer = asdict(verdict) | {"exact": verdict.exact, "assumed": assumed}
+    return {name: None if value != value else value for name, value in answer.items()}  # JSON has no NaN
+
+
 def doctor(*, say: Say) -> dict[str, Any]:
     """What torch says of itself and its devices."""
     from .doctor import torch_facts
@@ -85,4 +103,4 @@ def limit_data(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (size, hard))
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "run": run, "doctor": doctor}
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "run": run, "check": check, "doctor": doctor}
