@@ -29,7 +29,7 @@ def plan(
     wish, observed, split = outlook.wish, outlook.observed, solution.split
     fresh = outlook.peak_bytes(split, "fresh")
     history = max(outlook.peak_bytes(split, name) for name in wish.histories) - fresh
-    window = observe.peak_of(outlook.subject, observed, split)
+    window = observe.peak_of(outlook.subject, observed, split, outlook.fresh)
     held = outlook.base_bytes + outlook.data_bytes(sum(split))
     phases = {phase.name: held + phase.bytes for phase in window.phases if phase.name in PHASE_TITLES}
     binding = max(phases, key=lambda name: phases[name])
@@ -106,7 +106,7 @@ def _table(outlook: Outlook, split: Split, largest: int) -> tuple[PeakRow, ...]:
     rows = []
     for size in sorted(sizes):
         try:
-            rows.append(_row(size, observe.peak_of(outlook.subject, outlook.observed, (size, size))))
+            rows.append(_row(size, observe.peak_of(outlook.subject, outlook.observed, (size, size), outlook.fresh)))
         except LookupError:
             break
     return tuple(rows)
@@ -132,6 +132,10 @@ def _reasons(outlook: Outlook, split: Split, measured: Measured | None) -> dict[
         "largest_micro_batch": f"the largest of which a window of several fits {usable}",
         "base_bytes": "committed by this process before training: interpreter, libraries, the model",
         "data_bytes": f"{samples} samples of {outlook.sample_bytes:,} bytes, kept until their optimizer step is done",
+        "predicted_peak_bytes": (
+            f"the replay of this window; {outlook.observed.unrecorded_bytes:,} bytes of it are objects that no "
+            "recording shows (autograd's graph above all), measured in a small window"
+        ),
         "history_bytes": "holes that planning left in this process's heap and that large blocks can't use",
         "slack": f"{outlook.slack:.0%} of what training takes, for the fragmentation of malloc's default",
         "budget_bytes": f"the tightest of the limits ({outlook.budget.binds}) less the headroom",

@@ -8,20 +8,23 @@ from __future__ import annotations
 import gc
 import resource
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from . import process_memory
-from .allocator import CpuRules, Replay, Start, mapping_bytes, replay
+from .allocator import CpuRules, Replay, Start, in_use_peaks, mapping_bytes, replay
 from .budget import Budget, read_cpu_budget
+from .errors import UsageError
 from .record_cpu import record
-from .recording import Phase
+from .recording import FIRST, LATER, Phase, Recording
+from .step import OnPhase
 
-__all__ = ["Measured", "clean", "data_bytes", "measure", "name", "prepare", "read_base", "read_budget", "record", "run"]
+__all__ = [
+    "Measured", "clean", "data_bytes", "measure", "name", "prepare", "read_base", "read_budget", "record", "run",
+    "unrecorded_bytes",
+]  # fmt: skip
 
-OnPhase = Callable[[str], AbstractContextManager[Any]]
 name = "cpu"
 
 
@@ -45,9 +48,19 @@ class Measured:
 
 
 def prepare(malloc: str = "fixed") -> int | None:
-    """Fixes malloc's threshold, which the plan then holds for; None where it stays the C library's own affair."""
+    """Fixes malloc's threshold, which the plan then holds for; None where it stays the C library's own affair.
+
+    Raises:
+        UsageError: The default is asked for, and the threshold was fixed before in this process.
+    """
     if malloc == "default":
-        return process_memory.fixed_threshold_bytes()
+        if process_memory.fixed_threshold_bytes() is not None:
+            raise UsageError(
+                "malloc='default' can't be had in this process any more: its mmap threshold is fixed.",
+                "An earlier plan or Runner with malloc='fixed' did that, and the C library can't undo it.",
+                "Plan in a fresh process (autoaccum plan --malloc default), or with malloc='fixed'.",
+            )
+        return None
     threshold = process_memory.MMAP_THRESHOLD_BYTES
     return threshold if process_memory.fix_mmap_threshold(threshold) else None
 
@@ -72,9 +85,57 @@ def read_budget(memory: str | int | None, headroom: str | int | None) -> Budget:
     return read_cpu_budget(memory, headroom)
 
 
-def run(phases: list[Phase], threshold_bytes: int | None, start: Start | None = None) -> Replay:
+def run(
+    phases: list[Phase], threshold_bytes: int | None, start: Start | None = None, unrecorded_bytes: int = 0
+) -> Replay:
     """Replays phases by the rules of malloc."""
-    return replay(phases, CpuRules(threshold_bytes), start or Start())
+    return replay(phases, CpuRules(threshold_bytes, unrecorded_bytes), start or Start())
+
+
+def unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, threshold_bytes: int | None) -> int:
+    """What a micro-batch makes that its recording doesn't show: autograd's nodes, Python's objects.
+
+    They don't depend on the batch, so a small one tells. The window is run again without the profiler, whose own
+    events would drown them, and what malloc has handed out is compared with what it would have for the recorded blocks.
+
+    Args:
+        work: Runs the recorded window once more.
+        recording: Of that window.
+        threshold_bytes: Malloc's threshold; where it isn't fixed, a quarter is reckoned on top and this is part of it.
+
+    Returns:
+        The most by which the first or the later micro-batch exceeds its recording, at least 0.
+    """
+    before = process_memory.in_use_bytes()
+    if threshold_bytes is None or before is None:
+        return 0
+    peaks: dict[str, int] = {}
+    present = ""
+
+    def look() -> None:
+        peaks[present] = max(peaks.get(present, 0), process_memory.in_use_bytes() or 0)
+
+    @contextmanager
+    def on_phase(name: str) -> Iterator[None]:
+        nonlocal present
+        present = name
+        try:
+            yield
+        finally:
+            present = ""
+
+    collects = gc.isenabled()
+    gc.disable()  # what it frees meanwhile would be missing in the difference
+    try:
+        with process_memory.Watcher(look):
+            before = process_memory.in_use_bytes() or 0
+            work(on_phase)
+    finally:
+        if collects:
+            gc.enable()
+    recorded = in_use_peaks(recording.phases, threshold_bytes)
+    seen = [peaks[name] - before - recorded[name] for name in (FIRST, LATER) if name in peaks and name in recorded]
+    return max([0, *seen])
 
 
 def data_bytes(tensor_bytes: int) -> int:

@@ -62,7 +62,8 @@ class Outlook:
     subject: Subject
     wish: Wish
     observed: Observed
-    base_bytes: int
+    base_bytes: int  # of a fresh process before it trains, holes in its heap included
+    fresh: Start
     start: Start
     budget: Budget
     sample_bytes: int
@@ -81,8 +82,8 @@ class Outlook:
         """What the process comes to with that window, in a fresh process or in this one."""
         held = self.base_bytes + self.data_bytes(sum(split))
         if history == "fresh":
-            return held + observe.peak_of(self.subject, self.observed, split).peak_bytes
-        inside = self.start.heap_free_bytes
+            return held + observe.peak_of(self.subject, self.observed, split, self.fresh).peak_bytes
+        inside = self.start.heap_free_bytes - self.fresh.heap_free_bytes
         return held + inside + observe.peak_of(self.subject, self.observed, split, self.start).peak_bytes
 
     @property
@@ -301,12 +302,13 @@ def _make_ready(parts: step.Parts, *, owns_optimizer: bool) -> None:
 def _look(subject: Subject, wish: Wish, snapshot_bytes: int, start_over: Callable[[], None]) -> Outlook:
     """Records until the answer is predicted, then reads what there is to be used."""
     sample_bytes = bytes_per_sample(subject)
+    _, fresh = subject.device.read_base()  # holes that were there before planning: a fresh process has them too
 
     def outlook(observed: Observed, state_bytes: int) -> Outlook:
         base, start = subject.device.read_base()
-        base -= snapshot_bytes + state_bytes
+        base += fresh.heap_free_bytes - snapshot_bytes - state_bytes
         budget = subject.device.read_budget(wish.budget, wish.headroom)
-        return Outlook(subject, wish, observed, base, start, budget, sample_bytes)
+        return Outlook(subject, wish, observed, base, fresh, start, budget, sample_bytes)
 
     def answer(observed: Observed) -> int:
         solution = _solve(outlook(observed, observed.state_bytes))
@@ -381,7 +383,8 @@ def _solve_and_verify(
         if attempt:
             start_over()
         measured = _run_for_real(outlook.subject, split)
-        predicted = outlook.peak_bytes(split, "here") - outlook.start.heap_free_bytes - outlook.base_bytes
+        present = outlook.base_bytes - outlook.fresh.heap_free_bytes + outlook.start.heap_free_bytes
+        predicted = outlook.peak_bytes(split, "here") - present
         whole = outlook.base_bytes + predicted
         if abs(measured.increment_bytes - predicted) <= AGREES_WITHIN * whole + outlook.slack * predicted:
             return solution, measured

@@ -13,11 +13,12 @@ import torch
 
 from .errors import UsageError
 from .recording import Event, Phase, Recording, name_blocks
+from .step import OnPhase
 
 _MARK = "autoaccum:"
 
 
-def record(run: Callable[[Callable[[str], AbstractContextManager[Any]]], None], *, micro_batch: int) -> Recording:
+def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
     """Records what a run of `step.train_window` allocates.
 
     Args:

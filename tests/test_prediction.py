@@ -1,7 +1,6 @@
 """Predicted against real memory, both ways: below the limit it trains, above it it doesn't.
 
-One size of each of six models. `python -m benchmarks.prediction` does 8 to 128, and its table in benchmarks/results shows
-at which of the smallest sizes the increment is not yet within 3 %.
+One size of each of six models; `python -m benchmarks.prediction` does 8 to 128.
 """
 
 from __future__ import annotations
