@@ -16,13 +16,14 @@ from . import process_memory
 from .allocator import CpuRules, Replay, Start, in_use_peaks, mapping_bytes, replay
 from .budget import Budget, read_cpu_budget
 from .errors import UsageError
-from .record_cpu import record
+from .process_memory import Heap, read_heap
+from .record_cpu import apart, profiler_is_on, record
 from .recording import FIRST, LATER, Phase, Recording
 from .step import OnPhase
 
 __all__ = [
-    "Measured", "clean", "data_bytes", "measure", "name", "prepare", "read_base", "read_budget", "record", "run",
-    "unrecorded_bytes",
+    "Base", "Measured", "clean", "data_bytes", "measure", "name", "prepare", "read_base", "read_budget", "read_heap",
+    "record", "run", "unrecorded_bytes",
 ]  # fmt: skip
 
 name = "cpu"
@@ -45,6 +46,21 @@ class Measured:
     resident_bytes: int
     seconds: float
     system_share: float
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where training begins.
+
+    Attributes:
+        bytes: Committed by a fresh process, the holes in its heap included.
+        fresh: These holes. They are of use to small blocks only.
+        here: The holes in this process's heap.
+    """
+
+    bytes: int
+    fresh: Start
+    here: Start
 
 
 def prepare(malloc: str = "fixed") -> int | None:
@@ -71,13 +87,20 @@ def clean() -> None:
     process_memory.trim()
 
 
-def read_base() -> tuple[int, Start]:
-    """Committed bytes of the process now, without the free part of its heap, and that part.
+def read_base(before: Heap) -> Base:
+    """What the process has committed without training, as a fresh one would.
 
-    A fresh process has no such holes. They are only of use to small blocks.
+    Buffers that libraries allocate on first use belong to it, so it is read after a window. The heap counts with what
+    is in use now, or with all it had taken before anything was trained, whichever is more: holes that training left
+    aren't there in a fresh process, those that were there before it are, as far as nothing lasting has filled them.
+
+    Args:
+        before: The heap before anything was trained.
     """
-    free = process_memory.heap_free_bytes()
-    return process_memory.committed_bytes() - free, Start(free)
+    heap = read_heap()
+    holes = max(0, before.taken_bytes - (heap.taken_bytes - heap.free_bytes))
+    committed = process_memory.committed_bytes()
+    return Base(committed - heap.free_bytes + holes, Start(holes), Start(heap.free_bytes))
 
 
 def read_budget(memory: str | int | None, headroom: str | int | None) -> Budget:
@@ -106,9 +129,14 @@ def unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, thre
     Returns:
         The most by which the first or the later micro-batch exceeds its recording, at least 0.
     """
-    before = process_memory.in_use_bytes()
-    if threshold_bytes is None or before is None:
+    if threshold_bytes is None or process_memory.in_use_bytes() is None:
         return 0
+    if profiler_is_on():
+        return apart(lambda: _unrecorded_bytes(work, recording, threshold_bytes))
+    return _unrecorded_bytes(work, recording, threshold_bytes)
+
+
+def _unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, threshold_bytes: int) -> int:
     peaks: dict[str, int] = {}
     present = ""
 

@@ -113,7 +113,8 @@ class Outlook:
 
     def _floor(self, n: int, *, later: bool) -> int:
         data = self.data_bytes(self.wish.samples or n)
-        return self.base_bytes + int((1 + self.slack) * (data + observe.floor_of(self.observed, n, later=later)))
+        base = self.base_bytes - self.fresh.heap_free_bytes  # which small blocks may fill
+        return base + int((1 + self.slack) * (data + observe.floor_of(self.observed, n, later=later)))
 
 
 def fit_plan(
@@ -302,13 +303,13 @@ def _make_ready(parts: step.Parts, *, owns_optimizer: bool) -> None:
 def _look(subject: Subject, wish: Wish, snapshot_bytes: int, start_over: Callable[[], None]) -> Outlook:
     """Records until the answer is predicted, then reads what there is to be used."""
     sample_bytes = bytes_per_sample(subject)
-    _, fresh = subject.device.read_base()  # holes that were there before planning: a fresh process has them too
+    before = subject.device.read_heap()
 
     def outlook(observed: Observed, state_bytes: int) -> Outlook:
-        base, start = subject.device.read_base()
-        base += fresh.heap_free_bytes - snapshot_bytes - state_bytes
+        base = subject.device.read_base(before)
+        base_bytes = base.bytes - snapshot_bytes - state_bytes
         budget = subject.device.read_budget(wish.budget, wish.headroom)
-        return Outlook(subject, wish, observed, base, fresh, start, budget, sample_bytes)
+        return Outlook(subject, wish, observed, base_bytes, base.fresh, base.here, budget, sample_bytes)
 
     def answer(observed: Observed) -> int:
         solution = _solve(outlook(observed, observed.state_bytes))

@@ -13,8 +13,9 @@ from typing import Any
 
 from . import split as cutting
 from . import step
-from .allocator import PAGE_BYTES, Replay, Start
+from .allocator import Replay, Start
 from .plan import RecordingNote
+from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, window
 from .recording import Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split

@@ -14,6 +14,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -67,10 +68,26 @@ def fixed_threshold_bytes() -> int | None:
     return _fixed[0] if _fixed else None
 
 
-def heap_free_bytes() -> int:
-    """Free bytes inside malloc's heaps, which small blocks will fill before the heap grows; 0 where unknown."""
+@dataclass(frozen=True)
+class Heap:
+    """Malloc's heaps: what they took from the system, blocks that are mappings of their own left out.
+
+    Attributes:
+        taken_bytes: All of it.
+        free_bytes: The part that isn't handed out: small blocks fill it before the heap grows.
+    """
+
+    taken_bytes: int = 0
+    free_bytes: int = 0
+
+
+def read_heap() -> Heap:
+    """Malloc's heaps now; an empty one where unknown."""
     libc = _libc()
-    return int(libc.mallinfo2().fordblks) if libc is not None else 0
+    if libc is None:
+        return Heap()
+    info = libc.mallinfo2()
+    return Heap(int(info.arena), int(info.fordblks))
 
 
 def in_use_bytes() -> int | None:

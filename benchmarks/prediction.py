@@ -27,21 +27,21 @@ def predict(name: str, sizes: list[int]) -> dict[str, Any]:
     workload = make(name)
     threshold = cpu.prepare()
     cpu.clean()
-    _, fresh = cpu.read_base()
+    before = cpu.read_heap()
     with fit._as_it_was(workload) as snapshot:
         subject = observe.Subject(step.open_parts(workload), workload, cpu, threshold)
         observed = observe.observe(subject, lambda found: max(sizes), lambda found, n: True)
         snapshot.restore()
         subject.parts.optimizer.state.clear()
         cpu.clean()
-        base, _ = cpu.read_base()
-        base += fresh.heap_free_bytes - snapshot.host_bytes
+        base = cpu.read_base(before)
+        base_bytes = base.bytes - snapshot.host_bytes
         sample_bytes = fit.bytes_per_sample(subject)
         rows = {}
         for n in sizes:
-            increment = observe.peak_of(subject, observed, (n,) * STEPS, fresh).peak_bytes
+            increment = observe.peak_of(subject, observed, (n,) * STEPS, base.fresh).peak_bytes
             increment += cpu.data_bytes(sample_bytes * n * STEPS)
-            rows[n] = {"peak": base + increment, "increment": increment}
+            rows[n] = {"peak": base_bytes + increment, "increment": increment}
     recorded = [note.micro_batch for note in observed.notes]
     unrecorded = observed.unrecorded_bytes
     return {"rows": rows, "method": observed.method, "recorded": recorded, "unrecorded": unrecorded}
@@ -63,16 +63,15 @@ def measure(name: str, n: int) -> dict[str, Any]:
     parts = step.open_parts(workload)
     subject = observe.Subject(parts, workload, cpu, threshold)
     cpu.clean()
-    _, fresh = cpu.read_base()
-    before = committed_bytes()
+    before, before_bytes = cpu.read_heap(), committed_bytes()
     measured = fit._run_for_real(subject, (n,) * STEPS)
     parts.optimizer.state.clear()
     cpu.clean()
-    base = cpu.read_base()[0] + fresh.heap_free_bytes
+    base = cpu.read_base(before).bytes
     return {
         "base": base,
         "peak": measured.base_bytes + measured.increment_bytes,
-        "grown by": base - before,
+        "grown by": base - before_bytes,
         "resident": measured.resident_bytes,
         "seconds": measured.seconds,
     }

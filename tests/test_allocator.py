@@ -11,7 +11,6 @@ from strategies import Recorded, Truth, recorded_programs, truths
 
 from autoaccum.allocator import (
     ALIGNMENT_BYTES,
-    PAGE_BYTES,
     CpuRules,
     Start,
     in_use_peaks,
@@ -19,6 +18,7 @@ from autoaccum.allocator import (
     replay,
     smallest_mapping,
 )
+from autoaccum.process_memory import PAGE_BYTES
 from autoaccum.program import as_recorded, window
 from autoaccum.recording import Event, Phase, live_peak
 
