@@ -134,7 +134,7 @@ def begin_resident_peak() -> bool:
     """Has the kernel forget the highest resident size so far, for `resident_peak_bytes`.
 
     proc(5), /proc/pid/clear_refs: 5 sets VmHWM back to what is resident now. It is one for the whole process, so the
-    last caller's moment counts; `getrusage`'s ru_maxrss forgets with it.
+    last caller's moment counts. (`getrusage`'s ru_maxrss may also be of what the process was before its exec.)
 
     Returns:
         Whether the kernel did; where not, `resident_peak_bytes` counts from the process's start.
