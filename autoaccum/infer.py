@@ -36,7 +36,7 @@ def infer_sample(model: nn.Module) -> tuple[Any, str]:
     raise UsageError(
         f"{type(model).__name__} doesn't tell what it is fed: its first layer is {type(first).__name__}.",
         "The shape of a sample decides how much memory it takes, so it isn't guessed.",
-        f"Give a small batch: fit_plan(model, {_line(first)}, target_batch=...)",
+        f"Give a small batch: fit_plan(model, {_line(first, config)}, target_batch=...)",
     )
 
 
@@ -59,7 +59,10 @@ def _is_language_model(model: nn.Module, config: Any) -> bool:
     return head is not None and getattr(head, "out_features", vocabulary) >= vocabulary
 
 
-def _line(first: nn.Module | None) -> str:
+def _line(first: nn.Module | None, config: Any) -> str:
+    vocabulary = getattr(config, "vocab_size", None)
+    if isinstance(vocabulary, int):
+        return f'{{"input_ids": torch.randint({vocabulary}, (2, length)), "labels": labels}}'
     if isinstance(first, nn.modules.conv._ConvNd):
         sides = ", ".join(["224"] * len(first.kernel_size))
         return f"(torch.randn(2, {first.in_channels}, {sides}), torch.randint(classes, (2,)))"
