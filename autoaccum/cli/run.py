@@ -73,7 +73,7 @@ def _bar(plan: Plan) -> Iterator[Say]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(10), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[told]}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=None, epoch=1, told="loading torch and the workload")
         speed = Speed()
@@ -85,7 +85,7 @@ def _bar(plan: Plan) -> Iterator[Say]:
             speed.add(step["samples"])
             told = (
                 f"loss {step['loss']:.4f}  {speed.told}  {show_bytes(step['committed_bytes'])} held, "
-                f"peak planned {show_bytes(plan.predicted_peak_bytes)}"
+                f"{show_bytes(plan.predicted_peak_bytes)} planned"
             )
             bar.update(task, total=step["windows"], completed=step["window"], epoch=step["epoch"] + 1, told=told)
 
@@ -150,9 +150,10 @@ def _tell(result: dict[str, Any], *, json: bool) -> None:
     if result["loss"] is None:
         print(f"{ended}: nothing was left to train after {result['steps']} optimizer steps")
         return
+    pieces = f"{result['accumulation_steps']} micro-batch{'es' * (result['accumulation_steps'] > 1)}"
     print(
         f"{ended}: {result['steps']} optimizer steps, {result['samples']} samples, last loss {result['loss']:.4f}, "
-        f"{result['accumulation_steps']} micro-batches of at most {result['micro_batch']} in the last window"
+        f"{pieces} of at most {result['micro_batch']} in the last window"
     )
     print(
         f"checkpoint: {result['checkpoint']}"
