@@ -9,7 +9,14 @@ import pytest
 
 from benchmarks import prediction
 
-SIZES = {"MLP": 16, "CNN with BatchNorm": 16, "char-GPT": 8, "LSTM": 8, "ViT": 16, "GRU tagger": 16}  # the hardest: small
+SIZES = {
+    "MLP": 16,
+    "CNN with BatchNorm": 16,
+    "char-GPT": 8,
+    "LSTM": 8,
+    "ViT": 16,
+    "GRU tagger": 16,
+}  # the hardest: small
 
 
 @pytest.mark.slow
