@@ -35,11 +35,13 @@ __all__ = [
     "name",
     "prepare",
     "read_budget",
+    "read_heap",
     "read_start",
     "record",
     "reserved_by",
     "rules",
     "run",
+    "unrecorded_bytes",
 ]
 
 name = "cuda"
@@ -104,10 +106,21 @@ def read_start(device: torch.device) -> CudaStart:
     return CudaStart.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
 
 
-def run(phases: list[Phase], threshold_bytes: int | None, start: Start | None = None) -> Replay:
+def read_heap() -> None:
+    """The C library's heap has no say here."""
+
+
+def unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, threshold_bytes: int | None) -> int:
+    """Nothing: every block that the allocator hands out is in its history."""
+    return 0
+
+
+def run(
+    phases: list[Phase], threshold_bytes: int | None, start: Start | None = None, unrecorded_bytes: int = 0
+) -> Replay:
     """Replays phases from an empty allocator of any capacity."""
     found = replay_cuda(phases, rules())
-    return Replay(found.peak_reserved_bytes, live_peak(phases), found.phases, 0)
+    return Replay(found.peak_reserved_bytes, live_peak(phases), found.phases)
 
 
 def reserved_by(blocks: tuple[Event, ...], settings: CudaRules) -> int:

@@ -147,6 +147,7 @@ def plan_in(
             setting.device.clean()
 
         start_over()
+        subject = replace(subject, before=setting.device.read_heap())
         outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over)
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify)
         plan = assemble.plan(outlook, solution, measured, workload, assumed)

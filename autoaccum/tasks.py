@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable
 from typing import Any
 
 from .child import Say
 from .plan import Plan
+from .process_memory import limit_data
 from .units import show_bytes
 
 
@@ -94,13 +94,6 @@ def doctor(*, say: Say) -> dict[str, Any]:
     from .doctor import torch_facts
 
     return torch_facts()
-
-
-def limit_data(size: int) -> None:
-    """Makes the kernel refuse this process more committed bytes: it then gets an error it can recover from."""
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    size = size if hard == resource.RLIM_INFINITY else min(size, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (size, hard))
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "run": run, "check": check, "doctor": doctor}

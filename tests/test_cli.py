@@ -145,6 +145,27 @@ def test_run_trains_every_sample_and_says_so(folder: Path) -> None:
     result = json.loads(out.stdout)
     assert result["steps"] == 8 and result["samples"] == 400 and result["accumulation_steps"] == 1
     assert "\r" not in out.stderr  # no progress bar where stderr is no terminal
+    assert result["checkpoint"] is None
+
+
+def test_run_without_a_terminal_prints_a_line_per_epoch_and_says_what_was_kept(folder: Path) -> None:
+    out = run("run", "plan.json", "--epochs", "2", cwd=folder).stdout.splitlines()
+    assert [line.split(":")[0] for line in out[:2]] == ["epoch 1, window 4 of 4", "epoch 2, window 4 of 4"]
+    assert out[2].startswith("done: 8 optimizer steps, 400 samples") and out[3].startswith("no checkpoint was written")
+    out = run("run", "plan.json", "--steps", "1", "--checkpoint", "one.pt", cwd=folder).stdout.splitlines()
+    assert len(out) == 2 and out[1] == "checkpoint: one.pt"
+
+
+def test_speed_is_of_all_windows_after_the_first_whatever_their_sizes() -> None:
+    from autoaccum.cli.run import Speed
+
+    moments = iter([10.0, 12.0, 13.0])
+    speed = Speed(lambda: next(moments))
+    speed.add(1000)
+    assert speed.told == "- samples/s"
+    for samples in (64, 8):
+        speed.add(samples)
+    assert speed.told == "24 samples/s"
 
 
 def test_run_refuses_a_plan_for_another_model(folder: Path) -> None:
@@ -207,6 +228,10 @@ def test_a_killed_run_leaves_a_whole_checkpoint(folder: Path) -> None:
         process.wait()
         state = torch.load(folder / "killed.pt", weights_only=False)
         assert state["runner"]["number"] >= 1
+    (folder / ".killed.pt.killed.part").touch()
+    os.utime(folder / ".killed.pt.killed.part", (0, 0))
+    run("run", "slow.json", "--steps", "1", "--checkpoint", "killed.pt", cwd=folder)
+    assert not list(folder.glob(".killed.pt.*"))
 
 
 def _wait_for(path: Path) -> None:
