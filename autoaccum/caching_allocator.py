@@ -139,8 +139,8 @@ class CachingAllocator:
 
         It says where each segment lies, which blocks it is cut into, and which of those are free; of live blocks not
         whose they are. Two moments with equal keys go on alike if the blocks that are freed later lie at the same
-        places: give their names, in the same order of roles, to have that in the key. What is the same again need not be
-        the same as one step ago: two blocks that replace each other take turns, and the key with them.
+        places: give their names, in the same order of roles, to have that in the key. What is the same again need not
+        be the same as one step ago: two blocks that replace each other take turns, and the key with them.
 
         Args:
             names: Live blocks by name; a name that isn't live stands for nothing.

@@ -151,7 +151,10 @@ def plan_in(
         outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over)
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify)
         plan = assemble.plan(outlook, solution, measured, workload, assumed)
-    return exact.for_plan(plan, workload, setting.progress) if check else plan
+        if not check:
+            return plan
+        start_over()
+        return exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
 
 
 def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str | None]:

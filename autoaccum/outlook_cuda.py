@@ -36,7 +36,7 @@ class CudaOutlook(Outlook):
 
     build: tuple[Event, ...] = ()
     start: CudaStart = EMPTY
-    settings: CudaRules = CudaRules()
+    settings: CudaRules = field(default_factory=CudaRules)
     _replays: dict[_Key, TrainingReplay] = field(default_factory=dict)
     _floors: dict[tuple[int, bool], int] = field(default_factory=dict)
     _trainings: dict[int, Training] = field(default_factory=dict)
