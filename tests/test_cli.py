@@ -120,8 +120,8 @@ def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> Non
         (["plan", "--workload", "tiny.py:worklod"], 2, "Did you mean tiny.py:workload"),
         (["plan", "--workload", "tiny.py:other"], 2, "returned int"),
         (["plan", "--workload", "tiny.py:broken"], 1, "ValueError: a mistake of the user's"),
-        (["plan", "--device", "cuda"], 2, "not there yet"),
-        (["plan", "--device", "tpu"], 2, "not there yet"),
+        (["plan", "--device", "cuda"], 2, "--gpu a100-40gb"),
+        (["plan", "--device", "tpu"], 2, "--device cpu"),
         (["explain", "none.json"], 2, "can't be read"),
         (["run", "none.json"], 2, "can't be read"),
         (["run", "half.json"], 2, "half.json"),
@@ -304,11 +304,13 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         for name, command in group.commands.items()
     }
     assert found == {
+        "check": ["--json", "--workload"],
         "doctor": ["--gpus", "--json"],
         "explain": ["--json"],
         "plan": [
-            "--device", "--force", "--headroom", "--json", "--malloc", "--max-micro-batch", "--memory", "--output",
-            "--target-batch", "--verify", "--workload",
+            "--device", "--force", "--gpu", "--headroom", "--json", "--malloc", "--max-micro-batch", "--memory",
+            "--output", "--target-batch", "--verify", "--workload",
         ],
+        "report": ["--force", "--output"],
         "run": ["--checkpoint", "--checkpoint-seconds", "--epochs", "--json", "--steps"],
     }  # fmt: skip
