@@ -64,6 +64,7 @@ class Observed:
     notes: list[RecordingNote] = field(default_factory=list)
     doubt: str | None = None
     unrecorded_bytes: int = 0
+    memo: dict[Any, Any] = field(default_factory=dict)  # an outlook's, for as long as nothing is added
     _program: StepProgram | None = None
     _replays: dict[tuple[Split, Start], Replay] = field(default_factory=dict)
 
@@ -132,6 +133,7 @@ def add(subject: Subject, observed: Observed, n: int) -> float | None:
     measured = own_peak(subject, observed, recording).peak_bytes
     observed._program = None
     observed._replays.clear()
+    observed.memo.clear()
     observed.recordings = sorted([*observed.recordings, recording], key=lambda each: each.micro_batch)
     observed.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
     return None if predicted is None else abs(predicted - measured) / measured

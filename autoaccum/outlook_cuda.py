@@ -21,6 +21,7 @@ from .units import show_bytes
 from .virtual.control import is_virtual
 from .wish import Wish
 
+MOST_REMEMBERED = 4096  # replays
 _Key = tuple[Split, str, int | None, bool]
 
 
@@ -53,9 +54,10 @@ class CudaOutlook(Outlook):
             return False
 
     def _fits(self, split: Split, history: str) -> bool:
-        if self.replayed(split, history, None).peak_reserved_bytes <= self.usable_bytes:
-            return True
-        return all(self.replayed(split, history, size).fits for size in (self.usable_bytes, self.budget.bytes))
+        tight = self.replayed(split, history, self.usable_bytes)
+        if not tight.fits or not any(tight.retries):
+            return tight.fits  # without a retry it never came near the capacity, and more of it changes nothing
+        return self.replayed(split, history, self.budget.bytes).fits
 
     def is_sure_to_fit(self, n: int) -> bool:
         """By the allocator's rules once there is a program, a retry now and then included; before, pessimistically."""
@@ -74,7 +76,8 @@ class CudaOutlook(Outlook):
         """
         expandable = self.settings.expandable_segments if expandable is None else expandable
         key = split, history, capacity_bytes, expandable
-        if key not in self._replays:
+        known = self.observed.memo if history == "fresh" else self._replays
+        if key not in known:
             training, sizes = self._training(split)
             found = replay_training(
                 training,
@@ -82,10 +85,10 @@ class CudaOutlook(Outlook):
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
                 start=self.start if history == "here" else EMPTY,
             )
-            if len(self._replays) > 4096:
-                self._replays.clear()
-            self._replays[key] = found
-        return self._replays[key]
+            if len(known) > MOST_REMEMBERED:
+                known.clear()
+            known[key] = found
+        return known[key]
 
     def _training(self, split: Split) -> tuple[Training, Split]:
         observed = self.observed
@@ -238,6 +241,7 @@ class CudaOutlook(Outlook):
 
     def forget(self) -> None:
         """Drops what was replayed."""
+        self.observed.memo.clear()
         self._replays.clear()
         self._floors.clear()
         self._trainings.clear()

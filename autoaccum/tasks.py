@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .child import Say
+from .errors import UsageError
 from .plan import Plan
 from .process_memory import limit_data
 from .units import show_bytes
@@ -57,7 +58,18 @@ def run(
     read = Plan.from_json(plan)
     assert read.workload is not None
     workload = load_workload(read.workload)
-    if read.device == "cpu":
+    if read.on_cuda:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"The plan is for {read.device}, and torch sees no CUDA device here.",
+                "A plan for one device says nothing about another.",
+                "Run it where that GPU is, or plan for this machine: autoaccum plan --target-batch "
+                f"{read.target_batch} --workload {read.workload}",
+            )
+        workload.model.to("cuda")
+    else:
         limit_data(read.budget.bytes)
         say({"say": f"limited to {show_bytes(read.budget.bytes)}"})
     return train(
