@@ -270,7 +270,7 @@ def _host_copy(storages: list[torch.UntypedStorage]) -> torch.UntypedStorage:
     if device.type == "cpu":
         return torch.cat(bytes_of).untyped_storage()
     joined = torch.empty(sum(storage.nbytes() for storage in storages), dtype=torch.uint8, device=device)
-    for part, own in zip(joined.split([storage.nbytes() for storage in storages]), bytes_of, strict=True):
+    for part, own in zip(torch.split(joined, [storage.nbytes() for storage in storages]), bytes_of, strict=True):
         part.copy_(own)  # not torch.cat, a kernel: on a virtual GPU only copies are real
     return _host_copy([joined.untyped_storage()])
 
