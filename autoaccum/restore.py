@@ -266,8 +266,13 @@ def _host_copy(storages: list[torch.UntypedStorage]) -> torch.UntypedStorage:
     if len(storages) == 1:
         return torch.UntypedStorage(first.nbytes()).copy_(first, False)  # type: ignore[no-untyped-call]
     empty = torch.empty(0, dtype=torch.uint8, device=device)
-    joined = torch.cat([empty.detach().set_(storage) for storage in storages]).untyped_storage()
-    return joined if device.type == "cpu" else _host_copy([joined])
+    bytes_of = [empty.detach().set_(storage) for storage in storages]
+    if device.type == "cpu":
+        return torch.cat(bytes_of).untyped_storage()
+    joined = torch.empty(sum(storage.nbytes() for storage in storages), dtype=torch.uint8, device=device)
+    for part, own in zip(torch.split(joined, [storage.nbytes() for storage in storages]), bytes_of, strict=True):
+        part.copy_(own)  # not torch.cat, a kernel: on a virtual GPU only copies are real
+    return _host_copy([joined.untyped_storage()])
 
 
 def _put_storage(storage: torch.UntypedStorage, nbytes: int, host: torch.UntypedStorage) -> None:

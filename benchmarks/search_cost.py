@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -65,7 +66,7 @@ def _trained(name: str, n: int, steps: int, less: float, *, by_lightning: bool =
         if not oom.is_out_of_memory(error):
             raise
         return {"trains": False}
-    return {"trains": True, "retries": [after - before for before, after in zip(retries, retries[1:], strict=False)]}
+    return {"trains": True, "retries": [after - before for before, after in itertools.pairwise(retries)]}
 
 
 def _forked(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -54,13 +54,16 @@ class Case:
 
     @property
     def images(self) -> bool:
+        """Whether its samples are images."""
         return len(self.sample_shape) == 3
 
     @property
     def gpu(self) -> VirtualGpu:
+        """The virtual GPU that it is searched on."""
         return VirtualGpu(memory_bytes=self.memory_bytes)
 
     def inputs(self, n: int, device: str = "cpu") -> Tensor:
+        """Inputs of n samples."""
         dtype = torch.float32 if self.images else torch.long
         return torch.zeros(n, *self.sample_shape, dtype=dtype, device=device)
 

@@ -32,6 +32,7 @@ class Job:
 
     @property
     def model(self) -> nn.Module:
+        """What the finder is given, and may not change."""
         return self.workload.model
 
 
