@@ -161,6 +161,7 @@ def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> Do
     missing = max(1, needed_bytes - budget.bytes) if needed_bytes is not None else 0
     state = outlook.observed.state_bytes
     helps = (
+        *(outlook.helps(needed_bytes) if needed_bytes is not None else ()),
         _larger_budget(outlook, needed_bytes),
         f"an optimizer without state (this one's is {show_bytes(state)})" if state and state > missing / 4 else None,
         "activation checkpointing, shorter samples, or a smaller model",
@@ -177,6 +178,17 @@ def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> Do
         f"{show_bytes(outlook.base_bytes)} of it are {outlook.base_words}; the limit that binds is {budget.binds}.",
         f"What would help: {told}.",
         missing_bytes=missing,
+    )
+
+
+def ran_out(outlook: Outlook, failure: str) -> DoesNotFit:
+    """The very first recordings, of a few samples, ran out of memory for real."""
+    budget = outlook.budget
+    return DoesNotFit(
+        f"Memory ran out while a few samples were recorded ({failure}); the budget is {show_bytes(budget.bytes)}.",
+        f"{show_bytes(outlook.base_bytes)} are {outlook.base_words}; the limit that binds is {budget.binds}.",
+        f"What would help: {_larger_budget(outlook, None)}, a leaner optimizer, or a smaller model.",
+        missing_bytes=1,
     )
 
 

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate, groupby
 from typing import Any
 
-from ..allocator import MAPPING_OVERHEAD_BYTES, PAGE_BYTES, mapping_bytes
+from ..allocator import MAPPING_OVERHEAD_BYTES, mapping_bytes
 from ..errors import UsageError
 from ..plan import PeakRow, Plan, window_peak_bytes
+from ..process_memory import PAGE_BYTES
 from ..solve import CAPACITY_MARGIN, Floor, Split, balanced, share_of, smallest_steps
 from ..units import parse_bytes, parse_part
 
