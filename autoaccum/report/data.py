@@ -93,7 +93,8 @@ def _figures(plan: Plan) -> Rows:
     if plan.window_seconds is not None:
         why = "reckoned from the verification's windows, by samples"
         rows.append(("optimizer step", plan.window_seconds, "seconds", real, why))
-    rows.append(("planning", plan.seconds, "seconds", real, ""))
+    if plan.seconds and not plan.virtual:  # a virtual GPU has no times
+        rows.append(("planning", plan.seconds, "seconds", real, ""))
     return [dict(zip(("figure", "value", "unit", "kind", "why"), row, strict=True)) for row in rows]
 
 

@@ -24,7 +24,8 @@ def answer(plan: Plan) -> str:
     ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
     real = ""
     if plan.measured_peak_bytes is not None:
-        real = f", {show_bytes(plan.measured_peak_bytes)} {measured(plan)}"
+        by_the = "by the " if plan.virtual else ""
+        real = f", {show_bytes(plan.measured_peak_bytes)} {by_the}{measured(plan)}"
     return (
         f"To train {plan.target_batch:,} samples per optimizer step within {show_bytes(plan.budget.bytes)}, accumulate "
         f"{' and '.join(parts)}{ranks}: the peak is {show_bytes(plan.predicted_peak_bytes)} predicted{real}."
@@ -74,6 +75,8 @@ def phase(name: str) -> str:
 
 def category(plan: Plan, name: str) -> str:
     """A category's title on the plan's device."""
+    if name == "process" and plan.on_cuda:
+        return "rest of the base"
     return cached_word(plan) if name == "cached" else name
 
 
