@@ -21,9 +21,6 @@ CASES = [
     ("mlp", "sgd", "fp32", 50_000),
     ("resnet18", "adamw foreach", "fp32", 2_000),
     ("vit", "adamw fused", "bf16", 5_000),
-    ("bert", "adamw loop", "fp16", 50_000),
-    ("unet", "adamw fused", "fp16", 5_000),
-    ("checkpointed", "sgd", "bf16", 5_000),
 ]
 
 
