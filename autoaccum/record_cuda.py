@@ -39,9 +39,9 @@ def record(
         device: The CUDA device; left out, the current one.
 
     Returns:
-        The recording, with what the allocator held when it began; what happens outside of phases counts to the one before, or to
-        the first. A block that was there before is named by its address, negative. An event of no bytes says that a block was given
-        back while another stream still used it; its free follows.
+        The recording, with what the allocator held when it began; what happens outside of phases counts to the one
+        before, or to the first. A block that was there before is named by its address, negative. An event of no bytes
+        says that a block was given back while another stream still used it; its free follows.
 
     Raises:
         UsageError: Where the user's own recording keeps too few events, or not all kinds of them.

@@ -252,14 +252,14 @@ def test_streams_have_pools_of_their_own() -> None:
     assert found == 60 * MiB
 
 
-def test_of_free_blocks_of_one_size_the_lowest_is_taken_and_new_segments_fill_gaps() -> None:
-    sizes = [30 * MiB, 30 * MiB, 30 * MiB]
+def test_of_free_blocks_of_one_size_that_in_the_oldest_segment_is_taken() -> None:
     allocator = CachingAllocator(CudaRules(capacity_bytes=100 * MiB))
-    allocator.run(phase(*sizes, -2, 40 * MiB)[0])  # the 40 needs the middle one's room
-    assert sorted(block.address // MiB for block in walked(allocator)) == [0, 60, 90]
-    allocator.run(Phase("more", (Event(4, -40 * MiB), Event(9, 30 * MiB), Event(1, -30 * MiB), Event(3, -30 * MiB))))
-    allocator.run(Phase("more", (Event(10, 30 * MiB),)))
-    assert allocator._live[10].address == 0
+    allocator.run(phase(30 * MiB, 30 * MiB, 30 * MiB, -1, 40 * MiB)[0])  # the first goes, to make room for the 40
+    allocator.run(Phase("more", (Event(4, -40 * MiB), Event(9, 30 * MiB))))
+    old, new = allocator._live[2], allocator._live[9]
+    frees = (Event(9, -30 * MiB), Event(2, -30 * MiB))
+    allocator.run(Phase("more", (*frees, Event(10, 30 * MiB), Event(11, 30 * MiB))))
+    assert (allocator._live[10], allocator._live[11]) == (old, new)
 
 
 # -- expandable segments
