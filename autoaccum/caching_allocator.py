@@ -94,8 +94,9 @@ class CachingAllocator:
         self._looks_further = expandable or self._collects or rules.max_split_size_bytes is not None
         span = ENDLESS if rules.device_bytes is None else rules.device_bytes + rules.device_bytes // 8
         self._spans = {page: -(-span // page) * page for page in (SMALL_SEGMENT, rules.large_segment_bytes)}
-        # Of free blocks of one size the one in the oldest segment is taken, not the one at the lowest address: so new
-        # segments lie above all others. Of a start's segments the age isn't known; their addresses stand for it.
+        # Of free blocks of one size the one in the oldest segment is taken (registration_counter, in torch 2.14's
+        # library; measured), within a segment the lowest: so new segments lie above all others here. Of a start's
+        # segments the age isn't known; their addresses stand for it.
         self._next_address = max((s.address + s.bytes for s in start.segments), default=-2 * ENDLESS) + 2 * ENDLESS
         for segment in start.segments:
             if not segment.private:
@@ -179,7 +180,7 @@ class CachingAllocator:
         return found
 
     def _malloc(self, requested: int, stream: int) -> Block:
-        """malloc: the smallest free block that is large enough, ties by lowest address; else a new segment."""
+        """malloc: the smallest free block that is large enough, ties by oldest segment; else a new segment."""
         size, least_key, pools, least_rest = self._wanted.get(requested) or self._want(requested)
         pool = pools.get(stream) or self._new_pool(stream, small=pools is self._small)
         keys = pool.keys
