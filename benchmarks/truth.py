@@ -44,7 +44,7 @@ from . import generated, truth_models
 
 RESULTS = Path(__file__).parent / "results"
 GiB = 2**30
-DEVICE_BYTES = 2**42  # of the virtual GPU; the capacity is what another process leaves of it
+DEVICE_BYTES = 256 * GiB  # of the virtual GPU; the capacity is what another process leaves of it
 Split = tuple[int, ...]
 
 
@@ -209,7 +209,8 @@ class Truth:
     def possible(self, n: int, *, alone: bool) -> bool:
         """Whether a window with such a micro-batch can be alive at once."""
         split = (n,) if alone else (n, n - 1) if n > self.least else (n, n)
-        return self.tried(split, None, 2).live_bytes <= self.usable_bytes
+        found = self.tried(split, None, 2)
+        return not found.ooms and found.live_bytes <= self.usable_bytes
 
     def bound(self, *, alone: bool, most: int = 1 << 20) -> int:
         """The largest micro-batch that can be alive: live bytes grow with it."""
@@ -435,7 +436,8 @@ def main() -> None:
         chosen = ",".join(str(n) for n in numbers if found[n].workspace == workspace)
         command = [sys.executable, "-m", "benchmarks.truth", "--inside", "--cases", chosen]
         command += ["--generated", str(args.generated)]
-        with subprocess.Popen(command, env=virtual.environment(gpu), stdout=subprocess.PIPE, text=True) as process:
+        environment = virtual.environment(gpu) | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for text in process.stdout:
                 lines.append(json.loads(text))
