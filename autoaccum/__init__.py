@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         BatchError,
         DoesNotFit,
         NotConfirmed,
+        NotFinite,
         OutOfMemory,
         PlanFileError,
         PlanMismatch,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .fit import fit_plan
+    from .loss_terms import LossTerms
     from .plan import Plan
     from .runner import Runner
     from .workload import Workload
@@ -31,7 +33,9 @@ __all__ = [
     "AutoaccumError",
     "BatchError",
     "DoesNotFit",
+    "LossTerms",
     "NotConfirmed",
+    "NotFinite",
     "OutOfMemory",
     "Plan",
     "PlanFileError",
@@ -43,7 +47,13 @@ __all__ = [
     "fit_plan",
 ]
 
-_HOMES = {"Plan": "plan", "Runner": "runner", "Workload": "workload", "fit_plan": "fit"}
+_HOMES = {
+    "LossTerms": "loss_terms",
+    "Plan": "plan",
+    "Runner": "runner",
+    "Workload": "workload",
+    "fit_plan": "fit",
+}
 
 
 def __getattr__(name: str) -> Any:

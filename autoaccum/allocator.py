@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .recording import Event, Phase
+from .process_memory import PAGE_BYTES
+from .recording import FIRST, LATER, Phase
 
-PAGE_BYTES = 4096
 ALIGNMENT_BYTES = 64  # c10's alloc_cpu (impl_alloc_cpu.cpp): posix_memalign(&data, gAlignment, nbytes)
 CHUNK_STEP_BYTES = 16
 # glibc's malloc.c: a chunk is its bytes and a header of 8, rounded up to 16 (checked_request2size). To align one, it
@@ -31,9 +31,12 @@ class CpuRules:
     Attributes:
         mmap_threshold_bytes: Requests from here on are mappings of their own; None counts requested bytes only, which
             is what can be said of glibc's default, whose threshold moves.
+        unrecorded_bytes: Small blocks of a micro-batch that no recording shows, autograd's nodes above all. They are
+            in the heap from its begin to its end.
     """
 
     mmap_threshold_bytes: int | None
+    unrecorded_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,11 @@ class Replay:
         peak_bytes: The most that was taken from the system at once, above the start.
         live_bytes: The most that was alive at once, as requested: no allocator can do with less.
         phases: The peak of each phase, in order, phases of one name together.
-        end_bytes: What is still taken at the end.
     """
 
     peak_bytes: int
     live_bytes: int
     phases: tuple[PhasePeak, ...]
-    end_bytes: int
 
 
 def replay(phases: Iterable[Phase], rules: CpuRules, start: Start = EMPTY) -> Replay:
@@ -89,6 +90,8 @@ def replay(phases: Iterable[Phase], rules: CpuRules, start: Start = EMPTY) -> Re
     by_phase: dict[str, int] = {}
     for phase in phases:
         phase_peak = by_phase.get(phase.name, 0)
+        unrecorded = rules.unrecorded_bytes if phase.name in (FIRST, LATER) else 0
+        heap, heap_top = heap + unrecorded, max(heap_top, heap + unrecorded)
         for _, size, _ in phase.events:
             live += size
             if smallest is None:
@@ -109,10 +112,11 @@ def replay(phases: Iterable[Phase], rules: CpuRules, start: Start = EMPTY) -> Re
                     phase_peak = taken
                 if live > live_peak:
                     live_peak = live
+        heap -= unrecorded
         by_phase[phase.name] = phase_peak
         peak = max(peak, phase_peak)
     names = tuple(PhasePeak(name, size) for name, size in by_phase.items())
-    return Replay(peak, live_peak, names, mapped + max(0, heap_top - start.heap_free_bytes))
+    return Replay(peak, live_peak, names)
 
 
 def smallest_mapping(threshold_bytes: int) -> int:
@@ -129,6 +133,17 @@ def mapping_bytes(size: int) -> int:
     return -(-(size + MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES
 
 
-def as_phase(name: str, events: Iterable[Event]) -> Phase:
-    """Events as one phase of that name."""
-    return Phase(name, tuple(events))
+def in_use_peaks(phases: Iterable[Phase], threshold_bytes: int) -> dict[str, int]:
+    """The most that malloc has handed out at once in each phase, above the start, its own overheads included.
+
+    What `mallinfo2` would say (uordblks + hblkhd) if there were no blocks but the recorded ones.
+    """
+    smallest, in_use = smallest_mapping(threshold_bytes), 0
+    peaks: dict[str, int] = {}
+    for phase in phases:
+        peaks.setdefault(phase.name, 0)
+        for _, size, _ in phase.events:
+            taken = mapping_bytes(abs(size)) if abs(size) >= smallest else abs(size) + ALIGNMENT_BYTES
+            in_use += taken if size > 0 else -taken
+            peaks[phase.name] = max(peaks[phase.name], in_use)
+    return peaks

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import composition, observe
+from .doctor import versions
 from .errors import DoesNotFit
 from .identity import fingerprint, signature
 from .outlook import Outlook
 from .plan import PeakRow, Plan
 from .recording import PHASE_TITLES, PHASES
 from .solve import Solution, Split, largest_micro_batch
+from .timeline import timeline
 from .units import show_bytes
+from .wish import SEARCH_LIMIT
 from .workload import Workload
 
-TABLE_ROWS = 48
+TABLE_ROWS = 256  # every size up to twice the largest that fits, or where those are more, some of them
+TABLE_ROWS_CUDA = 96  # a replay of the caching allocator takes longer
 UNVERIFIED: dict[str, Any] = {
     "measured_peak_bytes": None,
     "resident_peak_bytes": None,
@@ -57,8 +62,25 @@ def plan(outlook: Outlook, solution: Solution, measured: Any, workload: Workload
         slack=outlook.slack,
         smallest_micro_batch=wish.least,
         workload=workload.name,
+        sample_bytes=outlook.sample_bytes,
+        max_micro_batch=None if wish.most in (wish.samples, SEARCH_LIMIT) else wish.most,
+        composition=_composition(outlook, split, phases),
+        timeline=timeline(*observe.window_of(observed, split)),
+        environment=versions(),
         **outlook.own_fields(split, largest),
         **(outlook.measured_fields(measured, split) if measured is not None else UNVERIFIED),
+    )
+
+
+def _composition(outlook: Outlook, split: Split, phases: dict[str, int]) -> dict[str, dict[str, int]]:
+    """What lives at the peak of each phase of the plan's window."""
+    model = outlook.subject.parts.model
+    return composition.whole(
+        composition.composition(*observe.window_of(outlook.observed, split)),
+        phases,
+        base_bytes=outlook.base_bytes,
+        parameter_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        data_bytes=outlook.data_bytes(sum(split)),
     )
 
 
@@ -73,15 +95,13 @@ def _largest(outlook: Outlook, split: Split) -> tuple[int, bool]:
 
 
 def _table(outlook: Outlook, split: Split, largest: int) -> tuple[PeakRow, ...]:
-    """Peaks at the sizes that other numbers of steps would use, and at a grid up to twice the largest."""
+    """Peaks at every size up to twice the largest; or at a grid, and where the neighbouring numbers of steps are."""
     samples = sum(split)
-    sizes = {size for size in (-(-samples // k) for k in range(1, min(samples, 4 * len(split)) + 1))}
-    sizes |= {max(1, round(2 * largest * part / 16)) for part in range(1, 17)} | {1, split[0], split[-1], largest}
-    if len(sizes) > TABLE_ROWS:
-        needed = {split[0], split[-1], largest, -(-samples // max(1, len(split) - 1))}
-        step = len(sizes) / TABLE_ROWS
-        ordered = sorted(sizes)
-        sizes = needed | {ordered[int(i * step)] for i in range(TABLE_ROWS)}
+    count = TABLE_ROWS if outlook.subject.parts.device.type == "cpu" else TABLE_ROWS_CUDA
+    neighbours = {-(-samples // k) for k in range(max(1, len(split) - 1), min(samples, 4 * len(split)) + 1)}
+    needed = {1, outlook.wish.least, split[-1], largest, *sorted(neighbours)[-count // 2 :]}
+    most = max(2 * largest, *needed)
+    sizes = needed | {round(1 + (most - 1) * part / (count - 1)) for part in range(count)}
     rows = []
     for size in sorted(sizes):
         try:
@@ -141,6 +161,7 @@ def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> Do
     missing = max(1, needed_bytes - budget.bytes) if needed_bytes is not None else 0
     state = outlook.observed.state_bytes
     helps = (
+        *(outlook.helps(needed_bytes) if needed_bytes is not None else ()),
         _larger_budget(outlook, needed_bytes),
         f"an optimizer without state (this one's is {show_bytes(state)})" if state and state > missing / 4 else None,
         "activation checkpointing, shorter samples, or a smaller model",
@@ -157,6 +178,17 @@ def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> Do
         f"{show_bytes(outlook.base_bytes)} of it are {outlook.base_words}; the limit that binds is {budget.binds}.",
         f"What would help: {told}.",
         missing_bytes=missing,
+    )
+
+
+def ran_out(outlook: Outlook, failure: str) -> DoesNotFit:
+    """The very first recordings, of a few samples, ran out of memory for real."""
+    budget = outlook.budget
+    return DoesNotFit(
+        f"Memory ran out while a few samples were recorded ({failure}); the budget is {show_bytes(budget.bytes)}.",
+        f"{show_bytes(outlook.base_bytes)} are {outlook.base_words}; the limit that binds is {budget.binds}.",
+        f"What would help: {_larger_budget(outlook, None)}, a leaner optimizer, or a smaller model.",
+        missing_bytes=1,
     )
 
 

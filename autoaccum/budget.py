@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UsageError
-from .process_memory import PAGE_BYTES, committed_bytes, read_memory
+from .process_memory import PAGE_BYTES, available_bytes, committed_bytes, read_memory
 from .units import parse_bytes, parse_part, show_bytes
 
 DEFAULT_HEADROOM = "10%"  # of what the machine has free, where nobody named a limit: others use it too
@@ -94,17 +94,12 @@ def _limits() -> list[Term]:
         limit, used = group
         why = f"the cgroup's limit of {show_bytes(limit)}, less what others in it use"
         found.append(Term("cgroup", max(1, limit - max(0, used - resident)), why))
-    available = _meminfo_bytes("MemAvailable")
+    available = available_bytes()
+    if available is None:
+        raise UsageError("/proc/meminfo has no MemAvailable.", hint="Name what training may use: --memory 8GiB.")
     why = f"MemAvailable, {show_bytes(available)}, and the {show_bytes(resident)} this process has in memory"
     found.append(Term("available", available + resident, why))
     return found
-
-
-def _meminfo_bytes(name: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise UsageError(f"/proc/meminfo has no {name}.", hint="Name what training may use: --memory 8GiB.")
 
 
 def _address_space_bytes() -> int:

@@ -118,8 +118,9 @@ class CachingAllocator:
             for name, size, stream in phase.events:
                 if size > 0:
                     live[name] = malloc(size, stream)
-                elif name in live:
-                    block = live.pop(name)
+                    continue
+                block = live.pop(name, None)
+                if block is not None:
                     self.allocated_bytes -= block.size
                     if size:
                         free(block)
@@ -138,7 +139,8 @@ class CachingAllocator:
 
         It says where each segment lies, which blocks it is cut into, and which of those are free; of live blocks not
         whose they are. Two moments with equal keys go on alike if the blocks that are freed later lie at the same
-        places: give their names, in the same order of roles, to have that in the key.
+        places: give their names, in the same order of roles, to have that in the key. What is the same again need not
+        be the same as one step ago: two blocks that replace each other take turns, and the key with them.
 
         Args:
             names: Live blocks by name; a name that isn't live stands for nothing.
@@ -354,7 +356,7 @@ class CachingAllocator:
             Whether it was enough; where not, what it gave back stays given back.
         """
         limit = self.rules.max_split_size_bytes
-        if limit is None:
+        if limit is None or self.rules.expandable_segments:
             return False
         needed, released = max(size, limit), 0
         enough = bisect_left(pool.keys, needed << ADDRESS_BITS)

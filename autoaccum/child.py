@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from . import errors
@@ -24,13 +24,16 @@ from .errors import AutoaccumError
 Say = Callable[[dict[str, Any]], None]
 
 
-def call(task: str, arguments: dict[str, Any], *, on_message: Say | None = None) -> dict[str, Any]:
+def call(
+    task: str, arguments: dict[str, Any], *, on_message: Say | None = None, env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Runs a task in a child process and waits for it.
 
     Args:
         task: A name in `tasks.TASKS`.
         arguments: Its keyword arguments, JSON.
         on_message: Called with what it says on the way.
+        env: Its environment; left out, this process's.
 
     Returns:
         Its result.
@@ -43,7 +46,7 @@ def call(task: str, arguments: dict[str, Any], *, on_message: Say | None = None)
         [sys.executable, "-m", "autoaccum.child", task, str(writing)],
         pass_fds=[writing],
         stdin=subprocess.PIPE,
-        env={"KINETO_LOG_LEVEL": "5", **os.environ},
+        env={"KINETO_LOG_LEVEL": "5", **(os.environ if env is None else env)},
         process_group=0,  # a terminal's Ctrl-C reaches this process only, which hands it on: once, not twice
         text=True,
     )

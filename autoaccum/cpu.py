@@ -8,22 +8,25 @@ from __future__ import annotations
 import gc
 import resource
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from . import process_memory
-from .allocator import CpuRules, Replay, Start, mapping_bytes, replay
+from .allocator import CpuRules, Replay, Start, in_use_peaks, mapping_bytes, replay
 from .budget import Budget, read_cpu_budget
-from .record_cpu import record
-from .recording import Phase
+from .errors import UsageError
+from .process_memory import Heap, read_heap
+from .record_cpu import apart, profiler_is_on, record
+from .recording import FIRST, LATER, Phase, Recording
+from .step import OnPhase
 
 __all__ = [
     "AGREES_WITHIN",
     "LIFTS_WITHIN",
     "MOST_SAMPLES",
     "SCOUT_STEPS",
+    "Base",
     "Measured",
     "clean",
     "data_bytes",
@@ -32,11 +35,12 @@ __all__ = [
     "prepare",
     "read_base",
     "read_budget",
+    "read_heap",
     "record",
     "run",
+    "unrecorded_bytes",
 ]
 
-OnPhase = Callable[[str], AbstractContextManager[Any]]
 name = "cpu"
 AGREES_WITHIN = 0.005  # a recording that was predicted this well needs no further one
 LIFTS_WITHIN = 0.03  # a program that is this wrong about the next recording is no program
@@ -63,10 +67,35 @@ class Measured:
     system_share: float
 
 
+@dataclass(frozen=True)
+class Base:
+    """Where training begins.
+
+    Attributes:
+        bytes: Committed by a fresh process, the holes in its heap included.
+        fresh: These holes. They are of use to small blocks only.
+        here: The holes in this process's heap.
+    """
+
+    bytes: int
+    fresh: Start
+    here: Start
+
+
 def prepare(malloc: str = "fixed") -> int | None:
-    """Fixes malloc's threshold, which the plan then holds for; None where it stays the C library's own affair."""
+    """Fixes malloc's threshold, which the plan then holds for; None where it stays the C library's own affair.
+
+    Raises:
+        UsageError: The default is asked for, and the threshold was fixed before in this process.
+    """
     if malloc == "default":
-        return process_memory.fixed_threshold_bytes()
+        if process_memory.fixed_threshold_bytes() is not None:
+            raise UsageError(
+                "malloc='default' can't be had in this process any more: its mmap threshold is fixed.",
+                "An earlier plan or Runner with malloc='fixed' did that, and the C library can't undo it.",
+                "Plan in a fresh process (autoaccum plan --malloc default), or with malloc='fixed'.",
+            )
+        return None
     threshold = process_memory.MMAP_THRESHOLD_BYTES
     return threshold if process_memory.fix_mmap_threshold(threshold) else None
 
@@ -77,13 +106,20 @@ def clean() -> None:
     process_memory.trim()
 
 
-def read_base() -> tuple[int, Start]:
-    """Committed bytes of the process now, without the free part of its heap, and that part.
+def read_base(before: Heap) -> Base:
+    """What the process has committed without training, as a fresh one would.
 
-    A fresh process has no such holes. They are only of use to small blocks.
+    Buffers that libraries allocate on first use belong to it, so it is read after a window. The heap counts with what
+    is in use now, or with all it had taken before anything was trained, whichever is more: holes that training left
+    aren't there in a fresh process, those that were there before it are, as far as nothing lasting has filled them.
+
+    Args:
+        before: The heap before anything was trained.
     """
-    free = process_memory.heap_free_bytes()
-    return process_memory.committed_bytes() - free, Start(free)
+    heap = read_heap()
+    holes = max(0, before.taken_bytes - (heap.taken_bytes - heap.free_bytes))
+    committed = process_memory.committed_bytes()
+    return Base(committed - heap.free_bytes + holes, Start(holes), Start(heap.free_bytes))
 
 
 def read_budget(memory: str | int | None, headroom: str | int | None) -> Budget:
@@ -91,9 +127,63 @@ def read_budget(memory: str | int | None, headroom: str | int | None) -> Budget:
     return read_cpu_budget(memory, headroom)
 
 
-def run(phases: list[Phase], threshold_bytes: int | None, start: Start | None = None) -> Replay:
+def run(
+    phases: list[Phase], threshold_bytes: int | None, start: Start | None = None, unrecorded_bytes: int = 0
+) -> Replay:
     """Replays phases by the rules of malloc."""
-    return replay(phases, CpuRules(threshold_bytes), start or Start())
+    return replay(phases, CpuRules(threshold_bytes, unrecorded_bytes), start or Start())
+
+
+def unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, threshold_bytes: int | None) -> int:
+    """What a micro-batch makes that its recording doesn't show: autograd's nodes, Python's objects.
+
+    They don't depend on the batch, so a small one tells. The window is run again without the profiler, whose own
+    events would drown them, and what malloc has handed out is compared with what it would have for the recorded blocks.
+
+    Args:
+        work: Runs the recorded window once more.
+        recording: Of that window.
+        threshold_bytes: Malloc's threshold; where it isn't fixed, a quarter is reckoned on top and this is part of it.
+
+    Returns:
+        The most by which the first or the later micro-batch exceeds its recording, at least 0.
+    """
+    if threshold_bytes is None or process_memory.in_use_bytes() is None:
+        return 0
+    if profiler_is_on():
+        return apart(lambda: _unrecorded_bytes(work, recording, threshold_bytes))
+    # Twice: the first run may free what the recording's profiler left, which would be missing in the difference.
+    return max(_unrecorded_bytes(work, recording, threshold_bytes) for _ in range(2))
+
+
+def _unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, threshold_bytes: int) -> int:
+    peaks: dict[str, int] = {}
+    present = ""
+
+    def look() -> None:
+        peaks[present] = max(peaks.get(present, 0), process_memory.in_use_bytes() or 0)
+
+    @contextmanager
+    def on_phase(name: str) -> Iterator[None]:
+        nonlocal present
+        present = name
+        try:
+            yield
+        finally:
+            present = ""
+
+    collects = gc.isenabled()
+    gc.disable()  # what it frees meanwhile would be missing in the difference
+    try:
+        with process_memory.Watcher(look):
+            before = process_memory.in_use_bytes() or 0
+            work(on_phase)
+    finally:
+        if collects:
+            gc.enable()
+    recorded = in_use_peaks(recording.phases, threshold_bytes)
+    seen = [peaks[name] - before - recorded[name] for name in (FIRST, LATER) if name in peaks and name in recorded]
+    return max([0, *seen])
 
 
 def data_bytes(tensor_bytes: int) -> int:

@@ -35,11 +35,13 @@ __all__ = [
     "name",
     "prepare",
     "read_budget",
+    "read_heap",
     "read_start",
     "record",
     "reserved_by",
     "rules",
     "run",
+    "unrecorded_bytes",
 ]
 
 name = "cuda"
@@ -85,20 +87,17 @@ def clean() -> None:
     torch.cuda.empty_cache()
 
 
-def rules(capacity_bytes: int | None = None, *, expandable: bool | None = None) -> CudaRules:
-    """The allocator as it is set in this process, with what the device can give it.
+def rules(device_bytes: int | None = None) -> CudaRules:
+    """The allocator as it is set in this process, with any amount of memory.
 
     Args:
-        capacity_bytes: None for any amount.
-        expandable: Overrides `expandable_segments`.
+        device_bytes: The device's memory; left out, the current one's.
     """
     settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    found = CudaRules.from_settings(settings, device_bytes=total, capacity_bytes=capacity_bytes)
+    total = device_bytes or torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     fraction = torch.cuda.get_per_process_memory_fraction()
-    if fraction < 1.0:
-        found = replace(found, allowed_bytes=int(fraction * total))
-    return found if expandable is None else replace(found, expandable_segments=expandable)
+    found = CudaRules.from_settings(settings, device_bytes=total)
+    return replace(found, allowed_bytes=int(fraction * total)) if fraction < 1.0 else found
 
 
 def read_start(device: torch.device) -> CudaStart:
@@ -107,10 +106,21 @@ def read_start(device: torch.device) -> CudaStart:
     return CudaStart.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
 
 
-def run(phases: list[Phase], threshold_bytes: int | None, start: Start | None = None) -> Replay:
+def read_heap() -> None:
+    """The C library's heap has no say here."""
+
+
+def unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, threshold_bytes: int | None) -> int:
+    """Nothing: every block that the allocator hands out is in its history."""
+    return 0
+
+
+def run(
+    phases: list[Phase], threshold_bytes: int | None, start: Start | None = None, unrecorded_bytes: int = 0
+) -> Replay:
     """Replays phases from an empty allocator of any capacity."""
     found = replay_cuda(phases, rules())
-    return Replay(found.peak_reserved_bytes, live_peak(phases), found.phases, 0)
+    return Replay(found.peak_reserved_bytes, live_peak(phases), found.phases)
 
 
 def reserved_by(blocks: tuple[Event, ...], settings: CudaRules) -> int:

@@ -18,12 +18,9 @@ _SETTINGS = (
 )
 
 
-def host_facts() -> dict[str, Any]:
-    """Versions, machine, limits, what NVML shows, and settings; no torch needed."""
-    from . import nvml
-    from .budget import read_cpu_budget
-
-    facts: dict[str, Any] = {}
+def versions() -> dict[str, str]:
+    """Of the packages, of Python and of the system, and how many processors there are; no torch needed."""
+    facts: dict[str, str] = {}
     for name in _PACKAGES:
         try:
             facts[name] = importlib.metadata.version(name)
@@ -32,6 +29,15 @@ def host_facts() -> dict[str, Any]:
     facts["python"] = platform.python_version()
     facts["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}"
     facts["processors"] = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable"
+    return facts
+
+
+def host_facts() -> dict[str, Any]:
+    """Versions, machine, limits, what NVML shows, and settings; no torch needed."""
+    from . import nvml
+    from .budget import read_cpu_budget
+
+    facts: dict[str, Any] = dict(versions())
     host = read_cpu_budget()
     for term in host.terms:
         facts[term.name] = f"{show_bytes(term.bytes)}: {term.why}"

@@ -8,6 +8,7 @@
     |-- NotConfirmed       what was run for real kept differing from what was predicted
     |-- PlanMismatch       the plan was made for another model, optimizer or device
     |-- OutOfMemory        the Runner could not finish a window, however small its micro-batches
+    |-- NotFinite          a window's gradient isn't finite, and the workload asked to stop there
     `-- RestoreError       something that planning changed could not be put back
 
 Every message has up to three parts: what happened, with its numbers; why; what to do next.
@@ -20,6 +21,7 @@ __all__ = [
     "BatchError",
     "DoesNotFit",
     "NotConfirmed",
+    "NotFinite",
     "OutOfMemory",
     "PlanFileError",
     "PlanMismatch",
@@ -85,6 +87,10 @@ class PlanMismatch(AutoaccumError):
 
 class OutOfMemory(AutoaccumError):
     """The Runner could not finish a window, however small its micro-batches."""
+
+
+class NotFinite(AutoaccumError):
+    """A window's gradient isn't finite, and the workload says `on_nonfinite="raise"`; no step was taken."""
 
 
 class RestoreError(AutoaccumError):

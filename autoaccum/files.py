@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from .errors import UsageError
+
+_SUFFIX = ".part"
+_YOUNG_SECONDS = 1.0
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | Callable[[IO[bytes]], object]) -> None:
@@ -25,11 +31,14 @@ def write_whole(path: str | os.PathLike[str], content: bytes | Callable[[IO[byte
     """
     target = Path(path)
     try:
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        _remove_leftovers(target)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_SUFFIX)
     except (OSError, ValueError) as error:
         raise _cant_write(target, error, "Name a folder that exists and that you may write to.") from None
     try:
         with os.fdopen(descriptor, "wb") as file:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # says that its writer lives; the kernel drops it with the process
             if callable(content):
                 content(file)
             else:
@@ -46,6 +55,15 @@ def write_whole(path: str | os.PathLike[str], content: bytes | Callable[[IO[byte
         if isinstance(error, OSError):
             raise _cant_write(target, error, "Name another file, or make room on the disk.") from None
         raise
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what writers of this file left behind that were killed: their lock went with them."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{_SUFFIX}"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            if time.time() - left.stat().st_mtime > _YOUNG_SECONDS:  # or its writer may be about to lock it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
 
 def _cant_write(target: Path, error: OSError | ValueError, hint: str) -> UsageError:

@@ -5,6 +5,7 @@
     replay   any window by the allocator's rules    allocator.py, caching_allocator.py
     solve    for the fewest steps that fit          solve.py
     verify   by running that window for real        here
+    check    that its gradient is the large batch's exact.py
 
 On the way the model is really trained, so all of it is put back afterwards (restore.py).
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import assemble, cpu, observe, oom, outlook_cpu, restore, step
+from . import assemble, cpu, exact, observe, oom, outlook_cpu, restore, step
 from .errors import DoesNotFit, NotConfirmed, UsageError
 from .infer import infer_sample
 from .observe import Observed, Subject
@@ -45,6 +46,7 @@ class Setting:
         build: The model's blocks as a fresh process makes them, where that was seen.
         keep: Whether everything has to be put back; not so in a process that ends with the plan.
         progress: Called with what is being done.
+        subject: The kind of subject: how its batches are made.
     """
 
     device: ModuleType
@@ -52,6 +54,7 @@ class Setting:
     build: tuple[Event, ...] | None = None
     keep: bool = True
     progress: Callable[[str], None] = lambda text: None
+    subject: type[Subject] = Subject
 
 
 def fit_plan(
@@ -65,6 +68,7 @@ def fit_plan(
     max_micro_batch: int | None = None,
     min_micro_batch: int | None = None,
     verify: bool = True,
+    check: bool = True,
     rank: int = 0,
     world_size: int = 1,
     elsewhere: bool = False,
@@ -88,6 +92,7 @@ def fit_plan(
         max_micro_batch: The largest micro-batch allowed.
         min_micro_batch: The smallest allowed. Left out: 2 where the model takes batch statistics, else 1.
         verify: Whether to run the plan's window for real.
+        check: Whether to test on the sample that the window's gradient is the large batch's (see `Plan.exactness`).
         rank: This process's rank.
         world_size: Ranks that share the target.
         elsewhere: Whether another process will train, so that what planning leaves behind in this one doesn't matter.
@@ -114,7 +119,7 @@ def fit_plan(
     setting = _setting(workload.model, device)
     if progress is not None:
         setting = replace(setting, progress=progress)
-    plan = plan_in(setting, workload, wish, assumed=assumed, verify=verify, malloc=malloc)
+    plan = plan_in(setting, workload, wish, assumed=assumed, verify=verify, check=check, malloc=malloc)
     return replace(plan, seconds=time.perf_counter() - started)
 
 
@@ -125,13 +130,15 @@ def plan_in(
     *,
     assumed: str | None = None,
     verify: bool = True,
+    check: bool = True,
     malloc: str = "fixed",
 ) -> Plan:
     """Records, solves and verifies in a setting; what `fit_plan` does once it knows what is asked for."""
     threshold = setting.device.prepare(malloc)
     with _as_it_was(workload) if setting.keep else contextlib.nullcontext() as snapshot:
         parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
-        subject = Subject(parts, workload, setting.device, threshold, setting.progress, setting.build)
+        parts.window_samples = wish.samples
+        subject = setting.subject(parts, workload, setting.device, threshold, setting.progress, setting.build)
 
         def start_over() -> None:
             if snapshot is not None:
@@ -140,9 +147,14 @@ def plan_in(
             setting.device.clean()
 
         start_over()
+        subject = replace(subject, before=setting.device.read_heap())
         outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over)
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify)
-        return assemble.plan(outlook, solution, measured, workload, assumed)
+        plan = assemble.plan(outlook, solution, measured, workload, assumed)
+        if not check:
+            return plan
+        start_over()
+        return exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
 
 
 def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str | None]:
@@ -233,7 +245,14 @@ def _look(
     def allowed(observed: Observed, n: int) -> bool:
         return outlook(observed, observed.state_bytes).is_sure_to_fit(n)
 
-    observed = observe.observe(subject, answer, allowed, wish.least)
+    observed = Observed()
+    try:
+        observe.observe(subject, observed, answer, allowed, wish.least)
+    except (RuntimeError, MemoryError) as error:
+        if not oom.is_out_of_memory(error):
+            raise
+        failure = oom.drop_frames(error)
+        raise assemble.ran_out(outlook(Observed(), 0), failure) from None
     if observed.doubt is not None:
         observe.bracket(subject, observed, allowed, min(wish.most, SEARCH_LIMIT))
     start_over()
@@ -273,7 +292,7 @@ def _solve_and_verify(outlook: Outlook, start_over: Callable[[], None], *, verif
         if measured is not None:
             wrong = outlook.confirms(split, measured)
         if wrong is None:
-            return solution, measured
+            return outlook.nearer(solution, measured, _trainer(outlook.subject), start_over)
         outlook.subject.say(f"{wrong}: learning from it")
         start_over()
         _learn(outlook, split[0], last=attempt >= 1)
@@ -309,19 +328,25 @@ def _run_for_real(outlook: Outlook, split: Split) -> tuple[Any, str | None]:
     subject = outlook.subject
     subject.say(f"verifying {len(split)} micro-batches of {split[0]}")
 
-    def train(sizes: Split) -> None:
-        pieces = [subject.tile(size) for size in sizes]
-        step.train_window(subject.parts, pieces, sizes)
-        step.run_between(subject.parts)
-
     try:
-        return outlook.measure(train, split), None
+        return outlook.measure(_trainer(subject), split), None
     except (RuntimeError, MemoryError) as error:
         if not oom.is_out_of_memory(error):
             raise
         failure = oom.drop_frames(error)
     oom.collect()
     return None, f"ran out of memory ({failure})"
+
+
+def _trainer(subject: Subject) -> Callable[[Split], None]:
+    """Trains one window of a split, as the Runner would."""
+
+    def train(sizes: Split) -> None:
+        pieces = [subject.tile(size) for size in sizes]
+        step.train_window(subject.parts, pieces, sizes)
+        step.run_between(subject.parts)
+
+    return train
 
 
 def _does_not_fit(outlook: Outlook) -> DoesNotFit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ def infer_sample(model: nn.Module) -> tuple[Any, str]:
         UsageError: The model doesn't tell; with the line to write.
     """
     config = getattr(model, "config", None)
-    if hasattr(config, "vocab_size"):
+    if _is_language_model(model, config):
         return _tokens(config)
     first = next((m for m in model.modules() if not list(m.children()) and list(m.parameters(recurse=False))), None)
     if isinstance(first, nn.Linear):
@@ -35,11 +36,33 @@ def infer_sample(model: nn.Module) -> tuple[Any, str]:
     raise UsageError(
         f"{type(model).__name__} doesn't tell what it is fed: its first layer is {type(first).__name__}.",
         "The shape of a sample decides how much memory it takes, so it isn't guessed.",
-        f"Give a small batch: fit_plan(model, {_line(first)}, target_batch=...)",
+        f"Give a small batch: fit_plan(model, {_line(first, config)}, target_batch=...)",
     )
 
 
-def _line(first: nn.Module | None) -> str:
+def _is_language_model(model: nn.Module, config: Any) -> bool:
+    """Whether it takes `input_ids` and `labels` alike: a causal or masked language model, one class per token.
+
+    A vocabulary alone doesn't tell: an encoder has one and no loss, a classifier has one and a label per sample, an
+    encoder-decoder has one and two sequences.
+    """
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int) or getattr(config, "is_encoder_decoder", False):
+        return False
+    try:
+        taken = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return False
+    if not {"input_ids", "labels"} <= set(taken):
+        return False
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and getattr(head, "out_features", vocabulary) >= vocabulary
+
+
+def _line(first: nn.Module | None, config: Any) -> str:
+    vocabulary = getattr(config, "vocab_size", None)
+    if isinstance(vocabulary, int):
+        return f'{{"input_ids": torch.randint({vocabulary}, (2, length)), "labels": labels}}'
     if isinstance(first, nn.modules.conv._ConvNd):
         sides = ", ".join(["224"] * len(first.kernel_size))
         return f"(torch.randn(2, {first.in_channels}, {sides}), torch.randint(classes, (2,)))"

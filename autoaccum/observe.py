@@ -13,8 +13,9 @@ from typing import Any
 
 from . import oom, step
 from . import split as cutting
-from .allocator import PAGE_BYTES, Replay, Start
+from .allocator import Replay, Start
 from .plan import RecordingNote
+from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, plain_window
 from .recording import Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
@@ -36,6 +37,7 @@ class Subject:
     mmap_threshold_bytes: int | None
     say: Callable[[str], None] = lambda text: None
     build: tuple[Event, ...] | None = None  # the model's blocks as they came to be, where that was seen
+    before: Any = None  # what `device.read_heap` told before anything was trained
 
     def tile(self, n: int) -> Batch:
         """A batch of n samples, made of the workload's sample."""
@@ -53,6 +55,7 @@ class Observed:
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
         doubt: Why no step program could be made; None while one can.
+        unrecorded_bytes: What a micro-batch makes beside what its recording shows, whatever its size.
     """
 
     first_step: Recording | None = None
@@ -60,6 +63,8 @@ class Observed:
     recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
     doubt: str | None = None
+    unrecorded_bytes: int = 0
+    memo: dict[Any, Any] = field(default_factory=dict)  # an outlook's, for as long as nothing is added
     _program: StepProgram | None = None
     _replays: dict[tuple[Split, Start], Replay] = field(default_factory=dict)
 
@@ -82,15 +87,20 @@ class Observed:
 
 def record_window(subject: Subject, n: int, steps: int = 2) -> Recording:
     """Records one window of `steps` micro-batches of n samples, and what runs after it."""
-    piece = subject.tile(n)
     subject.say(f"recording at {n} samples")
+    recording: Recording = subject.device.record(_window(subject, n, steps), micro_batch=n)
+    return recording
+
+
+def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase], None]:
+    """Runs one window of `steps` micro-batches of n samples, and what comes after it."""
+    piece = subject.tile(n)
 
     def run(on_phase: step.OnPhase) -> None:
         step.train_window(subject.parts, [piece] * steps, (n,) * steps, on_phase=on_phase)
         step.run_between(subject.parts, on_phase=on_phase)
 
-    recording: Recording = subject.device.record(run, micro_batch=n)
-    return recording
+    return run
 
 
 def scout(subject: Subject, observed: Observed) -> None:
@@ -116,32 +126,41 @@ def add(subject: Subject, observed: Observed, n: int) -> float | None:
     if observed.state_bytes and not subject.parts.optimizer.state:
         record_window(subject, SCOUT, steps=1)  # planning started over: the optimizer's state has to be there
     recording = record_window(subject, n)
+    if not observed.recordings:
+        observed.unrecorded_bytes = subject.device.unrecorded_bytes(
+            _window(subject, n), recording, subject.mmap_threshold_bytes
+        )
     measured = own_peak(subject, observed, recording).peak_bytes
     observed._program = None
     observed._replays.clear()
+    observed.memo.clear()
     observed.recordings = sorted([*observed.recordings, recording], key=lambda each: each.micro_batch)
     observed.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
     return None if predicted is None else abs(predicted - measured) / measured
 
 
 def observe(
-    subject: Subject, answer: Callable[[Observed], int], allowed: Callable[[Observed, int], bool], least: int = 1
-) -> Observed:
+    subject: Subject,
+    observed: Observed,
+    answer: Callable[[Observed], int],
+    allowed: Callable[[Observed, int], bool],
+    least: int = 1,
+) -> None:
     """Records until the next recording was predicted, or until it is clear that none will be.
 
     Args:
         subject: What is recorded.
+        observed: What is known, to be added to.
         answer: The micro-batch that would be chosen by what is known; asked after each recording.
         allowed: Whether a window of two micro-batches of that size is sure to fit; asked before each recording.
         least: The smallest micro-batch allowed, recorded where nothing larger is sure to fit.
     """
-    observed = Observed()
     scout(subject, observed)
     primes = small_primes(subject.parts.model)
     add(subject, observed, primes[0] if allowed(observed, primes[0]) else least)
     if observed.recordings[0].micro_batch != primes[0] or not allowed(observed, primes[1]):
         observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
-        return observed
+        return
     add(subject, observed, primes[1])
     for part in PARTS:
         n = _next_size(subject, observed, answer(observed), part)
@@ -149,9 +168,8 @@ def observe(
             continue
         error = add(subject, observed, n)
         if error is not None and error <= subject.device.AGREES_WITHIN:
-            return observed
+            return
     observed.doubt = doubt_of_last(subject, observed)
-    return observed
 
 
 def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -> int:
@@ -219,17 +237,27 @@ def peak_of(subject: Subject, observed: Observed, split: Split, start: Start | N
         LookupError: No program, and no recording that large.
     """
     start = start or Start()
+    program, short = window_of(observed, split)
+    if observed.doubt is not None:
+        return _replay(subject, observed, program, short, start)
+    if (short, start) not in observed._replays:
+        observed._replays[short, start] = _replay(subject, observed, program, short, start)
+    return observed._replays[short, start]
+
+
+def window_of(observed: Observed, split: Split) -> tuple[StepProgram, Split]:
+    """The program that says what a split's window takes, and a short window with the same peak.
+
+    Raises:
+        LookupError: No program, and no recording that large.
+    """
     if observed.doubt is None:
-        program = observed.program()
-        key = _representative(program, split), start
-        if key not in observed._replays:
-            observed._replays[key] = _replay(subject, observed, program, *key)
-        return observed._replays[key]
+        return observed.program(), _representative(observed.program(), split)
     recording = next((r for r in observed.recordings if r.micro_batch >= split[0]), None)
     if recording is None:
         raise LookupError(f"nothing was recorded at {split[0]} samples or more")
-    program = as_recorded(recording)
-    return _replay(subject, observed, program, _representative(program, (recording.micro_batch,) * len(split)), start)
+    program = as_recorded(recording, observed.prelude)
+    return program, _representative(program, (recording.micro_batch,) * len(split))
 
 
 def floor_of(observed: Observed, n: int, *, later: bool) -> int:
@@ -242,7 +270,7 @@ def floor_of(observed: Observed, n: int, *, later: bool) -> int:
 
 def _replay(subject: Subject, observed: Observed, program: StepProgram, split: Split, start: Start) -> Replay:
     phases = [Phase(PRELUDE, observed.prelude), *plain_window(program, split)]
-    replayed: Replay = subject.device.run(phases, subject.mmap_threshold_bytes, start)
+    replayed: Replay = subject.device.run(phases, subject.mmap_threshold_bytes, start, observed.unrecorded_bytes)
     return replayed
 
 

@@ -7,20 +7,48 @@ import traceback
 
 import torch
 
-# What libraries say when they couldn't get memory, and only then on a device that is short of it:
-# c10/core/impl/alloc_cpu.cpp; oneDNN's primitives; cuDNN's engines and cuBLAS's handles.
+from .budget import read_cpu_budget
+from .process_memory import committed_bytes
+
+# What libraries say when they couldn't get memory: c10/core/impl/alloc_cpu.cpp; cuBLAS's and cuDNN's handles.
 _CPU = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+_CUDA = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# What they also say for other reasons (a shape that isn't supported, a bug): an out-of-memory only where it is short.
 _CPU_SHORT = ("could not create a primitive", "could not execute a primitive", "std::bad_alloc", "bad allocation")
-_CUDA_SHORT = ("unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_CUDA_SHORT = ("unable to find an engine",)
+
+SHORT_SHARE = 0.25  # memory is short where less than this part of it is left: a failed block may have been a large one
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a real out-of-memory: nothing else is ever retried."""
+    """Whether an error is a real out-of-memory: nothing else is ever retried.
+
+    Call it in the handler, while what the failed step allocated is still there.
+    """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if not isinstance(error, RuntimeError):
         return False
-    return any(text in str(error) for text in (*_CPU, *_CPU_SHORT, *_CUDA_SHORT))
+    said = str(error)
+    if any(text in said for text in (*_CPU, *_CUDA)):
+        return True
+    if any(text in said for text in _CPU_SHORT):
+        return cpu_is_short()
+    return any(text in said for text in _CUDA_SHORT) and cuda_is_short()
+
+
+def cpu_is_short() -> bool:
+    """Whether this process is near the tightest limit on what it may commit: its own, its group's, the machine's."""
+    limit = read_cpu_budget(headroom=0).limit_bytes
+    return limit - committed_bytes() < SHORT_SHARE * limit
+
+
+def cuda_is_short() -> bool:
+    """Whether little is left of the current GPU's memory, what torch's cache could give back counted as left."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    free, whole = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < SHORT_SHARE * whole
 
 
 def drop_frames(error: BaseException) -> str:

@@ -17,10 +17,9 @@ from .budget import Budget
 from .observe import Observed, Subject
 from .plan import PeakRow
 from .recording import Phase, kept_blocks, live_peak
-from .solve import Split
+from .solve import CAPACITY_MARGIN, Solution, Split
 from .wish import Wish
 
-CAPACITY_MARGIN = 0.02  # a plan still fits when there turns out to be this much less
 VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
 AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more teaches instead of confirming
 
@@ -115,6 +114,16 @@ class Outlook(ABC):
     @abstractmethod
     def confirms(self, split: Split, measured: Any) -> str | None:
         """What speaks against the prediction, after a window was run for real; None where it was confirmed."""
+
+    def nearer(
+        self, solution: Solution, measured: Any, train: Callable[[Split], None], start_over: Callable[[], None]
+    ) -> tuple[Solution, Any]:
+        """A better solution than a confirmed one, where trying costs nothing."""
+        return solution, measured
+
+    def helps(self, needed_bytes: int) -> list[str]:
+        """What else would help where nothing fits."""
+        return []
 
     def worst_bytes(self, split: Split) -> int:
         """What the process comes to in the worse of the histories that the plan is for."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import cpu, observe
-from .allocator import Start
+from .allocator import EMPTY, Start
 from .observe import Observed, Subject
 from .outlook import AGREES_WITHIN, VERIFIED_STEPS, Outlook
 from .plan import PeakRow
@@ -20,9 +20,15 @@ DEFAULT_MALLOC_SLACK = 0.25  # of what training takes: how far the default mallo
 
 @dataclass
 class CpuOutlook(Outlook):
-    """What is there to be used, and what is known so far; `start` is the heap as it is here."""
+    """What is there to be used, and what is known so far.
 
-    start: Start = Start()
+    Attributes:
+        fresh: The holes in a fresh process's heap, which the base includes.
+        start: Those in this one's.
+    """
+
+    fresh: Start = EMPTY
+    start: Start = EMPTY
 
     def data_bytes(self, samples: int) -> int:
         """The samples of a window lie in the same memory until their step is done."""
@@ -32,8 +38,8 @@ class CpuOutlook(Outlook):
         """Base, data, and what the window makes malloc take."""
         held = self.base_bytes + self.data_bytes(sum(split))
         if history == "fresh":
-            return held + observe.peak_of(self.subject, self.observed, split).peak_bytes
-        inside = self.start.heap_free_bytes
+            return held + observe.peak_of(self.subject, self.observed, split, self.fresh).peak_bytes
+        inside = self.start.heap_free_bytes - self.fresh.heap_free_bytes
         return held + inside + observe.peak_of(self.subject, self.observed, split, self.start).peak_bytes
 
     def fits(self, split: Split) -> bool:
@@ -53,17 +59,18 @@ class CpuOutlook(Outlook):
 
     def _floor(self, n: int, *, later: bool) -> int:
         data = self.data_bytes(self.wish.samples or n)
-        return self.base_bytes + int((1 + self.slack) * (data + observe.floor_of(self.observed, n, later=later)))
+        base = self.base_bytes - self.fresh.heap_free_bytes  # which small blocks may fill
+        return base + int((1 + self.slack) * (data + observe.floor_of(self.observed, n, later=later)))
 
     def phases(self, split: Split) -> dict[str, int]:
         """By the replay of that window."""
         held = self.base_bytes + self.data_bytes(sum(split))
-        window = observe.peak_of(self.subject, self.observed, split)
+        window = observe.peak_of(self.subject, self.observed, split, self.fresh)
         return {phase.name: held + phase.bytes for phase in window.phases if phase.name in PHASE_TITLES}
 
     def row(self, n: int) -> PeakRow:
         """By the replay of two micro-batches."""
-        window = observe.peak_of(self.subject, self.observed, (n, n))
+        window = observe.peak_of(self.subject, self.observed, (n, n), self.fresh)
         peaks = {phase.name: phase.bytes for phase in window.phases}
         return PeakRow(n, peaks[FIRST], peaks[LATER], peaks[OPTIMIZER], peaks.get(BETWEEN, 0))
 
@@ -95,6 +102,10 @@ class CpuOutlook(Outlook):
             "data_bytes": (
                 f"{sum(split)} samples of {self.sample_bytes:,} bytes, kept until their optimizer step is done"
             ),
+            "predicted_peak_bytes": (
+                f"the replay of this window; {self.observed.unrecorded_bytes:,} bytes of it are objects that no "
+                "recording shows (autograd's graph above all), measured in a small window"
+            ),
             "history_bytes": "holes that planning left in this process's heap and that large blocks can't use",
             "budget_bytes": f"the tightest of the limits ({self.budget.binds}) less the headroom",
         }
@@ -122,7 +133,8 @@ class CpuOutlook(Outlook):
 
     def confirms(self, split: Split, measured: cpu.Measured) -> str | None:
         """Within 2 % of the whole; where each size stands for itself, that it fits is all there is to know."""
-        predicted = self.peak_bytes(split, "here") - self.start.heap_free_bytes - self.base_bytes
+        present = self.base_bytes - self.fresh.heap_free_bytes + self.start.heap_free_bytes
+        predicted = self.peak_bytes(split, "here") - present
         allowed = AGREES_WITHIN * (self.base_bytes + predicted) + self.slack * predicted
         if abs(measured.increment_bytes - predicted) <= allowed:
             return None
@@ -133,7 +145,8 @@ class CpuOutlook(Outlook):
 
 def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CpuOutlook:
     """Reads what there is now; `own_bytes` are planning's own, and the optimizer state's that is there already."""
-    base, start = cpu.read_base()
+    base = cpu.read_base(subject.before)
     budget = cpu.read_budget(wish.budget, wish.headroom)
     slack = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
-    return CpuOutlook(subject, wish, observed, base - own_bytes, budget, sample_bytes, slack, start)
+    base_bytes = base.bytes - own_bytes
+    return CpuOutlook(subject, wish, observed, base_bytes, budget, sample_bytes, slack, base.fresh, base.here)

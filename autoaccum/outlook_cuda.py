@@ -11,15 +11,17 @@ import torch
 from . import cuda
 from .caching_allocator import EMPTY, CudaRules, CudaStart
 from .observe import Observed, Subject
-from .outlook import AGREES_WITHIN, CAPACITY_MARGIN, VERIFIED_STEPS, Outlook
+from .outlook import AGREES_WITHIN, VERIFIED_STEPS, Outlook
 from .plan import PeakRow
 from .program import StepProgram, as_recorded, plain_window
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, live_peak
-from .solve import Split, largest_micro_batch
+from .solve import CAPACITY_MARGIN, Split, largest_micro_batch
 from .training import Training, TrainingReplay, replay_training, training_of
+from .units import show_bytes
 from .virtual.control import is_virtual
 from .wish import Wish
 
+MOST_REMEMBERED = 4096  # replays
 _Key = tuple[Split, str, int | None, bool]
 
 
@@ -35,7 +37,7 @@ class CudaOutlook(Outlook):
 
     build: tuple[Event, ...] = ()
     start: CudaStart = EMPTY
-    settings: CudaRules = CudaRules()
+    settings: CudaRules = field(default_factory=CudaRules)
     _replays: dict[_Key, TrainingReplay] = field(default_factory=dict)
     _floors: dict[tuple[int, bool], int] = field(default_factory=dict)
     _trainings: dict[int, Training] = field(default_factory=dict)
@@ -52,9 +54,10 @@ class CudaOutlook(Outlook):
             return False
 
     def _fits(self, split: Split, history: str) -> bool:
-        if self.replayed(split, history, None).peak_reserved_bytes <= self.usable_bytes:
-            return True
-        return all(self.replayed(split, history, size).fits for size in (self.usable_bytes, self.budget.bytes))
+        tight = self.replayed(split, history, self.usable_bytes)
+        if not tight.fits or not any(tight.retries):
+            return tight.fits  # without a retry it never came near the capacity, and more of it changes nothing
+        return self.replayed(split, history, self.budget.bytes).fits
 
     def is_sure_to_fit(self, n: int) -> bool:
         """By the allocator's rules once there is a program, a retry now and then included; before, pessimistically."""
@@ -73,7 +76,8 @@ class CudaOutlook(Outlook):
         """
         expandable = self.settings.expandable_segments if expandable is None else expandable
         key = split, history, capacity_bytes, expandable
-        if key not in self._replays:
+        known = self.observed.memo if history == "fresh" else self._replays
+        if key not in known:
             training, sizes = self._training(split)
             found = replay_training(
                 training,
@@ -81,10 +85,10 @@ class CudaOutlook(Outlook):
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
                 start=self.start if history == "here" else EMPTY,
             )
-            if len(self._replays) > 4096:
-                self._replays.clear()
-            self._replays[key] = found
-        return self._replays[key]
+            if len(known) > MOST_REMEMBERED:
+                known.clear()
+            known[key] = found
+        return known[key]
 
     def _training(self, split: Split) -> tuple[Training, Split]:
         observed = self.observed
@@ -119,6 +123,18 @@ class CudaOutlook(Outlook):
             fits = replace(self, budget=replace(self.budget, bytes=middle), _replays={}).fits(split)
             low, high = (low, middle) if fits else (middle, high)
         return high
+
+    def helps(self, needed_bytes: int) -> list[str]:
+        """Over how many devices parameters, gradients and state would have to be sharded."""
+        gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)
+        static = sum(event.bytes for event in self.build) + gradients + self.observed.state_bytes
+        for devices in (2, 4, 8, 16, 32, 64):
+            if needed_bytes - static + static // devices <= self.budget.bytes:
+                return [
+                    f"sharded over {devices} such devices it would (reckoned: parameters, gradients and optimizer "
+                    f"state are {show_bytes(static)} of it)"
+                ]
+        return []
 
     def floor(self, n: int) -> int:
         """What is alive at once in a first micro-batch of a window that isn't the first."""
@@ -225,6 +241,7 @@ class CudaOutlook(Outlook):
 
     def forget(self) -> None:
         """Drops what was replayed."""
+        self.observed.memo.clear()
         self._replays.clear()
         self._floors.clear()
         self._trainings.clear()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ class PeakRow:
         return max(self.first_bytes, later, self.optimizer_bytes, self.between_bytes)
 
 
+def window_peak_bytes(first: PeakRow, second: PeakRow, last: PeakRow, steps: int) -> int:
+    """The peak of a window of `steps` whose first, second and last micro-batches are of those rows' sizes."""
+    later = max(second.later_bytes, last.later_bytes) if steps > 1 else 0
+    return max(first.first_bytes, later, last.optimizer_bytes, last.between_bytes)
+
+
 @dataclass(frozen=True)
 class RecordingNote:
     """A recording that the plan rests on, and how well it had been predicted by those before it."""
@@ -69,6 +76,38 @@ class RecordingNote:
     seconds: float
     measured_bytes: int
     predicted_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class TimelinePart:
+    """What is alive during one phase of the window, thinned out: each figure is the highest of a stretch of events.
+
+    Attributes:
+        phase: The phase's name.
+        micro_batch: Samples in its micro-batch; of the optimizer step, in the last one.
+        events: Allocations and frees that the phase has.
+        bytes: Alive above the base, as requested, in order of time; their highest is the phase's highest.
+    """
+
+    phase: str
+    micro_batch: int
+    events: int
+    bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TimedSize:
+    """What an optimizer step of the plan's effective batch took with micro-batches of one size, measured.
+
+    Attributes:
+        micro_batch: The largest micro-batch of the split.
+        step_seconds: Median of the optimizer steps that were timed.
+        windows: How many were.
+    """
+
+    micro_batch: int
+    step_seconds: float
+    windows: int
 
 
 @dataclass(frozen=True)
@@ -114,6 +153,12 @@ class Plan:
         largest_with_expandable_segments: The same with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
         workload: Name of the workload, or FILE.py:FUNCTION, where the command line made the plan.
         seconds: What planning took.
+        sample_bytes: What one sample more adds to a batch; 0 where that is not known.
+        max_micro_batch: The largest micro-batch that was allowed; None where none was named.
+        composition: By phase, what lives at its peak, in bytes by category (composition.py); base included.
+        timeline: What is alive through a window of at most three of the split's micro-batches (timeline.py).
+        times: Optimizer steps that were timed at other micro-batches, if any.
+        environment: Versions and machine that the plan was made on.
     """
 
     target_batch: int
@@ -153,6 +198,12 @@ class Plan:
     largest_with_expandable_segments: int | None = None
     workload: str | None = None
     seconds: float = 0.0
+    sample_bytes: int = 0
+    max_micro_batch: int | None = None
+    composition: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    timeline: tuple[TimelinePart, ...] = ()
+    times: tuple[TimedSize, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -179,15 +230,18 @@ class Plan:
         """
         steps = self.accumulation_steps - 1
         size = -(-sum(self.split) // steps) if steps else 0
-        row = next((row for row in self.peaks if row.micro_batch == size), None)
-        if row is None:
+        rows = {row.micro_batch: row for row in self.peaks}
+        if size not in rows:
             return None
-        training = self.data_bytes + self.history_bytes + row.peak_bytes(steps)
+        smallest, larger = divmod(sum(self.split), steps)
+        first = rows[size]
+        second, last = rows.get(smallest if larger == 1 else size, first), rows.get(smallest, first)
+        training = self.data_bytes + self.history_bytes + window_peak_bytes(first, second, last, steps)
         return size, self.base_bytes + int((1 + self.slack) * training)
 
     def to_json(self) -> str:
         """The plan as JSON, for `Plan.load` and for other tools."""
-        return json.dumps({"kind": _KIND, **asdict(self)}, indent=2) + "\n"
+        return _folded(json.dumps({"kind": _KIND, **asdict(self)}, indent=2)) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "the plan") -> Plan:
@@ -242,6 +296,17 @@ class Plan:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.explain())}</pre>"
+
+
+_INNERMOST = re.compile(r"[\[{]\n[^\[\]{}]*?\n *[\]}]")
+
+
+def _folded(text: str) -> str:
+    """Indented JSON with its innermost lists and objects on a line each: a table is read by rows.
+
+    A string's own line break is written as an escape, so that what is folded here is never inside of one.
+    """
+    return _INNERMOST.sub(lambda match: re.sub(r"\n *", " ", match[0]), text)
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:

@@ -1,16 +1,20 @@
 """This process's own memory, as Linux and the C library count it.
 
 *Committed* bytes are the private writable pages of the process (VmData): what RLIMIT_DATA limits. *Resident* bytes are
-those that are in memory now. No torch here.
+those that are in memory now. *In use* are the bytes that malloc has handed out. No torch here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+import resource
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -22,8 +26,12 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class _Mallinfo2(ctypes.Structure):
-    # arena, ordblks, smblks, hblks, hblkhd, usmblks, fsmblks, uordblks come before fordblks, and keepcost after it
-    _fields_ = [("before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
 
 
 @functools.cache
@@ -60,10 +68,35 @@ def fixed_threshold_bytes() -> int | None:
     return _fixed[0] if _fixed else None
 
 
-def heap_free_bytes() -> int:
-    """Free bytes inside malloc's heaps, which small blocks will fill before the heap grows; 0 where unknown."""
+@dataclass(frozen=True)
+class Heap:
+    """Malloc's heaps: what they took from the system, blocks that are mappings of their own left out.
+
+    Attributes:
+        taken_bytes: All of it.
+        free_bytes: The part that isn't handed out: small blocks fill it before the heap grows.
+    """
+
+    taken_bytes: int = 0
+    free_bytes: int = 0
+
+
+def read_heap() -> Heap:
+    """Malloc's heaps now; an empty one where unknown."""
     libc = _libc()
-    return int(libc.mallinfo2().fordblks) if libc is not None else 0
+    if libc is None:
+        return Heap()
+    info = libc.mallinfo2()
+    return Heap(int(info.arena), int(info.fordblks))
+
+
+def in_use_bytes() -> int | None:
+    """Bytes that malloc has handed out, in its heaps and as mappings of their own; None where unknown."""
+    libc = _libc()
+    if libc is None:
+        return None
+    info = libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
 
 
 def trim() -> None:
@@ -89,10 +122,97 @@ def committed_bytes() -> int:
     return read_memory()[0]
 
 
-class PeakSampler:
-    """Watches committed and resident bytes from a thread, some thousand times a second, while it is entered.
+def available_bytes() -> int | None:
+    """What the machine can give without swapping (MemAvailable); None where the system doesn't say."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return None
 
-    A peak that lasts less than 0.1 ms can be missed; a large block takes longer than that to fill.
+
+def begin_resident_peak() -> bool:
+    """Has the kernel forget the highest resident size so far, for `resident_peak_bytes`.
+
+    proc(5), /proc/pid/clear_refs: 5 sets VmHWM back to what is resident now. It is one for the whole process, so the
+    last caller's moment counts. (`getrusage`'s ru_maxrss may also be of what the process was before its exec.)
+
+    Returns:
+        Whether the kernel did; where not, `resident_peak_bytes` counts from the process's start.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def resident_peak_bytes() -> int:
+    """The most that was resident at once (VmHWM) since `begin_resident_peak`, or since the process began.
+
+    Exact: the kernel keeps it, no sampling. Committed bytes have no such mark.
+    """
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def limit_data(size: int) -> None:
+    """Makes the kernel refuse this process more committed bytes: it then gets an error it can recover from.
+
+    A lower limit that is there already stays.
+    """
+    present = resource.getrlimit(resource.RLIMIT_DATA)
+    tightest = min([size, *(limit for limit in present if limit != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_DATA, (tightest, present[1]))
+
+
+@contextlib.contextmanager
+def data_limited(size: int) -> Iterator[None]:
+    """`limit_data` for a while; the limit that was there before is put back.
+
+    What goes over it raises the device's out-of-memory (see `oom.is_out_of_memory`) instead of having the kernel kill
+    the process once the machine's memory is used up.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit_data(size)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+class Watcher:
+    """Calls `look` from a thread of its own, some thousand times a second, while it is entered.
+
+    What lasts less than 0.1 ms can be missed; a large block takes longer than that to fill.
+    """
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self._look = look
+        self._stop, self._ready = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="autoaccum-memory", daemon=True)
+
+    def __enter__(self) -> Watcher:
+        """Starts watching; returns once the thread runs, its stack in place."""
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        """Stops watching."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        self._ready.set()
+        while not self._stop.is_set():
+            self._look()
+            time.sleep(SAMPLING_SECONDS)
+
+
+class PeakSampler:
+    """Watches committed and resident bytes while it is entered.
 
     Attributes:
         base_bytes: Committed bytes when it was entered, its own thread included.
@@ -102,30 +222,21 @@ class PeakSampler:
 
     def __init__(self) -> None:
         self.base_bytes = self.committed_peak_bytes = self.resident_peak_bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="autoaccum-memory", daemon=True)
-        self._ready = threading.Event()
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)
+        self._watcher = Watcher(self._look)
 
     def __enter__(self) -> PeakSampler:
-        """Starts watching; returns once the thread's own stack is part of the base."""
-        self._thread.start()
-        self._ready.wait()
+        """Starts watching; the watching thread's own stack is part of the base."""
+        self._watcher.__enter__()
         self.base_bytes = committed_bytes()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         """Stops watching."""
-        self._stop.set()
-        self._thread.join()
+        self._watcher.__exit__()
+        os.close(self._statm)
 
-    def _watch(self) -> None:
-        statm = os.open("/proc/self/statm", os.O_RDONLY)
-        try:
-            self._ready.set()
-            while not self._stop.is_set():
-                committed, resident = read_memory(statm)
-                self.committed_peak_bytes = max(self.committed_peak_bytes, committed)
-                self.resident_peak_bytes = max(self.resident_peak_bytes, resident)
-                time.sleep(SAMPLING_SECONDS)
-        finally:
-            os.close(statm)
+    def _look(self) -> None:
+        committed, resident = read_memory(self._statm)
+        self.committed_peak_bytes = max(self.committed_peak_bytes, committed)
+        self.resident_peak_bytes = max(self.resident_peak_bytes, resident)

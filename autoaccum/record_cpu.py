@@ -7,18 +7,25 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .errors import UsageError
+from .forked import ForkFailed, in_copy
 from .recording import Event, Phase, Recording, name_blocks
+from .step import OnPhase
+
+T = TypeVar("T")
 
 _MARK = "autoaccum:"
 
 
-def record(run: Callable[[Callable[[str], AbstractContextManager[Any]]], None], *, micro_batch: int) -> Recording:
+def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
     """Records what a run of `step.train_window` allocates.
+
+    A process has room for one profiler. Where the user's own is on, a forked copy of the process records; what the run
+    changes it changes here as well, as the copy's changes are lost.
 
     Args:
         run: Called with the `on_phase` to hand on.
@@ -28,14 +35,37 @@ def record(run: Callable[[Callable[[str], AbstractContextManager[Any]]], None], 
         The recording; what happens outside of phases is left out.
 
     Raises:
-        UsageError: A profiler is already on: torch has room for one.
+        UsageError: The user's profiler is on, and a copy of the process can't run the window.
     """
-    if torch._C._autograd._profiler_enabled():
+    if not profiler_is_on():
+        return _record(run, micro_batch)
+    recording = apart(lambda: _record(run, micro_batch))
+    run(lambda name: contextlib.nullcontext())
+    return recording
+
+
+def profiler_is_on() -> bool:
+    """Whether the user's profiler watches this thread."""
+    return bool(torch._C._autograd._profiler_enabled())
+
+
+def apart(work: Callable[[], T]) -> T:
+    """Does what the user's profiler would be in the way of, in a copy of the process without it.
+
+    Raises:
+        UsageError: The copy can't do it.
+    """
+    try:
+        return in_copy(work)
+    except ForkFailed as error:
         raise UsageError(
-            "torch's profiler is on, and the recording of a plan needs it.",
-            "A process has room for one profiler.",
+            f"torch's profiler is on, and a forked copy of the process could not record ({error}).",
+            "A process has room for one profiler, so a copy without it records.",
             "Plan before the profiler starts, or in a process of its own: autoaccum plan --workload FILE.py:FUNCTION",
-        )
+        ) from None
+
+
+def _record(run: Callable[[OnPhase], None], micro_batch: int) -> Recording:
     started = time.perf_counter()
     # Kineto writes lines of its own to the descriptor behind stderr when it starts and stops.
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)

@@ -39,9 +39,9 @@ def record(
         device: The CUDA device; left out, the current one.
 
     Returns:
-        The recording, with what the allocator held when it began; what happens before the first phase is left out. A
-        block that was there before is named by its address, negative. An event of no bytes says that a block was given
-        back while another stream still used it; its free follows.
+        The recording, with what the allocator held when it began; what happens outside of phases counts to the one
+        before, or to the first. A block that was there before is named by its address, negative. An event of no bytes
+        says that a block was given back while another stream still used it; its free follows.
 
     Raises:
         UsageError: Where the user's own recording keeps too few events, or not all kinds of them.
@@ -128,16 +128,15 @@ def _since(mark: str, trace: list[Entry], made: int) -> list[Entry]:
 
 
 def _cut(trace: list[Entry], mark: str, names: list[str]) -> tuple[Phase, ...]:
-    kept = _allocations_and_frees(trace)
+    kept = _allocations_and_frees(trace) if names else []
     events = name_blocks((entry["addr"], size, entry["stream"]) for entry, size in kept)
     phases: list[list[Event]] = [[] for _ in names]
-    last = None
+    last = 0  # marks are a thread's own, and backward has a thread of its own: it bears none
     for event, (entry, _) in zip(events, kept, strict=True):
         number = entry["user_metadata"].removeprefix(mark)
         if number != entry["user_metadata"] and number != _START:
             last = int(number)
-        if last is not None:  # marks are a thread's own, and backward has a thread of its own: it bears none
-            phases[last].append(event if event.block > 0 else event._replace(block=-entry["addr"]))
+        phases[last].append(event if event.block > 0 else event._replace(block=-entry["addr"]))
     return tuple(Phase(name, tuple(found)) for name, found in zip(names, phases, strict=True))
 
 

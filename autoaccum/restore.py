@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from torch import nn
 
 from . import reach
 from .errors import RestoreError, UsageError
+from .process_memory import available_bytes as _available_bytes
 from .reach import Aspect, Held, Place, Walk
 from .rng import put_rng, read_generator, same_state, take_rng, write_generator
 from .units import show_bytes
@@ -309,11 +309,3 @@ def _check_host(needed_bytes: int) -> None:
             "Planning trains real steps, and puts every bit back from that copy.",
             "Free host memory, or plan where there is more; before the first optimizer step the copy is smallest.",
         )
-
-
-def _available_bytes() -> int | None:
-    """Host memory that can be had without swapping; None where the system doesn't say."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return None

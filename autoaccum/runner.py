@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import oom, process_memory, restore, step, tree
+from . import batchnorm, drift, oom, process_memory, refuse, restore, step
 from . import split as cutting
-from .errors import BatchError, OutOfMemory, UsageError
+from .errors import OutOfMemory, UsageError
 from .identity import check_fingerprint, check_signature, fingerprint
 from .plan import Plan
-from .recording import OPTIMIZER, PHASE_TITLES
+from .recording import FIRST, LATER, OPTIMIZER, PHASE_TITLES
+from .recut import counted, cut_one, recut, refuse_changed, versions
 from .rng import put_rng
 from .solve import share_of, split_within
+from .tokens import split_by_tokens
 from .units import show_bytes
 from .windows import Window, windows
 from .workload import IGNORED, Batch, Workload, default_loss
@@ -78,10 +79,37 @@ class Runner:
         self.micro_batch = plan.micro_batch
         self.number = 0
         self._names = {"shared": workload.shared, "per_sample": workload.per_sample}
-        self._phase = ""
-        self._drift_told = self._ignored_told = False
+        self._phase, self._begun = "", 0  # of a window: where it is, and its micro-batches so far
+        self._max_tokens = workload.max_tokens
+        self._ignored_told = self._changes_looked_at = False
+        self._drift = drift.Watch(self.parts.device, plan)
+        self._least = max(plan.smallest_micro_batch, batchnorm.least_micro_batch(self.parts.norms, workload.batchnorm))
         if not self.parts.model.training:
             self.parts.model.train()
+        self._refuse_and_warn()
+
+    def _refuse_and_warn(self) -> None:
+        """What goes wrong, or otherwise than one may think, in windows of several micro-batches."""
+        steps = self.plan.accumulation_steps
+        refuse.refuse(self.parts, steps)
+        warned = refuse.warnings(self.parts, steps)
+        if steps > 1:
+            warned.append(batchnorm.told(self.parts.norms, self.parts.batchnorm))
+        warned.append(self._told_of_lengths())
+        for text in filter(None, warned):
+            log.warning("%s", text)
+
+    def _told_of_lengths(self) -> str:
+        """Where data is longer than what was planned with: said now, and not in the middle of an epoch."""
+        longest = max(self.workload.lengths or [0], default=0)
+        known = max((size for leaf in self.plan.signature for size in leaf.trailing_shape), default=longest)
+        if longest > known:
+            return (
+                f"The longest sample has {longest} by lengths=, and the plan's own has at most {known}. "
+                "Such a micro-batch could need more memory than was planned, and is refused. "
+                "Plan again with a sample of the longest data there is."
+            )
+        return ""
 
     def step(self, batch: Batch) -> StepResult:
         """Trains one window: the whole batch given, whatever its size, cut as the plan says.
@@ -112,7 +140,10 @@ class Runner:
             skip: Windows to pass over without training: those before a checkpoint.
             rng: Random states (of `rng.take_rng`) to go on with after them.
         """
-        found = windows(loader, self.samples, self._split, **self._names)
+        lengths = self.workload.lengths
+        found = windows(
+            loader, self.samples, self._split, lengths=lengths, split_of_lengths=self._split_lengths, **self._names
+        )
         for _ in range(skip):
             next(found, None)
         if rng is not None:
@@ -124,22 +155,30 @@ class Runner:
             yield result
 
     def _split(self, samples: int) -> tuple[int, ...]:
-        return split_within(samples, self.micro_batch, self.plan.smallest_micro_batch)
+        if self.micro_batch == self.plan.micro_batch and samples == sum(self.plan.split):
+            return self.plan.split  # which was verified; another of the same largest micro-batch may not fit
+        return split_within(samples, self.micro_batch, self._least)
+
+    def _split_lengths(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Within the budget of tokens too, where there is one."""
+        if self._max_tokens is None:
+            return self._split(len(lengths))
+        return split_by_tokens(lengths, self.micro_batch, self._max_tokens, self._least)
 
     def _train(self, window: Window) -> StepResult:
         for piece in window.pieces:
             check_signature(piece, self.plan.signature)
-        self._warn_of_ignored(window)
-        window = self._counted(window)
-        if max(window.sizes) > self.micro_batch:  # loaded before an out-of-memory lowered it
-            window = self._recut(window)
+        window = counted(window, self._names)
+        if max(window.sizes) > self.micro_batch and window.sizes != self._split(sum(window.sizes)):
+            window = self._recut(window)  # loaded before an out-of-memory lowered it
         self._drop_gradients()  # somebody's own backward, or a window that an error broke off
         retries = 0
+        self._drift.begin()
         while True:
-            self._phase = ""
-            before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
-            versions, failure = _versions(window), ""
+            self._phase, self._begun, before = "", 0, None
+            before_versions, failure = versions(window), ""
             try:
+                before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
                 result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
                 break
             except (RuntimeError, MemoryError) as error:
@@ -148,82 +187,76 @@ class Runner:
                 failure = oom.drop_frames(error)
             # Out of the handler only: inside it the error still holds the activations of the failed micro-batch.
             retries += 1
-            _refuse_changed(window, versions, failure)
+            refuse_changed(window, before_versions, failure)
             window = self._start_over(before, window, failure)
         self.number += 1
-        self._tell_drift()
+        self._drift.end()
+        self._warn_of_ignored(window)
+        self._look_at_changes(before, window)
         return StepResult(
             self.number, result.loss, result.samples, window.sizes, result.grad_norm, result.stepped, retries
         )
 
-    def _counted(self, window: Window) -> Window:
-        """The window with the samples that are really there: a collate function may have left some out, or all."""
-        counted = [(piece, self._rows(piece, size)) for piece, size in zip(window.pieces, window.sizes, strict=True)]
-        there = [(piece, size) for piece, size in counted if size]
-        if not there:
-            raise BatchError(
-                f"A window of {sum(window.sizes)} samples has no sample left after its collate function.",
-                hint="Leave out samples in the sampler or in the dataset, where the window is filled up by others.",
-            )
-        return Window(tuple(piece for piece, _ in there), tuple(size for _, size in there))
-
-    def _rows(self, piece: Batch, planned: int) -> int:
-        try:
-            return cutting.batch_size(piece, **self._names)
-        except BatchError:
-            tensors = [leaf for _, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-            if tensors and not any(map(len, tensors)):
-                return 0  # emptied: as a mean it would be 0 / 0
-            return planned  # packed by its collate function: it can be trained, only not counted or cut
-
     def _warn_of_ignored(self, window: Window) -> None:
         """A Hugging Face model's own loss is a mean over labels that aren't ignored; samples don't tell of these."""
-        if self._ignored_told or self.parts.loss is not default_loss or self.parts.count or len(window.pieces) < 2:
+        parts = self.parts  # the first window asks the model what its loss averages over
+        unknown = parts.loss is default_loss and parts.count is None and parts.asked_for_denominator
+        if self._ignored_told or not unknown or len(window.pieces) < 2:
             return
         labels = [piece.get("labels") for piece in window.pieces if isinstance(piece, Mapping)]
         if any(isinstance(label, torch.Tensor) and bool((label == IGNORED).any()) for label in labels):
             self._ignored_told = True
             log.warning(
-                "Some labels are ignored (-100), and the model's own .loss is a mean over the others. Micro-batches "
-                "are weighted by their samples, so the gradient is not that of the whole batch. "
+                "Some labels are ignored (-100), and the model's own .loss is no mean over the others that autoaccum "
+                "knows. Micro-batches are weighted by their samples, so the gradient may not be the whole batch's. "
                 "Give loss= as (sum, count), or count= with what the model averages over."
             )
 
     def _in_phase(self, name: str) -> AbstractContextManager[Any]:
         self._phase = name
+        self._begun += name in (FIRST, LATER)
         return contextlib.nullcontext()
 
     def _drop_gradients(self) -> None:
         self.parts.model.zero_grad(set_to_none=True)
         self.parts.optimizer.zero_grad(set_to_none=True)
 
-    def _start_over(self, before: restore.Snapshot, window: Window, failure: str) -> Window:
+    def _look_at_changes(self, before: restore.Snapshot, window: Window) -> None:
+        """Says once what the first window of several micro-batches left changed in modules that keep count."""
+        if self._changes_looked_at or len(window.pieces) < 2:
+            return
+        self._changes_looked_at = True
+        told = refuse.told_of_changes(before.differences(), self.parts, len(window.pieces))
+        if told:
+            log.warning("%s", told)
+
+    def _start_over(self, before: restore.Snapshot | None, window: Window, failure: str) -> Window:
         """Drops the half-added gradients, puts back random states and buffers, lowers the micro-batch, cuts again."""
-        largest, least = max(window.sizes), self.plan.smallest_micro_batch
         where = PHASE_TITLES.get(self._phase, "pass that counts")
-        if self._phase == OPTIMIZER:
-            raise OutOfMemory(
-                f"The optimizer step ran out of memory ({failure}).",
-                "Parameters may be updated in part, so the window can't be repeated; its size doesn't matter here.",
-                "Plan again with less memory (--memory), or load the last checkpoint and use a leaner optimizer.",
-            )
+        self._refuse_to_repeat(where, failure)
         self._drop_gradients()
-        before.restore()
+        if before is not None:
+            before.restore()
         oom.collect()
         process_memory.trim()
-        if largest <= least:
+        failed = window.sizes[self._begun - 1] if self._max_tokens is not None and self._begun else max(window.sizes)
+        if failed <= self._least:
             raise OutOfMemory(
-                f"Out of memory with a micro-batch of {largest} in the {where} ({failure}).",
+                f"Out of memory with a micro-batch of {failed} in the {where} ({failure}).",
                 f"The plan reckoned with {show_bytes(self.plan.predicted_peak_bytes)} for a micro-batch of "
                 f"{self.plan.micro_batch}; there is less now, or this batch needs more.",
                 "Free memory, or plan again: autoaccum plan --target-batch " + str(self.plan.target_batch),
             )
-        lowered = max(least, min(largest - 1, int(SHRINK * largest)))
-        self.micro_batch = min(self.micro_batch, lowered)
-        smaller = self._recut(window)
-        if max(smaller.sizes) == largest:
+        lowered = max(self._least, min(failed - 1, int(SHRINK * failed)))
+        if self._max_tokens is not None and failed < self.micro_batch:  # few samples, but long ones
+            self._max_tokens = max(1, int(SHRINK * self._max_tokens))
+            smaller = cut_one(window, self._begun - 1, split_within(failed, lowered, self._least), self._names)
+        else:
+            self.micro_batch = min(self.micro_batch, lowered)
+            smaller = self._recut(window)
+        if smaller.sizes == window.sizes:
             raise OutOfMemory(
-                f"Out of memory in the {where} with a micro-batch of {largest}, which can't be cut ({failure}).",
+                f"Out of memory in the {where} with a micro-batch of {failed}, which can't be cut ({failure}).",
                 "Its collate function packed it, or batch statistics need two samples, so this window can't be "
                 "repeated in smaller pieces; nothing was trained by it. "
                 f"The next windows are loaded in micro-batches of at most {self.micro_batch}.",
@@ -232,40 +265,27 @@ class Runner:
         log.warning(
             "Out of memory in the %s of a window with micro-batches of %d (%s). The window starts over with at most "
             "%d, and so do the next ones; its gradient is still that of all %d samples.",
-            where, largest, failure, lowered, sum(window.sizes),
+            where, failed, failure, lowered, sum(window.sizes),
         )  # fmt: skip
         return smaller
 
-    def _recut(self, window: Window) -> Window:
-        """The same samples in smaller pieces: the pieces are all that is left of the batch, so they are cut again.
-
-        A packed piece can't be, and stays.
-        """
-        pieces: list[Batch] = []
-        sizes: list[int] = []
-        for piece, size in zip(window.pieces, window.sizes, strict=True):
-            smaller = self._split(size)
-            try:
-                pieces += cutting.split(piece, smaller, **self._names)
-                sizes += smaller
-            except BatchError:
-                pieces.append(piece)
-                sizes.append(size)
-        return Window(tuple(pieces), tuple(sizes))
-
-    def _tell_drift(self) -> None:
-        """Says once where the process was seen to take more than the plan reckoned with."""
-        if self._drift_told or self.parts.device.type != "cpu":
-            return
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if resident > 1.02 * self.plan.predicted_peak_bytes:
-            self._drift_told = True
-            log.warning(
-                "This process has had %s in memory; the plan reckoned with %s. "
-                "Data, workers or other code take the rest.",
-                show_bytes(resident),
-                show_bytes(self.plan.predicted_peak_bytes),
+    def _refuse_to_repeat(self, where: str, failure: str) -> None:
+        """Raises where parameters may be updated in part."""
+        if refuse.steps_in_backward(self.parts.model):
+            raise OutOfMemory(
+                f"Out of memory in the {where}, and a hook steps the optimizer in backward ({failure}).",
+                "Some parameters may be updated already, so the window can't be repeated.",
+                "Load the last checkpoint and plan again with less memory (--memory).",
             )
+        if self._phase == OPTIMIZER:
+            raise OutOfMemory(
+                f"The optimizer step ran out of memory ({failure}).",
+                "Parameters may be updated in part, so the window can't be repeated; its size doesn't matter here.",
+                "Plan again with less memory (--memory), or load the last checkpoint and use a leaner optimizer.",
+            )
+
+    def _recut(self, window: Window) -> Window:
+        return recut(window, self._split, self.micro_batch, self._names, joins=self._least > 1)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training changes, between windows: for a checkpoint."""
@@ -296,23 +316,3 @@ class Runner:
                 getattr(parts, part).load_state_dict(state[part])
         self.number = state["number"]
         self.micro_batch = min(state["micro_batch"], self.plan.micro_batch)  # a new plan may be for less memory
-
-
-def _versions(window: Window) -> list[int]:
-    """How often each tensor of the window was written to in place, as autograd counts it."""
-    return [
-        leaf._version
-        for piece in window.pieces
-        for _, leaf in tree.leaves(piece)
-        if isinstance(leaf, torch.Tensor) and not leaf.is_inference()
-    ]
-
-
-def _refuse_changed(window: Window, versions: list[int], failure: str) -> None:
-    """A loss that writes into its batch has spoilt what a repetition needs."""
-    if _versions(window) != versions:
-        raise OutOfMemory(
-            f"Out of memory in a window whose loss changes its batch in place ({failure}).",
-            "The samples aren't what they were, so the window can't be repeated; nothing was trained by it.",
-            "Let the loss work on copies: batch = batch.clone()",
-        )

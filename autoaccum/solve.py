@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+CAPACITY_MARGIN = 0.02  # a plan still fits when there turns out to be this much less
+
 Split = tuple[int, ...]
 Fits = Callable[[Split], bool]
 Floor = Callable[[int], int]

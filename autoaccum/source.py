@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .errors import UsageError
 from .workload import Workload
@@ -27,9 +29,18 @@ def load_workload(source: str) -> Workload:
     Raises:
         UsageError: There is no such thing, or it returned something else.
     """
+    return named(load_function(source)(), source)
+
+
+def load_function(source: str) -> Callable[..., Any]:
+    """The function that `source` names.
+
+    Raises:
+        UsageError: There is no such thing.
+    """
     check_source(source)
     if source in BUILT_IN:
-        return replace(built_in(source)(), name=source)
+        return built_in(source)
     file, _, function = source.rpartition(":")
     path = Path(file).resolve()
     sys.path.insert(0, str(path.parent))  # as `python FILE.py` would, so that the file's own imports work
@@ -45,7 +56,15 @@ def load_workload(source: str) -> Workload:
             f"{file} has no function {function!r}.",
             hint=f"Did you mean {file}:{near[0]}?" if near else f"Write {_FORM}.",
         )
-    workload = make()
+    return make  # type: ignore[no-any-return]
+
+
+def named(workload: Any, source: str) -> Workload:
+    """What the function returned, named after its source.
+
+    Raises:
+        UsageError: It is no workload.
+    """
     if not isinstance(workload, Workload):
         raise UsageError(
             f"{source} returned {type(workload).__name__}, not an autoaccum.Workload.", hint=f"Write {_FORM}."

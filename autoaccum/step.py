@@ -13,39 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from . import restore, tree
-from .errors import UsageError
+from . import batchnorm, cached, loss_terms, precision
+from .counting import window_count
+from .optimizer_step import optimizer_step
+from .parts import Parts, autocast, encode, forward, open_parts
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER
-from .workload import Batch, Loss, Workload, class_count, default_loss, is_pair
+from .workload import Batch
+
+__all__ = ["OnPhase", "Parts", "WindowResult", "open_parts", "run_between", "train_window"]
 
 OnPhase = Callable[[str], AbstractContextManager[Any]]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(eq=False)
-class Parts:
-    """A workload whose optimizer and scheduler exist: what a window works on.
-
-    Attributes:
-        counts_by_forward: Found out by the first window: the loss is a `(sum, count)` pair and no `count=` was given,
-            so that each window of several micro-batches first counts by a forward pass without gradients.
-    """
-
-    model: nn.Module
-    loss: Loss
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    scaler: Any = None
-    scheduler: Any = None
-    clip_grad_norm: float | None = None
-    count: Callable[[Batch], Any] | None = None
-    between: Callable[[nn.Module], object] | None = None
-    autocast_dtype: torch.dtype | None = None
-    counts_by_forward: bool = False
-    loss_is_mean: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,44 +34,14 @@ class WindowResult:
         loss: The loss of the whole window, as one batch would have given it (a detached scalar on the device).
         samples: Samples in the window.
         grad_norm: Norm of the window's gradient before clipping; None where nothing is clipped.
-        stepped: False where a GradScaler found a gradient that isn't finite and skipped the step.
+        stepped: False where no step was taken: nothing in the window counts (all its labels are ignored), a
+            GradScaler found a gradient that isn't finite, or `on_nonfinite="skip"` did.
     """
 
     loss: torch.Tensor
     samples: int
     grad_norm: torch.Tensor | None
     stepped: bool
-
-
-def open_parts(workload: Workload) -> Parts:
-    """Makes the optimizer and the scheduler of a workload where it names functions for them."""
-    model = workload.model
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = workload.optimizer
-    if optimizer is None:
-        optimizer = torch.optim.AdamW(trained)
-    elif not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = optimizer(trained)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UsageError(
-            f"optimizer= gave {type(optimizer).__name__}, not a torch.optim.Optimizer.",
-            hint="Give an optimizer, or a function of the parameters: optimizer=lambda p: torch.optim.SGD(p, lr=0.1).",
-        )
-    scheduler = workload.scheduler
-    if scheduler is not None and not hasattr(scheduler, "step"):
-        scheduler = scheduler(optimizer)
-    return Parts(
-        model=model,
-        loss=workload.loss or default_loss,
-        optimizer=optimizer,
-        device=trained[0].device,
-        scaler=workload.scaler,
-        scheduler=scheduler,
-        clip_grad_norm=workload.clip_grad_norm,
-        count=workload.count or (class_count if workload.loss is None and is_pair(workload.sample) else None),
-        between=workload.between,
-        autocast_dtype=_DTYPES.get(workload.precision or ""),
-    )
 
 
 def train_window(
@@ -111,17 +59,29 @@ def train_window(
         The window's loss, samples and gradient norm.
     """
     phase = on_phase or _no_phase
-    samples = sum(sizes)
+    steps, samples = len(pieces), sum(sizes)
     total = window_count(parts, pieces)
     window_loss: torch.Tensor | None = None
-    for index, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
-        with phase(FIRST if index == 0 else LATER):
-            loss = _micro_batch(parts, piece, None if len(pieces) == 1 else size / samples, total)
-            window_loss = loss if window_loss is None else window_loss.add_(loss)
-            del loss
-    assert window_loss is not None
-    with phase(OPTIMIZER):
-        grad_norm, stepped = _optimizer_step(parts)
+    cache: cached.Cache | None = None
+    norms = batchnorm.Window(parts.norms, parts.batchnorm, steps)
+    half = precision.half_parameters(parts.model.parameters()) if steps > 1 else []
+    with precision.wide_gradients(half):
+        with norms.entered():
+            for index, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
+                with phase(FIRST if index == 0 else LATER):
+                    if parts.encode is not None and steps > 1:
+                        cache = cache or _all_representations(parts, norms, pieces)
+                        loss = _from_cache(parts, norms, cache, index, piece)
+                    else:
+                        loss, total = _micro_batch(parts, norms, piece, size / samples, total)
+                    window_loss = loss if window_loss is None else window_loss.add_(loss)
+                    del loss
+            if cache is not None:
+                cache.after.restore()
+        assert window_loss is not None
+        with phase(OPTIMIZER):
+            counts_nothing = total is not None and not bool(total)
+            grad_norm, stepped = optimizer_step(parts, half, counts_nothing=counts_nothing)
     return WindowResult(window_loss, samples, grad_norm, stepped)
 
 
@@ -132,111 +92,65 @@ def run_between(parts: Parts, *, on_phase: OnPhase | None = None) -> None:
             parts.between(parts.model)
 
 
-def window_count(parts: Parts, pieces: Sequence[Batch]) -> Any:
-    """What the loss counts in the whole window, known before its first backward.
-
-    Returns:
-        The count; None where the loss is a mean over samples, or where the window is one piece, which needs none.
-    """
-    if len(pieces) < 2:
-        return None
-    if parts.count is not None:
-        return _nonzero(sum(parts.count(piece) for piece in pieces))
-    if not (parts.counts_by_forward or _is_pair(parts, pieces[0])):
-        return None
-    with _untouched(parts), torch.no_grad():
-        return _nonzero(sum(_forward(parts, _copy(piece))[1] for piece in pieces))
-
-
-def _is_pair(parts: Parts, piece: Batch) -> bool:
-    """Whether the loss returns `(sum, count)`; asked once, of one micro-batch, and remembered."""
-    if parts.loss_is_mean:
-        return False
-    with _untouched(parts), torch.no_grad():
-        parts.counts_by_forward = isinstance(_forward(parts, _copy(piece)), tuple)
-    parts.loss_is_mean = not parts.counts_by_forward
-    return parts.counts_by_forward
-
-
-def _copy(piece: Batch) -> Batch:
-    """A loss may write into its batch; a forward that only counts must not spoil it for the real one."""
-    return tree.map_leaves(piece, lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
-
-
-def _untouched(parts: Parts) -> AbstractContextManager[Any]:
-    """Puts back the random state and the buffers, which a forward that only counts must not move."""
-    return restore.kept(model=parts.model, storages=False)
-
-
-def _forward(parts: Parts, piece: Batch) -> Any:
-    with torch.autocast(parts.device.type, dtype=parts.autocast_dtype, enabled=parts.autocast_dtype is not None):
-        out = parts.loss(parts.model, tree.to_device(piece, parts.device))
-    if isinstance(out, tuple):
-        _check_pair(out)
-    return out
-
-
-def _check_pair(out: tuple[Any, ...]) -> None:
-    """A tuple is `(sum, count)` and nothing else: `(loss, logits)` would be divided by its logits without a word."""
-    numbers = [isinstance(part, (int, float)) or (isinstance(part, torch.Tensor) and part.numel() == 1) for part in out]
-    if len(out) != 2 or not all(numbers) or getattr(out[1], "requires_grad", False):
-        told = ", ".join(f"{tuple(p.shape)}" if isinstance(p, torch.Tensor) else type(p).__name__ for p in out)
-        raise UsageError(
-            f"The loss returned a tuple of {len(out)} ({told}), which is not (sum, count).",
-            "A tuple is taken for the sum over the batch and what it is to be divided by.",
-            "Return the mean alone as a scalar, or (sum, count) with a count that needs no gradient.",
-        )
-
-
-def _micro_batch(parts: Parts, piece: Batch, share: float | None, total: Any) -> torch.Tensor:
-    """Forward and backward of one piece; returns its part of the window's loss, detached.
+def _micro_batch(
+    parts: Parts, norms: batchnorm.Window, piece: Batch, share: float, total: Any
+) -> tuple[torch.Tensor, Any]:
+    """Forward and backward of one piece.
 
     Args:
         parts: What is trained.
+        norms: What the window does with normalizations.
         piece: The micro-batch.
-        share: Its part of the window's samples; None where it is the whole window.
+        share: Its part of the window's samples.
         total: What the window counts, where that is known.
+
+    Returns:
+        Its part of the window's loss, detached, and what the window counts.
     """
-    out = _forward(parts, piece)
-    if isinstance(out, tuple):
-        loss = out[0] / (_nonzero(out[1]) if total is None else total)
-    elif share is None:
-        loss = out
-    elif total is None or parts.count is None:
-        loss = out * share
-    else:
-        loss = out * parts.count(piece) / total  # in this order: two integers divided would be a float32
+    passed = parts.denominator is not None and parts.denominator.passed
+    # Times the share, which the loss is multiplied by: so what the model adds to its loss is weighted by samples.
+    more = {"num_items_in_batch": torch.as_tensor(loss_terms.nonzero(total) * share)} if passed else None
+    with norms.forward():
+        out = forward(parts, piece, more)
+    counted = loss_terms.count_of(out)
+    total = counted if total is None else total
+    count = parts.count(piece) if parts.count is not None and not passed and counted is None else None
+    loss = loss_terms.part(out, share, count, None if total is None else loss_terms.nonzero(total))
     del out
-    (parts.scaler.scale(loss) if parts.scaler else loss).backward()
-    detached: torch.Tensor = loss.detach()
-    return detached
+    _backward(parts, loss)
+    return loss.detach(), total
 
 
-def _optimizer_step(parts: Parts) -> tuple[torch.Tensor | None, bool]:
-    """Clips, steps and clears once; returns the norm before clipping and whether the step was taken."""
-    optimizer, scaler, grad_norm, stepped = parts.optimizer, parts.scaler, None, True
-    if parts.clip_grad_norm is not None:
-        if scaler:
-            scaler.unscale_(optimizer)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        grad_norm = nn.utils.clip_grad_norm_(trained, parts.clip_grad_norm)
-    if scaler:
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        stepped = scaler.get_scale() >= scale
-    else:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    parts.model.zero_grad(set_to_none=True)  # what requires a gradient and is in no group would add up for ever
-    if parts.scheduler is not None and stepped:
-        parts.scheduler.step()
-    return grad_norm, stepped
+def _all_representations(parts: Parts, norms: batchnorm.Window, pieces: Sequence[Batch]) -> cached.Cache:
+    """The first passes of a loss over representations: those of all micro-batches, and their loss's gradients."""
+
+    def encode_first(piece: Batch) -> Any:
+        with norms.forward():
+            return encode(parts, piece)
+
+    def backward(representations: Any) -> torch.Tensor:
+        with autocast(parts):
+            loss = loss_terms.whole(loss_terms.check(parts.loss(parts.model, representations)))
+        _backward(parts, loss)
+        return loss.detach()
+
+    return cached.fill(parts.model, encode_first, backward, pieces, parts.window_samples)
 
 
-def _nonzero(count: Any) -> Any:
-    """The count, or 1 where nothing is counted: the sum is 0 then, and 0 / 0 would poison the gradient."""
-    return torch.where(count == 0, 1, count) if isinstance(count, torch.Tensor) else count or 1
+def _from_cache(parts: Parts, norms: batchnorm.Window, cache: cached.Cache, index: int, piece: Batch) -> torch.Tensor:
+    """The second pass of one micro-batch; returns its part of the window's loss: all of it, in the first."""
+
+    def encode_again(piece: Batch) -> Any:
+        with norms.forward(again=True):
+            return encode(parts, piece)
+
+    cached.repeat(cache, index, encode_again, piece)
+    return cache.loss if index == 0 else torch.zeros_like(cache.loss)
+
+
+def _backward(parts: Parts, loss: torch.Tensor) -> None:
+    scaled: Any = parts.scaler.scale(loss) if parts.scaler else loss
+    scaled.backward()
 
 
 def _no_phase(name: str) -> AbstractContextManager[Any]:

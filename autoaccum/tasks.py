@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable
 from typing import Any
 
 from .child import Say
+from .errors import UsageError
 from .plan import Plan
+from .process_memory import limit_data
 from .units import show_bytes
 
 
@@ -21,23 +22,28 @@ def plan(
     max_micro_batch: int | None,
     verify: bool,
     malloc: str,
+    device: str = "cpu",
+    gpu: str | None = None,
 ) -> dict[str, Any]:
     """Plans a workload; returns the plan's JSON."""
     say({"say": "loading torch and the workload"})
+    asked: dict[str, Any] = {
+        "target_batch": target_batch,
+        "headroom": headroom,
+        "max_micro_batch": max_micro_batch,
+        "verify": verify,
+        "progress": lambda text: say({"say": text}),
+    }
+    if device == "cuda":
+        from .gpus import find_gpu
+        from .on_gpu import plan_on_gpu
+
+        found = plan_on_gpu(workload, gpu=find_gpu(gpu) if gpu is not None else None, memory=memory, **asked)
+        return {"plan": found.to_json()}
     from .fit import fit_plan
     from .source import load_workload
 
-    found = fit_plan(
-        load_workload(workload),
-        target_batch=target_batch,
-        budget=memory,
-        headroom=headroom,
-        max_micro_batch=max_micro_batch,
-        verify=verify,
-        malloc=malloc,
-        elsewhere=True,
-        progress=lambda text: say({"say": text}),
-    )
+    found = fit_plan(load_workload(workload), budget=memory, malloc=malloc, elsewhere=True, **asked)
     return {"plan": found.to_json()}
 
 
@@ -52,7 +58,18 @@ def run(
     read = Plan.from_json(plan)
     assert read.workload is not None
     workload = load_workload(read.workload)
-    if read.device == "cpu":
+    if read.on_cuda:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"The plan is for {read.device}, and torch sees no CUDA device here.",
+                "A plan for one device says nothing about another.",
+                "Run it where that GPU is, or plan for this machine: autoaccum plan --target-batch "
+                f"{read.target_batch} --workload {read.workload}",
+            )
+        workload.model.to("cuda")
+    else:
         limit_data(read.budget.bytes)
         say({"say": f"limited to {show_bytes(read.budget.bytes)}"})
     return train(
@@ -66,6 +83,24 @@ def run(
     )
 
 
+def check(*, say: Say, workload: str) -> dict[str, Any]:
+    """Tests a workload's gradient; returns the verdict."""
+    say({"say": "loading torch and the workload"})
+    from dataclasses import asdict, replace
+
+    from .exact import check
+    from .infer import infer_sample
+    from .source import load_workload
+
+    found, assumed = load_workload(workload), None
+    if found.sample is None:
+        sample, assumed = infer_sample(found.model)
+        found = replace(found, sample=sample)
+    verdict = check(found, progress=lambda text: say({"say": text}))
+    answer = asdict(verdict) | {"exact": verdict.exact, "assumed": assumed}
+    return {name: None if value != value else value for name, value in answer.items()}  # JSON has no NaN
+
+
 def doctor(*, say: Say) -> dict[str, Any]:
     """What torch says of itself and its devices."""
     from .doctor import torch_facts
@@ -73,11 +108,4 @@ def doctor(*, say: Say) -> dict[str, Any]:
     return torch_facts()
 
 
-def limit_data(size: int) -> None:
-    """Makes the kernel refuse this process more committed bytes: it then gets an error it can recover from."""
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    size = size if hard == resource.RLIM_INFINITY else min(size, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (size, hard))
-
-
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "run": run, "doctor": doctor}
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "run": run, "check": check, "doctor": doctor}

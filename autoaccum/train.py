@@ -50,7 +50,7 @@ def train(
         checkpoint_seconds: How often to write it; it is always written at the end.
 
     Returns:
-        Optimizer steps, samples and the last loss; whether it was interrupted.
+        Optimizer steps, samples and the last loss; whether it was interrupted; the checkpoint that was written.
     """
     if workload.loader is None:
         raise UsageError(
@@ -67,15 +67,16 @@ def train(
         enough = steps is not None and runner.number >= steps
         for result in () if enough else _windows(runner, workload, place, epochs):
             last = _figures(result, runner, place, length)
+            say({"step": last})
             if interrupted() or (steps is not None and runner.number >= steps):
                 break
             if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
                 _save(checkpoint, runner, place, plan)
                 saved = time.monotonic()
-            say({"step": last})
         if checkpoint is not None:
             _save(checkpoint, runner, place, plan)
-        return {**last, "steps": runner.number, "samples": place.samples, "interrupted": interrupted()}
+        ended = {"steps": runner.number, "samples": place.samples, "interrupted": interrupted()}
+        return {**last, **ended, "checkpoint": checkpoint}
 
 
 class _Place:

@@ -1,13 +1,14 @@
 """A loader into windows of micro-batches, each window of exactly the samples of one optimizer step.
 
-Knows loaders, sizes and order; knows nothing of models or memory. No sample is lost, repeated or moved: the windows
-hold the loader's samples in the loader's order.
+Knows loaders, sizes and order; knows nothing of models or memory. No sample is lost, repeated or moved to another
+window: the windows hold the loader's samples in the loader's order, or each its own longest first.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,14 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .errors import UsageError
 from .split import batch_size, join, joinable, split
+from .tokens import longest_first
 
 if TYPE_CHECKING:
     from .workload import Batch
 
 SizesOf = Callable[[int], tuple[int, ...]]
+SizesOfLengths = Callable[[Sequence[int]], tuple[int, ...]]
+PlanOf = Callable[[list[Any]], tuple[list[Any], tuple[int, ...]]]  # a window's indices: in their order, and the sizes
 Part = tuple[Any, int]  # a batch and its samples
 Names = Mapping[str, Collection[str]]
 
@@ -46,6 +50,8 @@ def windows(
     *,
     shared: Collection[str] = (),
     per_sample: Collection[str] = (),
+    lengths: Sequence[int] | None = None,
+    split_of_lengths: SizesOfLengths | None = None,
 ) -> Iterator[Window]:
     """One epoch of a loader as windows of `target` samples; the last has what is left.
 
@@ -60,9 +66,14 @@ def windows(
             when its samples are requested, a DataLoader's prefetching included.
         shared: Keys of what each micro-batch gets whole; see `split.batch_size`.
         per_sample: Keys of what has a row for each sample; see `split.batch_size`.
+        lengths: The length of each sample of a map-style loader's data set: a window's samples then come longest
+            first.
+        split_of_lengths: `split_of_lengths(lengths)`, the sizes of the micro-batches for samples of these lengths,
+            longest first; asked in place of `split_of` where `lengths` are given.
 
     Raises:
-        UsageError: The loader isn't one (at once), or gave no batch at all (when the first window is asked for).
+        UsageError: The loader isn't one, or isn't map-style where `lengths` are given (at once); or it gave no batch
+            at all (when the first window is asked for).
         BatchError: A batch can't be cut (when its window is asked for).
     """
     _check(loader, target)
@@ -70,8 +81,14 @@ def windows(
     def sizes_of(samples: int) -> tuple[int, ...]:
         return _sizes(samples, split_of)
 
+    if lengths is not None and not _is_rebatched(loader):
+        raise UsageError(
+            f"lengths= were given, and the loader ({type(loader).__name__}) isn't a map-style DataLoader.",
+            "Only there are samples known by their indices before they are padded.",
+            "Give a DataLoader over a dataset with __getitem__ and __len__, or leave out lengths=.",
+        )
     if _is_rebatched(loader):
-        found = _from_indices(loader, target, sizes_of)
+        found = _from_indices(loader, target, _plan_of(sizes_of, lengths, split_of_lengths))
     else:
         found = _from_batches(loader, target, sizes_of, {"shared": shared, "per_sample": per_sample})
     return _not_empty(found, loader)
@@ -134,6 +151,17 @@ def _sizes(samples: int, split_of: SizesOf) -> tuple[int, ...]:
     return sizes
 
 
+def _plan_of(sizes_of: SizesOf, lengths: Sequence[int] | None, of_lengths: SizesOfLengths | None) -> PlanOf:
+    """How the indices of a window are put in order and cut."""
+
+    def by_length(indices: list[Any]) -> tuple[list[Any], tuple[int, ...]]:
+        assert lengths is not None
+        ordered = longest_first(indices, lengths)
+        return ordered, of_lengths([lengths[i] for i in ordered]) if of_lengths else sizes_of(len(ordered))
+
+    return by_length if lengths is not None else lambda indices: (indices, sizes_of(len(indices)))
+
+
 def _is_rebatched(loader: object) -> bool:
     """Whether a loader can be batched anew by its indices: not where a subclass iterates in its own way."""
     return (
@@ -157,37 +185,68 @@ def _not_empty(found: Iterator[Window], loader: object) -> Iterator[Window]:
     yield from found
 
 
-def _from_indices(loader: Any, target: int, sizes_of: SizesOf) -> Iterator[Window]:
+def _from_indices(loader: Any, target: int, plan_of: PlanOf) -> Iterator[Window]:
     """Windows of a map-style DataLoader, loaded by one DataLoader whose batches are the micro-batches."""
-    requested: deque[tuple[int, ...]] = deque()  # loading runs ahead: each window's sizes wait here for its samples
-    stream = iter(
-        DataLoader(
-            loader.dataset,
-            batch_sampler=_index_lists(loader.batch_sampler, target, sizes_of, requested),
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-        )
-    )
+    rebatched = _rebatched(loader)
+    requested = rebatched.batch_sampler.begin(target, plan_of)
+    stream = iter(rebatched)
     for piece in stream:
         sizes = requested.popleft()
         yield Window((piece, *islice(stream, len(sizes) - 1)), sizes)
 
 
+# Whose workers persist from epoch to epoch must be the same loader in each.
+_kept: weakref.WeakKeyDictionary[Any, DataLoader[Any]] = weakref.WeakKeyDictionary()
+
+
+def _rebatched(loader: Any) -> Any:
+    """The DataLoader whose batches are the micro-batches; with persistent workers, the same one each time."""
+    if loader in _kept:
+        return _kept[loader]
+    made: DataLoader[Any] = DataLoader(
+        loader.dataset,
+        batch_sampler=_MicroBatches(loader.batch_sampler),  # it has no length
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+    if loader.persistent_workers:
+        _kept[loader] = made
+    return made
+
+
+class _MicroBatches:
+    """A batch sampler that gives one list of indices for each micro-batch of the epoch that was begun last."""
+
+    def __init__(self, batch_sampler: Iterable[Iterable[Any]]) -> None:
+        self.batch_sampler = batch_sampler
+
+    def begin(self, target: int, plan_of: PlanOf) -> deque[tuple[int, ...]]:
+        """Sets what the next epoch is cut into; returns where the sizes of its windows will be."""
+        self.target, self.plan_of = target, plan_of
+        # Loading runs ahead: each window's sizes wait here for its samples.
+        self.requested = deque[tuple[int, ...]]()
+        return self.requested
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return _index_lists(self.batch_sampler, self.target, self.plan_of, self.requested)
+
+
 def _index_lists(
-    batch_sampler: Iterable[Iterable[Any]], target: int, sizes_of: SizesOf, requested: deque[tuple[int, ...]]
+    batch_sampler: Iterable[Iterable[Any]], target: int, plan_of: PlanOf, requested: deque[tuple[int, ...]]
 ) -> Iterator[list[Any]]:
     """One list of indices for each micro-batch; the sizes of its window are noted when the window begins."""
     indices = chain.from_iterable(batch_sampler)
     while of_window := list(islice(indices, target)):
-        sizes = sizes_of(len(of_window))
+        ordered, sizes = plan_of(of_window)
         requested.append(sizes)
-        rest = iter(of_window)
+        rest = iter(ordered)
         yield from (list(islice(rest, size)) for size in sizes)
 
 

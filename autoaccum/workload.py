@@ -5,7 +5,7 @@ Knows the model, a sample, the loss and the optimizer; knows nothing of memory o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ Batch = Any  # a pytree of tensors whose first dimension is the samples
 Loss = Callable[["nn.Module", Batch], Any]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+ON_NONFINITE = ("raise", "skip", "warn")
 IGNORED = -100  # cross_entropy's ignore_index, and Hugging Face's
 
 
@@ -30,14 +31,25 @@ class Workload:
         model: The module to train, on the device where it is to be trained.
         sample: One small batch of real data, a pytree of tensors with the samples in dimension 0.
             Sequences should have the longest length that training will see: memory follows it.
-        loss: `loss(model, batch)`, returning the mean over the batch as a scalar, or `(sum, count)`. Left out:
-            `model(**batch).loss` for mappings, cross-entropy for an `(input, class)` pair.
+        loss: `loss(model, batch)`, returning the mean over the batch as a scalar, or `(sum, count)`, or
+            `LossTerms(sum, count, extra)` where something is added that belongs to the window once: a penalty on the
+            weights, a mixture of experts' auxiliary loss. Left out: `model(**batch).loss` for mappings, cross-entropy
+            for an `(input, class)` pair.
+        encode: `encode(model, batch)`, for a loss over the representations of all samples (contrastive losses, mined
+            triplets, Dice): a tree of tensors with the samples in dimension 0, labels included where the loss needs
+            them. `loss(model, representations)` then gets those of the whole window, at the price of one more
+            forward, and its gradient is the whole batch's.
         optimizer: An optimizer over the model's parameters, or a function that makes one from a list of
             parameters. Left out: AdamW with torch's defaults.
         precision: "fp32", "bf16" or "fp16" autocast; left out: fp32, as the model is.
         scaler: A `torch.amp.GradScaler`, for fp16.
         scheduler: A learning rate scheduler, or a function that makes one from the optimizer; stepped once a window.
         clip_grad_norm: The largest norm of the whole window's gradient; left out: no clipping.
+        batchnorm: What becomes of batch normalization within a window: "per_micro_batch", each micro-batch's own
+            statistics (another gradient than the whole batch's; the default, and said); "merged", the same gradient,
+            but running statistics merged over the window; "frozen", running statistics as they are: exact.
+        on_nonfinite: What to do where a window's gradient isn't finite: "raise" `NotFinite`, "skip" the step, or
+            "warn". A scaler skips it anyway. Left out: nothing is looked at, as in a plain loop.
         between: Called between windows, with the model (an evaluation, say); recorded, as it needs memory too.
         count: `count(batch)`, what the loss averages over or counts, read off the batch alone. A mean is then weighted
             by it instead of by samples; a `(sum, count)` loss is spared a forward pass that only counts. Left out for
@@ -46,22 +58,30 @@ class Workload:
         per_sample: Names of what has a row for each sample, where that isn't plain.
         loader: Where training data comes from: a DataLoader, an iterable of batches, or a function that makes one.
             Planning never touches it; `autoaccum run` reads it.
+        lengths: For sequences from a map-style loader: the length of each sample of its data set. A window's samples
+            then come longest first, so that each micro-batch is padded little; its gradient is the same.
+        max_tokens: With lengths: the most tokens in a micro-batch, padding included, as well as its most samples.
         name: What to call this workload in a plan.
     """
 
     model: nn.Module
     sample: Batch = None
     loss: Loss | None = field(default=None, kw_only=True)
+    encode: Callable[[nn.Module, Batch], Any] | None = field(default=None, kw_only=True)
     optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = field(default=None, kw_only=True)
     precision: str | None = field(default=None, kw_only=True)
     scaler: Any = field(default=None, kw_only=True)
     scheduler: Any = field(default=None, kw_only=True)
     clip_grad_norm: float | None = field(default=None, kw_only=True)
+    batchnorm: str | None = field(default=None, kw_only=True)
+    on_nonfinite: str | None = field(default=None, kw_only=True)
     between: Callable[[nn.Module], object] | None = field(default=None, kw_only=True)
     count: Callable[[Batch], float | torch.Tensor] | None = field(default=None, kw_only=True)
     shared: Collection[str] = field(default=(), kw_only=True)
     per_sample: Collection[str] = field(default=(), kw_only=True)
     loader: Iterable[Batch] | Callable[[], Iterable[Batch]] | None = field(default=None, kw_only=True)
+    lengths: Sequence[int] | None = field(default=None, kw_only=True)
+    max_tokens: int | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -69,6 +89,22 @@ class Workload:
             raise UsageError(
                 f"precision {self.precision!r} is not known.",
                 hint=f"Use one of {', '.join(PRECISIONS)}, or leave it out for the model's own.",
+            )
+        if self.on_nonfinite is not None and self.on_nonfinite not in ON_NONFINITE:
+            raise UsageError(
+                f"on_nonfinite {self.on_nonfinite!r} is not known.", hint=f"Use one of {', '.join(ON_NONFINITE)}."
+            )
+        if self.max_tokens is not None and (self.lengths is None or self.max_tokens < 1):
+            raise UsageError(
+                f"max_tokens is {self.max_tokens}, and lengths are {'not ' if self.lengths is None else ''}given.",
+                "A budget of tokens needs the length of each sample, and at least 1.",
+                "Give lengths=[len(sample) for each sample of the data set].",
+            )
+        if self.encode is not None and self.loss is None:
+            raise UsageError(
+                "encode= was given without loss=.",
+                "It makes the representations that a loss over the whole window is taken of.",
+                "Give loss=lambda model, representations: ...",
             )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise UsageError(

@@ -26,29 +26,32 @@ def predict(name: str, sizes: list[int]) -> dict[str, Any]:
 
     workload = make(name)
     threshold = cpu.prepare()
+    cpu.clean()
+    before = cpu.read_heap()
     with fit._as_it_was(workload) as snapshot:
         subject = observe.Subject(step.open_parts(workload), workload, cpu, threshold)
         observed = observe.observe(subject, lambda found: max(sizes), lambda found, n: True)
         snapshot.restore()
         subject.parts.optimizer.state.clear()
         cpu.clean()
-        base, _ = cpu.read_base()
-        base -= snapshot.host_bytes
+        base = cpu.read_base(before)
+        base_bytes = base.bytes - snapshot.host_bytes
         sample_bytes = fit.bytes_per_sample(subject)
         rows = {}
         for n in sizes:
-            increment = observe.peak_of(subject, observed, (n,) * STEPS).peak_bytes
+            increment = observe.peak_of(subject, observed, (n,) * STEPS, base.fresh).peak_bytes
             increment += cpu.data_bytes(sample_bytes * n * STEPS)
-            rows[n] = {"peak": base + increment, "increment": increment}
+            rows[n] = {"peak": base_bytes + increment, "increment": increment}
     recorded = [note.micro_batch for note in observed.notes]
-    return {"rows": rows, "method": observed.method, "recorded": recorded}
+    unrecorded = observed.unrecorded_bytes
+    return {"rows": rows, "method": observed.method, "recorded": recorded, "unrecorded": unrecorded}
 
 
 def measure(name: str, n: int) -> dict[str, Any]:
     """In a fresh process: what the first step and two windows of two micro-batches of n take.
 
-    The base is read afterwards, as planning reads it: buffers that libraries allocate on first use belong to it, and
-    holes that training left in the heap don't.
+    The base is read afterwards, as planning reads it: buffers that libraries allocate on first use belong to it, and so
+    do the holes that the heap had before; those that training left in it don't.
     """
     from autoaccum import cpu, fit, observe, step
     from autoaccum.process_memory import committed_bytes
@@ -59,15 +62,16 @@ def measure(name: str, n: int) -> dict[str, Any]:
     threshold = cpu.prepare()
     parts = step.open_parts(workload)
     subject = observe.Subject(parts, workload, cpu, threshold)
-    before = committed_bytes()
+    cpu.clean()
+    before, before_bytes = cpu.read_heap(), committed_bytes()
     measured = fit._run_for_real(subject, (n,) * STEPS)
     parts.optimizer.state.clear()
     cpu.clean()
-    base, _ = cpu.read_base()
+    base = cpu.read_base(before).bytes
     return {
         "base": base,
         "peak": measured.base_bytes + measured.increment_bytes,
-        "grown by": base - before,
+        "grown by": base - before_bytes,
         "resident": measured.resident_bytes,
         "seconds": measured.seconds,
     }
@@ -75,14 +79,14 @@ def measure(name: str, n: int) -> dict[str, Any]:
 
 def limited(name: str, n: int, limit_bytes: int) -> dict[str, Any]:
     """In a fresh process that may not commit more than `limit_bytes`: whether it trains those windows."""
-    from autoaccum import cpu, oom, step, tasks
+    from autoaccum import cpu, oom, process_memory, step
     from autoaccum.observe import Subject
 
     from .models import make
 
     workload = make(name)
     subject = Subject(step.open_parts(workload), workload, cpu, cpu.prepare())
-    tasks.limit_data(limit_bytes)
+    process_memory.limit_data(limit_bytes)
     try:
         for steps in (1, STEPS, STEPS):
             pieces = [subject.tile(n) for _ in range(steps)]
@@ -120,6 +124,7 @@ def row(
         "measured peak MiB": measured["peak"] / 2**20,
         "resident peak MiB": measured["resident"] / 2**20,
         "seconds": measured["seconds"],
+        "unrecorded MiB": predicted["unrecorded"] / 2**20,
         "method": predicted["method"],
     }
     for factor in limits:

@@ -3,9 +3,9 @@
 A program, not a test. Each model is recorded with room; then that log is replayed at capacities between what is alive
 and what is reserved, where the real run has to give blocks back or runs out of memory.
 
-    python -m autoaccum.virtual --memory 16GiB -- python tests/replay_cases.py [CASES [SETTINGS]]
+    python -m autoaccum.virtual --memory 16GiB -- python tests/replay_cases.py [CASES [SETTINGS [PARTS]]]
 
-CASES and SETTINGS choose by number, like 0,3,5; left out, all. A line of JSON for each run.
+Each chooses by number, like 0,3,5; left out, all. A line of JSON for each run.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ SETTINGS = [
     Setting("expandable_segments:True,roundup_power2_divisions:4", fraction=True),
     Setting("large_segment_size_mb:32"),
 ]
-PARTS = (0.75, 0.5, 0.25)  # where between what is alive and what is reserved the tight capacities lie
+PARTS = (0.95, 0.8, 0.5)  # where between what is alive and what is reserved the tight capacities lie
 
 
 def surroundings() -> list[torch.Tensor]:
@@ -217,6 +217,10 @@ def train(case: tuple[str, str, str], on_phase: step.OnPhase) -> None:
         step.train_window(parts, split.split(batch(2 * n - 1), (n, n - 1)), (n, n - 1), on_phase=on_phase)
 
 
+def set_settings(text: str) -> None:
+    torch._C._accelerator_setAllocatorSettings(text)
+
+
 def emptied() -> None:
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
@@ -239,7 +243,7 @@ def one(case: tuple[str, str, str], setting: Setting, capacity: int | None = Non
 
     emptied()
     free, total = torch.cuda.mem_get_info()
-    torch.cuda.memory._set_allocator_settings(setting.text or "expandable_segments:False")
+    set_settings(setting.text or "expandable_segments:False")
     held = surroundings() if setting.start else []
     rules = Rules.from_settings(setting.text, device_bytes=total, capacity_bytes=free)
     if capacity is not None and setting.fraction:
@@ -254,7 +258,7 @@ def one(case: tuple[str, str, str], setting: Setting, capacity: int | None = Non
     stats = torch.cuda.memory_stats()
     control.set_other(0, 0)
     torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    set_settings("expandable_segments:False")
     del held
     log = log or recording
     assert (recording.start is not None and recording.start.reserved_bytes > 0) == setting.start
@@ -294,7 +298,7 @@ def main() -> None:
             log, roomy = one(case, setting)
             print(json.dumps(roomy), flush=True)
             allocated, reserved = roomy["allocated"][1], roomy["reserved"][1]
-            for part in PARTS:
+            for part in chosen(3, PARTS):
                 capacity = (allocated + int(part * (reserved - allocated))) // (2 * MiB) * 2 * MiB
                 print(json.dumps(one(case, setting, capacity, log)[1]), flush=True)
 

@@ -17,7 +17,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from autoaccum.budget import Budget, Term
-from autoaccum.plan import LeafForm, PeakRow, Plan, RecordingNote
+from autoaccum.plan import LeafForm, PeakRow, Plan, RecordingNote, TimedSize, TimelinePart
 from autoaccum.program import Rule, Step, StepProgram
 from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
 
@@ -271,6 +271,15 @@ def made_up_plan(**changes: Any) -> Plan:
         "largest_with_expandable_segments": 58,
         "workload": "train.py:workload",
         "seconds": 12.5,
+        "sample_bytes": 2048,
+        "max_micro_batch": 60,
+        "composition": {"later": {"process": 290 * mib, "parameters": 10 * mib, "activations": 1600 * mib}},
+        "timeline": (
+            TimelinePart("first", 52, 4, (10 * mib, 1400 * mib)),
+            TimelinePart("optimizer", 51, 2, (590 * mib,)),
+        ),
+        "times": (TimedSize(26, 1.51, 30), TimedSize(52, 1.5, 30)),
+        "environment": {"python": "3.11.7"},
         "schema_version": 1,
     }
     return Plan(**(fields | changes))

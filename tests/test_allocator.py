@@ -9,13 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Recorded, Truth, recorded_programs, truths
 
-from autoaccum.allocator import PAGE_BYTES, CpuRules, Start, as_phase, mapping_bytes, replay, smallest_mapping
+from autoaccum.allocator import (
+    ALIGNMENT_BYTES,
+    CpuRules,
+    Start,
+    in_use_peaks,
+    mapping_bytes,
+    replay,
+    smallest_mapping,
+)
+from autoaccum.process_memory import PAGE_BYTES
 from autoaccum.program import as_recorded, window
-from autoaccum.recording import Event, live_peak
+from autoaccum.recording import Event, Phase, live_peak
 
 THRESHOLD = 131072
 RECORDED = recorded_programs()
 ALL_RULES = st.sampled_from([CpuRules(None), CpuRules(4096), CpuRules(THRESHOLD)])
+FIXED_RULES = st.sampled_from([4096, THRESHOLD, 2**20])
 
 # Asks the real malloc: the growth of VmData and of the number of mappings, for each size. Before each, the heap is
 # left without a hole that could take the block.
@@ -93,7 +103,6 @@ def test_the_live_peak_is_a_floor_of_the_peak(truth: Truth, split: list[int], ru
     phases = window(truth.program(), split)
     found = replay(phases, rules)
     assert live_peak(phases) == found.live_bytes <= found.peak_bytes == max(phase.bytes for phase in found.phases)
-    assert 0 <= found.end_bytes <= found.peak_bytes
 
 
 @given(truth=truths(), split=st.lists(st.integers(1, 20), min_size=1, max_size=6), rules=ALL_RULES, free=st.integers(0))
@@ -118,7 +127,6 @@ def test_a_recorded_log_without_a_threshold_is_the_running_sum(recorded: Recorde
                 sums[phase.name] = max(sums[phase.name], running if event.bytes > 0 else 0)
         assert {phase.name: phase.bytes for phase in found.phases} == sums
         assert found.peak_bytes == found.live_bytes == max(sums.values()) == live_peak(recording.phases)
-        assert found.end_bytes == running
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded.name)
@@ -134,17 +142,54 @@ def test_a_large_block_is_given_back_and_the_heap_keeps_its_top() -> None:
     large, small = 2**20, 1000
     events = [Event(1, large), Event(1, -large), *(Event(i, small) for i in range(2, 12))]
     events += [Event(i, -small) for i in range(2, 12)]
-    found = replay([as_phase("first", events), as_phase("later", [Event(20, large)])], CpuRules(THRESHOLD))
+    found = replay([Phase("first", tuple(events)), Phase("later", (Event(20, large),))], CpuRules(THRESHOLD))
     heap = 10 * (small + 64)
     assert [phase.bytes for phase in found.phases] == [mapping_bytes(large), heap + mapping_bytes(large)]
-    assert found.end_bytes == heap + mapping_bytes(large)
     assert mapping_bytes(large) == large + PAGE_BYTES
 
 
 def test_phases_of_one_name_have_one_peak() -> None:
     phases = [
-        as_phase("later", [Event(1, 5), Event(1, -5)]),
-        as_phase("later", [Event(2, 9)]),
-        as_phase("x", [Event(3, 1)]),
+        Phase("later", (Event(1, 5), Event(1, -5))),
+        Phase("later", (Event(2, 9),)),
+        Phase("x", (Event(3, 1),)),
     ]
     assert [(phase.name, phase.bytes) for phase in replay(phases, CpuRules(None)).phases] == [("later", 9), ("x", 10)]
+
+
+@given(truth=truths(), split=st.lists(st.integers(1, 20), min_size=1, max_size=6), extra=st.integers(0, 2**24))
+def test_unrecorded_blocks_are_in_the_heap_during_micro_batches_only(
+    truth: Truth, split: list[int], extra: int
+) -> None:
+    phases = window(truth.program(), split)
+    without, with_them = replay(phases, CpuRules(THRESHOLD)), replay(phases, CpuRules(THRESHOLD, extra))
+    assert without.peak_bytes <= with_them.peak_bytes <= without.peak_bytes + extra
+    assert with_them.live_bytes == without.live_bytes
+    before = {phase.name: phase.bytes for phase in without.phases}
+    for phase in with_them.phases:
+        assert before[phase.name] <= phase.bytes <= before[phase.name] + extra
+    only_step = [phase for phase in phases if phase.name == "optimizer"]
+    assert replay(only_step, CpuRules(THRESHOLD, extra)) == replay(only_step, CpuRules(THRESHOLD))
+
+
+def test_unrecorded_blocks_fill_holes_like_any_small_block() -> None:
+    phases = [Phase("first", (Event(1, 2**20),))]
+    peaks = [replay(phases, CpuRules(THRESHOLD, 5000), Start(free)).peak_bytes for free in (0, 2000, 5000, 9000)]
+    assert peaks == [mapping_bytes(2**20) + above for above in (5000, 3000, 0, 0)]
+
+
+@given(truth=truths(), split=st.lists(st.integers(1, 20), min_size=1, max_size=4), threshold=FIXED_RULES)
+def test_bytes_in_use_lie_between_what_is_alive_and_what_is_taken(
+    truth: Truth, split: list[int], threshold: int
+) -> None:
+    phases = window(truth.program(), split)
+    in_use, taken = max(in_use_peaks(phases, threshold).values()), replay(phases, CpuRules(threshold)).peak_bytes
+    blocks = sum(event.bytes > 0 for phase in phases for event in phase.events)
+    assert live_peak(phases) <= in_use <= live_peak(phases) + blocks * (PAGE_BYTES + ALIGNMENT_BYTES)
+    assert in_use <= taken or taken == 0
+
+
+def test_a_phase_is_in_use_with_what_earlier_ones_left() -> None:
+    phases = [Phase("first", (Event(1, 1000), Event(2, 2**20), Event(1, -1000))), Phase("later", (Event(3, 500),))]
+    large, step = mapping_bytes(2**20), ALIGNMENT_BYTES
+    assert in_use_peaks(phases, THRESHOLD) == {"first": large + 1000 + step, "later": large + 500 + step}

@@ -1,62 +1,137 @@
-"""The rules of the CUDA caching allocator against the real one: PyTorch's own, on a virtual GPU.
+"""The rules of the CUDA caching allocator: each by itself, the laws that hold for all, and against the real one.
 
-Each of 21 trainings (`replay_cases.py`) is recorded with room. Replaying that log's allocations and frees has to give
-the allocator's `max_memory_allocated`, `max_memory_reserved` and retries to the byte, with room and at three
-capacities between what is alive and what is reserved, where the real run gives blocks back or runs out of memory.
+Against the real one: PyTorch's own, on a virtual GPU. Trainings (`replay_cases.py`) are recorded with room, from empty
+and from a snapshot. Replaying that log's allocations and frees has to give the allocator's `max_memory_allocated`,
+`max_memory_reserved` and retries to the byte, with room and at capacities between what is alive and what is reserved,
+where the real run gives blocks back or runs out of memory. All 26 of them in all settings take minutes (`-m slow`).
 """
 
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoaccum import virtual
-from autoaccum.caching_allocator import CudaRules, replay_cuda
+from autoaccum.caching_allocator import CachingAllocator, CudaReplay, CudaRules, replay_cuda
 from autoaccum.cuda_rules import MiB, round_size, segment_bytes
+from autoaccum.cuda_start import CudaStart
+from autoaccum.errors import UsageError
 from autoaccum.recording import Event, Phase
 
 CASES = Path(__file__).parent / "replay_cases.py"
 REASON = virtual.available()
+usable = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+FIGURES = ("allocated", "reserved", "reserved in the end", "retries", "ran out")
+EXPANDABLE = CudaRules(expandable_segments=True)
 
 
-def replayed(settings: str) -> list[dict[str, Any]]:
-    gpu = virtual.VirtualGpu(memory_bytes=16 * 2**30)
-    environment = virtual.environment(gpu) | {"PYTORCH_CUDA_ALLOC_CONF": settings}
-    out = subprocess.run([sys.executable, str(CASES)], env=environment, capture_output=True, text=True)
+# -- against the real one
+
+
+def replayed(*arguments: str) -> list[dict[str, Any]]:
+    environment = virtual.environment(virtual.VirtualGpu(memory_bytes=16 * 2**30))
+    command = [sys.executable, str(CASES), *arguments]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-3000:]
-    return [json.loads(line) for line in out.stdout.splitlines() if line.startswith("{")]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(REASON is not None, reason=str(REASON))
-@pytest.mark.parametrize("settings", ["", "max_split_size_mb:64,roundup_power2_divisions:8"])
-def test_a_replay_is_the_allocators_own_numbers_to_the_byte(settings: str) -> None:
-    cases = replayed(settings)
-    assert len(cases) == 84
+    cases = [json.loads(line) for line in out.stdout.splitlines() if line.startswith("{")]
     for case in cases:
-        for figure in ("allocated", "reserved", "retries", "ran out"):
+        for figure in FIGURES:
             said, real = case[figure]
-            assert said == real, case
-    assert sum(case["retries"][1] > 0 for case in cases) >= 20  # or nothing of the rules about room was put to the test
-    assert sum(case["ran out"][1] for case in cases) >= 10
-    assert sum(not case["ran out"][1] and case["retries"][1] > 0 for case in cases) >= 5
+            assert said == real, (figure, case)
+    return cases
 
 
-def phase(*sizes: int) -> list[Phase]:
+def count(cases: list[dict[str, Any]], *, retries: bool, ran_out: bool) -> int:
+    return sum((case["retries"][1] > 0) == retries and case["ran out"][1] == ran_out for case in cases)
+
+
+@usable
+def test_a_replay_is_the_allocators_own_numbers_to_the_byte_in_every_setting() -> None:
+    cases = replayed("16,25", "0,1,2,3,4,5,6,7,8,9,10", "1")
+    assert len(cases) == 2 * 11 * 2
+    assert count(cases, retries=True, ran_out=False) >= 5  # or nothing of the rules about room was put to the test
+    assert count(cases, retries=True, ran_out=True) >= 2
+    assert any(case["streams"] == 2 and case["held"] > 0 for case in cases)
+    assert any(case["given back"] > 0 and case["retries"][1] == 0 for case in cases)  # garbage collection, oversize
+
+
+@usable
+def test_random_events_leave_the_same_after_each_as_with_the_allocator() -> None:
+    environment = virtual.environment(virtual.VirtualGpu(memory_bytes=2 * 2**30, context_bytes=0))
+    command = [sys.executable, str(CASES.with_name("replay_fuzz.py")), "6"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-3000:]
+    found = [json.loads(line) for line in out.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 12
+    for told in found:
+        assert told["wrong"] == 0, told
+        assert told["retries"] > 0, told
+
+
+@usable
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("setting", range(11))
+def test_a_replay_is_the_allocators_own_numbers_to_the_byte(setting: int) -> None:
+    cases = replayed("0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25", str(setting))
+    assert len(cases) == 26 * 4
+    assert count(cases, retries=True, ran_out=False) + count(cases, retries=True, ran_out=True) >= 20
+
+
+# -- helpers: events, and whether what the allocator holds is in order
+
+
+def phase(*sizes: int, stream: int = 0) -> list[Phase]:
     """Sizes in order; a negative number frees the block of that place, counted from 1."""
     made = [size for size in sizes if size > 0]
     events, named = [], 0
     for size in sizes:
         named += size > 0
-        events.append(Event(named, size) if size > 0 else Event(-size, -made[-size - 1]))
+        events.append(Event(named, size, stream) if size > 0 else Event(-size, -made[-size - 1], stream))
     return [Phase("first", tuple(events))]
+
+
+def reserved(events: list[Phase], rules: CudaRules, start: CudaStart | None = None) -> int:
+    return replay_cuda(events, rules, start or CudaStart()).phases[-1].bytes
+
+
+def walked(allocator: CachingAllocator) -> list[Any]:
+    """Every block there is; asserts that each pool and each segment is in order."""
+    found: list[Any] = []
+    for pool in [*allocator._small.values(), *allocator._large.values()]:
+        mapped, free = [], []
+        for address, head in pool.heads.items():
+            assert head.address == address and head.before is None
+            block = head
+            while block is not None:
+                after = block.after
+                assert block.size > 0 and not (block.free and not block.mapped)
+                (free if block.free else mapped if block.mapped else []).append(block)
+                if after is not None:
+                    assert after.before is block and after.address == block.address + block.size
+                    assert not (block.free and after.free) and (block.mapped or after.mapped), "not merged"
+                block = after
+        assert pool.keys == sorted(block.key for block in free)
+        assert all(block.key == block.size << 64 | block.address and pool.blocks[block.key] is block for block in free)
+        assert len(pool.blocks) == len(free)
+        assert [b.address for b in pool.unmapped] == sorted(b.address for b in pool.unmapped)
+        found += mapped + free
+    assert sum(block.size for block in found) == allocator.reserved_bytes
+    live = [block for block in found if not block.free]
+    assert {id(block) for block in live} == {id(b) for b in [*allocator._live.values(), *allocator._held.values()]}
+    assert sum(block.size for block in allocator._live.values()) == allocator.allocated_bytes
+    return found
+
+
+# -- sizes
 
 
 @pytest.mark.parametrize(("size", "rounded"), [(1, 512), (512, 512), (513, 1024), (MiB, MiB), (MiB + 1, MiB + 512)])
@@ -72,6 +147,55 @@ def test_a_segment_is_2_or_20_mib_or_the_size_rounded_up_to_2(size: int, segment
     assert segment_bytes(size) == segment * MiB
 
 
+def test_divisions_round_up_to_steps_between_powers_of_two_by_interval() -> None:
+    rules = CudaRules.from_settings("roundup_power2_divisions:[2:4,8:2]")
+    assert round_size(5 * MiB, rules.roundup_power2_divisions) == 5 * MiB  # 4 to 8 MiB lies between the pairs
+    assert round_size(9 * MiB, rules.roundup_power2_divisions) == 12 * MiB
+    assert round_size(2 * MiB + 1, rules.roundup_power2_divisions) == 2 * MiB + 512 * 1024
+    assert round_size(1200, rules.roundup_power2_divisions) == 1536  # too small for steps of 512
+
+
+# -- the settings' text
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        (" max_split_size_mb : 64 , expandable_segments : True ", "max_split_size_bytes", 64 * MiB),
+        ("roundup_power2_divisions:[256:1,512:2,>:4]", "roundup_power2_divisions", (1,) * 9 + (2,) + (4,) * 6),
+        ("roundup_power2_divisions:[>:2]", "roundup_power2_divisions", (0,) + (2,) * 15),
+        ("pinned_use_background_threads:True,backend:native,garbage_collection_threshold:0.5",
+         "garbage_collection_threshold", 0.5),
+        ("per_process_memory_fraction:0.25", "allowed_bytes", 256 * MiB),
+        ("per_process_memory_fraction:1.0", "allowed_bytes", None),
+        ("expandable_segments:False", "expandable_segments", False),
+        ("large_segment_size_mb:11", "large_segment_bytes", 11 * MiB),
+        ("", "max_split_size_bytes", None),
+    ],
+)  # fmt: skip
+def test_settings_are_read_as_pytorch_reads_them(text: str, field: str, value: object) -> None:
+    assert getattr(CudaRules.from_settings(text, device_bytes=1024 * MiB), field) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("bogus:1", "bogus"), ("backend:cudaMallocAsync", "backend"), ("throw_on_cudamalloc_oom:True", "throw_on_cuda"),
+        ("max_split_size_mb:19", "max_split_size_mb"), ("roundup_power2_divisions:3", "roundup_power2_divisions"),
+        ("roundup_power2_divisions:[3:4]", "roundup_power2_divisions"), ("expandable_segments:true", "expandable"),
+        ("garbage_collection_threshold:1.0", "garbage_collection"), ("large_segment_size_mb:10", "large_segment"),
+        ("max_split_size_mb", "max_split_size_mb"), ("per_process_memory_fraction:0.5", "per_process_memory_fraction"),
+        ("large_segment_size_mb:40,max_split_size_mb:25", "max_split_size_mb:25"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_unknown_or_not_modelled_or_refused_is_named(text: str, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        CudaRules.from_settings(text)
+
+
+# -- one rule at a time
+
+
 def test_a_large_block_keeps_up_to_one_mib_that_is_too_little_to_split_off() -> None:
     assert replay_cuda(phase(11 * MiB + 512), CudaRules()).peak_allocated_bytes == 12 * MiB
     assert replay_cuda(phase(11 * MiB - 512), CudaRules()).peak_allocated_bytes == 11 * MiB - 512
@@ -83,6 +207,211 @@ def test_short_of_memory_it_gives_free_segments_back_and_tries_once_more() -> No
     tight = replay_cuda(events, CudaRules(capacity_bytes=60 * MiB))
     assert tight.peak_reserved_bytes == 40 * MiB and tight.retries == (1,) and tight.out_of_memory is None
     assert replay_cuda(events, CudaRules(capacity_bytes=38 * MiB)).out_of_memory == 0
+
+
+def test_a_memory_fraction_limits_like_a_smaller_device() -> None:
+    events = phase(30 * MiB, -1, 40 * MiB)
+    limited = replay_cuda(events, CudaRules(capacity_bytes=90 * MiB, allowed_bytes=60 * MiB))
+    assert limited == replay_cuda(events, CudaRules(capacity_bytes=60 * MiB))
+    # Before it maps pages the allocator asks for what it would ask cudaMalloc for, here 2 MiB for 512 bytes.
+    assert replay_cuda(phase(512), CudaRules(allowed_bytes=MiB, expandable_segments=True)).out_of_memory == 0
+
+
+def test_a_block_above_the_maximum_split_size_is_not_given_to_a_smaller_request() -> None:
+    events = phase(100 * MiB, -1, 30 * MiB)
+    assert reserved(events, CudaRules()) == 100 * MiB
+    rules = CudaRules(max_split_size_bytes=64 * MiB)
+    assert reserved(events, rules) == 130 * MiB
+    assert reserved(phase(100 * MiB, -1, 81 * MiB), rules) == 100 * MiB  # within 20 MiB of it, it is
+    assert reserved(phase(100 * MiB, -1, 80 * MiB), rules) == 180 * MiB
+    short = replay_cuda(events, CudaRules(max_split_size_bytes=64 * MiB, capacity_bytes=110 * MiB))
+    assert short.peak_reserved_bytes == 100 * MiB and short.retries == (0,)  # given back alone, which is no retry
+
+
+def test_garbage_collection_gives_back_what_was_unused_longer_than_the_average() -> None:
+    events = phase(30 * MiB, 40 * MiB, -1, 50 * MiB, -2, 60 * MiB)
+    rules = CudaRules(garbage_collection_threshold=0.5, allowed_bytes=200 * MiB)
+    assert reserved(events, CudaRules()) == 180 * MiB
+    assert reserved(events, rules) == 150 * MiB  # the 30, freed first; the 40 is younger than the two's average
+    assert reserved(events, CudaRules(garbage_collection_threshold=0.5)) == 180 * MiB  # no fraction, no collection
+    assert reserved(events, CudaRules(garbage_collection_threshold=0.7, allowed_bytes=200 * MiB)) == 180 * MiB
+
+
+def test_a_block_that_another_stream_uses_is_not_free_yet_but_no_longer_allocated() -> None:
+    held = [Event(1, 30 * MiB), Event(1, 0), Event(2, 30 * MiB), Event(1, -30 * MiB), Event(3, 30 * MiB)]
+    found = replay_cuda([Phase("first", tuple(held))], CudaRules())
+    assert found.peak_reserved_bytes == 60 * MiB == found.peak_allocated_bytes
+    assert replay_cuda([Phase("first", tuple(held[:3]))], CudaRules()).peak_allocated_bytes == 30 * MiB
+    short = replay_cuda([Phase("first", tuple(held[:4]))], CudaRules(capacity_bytes=30 * MiB))
+    assert short.out_of_memory is None and short.retries == (1,)  # out of room, it waits for the other stream
+
+
+def test_streams_have_pools_of_their_own() -> None:
+    other = phase(30 * MiB, stream=7)[0].events
+    found = reserved([Phase("first", (Event(5, 30 * MiB), Event(5, -30 * MiB), *other))], CudaRules())
+    assert found == 60 * MiB
+
+
+def test_of_free_blocks_of_one_size_the_lowest_is_taken_and_new_segments_fill_gaps() -> None:
+    sizes = [30 * MiB, 30 * MiB, 30 * MiB]
+    allocator = CachingAllocator(CudaRules(capacity_bytes=100 * MiB))
+    allocator.run(phase(*sizes, -2, 40 * MiB)[0])  # the 40 needs the middle one's room
+    assert sorted(block.address // MiB for block in walked(allocator)) == [0, 60, 90]
+    allocator.run(Phase("more", (Event(4, -40 * MiB), Event(9, 30 * MiB), Event(1, -30 * MiB), Event(3, -30 * MiB))))
+    allocator.run(Phase("more", (Event(10, 30 * MiB),)))
+    assert allocator._live[10].address == 0
+
+
+# -- expandable segments
+
+
+def test_pages_of_2_and_20_mib_are_mapped_as_they_are_needed() -> None:
+    assert reserved(phase(512), EXPANDABLE) == 2 * MiB
+    assert reserved(phase(3 * MiB), EXPANDABLE) == 20 * MiB
+    assert reserved(phase(30 * MiB, 9 * MiB), EXPANDABLE) == 40 * MiB
+    assert reserved(phase(30 * MiB, 11 * MiB), EXPANDABLE) == 60 * MiB
+    assert reserved(phase(30 * MiB, -1, 50 * MiB), EXPANDABLE) == 60 * MiB  # grows in place
+    assert replay_cuda(phase(11 * MiB + 512), EXPANDABLE).peak_allocated_bytes == 11 * MiB + 512  # split to the byte
+
+
+def test_out_of_room_whole_free_pages_are_unmapped() -> None:
+    events = (*phase(50 * MiB, 3 * MiB, -1, 45 * MiB, stream=1)[0].events, Event(9, 25 * MiB, 2))
+    allocator = CachingAllocator(CudaRules(expandable_segments=True, capacity_bytes=80 * MiB))
+    allocator.run(Phase("first", events[:3]))
+    assert allocator.reserved_bytes == 60 * MiB
+    result = allocator.run(Phase("first", (events[4],)))  # another stream: pages 1 and 2 go, page 3 holds the 3 MiB
+    assert result.retries == 1 and allocator.reserved_bytes == 60 * MiB
+    walked(allocator)
+    assert not allocator.run(Phase("first", (Event(10, 15 * MiB, 1),))).out_of_memory  # mapped again at the beginning
+    assert allocator._live[10].address < allocator._live[2].address
+
+
+def test_a_segment_without_pages_ends_and_one_that_is_full_is_followed_by_another() -> None:
+    rules = CudaRules(expandable_segments=True, device_bytes=64 * MiB, capacity_bytes=64 * MiB)
+    allocator = CachingAllocator(rules)
+    allocator.run(phase(30 * MiB, -1, 70 * MiB)[0])  # more than there is: everything is unmapped on the way
+    assert allocator.out_of_memory and allocator.reserved_bytes <= 60 * MiB
+    roomy = CachingAllocator(CudaRules(expandable_segments=True, device_bytes=64 * MiB))
+    roomy.run(phase(70 * MiB, 30 * MiB)[0])  # 9/8 of 64 MiB: four pages of 20
+    assert len(roomy._large[0].heads) == 2 and roomy.reserved_bytes == 120 * MiB
+    walked(roomy)
+
+
+# -- starts
+
+
+def snapshot(*segments: tuple[int, bool, list[tuple[int, str]]], **more: Any) -> list[dict[str, Any]]:
+    """As `torch.cuda.memory_snapshot` gives it: address in MiB, whether small, blocks by size and state."""
+    return [
+        {
+            "device": 0, "address": address * MiB, "stream": 0, "segment_type": "small" if small else "large",
+            "segment_pool_id": (0, 0), "is_expandable": False, "total_size": sum(size for size, _ in blocks),
+            "blocks": [{"size": size, "state": state} for size, state in blocks],
+        } | more
+        for address, small, blocks in segments
+    ]  # fmt: skip
+
+
+def test_a_start_is_used_before_anything_is_asked_of_the_driver() -> None:
+    start = CudaStart.from_snapshot(
+        snapshot(
+            (100, False, [(15 * MiB, "active_allocated"), (25 * MiB, "inactive")]),
+            (8, True, [(512, "active_allocated"), (2 * MiB - 512, "inactive")]),
+        )
+        + snapshot((500, False, [(90 * MiB, "inactive")]), device=1)
+    )
+    assert start.reserved_bytes == 42 * MiB and start.allocated_bytes == 15 * MiB + 512
+    assert reserved(phase(25 * MiB, 1000), CudaRules(), start) == 42 * MiB
+    assert reserved(phase(26 * MiB), CudaRules(), start) == 68 * MiB
+    assert replay_cuda(phase(26 * MiB), CudaRules(capacity_bytes=60 * MiB), start).out_of_memory == 0
+    freed = Phase("first", (Event(-100 * MiB, -15 * MiB), Event(1, 40 * MiB)))  # named by its address
+    assert reserved([freed], CudaRules(), start) == 42 * MiB
+    unknown = Phase("first", (Event(-3, -15 * MiB), Event(1, 40 * MiB)))
+    assert reserved([unknown], CudaRules(), start) == 82 * MiB
+
+
+def test_a_private_pool_of_the_start_is_reserved_and_left_alone() -> None:
+    start = CudaStart.from_snapshot(
+        snapshot((0, False, [(30 * MiB, "inactive"), (30 * MiB, "active_allocated")]), segment_pool_id=(0, 1))
+    )
+    assert reserved(phase(30 * MiB), CudaRules(), start) == 90 * MiB
+    assert replay_cuda(phase(30 * MiB), CudaRules(), start).peak_allocated_bytes == 60 * MiB
+    assert replay_cuda(phase(30 * MiB), CudaRules(capacity_bytes=80 * MiB), start).out_of_memory == 0
+
+
+def test_what_the_start_holds_for_another_stream_is_free_when_there_is_no_room() -> None:
+    start = CudaStart.from_snapshot(snapshot((0, False, [(30 * MiB, "active_pending_free")])))
+    assert reserved(phase(30 * MiB), CudaRules(), start) == 60 * MiB
+    assert reserved(phase(30 * MiB), CudaRules(capacity_bytes=50 * MiB), start) == 30 * MiB
+
+
+def test_ranges_of_an_expandable_segment_are_one_segment_with_gaps() -> None:
+    blocks = [(20 * MiB, "active_allocated")]
+    start = CudaStart.from_snapshot(snapshot((100, False, blocks), (160, False, blocks), is_expandable=True))
+    allocator = CachingAllocator(EXPANDABLE, start)
+    walked_before = len(allocator._large[0].unmapped)
+    allocator.run(phase(35 * MiB)[0])  # fits the 40 MiB between them
+    assert walked_before == 2 and allocator._live[1].address == 120 * MiB and allocator.reserved_bytes == 80 * MiB
+
+
+# -- laws
+
+
+SETTINGS = [
+    "", "max_split_size_mb:32", "roundup_power2_divisions:4", "garbage_collection_threshold:0.5",
+    "expandable_segments:True", "large_segment_size_mb:32", "expandable_segments:True,max_split_size_mb:20",
+]  # fmt: skip
+GC_ALLOWED = 200 * MiB
+
+
+def rules_of(text: str, capacity: int | None) -> CudaRules:
+    allowed = GC_ALLOWED if "garbage" in text else None
+    found = CudaRules.from_settings(text, capacity_bytes=capacity)
+    return CudaRules(**(vars(found) | {"allowed_bytes": allowed}))
+
+
+def scenario(seed: int, count: int) -> list[Event]:
+    """Allocations of all sizes on two streams; frees, some of them of held blocks."""
+    rng = random.Random(seed)
+    live: list[Event] = []
+    events: list[Event] = []
+    for name in range(1, count + 1):
+        size = int(2 ** rng.uniform(0, 26))
+        live.append(Event(name, size, rng.choice((0, 0, 0, 7))))
+        events.append(live[-1])
+        while live and rng.random() < 0.47:
+            block, size, stream = live.pop(rng.randrange(len(live)))
+            events += [Event(block, 0, stream)] * (rng.random() < 0.1) + [Event(block, -size, stream)]
+    return events
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(SETTINGS), st.sampled_from([None, 60 * MiB, 150 * MiB, 400 * MiB]))
+def test_blocks_tile_their_segments_and_the_sums_are_the_allocators(seed: int, text: str, capacity: int | None) -> None:
+    rules = rules_of(text, capacity)
+    allocator = CachingAllocator(rules)
+    for place, event in enumerate(scenario(seed, 100)):
+        result = allocator.run(Phase("one", (event,)))
+        if place % 7 == 0 and not result.out_of_memory:
+            walked(allocator)
+        assert allocator.allocated_bytes <= allocator.reserved_bytes <= result.peak_reserved_bytes
+        limit = min(x for x in (capacity, rules.allowed_bytes, 1 << 60) if x is not None)
+        assert result.peak_reserved_bytes <= limit
+        if result.out_of_memory:
+            break
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(SETTINGS))
+def test_phases_add_up_to_one_phase(seed: int, text: str) -> None:
+    events, rules = scenario(seed, 100), rules_of(text, None)
+    whole = replay_cuda([Phase("first", tuple(events))], rules)
+    parts = replay_cuda([Phase("first", tuple(events[i : i + 9])) for i in range(0, len(events), 9)], rules)
+    assert (whole.peak_reserved_bytes, whole.peak_allocated_bytes) == (
+        parts.peak_reserved_bytes,
+        parts.peak_allocated_bytes,
+    )
+    assert whole.phases == parts.phases and sum(whole.retries) == sum(parts.retries)
 
 
 @given(st.lists(st.integers(1, 64 * MiB), min_size=1, max_size=40), st.randoms(use_true_random=False))
@@ -102,3 +431,72 @@ def test_what_is_alive_is_within_what_is_allocated_is_within_what_is_reserved(si
         peak = max(peak, running)
     assert peak <= found.peak_allocated_bytes <= found.peak_reserved_bytes
     assert replay_cuda([Phase("first", tuple(events))], CudaRules(found.peak_reserved_bytes)) == found
+
+
+def later(template: list[Event], number: int) -> tuple[Phase, list[int]]:
+    """The template with its blocks' names those of the n-th copy, after freeing what the copy before left behind."""
+    left = {event.block: event for event in template}
+    for event in template:
+        if event.bytes < 0:
+            left.pop(event.block, None)
+    base = number * 10_000
+    stale = tuple(Event(base - 10_000 + e.block, -e.bytes, e.stream) for e in left.values())
+    own = tuple(Event(base + e.block, e.bytes, e.stream) for e in template)
+    return Phase("later", own + stale), [base + block for block in left]
+
+
+def repeats(seed: int, text: str, capacity: int | None) -> bool:
+    """Whether a state came again as it was some micro-batches before; asserts that from then on all of them do."""
+    template = scenario(seed, 40)
+    allocator = CachingAllocator(rules_of(text, capacity))
+    keys: list[object] = []
+    results: list[object] = []
+    period = 0
+    for number in range(1, 12):
+        one, kept = later(template, number)
+        results.append(allocator.run(one))
+        if allocator.out_of_memory:
+            assert not period
+            return False
+        keys.append(allocator.state_key(kept))
+        if period:
+            assert (results[-1], keys[-1]) == (results[-1 - period], keys[-1 - period])
+        elif keys[-1] in keys[:-1]:  # two that take turns, where what one leaves behind is freed by the next
+            period = keys[::-1].index(keys[-1], 1)
+    return period > 0
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(SETTINGS), st.sampled_from([None, 400 * MiB]))
+def test_equal_states_go_on_alike(seed: int, text: str, capacity: int | None) -> None:
+    repeats(seed, text, capacity)
+
+
+@pytest.mark.parametrize("text", SETTINGS)
+def test_equal_states_are_found(text: str) -> None:
+    assert sum(repeats(seed, text, 400 * MiB) for seed in range(12)) >= (1 if "garbage" in text else 4)
+
+
+def test_a_state_tells_layouts_free_blocks_and_named_places_apart() -> None:
+    def key(*sizes: int, names: tuple[int, ...] = ()) -> object:
+        allocator = CachingAllocator(CudaRules())
+        allocator.run(phase(*sizes)[0])
+        return allocator.state_key(names)
+
+    assert key(30 * MiB, 40 * MiB) == key(30 * MiB, 40 * MiB)
+    assert key(30 * MiB, 40 * MiB) != key(40 * MiB, 30 * MiB)
+    assert key(30 * MiB, 40 * MiB) != key(30 * MiB, 40 * MiB, -1)
+    assert key(30 * MiB, 30 * MiB) == key(30 * MiB, 30 * MiB, -1, 30 * MiB)  # the third lies where the first did
+    assert key(30 * MiB, 30 * MiB, names=(1, 2)) != key(30 * MiB, 30 * MiB, names=(2, 1))
+
+
+def test_out_of_memory_ends_a_phase_and_the_allocator() -> None:
+    allocator = CachingAllocator(CudaRules(capacity_bytes=50 * MiB))
+    result = allocator.run(phase(30 * MiB, 30 * MiB, 2 * MiB)[0])
+    assert result.out_of_memory and result.peak_reserved_bytes == 30 * MiB and allocator.out_of_memory
+    with pytest.raises(ValueError, match="ran out"):
+        allocator.run(phase(512)[0])
+
+
+def test_nothing_was_reserved_by_no_phases() -> None:
+    assert replay_cuda([], CudaRules()) == CudaReplay(0, 0, (), ())

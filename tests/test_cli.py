@@ -120,8 +120,8 @@ def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> Non
         (["plan", "--workload", "tiny.py:worklod"], 2, "Did you mean tiny.py:workload"),
         (["plan", "--workload", "tiny.py:other"], 2, "returned int"),
         (["plan", "--workload", "tiny.py:broken"], 1, "ValueError: a mistake of the user's"),
-        (["plan", "--device", "cuda"], 2, "not there yet"),
-        (["plan", "--device", "tpu"], 2, "not there yet"),
+        (["plan", "--device", "cuda"], 2, "--gpu a100-40gb"),
+        (["plan", "--device", "tpu"], 2, "--device cpu"),
         (["explain", "none.json"], 2, "can't be read"),
         (["run", "none.json"], 2, "can't be read"),
         (["run", "half.json"], 2, "half.json"),
@@ -145,6 +145,27 @@ def test_run_trains_every_sample_and_says_so(folder: Path) -> None:
     result = json.loads(out.stdout)
     assert result["steps"] == 8 and result["samples"] == 400 and result["accumulation_steps"] == 1
     assert "\r" not in out.stderr  # no progress bar where stderr is no terminal
+    assert result["checkpoint"] is None
+
+
+def test_run_without_a_terminal_prints_a_line_per_epoch_and_says_what_was_kept(folder: Path) -> None:
+    out = run("run", "plan.json", "--epochs", "2", cwd=folder).stdout.splitlines()
+    assert [line.split(":")[0] for line in out[:2]] == ["epoch 1, window 4 of 4", "epoch 2, window 4 of 4"]
+    assert out[2].startswith("done: 8 optimizer steps, 400 samples") and out[3].startswith("no checkpoint was written")
+    out = run("run", "plan.json", "--steps", "1", "--checkpoint", "one.pt", cwd=folder).stdout.splitlines()
+    assert len(out) == 2 and out[1] == "checkpoint: one.pt"
+
+
+def test_speed_is_of_all_windows_after_the_first_whatever_their_sizes() -> None:
+    from autoaccum.cli.run import Speed
+
+    moments = iter([10.0, 12.0, 13.0])
+    speed = Speed(lambda: next(moments))
+    speed.add(1000)
+    assert speed.told == "- samples/s"
+    for samples in (64, 8):
+        speed.add(samples)
+    assert speed.told == "24 samples/s"
 
 
 def test_run_refuses_a_plan_for_another_model(folder: Path) -> None:
@@ -207,6 +228,10 @@ def test_a_killed_run_leaves_a_whole_checkpoint(folder: Path) -> None:
         process.wait()
         state = torch.load(folder / "killed.pt", weights_only=False)
         assert state["runner"]["number"] >= 1
+    (folder / ".killed.pt.killed.part").touch()
+    os.utime(folder / ".killed.pt.killed.part", (0, 0))
+    run("run", "slow.json", "--steps", "1", "--checkpoint", "killed.pt", cwd=folder)
+    assert not list(folder.glob(".killed.pt.*"))
 
 
 def _wait_for(path: Path) -> None:
@@ -279,11 +304,13 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         for name, command in group.commands.items()
     }
     assert found == {
+        "check": ["--json", "--workload"],
         "doctor": ["--gpus", "--json"],
         "explain": ["--json"],
         "plan": [
-            "--device", "--force", "--headroom", "--json", "--malloc", "--max-micro-batch", "--memory", "--output",
-            "--target-batch", "--verify", "--workload",
+            "--device", "--force", "--gpu", "--headroom", "--json", "--malloc", "--max-micro-batch", "--memory",
+            "--output", "--target-batch", "--verify", "--workload",
         ],
+        "report": ["--force", "--output"],
         "run": ["--checkpoint", "--checkpoint-seconds", "--epochs", "--json", "--steps"],
     }  # fmt: skip

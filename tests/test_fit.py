@@ -98,7 +98,7 @@ def test_an_error_in_any_micro_batch_leaves_no_trace(error: BaseException, call:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (step, "_optimizer_step"),
+        (step, "optimizer_step"),
         (step, "run_between"),
         (step, "open_parts"),
         (cpu, "record"),

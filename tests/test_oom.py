@@ -40,7 +40,8 @@ from helpers_train import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autoaccum import OutOfMemory, Runner, Workload, fit_plan, oom
+from autoaccum import OutOfMemory, Runner, Workload, budget, fit_plan, oom, restore
+from autoaccum.budget import Term
 from autoaccum.rng import same_state, take_rng
 from autoaccum.units import show_bytes
 from autoaccum.workload import default_loss
@@ -463,10 +464,7 @@ def test_what_failed_is_freed_before_the_retry_begins(how: str, where: str, erro
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError(ALLOCATOR), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
-        (RuntimeError("could not create a primitive"), True),
-        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (RuntimeError(""), False),
         (OSError(12, "Cannot allocate memory"), False),
@@ -476,6 +474,33 @@ def test_what_failed_is_freed_before_the_retry_begins(how: str, where: str, erro
 )
 def test_only_a_real_out_of_memory_counts_as_one(error: BaseException, is_one: bool) -> None:
     assert oom.is_out_of_memory(error) == is_one
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize(
+    ("error", "device"),
+    [
+        (RuntimeError("could not create a primitive"), "cpu"),
+        (RuntimeError("std::bad_alloc"), "cpu"),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), "cuda"),
+    ],
+    ids=repr,
+)
+def test_what_is_said_for_other_reasons_too_counts_only_where_memory_is_short(
+    error: BaseException, device: str, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = {"cpu": "cuda", "cuda": "cpu"}[device]
+    monkeypatch.setattr(oom, f"{device}_is_short", lambda: short)
+    monkeypatch.setattr(oom, f"{other}_is_short", lambda: not short)
+    assert oom.is_out_of_memory(error) == short
+
+
+@pytest.mark.parametrize(("used", "short"), [(100, False), (700, False), (800, True), (1100, True)])
+def test_memory_is_short_near_the_tightest_limit(used: int, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [Term("data limit", 1000, ""), Term("available", 9000, "")]
+    monkeypatch.setattr(budget, "_limits", lambda: limits)
+    monkeypatch.setattr(oom, "committed_bytes", lambda: used)
+    assert oom.cpu_is_short() == short
 
 
 def test_dropping_frames_reaches_cause_and_context() -> None:
@@ -611,6 +636,23 @@ def test_batch_statistics_are_never_taken_of_a_single_sample() -> None:
     with pytest.raises(OutOfMemory, match="micro-batch of 3"):  # 5 samples in micro-batches of two or more: 3 and 2
         runner.step(vectors(5))
     assert seen == [3, 3] or seen == [3]
+
+
+def test_running_out_while_the_snapshot_is_taken_is_recovered_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, taken, take = mlp(), list[int](), restore.take
+    runner = runner_for(Workload(model, vectors(4), optimizer=Capture), 8, 4)
+    want = gradients(model, default_loss, vectors(8))
+
+    def short(**how: Any) -> Any:
+        taken.append(1)
+        if len(taken) == 1:
+            raise MemoryError
+        return take(**how)
+
+    monkeypatch.setattr(restore, "take", short)
+    result = runner.step(vectors(8))
+    assert result.retries == 1
+    assert distance(seen(runner)[-1], want) <= FP64
 
 
 def test_a_window_whose_loss_spoils_its_batch_is_not_repeated() -> None:

@@ -121,7 +121,9 @@ def test_a_schema_version_that_cannot_be_is_refused(version: Any) -> None:
     refused(changed(schema_version=version))
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Plan) if f.default is dataclasses.MISSING])
+@pytest.mark.parametrize(
+    "name", [f.name for f in dataclasses.fields(Plan) if f.default is f.default_factory is dataclasses.MISSING]
+)
 def test_a_plan_that_lacks_a_field_is_refused_by_its_name(name: str) -> None:
     fields = json.loads(made_up_plan().to_json())
     del fields[name]
@@ -313,7 +315,9 @@ def test_the_public_names_are_these_and_each_can_be_imported() -> None:
         "AutoaccumError",
         "BatchError",
         "DoesNotFit",
+        "LossTerms",
         "NotConfirmed",
+        "NotFinite",
         "OutOfMemory",
         "Plan",
         "PlanFileError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ from helpers_train import (
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from autoaccum import BatchError, PlanMismatch, Runner, UsageError, Workload, fit_plan
+from autoaccum import BatchError, PlanMismatch, Runner, UsageError, Workload, drift, fit_plan
 from autoaccum.rng import same_state, take_rng
 from autoaccum.workload import default_loss
 
@@ -323,6 +324,43 @@ def test_a_plan_for_something_else_is_refused_by_name(other: dict[str, Any], nam
         Runner(Workload(**{**made, **other}), plan)
     assert name in str(refused.value)
     assert str(refused.value).count("planned") == 1  # and only what differs
+
+
+def test_the_split_that_was_planned_is_the_one_that_is_trained() -> None:
+    work = Workload(mlp(), vectors(2), optimizer=Capture)
+    plan = replace(plan_for(work, 10, 2), split=(2, 2, 2, 2, 1, 1), accumulation_steps=6)  # where 5 times 2 doesn't fit
+    runner = Runner(work, plan)
+    assert runner.step(vectors(10)).split == (2, 2, 2, 2, 1, 1)
+    assert [result.split for result in runner.epoch([vectors(17)])] == [(2, 2, 2, 2, 1, 1), (2, 2, 2, 1)]
+    runner.micro_batch = 1
+    assert runner.step(vectors(10)).split == (1,) * 10
+
+
+def test_a_window_that_takes_more_than_was_planned_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
+    planned = runner.plan.predicted_peak_bytes
+    shared = drift.Watch._shared_bytes(runner._drift)
+    peaks = iter([2 * planned, 2 * planned, 2 * planned, 3 * planned + shared])
+    monkeypatch.setattr(drift.Watch, "_peak_bytes", lambda self: next(peaks))
+    runner.step(vectors(8))
+    assert "reckoned" not in caplog.text  # the peak is an older one: not of this window
+    runner.step(vectors(8))
+    runner.step(vectors(8))
+    assert caplog.text.count("reckoned") == 1
+
+
+def test_shared_pages_are_not_held_against_a_plan(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
+    planned = runner.plan.predicted_peak_bytes
+    peaks = iter([0, int(1.01 * planned) + (1 << 30)])
+    monkeypatch.setattr(drift.Watch, "_peak_bytes", lambda self: next(peaks))
+    monkeypatch.setattr(drift.Watch, "_shared_bytes", lambda self: 1 << 30)
+    runner.step(vectors(8))
+    assert "reckoned" not in caplog.text
 
 
 # --- a real plan, and checkpoints --------------------------------------------------------------------------------

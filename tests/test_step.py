@@ -36,7 +36,7 @@ from helpers_train import (
 )
 from torch import nn
 
-from autoaccum import UsageError, Workload
+from autoaccum import LossTerms, NotFinite, UsageError, Workload
 from autoaccum.rng import same_state, take_rng
 from autoaccum.solve import split_within
 from autoaccum.step import Parts, open_parts, train_window
@@ -116,19 +116,109 @@ def test_ragged_tokens_and_class_weights_give_the_gradient_of_the_whole_batch(
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["counted by forward", "count="])
-@pytest.mark.parametrize("ignored", [slice(8, 16), slice(0, 64)], ids=["one micro-batch", "all"])
-def test_a_micro_batch_that_counts_nothing_adds_nothing_and_no_nan(ignored: slice, given: bool) -> None:
+def test_a_micro_batch_that_counts_nothing_adds_nothing_and_no_nan(given: bool) -> None:
     model, batch = tagger(), ragged()
-    batch["labels"][ignored] = IGNORED
-    total, counted = token_sum(copy.deepcopy(model), batch)
+    batch["labels"][8:16] = IGNORED
     count = token_count if given else None
     got = window_of(open_parts(Workload(model, loss=token_sum, optimizer=Capture, count=count)), batch, (8,) * 8)
     assert all(bool(g.isfinite().all()) for g in got)
-    if counted:
-        assert distance(got, gradients(model, token_sum, batch)) <= FP64
-    else:
-        assert float(total.detach()) == 0
-        assert not any(g.count_nonzero() for g in got)
+    assert distance(got, gradients(model, token_sum, batch)) <= FP64
+
+
+def masked_mean(model: nn.Module, batch: Any) -> torch.Tensor:
+    """By hand, 0 / 0 where nothing counts: its gradient is NaN then."""
+    kept = (batch["labels"] != IGNORED).double()
+    losses = F.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    return (losses * kept.flatten()).sum() / kept.sum()
+
+
+@pytest.mark.parametrize("sizes", [(16,), (4,) * 4], ids=["k = 1", "k = 4"])
+@pytest.mark.parametrize(
+    ("loss", "count"),
+    [(token_sum, None), (token_sum, token_count), (masked_mean, token_count)],
+    ids=["counted by forward", "count=", "mean with count="],
+)
+def test_a_window_in_which_nothing_counts_leaves_everything_bit_equal(
+    loss: Callable[..., Any], count: Any, sizes: tuple[int, ...]
+) -> None:
+    model, batch = tagger(), ragged(16)
+    work = Workload(
+        model,
+        loss=loss,
+        count=count,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=0.1),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        scaler=None,
+        clip_grad_norm=1.0,
+    )
+    parts = open_parts(work)
+    assert train_window(parts, list(cut(batch, sizes)), sizes).stepped  # there is momentum now
+    before, state = state_of(model), copy.deepcopy(parts.optimizer.state_dict())
+    batch["labels"][:] = IGNORED
+    result = train_window(parts, list(cut(batch, sizes)), sizes)
+    assert not result.stepped
+    assert same_tensors(state_of(model), before)
+    assert str(parts.optimizer.state_dict()) == str(state)
+    assert parts.scheduler.last_epoch == 1
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_mean_of_nothing_in_one_micro_batch_adds_nothing() -> None:
+    model, batch = tagger(), ragged(16)
+    batch["labels"][4:8] = IGNORED
+    parts = open_parts(Workload(model, loss=masked_mean, count=token_count, optimizer=Capture))
+    result = train_window(parts, list(cut(batch, (4,) * 4)), (4,) * 4)
+    assert bool(result.loss.isfinite())
+    assert result.stepped
+
+
+# --- terms that come on top --------------------------------------------------------------------------------------
+
+
+def penalty(model: nn.Module) -> torch.Tensor:
+    return 0.3 * sum((p**2).sum() for p in model.parameters())
+
+
+def penalized(model: nn.Module, batch: Any) -> LossTerms:
+    total, count = token_sum(model, batch)
+    return LossTerms(total, count, penalty(model))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["counted by forward", "count="])
+@pytest.mark.parametrize("sizes", [(16,), (8, 8), (2,) * 8, (11, 3, 2)], ids=str)
+def test_a_penalty_given_apart_counts_once(sizes: tuple[int, ...], given: bool) -> None:
+    def whole(m: nn.Module, b: Any) -> torch.Tensor:
+        total, count = token_sum(m, b)
+        return total / count + penalty(m)
+
+    model, batch = tagger(), ragged(16)
+    want = gradients(model, whole, batch)
+    count = token_count if given else None
+    parts = open_parts(Workload(model, loss=penalized, count=count, optimizer=Capture))
+    result = train_window(parts, list(cut(batch, sizes)), sizes)
+    assert distance(parts.optimizer.seen[-1], want) <= FP64  # type: ignore[attr-defined]
+    assert float(result.loss) == pytest.approx(float(whole(model, batch).detach()), rel=1e-12)
+    if len(sizes) == 8:  # the usual mistake: the sum is divided by the window's count, the penalty isn't
+        counted = int(token_count(batch))
+        parts_of = [
+            gradients(model, lambda m, b: token_sum(m, b)[0] / counted + penalty(m), p) for p in cut(batch, sizes)
+        ]
+        assert distance(mean_of(parts_of, [1.0] * 8), want) > NAIVE
+
+
+def test_a_term_of_each_micro_batch_is_weighted_by_samples() -> None:
+    def spread(logits: torch.Tensor) -> torch.Tensor:
+        return logits.std()
+
+    def loss(m: nn.Module, b: Any) -> LossTerms:
+        logits = m(b[0])
+        return LossTerms(F.cross_entropy(logits, b[1], reduction="sum"), len(b[1]), spread(logits))
+
+    model, batch, sizes = mlp(), vectors(16), (10, 6)
+    aux = [gradients(model, lambda m, b: spread(m(b[0])), piece) for piece in cut(batch, sizes)]
+    want = mean_of([gradients(model, default_loss, batch), *aux], [1, 10 / 16, 6 / 16])
+    got = window_of(open_parts(Workload(model, loss=loss, optimizer=Capture)), batch, sizes)
+    assert distance(got, want) <= FP64
 
 
 def watched(
@@ -354,6 +444,48 @@ def test_inf_in_one_micro_batch_leaves_parameters_and_schedule_as_they_were(clip
     assert all(p.grad is None for p in model.parameters())
     assert runner.step(vectors(16, dtype)).stepped  # and the next one trains
     assert count.calls["schedule"] == 1
+
+
+@pytest.mark.parametrize("clip", [None, 1e-2])
+@pytest.mark.parametrize("choice", ["skip", "raise", "warn", None])
+def test_what_happens_to_a_gradient_that_is_not_finite_is_the_users_choice(
+    choice: str | None, clip: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = mlp(), vectors(16)
+    batch[0][5] = float("nan")  # micro-batch 2 of 4
+    before = state_of(model)
+    work = Workload(
+        model,
+        vectors(2),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=0.1),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        clip_grad_norm=clip,
+        on_nonfinite=choice,
+    )
+    runner = runner_for(work, 16, 4)
+    if choice == "raise":
+        with pytest.raises(NotFinite, match="isn't finite"):
+            runner.step(batch)
+    else:
+        assert runner.step(batch).stepped == (choice != "skip")
+    untouched = choice in ("skip", "raise")
+    assert same_tensors(state_of(model), before) == untouched
+    assert runner.parts.scheduler.last_epoch == int(not untouched)
+    assert ("isn't finite" in caplog.text) == (choice in ("skip", "warn"))
+    assert all(p.grad is None for p in model.parameters())
+    if untouched:
+        assert runner.step(vectors(16)).stepped
+
+
+def test_a_scaler_and_a_choice_for_what_is_not_finite_go_together() -> None:
+    dtype = torch.float32
+    model, batch = mlp(dtype), vectors(16, dtype)
+    batch[0][5] = float("inf")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    runner = runner_for(Workload(model, vectors(2, dtype), scaler=scaler, on_nonfinite="raise"), 16, 4)
+    with pytest.raises(NotFinite):
+        runner.step(batch)
+    assert scaler.get_scale() == 2.0**9  # so that it may fit next time
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 2), (1, 1, 1, 1)], ids=str)

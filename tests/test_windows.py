@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -354,3 +355,28 @@ def test_loader_length_of_an_iterable_dataset_is_what_it_says_or_unknown() -> No
     assert loader_length(DataLoader(Sized(10), batch_size=4, drop_last=True), 3) == 3
     assert loader_length(DataLoader(Sized(10), batch_size=None), 3) is None
     assert loader_length(iter(()), 3) is None
+
+
+class WorkerRows(Dataset[Any]):
+    """Gives, beside each sample, the process that loaded it."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return index, os.getpid()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_persist_from_epoch_to_epoch_where_the_loader_says_so(persistent: bool) -> None:
+    loader = DataLoader(WorkerRows(), batch_size=4, num_workers=1, persistent_workers=persistent)
+    workers, epochs = set(), []
+    for target, sizes in ((6, (3, 3)), (4, (2, 2)), (6, (3, 3))):
+        found = list(windows(loader, target, lambda samples, sizes=sizes: sizes))
+        epochs.append([int(i) for window in found for piece in window.pieces for i in piece[0]])
+        assert all(window.sizes == sizes for window in found)
+        workers |= {int(pid) for window in found for piece in window.pieces for pid in piece[1]}
+        if target == 4:  # an epoch that is left in the middle, while samples are on their way
+            next(windows(loader, target, lambda samples, sizes=sizes: sizes))
+    assert epochs == [list(range(12))] * 3
+    assert len(workers) == (1 if persistent else 3)

@@ -23,6 +23,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from autoaccum.caching_allocator import CachingAllocator, CudaRules
+from autoaccum.errors import UsageError
+from autoaccum.record_cuda import record
+from autoaccum.recording import Event, Recording
 from autoaccum.virtual import VirtualGpu, control
 
 MIB, GIB = 2**20, 2**30
@@ -70,6 +74,7 @@ EXPANDABLE = _group(
 )
 ASYNC = _group("async", {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, memory_bytes=2 * GIB)
 COMPILED = _group("compiled")
+RECORDED = _group("recorded", memory_bytes=4 * GIB)
 
 
 def grab(size: int, device: str = "cuda") -> Any:
@@ -456,6 +461,184 @@ def what_is_not_modelled_is_loud() -> None:
         nn.LSTM(4, 4).cuda()(torch.zeros(3, 2, 4, device="cuda"))
     with pytest.raises(RuntimeError, match="CUFFT_NOT_SUPPORTED"):
         torch.fft.fft(torch.zeros(8, device="cuda"))
+
+
+# -- the recorder, and how torch reads its settings
+
+
+def trained(on_phase: Any) -> None:
+    """A step of a model that is there from before, and of one that isn't."""
+    x = torch.zeros(64, 1000, device="cuda")
+    for name in ("first", "later"):
+        with on_phase(name):
+            nn.Sequential(nn.Linear(1000, 3000), nn.ReLU(), nn.Linear(3000, 10)).cuda()(x).sum().backward()
+
+
+def recorded(run: Any = trained) -> Recording:
+    return record(run, micro_batch=64)
+
+
+def sizes(recording: Recording) -> list[int]:
+    return [event.bytes for phase in recording.phases for event in phase.events]
+
+
+def assert_replays(recording: Recording, phases: int) -> None:
+    """That a replay from the recording's start comes to what the allocator has now."""
+    assert recording.start is not None and len(recording.phases) == phases
+    allocator = CachingAllocator(CudaRules(), recording.start)
+    peaks = [allocator.run(phase) for phase in recording.phases]
+    assert allocator.reserved_bytes == torch.cuda.memory_reserved()
+    assert max(peak.peak_reserved_bytes for peak in peaks) == torch.cuda.max_memory_reserved()
+    assert max(peak.peak_allocated_bytes for peak in peaks) == torch.cuda.max_memory_allocated()
+    assert allocator.allocated_bytes == torch.cuda.memory_allocated()
+
+
+@check(RECORDED)
+def a_recording_leaves_nothing_switched_on() -> None:
+    torch.cuda.memory._set_memory_metadata("theirs")
+    first = recorded()
+    assert not torch._C._cuda_isHistoryEnabled() and torch.cuda.memory._get_memory_metadata() == "theirs"
+    assert torch.cuda.memory._snapshot()["device_traces"][0] == []
+    with pytest.raises(KeyError):
+        recorded(lambda on_phase: {}["nothing"])
+    assert not torch._C._cuda_isHistoryEnabled() and torch.cuda.memory._get_memory_metadata() == "theirs"
+    torch.cuda.memory._set_memory_metadata("")
+    assert [phase.name for phase in first.phases] == ["first", "later"]
+
+
+@check(RECORDED)
+def workspaces_are_recorded_though_they_were_there_before() -> None:
+    torch.zeros(64, 64, device="cuda") @ torch.zeros(64, 64, device="cuda")
+    assert torch.cuda.memory_allocated() > 8 * MIB  # cuBLAS's
+    assert sum(size > 8 * MIB and size % 1024 == 0 for size in sizes(recorded())) >= 1
+
+
+@check(RECORDED)
+def the_users_own_history_is_read_and_kept() -> None:
+    plain = recorded()
+    torch.cuda.memory._record_memory_history("all", max_entries=100_000)
+    held = grab(5 * MIB)
+    before = len(torch.cuda.memory._snapshot()["device_traces"][0])
+    found = recorded()
+    after = torch.cuda.memory._snapshot()["device_traces"][0]
+    assert torch._C._cuda_isHistoryEnabled() and len(after) > before + len(sizes(found)) and after[0]["frames"]
+    assert sizes(found) == sizes(plain) != []
+    torch.cuda.memory._record_memory_history(None)
+    del held
+
+
+@check(RECORDED)
+def a_history_that_is_too_short_is_an_error() -> None:
+    for most, kinds in ((50, []), (1, []), (100_000, ["alloc"]), (100_000, ["snapshot"])):
+        torch.cuda.memory._record_memory_history("all", context=None, max_entries=most, skip_actions=kinds)
+        grab(5 * MIB)
+        with pytest.raises(UsageError, match=r"kept \d+ of \d\d allocations.*\n.*\n.*max_entries"):
+            recorded()
+        assert torch._C._cuda_isHistoryEnabled()
+        torch.cuda.memory._record_memory_history(None)
+
+
+@check(RECORDED)
+def a_replay_goes_on_from_what_was_there_and_may_free_it() -> None:
+    held = [grab(size) for size in (300, 30 * MIB, 3 * MIB, 700_000, 9 * MIB)]
+    del held[1], held[2]
+    torch.cuda.reset_peak_memory_stats()
+
+    def run(on_phase: Any) -> None:
+        with on_phase("first"):
+            held[1] = grab(12 * MIB)  # frees the 3 MiB, which were there before
+            held.pop()  # and the 9
+        trained(on_phase)
+
+    found = recorded(run)
+    assert sum(event.block < 0 for phase in found.phases for event in phase.events) == 2
+    assert_replays(found, 3)
+
+
+@check(RECORDED)
+def streams_are_told_apart_and_a_block_in_use_by_another_is_held() -> None:
+    side = torch.cuda.Stream()
+    torch.cuda.reset_peak_memory_stats()
+
+    def run(on_phase: Any) -> None:
+        with on_phase("first"):
+            near = grab(30 * MIB)
+            with torch.cuda.stream(side):
+                far = grab(40 * MIB)
+            near.record_stream(side)
+            del near
+            with torch.cuda.stream(side):
+                del far
+            held = grab(30 * MIB)
+            held.record_stream(side)
+            del held
+            grab(35 * MIB)
+
+    found = recorded(run)
+    streams = {event.stream for phase in found.phases for event in phase.events if event.bytes}
+    assert streams == {0, side.cuda_stream}
+    assert_replays(found, 1)
+
+
+@check(RECORDED)
+def a_replay_needs_no_segment_events() -> None:
+    real = torch.cuda.memory._snapshot
+
+    def without_segments(*arguments: Any) -> Any:
+        found = real(*arguments)
+        kinds = {entry["action"] for entry in found["device_traces"][0]}
+        assert {"segment_alloc", "alloc", "free_completed"} <= kinds
+        traces = [[e for e in trace if not e["action"].startswith("segment")] for trace in found["device_traces"]]
+        return found | {"device_traces": traces}
+
+    torch.cuda.memory._snapshot = without_segments
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        found = recorded()
+    finally:
+        torch.cuda.memory._snapshot = real
+    assert_replays(found, 2)
+    assert all(isinstance(event, Event) for phase in found.phases for event in phase.events)
+
+
+@check(RECORDED)
+def settings_are_read_as_torch_reads_them() -> None:
+    for text in (
+        "expandable_segments:False", "max_split_size_mb:20", " max_split_size_mb : 64 , expandable_segments : True ",
+        "roundup_power2_divisions:4", "roundup_power2_divisions:[256:1,512:2,>:4]", "garbage_collection_threshold:0.5",
+        "roundup_power2_divisions:[64:8,128:2,256:4,512:2,1024:4,>:1]", "roundup_power2_divisions:[1:4,1024:8]",
+        "roundup_power2_divisions:[>:2]", "roundup_power2_divisions:[1048576:8,>:2]", "roundup_power2_divisions:1",
+        "pinned_use_background_threads:True", "backend:native,max_split_size_mb:25", "roundup_power2_divisions:[2:0]",
+    ):  # fmt: skip
+        torch._C._accelerator_setAllocatorSettings(text)
+        real = torch.cuda.memory._snapshot()["allocator_settings"]
+        said = CudaRules.from_settings(text)
+        assert (said.max_split_size_bytes or -1) == real["max_split_size"], text
+        assert said.garbage_collection_threshold == real["garbage_collection_threshold"], text
+        assert (said.roundup_power2_divisions or (0,) * 16) == tuple(real["roundup_power2_divisions"].values()), text
+        if "expandable" in text:
+            assert said.expandable_segments == real["expandable_segments"], text
+    refused = (
+        "max_split_size_mb:19", "roundup_power2_divisions:3", "roundup_power2_divisions:0", "bogus:1", "backend:none",
+        "roundup_power2_divisions:[3:4]", "expandable_segments:true", "garbage_collection_threshold:1.0",
+        "large_segment_size_mb:10", "large_segment_size_mb:40,max_split_size_mb:25", "max_non_split_rounding_mb:19",
+    )  # fmt: skip
+    for text in refused:
+        with pytest.raises(UsageError):
+            CudaRules.from_settings(text)
+        with pytest.raises((RuntimeError, ValueError)):
+            torch._C._accelerator_setAllocatorSettings(text)
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False,large_segment_size_mb:20")
+
+
+@check(RECORDED)
+def recording_costs_little() -> None:
+    sys.path.insert(0, __file__.rsplit("/tests/", 1)[0])
+    from benchmarks.record_cost import cost, seconds_per_event
+
+    seconds_per_event()
+    assert cost(None) < 0.5e-6
+    assert cost("all") < 1.5e-6
 
 
 # -- running them

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ..errors import AutoaccumError
-from . import doctor, explain, plan, run
+from . import check, doctor, explain, plan, report, run
 from .terminal import show_error
 
 app = typer.Typer(
@@ -23,7 +23,9 @@ app = typer.Typer(
 )
 app.command("plan")(plan.plan)
 app.command("run")(run.run)
+app.command("check")(check.check)
 app.command("explain")(explain.explain)
+app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 
 

@@ -11,11 +11,14 @@ from ..errors import UsageError
 from ..units import parse_bytes
 from ..workloads import BUILT_IN, DEFAULT
 
+ANY_AMOUNT_BYTES = 1 << 41  # more than any one GPU has
+
 
 def plan(
     target_batch: int = typer.Option(None, help="Samples in an optimizer step. Left out: the largest micro-batch."),
     workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
-    device: str = typer.Option("cpu", help="Where to train."),
+    device: str = typer.Option(None, help="cpu, or cuda for this machine's GPU. Left out: cpu, or cuda with --gpu."),
+    gpu: str = typer.Option(None, help="Plan for a GPU that isn't here, like a100-40gb (doctor --gpus lists them)."),
     memory: str = typer.Option(None, help="What the whole process may use, like 2GiB. Left out: what is free."),
     headroom: str = typer.Option(None, help="How much of that to keep free, like 500MiB or 5%."),
     max_micro_batch: int = typer.Option(None, help="The largest micro-batch allowed."),
@@ -26,7 +29,7 @@ def plan(
     json: bool = typer.Option(False, "--json", help="Print the plan's JSON alone."),
 ) -> None:
     """Find the fewest accumulation steps that fit, and verify them."""
-    _check(target_batch, workload, device, memory, output, force)
+    _check(target_batch, device, gpu, memory, output, force)
     from ..child import call
     from ..plan import Plan
     from ..source import check_source
@@ -41,9 +44,11 @@ def plan(
         "max_micro_batch": max_micro_batch,
         "verify": verify,
         "malloc": malloc,
+        "device": "cuda" if gpu is not None else device or "cpu",
+        "gpu": gpu,
     }
     with progress("planning") as say:
-        found = Plan.from_json(call("plan", arguments, on_message=say)["plan"])
+        found = Plan.from_json(call("plan", arguments, on_message=say, env=_environment(gpu))["plan"])
     if output is not None:
         found.save(output)
         print(f"wrote {output}", file=sys.stderr)
@@ -58,16 +63,27 @@ def plan(
     print(f"next        autoaccum run {told}, autoaccum explain {told}{keep}")
 
 
+def _environment(gpu: str | None) -> dict[str, str] | None:
+    """That of a virtual GPU which stands in for the named one, with any amount of memory and no copies."""
+    if gpu is None:
+        return None
+    from dataclasses import replace
+
+    from ..gpus import find_gpu, virtual_settings
+    from ..virtual import environment
+
+    return environment(replace(virtual_settings(find_gpu(gpu)), memory_bytes=ANY_AMOUNT_BYTES, copies="zero"))
+
+
 def _check(
-    target_batch: int | None, workload: str, device: str, memory: str | None, output: Path | None, force: bool
+    target_batch: int | None, device: str | None, gpu: str | None, memory: str | None, output: Path | None, force: bool
 ) -> None:
     """Refuses what can be seen to be wrong before two seconds are spent on importing torch."""
     if target_batch is not None and target_batch < 1:
         raise UsageError(f"A target batch of {target_batch} is no batch.", hint="Give --target-batch 512, say.")
-    if device != "cpu":
-        raise UsageError(
-            f"--device {device} is not there yet: this version plans for the CPU.", hint="Leave --device out."
-        )
+    if device not in (None, "cpu", "cuda") or (gpu is not None and device == "cpu"):
+        given = f"--device {device}" + (f" with --gpu {gpu}" if gpu is not None else "")
+        raise UsageError(f"{given} can't be.", hint="Give --device cpu, --device cuda, or --gpu NAME alone.")
     if memory is not None:
         parse_bytes(memory, what="an amount of memory")
     if output is not None and output.exists() and not force:

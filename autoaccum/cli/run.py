@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from ..units import show_bytes
 
 if TYPE_CHECKING:
     from ..plan import Plan
+
+LINE_SECONDS = 30.0  # without a terminal: how long it may be silent within an epoch
 
 
 def run(
@@ -47,7 +50,7 @@ def run(
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "checkpoint_seconds": checkpoint_seconds,
     }
-    with _bar(read) as say:
+    with _shown(read, json=json) as say:
         result = call("run", arguments, on_message=say)
     _tell(result, json=json)
     if result["interrupted"]:
@@ -55,32 +58,86 @@ def run(
 
 
 @contextmanager
+def _shown(plan: Plan, *, json: bool) -> Iterator[Say]:
+    """A progress bar where stderr is a terminal; lines on stdout where it isn't, for who reads a job's log."""
+    if sys.stderr.isatty():
+        with _bar(plan) as say:
+            yield say
+    else:
+        yield (lambda message: None) if json else _Lines().say
+
+
+@contextmanager
 def _bar(plan: Plan) -> Iterator[Say]:
-    """A progress bar on a terminal's stderr: loss, samples/s, memory against the plan."""
-    if not sys.stderr.isatty():
-        yield lambda message: None
-        return
+    """Loss, samples/s, memory against the plan."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(10), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[told]}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=None, epoch=1, told="loading torch and the workload")
-        started: list[float] = []
+        speed = Speed()
 
         def say(message: dict[str, Any]) -> None:
             if "step" not in message:
                 return
             step = message["step"]
-            started.append(bar.get_time())
-            speed = step["samples"] * (len(started) - 1) / max(started[-1] - started[0], 1e-9)
+            speed.add(step["samples"])
             told = (
-                f"loss {step['loss']:.4f}  {speed:.0f} samples/s  {show_bytes(step['committed_bytes'])} held, "
-                f"peak planned {show_bytes(plan.predicted_peak_bytes)}"
+                f"loss {step['loss']:.4f}  {speed.told}  {show_bytes(step['committed_bytes'])} held, "
+                f"{show_bytes(plan.predicted_peak_bytes)} planned"
             )
             bar.update(task, total=step["windows"], completed=step["window"], epoch=step["epoch"] + 1, told=told)
 
         yield say
+
+
+class Speed:
+    """Samples per second since the first window ended: what it loads lazily doesn't count, nor does its own size."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._started: float | None = None
+        self._samples = 0
+        self._seconds = 0.0
+
+    def add(self, samples: int) -> None:
+        """A window of so many samples has ended."""
+        now = self._clock()
+        if self._started is None:
+            self._started = now
+            return
+        self._samples += samples
+        self._seconds = now - self._started
+
+    @property
+    def told(self) -> str:
+        """In words; nothing is known after one window."""
+        return f"{self._samples / self._seconds:.0f} samples/s" if self._seconds > 0 else "- samples/s"
+
+
+class _Lines:
+    """A line per epoch, and one now and then within a long one."""
+
+    def __init__(self) -> None:
+        self._speed = Speed()
+        self._told = time.monotonic()
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Prints what a window came to, where a line is due."""
+        if "step" not in message:
+            return
+        step = message["step"]
+        self._speed.add(step["samples"])
+        if step["window"] != step["windows"] and time.monotonic() - self._told < LINE_SECONDS:
+            return
+        self._told = time.monotonic()
+        of = f" of {step['windows']}" if step["windows"] is not None else ""
+        print(
+            f"epoch {step['epoch'] + 1}, window {step['window']}{of}: loss {step['loss']:.4f}, {self._speed.told}, "
+            f"{show_bytes(step['committed_bytes'])} held",
+            flush=True,
+        )
 
 
 def _tell(result: dict[str, Any], *, json: bool) -> None:
@@ -93,7 +150,13 @@ def _tell(result: dict[str, Any], *, json: bool) -> None:
     if result["loss"] is None:
         print(f"{ended}: nothing was left to train after {result['steps']} optimizer steps")
         return
+    pieces = f"{result['accumulation_steps']} micro-batch{'es' * (result['accumulation_steps'] > 1)}"
     print(
         f"{ended}: {result['steps']} optimizer steps, {result['samples']} samples, last loss {result['loss']:.4f}, "
-        f"{result['accumulation_steps']} micro-batches of at most {result['micro_batch']} in the last window"
+        f"{pieces} of at most {result['micro_batch']} in the last window"
+    )
+    print(
+        f"checkpoint: {result['checkpoint']}"
+        if result["checkpoint"] is not None
+        else "no checkpoint was written, so what was trained is gone; keep it with --checkpoint FILE"
     )

@@ -27,9 +27,9 @@ static void arena_reserve(Arena *arena, uintptr_t where, size_t span, size_t gra
 }
 
 /* Twice the memory for cudaMalloc, so that addresses never run out before bytes do. PyTorch reserves 1.125 times the
- * memory per expandable segment, of which there are two a stream. */
+ * memory per expandable segment, of which there are two a stream: 28 streams, or 3 where addresses would run out. */
 static void reserve_all(void) {
-  size_t plain = round_up(2 * settings.memory, GRANULE), expandable = round_up(64 * settings.memory, GRANULE);
+  size_t plain = round_up(2 * settings.memory, GRANULE), expandable = round_up((settings.memory > 1ull << 39 ? 8 : 64) * settings.memory, GRANULE);
   uintptr_t where = 0x200000000000;
   arena_reserve(&host, 0x100000000000, 1ull << 40, PAGE);
   for (int i = 0; i < settings.physical; i++, where += plain + expandable) {

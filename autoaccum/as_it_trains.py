@@ -1,0 +1,52 @@
+"""A model as the Runner trains it, for a while, and afterwards as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from . import restore
+
+
+@contextlib.contextmanager
+def as_it_trains(model: nn.Module) -> Iterator[None]:
+    """In train mode and not compiled; puts back random states, buffers, attributes and hooks, but no parameters.
+
+    Args:
+        model: The model.
+    """
+    with restore.kept(model=model, storages=False), _hooks_kept(model), _eager(model):
+        if not model.training:
+            model.train()
+        yield
+
+
+@contextlib.contextmanager
+def _hooks_kept(model: nn.Module) -> Iterator[None]:
+    """Takes away the hooks that a forward added: Hugging Face models add some to capture their router's outputs."""
+    kept = [
+        (hooks, dict(hooks))
+        for module in model.modules()
+        for name, hooks in vars(module).items()
+        if name.endswith("_hooks") and isinstance(hooks, dict)
+    ]
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            for number in [number for number in hooks if number not in before]:
+                del hooks[number]
+
+
+@contextlib.contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Compiled modules run as they were written meanwhile: what a compiled graph calls can't be watched."""
+    compiled = ("_compiled_call_impl", "_orig_mod")
+    if not any(getattr(module, name, None) is not None for module in model.modules() for name in compiled):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

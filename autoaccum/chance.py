@@ -1,0 +1,170 @@
+"""Passes without chance: dropout off, every other random draw at its expectation.
+
+The gradient of parts and of a whole can be compared only where both draw the same; a draw that is the same constant
+for every element is. Also watches what the loss calls, since that tells what it averages over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_SEEDED = torch.Tag.nondeterministic_seeded
+
+
+@dataclass(frozen=True)
+class ClassLoss:
+    """A call of cross-entropy or of the negative log-likelihood with integer classes.
+
+    Attributes:
+        targets: The classes it was given.
+        ignore_index: The class that it leaves out.
+        weights: A weight for each class, or None.
+        averages: Whether it divides by what it counts.
+        path: The leaf of the batch that they are; None where they were copied from it, or come from elsewhere.
+    """
+
+    targets: torch.Tensor
+    ignore_index: int
+    weights: torch.Tensor | None
+    averages: bool
+    path: str | None = None
+
+
+@dataclass
+class Draws:
+    """What was seen on the way.
+
+    Attributes:
+        replaced: Names of the random draws that a constant stood in for.
+        kept: Names of those that could not be replaced, and drew.
+        class_losses: The calls of cross-entropy, in order.
+    """
+
+    replaced: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
+    class_losses: list[ClassLoss] = field(default_factory=list)
+
+
+@contextmanager
+def without_chance() -> Iterator[Draws]:
+    """Until it is left, nothing that torch draws on the CPU differs between samples, nor dropout anywhere."""
+    draws = Draws()
+    with ExitStack() as stack:
+        stack.enter_context(_Constants(draws))
+        stack.enter_context(_Functions(draws))
+        yield draws
+
+
+class _Functions(TorchFunctionMode):
+    """Functions of torch.nn.functional, before they reach a device."""
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()
+        self.draws = draws
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return self._without_dropout(func, *args, **kwargs)
+        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            self.draws.replaced.add("dropout")
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        if func in (F.cross_entropy, F.nll_loss):
+            self._note(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _without_dropout(
+        self,
+        func: Callable[..., Any],
+        input: torch.Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+    ) -> torch.Tensor:
+        if training and p > 0:
+            self.draws.replaced.add("dropout")
+        return func(input, p, False, inplace)  # type: ignore[no-any-return]
+
+    def _note(
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if not target.is_floating_point():
+            self.draws.class_losses.append(ClassLoss(target.detach(), ignore_index, weight, reduction == "mean"))
+
+
+class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Random operators, as they reach a device: dropout in attention or in an LSTM ends in one of them, too."""
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.draws = draws
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _SEEDED not in func.tags:
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        before = torch.default_generator.get_state()
+        out = func(*args, **kwargs)
+        if torch.equal(before, torch.default_generator.get_state()) and _on_cpu(out):
+            return out  # an attention kernel without dropout
+        constant = _expectation(name, args, kwargs)
+        if constant is None:
+            self.draws.kept.add(name)
+            return out
+        self.draws.replaced.add("dropout" if name.startswith("bernoulli") else name)
+        return constant(out)
+
+
+def _on_cpu(out: Any) -> bool:
+    return not isinstance(out, torch.Tensor) or out.device.type == "cpu"
+
+
+def _expectation(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Any] | None:
+    """What to make of a draw: the same value for every element, so that it doesn't matter which part drew it."""
+    if name == "randperm":  # the same turning round for every batch: an identity would hide what it mixes
+        return lambda out: out.copy_(torch.arange(len(out) - 1, -1, -1, device=out.device))
+    if name == "bernoulli":
+        p = args[1] if len(args) > 1 else args[0]
+        return lambda out: out.copy_(p) if isinstance(p, torch.Tensor) else out.fill_(p)
+    if name == "bernoulli_":
+        p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+        return lambda out: out.copy_(p) if isinstance(p, torch.Tensor) else out.fill_(p)
+    if name.startswith("randint"):
+        bounds = [value for value in args if isinstance(value, int)][:2]
+        middle = sum(bounds) // 2 if bounds else 0
+        return lambda out: out.fill_(middle)
+    if name in ("rand", "rand_like", "uniform_"):
+        low, high = (*args[1:3], *(0.0, 1.0)[len(args[1:3]) :]) if name == "uniform_" else (0.0, 1.0)
+        return lambda out: out.fill_((low + high) / 2)
+    if name in ("randn", "randn_like", "normal_", "normal"):
+        numbers = [value for value in args[:2] if isinstance(value, (int, float))] if name.startswith("normal") else []
+        mean = numbers[0] if numbers else 0.0
+        return lambda out: out.fill_(mean)
+    if name == "exponential_":
+        return lambda out: out.fill_(1.0)
+    return None

@@ -1,0 +1,38 @@
+"""`autoaccum check`."""
+
+from __future__ import annotations
+
+import typer
+
+from ..workloads import BUILT_IN, DEFAULT
+
+
+def check(
+    workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
+    json: bool = typer.Option(False, "--json", help="Print the verdict's JSON alone."),
+) -> None:
+    """Test whether accumulating gives the large batch's gradient. Exit code 1 where it doesn't, or isn't known."""
+    from ..child import call
+    from ..source import check_source
+    from .terminal import progress
+
+    check_source(workload)
+    with progress("checking") as say:
+        verdict = call("check", {"workload": workload}, on_message=say)
+    if json:
+        import json as encoder
+
+        print(encoder.dumps(verdict, indent=2))
+    else:
+        print(verdict["words"])
+        if verdict["error"] is not None:
+            print(
+                f"{'error':<12}{verdict['error']:.2g} of the gradient (relative L2); "
+                f"worst tensor {verdict['worst_tensor']}: {verdict['worst_tensor_error']:.2g}"
+            )
+        if verdict["assumed"] is not None:
+            print(f"{'assumed':<12}{verdict['assumed']}")
+        for text in verdict["advice"]:
+            print(f"{'note' if verdict['exact'] else 'advice':<12}{text}")
+    if not verdict["exact"]:
+        raise typer.Exit(1)

@@ -1,0 +1,74 @@
+"""What a window's loss is divided by, known before its first backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from . import restore, tree
+from .hugging_face import can_tell, find_denominator, has_labels
+from .loss_terms import count_of
+from .parts import Parts, autocast, forward
+from .rng import put_rng, take_rng
+from .workload import Batch, default_loss
+
+
+def window_count(parts: Parts, pieces: Sequence[Batch]) -> Any:
+    """What the loss counts in the whole window, known before its first backward.
+
+    Returns:
+        The count, 0 where nothing counts; None where the loss is a mean over samples, or where the window is one
+        piece whose loss brings its own count.
+    """
+    if not parts.asked_for_denominator and parts.loss is default_loss and has_labels(pieces[0]) and not parts.count:
+        telling = next((piece for piece in pieces if can_tell(piece)), None)
+        if telling is None:
+            return 0  # all labels are ignored
+        _ask_for_denominator(parts, telling)
+    if parts.count is not None:
+        return sum(parts.count(piece) for piece in pieces)
+    if len(pieces) < 2 or parts.encode is not None:
+        return None
+    if not (parts.counts_by_forward or _is_pair(parts, pieces[0])):
+        return None
+    with _untouched(parts), torch.no_grad():
+        return sum(count_of(forward(parts, _copy(piece))) for piece in pieces)
+
+
+def _ask_for_denominator(parts: Parts, piece: Batch) -> None:
+    """Asks a model that brings its own loss what that averages over; once."""
+    with _untouched(parts), torch.no_grad():
+        rng, batch = take_rng(), tree.to_device(piece, parts.device)
+
+        def ask(more: dict[str, Any]) -> Any:
+            put_rng(rng)
+            with autocast(parts):
+                return parts.model(**{**batch, **more})
+
+        parts.denominator = find_denominator(ask, batch)
+    parts.asked_for_denominator = True
+    if parts.denominator is not None:
+        parts.count = parts.denominator.count
+
+
+def _is_pair(parts: Parts, piece: Batch) -> bool:
+    """Whether the loss returns `(sum, count)`; asked once, of one micro-batch, and remembered."""
+    if parts.loss_is_mean:
+        return False
+    with _untouched(parts), torch.no_grad():
+        parts.counts_by_forward = count_of(forward(parts, _copy(piece))) is not None
+    parts.loss_is_mean = not parts.counts_by_forward
+    return parts.counts_by_forward
+
+
+def _copy(piece: Batch) -> Batch:
+    """A loss may write into its batch; a forward that only counts must not spoil it for the real one."""
+    return tree.map_leaves(piece, lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
+
+
+def _untouched(parts: Parts) -> AbstractContextManager[Any]:
+    """Puts back the random state and the buffers, which a forward that only counts must not move."""
+    return restore.kept(model=parts.model, storages=False)

@@ -1,0 +1,118 @@
+"""Runs a function in a copy of this process: with its model and all its state, and without its profiler.
+
+A fork copies one thread only. OpenMP's pool and torch's profiler belong to the thread that made them (libgomp keeps
+the pool, torch the profiler's state, per thread), so the copy does its work in a thread of its own: it has its own
+pool, and no profiler. In the forking thread itself the first OpenMP region would wait for ever for workers that weren't
+copied.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+STUCK_SECONDS = 60.0  # a copy that uses no processor time for so long waits for a thread that wasn't copied
+
+
+class ForkFailed(Exception):
+    """The copy ended without an answer; says why."""
+
+
+def in_copy(work: Callable[[], T]) -> T:
+    """Runs `work` in a forked copy of this process.
+
+    Args:
+        work: What it changes is changed in the copy only. Its result has to pickle.
+
+    Returns:
+        Its result.
+
+    Raises:
+        ForkFailed: It raised something that isn't a lack of memory, or the copy died or hung.
+        MemoryError: It ran out of memory, in the words of the error that it got there.
+    """
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what this module takes care of
+        child = os.fork()
+    if not child:
+        _be_the_copy(work, reading, writing)
+    os.close(writing)
+    try:
+        kind, answer = _answer(child, reading)
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)  # it has answered, or never will
+        os.waitpid(child, 0)
+    if kind == "result":
+        result: T = answer
+        return result
+    if kind == "memory":
+        raise MemoryError(answer)
+    raise ForkFailed(answer)
+
+
+def _be_the_copy(work: Callable[[], Any], reading: int, writing: int) -> None:
+    """The copy's side; never returns, or it would go on with the caller's program."""
+    try:
+        os.close(reading)
+        said: list[tuple[str, Any]] = []
+        thread = threading.Thread(target=lambda: said.append(_attempt(work)))
+        thread.start()
+        thread.join()
+        with os.fdopen(writing, "wb") as pipe:
+            pickle.dump(said[0], pipe)
+    finally:
+        os._exit(0)
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[str, Any]:
+    from .oom import is_out_of_memory
+
+    try:
+        result = work()
+        pickle.dumps(result)
+        return "result", result
+    except BaseException as error:
+        if is_out_of_memory(error):
+            return "memory", str(error)
+        return "failed", f"{type(error).__name__}: {error}"
+
+
+def _answer(child: int, reading: int) -> tuple[str, Any]:
+    """Reads what the copy says, as long as it says or does something."""
+    told, used, since = bytearray(), -1, time.monotonic()
+    while True:
+        if select.select([reading], [], [], 0.5)[0]:
+            part = os.read(reading, 1 << 20)
+            if not part:
+                break
+            told += part
+        now_used = _processor_ticks(child)
+        if now_used != used:
+            used, since = now_used, time.monotonic()
+        elif time.monotonic() - since > STUCK_SECONDS:
+            return "failed", f"it did nothing for {STUCK_SECONDS:.0f} s"
+    if not told:
+        return "failed", "it died without a word"
+    kind, answer = pickle.loads(told)
+    return kind, answer
+
+
+def _processor_ticks(child: int) -> int:
+    """Processor time of the copy, in the kernel's ticks (proc(5), /proc/pid/stat: utime, stime)."""
+    try:
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    except (OSError, IndexError, ValueError):
+        return -1

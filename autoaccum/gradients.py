@@ -1,0 +1,356 @@
+"""The gradients of parts of a batch and of the whole, without touching the model.
+
+They come from `step.train_window` itself, so that what is compared is what the Runner trains: its weights, its count,
+its loss. Parameters and buffers are stood in for by copies meanwhile (torch.func.functional_call), in double precision
+where they are few: no deepcopy, which fails where a weight is computed from others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import step, tree
+from .chance import ClassLoss, Draws, without_chance
+from .hard_batch import target_paths
+from .loss_modules import modules_of
+from .loss_terms import count_of
+from .recording import FIRST, LATER
+from .rng import put_rng, same_state, take_rng
+from .step import Parts
+from .workload import Batch, default_loss
+
+DOUBLES = 1 << 22  # parameters that are copied in double precision: 64 MiB with their gradients
+COPIES = 1 << 28  # and in their own: above, the copies are views, and only embeddings that renormalize are copied
+ENTRIES = 1 << 20  # of the gradient that are compared; of more, a random part of each tensor
+LEAST_ENTRIES = 1 << 10  # of a tensor, or all it has
+TINY = 1e-3  # part of the whole gradient's norm below which a tensor is too small to be judged by its own norm
+
+# Measured on the losses of docs/exactness.md: rounding stays under 1e-12 in double and under 1e-6 in single precision,
+# and what isn't exact is off by 1e-3 and more. The limits lie between, nearer the rounding: a model may compute parts
+# of itself in single precision whatever its parameters are (a Hugging Face RMSNorm does).
+EXACT_WITHIN = {torch.float64: 1e-6, torch.float32: 1e-4}
+WORST_WITHIN = 10  # times as far may the worst single tensor be off
+
+MakeParts = Callable[[], Parts]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What one window gave, cut into parts and as a whole. Vectors are float64 on the host.
+
+    Attributes:
+        whole: The gradient of the whole batch, of shape (entries,).
+        window: That of the window of parts, as its optimizer step got it, of shape (entries,).
+        columns: What each micro-batch added to it, of shape (parts, entries).
+        sizes: Samples in each part.
+        places: Name and number of entries of each parameter, in order.
+        draws: What was drawn and called on the way.
+        chance: Whether something was drawn.
+        is_pair: Whether the loss returns a sum and its count.
+    """
+
+    whole: torch.Tensor
+    window: torch.Tensor
+    columns: torch.Tensor
+    sizes: tuple[int, ...]
+    places: tuple[tuple[str, int], ...]
+    draws: Draws
+    chance: bool
+    is_pair: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is a gradient to compare with: finite, and not zero."""
+        return bool(self.whole.isfinite().all() and self.whole.norm() > 0)
+
+    def error(self) -> float:
+        """Relative L2 distance of the window's gradient from the whole batch's; infinite where one isn't finite."""
+        return _number((self.window - self.whole).norm() / self.whole.norm())
+
+    def worst(self) -> tuple[str, float]:
+        """The parameter whose gradient is furthest off, relative to itself, and by how much.
+
+        One whose gradient is less than a thousandth of the whole is judged as if it had that: what cancels out in it
+        (an attention's key bias) leaves its rounding only.
+        """
+        floor = TINY * self.whole.norm()
+        sizes = [entries for _, entries in self.places]
+        off_by, whole = (torch.split(v, sizes) for v in (self.window - self.whole, self.whole))
+        pairs = zip(off_by, whole, strict=True)
+        errors = [_number(off.norm() / torch.maximum(own.norm(), floor)) for off, own in pairs]
+        largest = max(range(len(errors)), key=errors.__getitem__)
+        return self.places[largest][0], errors[largest]
+
+    def agrees(self, within: float) -> bool:
+        """Whether they differ by rounding only: the whole, and the worst single tensor."""
+        return self.error() <= within and self.worst()[1] <= WORST_WITHIN * within
+
+    def fit(self) -> tuple[list[float], float]:
+        """Least squares: the weights with which the parts would add up to the whole, and what is left over.
+
+        Returns:
+            A factor for each part, on top of the weight that it had; and the relative residual.
+        """
+        return fit(self.columns, self.whole)
+
+
+class Capture(torch.optim.Optimizer):
+    """An optimizer whose step keeps the gradient and changes nothing."""
+
+    def __init__(self, params: Iterable[torch.Tensor]) -> None:
+        super().__init__(params, {})
+        self.seen: list[torch.Tensor | None] = []
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Keeps the gradient."""
+        self.seen = [p.grad for group in self.param_groups for p in group["params"]]
+
+
+class _Inside(nn.Module):
+    """Runs whatever it is given while its modules have other parameters."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(modules)
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+class Twin:
+    """A model, and the modules of its loss, on copies of their parameters and buffers.
+
+    Args:
+        model: The model.
+        loss: The loss; modules that it holds are copied alike.
+        dtype: What floating-point tensors become; None for what they are, but at least single precision.
+        device: Where the copies are; None for where the originals are.
+        alias: Views instead of copies of what is large, for where memory is short.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        alias: bool = False,
+    ) -> None:
+        self.model, self.dtype, self.device = model, dtype, device
+        self.outside = _Inside(dict.fromkeys([model, *modules_of(loss)]))
+        numel = sum(p.numel() for p in self.outside.parameters())
+        renormalized = {id(m.weight) for m in self.outside.modules() if getattr(m, "max_norm", None) is not None}
+        self.copies: dict[str, torch.Tensor] = {}
+        for name, p in self.outside.named_parameters():
+            copied = self._cast(p.detach())
+            if copied.data_ptr() == p.data_ptr() and (not (alias or numel > COPIES) or id(p) in renormalized):
+                copied = copied.clone()
+            self.copies[name] = nn.Parameter(copied, requires_grad=p.requires_grad)
+        self.buffers = {name: self._cast(b.detach()).clone() for name, b in self.outside.named_buffers()}
+        self.moved: set[str] = set()
+        self._parts: Parts | None = None
+        self._is_pair = False
+        self._start = take_rng()  # every part of every window draws from here on: Python's and NumPy's draws are alike
+        chosen = torch.Generator().manual_seed(0)
+        self.trained = [name for name, p in self.copies.items() if p.requires_grad]
+        self._chosen = _choose([self.copies[name].numel() for name in self.trained], chosen)
+
+    def cast(self, batch: Batch) -> Batch:
+        """The batch in this precision and place, in storage of its own: a loss may write into it."""
+        return tree.map_leaves(
+            batch, lambda _, leaf: self._cast(leaf.detach()).clone() if isinstance(leaf, torch.Tensor) else leaf
+        )
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(self.device or tensor.device)
+        dtype = self.dtype or (torch.float32 if tensor.element_size() < 4 else tensor.dtype)
+        return tensor.to(self.device or tensor.device, dtype)
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        """Calls `work` while the model stands on the copies, with its buffers as they were."""
+        self.copies |= {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return torch.func.functional_call(self.outside, self.copies, (work,))
+
+    def window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
+        """One window by `step.train_window`, cast and without chance."""
+        pieces = [self.cast(piece) for piece in pieces]
+        passes: Passes = self.run(lambda: self._window(make_parts, pieces, sizes))
+        self.moved |= {name for name, buffer in self.buffers.items() if not _same(self.copies[name], buffer)}
+        return passes
+
+    def _window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
+        trained, cumulative = [self.copies[name] for name in self.trained], list[torch.Tensor]()
+        if self._parts is None:  # once: what its first window finds out about the loss holds for the others
+            self._parts = self._opened(make_parts, trained)
+        parts, optimizer = self._parts, self._parts.optimizer
+        assert isinstance(optimizer, Capture)
+
+        @contextmanager
+        def phase(name: str) -> Iterator[None]:
+            if name in (FIRST, LATER):
+                put_rng(self._start)
+            yield
+            if name in (FIRST, LATER):
+                cumulative.append(self._read([p.grad for p in trained]))
+
+        with without_chance() as draws:
+            step.train_window(parts, pieces, sizes, on_phase=phase)
+        draws.class_losses = [_placed(call, pieces[0]) for call in draws.class_losses]
+        for p in trained:
+            p.grad = None
+        return Passes(
+            self._read(optimizer.seen),
+            torch.stack(cumulative),
+            draws,
+            bool(draws.replaced or draws.kept) or _drawn(self._start),
+            self._is_pair,
+        )
+
+    def _opened(self, make_parts: MakeParts, trained: list[torch.Tensor]) -> Parts:
+        """The parts, with an optimizer that only looks, and nothing of a scaler or a precision."""
+        made = make_parts()
+        inner = made.loss
+
+        def loss(model: nn.Module, batch: Batch) -> Any:
+            out = inner(model, batch)
+            self._is_pair = count_of(out) is not None
+            return out
+
+        return replace(
+            made,
+            loss=inner if inner is default_loss else loss,  # the step knows the default one by its identity
+            optimizer=Capture(trained),
+            device=trained[0].device,
+            scaler=None,
+            scheduler=None,
+            clip_grad_norm=None,
+            on_nonfinite=None,
+            autocast_dtype=None,
+        )
+
+    def _read(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """The chosen entries of a gradient, on the host; zeros where there is none."""
+        read = []
+        for name, gradient, chosen in zip(self.trained, gradients, self._chosen, strict=True):
+            size = self.copies[name].numel()
+            if gradient is None:
+                read.append(torch.zeros(size if chosen is None else len(chosen), dtype=torch.float64))
+                continue
+            flat = (gradient.to_dense() if gradient.layout is not torch.strided else gradient).detach().reshape(-1)
+            read.append((flat if chosen is None else flat[chosen.to(flat.device)]).to("cpu", torch.float64, copy=True))
+        return torch.cat(read)
+
+    @property
+    def within(self) -> float:
+        """How far gradients may differ for rounding."""
+        floats = [copied for copied in self.copies.values() if copied.is_floating_point()]
+        return EXACT_WITHIN[torch.float64 if all(f.dtype is torch.float64 for f in floats) else torch.float32]
+
+    def name_of(self, name: str) -> str:
+        """A copy's name as the model has it."""
+        return name.removeprefix("inner.0.").removeprefix("inner.")
+
+    def moving_module(self) -> str | None:
+        """The first module of which a floating-point buffer was changed by a forward."""
+        moved = [name for name in self.buffers if name in self.moved and self.buffers[name].is_floating_point()]
+        if not moved:
+            return None
+        owner = moved[0].rpartition(".")[0]
+        return f"{self.name_of(owner)} ({type(self.outside.get_submodule(owner)).__name__})"
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """Name, as the model has it, and entries of each parameter."""
+        names = [self.name_of(name) for name in self.trained]
+        sizes = [self.copies[name].numel() for name in self.trained]
+        pairs = zip(sizes, self._chosen, strict=True)
+        entries = [size if chosen is None else len(chosen) for size, chosen in pairs]
+        return tuple(zip(names, entries, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """What one call of `train_window` gave."""
+
+    gradient: torch.Tensor
+    cumulative: torch.Tensor
+    draws: Draws
+    chance: bool
+    is_pair: bool
+
+
+def compare(
+    twin: Twin, make_parts: MakeParts, whole: Batch, pieces: Sequence[Batch], sizes: tuple[int, ...]
+) -> Gradients:
+    """The gradient of a window of pieces, and that of the whole batch: one pass more than there are pieces."""
+    one = twin.window(make_parts, [whole], [sum(sizes)])
+    many = twin.window(make_parts, pieces, sizes)
+    before = torch.cat([torch.zeros_like(many.cumulative[:1]), many.cumulative[:-1]])
+    columns = many.cumulative - before
+    chance = one.chance or many.chance
+    one.draws.replaced |= many.draws.replaced
+    one.draws.kept |= many.draws.kept
+    return Gradients(one.gradient, many.gradient, columns, sizes, twin.places, one.draws, chance, one.is_pair)
+
+
+def fit(columns: torch.Tensor, target: torch.Tensor) -> tuple[list[float], float]:
+    """Least squares of a vector by others: their factors, and the relative residual."""
+    scale = columns.norm(dim=1).clamp(min=torch.finfo(columns.dtype).tiny)
+    scaled = (columns / scale[:, None]).T
+    orthogonal, triangle = torch.linalg.qr(scaled)  # millions of rows, three columns: a singular value solver is slow
+    factors = torch.linalg.pinv(triangle) @ (orthogonal.T @ target)
+    residual = _number((scaled @ factors - target).norm() / target.norm())
+    return (factors / scale).tolist(), residual
+
+
+def _choose(sizes: Sequence[int], generator: torch.Generator) -> list[torch.Tensor | None]:
+    """Which entries of each tensor are compared; None for all."""
+    total = sum(sizes)
+    if total <= ENTRIES:
+        return [None] * len(sizes)
+    wanted = [min(size, max(LEAST_ENTRIES, size * ENTRIES // total)) for size in sizes]
+    return [
+        None if number == size else torch.randint(size, (number,), generator=generator)
+        for size, number in zip(sizes, wanted, strict=True)
+    ]
+
+
+def _drawn(start: dict[str, Any]) -> bool:
+    """Whether Python or NumPy has drawn; torch's draws are seen as they happen."""
+    now = take_rng()
+    return any(not same_state(now[name], start[name]) for name in ("Python RNG", "NumPy RNG") if name in start)
+
+
+def _placed(call: ClassLoss, piece: Batch) -> ClassLoss:
+    """The call with the path of the leaf that its classes are, or were copied from."""
+    address, targets = call.targets.untyped_storage().data_ptr(), call.targets.flatten()
+    leaves = [(p, leaf) for p, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    named = target_paths(piece)
+    leaves.sort(key=lambda item: item[0] not in named)  # labels that are a copy of the inputs are the labels
+    for path, leaf in leaves:
+        if leaf.untyped_storage().data_ptr() == address:
+            return replace(call, path=path)
+    for path, leaf in leaves:
+        shifted = leaf[:, 1:] if leaf.dim() == 2 else leaf
+        padded = torch.nn.functional.pad(shifted, (0, 1), value=call.ignore_index) if leaf.dim() == 2 else leaf
+        for form in (leaf, shifted, padded):  # the last two: next tokens, cut off or filled up as Hugging Face does
+            if form.dtype == targets.dtype and form.numel() == len(targets) and torch.equal(form.flatten(), targets):
+                return replace(call, path=path)
+    return call
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
+
+
+def _number(value: torch.Tensor) -> float:
+    number = float(value)
+    return number if number == number else float("inf")

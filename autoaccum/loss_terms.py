@@ -1,0 +1,108 @@
+"""What a loss may return, and what it adds to a window of several micro-batches.
+
+A mean over samples; a sum and what it is to be divided by; and terms that come on top of either, a penalty on the
+weights or a mixture of experts' auxiliary loss, which belong to the window once and not once per micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerms:
+    """A loss whose parts are weighted differently when its batch is cut into micro-batches.
+
+    The whole batch's loss is `sum / count + extra`. In a window of several micro-batches the sums are divided by the
+    count of the whole window, and each `extra` by its micro-batch's share of the samples: a term that is the same in
+    every micro-batch counts once.
+
+    A term that depends on the batch, as a load-balancing loss does, is then the samples' mean of the micro-batches'
+    terms. That is not the term of the whole batch unless it is itself a mean over samples.
+
+    Attributes:
+        sum: The sum over the batch, a scalar tensor.
+        count: What the batch's sum is to be divided by; needs no gradient.
+        extra: What is added, undivided: a scalar tensor, or 0.
+    """
+
+    sum: torch.Tensor
+    count: torch.Tensor | float
+    extra: torch.Tensor | float = 0.0
+
+
+def check(out: Any) -> Any:
+    """What a loss returned, where it is a mean, a `(sum, count)` pair or `LossTerms`.
+
+    A tuple is one of these and nothing else: `(loss, logits)` would be divided by its logits without a word.
+
+    Raises:
+        UsageError: It is another tuple.
+    """
+    numbers: tuple[Any, ...] = (out.sum, out.count, out.extra) if isinstance(out, LossTerms) else out
+    if not isinstance(numbers, tuple):
+        return out
+    if (
+        (len(numbers) != 2 and out is numbers)
+        or not all(map(_is_number, numbers))
+        or getattr(numbers[1], "requires_grad", False)
+    ):
+        told = ", ".join(f"{tuple(p.shape)}" if isinstance(p, torch.Tensor) else type(p).__name__ for p in numbers)
+        raise UsageError(
+            f"The loss returned a tuple of {len(numbers)} ({told}), which is not (sum, count).",
+            "A tuple is taken for the sum over the batch and what it is to be divided by.",
+            "Return the mean alone as a scalar, (sum, count) with a count that needs no gradient, "
+            "or autoaccum.LossTerms(sum, count, extra) where something is added to it.",
+        )
+    return out
+
+
+def count_of(out: Any) -> Any:
+    """What a loss counted; None where it is a mean."""
+    if isinstance(out, LossTerms):
+        return out.count
+    return out[1] if isinstance(out, tuple) else None
+
+
+def whole(out: Any) -> torch.Tensor:
+    """The loss of a window that is this one batch, a scalar."""
+    if isinstance(out, LossTerms):
+        return cast(torch.Tensor, out.sum / nonzero(out.count) + out.extra)
+    loss: torch.Tensor = out[0] / nonzero(out[1]) if isinstance(out, tuple) else out
+    return loss
+
+
+def part(out: Any, share: float, count: Any, total: Any) -> torch.Tensor:
+    """What one micro-batch adds to its window's loss, a scalar.
+
+    Args:
+        out: What the loss returned.
+        share: The micro-batch's part of the window's samples.
+        count: What a mean averages over in this micro-batch, where `count=` told; None weights a mean by samples.
+        total: What the window counts; None where nothing is counted.
+    """
+    if isinstance(out, LossTerms):
+        return cast(torch.Tensor, out.sum / total + out.extra * share)
+    if isinstance(out, tuple):
+        pair: torch.Tensor = out[0] / total
+        return pair
+    if count is None:
+        mean: torch.Tensor = out * share
+        return mean
+    # Not a mean of nothing times 0: that is NaN. And in this order: two integers divided would be a float32.
+    there = torch.as_tensor(count != 0, device=out.device)
+    return cast(torch.Tensor, torch.where(there, out, torch.zeros_like(out)) * count / total)
+
+
+def nonzero(count: Any) -> Any:
+    """The count, or 1 where nothing is counted: the sum is 0 then, and 0 / 0 would poison the gradient."""
+    return torch.where(count == 0, 1, count) if isinstance(count, torch.Tensor) else count or 1
+
+
+def _is_number(part: Any) -> bool:
+    return isinstance(part, (int, float)) or (isinstance(part, torch.Tensor) and part.numel() == 1)

@@ -1,0 +1,111 @@
+"""Planning in a process that is thrown away: on this machine's GPU, or on a virtual one that stands in for another.
+
+The workload's function is called with the allocator's history on, so the build of the model is known as a fresh process
+makes it; and nothing has to be put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from . import cuda, outlook_cuda, outlook_virtual, tree
+from .errors import UsageError
+from .fit import Setting, plan_in
+from .gpus import Gpu
+from .observe import Subject
+from .plan import Plan
+from .recording import Event, name_blocks
+from .source import load_function, named
+from .wish import read_wish
+from .workload import Workload
+
+_EVENTS = {"alloc": 1, "free_completed": -1}
+
+
+def plan_on_gpu(
+    source: str,
+    *,
+    gpu: Gpu | None,
+    target_batch: int | None,
+    memory: str | None,
+    headroom: str | None,
+    max_micro_batch: int | None,
+    verify: bool,
+    progress: Callable[[str], None],
+) -> Plan:
+    """Plans a workload in this process, on the GPU that it sees.
+
+    Args:
+        source: A built-in's name, or FILE.py:FUNCTION.
+        gpu: The GPU that a virtual one stands in for; None for a real one.
+        target_batch: Samples in an optimizer step.
+        memory: What the whole process may use on the device.
+        headroom: How much of it to keep free.
+        max_micro_batch: The largest micro-batch allowed.
+        verify: Whether to run the plan's window.
+        progress: Called with what is being done.
+
+    Raises:
+        UsageError: There is no GPU, or the workload can't be used.
+        DoesNotFit: Not even the smallest micro-batch fits.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "torch sees no CUDA device here.",
+            f"It is torch {torch.__version__}, built for CUDA {torch.version.cuda or 'not at all'}.",
+            "Name a GPU to plan for without having one: --gpu a100-40gb. `autoaccum doctor` says what is there.",
+        )
+    workload, build = build_on(source, torch.device("cuda", torch.cuda.current_device()), virtual=gpu is not None)
+    wish = read_wish(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
+    wish = replace(wish, histories=("fresh",))
+    look = outlook_cuda.look if gpu is None else partial(outlook_virtual.look, gpu=gpu)
+    subject = Subject if gpu is None else outlook_virtual.EmptySubject
+    setting = Setting(cuda, look, build, keep=False, progress=progress, subject=subject)
+    return plan_in(setting, workload, wish, verify=verify)
+
+
+def build_on(source: str, device: torch.device, *, virtual: bool) -> tuple[Workload, tuple[Event, ...]]:
+    """Calls a workload's function and moves what it made to the device.
+
+    On a virtual GPU its tensors are made there at once: a model far larger than this machine's memory costs nothing
+    there. Their values are meaningless, so a function that looks at values may fail; it is called anew on the CPU then.
+
+    Returns:
+        The workload, its sample on the host; and what the allocator did meanwhile.
+    """
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.memory._record_memory_history("all", context=None)
+    try:
+        workload = _made(source, device, on_device=virtual)
+        workload.model.to(device)
+        torch.cuda.synchronize(device)
+        trace = torch.cuda.memory._snapshot()["device_traces"][device.index or 0]
+    finally:
+        torch.cuda.memory._record_memory_history(None)
+    kept = [entry for entry in trace if entry["action"] in _EVENTS]
+    events = name_blocks((e["addr"], _EVENTS[e["action"]] * e["size"], e["stream"]) for e in kept)
+    sample = tree.to_device(workload.sample, torch.device("cpu"))
+    return replace(workload, sample=sample), tuple(events)
+
+
+def _made(source: str, device: torch.device, *, on_device: bool) -> Workload:
+    function = load_function(source)
+    if "device" in inspect.signature(function).parameters:
+        return named(function(device=str(device)), source)
+    if not on_device:
+        return named(function(), source)
+    failure: Exception | None = None
+    try:
+        with device:
+            return named(function(), source)
+    except Exception as error:  # whatever it tripped over: on the CPU it may work
+        failure = error
+    with contextlib.suppress(Exception):
+        return named(function(), source)
+    raise failure

@@ -1,0 +1,99 @@
+"""The end of a window: unscale, clip, step, clear and schedule, each once."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from . import precision
+from .errors import NotFinite
+
+if TYPE_CHECKING:
+    from .parts import Parts
+
+log = logging.getLogger("autoaccum")
+
+
+def optimizer_step(
+    parts: Parts, wide: precision.Parameters, *, counts_nothing: bool
+) -> tuple[torch.Tensor | None, bool]:
+    """Clips, steps and clears once.
+
+    Args:
+        parts: What is trained; its gradients are the window's.
+        wide: Parameters whose gradients are in fp32 and are to be cast for the optimizer.
+        counts_nothing: No sample of the window counts: parameters, optimizer and scheduler stay as they are.
+
+    Returns:
+        The norm before clipping, None where nothing is clipped; and whether the step was taken.
+
+    Raises:
+        NotFinite: A gradient isn't finite, and the workload says `on_nonfinite="raise"`.
+    """
+    if counts_nothing:
+        _clear(parts)
+        return None, False
+    grad_norm = _clip(parts, wide)
+    finite = parts.on_nonfinite is None or parts.scaler is not None or _is_finite(parts, grad_norm)
+    precision.narrow(wide)
+    stepped = finite or parts.on_nonfinite == "warn"
+    if parts.scaler is not None:
+        stepped = finite = _scaled_step(parts)
+    elif stepped:
+        parts.optimizer.step()
+    _clear(parts)
+    if parts.scheduler is not None and stepped:
+        parts.scheduler.step()
+    if not finite and parts.on_nonfinite is not None:
+        _tell(parts, grad_norm)
+    return grad_norm, stepped
+
+
+def _clip(parts: Parts, wide: precision.Parameters) -> torch.Tensor | None:
+    if parts.scaler is not None and (parts.clip_grad_norm is not None or wide):
+        parts.scaler.unscale_(parts.optimizer)  # before clipping, and before small numbers are cast
+    if parts.clip_grad_norm is None:
+        return None
+    return nn.utils.clip_grad_norm_(_trained(parts), parts.clip_grad_norm)
+
+
+def _trained(parts: Parts) -> list[torch.Tensor]:
+    return [p for group in parts.optimizer.param_groups for p in group["params"]]
+
+
+def _is_finite(parts: Parts, grad_norm: torch.Tensor | None) -> bool:
+    """Whether every gradient is: their norm tells, in one pass and one wait for the device."""
+    if grad_norm is None:
+        grad_norm = nn.utils.get_total_norm([p.grad for p in _trained(parts) if p.grad is not None])
+    return bool(torch.isfinite(grad_norm))
+
+
+def _scaled_step(parts: Parts) -> bool:
+    """One step and one update of the scaler; False where it found a gradient that isn't finite."""
+    scale = parts.scaler.get_scale()
+    parts.scaler.step(parts.optimizer)
+    parts.scaler.update()
+    return bool(parts.scaler.get_scale() >= scale)
+
+
+def _clear(parts: Parts) -> None:
+    parts.optimizer.zero_grad(set_to_none=True)
+    parts.model.zero_grad(set_to_none=True)  # what requires a gradient and is in no group would add up for ever
+
+
+def _tell(parts: Parts, grad_norm: torch.Tensor | None) -> None:
+    if parts.on_nonfinite == "raise":
+        raise NotFinite(
+            "A window's gradient isn't finite.",
+            "Its optimizer step was not taken: parameters, optimizer and scheduler are as they were before it.",
+            "Look at its samples, lower the learning rate or clip_grad_norm=; on_nonfinite='skip' passes over it.",
+        )
+    what = "was taken all the same" if parts.on_nonfinite == "warn" and parts.scaler is None else "was skipped"
+    log.warning("A window's gradient isn't finite (norm %s); its optimizer step %s.", _shown(grad_norm), what)
+
+
+def _shown(grad_norm: torch.Tensor | None) -> str:
+    return "not known" if grad_norm is None else f"{float(grad_norm)}"

@@ -1,0 +1,112 @@
+"""What a window works on: a workload whose optimizer and scheduler exist, and its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import loss_terms, tree
+from .batchnorm import Norms, check_choice, find_norms
+from .errors import UsageError
+from .hugging_face import Denominator
+from .workload import Batch, Loss, Workload, class_count, default_loss, is_pair
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(eq=False)
+class Parts:
+    """A workload whose optimizer and scheduler exist: what a window works on.
+
+    Attributes:
+        norms: The model's modules whose forward is about more than its own sample.
+        counts_by_forward: Found out by the first window: the loss is a `(sum, count)` pair and no `count=` was given,
+            so that each window of several micro-batches first counts by a forward pass without gradients.
+        denominator: Found out by the first window: what a Hugging Face model's own loss averages over.
+        asked_for_denominator: Whether it was looked for.
+        window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
+            for. Only a loss over all its representations asks.
+    """
+
+    model: nn.Module
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    scaler: Any = None
+    scheduler: Any = None
+    clip_grad_norm: float | None = None
+    count: Callable[[Batch], Any] | None = None
+    between: Callable[[nn.Module], object] | None = None
+    autocast_dtype: torch.dtype | None = None
+    encode: Callable[[nn.Module, Batch], Any] | None = None
+    batchnorm: str | None = None
+    on_nonfinite: str | None = None
+    norms: Norms = field(default_factory=Norms)
+    counts_by_forward: bool = False
+    loss_is_mean: bool = False
+    denominator: Denominator | None = None
+    asked_for_denominator: bool = False
+    window_samples: int | None = None
+
+
+def open_parts(workload: Workload) -> Parts:
+    """Makes the optimizer and the scheduler of a workload where it names functions for them."""
+    model = workload.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = workload.optimizer
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(trained)
+    elif not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer(trained)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"optimizer= gave {type(optimizer).__name__}, not a torch.optim.Optimizer.",
+            hint="Give an optimizer, or a function of the parameters: optimizer=lambda p: torch.optim.SGD(p, lr=0.1).",
+        )
+    norms = find_norms(model)
+    check_choice(norms, workload.batchnorm, model)
+    scheduler = workload.scheduler
+    if scheduler is not None and not hasattr(scheduler, "step"):
+        scheduler = scheduler(optimizer)
+    return Parts(
+        model=model,
+        loss=workload.loss or default_loss,
+        optimizer=optimizer,
+        device=trained[0].device,
+        scaler=workload.scaler,
+        scheduler=scheduler,
+        clip_grad_norm=workload.clip_grad_norm,
+        count=workload.count or (class_count if workload.loss is None and is_pair(workload.sample) else None),
+        between=workload.between,
+        autocast_dtype=_DTYPES.get(workload.precision or ""),
+        encode=workload.encode,
+        batchnorm=workload.batchnorm,
+        on_nonfinite=workload.on_nonfinite,
+        norms=norms,
+    )
+
+
+def forward(parts: Parts, piece: Batch, more: dict[str, Any] | None = None) -> Any:
+    """The loss of one piece, checked; `more` are keywords for a model that brings its own."""
+    with autocast(parts):
+        batch = tree.to_device(piece, parts.device)
+        if parts.encode is not None:
+            batch = parts.encode(parts.model, batch)
+        return loss_terms.check(parts.loss(parts.model, {**batch, **more} if more else batch))
+
+
+def autocast(parts: Parts) -> AbstractContextManager[Any]:
+    """The workload's precision, around a forward."""
+    return torch.autocast(parts.device.type, dtype=parts.autocast_dtype, enabled=parts.autocast_dtype is not None)
+
+
+def encode(parts: Parts, piece: Batch) -> Any:
+    """The representations of one piece."""
+    assert parts.encode is not None
+    with autocast(parts):
+        return parts.encode(parts.model, tree.to_device(piece, parts.device))

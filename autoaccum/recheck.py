@@ -1,0 +1,105 @@
+"""The second look: at the first real window whose micro-batches count differently, as the sample may not have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import gradients, hard_batch, tree
+from . import split as cutting
+from .as_it_trains import as_it_trains
+from .errors import AutoaccumError
+from .gradients import Twin
+from .oom import drop_frames
+from .step import Parts
+from .virtual.control import is_virtual
+from .workload import IGNORED, Batch
+
+Names = dict[str, Any]
+
+
+def counts_differ(pieces: Sequence[Batch], sizes: Sequence[int]) -> bool:
+    """Whether the micro-batches of a window count something differently for each sample: labels, lengths, padding.
+
+    A cheap look at the batch alone, for when to `recheck`.
+    """
+    return len(pieces) > 1 and len({_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)}) > 1
+
+
+def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
+    """What of a micro-batch could be counted: ignored labels, ones of masks, shapes; for each sample."""
+    found: list[Any] = []
+    masks = set(hard_batch.mask_paths(piece))
+    for path, leaf in tree.leaves(piece):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        found.append(tuple(leaf.shape[1:]))
+        if path in masks:
+            found.append(round(float(leaf.sum()) / size, 6))
+        elif not leaf.is_floating_point() and leaf.dtype is not torch.bool:
+            found.append(round(float((leaf == IGNORED).sum()) / size, 6))
+    return tuple(found)
+
+
+def recheck(parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: Names | None = None) -> str | None:
+    """Tests on a few rows of a real window whether its gradient is that of one batch.
+
+    For the first window whose `counts_differ`. Needs no more memory than a micro-batch of the window: half as many
+    samples as the largest has, on views of the parameters, and gradients beside those that there are. The model, its
+    gradients and random states are left as they were.
+
+    Args:
+        parts: What is trained, between two windows.
+        pieces: The window's micro-batches.
+        sizes: Samples in each.
+        names: `shared` and `per_sample`, as `split` takes them.
+
+    Returns:
+        What to warn of; None where the gradients agree, or where this window can't tell.
+    """
+    if parts.device.type != "cpu" and is_virtual():
+        return None
+    rows = _few_rows(pieces, sizes, max(sizes) // 2, names or {})
+    if rows is None:
+        return None
+    whole, parted, counts = rows
+    with as_it_trains(parts.model):
+        try:
+            twin = Twin(parts.model, parts.loss, alias=True)
+            found = gradients.compare(twin, lambda: parts, whole, parted, counts)
+        except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AutoaccumError) as error:
+            drop_frames(error)
+            return None
+    if not found.finite or found.agrees(twin.within):
+        return None
+    name, worst = found.worst()
+    return (
+        f"The gradient of this window's micro-batches is not that of one batch: off by {found.error():.2g} "
+        f"on {sum(counts)} of its samples ({name}: {worst:.2g}). Its micro-batches count differently, and "
+        "the sample didn't show it. Return (sum, count) from the loss, or give count=: autoaccum check tells more."
+    )
+
+
+def _few_rows(
+    pieces: Sequence[Batch], sizes: Sequence[int], most: int, names: Names
+) -> tuple[Batch, list[Batch], tuple[int, ...]] | None:
+    """A few rows of two unlike micro-batches: as one batch, and as two parts. None where there are none."""
+    counts = [_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
+    other = next((index for index, count in enumerate(counts) if count != counts[0]), None)
+    if other is None or most < 3:
+        return None
+    wanted = (most - most // 3, most // 3)
+    taken = tuple(min(number, sizes[index]) for number, index in zip(wanted, (0, other), strict=True))
+    try:
+        parted = [
+            cutting.split(pieces[index], [number, sizes[index] - number], **names)[0]
+            if number < sizes[index]
+            else pieces[index]
+            for number, index in zip(taken, (0, other), strict=True)
+        ]
+        whole = cutting.join(parted, **names)
+    except AutoaccumError:
+        return None
+    return None if whole is None else (whole, parted, taken)

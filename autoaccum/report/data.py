@@ -1,0 +1,200 @@
+"""A plan's figures as pandas frames: what every report is rendered from. Needs no model, no GPU and no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..plan import PeakRow, Plan
+from ..solve import CAPACITY_MARGIN, Split, balanced
+from . import what_if
+from .kinds import Kind, measured
+from .knee import knee
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Rows = list[dict[str, Any]]
+
+
+def frames(plan: Plan) -> dict[str, pd.DataFrame]:
+    """The plan's figures, as one frame for each question.
+
+    Args:
+        plan: Any plan, also one read from a file.
+
+    Returns:
+        By name, in the order in which a report shows them. Columns that end in `_bytes` are whole numbers of bytes,
+        those in `_seconds` are seconds; `kind` says how the figures of its row came to be.
+
+        - `figures`: the plan's chosen numbers (`figure`, `value`, `unit`, `kind`, `why`).
+        - `peaks`: `micro_batch`, `first_bytes`, `later_bytes`, `optimizer_bytes`, `between_bytes`, `peak_bytes` of the
+          whole process, `fits`.
+        - `points`: what was recorded or verified (`point`, `micro_batch`, `peak_bytes`, `kind`).
+        - `composition`: `phase`, `category`, `bytes`.
+        - `timeline`: `part`, `phase`, `micro_batch`, `position` (0 to 1 within the part), `bytes`.
+        - `times`: `micro_batch`, `step_seconds`, `windows`, `is_knee`.
+        - `plans`: every number of steps for the target that the table knows (`accumulation_steps`, `split`,
+          `peak_bytes`, `free_bytes`, `fits`, `passes`, `step_seconds`, `chosen`).
+        - `recordings`: `micro_batch`, `passes`, `seconds`, `measured_bytes`, `predicted_bytes`, `error`.
+        - `budget`: `limit`, `bytes`, `why`, `binds`.
+        - `environment`: `name`, `value`.
+    """
+    import pandas as pd
+
+    makers: dict[str, Callable[[Plan], Rows]] = {
+        "figures": _figures,
+        "peaks": _peaks,
+        "points": _points,
+        "composition": _composition,
+        "timeline": _timeline,
+        "times": _times,
+        "plans": _plans,
+        "recordings": _recordings,
+        "budget": _budget,
+        "environment": _environment,
+    }
+    return {name: pd.DataFrame(make(plan), dtype=object) for name, make in makers.items()}
+
+
+def usable_bytes(plan: Plan) -> int:
+    """The budget less the margin that a plan keeps."""
+    return int(plan.budget.bytes * (1 - CAPACITY_MARGIN))
+
+
+def show_split(split: Split) -> str:
+    """The number and size of the micro-batches, like "1 x 52 + 4 x 51"."""
+    return " + ".join(f"{count} \u00d7 {size}" for size, count in Counter(split).items())
+
+
+def _figures(plan: Plan) -> Rows:
+    real, reasons = measured(plan), plan.reasons
+    rows: list[tuple[str, float, str, Kind, str]] = [
+        ("target batch", plan.target_batch, "samples", Kind.GIVEN, ""),
+        ("ranks", plan.world_size, "", Kind.GIVEN, ""),
+        ("accumulation steps", plan.accumulation_steps, "", Kind.PREDICTED, reasons.get("accumulation_steps", "")),
+        ("micro-batch", plan.micro_batch, "samples", Kind.PREDICTED, reasons.get("split", "")),
+        (
+            "largest micro-batch",
+            plan.largest_micro_batch,
+            "samples, at least" if plan.largest_is_capped else "samples",
+            Kind.PREDICTED,
+            reasons.get("largest_micro_batch", ""),
+        ),
+        ("budget", plan.budget.bytes, "bytes", Kind.GIVEN, reasons.get("budget_bytes", "")),
+        ("before training", plan.base_bytes, "bytes", real, reasons.get("base_bytes", "")),
+        ("peak, predicted", plan.predicted_peak_bytes, "bytes", Kind.PREDICTED, plan.binds),
+    ]
+    if plan.measured_peak_bytes is not None:
+        rows.append(("peak, measured", plan.measured_peak_bytes, "bytes", real, reasons.get("measured_peak_bytes", "")))
+    if plan.resident_peak_bytes is not None and plan.device == "cpu":
+        rows.append(("peak in memory", plan.resident_peak_bytes, "bytes", real, "the part that was resident at once"))
+    if plan.window_seconds is not None:
+        why = "reckoned from the verification's windows, by samples"
+        rows.append(("optimizer step", plan.window_seconds, "seconds", real, why))
+    rows.append(("planning", plan.seconds, "seconds", real, ""))
+    return [dict(zip(("figure", "value", "unit", "kind", "why"), row, strict=True)) for row in rows]
+
+
+def total_bytes(plan: Plan, row: PeakRow) -> int:
+    """What the process comes to with micro-batches of a row's size and the plan's own samples."""
+    steps = -(-sum(plan.split) // row.micro_batch)
+    training = plan.data_bytes + plan.history_bytes + row.peak_bytes(steps)
+    return plan.base_bytes + training + int(plan.slack * training)
+
+
+def _peaks(plan: Plan) -> Rows:
+    rows: Rows = []
+    for row in sorted(plan.peaks, key=lambda row: row.micro_batch):
+        total = total_bytes(plan, row)
+        phases = {name: getattr(row, name) for name in ("first_bytes", "later_bytes", "optimizer_bytes")}
+        rows.append(
+            {"micro_batch": row.micro_batch, **phases, "between_bytes": row.between_bytes, "peak_bytes": total}
+            | {"fits": total <= usable_bytes(plan), "kind": Kind.PREDICTED}
+        )
+    return rows
+
+
+def _points(plan: Plan) -> Rows:
+    held, real = plan.base_bytes + plan.data_bytes, measured(plan)
+    rows = [("recorded", note.micro_batch, held + note.measured_bytes, real) for note in plan.recordings]
+    rows.append(("chosen", plan.micro_batch, plan.predicted_peak_bytes, Kind.PREDICTED))
+    if plan.measured_peak_bytes is not None:
+        rows.append(("verified", plan.micro_batch, plan.measured_peak_bytes, real))
+    needed = plan.fewer_steps_need()
+    if needed is not None:
+        rows.append(("one step fewer", *needed, Kind.PREDICTED))
+    return [dict(zip(("point", "micro_batch", "peak_bytes", "kind"), row, strict=True)) for row in rows]
+
+
+def _composition(plan: Plan) -> Rows:
+    return [
+        {"phase": phase, "category": category, "bytes": size, "kind": Kind.PREDICTED}
+        for phase, parts in plan.composition.items()
+        for category, size in parts.items()
+    ]
+
+
+def _timeline(plan: Plan) -> Rows:
+    held = plan.base_bytes + plan.data_bytes
+    return [
+        {"part": index, "phase": part.phase, "micro_batch": part.micro_batch}
+        | {"position": (i + 0.5) / len(part.bytes), "bytes": held + size, "kind": Kind.PREDICTED}
+        for index, part in enumerate(plan.timeline)
+        for i, size in enumerate(part.bytes)
+    ]
+
+
+def _times(plan: Plan) -> Rows:
+    best = knee(plan.times)
+    return [
+        {"micro_batch": timed.micro_batch, "step_seconds": timed.step_seconds, "windows": timed.windows}
+        | {"is_knee": timed is best, "kind": measured(plan)}
+        for timed in sorted(plan.times, key=lambda timed: timed.micro_batch)
+    ]
+
+
+def _plans(plan: Plan) -> Rows:
+    table, samples = what_if.table_of(plan), sum(plan.split)
+    times = {timed.micro_batch: timed.step_seconds for timed in plan.times}
+    if plan.window_seconds is not None:
+        times.setdefault(plan.micro_batch, plan.window_seconds)
+    rows: Rows = []
+    for steps in range(1, samples // plan.smallest_micro_batch + 1):
+        split = balanced(samples, steps)
+        peak = None if table is None or not table.is_exact(split) else table.peak_bytes(split)
+        if peak is None:
+            continue
+        fits = peak <= usable_bytes(plan) and split[0] <= (plan.max_micro_batch or split[0])
+        rows.append(
+            {"accumulation_steps": steps, "split": show_split(split), "micro_batch": split[0], "peak_bytes": peak}
+            | {"free_bytes": plan.budget.bytes - peak, "fits": fits, "passes": steps}
+            | {"step_seconds": times.get(split[0]), "chosen": split == plan.split, "kind": Kind.PREDICTED}
+        )
+    return rows
+
+
+def _recordings(plan: Plan) -> Rows:
+    return [
+        {"micro_batch": note.micro_batch, "passes": note.passes, "seconds": note.seconds}
+        | {"measured_bytes": note.measured_bytes, "predicted_bytes": note.predicted_bytes}
+        | {"error": None if note.predicted_bytes is None else note.predicted_bytes / note.measured_bytes - 1}
+        | {"kind": measured(plan)}
+        for note in plan.recordings
+    ]
+
+
+def _budget(plan: Plan) -> Rows:
+    return [
+        {"limit": term.name, "bytes": term.bytes, "why": term.why, "binds": term.name == plan.budget.binds}
+        | {"kind": Kind.GIVEN}
+        for term in plan.budget.terms
+    ]
+
+
+def _environment(plan: Plan) -> Rows:
+    known = {"device": plan.device, "method": plan.method, **plan.fingerprint}
+    known |= {name: value for name, value in plan.environment.items() if name not in plan.fingerprint}
+    known |= {f"sample {leaf.path}": f"{leaf.dtype} {tuple(leaf.trailing_shape)}" for leaf in plan.signature}
+    return [{"name": name, "value": value} for name, value in known.items()]

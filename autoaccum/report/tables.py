@@ -1,0 +1,40 @@
+"""The report's figures for other programs: JSON, and one tidy CSV. No torch here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+from .. import __version__
+from ..plan import Plan
+from . import words
+from .data import frames
+
+COLUMNS = ("table", "row", "column", "value", "kind")
+
+
+def as_json(plan: Plan) -> str:
+    """Every frame as a list of objects, with the answer in words."""
+    tables = {name: frame.to_dict("records") for name, frame in frames(plan).items()}
+    report = {"kind": "autoaccum report", "schema_version": 1, "autoaccum": __version__}
+    report |= {"title": words.title(plan), "answer": words.answer(plan), "tables": tables}
+    return json.dumps(report, indent=1) + "\n"
+
+
+def as_csv(plan: Plan) -> str:
+    """Every figure of every frame in a line of its own: table, row, column, value, kind."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, frame in frames(plan).items():
+        for index, row in enumerate(frame.to_dict("records")):
+            kind = row.pop("kind", "")
+            writer.writerows((name, index, column, _cell(value), kind) for column, value in row.items())
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula is quoted, so that a name can't run anything there."""
+    return "'" + value if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

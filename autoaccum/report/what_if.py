@@ -1,0 +1,207 @@
+"""What the plan would be at another target, memory or headroom: answered from a plan's table of peaks alone.
+
+The rules are the solver's (solve.py), asked of the table in place of a replay. `what_if.js` is the same in the page;
+tests hold one against the other. No torch here.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import asdict, dataclass
+from itertools import accumulate, groupby
+from typing import Any
+
+from ..allocator import MAPPING_OVERHEAD_BYTES, mapping_bytes
+from ..errors import UsageError
+from ..plan import PeakRow, Plan, window_peak_bytes
+from ..process_memory import PAGE_BYTES
+from ..solve import CAPACITY_MARGIN, Floor, Split, balanced, share_of, smallest_steps
+from ..units import parse_bytes, parse_part
+
+FITS, DOES_NOT_FIT, INVALID = "fits", "does not fit", "invalid"
+BEYOND = 1 << 100  # more bytes than there are: a size beyond the table
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a plan knows that holds for other targets and budgets too.
+
+    Attributes:
+        rows: Peaks by micro-batch, above base and data; ascending. Not empty.
+        base_bytes: What the process takes before it trains.
+        history_bytes: What the planning process's history adds.
+        slack: Part of what training takes that is reckoned on top.
+        sample_bytes: What each sample of the window takes; 0 where they are not held in this memory.
+        world_size: Ranks that share the target.
+        least: The smallest micro-batch allowed.
+        most: The largest allowed; None for any.
+    """
+
+    rows: tuple[PeakRow, ...]
+    base_bytes: int
+    history_bytes: int
+    slack: float
+    sample_bytes: int
+    world_size: int
+    least: int
+    most: int | None
+
+    def row(self, micro_batch: int) -> PeakRow | None:
+        """The row of that size, or of the next larger one, on the safe side; None beyond the table."""
+        index = bisect.bisect_left(self.rows, micro_batch, key=lambda row: row.micro_batch)
+        return self.rows[index] if index < len(self.rows) else None
+
+    def data_bytes(self, samples: int) -> int:
+        """What a window's samples take."""
+        return mapping_bytes(samples * self.sample_bytes) if self.sample_bytes else 0
+
+    def peak_bytes(self, split: Split) -> int | None:
+        """What the process comes to with that window; None beyond the table.
+
+        The first micro-batch, the later ones (of two sizes at most) and the optimizer step each have their row.
+        """
+        rows = [self.row(split[0]), self.row(split[min(1, len(split) - 1)]), self.row(split[-1])]
+        first, second, last = rows
+        if first is None or second is None or last is None:
+            return None
+        window = window_peak_bytes(first, second, last, len(split))
+        training = self.data_bytes(sum(split)) + self.history_bytes + window
+        return self.base_bytes + training + int(self.slack * training)
+
+    def floors(self, samples: int) -> tuple[Floor, Floor]:
+        """Bytes below which no window with a first, or with a later, micro-batch of a size comes; for the solver."""
+        held = self.base_bytes + self.data_bytes(samples)
+        firsts = list(accumulate((row.first_bytes for row in reversed(self.rows)), min))[::-1]
+        laters = list(accumulate((row.later_bytes for row in reversed(self.rows)), min))[::-1]
+
+        def floor_of(least: list[int]) -> Floor:
+            def floor(n: int) -> int:
+                index = bisect.bisect_left(self.rows, n, key=lambda row: row.micro_batch)
+                return held + least[index] if index < len(least) else BEYOND
+
+            return floor
+
+        return floor_of(firsts), floor_of(laters)
+
+    def is_exact(self, split: Split) -> bool:
+        """Whether the table has a row of each of the split's sizes."""
+        return all((row := self.row(size)) is not None and row.micro_batch == size for size in {split[0], split[-1]})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a question comes to.
+
+    Attributes:
+        status: "fits", "does not fit" or "invalid".
+        split: (how many, samples) of each size of micro-batch, largest first; where nothing fits, the smallest.
+        peak_bytes: What the window would take.
+        budget_bytes: What may be used.
+        missing_bytes: How many bytes the smallest window lacks; 0 where one fits.
+        at_most: The table lacks one of the sizes, so the peak is that of a larger one.
+        beyond: The table ends before memory does: fewer steps may fit.
+        why: What is wrong with the question, if anything is.
+    """
+
+    status: str
+    split: tuple[tuple[int, int], ...] = ()
+    peak_bytes: int = 0
+    budget_bytes: int = 0
+    missing_bytes: int = 0
+    at_most: bool = False
+    beyond: bool = False
+    why: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Accumulation steps."""
+        return sum(count for count, _ in self.split)
+
+
+def table_of(plan: Plan) -> Table | None:
+    """The table of a plan; None where the plan has no peaks."""
+    if not plan.peaks:
+        return None
+    per_sample = plan.sample_bytes or -(-plan.data_bytes // sum(plan.split))
+    return Table(
+        rows=tuple(sorted(plan.peaks, key=lambda row: row.micro_batch)),
+        base_bytes=plan.base_bytes,
+        history_bytes=plan.history_bytes,
+        slack=plan.slack,
+        sample_bytes=per_sample if plan.data_bytes else 0,
+        world_size=plan.world_size,
+        least=plan.smallest_micro_batch,
+        most=plan.max_micro_batch,
+    )
+
+
+def ask(table: Table, target: str, memory: str, headroom: str) -> Answer:
+    """Answers a question as it was typed.
+
+    Args:
+        table: The plan's.
+        target: A number of samples.
+        memory: A size, like "1400MiB".
+        headroom: A size or a percentage of the memory; empty for none.
+    """
+    if not (target.strip().isascii() and target.strip().isdigit() and 0 < len(target.strip()) <= 7):
+        return Answer(INVALID, why="The target batch is a whole number of samples, below 10 million.")
+    try:
+        limit = parse_bytes(memory)
+    except UsageError:
+        return Answer(INVALID, why="Write memory like 2GiB, 1.5GiB, 800MiB or 12GB.")
+    try:
+        kept = parse_part(headroom.strip() or "0", limit) or 0
+    except UsageError:
+        return Answer(INVALID, why="Write headroom like 5% or 500MiB.")
+    if kept >= limit:
+        return Answer(INVALID, why="So much headroom leaves nothing.")
+    return answer(table, int(target), limit - kept)
+
+
+def answer(table: Table, target_batch: int, budget_bytes: int) -> Answer:
+    """The fewest accumulation steps whose window fits, by the table; for the first rank, whose share is the largest.
+
+    Args:
+        table: The plan's.
+        target_batch: Samples in an optimizer step, over all ranks.
+        budget_bytes: What may be used.
+    """
+    if target_batch < table.world_size:
+        return Answer(INVALID, why=f"A target batch of at least {table.world_size}: each rank needs a sample.")
+    samples = share_of(target_batch, table.world_size, 0)
+    most = min(table.most or samples, samples)
+    if samples < table.least or samples // table.least < -(-samples // most):
+        return Answer(INVALID, why=f"Micro-batches of {table.least} to {most} can't add up to {samples} samples.")
+    usable = int(budget_bytes * (1 - CAPACITY_MARGIN))
+    largest = table.rows[-1].micro_batch
+
+    def fits(split: Split) -> bool:
+        peak = table.peak_bytes(split)
+        return peak is not None and peak <= usable
+
+    floor, later_floor = table.floors(samples)
+    found = smallest_steps(
+        fits, floor, samples=samples, budget_bytes=usable, least=table.least, most=most, later_floor=later_floor
+    )
+    if found is None:
+        split = balanced(samples, samples // table.least)
+        needed = int((table.peak_bytes(split) or 0) / (1 - CAPACITY_MARGIN))
+        missing = max(1, needed - budget_bytes)
+        return Answer(DOES_NOT_FIT, _runs(split), needed, budget_bytes, missing, not table.is_exact(split))
+    split = found.split
+    beyond = most > largest and -(-samples // (len(split) - 1 or samples)) > largest and len(split) > 1
+    beyond = beyond and fits((largest,) * min(2, len(split)))
+    peak = table.peak_bytes(split) or 0
+    return Answer(FITS, _runs(split), peak, budget_bytes, 0, not table.is_exact(split), beyond)
+
+
+def _runs(split: Split) -> tuple[tuple[int, int], ...]:
+    return tuple((len(list(group)), size) for size, group in groupby(split))
+
+
+def for_page(table: Table) -> dict[str, Any]:
+    """The table and the rules' constants, for `what_if.js`."""
+    rows = [[r.micro_batch, r.first_bytes, r.later_bytes, r.optimizer_bytes, r.between_bytes] for r in table.rows]
+    known = asdict(table) | {"rows": rows, "margin": CAPACITY_MARGIN}
+    return known | {"page_bytes": PAGE_BYTES, "mapping_overhead_bytes": MAPPING_OVERHEAD_BYTES}

@@ -1,0 +1,156 @@
+"""What a search costs and what it leaves behind: passes, samples, out-of-memory errors, changed state."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+LOG = "AUTOACCUM_SEARCH_LOG"  # a file: a finder may try sizes in processes of its own
+
+
+def note(*words: object) -> None:
+    """Appends a line to the log, in one write."""
+    with open(os.environ[LOG], "a") as log:  # noqa: PTH123
+        log.write(" ".join(map(str, words)) + "\n")
+
+
+def watch(model: nn.Module) -> None:
+    """Counts the model's passes from now on, those of its copies too, and this process's out-of-memory errors."""
+    model.register_forward_pre_hook(_forward)
+    model.register_forward_hook(_backward)
+    torch._C._cuda_attach_out_of_memory_observer(_out_of_memory)
+
+
+def _forward(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    note("forward", len(inputs[0]) if inputs else 0)
+
+
+def _backward(model: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(lambda _: note("backward"))
+
+
+def _out_of_memory(*_: object) -> None:
+    note("out_of_memory")
+
+
+@dataclass
+class Cost:
+    """What the log says.
+
+    Attributes:
+        forward: Forward passes, those that failed included.
+        backward: Backward passes that began.
+        samples: Samples in forward passes.
+        ooms: Out-of-memory errors that torch raised.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    samples: int = 0
+    ooms: int = 0
+
+
+def cost_of(log: str) -> Cost:
+    """Adds up a log's lines."""
+    cost = Cost()
+    for line in log.splitlines():
+        kind, *rest = line.split()
+        if kind == "forward":
+            cost.forward += 1
+            cost.samples += int(rest[0])
+        elif kind == "backward":
+            cost.backward += 1
+        elif kind == "out_of_memory":
+            cost.ooms += 1
+    return cost
+
+
+def make_changes_real() -> None:
+    """Lets an optimizer step and a batch norm's forward pass change a value, as they would on a GPU.
+
+    A virtual GPU's kernels compute nothing, but copies from the host are real. So what a finder restores, it restores;
+    what it doesn't, is seen.
+    """
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                _mark(parameter)
+
+    def forwarded(module: nn.Module, *_: object) -> None:
+        if module.training and isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+            _mark(module.running_mean)
+
+    register_optimizer_step_post_hook(stepped)
+    nn.modules.module.register_module_forward_hook(forwarded)
+
+
+_marks = 0
+
+
+def _mark(tensor: torch.Tensor) -> None:
+    global _marks
+    _marks += 1
+    tensor.detach().view(-1)[:1].copy_(torch.tensor([float(_marks)], dtype=tensor.dtype))
+
+
+@dataclass
+class State:
+    """A model's state, an optimizer's, and the random generators', copied to the host."""
+
+    tensors: dict[str, torch.Tensor]
+    gradients: tuple[str, ...]
+    optimizer: bool
+    modes: tuple[bool, ...]
+    randomness: dict[str, Any] = field(default_factory=dict)
+
+    def changed_since(self, before: State) -> list[str]:
+        """What isn't bitwise as before, by kind."""
+        found = []
+        for kind in ("parameters", "buffers"):
+            names = [name for name in before.tensors if name.startswith(kind)]
+            if any(not _same(self.tensors[name], before.tensors[name]) for name in names):
+                found.append(kind)
+        if self.gradients != before.gradients:
+            found.append(".grad left")
+        if self.optimizer != before.optimizer:
+            found.append("optimizer state")
+        if self.modes != before.modes:
+            found.append("train/eval mode")
+        moved = [name for name, value in self.randomness.items() if not _same(value, before.randomness[name])]
+        return found + [f"{name} RNG" for name in moved]
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> State:
+    """Copies it to the host."""
+    tensors = {f"parameters {name}": p.detach().cpu() for name, p in model.named_parameters()}
+    tensors |= {f"buffers {name}": b.detach().cpu() for name, b in model.named_buffers()}
+    return State(
+        tensors,
+        tuple(name for name, p in model.named_parameters() if p.grad is not None),
+        bool(optimizer is not None and optimizer.state),
+        tuple(module.training for module in model.modules()),
+        {
+            "torch": torch.get_rng_state(),
+            "CUDA": torch.cuda.get_rng_state(),
+            "Python": random.getstate(),
+            "NumPy": numpy.random.get_state()[1],  # type: ignore[index]
+        },
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        flat = [t.contiguous().view(-1).view(torch.uint8) if t.numel() else t for t in (one, other)]
+        return torch.equal(*flat)
+    if isinstance(one, numpy.ndarray):
+        return bool((one == other).all())
+    return bool(one == other)

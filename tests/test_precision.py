@@ -1,0 +1,200 @@
+"""Gradients of half-precision parameters add up in fp32, and their memory is in the recorded window."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers_train import Capture, cut, distance, gradients, mlp, one_thread, runner_for, vectors  # noqa: F401
+from torch import nn
+
+from autoaccum import NotFinite, Workload
+from autoaccum.precision import half_parameters, narrow, wide_gradients
+from autoaccum.record_cpu import record
+from autoaccum.recording import LATER, OPTIMIZER, live_peak
+from autoaccum.step import open_parts, train_window
+from autoaccum.workload import default_loss
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+class Ones(nn.Module):
+    """A gradient of one from each sample."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight * x).sum()
+
+
+def total(model: nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
+    return model(batch["x"]), 1
+
+
+class Dtypes(Capture):
+    """Also keeps what dtype it was given."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.dtypes = {p.grad.dtype for group in self.param_groups for p in group["params"]}
+        super().step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_thousand_ones_come_to_a_thousand(dtype: torch.dtype) -> None:
+    model = Ones(dtype)
+    batch = {"x": torch.ones(1000, 1, dtype=dtype)}
+    parts = open_parts(Workload(model, batch, loss=total, count=lambda b: 0.001, optimizer=Dtypes))
+    train_window(parts, list(cut(batch, (1,) * 1000)), (1,) * 1000)
+    assert parts.optimizer.seen[-1][0].tolist() == [1000.0] * 3  # type: ignore[attr-defined]
+    assert parts.optimizer.dtypes == {dtype}  # type: ignore[attr-defined]
+    if dtype is torch.bfloat16:  # the usual mistake
+        for _ in range(1000):
+            model(batch["x"][:1]).backward()
+        assert model.weight.grad is not None and model.weight.grad.tolist() == [256.0] * 3
+
+
+@HALVES
+def test_the_sum_is_that_of_the_micro_batches_in_fp32(dtype: torch.dtype) -> None:
+    model, batch = mlp(dtype), vectors(64, dtype)
+    parts = open_parts(Workload(model, batch, optimizer=Capture))
+    pieces = list(cut(batch, (1,) * 64))
+
+    def micro(piece: Any) -> list[torch.Tensor]:
+        return [g.float() for g in gradients(model, lambda m, b: default_loss(m, b) * 1 / 64, piece)]
+
+    want = [sum(column) for column in zip(*map(micro, pieces), strict=True)]
+    norms = []
+    parts.optimizer.register_step_pre_hook(lambda *_: norms.append(1))
+    train_window(parts, pieces, (1,) * 64)
+    got = parts.optimizer.seen[-1]  # type: ignore[attr-defined]
+    exact = [w.to(dtype) for w in want]
+    assert all(g.dtype == dtype for g in got)
+    assert distance(got, exact) <= 2e-3  # one rounding of a sum, which may fall to either side
+
+
+@HALVES
+def test_clipping_is_done_in_fp32_before_the_cast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    clip = nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda ps, *a: (seen.extend(p.grad.dtype for p in ps), clip(ps, *a))[1]
+    )
+    parts = open_parts(Workload(mlp(dtype), vectors(8, dtype), clip_grad_norm=1e-3, optimizer=Dtypes))
+    train_window(parts, list(cut(vectors(8, dtype), (4, 4))), (4, 4))
+    assert set(seen) == {torch.float32}
+    assert parts.optimizer.dtypes == {dtype}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD], ids=["AdamW", "SGD"])
+def test_optimizers_take_them_and_the_parameters_are_as_before(make: Any) -> None:
+    model = mlp(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    parts = open_parts(Workload(model, vectors(8, torch.bfloat16), optimizer=lambda p: make(p, lr=0.1)))
+    for sizes in ((4, 4), (8,), (3, 3, 2)):
+        train_window(parts, list(cut(vectors(8, torch.bfloat16), sizes)), sizes)
+    assert all(p.grad_dtype == p.dtype == torch.bfloat16 and p.grad is None for p in model.parameters())
+    assert not any(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("where", ["forward", "optimizer"])
+def test_an_error_leaves_parameters_with_gradients_of_their_own_dtype(where: str) -> None:
+    class Failing(Capture):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            raise KeyError("optimizer")
+
+    def loss(m: nn.Module, b: Any) -> torch.Tensor:
+        if where == "forward" and torch.is_grad_enabled() and len(calls) == 2:
+            raise KeyError("forward")
+        calls.append(1)
+        return default_loss(m, b)
+
+    calls: list[int] = []
+    model = mlp(torch.bfloat16)
+    batch = vectors(8, torch.bfloat16)
+    parts = open_parts(Workload(model, batch, loss=loss, optimizer=Failing if where == "optimizer" else Capture))
+    with pytest.raises(KeyError):
+        train_window(parts, list(cut(batch, (3, 3, 2))), (3, 3, 2))
+    assert all(p.grad_dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_full_precision_and_a_users_own_choice_are_left_alone() -> None:
+    model = mlp(torch.bfloat16)
+    first, *rest = model.parameters()
+    first.grad_dtype = torch.float32
+    assert [id(p) for p in half_parameters(model.parameters())] == [id(p) for p in rest]
+    assert half_parameters(mlp(torch.float32).parameters()) == []
+    first.requires_grad_(False)
+    rest[0].requires_grad_(False)
+    assert len(half_parameters(model.parameters())) == len(rest) - 1
+
+
+def test_what_was_not_cast_is_dropped() -> None:
+    one, other = (nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)) for _ in range(2))
+    with wide_gradients([one, other]):
+        (one.sum() + other.sum()).backward()
+        narrow([one])
+    assert one.grad is not None and one.grad.dtype is torch.bfloat16
+    assert other.grad is None and other.grad_dtype is torch.bfloat16
+
+
+def test_autocast_leaves_fp32_parameters_as_they_are() -> None:
+    parts = open_parts(Workload(mlp(torch.float32), vectors(8, torch.float32), precision="bf16", optimizer=Dtypes))
+    train_window(parts, list(cut(vectors(8, torch.float32), (4, 4))), (4, 4))
+    assert parts.optimizer.dtypes == {torch.float32}  # type: ignore[attr-defined]
+
+
+def test_the_memory_of_fp32_gradients_is_in_the_recorded_window() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(512, 512, bias=False, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).float().pow(2).mean()
+
+    parameters = 512 * 512
+    parts = open_parts(Workload(Wide(), None, loss=lambda m, b: m(b["x"]), optimizer=Capture))
+    batch = {"x": torch.ones(3, 512, dtype=torch.bfloat16)}
+
+    def run(on_phase: Any) -> None:
+        train_window(parts, [batch, batch], (3, 3), on_phase=on_phase)
+
+    run(None)
+    parts.optimizer.seen.clear()  # type: ignore[attr-defined]
+    recorded = record(run, micro_batch=3)
+    peaks = {phase.name: live_peak(recorded.phases[: i + 1]) for i, phase in enumerate(recorded.phases)}
+    later = peaks[LATER]
+    assert later >= parameters * (4 + 2)  # what has added up, and the micro-batch's own
+    casts = [e.bytes for p in recorded.phases if p.name == OPTIMIZER for e in p.events]
+    assert parameters * 2 in casts and -parameters * 4 in casts  # cast to bf16, and the fp32 one freed
+
+
+@HALVES
+def test_a_scaler_with_half_precision_parameters(dtype: torch.dtype) -> None:
+    model, batch = mlp(dtype), vectors(16, dtype)
+    plain = open_parts(Workload(copy.deepcopy(model), batch, optimizer=Capture))
+    train_window(plain, list(cut(batch, (4,) * 4)), (4,) * 4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+    scaled = open_parts(Workload(model, batch, optimizer=Capture, scaler=scaler))
+    train_window(scaled, list(cut(batch, (4,) * 4)), (4,) * 4)
+    assert distance(scaled.optimizer.seen[-1], plain.optimizer.seen[-1]) <= 2e-2  # type: ignore[attr-defined]
+
+
+@HALVES
+@pytest.mark.parametrize("choice", ["skip", "raise"])
+def test_a_gradient_that_is_not_finite_leaves_half_precision_parameters_alone(dtype: torch.dtype, choice: str) -> None:
+    model, batch = mlp(dtype), vectors(16, dtype)
+    batch[0][5] = float("inf")
+    before = copy.deepcopy(model.state_dict())
+    runner = runner_for(Workload(model, batch, on_nonfinite=choice), 16, 4)
+    if choice == "raise":
+        with pytest.raises(NotFinite):
+            runner.step(batch)
+    else:
+        assert not runner.step(batch).stepped
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(p.grad_dtype == dtype and p.grad is None for p in model.parameters())

@@ -1,0 +1,365 @@
+"""What would spoil a window's gradient without a word is refused by name; what may is said."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_train import (
+    FP32,
+    FP64,
+    Capture,
+    distance,
+    gradients,
+    mlp,
+    one_thread,  # noqa: F401
+    plan_for,
+    runner_for,
+    seen,
+    tagger,
+    vectors,
+)
+from torch import nn
+
+from autoaccum import OutOfMemory, Runner, UsageError, Workload, refuse
+from autoaccum.step import open_parts
+from autoaccum.workload import default_loss
+
+
+def tutorial(model: nn.Module) -> None:
+    """As in PyTorch's tutorial on the optimizer step in backward."""
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def optimizer_hook(parameter: torch.Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(optimizer_hook)
+
+
+class Layerwise:
+    """An optimizer held by an object, as GaLore's layer-wise form does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(self.update)
+
+    def update(self, parameter: torch.Tensor) -> None:
+        self.optimizer.step()
+
+
+def by_partial(model: nn.Module) -> None:
+    def update(optimizer: Any, parameter: torch.Tensor) -> None:
+        optimizer.step()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(functools.partial(update, optimizer))
+
+
+def by_helper(model: nn.Module) -> None:
+    """The hook calls a function that steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def helper() -> None:
+        optimizer.step()
+
+    def calls_helper(parameter: torch.Tensor) -> None:
+        helper()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(calls_helper)
+
+
+def lomo(model: nn.Module) -> None:
+    """No optimizer at all: the hook updates and drops the gradient itself."""
+
+    def fused_update(parameter: torch.Tensor) -> None:
+        with torch.no_grad():
+            parameter.sub_(parameter.grad, alpha=0.1)
+        parameter.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(fused_update)
+
+
+GLOBAL: dict[Any, torch.optim.Optimizer] = {}
+
+
+def by_global(model: nn.Module) -> None:
+    def global_hook(parameter: torch.Tensor) -> None:
+        GLOBAL[parameter].step()
+
+    GLOBAL.update({p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()})
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(global_hook)
+
+
+def of_torch(model: nn.Module) -> None:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("attach", "said"),
+    [
+        (tutorial, "optimizer_hook on 0.weight steps SGD in backward"),
+        (Layerwise, "Layerwise.update on 0.weight steps SGD in backward"),
+        (by_partial, "update on 0.weight steps SGD"),
+        (by_global, "global_hook on 0.weight steps SGD"),
+        (by_helper, "calls_helper on 0.weight steps SGD"),
+        (lomo, "fused_update on 0.weight sets the gradient in backward"),
+        (of_torch, "0.weight steps SGD in backward"),
+    ],
+    ids=["tutorial", "bound", "partial", "global", "helper", "lomo", "torch.distributed"],
+)
+def test_an_optimizer_in_backward_is_refused_where_there_are_several_micro_batches(attach: Any, said: str) -> None:
+    model = mlp()
+    work = Workload(model, vectors(2), optimizer=Capture)
+    many, one = plan_for(work, 16, 4), plan_for(work, 16, 16)
+    attach(model)
+    with pytest.raises(UsageError, match=r"4 micro-batches") as refused:
+        Runner(work, many)
+    assert said in str(refused.value)
+    assert "optimizer=" in str(refused.value)
+    Runner(work, one)
+    GLOBAL.clear()
+
+
+def test_out_of_memory_with_an_optimizer_in_backward_is_not_repeated() -> None:
+    def loss(m: nn.Module, b: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("short")
+
+    model = mlp()
+    runner = runner_for(Workload(model, vectors(2), optimizer=Capture), 16, 16)
+    tutorial(model)
+    runner.parts.loss = loss
+    with pytest.raises(OutOfMemory, match="steps the optimizer in backward"):
+        runner.step(vectors(16))
+
+
+def test_other_hooks_after_accumulation_are_said_and_work(caplog: pytest.LogCaptureFixture) -> None:
+    model, norms = mlp(), list[float]()
+
+    def keeps_norms(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        norms.append(float(parameter.grad.norm()))
+
+    for p in list(model.parameters())[:2]:
+        p.register_post_accumulate_grad_hook(keeps_norms)
+    want = gradients(mlp(), default_loss, vectors(16))
+    runner = runner_for(Workload(model, vectors(2), optimizer=Capture), 16, 4)
+    assert "keeps_norms on 0.weight (and 1 more) runs after every micro-batch, 4 times a window" in caplog.text
+    runner.step(vectors(16))
+    assert len(norms) == 8
+    assert distance(seen(runner)[-1], want) <= FP64
+
+
+def test_a_hook_that_only_reads_an_optimizer_is_not_refused(caplog: pytest.LogCaptureFixture) -> None:
+    model, rates = mlp(), list[float]()
+    optimizer = Capture(model.parameters(), lr=0.1)
+
+    def reads_rate(parameter: torch.Tensor) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    next(model.parameters()).register_post_accumulate_grad_hook(reads_rate)
+    runner_for(Workload(model, vectors(2), optimizer=optimizer), 16, 4).step(vectors(16))
+    assert "reads_rate on 0.weight runs after every micro-batch" in caplog.text
+    assert rates == [0.1] * 4
+
+
+def test_hooks_on_gradients_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    def clamps(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.clamp(-0.01, 0.01)
+
+    model = mlp()
+    next(model.parameters()).register_hook(clamps)
+    work = Workload(model, vectors(2), optimizer=Capture)
+    runner_for(work, 16, 16)
+    assert not caplog.text
+    runner_for(work, 16, 4)
+    assert "clamps on 0.weight runs on every micro-batch's gradient by itself" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["buffer", "attribute"])
+def test_a_module_that_counts_its_own_steps_is_named_once(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    class WarmUp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if how == "buffer":
+                self.num_updates += 1
+            else:
+                self.calls += 1
+            return x
+
+    model = nn.Sequential(mlp(), WarmUp())
+    runner = runner_for(Workload(model, vectors(2), optimizer=Capture), 16, 4)
+    runner.step(vectors(4))  # one micro-batch: one step, one count
+    assert not caplog.text
+    runner.step(vectors(16))
+    runner.step(vectors(16))
+    named = {"buffer": "1.num_updates", "attribute": "1.calls"}[how]
+    assert caplog.text.count("The forward changes") == 1
+    assert named in caplog.text and "4 times a window" in caplog.text
+
+
+def test_what_is_known_of_is_not_named_as_counting(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
+    model = nn.Sequential(spectral, nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 5)).double()
+    runner = runner_for(Workload(model, vectors(4), optimizer=Capture), 16, 4)
+    runner.step(vectors(16))
+    assert "The forward changes" not in caplog.text
+
+
+def test_an_optimizer_that_calls_for_a_closure_is_refused() -> None:
+    work = Workload(mlp(), vectors(2), optimizer=lambda p: torch.optim.LBFGS(p))
+    with pytest.raises(UsageError, match="LBFGS calls for a closure"):
+        runner_for(work, 16, 16)
+
+
+# --- CUDA graphs: what is looked for can be made without a GPU -----------------------------------------------------
+
+
+def graphed(model: nn.Module) -> nn.Module:
+    """What torch.cuda.make_graphed_callables does to a module's forward."""
+
+    def make_graphed_callables() -> Any:
+        def new_fwd(x: torch.Tensor) -> torch.Tensor:
+            return x
+
+        return new_fwd
+
+    model.forward = make_graphed_callables()  # type: ignore[method-assign]
+    return model
+
+
+def on_a_gpu(model: nn.Module) -> Any:
+    parts = open_parts(Workload(model, vectors(2)))
+    parts.device = torch.device("cuda", 0)
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (graphed, "make_graphed_callables"),
+        (lambda m: torch.compile(m, mode="reduce-overhead"), "compiled with CUDA graphs"),
+        (lambda m: torch.compile(m, mode="max-autotune"), "compiled with CUDA graphs"),
+        (lambda m: torch.compile(m, options={"triton.cudagraphs": True}), "compiled with CUDA graphs"),
+        (lambda m: nn.Sequential(torch.compile(m, mode="reduce-overhead")), "0 is compiled with CUDA graphs"),
+    ],
+    ids=["graphed", "reduce-overhead", "max-autotune", "option", "inner"],
+)
+def test_gradients_in_the_pool_of_a_cuda_graph_are_refused(make: Any, said: str) -> None:
+    parts = on_a_gpu(make(mlp()))
+    with pytest.raises(UsageError, match="4 micro-batches") as refused:
+        refuse.refuse(parts, 4)
+    assert said in str(refused.value)
+    refuse.refuse(parts, 1)
+    parts.device = torch.device("cpu")  # which has no graphs
+    refuse.refuse(parts, 4)
+
+
+def test_module_compile_with_cuda_graphs_is_refused() -> None:
+    model = mlp()
+    model.compile(mode="reduce-overhead")
+    with pytest.raises(UsageError, match="compiled with CUDA graphs"):
+        refuse.refuse(on_a_gpu(model), 4)
+
+
+@pytest.mark.parametrize("mode", [None, "default", "max-autotune-no-cudagraphs"])
+def test_compiling_without_cuda_graphs_is_not_refused(mode: str | None) -> None:
+    refuse.refuse(on_a_gpu(torch.compile(mlp(), mode=mode)), 4)
+    model = mlp()
+    model.compile(mode=mode)
+    refuse.refuse(on_a_gpu(model), 4)
+
+
+# --- what works ----------------------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_work() -> None:
+    model = mlp()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    before = model[0].weight.clone()
+    want = gradients(model, default_loss, vectors(16))
+    runner = runner_for(Workload(model, vectors(2), optimizer=Capture), 16, 5)
+    runner.step(vectors(16))
+    assert len(seen(runner)[-1]) == 4
+    assert distance(seen(runner)[-1], want) <= FP64
+    assert torch.equal(model[0].weight, before)
+
+
+def test_tied_parameters_work() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(11, 8)
+            self.inner = nn.Linear(8, 8)
+            self.out = nn.Linear(8, 11, bias=False)
+            self.out.weight = self.embedding.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.tanh(self.inner(self.embedding(ids)))).mean(1)
+
+    torch.manual_seed(0)
+    model = Tied().double()
+    batch = torch.randint(11, (16, 5)), torch.arange(16) % 11
+    want = gradients(model, default_loss, batch)
+    runner = runner_for(Workload(model, batch, optimizer=Capture), 16, 5)
+    runner.step(batch)
+    assert distance(seen(runner)[-1], want) <= FP64
+    assert model.out.weight is model.embedding.weight
+
+
+def test_peft_works() -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora).train()
+    ids = torch.randint(3, 32, (16, 10))
+    labels = ids.masked_fill(torch.arange(10)[None] >= torch.linspace(10, 2, 16).int()[:, None], -100)
+    batch = {"input_ids": ids, "labels": labels}
+    want = gradients(model, lambda m, b: m(**b).loss, batch)
+    runner = runner_for(Workload(model, batch, optimizer=Capture), 16, 5)
+    runner.step(batch)
+    assert len(seen(runner)[-1]) == len(want) == 8
+    assert distance(seen(runner)[-1], want) <= FP32
+    assert runner.parts.denominator is not None and runner.parts.denominator.shifted
+
+
+def test_a_parameter_that_a_window_does_not_reach_has_no_gradient() -> None:
+    model = tagger()
+    model.unused = nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    runner = runner_for(
+        Workload(
+            model,
+            {"ids": torch.ones(2, 4, dtype=torch.int64), "labels": torch.ones(2, 4, dtype=torch.int64)},
+            loss=lambda m, b: F.cross_entropy(m(b["ids"]).flatten(0, 1), b["labels"].flatten()),
+            optimizer=optimizer,
+        ),
+        8,
+        3,
+    )
+    before = copy.deepcopy(model.unused.state_dict())
+    runner.step({"ids": torch.ones(8, 4, dtype=torch.int64), "labels": torch.arange(32).reshape(8, 4) % 7})
+    assert all(torch.equal(model.unused.state_dict()[name], value) for name, value in before.items())

@@ -1,0 +1,153 @@
+"""Ragged sequences: longest first, within a budget of tokens, and the same gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers_train import (
+    FP64,
+    Capture,
+    Rows,
+    distance,
+    gradients,
+    one_thread,  # noqa: F401
+    pad,
+    runner_for,
+    seen,
+    sequence,
+    tagger,
+    token_count,
+    token_sum,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader
+
+from autoaccum import UsageError, Workload
+from autoaccum.tokens import longest_first, padded_tokens, split_by_tokens
+
+LENGTHS = [int(n) for n in torch.randn(48, generator=torch.Generator().manual_seed(0)).exp().mul(6).clamp(1, 50)]
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=60),
+    st.integers(1, 20),
+    st.one_of(st.none(), st.integers(1, 300)),
+    st.integers(1, 3),
+)
+def test_every_sample_once_and_within_both_budgets(
+    lengths: list[int], most_rows: int, most_tokens: int | None, least: int
+) -> None:
+    lengths.sort(reverse=True)
+    sizes = split_by_tokens(lengths, most_rows, most_tokens, least)
+    assert sum(sizes) == len(lengths)
+    assert min(sizes) >= min(least, len(lengths))
+    start = 0
+    for size in sizes:
+        if size > 2 * least:  # below that the smallest micro-batch allowed decides
+            assert size <= max(most_rows, least)
+            assert most_tokens is None or size * lengths[start] <= most_tokens
+        start += size
+    if least == 1 and most_tokens is None:
+        assert len(sizes) == -(-len(lengths) // most_rows)
+
+
+@given(st.permutations(range(len(LENGTHS))))
+def test_longest_first_is_the_same_samples(indices: list[int]) -> None:
+    ordered = longest_first(indices, LENGTHS)
+    assert sorted(ordered) == sorted(indices)
+    found = [LENGTHS[i] for i in ordered]
+    assert found == sorted(found, reverse=True)
+
+
+def trained(max_tokens: int | None, lengths: Any = LENGTHS, workers: int = 0) -> tuple[Any, Any, list[Any], list[Any]]:
+    samples = [sequence(length, seed=i) for i, length in enumerate(LENGTHS)]
+    shapes: list[tuple[int, int]] = []
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        shapes.append(tuple(batch["ids"].shape))
+        return token_sum(model, batch)
+
+    model = tagger()
+    work = Workload(
+        model, pad(samples[:2], length=50), loss=loss, count=token_count, optimizer=Capture, lengths=lengths,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    runner = runner_for(work, 16, 6)
+    loader = DataLoader(Rows(samples), batch_size=7, collate_fn=pad, num_workers=workers)
+    results = list(runner.epoch(loader))
+    wants = [gradients(model, token_sum, pad(samples[i : i + 16])) for i in (0, 16, 32)]
+    for got, want in zip(seen(runner), wants, strict=True):
+        assert distance(got, want) <= FP64
+    return runner, results, shapes, samples
+
+
+def test_the_gradient_is_the_same_and_padding_is_less() -> None:
+    _, results, shapes, _ = trained(None)
+    assert [result.split for result in results] == [(6, 5, 5)] * 3
+    per_window = [shapes[i : i + 3] for i in (0, 3, 6)]
+    for window, start in zip(per_window, (0, 16, 32), strict=True):
+        widths = [width for _, width in window]
+        assert widths == sorted(widths, reverse=True)
+        assert widths[0] == max(LENGTHS[start : start + 16])
+    padded = sum(rows * width for rows, width in shapes)
+    _, _, unsorted, _ = trained(None, lengths=None)
+    assert padded < 0.85 * sum(rows * width for rows, width in unsorted)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_budget_of_tokens_holds_as_well_as_that_of_rows(workers: int) -> None:
+    _, results, shapes, _ = trained(60, workers=workers)
+    assert all(rows <= 6 and (rows * width <= 60 or rows == 1) for rows, width in shapes)
+    assert any(rows == 6 for rows, _ in shapes) and any(rows < 5 for rows, _ in shapes)
+    assert all(result.samples == 16 for result in results)
+
+
+def test_log_normal_lengths_are_padded_to_less_than_half() -> None:
+    g = torch.Generator().manual_seed(0)
+    lengths = [int(n) for n in torch.randn(256, generator=g).mul(0.9).add(5.5).exp().clamp(1, 4096)]
+    in_order = padded_tokens(lengths, (8,) * 32)
+    ordered = [lengths[i] for i in longest_first(range(256), lengths)]
+    assert padded_tokens(ordered, split_by_tokens(ordered, 8, None)) < 0.5 * in_order
+
+
+def test_long_samples_that_do_not_fit_are_cut_without_cutting_the_short_ones() -> None:
+    samples = [sequence(length, seed=i) for i, length in enumerate([50] * 4 + [2] * 12)]
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        if batch["ids"].numel() > 60:
+            raise torch.OutOfMemoryError("short")
+        return token_sum(model, batch)
+
+    lengths = [len(sample["ids"]) for sample in samples]
+    model = tagger()
+    work = Workload(
+        model, pad(samples[:2]), loss=loss, count=token_count, optimizer=Capture, lengths=lengths, max_tokens=100
+    )
+    runner = runner_for(work, 16, 6)
+    want = gradients(model, token_sum, pad(samples))
+    first, second = (next(iter(runner.epoch(DataLoader(Rows(samples), batch_size=4, collate_fn=pad)))) for _ in "ab")
+    assert first.split == (1, 1, 1, 1, 6, 6) and first.retries == 2  # each piece of two long ones, and no other
+    assert second.split == (1, 1, 1, 1, 6, 6) and second.retries == 0
+    assert all(distance(got, want) <= FP64 for got in seen(runner))
+    assert runner.micro_batch == 6
+
+
+@pytest.mark.parametrize("longest", [8, 9])
+def test_data_longer_than_the_planned_sample_is_said_at_once(longest: int, caplog: pytest.LogCaptureFixture) -> None:
+    work = Workload(tagger(), pad([sequence(8, seed=0)] * 2), loss=token_sum, optimizer=Capture, lengths=[3, longest])
+    runner_for(work, 4, 2)
+    assert ("The longest sample has 9" in caplog.text) == (longest == 9)
+
+
+def test_lengths_need_a_map_style_loader_and_a_budget_needs_lengths() -> None:
+    samples = [sequence(3, seed=i) for i in range(4)]
+    work = Workload(tagger(), pad(samples), loss=token_sum, count=token_count, optimizer=Capture, lengths=[3] * 4)
+    runner = runner_for(work, 4, 2)
+    with pytest.raises(UsageError, match="map-style"):
+        list(runner.epoch([pad(samples)]))
+    with pytest.raises(UsageError, match="max_tokens"):
+        Workload(tagger(), pad(samples), max_tokens=100)
