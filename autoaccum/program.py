@@ -16,20 +16,29 @@ from typing import NamedTuple
 
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
 
+EVERY = (2, 4, 8, 16, 32, 64, 128)  # samples to a step, where a size steps: powers of two, as blocks of threads are
 ROUNDED_WITHIN = 0.03  # a size rounded up from something proportional (rows padded to 16) is that far off at most
 
 
 class Rule(NamedTuple):
-    """Bytes of a block at n samples: `constant + (per_sample * n + per_pair * n * n) // divisor`."""
+    """Bytes of a block at n samples: `constant + (per_sample * n + per_pair * n * n) // divisor`.
+
+    Where `every` is more than 1, n counts in whole steps of so many samples, the last one begun.
+    """
 
     constant: int
     per_sample: int = 0
     per_pair: int = 0
     divisor: int = 1
+    every: int = 1
 
     def at(self, n: int) -> int:
         """The bytes at a micro-batch of n samples, at least 1."""
+        n = -(-n // self.every)
         return max(1, self.constant + (self.per_sample * n + self.per_pair * n * n) // self.divisor)
+
+
+Sized = tuple[int, Sequence[int]]  # a micro-batch, and the sizes of a phase recorded at it
 
 
 class Step(NamedTuple):
@@ -73,15 +82,19 @@ def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> St
 
     Args:
         recordings: At least two, each of a window of two micro-batches and its optimizer step. The largest is the
-            program, the next largest sorts its sizes.
+            program, the next largest sorts its sizes, and smaller ones confirm what two can only suggest.
         prelude: The events of the first optimizer step.
     """
-    *_, other, base = sorted(recordings, key=lambda recording: recording.micro_batch)
-    others = {phase.name: phase for phase in other.phases}
-    phases = {
-        phase.name: _lift_phase(phase, base.micro_batch, others.get(phase.name, phase), other.micro_batch)
-        for phase in base.phases
-    }
+    *_, base = ordered = sorted(recordings, key=lambda recording: recording.micro_batch)
+    smaller = [
+        (recording.micro_batch, {phase.name: _sizes(phase) for phase in recording.phases})
+        for recording in reversed(ordered[:-1])
+    ]
+    phases = {}
+    for phase in base.phases:
+        others = [(m, sizes.get(phase.name, _sizes(phase))) for m, sizes in smaller]
+        phases[phase.name] = _lift_phase(phase, base.micro_batch, others)
+    other = ordered[-2]
     rules = size_rules(_leftover(base), base.micro_batch, _leftover(other), other.micro_batch)
     return _program(base, prelude, phases, rules)
 
@@ -124,8 +137,9 @@ def _leftover(recording: Recording) -> list[int]:
     return [-event.bytes for event in _foreign(recording)]
 
 
-def _lift_phase(phase: Phase, n: int, other: Phase, m: int) -> tuple[Step, ...]:
-    rules = size_rules(_sizes(phase), n, _sizes(other), m)
+def _lift_phase(phase: Phase, n: int, others: Sequence[Sized]) -> tuple[Step, ...]:
+    (m, sizes), *further = others
+    rules = size_rules(_sizes(phase), n, sizes, m, further)
     return tuple(Step(e.block, rules[e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events if e.bytes)
 
 
@@ -133,7 +147,9 @@ def _sizes(phase: Phase) -> list[int]:
     return [event.bytes for event in phase.events if event.bytes > 0]
 
 
-def size_rules(sizes: Sequence[int], n: int, other_sizes: Sequence[int], m: int) -> dict[int, Rule]:
+def size_rules(
+    sizes: Sequence[int], n: int, other_sizes: Sequence[int], m: int, further: Sequence[Sized] = ()
+) -> dict[int, Rule]:
     """Sorts the sizes of a phase recorded at n by those of the same phase recorded at m.
 
     Args:
@@ -141,6 +157,7 @@ def size_rules(sizes: Sequence[int], n: int, other_sizes: Sequence[int], m: int)
         n: The prime.
         other_sizes: The same phase's at m samples, another prime.
         m: The other prime.
+        further: Smaller recordings of the phase: their micro-batches, and their sizes.
 
     Returns:
         A rule for each distinct size.
@@ -150,8 +167,35 @@ def size_rules(sizes: Sequence[int], n: int, other_sizes: Sequence[int], m: int)
     unsure = [size for size in dict.fromkeys(sizes) if rules[size] is None]
     explained = {rule.at(m) for rule in rules.values() if rule is not None}
     rest = [size for size in dict.fromkeys(other_sizes) if size not in explained]
+    seen = [(m, set(rest)), *((each, set(theirs)) for each, theirs in further)]
+    laws = {size: law for size in unsure if (law := _confirmed_law(size, n, seen)) is not None}
+    unsure = [size for size in unsure if size not in laws]
+    explained = {law.at(m) for law in laws.values()}
+    rest = [size for size in rest if size not in explained]
     settled = _paired_by_order(unsure, n, rest, m) or {size: _rounded_rule(size, n, rest, m) for size in unsure}
-    return {size: rule if rule is not None else settled[size] for size, rule in rules.items()}
+    return {size: rule or laws.get(size) or settled[size] for size, rule in rules.items()}
+
+
+def _confirmed_law(size: int, n: int, seen: Sequence[tuple[int, set[int]]]) -> Rule | None:
+    """A law that is exact in other recordings: a + b n in two at least, or whole steps in one; None where none is.
+
+    Workspaces of convolutions are of the first form. Those of the second cut the samples' rows into blocks: a sum over
+    rows keeps a partial result for each (aten/src/ATen/native/cuda/Reduce.cuh: ctas_per_output is rounded up).
+    """
+    laws: dict[Rule, int] = {}
+    for m, sizes in seen:
+        for partner in sizes:
+            slope, uneven = divmod(size - partner, n - m)
+            if slope > 0 and not uneven and 0 < slope * n < size:
+                law = Rule(size - slope * n, per_sample=slope)
+                laws[law] = laws.get(law, 0) + 1
+    affine = max(laws, key=lambda law: laws[law], default=None)
+    if affine is not None and laws[affine] > 1:
+        return affine
+    steps = [Rule(0, per_sample=size // -(-n // every), every=every) for every in EVERY if size % -(-n // every) == 0]
+    counts = {law: sum(law.at(m) in sizes for m, sizes in seen) for law in steps if law.at(1) < size}
+    best = max(counts, key=lambda law: counts[law], default=None)
+    return best if best is not None and counts[best] else None
 
 
 def _plain_rule(size: int, n: int, times: int, there: Counter[int], m: int) -> Rule | None:

@@ -100,6 +100,13 @@ def _vision(name: str, **how: Any) -> Made:
     return getattr(torchvision.models, name)(**how), _images()
 
 
+def _vit() -> Made:
+    import torchvision
+
+    sizes = {"num_layers": 12, "num_heads": 6, "hidden_dim": 384, "mlp_dim": 1536}
+    return torchvision.models.VisionTransformer(image_size=224, patch_size=16, **sizes), _images()
+
+
 def _gpt(layers: int, width: int, length: int) -> Made:
     import transformers
 
@@ -126,7 +133,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "MLP": lambda: (Mlp(), (torch.zeros(2, 32, 1024), torch.zeros(2, dtype=torch.long))),
     "ResNet-18": lambda: _vision("resnet18"),
     "ResNet-50": lambda: _vision("resnet50"),
-    "ViT-S": lambda: _vision("vit_b_16", hidden_dim=384, num_heads=6, mlp_dim=1536),
+    "ViT-S": _vit,
     "GPT": lambda: _gpt(6, 512, 512),
     "GPT-2": lambda: _gpt(12, 768, 1024),
     "BERT": lambda: _bert(4, 512, 256),
