@@ -2,8 +2,7 @@
 
 Read from c10/cuda/CUDACachingAllocator.cpp (2025), held against torch 2.14's on a virtual GPU; the name of the function
 stands beside each rule. What is not modelled: private pools (CUDA graphs, `MemPool`), calls of `empty_cache` within a
-phase, and where the driver puts a segment: here at the lowest free address, which decides between free blocks of the
-same size.
+phase, and the ages of what a snapshot shows.
 """
 
 from __future__ import annotations
@@ -95,7 +94,10 @@ class CachingAllocator:
         self._looks_further = expandable or self._collects or rules.max_split_size_bytes is not None
         span = ENDLESS if rules.device_bytes is None else rules.device_bytes + rules.device_bytes // 8
         self._spans = {page: -(-span // page) * page for page in (SMALL_SEGMENT, rules.large_segment_bytes)}
-        self._addresses = _Addresses(start)
+        # Of free blocks of one size the one in the oldest segment is taken (registration_counter, in torch 2.14's
+        # library; measured), within a segment the lowest: so new segments lie above all others here. Of a start's
+        # segments the age isn't known; their addresses stand for it.
+        self._next_address = max((s.address + s.bytes for s in start.segments), default=-2 * ENDLESS) + 2 * ENDLESS
         for segment in start.segments:
             if not segment.private:
                 self._load(segment)
@@ -137,28 +139,30 @@ class CachingAllocator:
     def state_key(self, names: Iterable[int] = ()) -> tuple[object, ...]:
         """Equal for two moments of one allocator if it behaves the same from then on.
 
-        It says where each segment lies, which blocks it is cut into, and which of those are free; of live blocks not
-        whose they are. Two moments with equal keys go on alike if the blocks that are freed later lie at the same
-        places: give their names, in the same order of roles, to have that in the key. What is the same again need not
-        be the same as one step ago: two blocks that replace each other take turns, and the key with them.
+        It says in which order the segments stand, which blocks each is cut into, and which of those are free; of live
+        blocks not whose they are. Two moments with equal keys go on alike if the blocks that are freed later lie at the
+        same places: give their names, in the same order of roles, to have that in the key. What is the same again need
+        not be the same as one step ago: two blocks that replace each other take turns, and the key with them.
 
         Args:
             names: Live blocks by name; a name that isn't live stands for nothing.
         """
         layout: list[int] = []
+        places: dict[Block, int] = {}
         for pools in (self._small, self._large):
             for stream in sorted(pools):
                 pool = pools[stream]
                 layout += (-1, stream)
                 for address in sorted(pool.heads):
-                    layout += (-2, address)
+                    layout.append(-2)
                     block: Block | None = pool.heads[address]
                     while block is not None:
-                        layout.append(block.size << 2 | block.free << 1 | block.mapped)
+                        places[block] = len(layout)
+                        layout.append(block.size << 3 | block.free << 2 | block.mapped << 1 | (block.page > 0))
                         block = block.after
-        places = tuple(self._live[name].address if name in self._live else -1 for name in names)
-        held = tuple(sorted((block.pool.stream, block.pool.small, block.address) for block in self._held.values()))
-        return tuple(layout), places, held, self._ages() if self._collects else ()
+        named = tuple(places[self._live[name]] if name in self._live else -1 for name in names)
+        held = tuple(sorted(places[block] for block in self._held.values()))
+        return tuple(layout), named, held, self._ages() if self._collects else ()
 
     # -- malloc and free
 
@@ -176,7 +180,7 @@ class CachingAllocator:
         return found
 
     def _malloc(self, requested: int, stream: int) -> Block:
-        """malloc: the smallest free block that is large enough, ties by lowest address; else a new segment."""
+        """malloc: the smallest free block that is large enough, ties by oldest segment; else a new segment."""
         size, least_key, pools, least_rest = self._wanted.get(requested) or self._want(requested)
         pool = pools.get(stream) or self._new_pool(stream, small=pools is self._small)
         keys = pool.keys
@@ -310,7 +314,8 @@ class CachingAllocator:
             return expand(pool, size, page, self._spans[page], self._take)
         if not self._take(total):
             return None
-        block = Block(pool, self._addresses.take(total), total)
+        block = Block(pool, self._next_address, total)
+        self._next_address += total
         pool.heads[block.address] = block
         return block
 
@@ -328,7 +333,6 @@ class CachingAllocator:
         """release_block."""
         block.pool.take_out(block)
         del block.pool.heads[block.address]
-        self._addresses.give(block.address, block.size)
         self.reserved_bytes -= block.size
 
     def _collect(self) -> None:
@@ -411,40 +415,6 @@ class CachingAllocator:
             pool.blocks[key] for stream in sorted(self._large) for pool in [self._large[stream]] for key in pool.keys
         )
         return tuple(self._searches - block.born for block in keyed)
-
-
-class _Addresses:
-    """Where cudaMalloc puts segments: the lowest addresses that have room, from the lowest of the start on."""
-
-    def __init__(self, start: CudaStart) -> None:
-        taken = [(segment.address, segment.bytes) for segment in start.segments if not segment.expandable]
-        self._top = taken[0][0] if taken else 0
-        self._gaps: list[tuple[int, int]] = []  # below the top: address, bytes
-        for address, size in taken:
-            if address > self._top:
-                self._gaps.append((self._top, address - self._top))
-            self._top = address + size
-
-    def take(self, size: int) -> int:
-        for index, (address, room) in enumerate(self._gaps):
-            if room >= size:
-                self._gaps[index : index + 1] = [(address + size, room - size)] if room > size else []
-                return address
-        self._top += size
-        return self._top - size
-
-    def give(self, address: int, size: int) -> None:
-        index = bisect_left(self._gaps, (address, size))
-        if index < len(self._gaps) and self._gaps[index][0] == address + size:
-            size += self._gaps.pop(index)[1]
-        if index and sum(self._gaps[index - 1]) == address:
-            index -= 1
-            address, lower = self._gaps.pop(index)
-            size += lower
-        if address + size == self._top:
-            self._top = address
-        else:
-            self._gaps.insert(index, (address, size))
 
 
 def _expandable_size(block: Block) -> int:

@@ -147,7 +147,7 @@ def _room_for(pool: Pool, size: int) -> Block | None:
 def _new_segment(pool: Pool, page: int, span: int, address: int | None = None) -> Block:
     """ExpandableSegment: addresses without memory, above all that there are."""
     if address is None:
-        address = max(pool.heads, default=0) + 2 * ENDLESS
+        address = max(pool.heads, default=0) + 2 * span
     block = Block(pool, address, span, page=page, base=address)
     block.mapped = False
     pool.heads[block.address] = block

@@ -602,6 +602,25 @@ def a_replay_needs_no_segment_events() -> None:
 
 
 @check(RECORDED)
+def of_blocks_of_one_size_the_allocator_takes_that_in_the_oldest_segment() -> None:
+    low, old = grab(30 * MIB), grab(30 * MIB)
+    del low
+    torch.cuda.empty_cache()  # leaves room below the old one
+    above, new = grab(40 * MIB), grab(30 * MIB)
+    place = old.data_ptr()
+    assert new.data_ptr() < place < above.data_ptr()
+    del old, new
+    assert grab(30 * MIB).data_ptr() == place
+    del above
+    torch.cuda.empty_cache()
+    first, _held, last = grab(4 * MIB), grab(12 * MIB), grab(4 * MIB)  # within one segment, the lowest
+    place = first.data_ptr()
+    assert place < last.data_ptr() < place + 20 * MIB
+    del first, last
+    assert grab(4 * MIB).data_ptr() == place
+
+
+@check(RECORDED)
 def settings_are_read_as_torch_reads_them() -> None:
     for text in (
         "expandable_segments:False", "max_split_size_mb:20", " max_split_size_mb : 64 , expandable_segments : True ",
