@@ -17,13 +17,15 @@ from typing import NamedTuple
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
 
 EVERY = (2, 4, 8, 16, 32, 64, 128)  # samples to a step, where a size steps: powers of two, as blocks of threads are
+TINY = 1 << 16  # the counters beside a reduction's buffer are of fewer bytes
 ROUNDED_WITHIN = 0.03  # a size rounded up from something proportional (rows padded to 16) is that far off at most
 
 
 class Rule(NamedTuple):
     """Bytes of a block at n samples: `constant + (per_sample * n + per_pair * n * n) // divisor`.
 
-    Where `every` is more than 1, n counts in whole steps of so many samples, the last one begun.
+    Where `every` is more than 1, n counts in whole steps of so many samples, the last one begun. `most` is where it
+    saturates; 0 for nowhere.
     """
 
     constant: int
@@ -31,11 +33,13 @@ class Rule(NamedTuple):
     per_pair: int = 0
     divisor: int = 1
     every: int = 1
+    most: int = 0
 
     def at(self, n: int) -> int:
         """The bytes at a micro-batch of n samples, at least 1."""
         n = -(-n // self.every)
-        return max(1, self.constant + (self.per_sample * n + self.per_pair * n * n) // self.divisor)
+        size = max(1, self.constant + (self.per_sample * n + self.per_pair * n * n) // self.divisor)
+        return min(size, self.most) if self.most else size
 
 
 Sized = tuple[int, Sequence[int]]  # a micro-batch, and the sizes of a phase recorded at it
@@ -140,7 +144,41 @@ def _leftover(recording: Recording) -> list[int]:
 def _lift_phase(phase: Phase, n: int, others: Sequence[Sized]) -> tuple[Step, ...]:
     (m, sizes), *further = others
     rules = size_rules(_sizes(phase), n, sizes, m, further)
+    rules |= _saturating(phase.events, rules, [theirs for _, theirs in others])
     return tuple(Step(e.block, rules[e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events if e.bytes)
+
+
+def _saturating(
+    events: Sequence[Event], rules: Mapping[int, Rule], others: Sequence[Sequence[int]]
+) -> dict[int, Rule]:
+    """Buffers of reductions that grow up to a size that others of them have reached.
+
+    A reduction over rows allocates a buffer for partial results and counters right after it, and frees both
+    (aten/src/ATen/native/cuda/Reduce.cuh). The buffer grows with the rows until there are as many blocks as the device
+    runs at once: that many bytes are the same for all. It is known where one is that large here, and fewer were so in a
+    smaller recording.
+    """
+    buffers = _reduction_buffers(events, rules)
+    here = Counter(event.bytes for event in events)
+    reached = [
+        size for size in buffers if not rules[size].per_sample and any(here[size] > each.count(size) for each in others)
+    ]
+    most = max(reached, default=0)
+    return {size: rules[size]._replace(most=most) for size in buffers if rules[size].per_sample and size < most}
+
+
+def _reduction_buffers(events: Sequence[Event], rules: Mapping[int, Rule]) -> set[int]:
+    """Sizes that are followed by a tiny constant each time, and freed within four events."""
+    buffers: set[int] = set()
+    others: set[int] = set()
+    for index, event in enumerate(events):
+        if event.bytes <= TINY:
+            continue
+        beside = next((other for other in events[index + 1 : index + 2] if 0 < other.bytes <= TINY), None)
+        freed = any(other.block == event.block for other in events[index + 1 : index + 5])
+        counters = beside is not None and rules[beside.bytes] == Rule(beside.bytes)
+        (buffers if counters and freed else others).add(event.bytes)
+    return buffers - others
 
 
 def _sizes(phase: Phase) -> list[int]:
