@@ -22,6 +22,7 @@ from .solve import Split
 from .workload import Batch, Workload
 
 PARTS = (0.5, 0.8)  # of the answer: where to record, once it is roughly known
+SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more samples than three times that
 SCOUT = 2  # samples of the very first window; batch statistics need two
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
 PRELUDE = "first step"
@@ -161,7 +162,7 @@ def observe(
     if observed.recordings[0].micro_batch != primes[0] or not allowed(observed, primes[1]):
         observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
         return
-    add(subject, observed, primes[1])
+    add(subject, observed, _second_size(subject, observed, allowed, primes[1]))
     for part in PARTS:
         n = _next_size(subject, observed, answer(observed), part)
         if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
@@ -170,6 +171,18 @@ def observe(
         if error is not None and error <= subject.device.AGREES_WITHIN:
             return
     observed.doubt = doubt_of_last(subject, observed)
+
+
+def _second_size(
+    subject: Subject, observed: Observed, allowed: Callable[[Observed, int], bool], prime: int
+) -> int:
+    """The second small prime; where the answer is small too, so that no third recording may be had, one near it."""
+    most = subject.device.MOST_SAMPLES
+    if most is None or allowed(observed, SMALL_ANSWER):
+        return prime
+    sure = next(n for n in range(SMALL_ANSWER, 0, -1) if n <= prime or allowed(observed, n))
+    left = int(most * sure) - SCOUT - sum(note.passes * note.micro_batch for note in observed.notes)
+    return max(prime, prime_near(min(int(PARTS[-1] * sure), left // 2)))
 
 
 def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -> int:
