@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from . import oom, step
+from . import counting, oom, step
 from . import split as cutting
 from .allocator import Replay, Start
 from .plan import RecordingNote
 from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, plain_window
-from .recording import Event, Phase, Recording, kept_blocks, live_peak
+from .recording import FIRST, Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .workload import Batch, Workload
 
@@ -53,6 +53,7 @@ class Observed:
     Attributes:
         first_step: The first optimizer step, of small micro-batches.
         prelude: Its events.
+        asking: On CUDA, what asking the loss takes before it.
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
         doubt: Why no step program could be made; None while one can.
@@ -61,6 +62,7 @@ class Observed:
 
     first_step: Recording | None = None
     prelude: tuple[Event, ...] = ()
+    asking: tuple[Event, ...] = ()
     recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
     doubt: str | None = None
@@ -106,9 +108,23 @@ def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase]
 
 def scout(subject: Subject, observed: Observed) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
+    if subject.device.name == "cuda":
+        observed.asking = _asking(subject)
     recording = record_window(subject, SCOUT, steps=subject.device.SCOUT_STEPS)
     observed.first_step = recording
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
+
+
+def _asking(subject: Subject) -> tuple[Event, ...]:
+    """What it takes to ask the loss what it counts, which any process does once, before its first micro-batch."""
+    pieces = [subject.tile(SCOUT)] * 2
+
+    def run(on_phase: step.OnPhase) -> None:
+        with on_phase(FIRST):
+            counting.window_count(subject.parts, pieces)
+
+    recording: Recording = subject.device.record(run, micro_batch=SCOUT)
+    return tuple(event for phase in recording.phases for event in phase.events)
 
 
 def small_primes(model: Any) -> tuple[int, int]:

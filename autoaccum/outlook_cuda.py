@@ -21,6 +21,7 @@ from .units import show_bytes
 from .virtual.control import is_virtual
 from .wish import Wish
 
+VERIFIED = "verified"  # the history of a verification: here, with the loss asked already
 MOST_REMEMBERED = 4096  # replays
 _Key = tuple[Split, str, int | None, bool]
 
@@ -83,7 +84,8 @@ class CudaOutlook(Outlook):
                 training,
                 sizes,
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
-                start=self.start if history == "here" else EMPTY,
+                start=EMPTY if history == "fresh" else self.start,
+                asks=history != VERIFIED,
             )
             if len(known) > MOST_REMEMBERED:
                 known.clear()
@@ -103,7 +105,7 @@ class CudaOutlook(Outlook):
     def _made(self, key: int, program: Callable[[], StepProgram]) -> Training:
         if key not in self._trainings:
             assert self.observed.first_step is not None
-            self._trainings[key] = training_of(program(), self.observed.first_step, self.build)
+            self._trainings[key] = training_of(program(), self.observed.first_step, self.build, self.observed.asking)
         return self._trainings[key]
 
     def peak_bytes(self, split: Split, history: str) -> int:
@@ -248,7 +250,7 @@ class CudaOutlook(Outlook):
 
     def confirms(self, split: Split, measured: cuda.Measured) -> str | None:
         """The retries that were predicted, and the peak within 2 %."""
-        expected = self.replayed(split, "here", self.budget.bytes)
+        expected = self.replayed(split, VERIFIED, self.budget.bytes)
         retries = expected.retries[: len(measured.retries)]
         if measured.retries != retries:
             return f"gave its cache back {measured.retries} times in its windows, not {retries}"

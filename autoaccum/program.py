@@ -78,7 +78,7 @@ class StepProgram:
     @cached_property
     def scores(self) -> Mapping[str, Score]:
         """The phases made ready to be written."""
-        return {name: _score(steps) for name, steps in self.phases.items()}
+        return {name: score(steps) for name, steps in self.phases.items()}
 
 
 def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> StepProgram:
@@ -340,7 +340,8 @@ class Score(NamedTuple):
     blocks: int
 
 
-def _score(steps: Sequence[Step]) -> Score:
+def score(steps: Sequence[Step]) -> Score:
+    """Makes a phase ready to be written."""
     rules: dict[Rule, int] = {}
     for step in steps:
         if step.rule is not None:
