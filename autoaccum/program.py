@@ -9,9 +9,10 @@ sizes are rewritten. No torch here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import NamedTuple
 
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
@@ -24,8 +25,8 @@ ROUNDED_WITHIN = 0.03  # a size rounded up from something proportional (rows pad
 class Rule(NamedTuple):
     """Bytes of a block at n samples: `constant + (per_sample * n + per_pair * n * n) // divisor`.
 
-    Where `every` is more than 1, n counts in whole steps of so many samples, the last one begun. `most` is where it
-    saturates; 0 for nowhere.
+    Where `every` is more than 1, n counts in whole steps of so many samples, the last one begun; where `unit` is, the
+    bytes are rounded up to whole units. `most` is where it saturates; 0 for nowhere.
     """
 
     constant: int
@@ -34,11 +35,13 @@ class Rule(NamedTuple):
     divisor: int = 1
     every: int = 1
     most: int = 0
+    unit: int = 1
 
     def at(self, n: int) -> int:
         """The bytes at a micro-batch of n samples, at least 1."""
         n = -(-n // self.every)
         size = max(1, self.constant + (self.per_sample * n + self.per_pair * n * n) // self.divisor)
+        size = -(-size // self.unit) * self.unit
         return min(size, self.most) if self.most else size
 
 
@@ -206,7 +209,8 @@ def size_rules(
     explained = {rule.at(m) for rule in rules.values() if rule is not None}
     rest = [size for size in dict.fromkeys(other_sizes) if size not in explained]
     seen = [(m, set(rest)), *((each, set(theirs)) for each, theirs in further)]
-    laws = {size: law for size in unsure if (law := _confirmed_law(size, n, seen)) is not None}
+    scales = {rule.per_sample // n for rule in rules.values() if rule and rule.per_sample and rule.per_sample % n == 0}
+    laws = {size: law for size in unsure if (law := _confirmed_law(size, n, seen, scales)) is not None}
     unsure = [size for size in unsure if size not in laws]
     explained = {law.at(m) for law in laws.values()}
     rest = [size for size in rest if size not in explained]
@@ -214,26 +218,55 @@ def size_rules(
     return {size: rule or laws.get(size) or settled[size] for size, rule in rules.items()}
 
 
-def _confirmed_law(size: int, n: int, seen: Sequence[tuple[int, set[int]]]) -> Rule | None:
-    """A law that is exact in other recordings: a + b n in two at least, or whole steps in one; None where none is.
+def _confirmed_law(size: int, n: int, seen: Sequence[tuple[int, set[int]]], scales: Iterable[int]) -> Rule | None:
+    """The law that most other recordings bear out exactly, the nearest among them; None where there is none.
 
-    Workspaces of convolutions are of the first form. Those of the second cut the samples' rows into blocks: a sum over
-    rows keeps a partial result for each (aten/src/ATen/native/cuda/Reduce.cuh: ctas_per_output is rounded up).
+    Args:
+        size: Bytes at n samples.
+        n: The recording that is lifted.
+        seen: The other recordings, the nearest first: their micro-batches and sizes.
+        scales: Bytes per sample of what scales in this phase.
     """
-    laws: dict[Rule, int] = {}
-    for m, sizes in seen:
-        for partner in sizes:
-            slope, uneven = divmod(size - partner, n - m)
-            if slope > 0 and not uneven and 0 < slope * n < size:
-                law = Rule(size - slope * n, per_sample=slope)
-                laws[law] = laws.get(law, 0) + 1
-    affine = max(laws, key=lambda law: laws[law], default=None)
-    if affine is not None and laws[affine] > 1:
-        return affine
-    steps = [Rule(0, per_sample=size // -(-n // every), every=every) for every in EVERY if size % -(-n // every) == 0]
-    counts = {law: sum(law.at(m) in sizes for m, sizes in seen) for law in steps if law.at(1) < size}
-    best = max(counts, key=lambda law: counts[law], default=None)
-    return best if best is not None and counts[best] else None
+    m, sizes = seen[0]
+
+    def best(laws: Iterable[Rule]) -> tuple[int, Rule | None]:
+        counts = {law: sum(law.at(each) in theirs for each, theirs in seen) for law in laws if law.at(m) in sizes}
+        found = max(counts, key=lambda law: (counts[law], law.at(2 * n)), default=None)  # of equals the safer
+        return (counts[found], found) if found is not None else (0, None)
+
+    affine, line = best(_affine_laws(size, n, m, sizes))
+    stepping, steps = best(_step_laws(size, n, m, sizes, scales))
+    if affine > 1 and affine >= stepping:
+        return line
+    return steps
+
+
+def _affine_laws(size: int, n: int, m: int, sizes: set[int]) -> Iterator[Rule]:
+    """a + b n: workspaces of convolutions."""
+    for partner in sizes:
+        slope, uneven = divmod(size - partner, n - m)
+        if slope > 0 and not uneven and slope * n < size:
+            yield Rule(size - slope * n, per_sample=slope)
+
+
+def _step_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]) -> Iterator[Rule]:
+    """What grows in steps of so many samples, or in whole units of something else that scales.
+
+    A sum over rows keeps a partial result for each block of rows (aten/src/ATen/native/cuda/Reduce.cuh: ctas_per_output
+    is rounded up); scratch comes in tiles, so many for each so many bytes of an input. A unit divides what was seen here
+    and there, and what scales is one of the phase's own sizes.
+    """
+    for every in EVERY:
+        if size % -(-n // every) == 0 and every < n:
+            yield Rule(0, per_sample=size // -(-n // every), every=every)
+    if size <= TINY:
+        return
+    units = {gcd(size, partner) // part for partner in sizes if TINY < partner < size for part in range(1, 9)}
+    for unit in units:
+        if unit > TINY and not size % unit:
+            for scale in scales:
+                if -(-scale * n // unit) * unit == size and -(-scale * m // unit) * unit < size:
+                    yield Rule(0, per_sample=scale, unit=unit)
 
 
 def _plain_rule(size: int, n: int, times: int, there: Counter[int], m: int) -> Rule | None:
