@@ -6,6 +6,7 @@ one instead, from small to large, each only if what is known so far says that it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -22,6 +23,7 @@ from .solve import Split
 from .workload import Batch, Workload
 
 PARTS = (0.5, 0.8)  # of the answer: where to record, once it is roughly known
+LARGE = 1 << 20  # smaller blocks share segments of 2 MiB (CUDACachingAllocator.cpp: kSmallSize)
 SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more samples than three times that
 SCOUT = 2  # samples of the very first window; batch statistics need two
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
@@ -183,10 +185,26 @@ def observe(
         n = _next_size(subject, observed, answer(observed), part)
         if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
             continue
+        program = observed.program()
         error = add(subject, observed, n)
-        if error is not None and error <= subject.device.AGREES_WITHIN:
+        last = next(recording for recording in observed.recordings if recording.micro_batch == n)
+        exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
+        if error is not None and error <= subject.device.AGREES_WITHIN and (not exact or _foresaw(program, last)):
             return
     observed.doubt = doubt_of_last(subject, observed)
+
+
+def _foresaw(program: StepProgram, recording: Recording) -> bool:
+    """Whether a program has every large block of a recording, of its very size."""
+    return all(
+        Counter(size for event in phase.events if (size := event.bytes) > LARGE)
+        == Counter(
+            size
+            for each in program.phases.get(phase.name, ())
+            if each.rule and (size := each.rule.at(recording.micro_batch)) > LARGE
+        )
+        for phase in recording.phases
+    )
 
 
 def _second_size(
