@@ -68,9 +68,7 @@ def _is_pair(parts: Parts, piece: Batch) -> bool:
 
 
 def _few(piece: Batch) -> Batch:
-    """Two samples of it, where it can be cut: a question that is asked once, by a whole forward, isn't worth more
-    memory than that.
-    """
+    """Two samples of it, where it can be cut: a forward that only asks should take less memory than one that trains."""
     try:
         return cutting.tile(piece, min(2, cutting.batch_size(piece)))
     except BatchError:

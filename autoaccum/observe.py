@@ -207,9 +207,7 @@ def _foresaw(program: StepProgram, recording: Recording) -> bool:
     )
 
 
-def _second_size(
-    subject: Subject, observed: Observed, allowed: Callable[[Observed, int], bool], prime: int
-) -> int:
+def _second_size(subject: Subject, observed: Observed, allowed: Callable[[Observed, int], bool], prime: int) -> int:
     """The second small prime; where the answer is small too, so that no third recording may be had, one near it."""
     most = subject.device.MOST_SAMPLES
     if most is None or allowed(observed, SMALL_ANSWER):

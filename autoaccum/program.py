@@ -151,9 +151,7 @@ def _lift_phase(phase: Phase, n: int, others: Sequence[Sized]) -> tuple[Step, ..
     return tuple(Step(e.block, rules[e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events if e.bytes)
 
 
-def _saturating(
-    events: Sequence[Event], rules: Mapping[int, Rule], others: Sequence[Sequence[int]]
-) -> dict[int, Rule]:
+def _saturating(events: Sequence[Event], rules: Mapping[int, Rule], others: Sequence[Sequence[int]]) -> dict[int, Rule]:
     """Buffers of reductions that grow up to a size that others of them have reached.
 
     A reduction over rows allocates a buffer for partial results and counters right after it, and frees both
@@ -242,7 +240,7 @@ def _confirmed_law(size: int, n: int, seen: Sequence[tuple[int, set[int]]], scal
 
 
 def _affine_laws(size: int, n: int, m: int, sizes: set[int]) -> Iterator[Rule]:
-    """a + b n: workspaces of convolutions."""
+    """A + b n: workspaces of convolutions."""
     for partner in sizes:
         slope, uneven = divmod(size - partner, n - m)
         if slope > 0 and not uneven and slope * n < size:
@@ -253,8 +251,8 @@ def _step_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]
     """What grows in steps of so many samples, or in whole units of something else that scales.
 
     A sum over rows keeps a partial result for each block of rows (aten/src/ATen/native/cuda/Reduce.cuh: ctas_per_output
-    is rounded up); scratch comes in tiles, so many for each so many bytes of an input. A unit divides what was seen here
-    and there, and what scales is one of the phase's own sizes.
+    is rounded up); scratch comes in tiles, so many for each so many bytes of an input. A unit divides what was seen at
+    both sizes, and what scales is one of the phase's own.
     """
     for every in EVERY:
         if size % -(-n // every) == 0 and every < n:

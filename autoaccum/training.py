@@ -121,7 +121,9 @@ def training_of(
     names = {step.block for step in workspaces}
     steady = tuple(step for step in program.phases[FIRST] if step.block not in names)
     asked = Counter(block.bytes for block in kept_blocks(asking))
-    covered = {step.block for step in workspaces if _taken(asked, step.rule.at(program.recorded_at) if step.rule else 0)}
+    covered = {
+        step.block for step in workspaces if _taken(asked, step.rule.at(program.recorded_at) if step.rule else 0)
+    }
     first_asked = tuple(step for step in program.phases[FIRST] if step.block not in covered)
     return Training(
         replace(program, phases={**program.phases, FIRST: steady}),

@@ -1,7 +1,7 @@
 """`python -m benchmarks.truth`: plans against the truth, on the real caching allocator of a virtual GPU.
 
-The truth of a window is found by training it, in a process of its own that has never used the device before: the
-model is built, and windows of that split follow as `step.train_window` trains them. It *fits* where, at the capacity and
+The truth of a window is found by training it, in a process of its own that never used the device before: the model
+is built, and windows of that split follow as `step.train_window` trains them. It *fits* where, at the capacity and
 at 2 % less, nothing ran out of memory and the allocator did not give its cache back from the third window on; the rule
 of `outlook_cuda.fits` and `training.TrainingReplay.fits`. A convolution that had to do without its workspace has run
 out of memory, too (`num_ooms` counts it).
@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoaccum import Workload, errors, fit, oom, split as cutting, step, virtual
+from autoaccum import Workload, errors, fit, oom, step, virtual
+from autoaccum import split as cutting
 from autoaccum.outlook import CAPACITY_MARGIN
 from autoaccum.solve import balanced
 from autoaccum.training import MOST_WINDOWS
@@ -478,7 +479,7 @@ def report(lines: list[dict[str, Any]], *, write: bool) -> None:
         told.append(f"- failed: {', '.join(table[~table.index.isin(done.index)]['case'])}")
     text = (
         f"# Plans against the truth, {datetime.date.today()}\n\n*Real allocator on a virtual GPU*, torch "
-        f"{torch.__version__}, by `python -m benchmarks.truth --write`: kernels compute nothing, the caching allocator is "
+        f"{torch.__version__}, by `python -m benchmarks.truth --write`: kernels compute nothing, the allocator is "
         "PyTorch's own. What each column means is in `benchmarks/truth.py`.\n\n" + "\n".join(told) + "\n"
     )
     columns = [name for name in table.columns if name not in ("number", "predicted", "measured", "fits fresh")]

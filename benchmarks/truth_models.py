@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [width * 2**level for level in range(4)]
         self.down = nn.ModuleList(self._block(a, b) for a, b in zip([3, *widths], widths, strict=False))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in itertools.pairwise(widths))
         self.join = nn.ModuleList(self._block(2 * a, a) for a in widths[:-1])
         self.head = nn.Conv2d(width, 4, 1)
 

@@ -24,7 +24,7 @@ from autoaccum.split import tile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import truth
-from benchmarks.truth_models import MODELS, Made
+from benchmarks.truth_models import MODELS, Made, Mlp
 
 REASON = virtual.available()
 GiB = truth.GiB
@@ -45,25 +45,26 @@ class Counting(nn.Module):
 
 
 def counting() -> Made:
-    model, batch = MODELS["MLP"]()
-    return Counting(model), batch
+    return Counting(Mlp(1024)), MODELS["MLP"]()[1]
 
 
-def case(make: Any, optimizer: str, precision: str, gib: float, target: int, workspace: str | None = None) -> truth.Case:
+def case(
+    make: Any, optimizer: str, precision: str, gib: float, target: int, workspace: str | None = None
+) -> truth.Case:
     name = make if isinstance(make, str) else make.__name__
     make = MODELS[make] if isinstance(make, str) else make
     return truth.Case(name, make, optimizer, precision, int(gib * GiB), target, workspace, clip=precision == "fp16")
 
 
 QUICK = [
-    case(counting, "AdamW foreach", "fp32", 2, 1500),
+    case(counting, "AdamW foreach", "fp32", 0.25, 480),
     case("ResNet-18", "AdamW foreach", "fp32", 2, 230),  # with retries in the first windows
     case("ResNet-18", "SGD", "bf16", 2, 400, "0.5x"),  # workspaces of a + b n
     case("BERT", "AdamW fused", "fp32", 3, 40),  # sizes that step with the rows
-    case("GPT", "AdamW loop", "bf16", 2, 10),
-    case("U-Net", "SGD", "fp16", 2, 60),
+    case("GPT", "AdamW loop", "bf16", 2, 10),  # too small for two primes
 ]
 SLOW = [
+    case("U-Net", "SGD", "fp16", 2, 60),
     case("ViT-S", "SGD", "fp16", 7.5, 1138),  # buffers that saturate at 108 MiB
     case("U-Net", "AdamW foreach", "bf16", 23.5, 702, "0.5x"),  # equal free blocks: the oldest segment's is taken
     case("LSTM", "AdamW foreach", "fp32", 3.5, 839),
@@ -98,11 +99,11 @@ def test_a_plan_is_the_truth_and_leaves_no_trace(number: int) -> None:
     assert found["fewer"] == [], "fewer steps fit, too"
     assert found["largest fits"]
     assert found["larger"] == []
-    assert plan["measured"] == plan["predicted"], "the verified peak was another"
+    assert plan["here"][2] == plan["predicted"], "training took another peak than predicted"
     assert plan["ooms"] == 0
     assert plan["verifications"] == 1
     assert plan["passes"] <= 10
-    assert plan["samples"] <= 3 * max(plan["split"])
+    assert plan["method"] == "bracketed" or plan["samples"] <= 3 * max(plan["split"])
     assert plan["holds here"]
     assert found["kept"]["holds here"], "with optimizer state kept, and 2 % less memory than there was"
     assert found["changed"] == []
@@ -127,7 +128,7 @@ def _seen(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _bits(tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Where it lies, and its bits; not of small ones, which the snapshot joins by a kernel that computes nothing here."""
+    """Where it lies, and its bits; not of small ones: a kernel, which does nothing here, joins them."""
     bits = tensor.cpu().clone() if tensor.nbytes > restore._SMALL_BYTES else torch.zeros(0)
     return tensor.data_ptr(), bits
 
