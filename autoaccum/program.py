@@ -165,7 +165,13 @@ def _saturating(events: Sequence[Event], rules: Mapping[int, Rule], others: Sequ
         size for size in buffers if not rules[size].per_sample and any(here[size] > each.count(size) for each in others)
     ]
     most = max(reached, default=0)
-    return {size: rules[size]._replace(most=most) for size in buffers if rules[size].per_sample and size < most}
+    found = {}
+    for size in buffers:
+        rule = rules[size]
+        if rule.per_sample and size < most:
+            whole = rule.per_sample if rule.every > 1 else rule.unit  # blocks are counted up to whole ones
+            found[size] = rule._replace(most=-(-most // whole) * whole)
+    return found
 
 
 def _reduction_buffers(events: Sequence[Event], rules: Mapping[int, Rule]) -> set[int]:
@@ -295,10 +301,11 @@ def _paired_by_order(unsure: Sequence[int], n: int, rest: Sequence[int], m: int)
 
 
 def _rounded_rule(size: int, n: int, rest: Sequence[int], m: int) -> Rule:
-    """Rounded up from something proportional where a partner is within a few percent; else saturated: it stays."""
-    if any(abs(partner * n / m - size) <= ROUNDED_WITHIN * size for partner in rest):
-        return Rule(0, per_sample=size, divisor=n)
-    return Rule(size)
+    """Saturated where something there grew faster than this one stands for; else it scales, on the safe side."""
+    expected = [partner * n / m for partner in rest if partner <= size]
+    if any(abs(each - size) <= ROUNDED_WITHIN * size for each in expected):
+        return Rule(0, per_sample=size, divisor=n)  # rounded up from something proportional
+    return Rule(size) if any(each > size for each in expected) else Rule(0, per_sample=size, divisor=n)
 
 
 def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[int, int]:
