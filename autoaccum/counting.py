@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from . import restore, tree
+from . import split as cutting
+from .errors import BatchError
 from .hugging_face import can_tell, find_denominator, has_labels
 from .loss_terms import count_of
 from .parts import Parts, autocast, forward
@@ -27,7 +29,8 @@ def window_count(parts: Parts, pieces: Sequence[Batch]) -> Any:
         telling = next((piece for piece in pieces if can_tell(piece)), None)
         if telling is None:
             return 0  # all labels are ignored
-        _ask_for_denominator(parts, telling)
+        few = _few(telling)
+        _ask_for_denominator(parts, few if can_tell(few) else telling)
     if parts.count is not None:
         return sum(parts.count(piece) for piece in pieces)
     if len(pieces) < 2 or parts.encode is not None:
@@ -59,9 +62,17 @@ def _is_pair(parts: Parts, piece: Batch) -> bool:
     if parts.loss_is_mean:
         return False
     with _untouched(parts), torch.no_grad():
-        parts.counts_by_forward = count_of(forward(parts, _copy(piece))) is not None
+        parts.counts_by_forward = count_of(forward(parts, _copy(_few(piece)))) is not None
     parts.loss_is_mean = not parts.counts_by_forward
     return parts.counts_by_forward
+
+
+def _few(piece: Batch) -> Batch:
+    """Two samples of it, where it can be cut: a forward that only asks should take less memory than one that trains."""
+    try:
+        return cutting.tile(piece, min(2, cutting.batch_size(piece)))
+    except BatchError:
+        return piece
 
 
 def _copy(piece: Batch) -> Batch:

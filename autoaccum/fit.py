@@ -313,14 +313,30 @@ def _learn(outlook: Outlook, n: int, *, last: bool) -> None:
         return
     known = [recording.micro_batch for recording in observed.recordings]
     near = next((size for size in (observe.prime_near(n), n) if size > known[-1]), None)
-    if near is not None:
-        observe.add(outlook.subject, observed, near)
-    observed.doubt = observe.doubt_of_last(outlook.subject, observed)
+    if near is not None and not _recorded(outlook, near):
+        observed.doubt = f"a recording at {near} samples, which should have fitted, did not"
+    observed.doubt = observed.doubt or observe.doubt_of_last(outlook.subject, observed)
     if last and observed.doubt is None:
         observed.doubt = "windows took another amount of memory than their recordings, so each size was tried by itself"
     outlook.forget()
     if observed.doubt is not None:
         observe.bracket(outlook.subject, observed, lambda _, size: outlook.is_sure_to_fit(size), outlook.wish.most)
+
+
+def _recorded(outlook: Outlook, n: int) -> bool:
+    """Records at n, where that is sure to fit by what is known; False where it ran out of memory for all that."""
+    if not outlook.is_sure_to_fit(n):
+        return True
+    try:
+        observe.add(outlook.subject, outlook.observed, n)
+    except (RuntimeError, MemoryError) as error:
+        if not oom.is_out_of_memory(error):
+            raise
+        outlook.subject.say(f"{n} samples are too many: {oom.drop_frames(error)}")
+    else:
+        return True
+    oom.collect()
+    return False
 
 
 def _run_for_real(outlook: Outlook, split: Split) -> tuple[Any, str | None]:

@@ -6,22 +6,25 @@ one instead, from small to large, each only if what is known so far says that it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from . import oom, step
+from . import counting, oom, step
 from . import split as cutting
 from .allocator import Replay, Start
 from .plan import RecordingNote
 from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, plain_window
-from .recording import Event, Phase, Recording, kept_blocks, live_peak
+from .recording import FIRST, Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .workload import Batch, Workload
 
 PARTS = (0.5, 0.8)  # of the answer: where to record, once it is roughly known
+LARGE = 1 << 20  # smaller blocks share segments of 2 MiB (CUDACachingAllocator.cpp: kSmallSize)
+SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more samples than three times that
 SCOUT = 2  # samples of the very first window; batch statistics need two
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
 PRELUDE = "first step"
@@ -52,6 +55,7 @@ class Observed:
     Attributes:
         first_step: The first optimizer step, of small micro-batches.
         prelude: Its events.
+        asking: On CUDA, what asking the loss takes before it.
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
         doubt: Why no step program could be made; None while one can.
@@ -60,6 +64,7 @@ class Observed:
 
     first_step: Recording | None = None
     prelude: tuple[Event, ...] = ()
+    asking: tuple[Event, ...] = ()
     recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
     doubt: str | None = None
@@ -105,9 +110,23 @@ def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase]
 
 def scout(subject: Subject, observed: Observed) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
+    if subject.device.name == "cuda":
+        observed.asking = _asking(subject)
     recording = record_window(subject, SCOUT, steps=subject.device.SCOUT_STEPS)
     observed.first_step = recording
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
+
+
+def _asking(subject: Subject) -> tuple[Event, ...]:
+    """What it takes to ask the loss what it counts, which any process does once, before its first micro-batch."""
+    pieces = [subject.tile(SCOUT)] * 2
+
+    def run(on_phase: step.OnPhase) -> None:
+        with on_phase(FIRST):
+            counting.window_count(subject.parts, pieces)
+
+    recording: Recording = subject.device.record(run, micro_batch=SCOUT)
+    return tuple(event for phase in recording.phases for event in phase.events)
 
 
 def small_primes(model: Any) -> tuple[int, int]:
@@ -161,15 +180,41 @@ def observe(
     if observed.recordings[0].micro_batch != primes[0] or not allowed(observed, primes[1]):
         observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
         return
-    add(subject, observed, primes[1])
+    add(subject, observed, _second_size(subject, observed, allowed, primes[1]))
     for part in PARTS:
         n = _next_size(subject, observed, answer(observed), part)
         if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
             continue
+        program = observed.program()
         error = add(subject, observed, n)
-        if error is not None and error <= subject.device.AGREES_WITHIN:
+        last = next(recording for recording in observed.recordings if recording.micro_batch == n)
+        exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
+        if error is not None and error <= subject.device.AGREES_WITHIN and (not exact or _foresaw(program, last)):
             return
     observed.doubt = doubt_of_last(subject, observed)
+
+
+def _foresaw(program: StepProgram, recording: Recording) -> bool:
+    """Whether a program has every large block of a recording, of its very size."""
+    return all(
+        Counter(size for event in phase.events if (size := event.bytes) > LARGE)
+        == Counter(
+            size
+            for each in program.phases.get(phase.name, ())
+            if each.rule and (size := each.rule.at(recording.micro_batch)) > LARGE
+        )
+        for phase in recording.phases
+    )
+
+
+def _second_size(subject: Subject, observed: Observed, allowed: Callable[[Observed, int], bool], prime: int) -> int:
+    """The second small prime; where the answer is small too, so that no third recording may be had, one near it."""
+    most = subject.device.MOST_SAMPLES
+    if most is None or allowed(observed, SMALL_ANSWER):
+        return prime
+    sure = next(n for n in range(SMALL_ANSWER, 0, -1) if n <= prime or allowed(observed, n))
+    left = int(most * sure) - SCOUT - sum(note.passes * note.micro_batch for note in observed.notes)
+    return max(prime, prime_near(min(int(PARTS[-1] * sure), left // 2)))
 
 
 def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -> int:

@@ -14,13 +14,14 @@ from .observe import Observed, Subject
 from .outlook import AGREES_WITHIN, VERIFIED_STEPS, Outlook
 from .plan import PeakRow
 from .program import StepProgram, as_recorded, plain_window
-from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, live_peak
+from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, Recording, live_peak
 from .solve import CAPACITY_MARGIN, Split, largest_micro_batch
 from .training import Training, TrainingReplay, replay_training, training_of
 from .units import show_bytes
 from .virtual.control import is_virtual
 from .wish import Wish
 
+VERIFIED = "verified"  # the history of a verification: here, with the loss asked already
 MOST_REMEMBERED = 4096  # replays
 _Key = tuple[Split, str, int | None, bool]
 
@@ -83,7 +84,8 @@ class CudaOutlook(Outlook):
                 training,
                 sizes,
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
-                start=self.start if history == "here" else EMPTY,
+                start=EMPTY if history == "fresh" else self.start,
+                asks=history != VERIFIED,
             )
             if len(known) > MOST_REMEMBERED:
                 known.clear()
@@ -103,7 +105,7 @@ class CudaOutlook(Outlook):
     def _made(self, key: int, program: Callable[[], StepProgram]) -> Training:
         if key not in self._trainings:
             assert self.observed.first_step is not None
-            self._trainings[key] = training_of(program(), self.observed.first_step, self.build)
+            self._trainings[key] = training_of(program(), self.observed.first_step, self.build, self.observed.asking)
         return self._trainings[key]
 
     def peak_bytes(self, split: Split, history: str) -> int:
@@ -248,7 +250,7 @@ class CudaOutlook(Outlook):
 
     def confirms(self, split: Split, measured: cuda.Measured) -> str | None:
         """The retries that were predicted, and the peak within 2 %."""
-        expected = self.replayed(split, "here", self.budget.bytes)
+        expected = self.replayed(split, VERIFIED, self.budget.bytes)
         retries = expected.retries[: len(measured.retries)]
         if measured.retries != retries:
             return f"gave its cache back {measured.retries} times in its windows, not {retries}"
@@ -260,9 +262,20 @@ class CudaOutlook(Outlook):
 def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CudaOutlook:
     """Reads what there is now."""
     parts = subject.parts
-    build = subject.build or cuda.model_blocks(parts.model)
+    resumed = observed.first_step is not None and not _makes_state(observed.first_step)
+    build = subject.build or cuda.model_blocks(parts.model, parts.optimizer if resumed else None)
     settings = cuda.rules()
     budget = cuda.read_budget(parts.device, wish.budget, wish.headroom)
     base = cuda.reserved_by(build, settings)
     start = cuda.read_start(parts.device)
     return CudaOutlook(subject, wish, observed, base, budget, sample_bytes, 0.0, build, start, settings)
+
+
+def _makes_state(first_step: Recording) -> bool:
+    """Whether the very first optimizer step made anything that stays.
+
+    Where it did not, what state the optimizer has was there before: a fresh process that goes on with it loads it.
+    """
+    events = [event for phase in first_step.phases if phase.name == OPTIMIZER for event in phase.events]
+    freed = {event.block for event in events if event.bytes <= 0}
+    return any(event.bytes > 0 and event.block not in freed for event in events)

@@ -1,0 +1,35 @@
+"""`autoaccum plan --gpu NAME`: a plan for a GPU that isn't here, by the real allocator on a virtual one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autoaccum.virtual import available
+
+REASON = available()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+
+
+def test_a_gpu_that_is_not_here_gets_a_plan_and_a_model_too_large_an_answer(tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text(
+        "import torch\nfrom torch import nn\nfrom autoaccum import Workload\n"
+        "def workload():\n"
+        "    model = nn.Sequential(*[nn.Linear(16384, 16384) for _ in range(8)])\n"
+        "    return Workload(model, (torch.zeros(2, 16384), torch.zeros(2, dtype=torch.long)))\n"
+    )
+    command = [sys.executable, "-m", "autoaccum", "plan", "--target-batch", "512", "--workload", "large.py:workload"]
+
+    def plan(gpu: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, "--gpu", gpu], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+
+    roomy = plan("a100-80gb")  # 8 GiB of parameters, and four times that in training
+    assert roomy.returncode == 0, roomy.stderr
+    assert "real allocator on a virtual GPU" in roomy.stdout
+    assert "exactness   unknown" in roomy.stdout
+    tight = plan("t4")
+    assert tight.returncode == 3, tight.stderr
+    assert "Not even a micro-batch of 1 fits" in tight.stderr and "sharded over" in tight.stderr
