@@ -3,7 +3,9 @@
 A recording knows blocks, not tensors, so each is told by when it is born and when it dies. That needs no look into the
 model and holds for a program of any device. No torch here.
 
-    optimizer state  left behind by the first optimizer step, before the window
+    workspaces       born in the first micro-batch and freed by nothing, no later one making the like: a library's own,
+                     which recordings of a CUDA device show anew each time; it is there from the start
+    optimizer state  left behind by the first optimizer step, before the window, but for these
     gradients        born in the first micro-batch, freed by the optimizer step
     data             the first blocks of a micro-batch, where they have the sizes of its samples' tensors
     activations      born before the turn from forward to backward and freed after it; and what a micro-batch leaves
@@ -17,15 +19,18 @@ A later micro-batch has its turn at the same allocation, counted from its beginn
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from .program import StepProgram, window
-from .recording import FIRST, LATER, OPTIMIZER, Phase
+from .program import Step, StepProgram, made_for_good, window
+from .recording import FIRST, LATER, OPTIMIZER, Phase, kept_blocks
 from .solve import Split
 
-PROCESS, PARAMETERS, STATE, GRADIENTS, ACTIVATIONS, TEMPORARIES, DATA, CACHED = CATEGORIES = (
+PROCESS, PARAMETERS, WORKSPACES, STATE, GRADIENTS, ACTIVATIONS, TEMPORARIES, DATA, CACHED = CATEGORIES = (
     "process",
     "parameters",
+    "workspaces",
     "optimizer state",
     "gradients",
     "activations",
@@ -49,11 +54,15 @@ def composition(program: StepProgram, split: Split, *, inputs: Sequence[int] = (
         By phase's name, requested bytes by category, those of nothing left out. Phases of one name are one, the
         highest instant of all of them. Their sum is the most that is alive at once in that phase.
     """
-    phases = window(program, split)
+    workspaces = made_for_good(program)
+    names = {step.block for step in workspaces}
+    steady = tuple(step for step in program.phases[FIRST] if step.block not in names)
+    phases = window(replace(program, phases={**program.phases, FIRST: steady}), split)
     kinds = _kinds(program, phases, split, inputs)
     now = dict.fromkeys(CATEGORIES, 0)
-    now[STATE] = _state_bytes(program)
-    live = now[STATE]
+    now[WORKSPACES] = sum(step.rule.at(split[0]) for step in workspaces if step.rule is not None)
+    now[STATE] = _state_bytes(program, workspaces)
+    live = now[WORKSPACES] + now[STATE]
     highest: dict[str, int] = {}
     found: dict[str, dict[str, int]] = {}
     for phase in phases:
@@ -98,9 +107,11 @@ def whole(
     return found
 
 
-def _state_bytes(program: StepProgram) -> int:
-    freed = {event.block for event in program.prelude if event.bytes < 0}
-    return sum(event.bytes for event in program.prelude if event.bytes > 0 and event.block not in freed)
+def _state_bytes(program: StepProgram, workspaces: Sequence[Step]) -> int:
+    """What the first window leaves behind, without the workspaces that it shows too."""
+    known = Counter(step.rule.at(program.recorded_at) for step in workspaces if step.rule is not None)
+    kept = Counter(event.bytes for event in kept_blocks(program.prelude))
+    return sum(size * times for size, times in (kept - known).items())
 
 
 def _kinds(program: StepProgram, phases: Sequence[Phase], split: Split, inputs: Sequence[int]) -> dict[int, str]:

@@ -128,6 +128,10 @@ def _phases(plan: Plan) -> list[str]:
     if plan.slack:
         extra = plan.predicted_peak_bytes - max(plan.phases.values()) - plan.history_bytes
         lines.append(f"  {'slack':<20}{show_bytes(extra):>12}  {plan.reasons['slack']}")
+    if "predicted_peak_bytes" in plan.reasons:
+        lines.append(
+            f"  {'in all':<20}{show_bytes(plan.predicted_peak_bytes):>12}  {plan.reasons['predicted_peak_bytes']}"
+        )
     for name, size in plan.phases.items():
         above = show_bytes(size - plan.base_bytes - plan.data_bytes)
         lines.append(f"  {PHASE_TITLES[name]:<20}{show_bytes(size):>12}  {above} above these")

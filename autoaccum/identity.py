@@ -70,11 +70,24 @@ def fingerprint(parts: Parts) -> dict[str, str]:
         "loss": getattr(parts.loss, "__qualname__", type(parts.loss).__name__),
         "optimizer": " ".join([type(optimizer).__name__, *flags]),
         "precision": str(parts.autocast_dtype or "as the model is"),
+        "window": _window_words(parts),
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         **({"allocator": allocator} if cuda else {}),
         "torch": torch.__version__,
         "autoaccum": __version__,
     }
+
+
+def _window_words(parts: Parts) -> str:
+    """What else a window does that takes memory."""
+    does = {
+        "clips": parts.clip_grad_norm is not None,
+        "scales": parts.scaler is not None,
+        "encodes apart": parts.encode is not None,
+        "runs between windows": parts.between is not None,
+        f"batchnorm {parts.batchnorm}": parts.batchnorm is not None,
+    }
+    return ", ".join(word for word, true in does.items() if true) or "plain"
 
 
 def check_fingerprint(found: Mapping[str, str], planned: Mapping[str, str]) -> None:

@@ -83,7 +83,8 @@ def part(out: Any, share: float, count: Any, total: Any) -> torch.Tensor:
     Args:
         out: What the loss returned.
         share: The micro-batch's part of the window's samples.
-        count: What a mean averages over in this micro-batch, where `count=` told; None weights a mean by samples.
+        count: What a mean averages over in this micro-batch, where `count=` told, more than nothing; None weights a
+            mean by samples.
         total: What the window counts; None where nothing is counted.
     """
     if isinstance(out, LossTerms):
@@ -94,9 +95,7 @@ def part(out: Any, share: float, count: Any, total: Any) -> torch.Tensor:
     if count is None:
         mean: torch.Tensor = out * share
         return mean
-    # Not a mean of nothing times 0: that is NaN. And in this order: two integers divided would be a float32.
-    there = torch.as_tensor(count != 0, device=out.device)
-    return cast(torch.Tensor, torch.where(there, out, torch.zeros_like(out)) * count / total)
+    return cast(torch.Tensor, out * count / total)  # in this order: two integers divided would be a float32
 
 
 def nonzero(count: Any) -> Any:

@@ -107,9 +107,9 @@ class Outlook(ABC):
     def measure(self, train: Callable[[Split], None], split: Split) -> Any:
         """Runs the first optimizer step and two windows for real, watched; `train` trains one window of a split."""
 
-    @abstractmethod
     def forget(self) -> None:
         """Drops what was reckoned from recordings that have been added to."""
+        self.observed.memo.clear()
 
     @abstractmethod
     def confirms(self, split: Split, measured: Any) -> str | None:

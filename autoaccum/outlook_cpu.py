@@ -128,9 +128,6 @@ class CpuOutlook(Outlook):
 
         return cpu.measure(work)
 
-    def forget(self) -> None:
-        """Nothing to forget: what was observed keeps its own replays."""
-
     def confirms(self, split: Split, measured: cpu.Measured) -> str | None:
         """Within 2 % of the whole; where each size stands for itself, that it fits is all there is to know."""
         present = self.base_bytes - self.fresh.heap_free_bytes + self.start.heap_free_bytes

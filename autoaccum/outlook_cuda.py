@@ -243,7 +243,7 @@ class CudaOutlook(Outlook):
 
     def forget(self) -> None:
         """Drops what was replayed."""
-        self.observed.memo.clear()
+        super().forget()
         self._replays.clear()
         self._floors.clear()
         self._trainings.clear()

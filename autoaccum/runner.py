@@ -16,6 +16,7 @@ from . import split as cutting
 from .errors import OutOfMemory, UsageError
 from .identity import check_fingerprint, check_signature, fingerprint
 from .plan import Plan
+from .recheck import counts_differ, recheck
 from .recording import FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from .recut import counted, cut_one, recut, refuse_changed, versions
 from .rng import put_rng
@@ -81,7 +82,7 @@ class Runner:
         self._names = {"shared": workload.shared, "per_sample": workload.per_sample}
         self._phase, self._begun = "", 0  # of a window: where it is, and its micro-batches so far
         self._max_tokens = workload.max_tokens
-        self._ignored_told = self._changes_looked_at = False
+        self._ignored_told = self._changes_looked_at = self._rechecked = False
         self._drift = drift.Watch(self.parts.device, plan)
         self._least = max(plan.smallest_micro_batch, batchnorm.least_micro_batch(self.parts.norms, workload.batchnorm))
         if not self.parts.model.training:
@@ -172,6 +173,7 @@ class Runner:
         if max(window.sizes) > self.micro_batch and window.sizes != self._split(sum(window.sizes)):
             window = self._recut(window)  # loaded before an out-of-memory lowered it
         self._drop_gradients()  # somebody's own backward, or a window that an error broke off
+        self._recheck(window)
         retries = 0
         self._drift.begin()
         while True:
@@ -196,6 +198,15 @@ class Runner:
         return StepResult(
             self.number, result.loss, result.samples, window.sizes, result.grad_norm, result.stepped, retries
         )
+
+    def _recheck(self, window: Window) -> None:
+        """Tests the gradient once more on the first real window that the plan's sample may not have stood for."""
+        if self._rechecked or self.parts.encode is not None or not counts_differ(window.pieces, window.sizes):
+            return
+        self._rechecked = True
+        told = recheck(self.parts, window.pieces, window.sizes, self._names)
+        if told is not None:
+            log.warning("%s", told)
 
     def _warn_of_ignored(self, window: Window) -> None:
         """A Hugging Face model's own loss is a mean over labels that aren't ignored; samples don't tell of these."""

@@ -115,6 +115,8 @@ def _micro_batch(
     counted = loss_terms.count_of(out)
     total = counted if total is None else total
     count = parts.count(piece) if parts.count is not None and not passed and counted is None else None
+    if count is not None and not bool(count):
+        return torch.zeros_like(out.detach()), total  # a mean of nothing: its backward is 0 / 0, whatever it is times
     loss = loss_terms.part(out, share, count, None if total is None else loss_terms.nonzero(total))
     del out
     _backward(parts, loss)

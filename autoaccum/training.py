@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .caching_allocator import EMPTY, CachingAllocator, CudaRules, CudaStart
-from .program import Score, Step, StepProgram, Writer, left_behind, score
+from .program import Score, StepProgram, Writer, left_behind, made_for_good, score
 from .recording import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER, Event, Phase, Recording, kept_blocks
 
 MOST_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two stand for those to come
@@ -101,7 +101,7 @@ def training_of(
     made = [event for event in events[FIRST] if event.bytes > 0]
     kept = [(index, event) for index, event in enumerate(made) if event.block not in freed]
     others = [event.bytes for event in made if event.block in freed]
-    workspaces = _made_for_good(program)
+    workspaces = made_for_good(program)
     known = Counter(step.rule.at(program.recorded_at) for step in workspaces if step.rule is not None)
     sizes = [
         step.rule.at(first_step.micro_batch)
@@ -143,23 +143,6 @@ def _taken(counts: Counter[int], size: int) -> bool:
     there = counts[size] > 0
     counts[size] -= there
     return there
-
-
-def _made_for_good(program: StepProgram) -> list[Step]:
-    """What the first micro-batch of a window allocates and nothing frees, and no later micro-batch does likewise."""
-    freed = {step.block for phase in program.phases.values() for step in phase if step.rule is None}
-    kept = {
-        name: [step for step in program.phases.get(name, ()) if step.rule is not None and step.block not in freed]
-        for name in (FIRST, LATER)
-    }
-    growing = Counter(step.rule for step in kept[LATER])
-    found = []
-    for step in kept[FIRST]:
-        if growing[step.rule]:
-            growing[step.rule] -= 1
-        else:
-            found.append(step)
-    return found
 
 
 def _gradients(first: Sequence[Event], freed: set[int], program: StepProgram) -> dict[int, int]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from . import batchnorm
 from . import split as cutting
 from .errors import UsageError
 from .solve import share_of
@@ -67,7 +66,7 @@ def read_wish(
         )
     _sample_size(workload)
     samples = None if target_batch is None else share_of(target_batch, world_size, rank)
-    least = least or (2 if _takes_batch_statistics(workload.model) else 1)
+    least = least or batchnorm.least_micro_batch(batchnorm.find_norms(workload.model), workload.batchnorm)
     most = min(most or SEARCH_LIMIT, samples or SEARCH_LIMIT)
     if least > most:
         raise UsageError(
@@ -86,8 +85,3 @@ def read_wish(
 
 def _sample_size(workload: Workload) -> int:
     return cutting.batch_size(workload.sample, shared=workload.shared, per_sample=workload.per_sample)
-
-
-def _takes_batch_statistics(model: torch.nn.Module) -> bool:
-    kind = torch.nn.modules.batchnorm._BatchNorm
-    return any(isinstance(module, kind) and (module.training or not model.training) for module in model.modules())

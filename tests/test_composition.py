@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from strategies import Truth, recorded_programs, truths
 
 from autoaccum.composition import CATEGORIES, composition, whole
-from autoaccum.program import Rule, StepProgram, lift, window
+from autoaccum.program import StepProgram, lift, window
 from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.size_rules import Rule
 from autoaccum.timeline import timeline
 
 RECORDED = {each.name: lift(each.recordings, each.prelude) for each in recorded_programs()}

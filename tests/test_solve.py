@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from strategies import Truth, random_truth, recorded_programs, truths
 
 from autoaccum.allocator import CpuRules, replay
-from autoaccum.program import Rule, StepProgram, lift, window
+from autoaccum.program import StepProgram, lift, window
 from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording, live_peak
+from autoaccum.size_rules import Rule
 from autoaccum.solve import balanced, largest_micro_batch, share_of, smallest_steps, split_within
 
 RECORDED = recorded_programs()
