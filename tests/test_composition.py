@@ -56,6 +56,19 @@ def test_each_category_is_told_by_when_its_blocks_live() -> None:
     assert found[OPTIMIZER] == {"optimizer state": 2000, "gradients": 1000, "temporaries": 500}
 
 
+def test_a_librarys_workspace_is_no_optimizer_state_and_there_from_the_start() -> None:
+    def with_workspace(n: int) -> Recording:
+        plain = recording(n)
+        first = (Event(90, 8000), *plain.phases[0].events)  # nothing frees it, and no later micro-batch makes one
+        return Recording(n, (Phase(FIRST, first), *plain.phases[1:]))
+
+    prelude = (Event(1, 2000), Event(2, 8000))  # the first window made the state, and its own workspace
+    found = composition(lift([with_workspace(5), with_workspace(7)], prelude=prelude), (10, 10))
+    for phase in (FIRST, LATER, OPTIMIZER):
+        assert (found[phase]["workspaces"], found[phase]["optimizer state"]) == (8000, 2000)
+    assert found[FIRST]["activations"] == composition(made_up_program(), (10, 10))[FIRST]["activations"]
+
+
 def test_without_inputs_nothing_is_data() -> None:
     found = composition(made_up_program(), (10, 10))
     assert "data" not in found[FIRST] and found[FIRST]["activations"] == 1074

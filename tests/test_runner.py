@@ -435,6 +435,33 @@ def test_what_runs_between_windows_has_run_when_its_window_is_handed_out() -> No
     assert told == ["between", "result"] * 2
 
 
+def test_a_window_that_counts_otherwise_than_the_sample_is_tested_once(caplog: pytest.LogCaptureFixture) -> None:
+    x, y = vectors(24)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], ignore_index=-100)
+
+    runner = runner_for(Workload(mlp(), (x[:2], y[:2]), loss=loss, optimizer=Capture), 24, 12)
+    runner.step((x, y))
+    assert "is not that of one batch" not in caplog.text
+    ignoring = torch.where(torch.arange(24) < 9, -100, y)
+    runner.step((x, ignoring))
+    runner.step((x, ignoring))
+    assert caplog.text.count("is not that of one batch") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"clip_grad_norm": 1.0}, {"between": lambda m: None}, {"batchnorm": "frozen"}],
+    ids=lambda c: next(iter(c)),
+)
+def test_a_plan_for_windows_that_do_less_is_refused(change: dict[str, Any]) -> None:
+    plain = Workload(mlp(), vectors(4), optimizer=Capture)
+    plan = plan_for(plain, 8, 4)
+    with pytest.raises(PlanMismatch, match="window: planned 'plain'"):
+        Runner(replace(plain, **change), plan)
+
+
 def test_a_hugging_face_loss_with_ignored_labels_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     class Tells(nn.Module):
         def __init__(self) -> None:
