@@ -112,7 +112,6 @@ def _table(outlook: Outlook, split: Split, largest: int) -> tuple[PeakRow, ...]:
 
 
 def _reasons(outlook: Outlook, split: Split, measured: Any) -> dict[str, str]:
-    usable = show_bytes(outlook.usable_bytes)
     samples, steps = sum(split), len(split)
     reasons = {
         "accumulation_steps": (
@@ -120,10 +119,10 @@ def _reasons(outlook: Outlook, split: Split, measured: Any) -> dict[str, str]:
             if steps == 1
             else f"the fewest that micro-batches of at most {outlook.wish.most} allow"
             if steps == -(-samples // outlook.wish.most)
-            else f"the fewest whose own window fits {usable}, the budget less 2 %"
+            else f"the fewest whose own window fits {outlook.border_words}"
         ),
         "split": f"{samples} samples in {steps} micro-batches whose sizes differ by at most one, largest first",
-        "largest_micro_batch": f"the largest of which a window of several fits {usable}",
+        "largest_micro_batch": f"the largest of which a window of several fits {outlook.border_words}",
         "slack": f"{outlook.slack:.0%} of what training takes, for the fragmentation of malloc's default",
         "budget_bytes": f"the tightest of the limits ({outlook.budget.binds}) less the headroom",
     }

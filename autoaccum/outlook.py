@@ -18,6 +18,7 @@ from .observe import Observed, Subject
 from .plan import PeakRow
 from .recording import Phase, kept_blocks, live_peak
 from .solve import CAPACITY_MARGIN, Solution, Split
+from .units import show_bytes
 from .wish import Wish
 
 VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
@@ -81,6 +82,11 @@ class Outlook(ABC):
     @abstractmethod
     def row(self, n: int) -> PeakRow:
         """What windows of micro-batches of n would take above the base, unlimited by any budget."""
+
+    @property
+    def border_words(self) -> str:
+        """What a window has to fit."""
+        return f"{show_bytes(self.usable_bytes)}, the budget less {100 * CAPACITY_MARGIN:.0f} %"
 
     @property
     @abstractmethod

@@ -20,7 +20,7 @@ from .recheck import counts_differ, recheck
 from .recording import FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from .recut import counted, cut_one, recut, refuse_changed, versions
 from .rng import put_rng
-from .solve import share_of, split_within
+from .solve import CAPACITY_MARGIN, share_of, split_within
 from .tokens import split_by_tokens
 from .units import show_bytes
 from .windows import Window, windows
@@ -97,6 +97,11 @@ class Runner:
         if steps > 1:
             warned.append(batchnorm.told(self.parts.norms, self.parts.batchnorm))
         warned.append(self._told_of_lengths())
+        if self.parts.device.type == "cuda":
+            from .budget_cuda import read_cuda_budget, shrunk_since
+
+            now = read_cuda_budget(self.parts.device)
+            warned.append(shrunk_since(self.plan.budget, now, margin=CAPACITY_MARGIN) or "")
         for text in filter(None, warned):
             log.warning("%s", text)
 

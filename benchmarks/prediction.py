@@ -1,8 +1,8 @@
 """Prediction against measurement, on the CPU: `python -m benchmarks.prediction [--model NAME] [--sizes 8,32,128]`.
 
-For each model one process records and predicts; for each size a fresh process measures (committed bytes, sampled),
-and two more train the same windows under a data limit of 1.03 and of 0.97 times the predicted peak: the first has to
-train, the second has to run out of memory.
+For each model and size one process plans, a fresh one measures (committed bytes, sampled), and two more train the same
+windows under a data limit of 1.03 and of 0.97 times the predicted peak: the first has to train, the second has to run
+out of memory.
 """
 
 from __future__ import annotations
@@ -18,33 +18,19 @@ LIMITS = (1.03, 0.97)
 STEPS = 2
 
 
-def predict(name: str, sizes: list[int]) -> dict[str, Any]:
-    """In a process of its own: records as planning does, and predicts each size's increment and whole peak."""
-    from autoaccum import cpu, fit, observe, step
+def predict(name: str, n: int) -> dict[str, Any]:
+    """In a process of its own: the plan for a window of micro-batches of n, not verified."""
+    from autoaccum import fit_plan
 
     from .models import make
 
-    workload = make(name)
-    threshold = cpu.prepare()
-    cpu.clean()
-    before = cpu.read_heap()
-    with fit._as_it_was(workload) as snapshot:
-        subject = observe.Subject(step.open_parts(workload), workload, cpu, threshold)
-        observed = observe.observe(subject, lambda found: max(sizes), lambda found, n: True)
-        snapshot.restore()
-        subject.parts.optimizer.state.clear()
-        cpu.clean()
-        base = cpu.read_base(before)
-        base_bytes = base.bytes - snapshot.host_bytes
-        sample_bytes = fit.bytes_per_sample(subject)
-        rows = {}
-        for n in sizes:
-            increment = observe.peak_of(subject, observed, (n,) * STEPS, base.fresh).peak_bytes
-            increment += cpu.data_bytes(sample_bytes * n * STEPS)
-            rows[n] = {"peak": base_bytes + increment, "increment": increment}
-    recorded = [note.micro_batch for note in observed.notes]
-    unrecorded = observed.unrecorded_bytes
-    return {"rows": rows, "method": observed.method, "recorded": recorded, "unrecorded": unrecorded}
+    asked = {"target_batch": n * STEPS, "max_micro_batch": n, "min_micro_batch": n}
+    plan = fit_plan(make(name), **asked, elsewhere=True, verify=False, check=False)
+    return {
+        "peak": plan.predicted_peak_bytes,
+        "increment": plan.predicted_peak_bytes - plan.base_bytes,
+        "method": plan.method,
+    }
 
 
 def measure(name: str, n: int) -> dict[str, Any]:
@@ -53,25 +39,17 @@ def measure(name: str, n: int) -> dict[str, Any]:
     The base is read afterwards, as planning reads it: buffers that libraries allocate on first use belong to it, and so
     do the holes that the heap had before; those that training left in it don't.
     """
-    from autoaccum import cpu, fit, observe, step
-    from autoaccum.process_memory import committed_bytes
+    from autoaccum import cpu
 
-    from .models import make
-
-    workload = make(name)
-    threshold = cpu.prepare()
-    parts = step.open_parts(workload)
-    subject = observe.Subject(parts, workload, cpu, threshold)
+    subject = _subject(name)
     cpu.clean()
-    before, before_bytes = cpu.read_heap(), committed_bytes()
-    measured = fit._run_for_real(subject, (n,) * STEPS)
-    parts.optimizer.state.clear()
+    before = cpu.read_heap()
+    measured = cpu.measure(lambda: _train(subject, n))
+    subject.parts.optimizer.state.clear()
     cpu.clean()
-    base = cpu.read_base(before).bytes
     return {
-        "base": base,
+        "base": cpu.read_base(before).bytes,
         "peak": measured.base_bytes + measured.increment_bytes,
-        "grown by": base - before_bytes,
         "resident": measured.resident_bytes,
         "seconds": measured.seconds,
     }
@@ -79,23 +57,35 @@ def measure(name: str, n: int) -> dict[str, Any]:
 
 def limited(name: str, n: int, limit_bytes: int) -> dict[str, Any]:
     """In a fresh process that may not commit more than `limit_bytes`: whether it trains those windows."""
-    from autoaccum import cpu, oom, process_memory, step
-    from autoaccum.observe import Subject
+    from autoaccum import oom, process_memory
 
-    from .models import make
-
-    workload = make(name)
-    subject = Subject(step.open_parts(workload), workload, cpu, cpu.prepare())
+    subject = _subject(name)
     process_memory.limit_data(limit_bytes)
     try:
-        for steps in (1, STEPS, STEPS):
-            pieces = [subject.tile(n) for _ in range(steps)]
-            step.train_window(subject.parts, pieces, (n,) * steps)
+        _train(subject, n)
     except (RuntimeError, MemoryError) as error:
         if not oom.is_out_of_memory(error):
             raise
         return {"trains": False}
     return {"trains": True}
+
+
+def _subject(name: str) -> Any:
+    from autoaccum import cpu, step
+    from autoaccum.observe import Subject
+
+    from .models import make
+
+    workload = make(name)
+    return Subject(step.open_parts(workload), workload, cpu, cpu.prepare())
+
+
+def _train(subject: Any, n: int) -> None:
+    """The first optimizer step, and two windows."""
+    from autoaccum import step
+
+    for steps in (1, STEPS, STEPS):
+        step.train_window(subject.parts, [subject.tile(n) for _ in range(steps)], (n,) * steps)
 
 
 def _in_process(*arguments: object) -> dict[str, Any]:
@@ -105,14 +95,14 @@ def _in_process(*arguments: object) -> dict[str, Any]:
         if line.startswith("RESULT "):
             found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
             return found
-    return {"failed": (out.stderr.strip().splitlines() or [f"exit code {out.returncode}"])[-1]}
+    raise RuntimeError(f"{arguments}: {(out.stderr.strip().splitlines() or [f'exit code {out.returncode}'])[-1]}")
 
 
 def row(
     name: str, n: int, measured: dict[str, Any], predicted: dict[str, Any], limits: tuple[float, ...] = LIMITS
 ) -> dict[str, Any]:
     """One line of the table."""
-    increment, peak = predicted["rows"][str(n)]["increment"], predicted["rows"][str(n)]["peak"]
+    increment, peak = predicted["increment"], predicted["peak"]
     taken = measured["peak"] - measured["base"]
     found = {
         "model": name,
@@ -124,12 +114,10 @@ def row(
         "measured peak MiB": measured["peak"] / 2**20,
         "resident peak MiB": measured["resident"] / 2**20,
         "seconds": measured["seconds"],
-        "unrecorded MiB": predicted["unrecorded"] / 2**20,
         "method": predicted["method"],
     }
     for factor in limits:
-        answer = _in_process("limited", name, n, int(factor * peak))
-        found[f"trains at {factor:.2f}"] = answer.get("trains", answer.get("failed"))
+        found[f"trains at {factor:.2f}"] = _in_process("limited", name, n, int(factor * peak))["trains"]
     return found
 
 
@@ -137,10 +125,9 @@ def table(names: list[str], sizes: list[int], limits: tuple[float, ...] = LIMITS
     """Every model at every size."""
     rows = []
     for name in names:
-        measured = {n: _in_process("measure", name, n) for n in sizes}
-        predicted = _in_process("predict", name, sizes)
         for n in sizes:
-            rows.append(row(name, n, measured[n], predicted, limits))
+            measured, predicted = _in_process("measure", name, n), _in_process("predict", name, n)
+            rows.append(row(name, n, measured, predicted, limits))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 

@@ -77,7 +77,8 @@ def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) 
 
 def solving() -> dict[str, Any]:
     """Seconds to solve for a recorded program of 10,000 events or more."""
-    from autoaccum import Workload, cpu, fit, observe, step
+    from autoaccum import Workload, cpu, fit, observe, outlook_cpu, step
+    from autoaccum.wish import read_wish
 
     from .models import Block
 
@@ -87,13 +88,13 @@ def solving() -> dict[str, Any]:
     model = nn.Sequential(*[Block(32, 2) for _ in range(24)])
     sample = torch.randn(2, 16, 32), torch.randn(2, 16, 32)
     workload = Workload(model, sample, loss=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
-    subject = observe.Subject(step.open_parts(workload), workload, cpu, cpu.prepare())
-    observed = observe.observe(subject, lambda found: 0, lambda found, n: True)
-    program = observed.program()
-    events = sum(len(steps) for steps in program.phases.values())
-    base, start = cpu.read_base()
-    wish = fit._wish(workload, 512, base + 200 * 2**20, None, None, None, 0, 1)
-    outlook = fit.Outlook(subject, wish, observed, base, start, cpu.read_budget(wish.budget, None), 4096)
+    subject = observe.Subject(step.open_parts(workload), workload, cpu, cpu.prepare(), before=cpu.read_heap())
+    observed = observe.Observed()
+    observe.observe(subject, observed, lambda found: 0, lambda found, n: True)
+    events = sum(len(steps) for steps in observed.program().phases.values())
+    budget = cpu.read_base(subject.before).bytes + 200 * 2**20
+    wish = read_wish(workload, 512, budget, None, None, None, 0, 1)
+    outlook = outlook_cpu.look(subject, wish, observed, sample_bytes=4096, own_bytes=0)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()

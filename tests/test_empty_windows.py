@@ -30,6 +30,18 @@ def test_a_window_whose_sizes_and_pieces_differ_in_number_is_no_window(sizes: tu
         step.train_window(parts, list(cut(vectors(12), SIZES)), sizes)
 
 
+def test_a_pair_that_counts_nothing_in_the_whole_window_is_a_loss_of_zero() -> None:
+    x, y = vectors(12)
+
+    def loss(m: nn.Module, b: Any) -> Any:
+        return (m(b[0]) ** 2).mean(-1).mul(b[1]).sum(), b[1].sum()
+
+    parts = step.open_parts(Workload(mlp().double(), (x, y), loss=loss, optimizer=Capture))
+    nothing = torch.zeros(12, dtype=x.dtype)
+    result = step.train_window(parts, list(cut((x, nothing), SIZES)), SIZES)
+    assert float(result.loss) == 0 and not result.stepped
+
+
 def test_a_hand_written_mean_of_nothing_poisons_no_window() -> None:
     batch = {"x": torch.randn(12, 6, dtype=torch.float64), "mask": torch.ones(12)}
     batch["mask"][4:8] = 0

@@ -1,4 +1,4 @@
-"""`autoaccum plan --gpu NAME`: a plan for a GPU that isn't here, by the real allocator on a virtual one."""
+"""`autoaccum plan --gpu NAME`, by the real allocator on a virtual GPU; and a GPU that isn't what it was any more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autoaccum.virtual import available
+from autoaccum.virtual import VirtualGpu, available, launch
 
 REASON = available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -33,3 +33,30 @@ def test_a_gpu_that_is_not_here_gets_a_plan_and_a_model_too_large_an_answer(tmp_
     tight = plan("t4")
     assert tight.returncode == 3, tight.stderr
     assert "Not even a micro-batch of 1 fits" in tight.stderr and "sharded over" in tight.stderr
+
+
+FULLER = """
+import logging, sys
+import torch
+from torch import nn
+from autoaccum import Runner, Workload, fit_plan
+from autoaccum.virtual import control
+
+logging.basicConfig(stream=sys.stdout)
+sample = torch.zeros(4, 512), torch.zeros(4, dtype=torch.long)
+work = Workload(nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 8)).cuda(), sample)
+plan = fit_plan(work, target_batch=64)
+Runner(work, plan)
+print("then", flush=True)
+control.set_other(0, 2**30)
+Runner(work, plan)
+"""
+
+
+def test_memory_that_is_gone_since_the_plan_is_told_of_before_training() -> None:
+    process = launch([sys.executable, "-c", FULLER], VirtualGpu(memory_bytes=2 * 2**30), stdout=subprocess.PIPE)
+    out, _ = process.communicate(timeout=240)
+    before, _, after = out.decode().partition("then")
+    assert process.returncode == 0
+    assert "can be had now" not in before
+    assert "The plan is for 1.50 GiB, and only 512.0 MiB can be had now" in after
