@@ -23,6 +23,7 @@ from .step import OnPhase
 
 __all__ = [
     "AGREES_WITHIN",
+    "ASKING_COUNTS",
     "LIFTS_WITHIN",
     "MOST_SAMPLES",
     "SCOUT_STEPS",
@@ -45,6 +46,7 @@ name = "cpu"
 AGREES_WITHIN = 0.005  # a recording that was predicted this well needs no further one
 LIFTS_WITHIN = 0.03  # a program that is this wrong about the next recording is no program
 SCOUT_STEPS = 1  # micro-batches of the very first window recorded
+ASKING_COUNTS = False  # malloc gives back what asking the loss takes
 MOST_SAMPLES = None  # recording may take as many samples as it needs
 
 

@@ -25,6 +25,7 @@ from .step import OnPhase
 
 __all__ = [
     "AGREES_WITHIN",
+    "ASKING_COUNTS",
     "LIFTS_WITHIN",
     "MOST_SAMPLES",
     "SCOUT_STEPS",
@@ -50,6 +51,7 @@ LIFTS_WITHIN = None  # workspaces saturate, so the next recording may be far off
 SCOUT_STEPS = (
     2  # micro-batches of the very first window recorded: as many as others have, so that they can be laid side by side
 )
+ASKING_COUNTS = True  # what asking the loss takes stays in the allocator, and decides where later blocks go
 MOST_SAMPLES = 3.0  # recording may take that many times the answer in samples
 
 

@@ -110,7 +110,7 @@ def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase]
 
 def scout(subject: Subject, observed: Observed) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
-    if subject.device.name == "cuda":
+    if subject.device.ASKING_COUNTS:
         observed.asking = _asking(subject)
     recording = record_window(subject, SCOUT, steps=subject.device.SCOUT_STEPS)
     observed.first_step = recording

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .caching_allocator import EMPTY, CachingAllocator, CudaRules, CudaStart
-from .program import Score, StepProgram, Writer, left_behind, made_for_good, score
+from .program import Score, Step, StepProgram, Writer, left_behind, made_for_good, score
 from .recording import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER, Event, Phase, Recording, kept_blocks
 
 MOST_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two stand for those to come
@@ -98,22 +98,8 @@ def training_of(
     """
     events = {phase.name: phase.events for phase in first_step.phases}
     freed = {event.block for phase in first_step.phases for event in phase.events if event.bytes <= 0}
-    made = [event for event in events[FIRST] if event.bytes > 0]
-    kept = [(index, event) for index, event in enumerate(made) if event.block not in freed]
-    others = [event.bytes for event in made if event.block in freed]
     workspaces = made_for_good(program)
-    known = Counter(step.rule.at(program.recorded_at) for step in workspaces if step.rule is not None)
-    sizes = [
-        step.rule.at(first_step.micro_batch)
-        for step in program.phases[FIRST]
-        if step.rule is not None and step not in workspaces
-    ]
-    once = []
-    for place, (index, event) in enumerate(kept):
-        if known[event.bytes]:
-            known[event.bytes] -= 1
-        else:
-            once.append(Once(_place(index - place, others, sizes), event.bytes, event.stream))
+    once = _made_once(events[FIRST], freed, program, workspaces, first_step.micro_batch)
     optimizer = events[OPTIMIZER]
     state = [event.bytes for event in optimizer if event.bytes > 0 and event.block not in freed]
     state += [block.bytes for block in once]
@@ -128,13 +114,30 @@ def training_of(
     return Training(
         replace(program, phases={**program.phases, FIRST: steady}),
         program.scores[FIRST],
-        tuple(once),
+        once,
         build,
         optimizer,
         _gradients(events[FIRST], freed, program),
         sum(state),
         asking,
         score(first_asked),
+    )
+
+
+def _made_once(
+    first: Sequence[Event], freed: set[int], program: StepProgram, workspaces: Sequence[Step], n: int
+) -> tuple[Once, ...]:
+    """What the very first micro-batch, of n samples, keeps for good beside the workspaces that the program shows."""
+    made = [event for event in first if event.bytes > 0]
+    kept = [(index, event) for index, event in enumerate(made) if event.block not in freed]
+    others = [event.bytes for event in made if event.block in freed]
+    known = Counter(step.rule.at(program.recorded_at) for step in workspaces if step.rule is not None)
+    plain = [step.rule for step in program.phases[FIRST] if step.rule is not None and step not in workspaces]
+    sizes = [rule.at(n) for rule in plain]
+    return tuple(
+        Once(_place(index - place, others, sizes), event.bytes, event.stream)
+        for place, (index, event) in enumerate(kept)
+        if not _taken(known, event.bytes)
     )
 
 
