@@ -54,6 +54,7 @@ class Observed:
 
     Attributes:
         first_step: The first optimizer step, of small micro-batches.
+        after_first: What `device.read_heap` told once that was done.
         prelude: Its events.
         asking: On CUDA, what asking the loss takes before it.
         recordings: Of windows of two micro-batches, at different sizes.
@@ -63,6 +64,7 @@ class Observed:
     """
 
     first_step: Recording | None = None
+    after_first: Any = None
     prelude: tuple[Event, ...] = ()
     asking: tuple[Event, ...] = ()
     recordings: list[Recording] = field(default_factory=list)
@@ -113,7 +115,7 @@ def scout(subject: Subject, observed: Observed) -> None:
     if subject.device.ASKING_COUNTS:
         observed.asking = _asking(subject)
     recording = record_window(subject, SCOUT, steps=subject.device.SCOUT_STEPS)
-    observed.first_step = recording
+    observed.first_step, observed.after_first = recording, subject.device.read_heap()
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
 
 

@@ -25,10 +25,12 @@ class CpuOutlook(Outlook):
     Attributes:
         fresh: The holes in a fresh process's heap, which the base includes.
         start: Those in this one's.
+        own_bytes: What planning itself has in this one.
     """
 
     fresh: Start = EMPTY
     start: Start = EMPTY
+    own_bytes: int = 0
 
     def data_bytes(self, samples: int) -> int:
         """The samples of a window lie in the same memory until their step is done."""
@@ -39,7 +41,7 @@ class CpuOutlook(Outlook):
         held = self.base_bytes + self.data_bytes(sum(split))
         if history == "fresh":
             return held + observe.peak_of(self.subject, self.observed, split, self.fresh).peak_bytes
-        inside = self.start.heap_free_bytes - self.fresh.heap_free_bytes
+        inside = self.own_bytes + self.start.heap_free_bytes - self.fresh.heap_free_bytes
         return held + inside + observe.peak_of(self.subject, self.observed, split, self.start).peak_bytes
 
     def fits(self, split: Split) -> bool:
@@ -106,7 +108,10 @@ class CpuOutlook(Outlook):
                 f"the replay of this window; {self.observed.unrecorded_bytes:,} bytes of it are objects that no "
                 "recording shows (autograd's graph above all), measured in a small window"
             ),
-            "history_bytes": "holes that planning left in this process's heap and that large blocks can't use",
+            "history_bytes": (
+                f"planning's own objects and threads in this process ({self.own_bytes:,} bytes), and holes in its heap "
+                "that large blocks can't use"
+            ),
             "budget_bytes": f"the tightest of the limits ({self.budget.binds}) less the headroom",
         }
 
@@ -130,7 +135,7 @@ class CpuOutlook(Outlook):
 
     def confirms(self, split: Split, measured: cpu.Measured) -> str | None:
         """Within 2 % of the whole; where each size stands for itself, that it fits is all there is to know."""
-        present = self.base_bytes - self.fresh.heap_free_bytes + self.start.heap_free_bytes
+        present = self.base_bytes + self.own_bytes - self.fresh.heap_free_bytes + self.start.heap_free_bytes
         predicted = self.peak_bytes(split, "here") - present
         allowed = AGREES_WITHIN * (self.base_bytes + predicted) + self.slack * predicted
         if abs(measured.increment_bytes - predicted) <= allowed:
@@ -142,8 +147,10 @@ class CpuOutlook(Outlook):
 
 def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CpuOutlook:
     """Reads what there is now; `own_bytes` are planning's own, and the optimizer state's that is there already."""
-    base = cpu.read_base(subject.before)
+    base = cpu.read_base(subject.before, observed.after_first)
     budget = cpu.read_budget(wish.budget, wish.headroom)
     slack = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
     base_bytes = base.bytes - own_bytes
-    return CpuOutlook(subject, wish, observed, base_bytes, budget, sample_bytes, slack, base.fresh, base.here)
+    return CpuOutlook(
+        subject, wish, observed, base_bytes, budget, sample_bytes, slack, base.fresh, base.here, base.own_bytes
+    )
