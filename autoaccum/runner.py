@@ -251,6 +251,7 @@ class Runner:
         where = PHASE_TITLES.get(self._phase, "pass that counts")
         self._refuse_to_repeat(where, failure)
         self._drop_gradients()
+        self.parts.copies.let_go()
         if before is not None:
             before.restore()
         oom.collect()

@@ -80,6 +80,7 @@ def train_window(
                 cache.after.restore()
         assert window_loss is not None
         with phase(OPTIMIZER):
+            parts.copies.let_go()
             counts_nothing = total is not None and not bool(total)
             grad_norm, stepped = optimizer_step(parts, half, counts_nothing=counts_nothing)
     return WindowResult(window_loss, samples, grad_norm, stepped)
