@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import composition, observe
+from . import compiled, composition, observe
 from .doctor import versions
 from .errors import DoesNotFit
 from .identity import fingerprint, signature
@@ -144,8 +144,16 @@ def _notes(outlook: Outlook, split: Split, assumed: str | None) -> tuple[str, ..
         notes.append(f"Assumed, as no sample was given: {assumed}.")
     if outlook.observed.doubt is not None:
         notes.append(f"Bracketed: {outlook.observed.doubt}.")
+    if compiled.is_compiled(outlook.subject.parts.model, outlook.subject.parts.loss):
+        notes.append(_compiled_note(outlook))
     notes += outlook.notes(split)
     return tuple(notes)
+
+
+def _compiled_note(outlook: Outlook) -> str:
+    share = outlook.compiled_share
+    told = "" if share == 1 else f" Compiled it takes {share:.0%} of that, which the figures here include."
+    return f"Recorded as it was written; its own window's sizes alone are run compiled.{told}"
 
 
 def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> DoesNotFit:
