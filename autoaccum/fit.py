@@ -24,6 +24,7 @@ import torch
 from . import assemble, compiled, cpu, exact, observe, oom, outlook_cpu, restore, step
 from .errors import DoesNotFit, NotConfirmed, UsageError
 from .infer import infer_sample
+from .lengthen import at_longest
 from .observe import Observed, Subject
 from .outlook import VERIFIED_STEPS, Outlook, bytes_per_sample
 from .plan import Plan
@@ -128,17 +129,19 @@ def plan_in(
     workload: Workload,
     wish: Wish,
     *,
-    assumed: str | None = None,
+    assumed: str = "",
     verify: bool = True,
     check: bool = True,
     malloc: str = "fixed",
 ) -> Plan:
     """Records, solves and verifies in a setting; what `fit_plan` does once it knows what is asked for."""
     threshold = setting.device.prepare(malloc)
+    sample, lengthened = at_longest(workload)
+    longest = replace(workload, sample=sample)
     with _as_it_was(workload) if setting.keep else contextlib.nullcontext() as snapshot:
         parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
         parts.window_samples = wish.samples
-        subject = setting.subject(parts, workload, setting.device, threshold, setting.progress, setting.build)
+        subject = setting.subject(parts, longest, setting.device, threshold, setting.progress, setting.build)
 
         def start_over() -> None:
             if snapshot is not None:
@@ -151,14 +154,14 @@ def plan_in(
         compiles = verify and compiled.runs_compiled(parts)
         outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles)
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify, compiles=compiles)
-        plan = assemble.plan(outlook, solution, measured, workload, assumed)
+        plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened])
         if not check:
             return plan
         start_over()
         return exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
 
 
-def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str | None]:
+def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str]:
     """The workload, and what was assumed where no sample was given."""
     if not isinstance(workload, Workload):
         if not isinstance(workload, torch.nn.Module):
@@ -176,9 +179,9 @@ def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workl
         given = ", ".join(["sample"] * (sample is not None) + list(how))
         raise UsageError(f"{given}: given beside a Workload.", hint="Give it to the Workload itself.")
     if workload.sample is not None:
-        return workload, None
+        return workload, ""
     inferred, assumed = infer_sample(workload.model)
-    return replace(workload, sample=inferred), assumed
+    return replace(workload, sample=inferred), f"Assumed, as no sample was given: {assumed}."
 
 
 def _setting(model: torch.nn.Module, device: str | torch.device | None) -> Setting:

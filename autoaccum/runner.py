@@ -15,6 +15,7 @@ from . import batchnorm, drift, oom, process_memory, refuse, restore, step
 from . import split as cutting
 from .errors import OutOfMemory, UsageError
 from .identity import check_fingerprint, check_signature, fingerprint
+from .own_counts import own_counts
 from .plan import Plan
 from .recheck import counts_differ, recheck
 from .recording import FIRST, LATER, OPTIMIZER, PHASE_TITLES
@@ -108,8 +109,10 @@ class Runner:
     def _told_of_lengths(self) -> str:
         """Where data is longer than what was planned with: said now, and not in the middle of an epoch."""
         longest = max(self.workload.lengths or [0], default=0)
-        known = max((size for leaf in self.plan.signature for size in leaf.trailing_shape), default=longest)
-        if longest > known:
+        shaped = [leaf for leaf in self.plan.signature if leaf.trailing_shape]
+        tokens = [leaf for leaf in shaped if "int" in leaf.dtype] or shaped
+        known = max((leaf.trailing_shape[0] for leaf in tokens), default=longest)
+        if longest > known:  # planned for other data: fit_plan plans at the longest
             return (
                 f"The longest sample has {longest} by lengths=, and the plan's own has at most {known}. "
                 "Such a micro-batch could need more memory than was planned, and is refused. "
@@ -242,7 +245,8 @@ class Runner:
         if self._changes_looked_at or len(window.pieces) < 2:
             return
         self._changes_looked_at = True
-        told = refuse.told_of_changes(before.differences(), self.parts, len(window.pieces))
+        said = own_counts(self.parts.model)  # when the Runner was made
+        told = refuse.told_of_changes(before.differences(), self.parts, len(window.pieces), said)
         if told:
             log.warning("%s", told)
 
