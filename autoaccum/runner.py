@@ -83,7 +83,7 @@ class Runner:
         self._names = {"shared": workload.shared, "per_sample": workload.per_sample}
         self._phase, self._begun = "", 0  # of a window: where it is, and its micro-batches so far
         self._max_tokens = workload.max_tokens
-        self._ignored_told = self._changes_looked_at = self._rechecked = False
+        self._ignored_told = self._changes_looked_at = self._rechecked = self._in_window = False
         self._drift = drift.Watch(self.parts.device, plan)
         self._least = max(plan.smallest_micro_batch, batchnorm.least_micro_batch(self.parts.norms, workload.batchnorm))
         if not self.parts.model.training:
@@ -189,7 +189,8 @@ class Runner:
             before_versions, failure = versions(window), ""
             try:
                 before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
-                result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
+                with self._within_window():
+                    result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not oom.is_out_of_memory(error):
@@ -230,6 +231,14 @@ class Runner:
                 "knows. Micro-batches are weighted by their samples, so the gradient may not be the whole batch's. "
                 "Give loss= as (sum, count), or count= with what the model averages over."
             )
+
+    @contextlib.contextmanager
+    def _within_window(self) -> Iterator[None]:
+        self._in_window = True
+        try:
+            yield
+        finally:
+            self._in_window = False
 
     def _in_phase(self, name: str) -> AbstractContextManager[Any]:
         self._phase = name
@@ -308,7 +317,17 @@ class Runner:
         return recut(window, self._split, self.micro_batch, self._names, joins=self._least > 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training changes, between windows: for a checkpoint."""
+        """All that training changes, between windows: for a checkpoint.
+
+        Raises:
+            UsageError: It is called in the middle of a window (by its loss, or a hook), whose gradients it doesn't hold.
+        """
+        if self._in_window:
+            raise UsageError(
+                "A checkpoint in the middle of a window would lose the gradients that have added up.",
+                "Only whole windows can be gone on from.",
+                "Take it between windows: in the loop over Runner.epoch(), or in between=.",
+            )
         parts = self.parts
         return {
             "model": parts.model.state_dict(),
