@@ -295,7 +295,7 @@ def _compile(outlook: Outlook, start_over: Callable[[], None]) -> None:
         return
     subject.say("compiling")
     before = subject.device.read_heap()
-    _unless_short(lambda: _trainer(subject)(tuple(dict.fromkeys(solution.split))))
+    _unless_short(lambda: _trainer(subject)(tuple(dict.fromkeys(_verified(solution.split, compiles=True)))))
     start_over()
     after = subject.device.read_heap()
     if after is not None:

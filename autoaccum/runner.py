@@ -320,7 +320,7 @@ class Runner:
         """All that training changes, between windows: for a checkpoint.
 
         Raises:
-            UsageError: It is called in the middle of a window (by its loss, or a hook), whose gradients it doesn't hold.
+            UsageError: It is called in the middle of a window, by its loss or a hook: it doesn't hold gradients.
         """
         if self._in_window:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""The failures that docs/exactness.md lists: that each has the tests it names, and those that belong to no other file."""
+"""The failures that docs/exactness.md lists: that each has its tests, and those tests that belong to no other file."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_the_effective_batch_is_kept_whatever_the_ranks_and_the_memory() -> None
         target, micro_batch = drawn.randint(ranks, 4096), drawn.randint(1, 300)
         splits = [split_within(share_of(target, ranks, rank), micro_batch) for rank in range(ranks)]
         assert sum(map(sum, splits)) == target
-        assert all(0 < min(split) and max(split) <= micro_batch and max(split) - min(split) <= 1 for split in splits)
+        assert all(min(split) > 0 and max(split) <= micro_batch and max(split) - min(split) <= 1 for split in splits)
 
 
 # --- precision -----------------------------------------------------------------------------------------------------
