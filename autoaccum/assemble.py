@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from . import composition, observe
+from . import compiled, composition, observe
 from .doctor import versions
 from .errors import DoesNotFit
 from .identity import fingerprint, signature
@@ -27,7 +28,7 @@ UNVERIFIED: dict[str, Any] = {
 }
 
 
-def plan(outlook: Outlook, solution: Solution, measured: Any, workload: Workload, assumed: str | None) -> Plan:
+def plan(outlook: Outlook, solution: Solution, measured: Any, workload: Workload, assumed: Sequence[str]) -> Plan:
     """The plan of a solution, as it stands before everything is put back."""
     wish, observed, split = outlook.wish, outlook.observed, solution.split
     fresh = outlook.peak_bytes(split, "fresh")
@@ -138,14 +139,20 @@ def _reasons(outlook: Outlook, split: Split, measured: Any) -> dict[str, str]:
     return reasons
 
 
-def _notes(outlook: Outlook, split: Split, assumed: str | None) -> tuple[str, ...]:
-    notes = []
-    if assumed is not None:
-        notes.append(f"Assumed, as no sample was given: {assumed}.")
+def _notes(outlook: Outlook, split: Split, assumed: Sequence[str]) -> tuple[str, ...]:
+    notes = [text for text in assumed if text]
     if outlook.observed.doubt is not None:
         notes.append(f"Bracketed: {outlook.observed.doubt}.")
+    if compiled.is_compiled(outlook.subject.parts.model, outlook.subject.parts.loss):
+        notes.append(_compiled_note(outlook))
     notes += outlook.notes(split)
     return tuple(notes)
+
+
+def _compiled_note(outlook: Outlook) -> str:
+    share = outlook.compiled_share
+    told = "" if share == 1 else f" Compiled it takes {share:.0%} of that, which the figures here include."
+    return f"Recorded as it was written; its own window's sizes alone are run compiled.{told}"
 
 
 def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> DoesNotFit:

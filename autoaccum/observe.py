@@ -15,6 +15,7 @@ from typing import Any
 from . import counting, oom, step
 from . import split as cutting
 from .allocator import Replay, Start
+from .compiled import uncompiled
 from .plan import RecordingNote
 from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, plain_window
@@ -104,8 +105,9 @@ def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase]
     piece = subject.tile(n)
 
     def run(on_phase: step.OnPhase) -> None:
-        step.train_window(subject.parts, [piece] * steps, (n,) * steps, on_phase=on_phase)
-        step.run_between(subject.parts, on_phase=on_phase)
+        with uncompiled():
+            step.train_window(subject.parts, [piece] * steps, (n,) * steps, on_phase=on_phase)
+            step.run_between(subject.parts, on_phase=on_phase)
 
     return run
 

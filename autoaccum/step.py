@@ -21,7 +21,7 @@ from .parts import Parts, autocast, encode, forward, open_parts
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER
 from .workload import Batch
 
-__all__ = ["OnPhase", "Parts", "WindowResult", "open_parts", "run_between", "train_window"]
+__all__ = ["OnPhase", "Parts", "WindowResult", "forward", "open_parts", "run_between", "train_window"]
 
 OnPhase = Callable[[str], AbstractContextManager[Any]]
 
