@@ -25,6 +25,8 @@ def render(plan: Plan) -> str:
     if data["composition"]:
         parts += ["## What lives at the peak (predicted)", _composition(plan)]
     parts += ["## Time per optimizer step", escape(words.knee_told(plan))]
+    if data["times"]:
+        parts.append(_times(data["times"]))
     if data["plans"]:
         parts += [f"## Plans for {plan.target_batch:,} samples (predicted)", _plans(around_chosen(data["plans"]))]
     budget = [[row["limit"], show_bytes(row["bytes"]), row["why"]] for row in data["budget"]]
@@ -59,6 +61,15 @@ def _composition(plan: Plan) -> str:
     ]
     rows.append(["in all", *(show_bytes(sum(parts.values())) for parts in plan.composition.values())])
     return _table(["held by", *map(words.phase, plan.composition)], rows)
+
+
+def _times(rows: Rows) -> str:
+    shown = [
+        [row["micro_batch"], f"{row['step_seconds']:.4g}", f"{row['low_seconds']:.4g} to {row['high_seconds']:.4g}",
+         f"{100 * (row['ratio'] - 1):+.1f} %", row["kind"].value]
+        for row in rows
+    ]  # fmt: skip
+    return _table(["micro-batch", "seconds per step", "range of the rounds", "over the fastest", "kind"], shown)
 
 
 def _plans(rows: Rows) -> str:
