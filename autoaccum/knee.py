@@ -146,13 +146,19 @@ def told(plan: Plan) -> str | None:
 
 def _undecided(found: Knee, rounds: str) -> str:
     size = found.timed.micro_batch
+    if not all(each.timed.round_seconds for each in found.compared):
+        return f"{size} by medians, but the sizes were not timed in turn, so 1 % can't be told"
     if all(each.low is None for each in found.compared):
         return f"{size} by {rounds} of timing, too few to tell 1 %"
-    sizes = [str(n) for n in found.candidates]
-    among = f"{', '.join(sizes[:-1])} and {sizes[-1]}" if len(sizes) > 1 else sizes[0]
     if len(found.candidates) == len(found.compared):
-        return f"no difference that could be measured between {among} ({rounds})"
-    return f"{size} by the medians of {rounds}; that 1 % decides between {among} could not be measured"
+        return f"no difference that could be measured between {_listed(found.candidates)} ({rounds})"
+    others = _listed([n for n in found.candidates if n != size])
+    return f"{size} by the medians of {rounds}; noise leaves {others} possible"
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    told = [f"{n:,}" for n in sizes]
+    return f"{', '.join(told[:-1])} and {told[-1]}" if len(told) > 1 else told[0]
 
 
 def _freed(plan: Plan, size: int) -> str:

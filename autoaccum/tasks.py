@@ -112,4 +112,18 @@ def doctor(*, say: Say) -> dict[str, Any]:
     return torch_facts()
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "run": run, "check": check, "doctor": doctor}
+def bench(*, say: Say, **asked: Any) -> dict[str, Any]:
+    """Trains one candidate of a comparison for a few windows."""
+    say({"say": "loading torch and the workload"})
+    from .bench.trial import run
+
+    return run(say=say, **asked)
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "plan": plan,
+    "run": run,
+    "check": check,
+    "doctor": doctor,
+    "bench": bench,
+}

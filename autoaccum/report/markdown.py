@@ -20,7 +20,7 @@ def render(plan: Plan) -> str:
     figures = [
         [row["figure"], _told(row["value"], row["unit"]), row["kind"].value, row["why"]] for row in data["figures"]
     ]
-    parts.append(_table(["figure", "value", "kind", "why"], figures))
+    parts.append(table(["figure", "value", "kind", "why"], figures))
     parts += [escape(words.fewer(plan)), escape(words.bytes_note(plan))]
     if data["composition"]:
         parts += ["## What lives at the peak (predicted)", _composition(plan)]
@@ -30,7 +30,7 @@ def render(plan: Plan) -> str:
     if data["plans"]:
         parts += [f"## Plans for {plan.target_batch:,} samples (predicted)", _plans(around_chosen(data["plans"]))]
     budget = [[row["limit"], show_bytes(row["bytes"]), row["why"]] for row in data["budget"]]
-    parts += ["## Budget (given)", _table(["limit", "size", "why"], budget)]
+    parts += ["## Budget (given)", table(["limit", "size", "why"], budget)]
     recordings = [
         [
             row["micro_batch"],
@@ -40,9 +40,9 @@ def render(plan: Plan) -> str:
         ]
         for row in data["recordings"]
     ]
-    parts += ["## Recordings", _table(["samples", "recorded", "predicted before", "kind"], recordings)]
+    parts += ["## Recordings", table(["samples", "recorded", "predicted before", "kind"], recordings)]
     facts = [[row["name"], row["value"]] for row in data["environment"]]
-    parts += ["## Environment", _table(["name", "value"], [*facts, ["exactness", plan.exactness]])]
+    parts += ["## Environment", table(["name", "value"], [*facts, ["exactness", plan.exactness]])]
     if plan.notes:
         parts += ["## Notes", "\n".join(f"- {escape(note)}" for note in plan.notes)]
     return "\n\n".join(parts) + "\n"
@@ -60,7 +60,7 @@ def _composition(plan: Plan) -> str:
         for name in names
     ]
     rows.append(["in all", *(show_bytes(sum(parts.values())) for parts in plan.composition.values())])
-    return _table(["held by", *map(words.phase, plan.composition)], rows)
+    return table(["held by", *map(words.phase, plan.composition)], rows)
 
 
 def _times(rows: Rows) -> str:
@@ -69,7 +69,7 @@ def _times(rows: Rows) -> str:
          f"{100 * (row['ratio'] - 1):+.1f} %", row["kind"].value]
         for row in rows
     ]  # fmt: skip
-    return _table(["micro-batch", "seconds per step", "range of the rounds", "over the fastest", "kind"], shown)
+    return table(["micro-batch", "seconds per step", "range of the rounds", "over the fastest", "kind"], shown)
 
 
 def _plans(rows: Rows) -> str:
@@ -78,7 +78,7 @@ def _plans(rows: Rows) -> str:
          "chosen" if row["chosen"] else words.number(row["fits"]), words.number(row["step_seconds"])]
         for row in rows
     ]  # fmt: skip
-    return _table(["steps", "micro-batches", "peak", "free", "fits", "seconds"], shown)
+    return table(["steps", "micro-batches", "peak", "free", "fits", "seconds"], shown)
 
 
 def _told(value: object, unit: str) -> str:
@@ -87,6 +87,7 @@ def _told(value: object, unit: str) -> str:
     return f"{words.number(value)} {unit}".strip()
 
 
-def _table(head: list[str], rows: list[list[object]] | list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[object]] | list[list[str]]) -> str:
+    """A table; its cells are escaped."""
     lines = [head, ["---"] * len(head), *([escape(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
