@@ -5,6 +5,7 @@
     replay   any window by the allocator's rules    allocator.py, caching_allocator.py
     solve    for the fewest steps that fit          solve.py
     verify   by running that window for real        here (compiled, where it is: compiled.py)
+    time     smaller ones, for the knee             times.py, knee.py
     check    that its gradient is the large batch's exact.py
 
 On the way the model is really trained, so all of it is put back afterwards (restore.py).
@@ -21,16 +22,18 @@ from typing import Any
 
 import torch
 
-from . import assemble, compiled, cpu, exact, observe, oom, outlook_cpu, restore, step
+from . import assemble, compiled, cpu, exact, observe, oom, outlook_cpu, restore, step, times
 from .errors import DoesNotFit, NotConfirmed, UsageError
 from .infer import infer_sample
+from .knee import knee
 from .lengthen import at_longest
 from .observe import Observed, Subject
 from .outlook import VERIFIED_STEPS, Outlook, bytes_per_sample
-from .plan import Plan
+from .plan import FASTEST, FEWEST_STEPS, Plan
 from .recording import Event
 from .solve import Solution, Split, balanced, largest_micro_batch, smallest_steps
-from .wish import SEARCH_LIMIT, Wish, read_wish
+from .virtual.control import is_virtual
+from .wish import SEARCH_LIMIT, Wish, read_wish, with_objective
 from .workload import Workload
 
 MALLOCS = ("fixed", "default")
@@ -74,6 +77,8 @@ def fit_plan(
     world_size: int = 1,
     elsewhere: bool = False,
     malloc: str = "fixed",
+    objective: str = FEWEST_STEPS,
+    timing_seconds: float | None = None,
     progress: Callable[[str], None] | None = None,
     **how: Any,
 ) -> Plan:
@@ -100,6 +105,10 @@ def fit_plan(
         malloc: On the CPU. "fixed": blocks from 128 KiB on become mappings, so that memory can be predicted to a
             percent, at the price of fresh pages; "default": the C library's own way, faster, and a quarter is kept
             free for its fragmentation.
+        objective: "fewest-steps", the largest micro-batches; or "fastest", the smallest whose optimizer step takes at
+            most 1 % longer than the fastest one's: as fast as any, and memory to spare.
+        timing_seconds: How long smaller micro-batches may be timed for that; 0 for not at all. Left out: 15 % of
+            planning and 3 s at most, or 30 s where the fastest is sought.
         progress: Called with what is being done.
         **how: `Workload`'s own arguments, where a model is given.
 
@@ -113,11 +122,13 @@ def fit_plan(
     started = time.perf_counter()
     workload, assumed = _as_workload(workload, sample, how)
     wish = read_wish(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
+    setting = _setting(workload.model, device)
+    virtual = setting.device.name == "cuda" and is_virtual()
+    wish = with_objective(wish, objective, timing_seconds, verify=verify, virtual=virtual)
     if malloc not in MALLOCS:
         raise UsageError(f"malloc {malloc!r} is not known.", hint="Use malloc='fixed' or malloc='default'.")
     if elsewhere:
         wish = replace(wish, histories=("fresh",))
-    setting = _setting(workload.model, device)
     if progress is not None:
         setting = replace(setting, progress=progress)
     plan = plan_in(setting, workload, wish, assumed=assumed, verify=verify, check=check, malloc=malloc)
@@ -135,7 +146,7 @@ def plan_in(
     malloc: str = "fixed",
 ) -> Plan:
     """Records, solves and verifies in a setting; what `fit_plan` does once it knows what is asked for."""
-    threshold = setting.device.prepare(malloc)
+    started, threshold = time.perf_counter(), setting.device.prepare(malloc)
     sample, lengthened = at_longest(workload)
     longest = replace(workload, sample=sample)
     with _as_it_was(workload) if setting.keep else contextlib.nullcontext() as snapshot:
@@ -154,7 +165,10 @@ def plan_in(
         compiles = verify and compiled.runs_compiled(parts)
         outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles)
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify, compiles=compiles)
-        plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened])
+        timed = _time(outlook, solution, measured, time.perf_counter() - started, start_over)
+        if wish.objective == FASTEST:
+            solution, measured = _fastest(outlook, solution, measured, timed, start_over)
+        plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened], timed)
         if not check:
             return plan
         start_over()
@@ -395,6 +409,29 @@ def _unless_short(work: Callable[[], Any]) -> tuple[Any, str | None]:
 def _verified(split: Split, *, compiles: bool) -> Split:
     """The micro-batches that are run for real: of a compiled window both sizes, as each may be a graph of its own."""
     return (*split[:2], split[-1]) if compiles and len(split) > VERIFIED_STEPS else split[:VERIFIED_STEPS]
+
+
+def _time(
+    outlook: Outlook, solution: Solution, measured: Any, planning_seconds: float, start_over: Callable[[], None]
+) -> times.Times:
+    """Times the solution's micro-batch and smaller ones, for as long as is allowed."""
+    split = solution.split
+    seconds = outlook.measured_fields(measured, split)["window_seconds"] if measured is not None else None
+    return times.time_sizes(outlook, split, seconds, times.allowed_seconds(outlook.wish, planning_seconds), start_over)
+
+
+def _fastest(
+    outlook: Outlook, solution: Solution, measured: Any, timed: times.Times, start_over: Callable[[], None]
+) -> tuple[Solution, Any]:
+    """The fewest steps of micro-batches no larger than the knee, verified."""
+    found = knee(timed.sizes)
+    if found is None and solution.split[0] > outlook.wish.least:
+        raise UsageError("The fastest micro-batch can't be found: no times.", f"They were {timed.why}.")
+    if found is None or found.timed.micro_batch == solution.split[0]:
+        return solution, measured
+    start_over()
+    smaller = replace(outlook, wish=replace(outlook.wish, most=found.timed.micro_batch))
+    return _solve_and_verify(smaller, start_over, verify=True, compiles=False)
 
 
 def _trainer(subject: Subject) -> Callable[[Split], None]:

@@ -19,10 +19,11 @@ from .errors import UsageError
 from .fit import Setting, plan_in
 from .gpus import Gpu
 from .observe import Subject
-from .plan import Plan
+from .plan import FEWEST_STEPS, Plan
 from .recording import Event, name_blocks
 from .source import load_function, named
-from .wish import read_wish
+from .virtual.control import is_virtual
+from .wish import read_wish, with_objective
 from .workload import Workload
 
 _EVENTS = {"alloc": 1, "free_completed": -1}
@@ -38,6 +39,8 @@ def plan_on_gpu(
     max_micro_batch: int | None,
     verify: bool,
     progress: Callable[[str], None],
+    objective: str = FEWEST_STEPS,
+    timing_seconds: float | None = None,
 ) -> Plan:
     """Plans a workload in this process, on the GPU that it sees.
 
@@ -50,6 +53,8 @@ def plan_on_gpu(
         max_micro_batch: The largest micro-batch allowed.
         verify: Whether to run the plan's window.
         progress: Called with what is being done.
+        objective: "fewest-steps" or "fastest".
+        timing_seconds: How long smaller micro-batches may be timed.
 
     Raises:
         UsageError: There is no GPU, or the workload can't be used.
@@ -63,6 +68,7 @@ def plan_on_gpu(
         )
     workload, build = build_on(source, torch.device("cuda", torch.cuda.current_device()), virtual=gpu is not None)
     wish = read_wish(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
+    wish = with_objective(wish, objective, timing_seconds, verify=verify, virtual=gpu is not None or is_virtual())
     wish = replace(wish, histories=("fresh",))
     look = outlook_cuda.look if gpu is None else partial(outlook_virtual.look, gpu=gpu)
     subject = Subject if gpu is None else outlook_virtual.EmptySubject

@@ -7,7 +7,7 @@ from typing import Any
 
 from .child import Say
 from .errors import UsageError
-from .plan import Plan
+from .plan import FEWEST_STEPS, Plan
 from .process_memory import limit_data
 from .units import show_bytes
 
@@ -24,6 +24,8 @@ def plan(
     malloc: str,
     device: str = "cpu",
     gpu: str | None = None,
+    objective: str = FEWEST_STEPS,
+    timing_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Plans a workload; returns the plan's JSON."""
     say({"say": "loading torch and the workload"})
@@ -33,6 +35,8 @@ def plan(
         "max_micro_batch": max_micro_batch,
         "verify": verify,
         "progress": lambda text: say({"say": text}),
+        "objective": objective,
+        "timing_seconds": timing_seconds,
     }
     if device == "cuda":
         from .gpus import find_gpu
@@ -108,4 +112,18 @@ def doctor(*, say: Say) -> dict[str, Any]:
     return torch_facts()
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "run": run, "check": check, "doctor": doctor}
+def bench(*, say: Say, **asked: Any) -> dict[str, Any]:
+    """Trains one candidate of a comparison for a few windows."""
+    say({"say": "loading torch and the workload"})
+    from .bench.trial import run
+
+    return run(say=say, **asked)
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "plan": plan,
+    "run": run,
+    "check": check,
+    "doctor": doctor,
+    "bench": bench,
+}

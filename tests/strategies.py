@@ -279,7 +279,8 @@ def made_up_plan(**changes: Any) -> Plan:
             TimelinePart("first", 52, 4, (10 * mib, 1400 * mib)),
             TimelinePart("optimizer", 51, 2, (590 * mib,)),
         ),
-        "times": (TimedSize(26, 1.51, 30), TimedSize(52, 1.5, 30)),
+        "times": (TimedSize(26, 1.51, 3, (1.5, 1.51, 1.52)), TimedSize(52, 1.5, 3, (1.4, 1.5, 1.6))),
+        "objective": "fastest",
         "environment": {"python": "3.11.7"},
         "schema_version": 1,
     }
