@@ -99,7 +99,7 @@ def _table(outlook: Outlook, split: Split, largest: int) -> tuple[PeakRow, ...]:
     samples = sum(split)
     count = TABLE_ROWS if outlook.subject.parts.device.type == "cpu" else TABLE_ROWS_CUDA
     neighbours = {-(-samples // k) for k in range(max(1, len(split) - 1), min(samples, 4 * len(split)) + 1)}
-    needed = {1, outlook.wish.least, split[-1], largest, *sorted(neighbours)[-count // 2 :]}
+    needed = {1, outlook.wish.least, split[-1], largest, *outlook.wish.sizes, *sorted(neighbours)[-count // 2 :]}
     most = max(2 * largest, *needed)
     sizes = needed | {round(1 + (most - 1) * part / (count - 1)) for part in range(count)}
     rows = []

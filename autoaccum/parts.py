@@ -52,6 +52,7 @@ class Parts:
     denominator: Denominator | None = None
     asked_for_denominator: bool = False
     window_samples: int | None = None
+    configuration: str | None = None
 
 
 def open_parts(workload: Workload) -> Parts:
@@ -88,6 +89,7 @@ def open_parts(workload: Workload) -> Parts:
         batchnorm=workload.batchnorm,
         on_nonfinite=workload.on_nonfinite,
         norms=norms,
+        configuration=workload.configuration,
     )
 
 

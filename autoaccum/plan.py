@@ -159,6 +159,8 @@ class Plan:
         timeline: What is alive through a window of at most three of the split's micro-batches (timeline.py).
         times: Optimizer steps that were timed at other micro-batches, if any.
         environment: Versions and machine that the plan was made on.
+        configuration: What `autoaccum tune` chose beside the split, by name (tuning/configuration.py); `reasons` has
+            why, and what of it changes numbers. Empty where nothing was tuned.
     """
 
     target_batch: int
@@ -204,6 +206,7 @@ class Plan:
     timeline: tuple[TimelinePart, ...] = ()
     times: tuple[TimedSize, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    configuration: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property

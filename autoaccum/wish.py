@@ -26,6 +26,7 @@ class Wish:
         least: The smallest micro-batch allowed.
         most: The largest.
         histories: The processes that the plan has to hold in: a "fresh" one, this one as it is now ("here"), or both.
+        sizes: Micro-batches that the plan's table of peaks has to have.
     """
 
     target_batch: int | None
@@ -36,6 +37,7 @@ class Wish:
     least: int
     most: int
     histories: tuple[str, ...] = ("fresh", "here")
+    sizes: tuple[int, ...] = ()
 
 
 def read_wish(
