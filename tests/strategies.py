@@ -281,6 +281,7 @@ def made_up_plan(**changes: Any) -> Plan:
         ),
         "times": (TimedSize(26, 1.51, 30), TimedSize(52, 1.5, 30)),
         "environment": {"python": "3.11.7"},
+        "configuration": {"precision": "bf16", "checkpointing": 2, "channels_last": False, "loader_workers": None},
         "schema_version": 1,
     }
     return Plan(**(fields | changes))

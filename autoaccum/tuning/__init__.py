@@ -49,8 +49,8 @@ def tune(
 ) -> Tuned:
     """Searches for the configuration whose optimizer step takes the least time at a fixed effective batch.
 
-    Everything runs in child processes: nothing of the caller's is changed. What can't fit is told from recordings and
-    not run. On a virtual GPU nothing is computed, so configurations are ranked by memory: the fewest accumulation steps,
+    Everything runs in child processes: nothing of the caller's is changed. What can't fit is told from recordings
+    and not run. On a virtual GPU nothing is computed, so configurations are ranked by memory: the fewest steps,
     then the lowest peak.
 
     Args:

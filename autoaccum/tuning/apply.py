@@ -1,4 +1,4 @@
-"""A workload as a configuration says, and afterwards as it was: precision, checkpointing, layout, optimizer, compiling."""
+"""A workload as a configuration says, and afterwards as it was."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..errors import UsageError
 from ..parts import open_parts
 from ..plan import Plan
 from ..workload import Workload
-from .blocks import checkpointed
+from .blocks import Undo, checkpoint_blocks
 from .configuration import AS_IT_IS, Configuration
 
 Apply = Callable[[Workload, Any], Workload]  # a choice of the user's own: the workload, changed
 Extra = Mapping[str, Apply]
+FLAG_NAMES = ("foreach", "fused")
 FLAGS = {"loop": (False, False), "foreach": (True, False), "fused": (False, True)}
 
 
@@ -59,7 +60,7 @@ def configure(workload: Workload, plan: Plan | Configuration, extra: Extra | Non
         if not plan.configuration:
             return workload
         plan = Configuration.from_values(plan.configuration)
-    return _entered(ExitStack(), workload, plan, extra or {})  # what would put it back is dropped
+    return _entered(ExitStack(), workload, plan, extra or {})  # callbacks that nobody will call
 
 
 def _entered(stack: ExitStack, workload: Workload, configuration: Configuration, extra: Extra) -> Workload:
@@ -74,12 +75,12 @@ def _entered(stack: ExitStack, workload: Workload, configuration: Configuration,
         workload = extra[name](workload, value)
     workload = _with_precision(workload, configuration.precision)
     if configuration.channels_last:
-        stack.enter_context(channels_last(workload.model))
-    stack.enter_context(checkpointed(workload.model, configuration.checkpointing))
+        stack.callback(lay_out_channels_last(workload.model))
+    stack.callback(checkpoint_blocks(workload.model, configuration.checkpointing))
     if configuration.optimizer != AS_IT_IS:
         workload = replace(workload, optimizer=_implemented(stack, workload, configuration.optimizer))
     if configuration.compile:
-        stack.enter_context(compiled(workload.model))
+        stack.callback(compile_calls(workload.model))
     if configuration.loader_workers is not None:
         workload = replace(workload, loader=_with_workers(stack, workload.loader, configuration.loader_workers))
     words = ", ".join(text for name, text in configuration.words().items() if name != "loader_workers")
@@ -93,34 +94,37 @@ def _with_precision(workload: Workload, precision: str) -> Workload:
     scaler = None
     if precision == "fp16":
         device = next(workload.model.parameters()).device.type
-        scaler = workload.scaler or torch.amp.GradScaler(device)  # type: ignore[attr-defined]
+        scaler = workload.scaler or torch.amp.GradScaler(device)
     return replace(workload, precision=precision, scaler=scaler)
 
 
-@contextlib.contextmanager
-def channels_last(model: nn.Module) -> Iterator[None]:
+def lay_out_channels_last(model: nn.Module) -> Undo:
     """Lays out four-dimensional tensors with their channels last; images then follow by themselves."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() == 4]
     strides = [tensor.stride() for tensor in tensors]
     for tensor in tensors:
         tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for tensor, stride in zip(tensors, strides, strict=True):
             before = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
             tensor.data = before.copy_(tensor.data)
 
+    return undo
 
-@contextlib.contextmanager
-def compiled(model: nn.Module) -> Iterator[None]:
-    """Compiles calls of the model, in place, and for any size of batch once it has seen two."""
-    before = model._compiled_call_impl
+
+def compile_calls(model: nn.Module) -> Undo:
+    """Compiles calls of the model, in place."""
+    before = vars(model).get("_compiled_call_impl")
     model.compile()
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = before
+
+    def undo() -> None:
+        if before is None:
+            del model._compiled_call_impl
+        else:
+            model._compiled_call_impl = before
+
+    return undo
 
 
 def implementations(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -150,7 +154,7 @@ def _implemented(stack: ExitStack, workload: Workload, how: str) -> Any:
     """The optimizer, or the function that makes one, with its step implemented like that."""
     given = workload.optimizer
     if isinstance(given, torch.optim.Optimizer):
-        stack.enter_context(_flagged(given, how))
+        stack.callback(_set_flags(given, how))
         return given
     make = given or torch.optim.AdamW
 
@@ -163,31 +167,32 @@ def _implemented(stack: ExitStack, workload: Workload, how: str) -> Any:
     return optimizer
 
 
-@contextlib.contextmanager
-def _flagged(optimizer: torch.optim.Optimizer, how: str) -> Iterator[None]:
+def _set_flags(optimizer: torch.optim.Optimizer, how: str) -> Undo:
     if optimizer.state:
         raise UsageError(
             f"The optimizer has state already, so its implementation can't become {how!r} any more.",
             "Each implementation keeps its state in its own way.",
             "Give a function of the parameters: optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3).",
         )
-    before = [(group, {name: group[name] for name in ("foreach", "fused") if name in group}) for group in
-              (*optimizer.param_groups, optimizer.defaults)]  # fmt: skip
+    groups = (*optimizer.param_groups, optimizer.defaults)
+    before: list[dict[str, Any]] = [{name: group[name] for name in FLAG_NAMES if name in group} for group in groups]
     _flag(optimizer, how)
-    try:
-        yield
-    finally:
-        for group, flags in before:
+
+    def undo() -> None:
+        for group, flags in zip(groups, before, strict=True):
             group.update(flags)
+
+    return undo
 
 
 def _flag(optimizer: torch.optim.Optimizer, how: str) -> None:
     if how not in implementations(optimizer):
         could = ", ".join(implementations(optimizer)) or "none can be chosen"
         raise UsageError(f"{type(optimizer).__name__} has no {how!r} implementation.", hint=f"It has: {could}.")
-    foreach, fused = FLAGS[how]
     for group in (*optimizer.param_groups, optimizer.defaults):
-        group.update({name: value for name, value in (("foreach", foreach), ("fused", fused)) if name in group})
+        for name, value in zip(FLAG_NAMES, FLAGS[how], strict=True):
+            if name in group:
+                group[name] = value
 
 
 def _with_workers(stack: ExitStack, loader: Any, workers: int) -> Any:
@@ -203,7 +208,7 @@ def _with_workers(stack: ExitStack, loader: Any, workers: int) -> Any:
             return made
         raise UsageError(
             f"loader_workers={workers}, but the workload's loader is {type(loader).__name__}, no DataLoader.",
-            hint="Give Workload(..., loader=DataLoader(...)) or a function that makes one, or leave loader_workers out.",
+            hint="Give loader=DataLoader(...) or a function that makes one, or leave loader_workers out.",
         )
     before = loader.num_workers, loader.prefetch_factor
 

@@ -7,8 +7,9 @@ non-reentrant, random states preserved). The gradient is bitwise the plain one: 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from .. import split as cutting
 from ..as_it_trains import as_it_trains
 from ..parts import forward, open_parts
 from ..workload import Workload
+
+Undo = Callable[[], None]
 
 FEWEST = 2  # one block is no repetition
 
@@ -42,7 +45,7 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
-    """The longest run of children of one class in a ModuleList or Sequential; of equally long ones that with most weights.
+    """The longest run of children of one class in a ModuleList or Sequential; of two as long, that with more weights.
 
     Children without parameters, and bare layers, are no blocks: dropping what one layer keeps saves nothing.
     """
@@ -70,26 +73,49 @@ def _runs(children: list[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
 @contextlib.contextmanager
 def checkpointed(model: nn.Module, every: int) -> Iterator[None]:
     """Checkpoints every n-th block while it is entered; afterwards each forward is what it was."""
-    blocks = find_blocks(model) if every else None
-    with ExitStack() as stack:
-        for block in (blocks.modules if blocks is not None else ())[:: every or 1]:
-            stack.enter_context(_wrapped(block))
-        if blocks is not None:
-            stack.enter_context(_without_cache(model))
-        yield
-
-
-@contextlib.contextmanager
-def _wrapped(block: nn.Module) -> Iterator[None]:
-    own = block.__dict__.get("forward")  # somebody else's wrapper, or None for the class's own
-    object.__setattr__(block, "forward", _Checkpointed(block, own))
+    undo = checkpoint_blocks(model, every)
     try:
         yield
     finally:
+        undo()
+
+
+def checkpoint_blocks(model: nn.Module, every: int) -> Undo:
+    """Checkpoints every n-th block; returns what puts each forward back."""
+    blocks = find_blocks(model) if every else None
+    if blocks is None:
+        return lambda: None
+    undone = [_wrap(block) for block in blocks.modules[::every]]
+    undone.append(_drop_cache(model))
+
+    def undo() -> None:
+        for each in undone:
+            each()
+
+    return undo
+
+
+def _wrap(block: nn.Module) -> Undo:
+    own = block.__dict__.get("forward")  # somebody else's wrapper, or None for the class's own
+    object.__setattr__(block, "forward", _Checkpointed(block, own))
+
+    def undo() -> None:
         if own is None:
             object.__delattr__(block, "forward")
         else:
             object.__setattr__(block, "forward", own)
+
+    return undo
+
+
+def _drop_cache(model: nn.Module) -> Undo:
+    """A Hugging Face decoder's cache of keys would be filled twice; it goes without, as in transformers itself."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if not before:
+        return lambda: None
+    config.use_cache = False
+    return functools.partial(setattr, config, "use_cache", before)
 
 
 class _Checkpointed:
@@ -124,20 +150,6 @@ def _running_kept(block: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """A Hugging Face decoder's cache of keys would be filled twice; without it, as transformers itself does there."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False):
-        yield
-        return
-    config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        config.use_cache = True  # type: ignore[union-attr]
 
 
 def gradient_differs(workload: Workload, every: int, samples: int = 4) -> str | None:

@@ -1,4 +1,4 @@
-"""A configuration: what is chosen beside the split, in words, and what of it changes memory or numbers. No torch here."""
+"""A configuration: what is chosen beside the split, and what of it changes memory or numbers. No torch here."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 
 from .. import process_memory, step
 from .. import split as cutting
-from ..solve import Split
+from ..solve import Split, split_within
 from ..windows import Window, windows
 from ..workload import Workload
 
@@ -63,19 +63,19 @@ def _of_sample(workload: Workload, split: Split) -> Iterator[Window]:
 
 def _from_loader(workload: Workload, split: Split) -> Iterator[Window]:
     """Whole windows, epoch after epoch; the shorter last one of an epoch only where there is no other."""
-    names = {"shared": workload.shared, "per_sample": workload.per_sample}
     while True:
         loader: Any = workload.loader() if callable(workload.loader) else workload.loader
         whole = 0
-        for window in windows(loader, sum(split), lambda samples: _cut(split, samples), **names):
+        shared, per_sample = workload.shared, workload.per_sample
+        for window in windows(
+            loader, sum(split), lambda samples: _cut(split, samples), shared=shared, per_sample=per_sample
+        ):
             whole += sum(window.sizes) == sum(split)
             if sum(window.sizes) == sum(split) or not whole:
                 yield window
 
 
 def _cut(split: Split, samples: int) -> Split:
-    from ..solve import split_within
-
     return split if samples == sum(split) else split_within(samples, split[0])
 
 

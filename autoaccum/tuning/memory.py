@@ -1,6 +1,6 @@
 """Whether a configuration fits, answered from recordings: one for each that needs memory in its own way. No torch here.
 
-A recording tells for every micro-batch at once; what changes no memory (the micro-batch itself, loader workers) shares it.
+A recording tells for every micro-batch at once; what changes no memory (loader workers) shares it.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ class Memory:
         self._lock = threading.Lock()
         self.asked = self.recorded = 0
 
+    def add(self, configuration: Configuration, recorded: Recorded) -> None:
+        """A recording that was made already."""
+        self._known[_key(configuration)] = recorded
+
     def answer(self, configuration: Configuration, samples: int) -> Answer:
         """Whether a window of so many samples fits in that configuration."""
         self.asked += 1
@@ -69,7 +73,7 @@ class Memory:
 
     def recording(self, configuration: Configuration) -> Recorded:
         """The recording that stands for it, made now if there is none."""
-        key = json.dumps(configuration.of_memory(), sort_keys=True)
+        key = _key(configuration)
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:  # the same one is recorded once, others at the same time
@@ -81,6 +85,10 @@ class Memory:
                     self._keep(key, found)
                 self._known[key] = found
             return self._known[key]
+
+
+def _key(configuration: Configuration) -> str:
+    return json.dumps(configuration.of_memory(), sort_keys=True)
 
 
 def recorded_plan(plan: Plan) -> Recorded:
@@ -117,5 +125,5 @@ def answer_from(recorded: Recorded, micro_batch: int | str, samples: int) -> Ans
         False,
         peak or 0,
         f"micro-batches of {split[0]} need {needs}, and {show_bytes(usable)} can be used, the budget less 2 %; "
-        f"at most {fewest[0]} fit",
+        f"{len(fewest)} steps of at most {fewest[0]} fit",
     )

@@ -205,4 +205,7 @@ def _gain(found: Tuned) -> str:
         return "" if plain is None else ", which is the plain one"
     if found.ranking == SECONDS and plain.step_seconds and best.step_seconds:
         return f", {plain.step_seconds / best.step_seconds:.2f} times as fast as the plain one"
-    return f", {plain.accumulation_steps} steps and {show_bytes(plain.peak_bytes or 0)} the plain one"
+    return (
+        f": {best.accumulation_steps} x {best.micro_batch} in {show_bytes(best.peak_bytes or 0)}, and the plain one "
+        f"{plain.accumulation_steps} x {plain.micro_batch} in {show_bytes(plain.peak_bytes or 0)}"
+    )

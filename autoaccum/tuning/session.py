@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 from ..child import Say, call
 from ..errors import NotConfirmed
@@ -53,7 +53,7 @@ def tune(
 
     started = time.monotonic()
     wanted = SearchSpace(
-        **{name: None if choices is None else tuple(choices) for name, choices in space.items()},
+        **cast(Any, {name: None if choices is None else tuple(choices) for name, choices in space.items()}),
         extra={name: (tuple(choices), _unused) for name, choices in extra_choices.items()},
     )
     on_cuda, virtual = asked["device"] == "cuda", asked["gpu"] is not None
@@ -62,7 +62,8 @@ def tune(
     sizes = _sizes(wanted, asked["target_batch"])
     told = functools.partial(_record, say, workload, extra, sizes, asked, lock)
 
-    facts = told(None)["facts"]
+    as_it_is = told(None)
+    facts = as_it_is["facts"]
     choices, left_out = choices_for(wanted, facts, asked["target_batch"], on_cuda=on_cuda, virtual=virtual)
     say({"say": f"{size_of(choices)} configurations to choose from"})
     identity = {
@@ -73,6 +74,8 @@ def tune(
         "choices": {name: list(options) for name, options in choices.items()},
     }
     found = open_study(study, identity, sampler, pareto, seed)
+    memory = Memory(told, _kept(found), _keep(found))
+    memory.add(Configuration.from_values(facts["plain"]), as_it_is)
     base = {name: value for name, value in facts["plain"].items() if name in ("precision", "optimizer", "compile")}
     search = Search(
         study=found,
@@ -80,7 +83,7 @@ def tune(
         plain=plain_values(choices, facts["plain"]),
         base=base,
         samples=asked["target_batch"],
-        memory=Memory(told, _kept(found), _keep(found)),
+        memory=memory,
         timer=_timer(workload, extra, asked, choices) if ranking == SECONDS else None,
         sampler=sampler,
         trials=size_of(choices) if trials is None and sampler == "grid" else trials or TRIALS,
@@ -228,6 +231,8 @@ def _finished(
     trials = [
         replace(t, state="failed", why=refused[t.number], pareto=False) if t.number in refused else t for t in trials
     ]
+    if asked["gpu"] is not None and winner.configuration["checkpointing"]:
+        left_out = [*left_out, "the test that checkpointing leaves the gradient as it is: nothing is computed here"]
     windows = (
         "timed for each" if search.ranking == SECONDS else "ranked by memory: nothing is computed on a virtual GPU"
     )

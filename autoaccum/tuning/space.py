@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from ..errors import UsageError
 from .configuration import IMPLEMENTATIONS, LARGEST, NAMES, Configuration, check_choice
@@ -23,8 +23,8 @@ class SearchSpace:
     """The choices to search. Each field is a tuple of what may be chosen; one value alone fixes it.
 
     Attributes:
-        precision: "fp32", "bf16", "fp16" autocast. None: all on CUDA; fp32 and bf16 on a CPU, most of which compute fp16
-            by converting it.
+        precision: "fp32", "bf16", "fp16" autocast. None: all on CUDA; fp32 and bf16 on a CPU, where fp16 is mostly
+            emulated.
         checkpointing: 0 for none, n for every n-th of the model's repeated blocks.
         channels_last: For models with convolutions of images.
         optimizer: "loop", "foreach", "fused": those of them that the optimizer has.
@@ -179,7 +179,7 @@ def read_space(texts: list[str]) -> SearchSpace:
             said = "is given twice" if name in asked else "names nothing that can be varied"
             raise UsageError(f"--vary {text!r} {said}.", hint=f"--vary NAME=A,B with one of: {', '.join(NAMES)}.")
         asked[name] = tuple(_value(name, value.strip()) for value in values.split(",") if value.strip())
-    return SearchSpace(**asked)
+    return SearchSpace(**cast(Any, asked))
 
 
 def _value(name: str, text: str) -> Any:

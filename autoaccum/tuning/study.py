@@ -20,13 +20,14 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AutoaccumError, DoesNotFit, UsageError
+from ..units import show_bytes
 from .configuration import Configuration
 from .memory import Answer, Memory
 from .result import FAILED, MEASURED, MEMORY, PRUNED, RANKED, SAME, SECONDS, Trial, sentence
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("tpe", "random", "grid")
 NAME = "autoaccum"
-RESAMPLED = 40  # suggestions of known configurations in a row, before an unknown one is drawn
+RESAMPLED = 12  # suggestions of known configurations in a row, before an unknown one is drawn
 
 Timer = Callable[[Configuration, Answer, float | None], list[float]]
 
@@ -91,8 +92,12 @@ class Search:
                 pass
             return
         with ThreadPoolExecutor(self.workers) as pool:
-            for future in [pool.submit(self._until_done) for _ in range(self.workers)]:
-                future.result()
+            try:
+                for future in [pool.submit(self._until_done) for _ in range(self.workers)]:
+                    future.result()
+            except BaseException:
+                self.until = 0.0  # or the others would go on until there were enough
+                raise
 
     def _until_done(self) -> None:
         while self._one():
@@ -117,7 +122,7 @@ class Search:
         """The next trial; None where there were enough."""
         known = read_trials(self.study)
         running = len(self._queued)
-        if sum(trial.state != SAME for trial in known) + running >= self.trials:
+        if sum(trial.state != SAME and not _interrupted(trial) for trial in known) + running >= self.trials:
             return None
         if self.until is not None and time.monotonic() >= self.until:
             return None
@@ -160,8 +165,11 @@ class Search:
         """What a trial comes to, without running what is known or can't fit."""
         values = self._values(trial)
         configuration = Configuration.from_values(values)
-        answer = self.memory.answer(configuration, self.samples)
-        made = {
+        try:
+            answer = self.memory.answer(configuration, self.samples)
+        except AutoaccumError as error:  # its process died
+            return Trial(trial.number, FAILED, values, why=error.what)
+        made: dict[str, Any] = {
             "number": trial.number,
             "configuration": values,
             "micro_batch": answer.split[0] if answer.split else None,
@@ -204,7 +212,7 @@ class Search:
         best = min((trial for trial in known if trial.counts), key=lambda t: t.order(self.ranking), default=None)
         told = {
             MEASURED: f"{result.step_seconds or 0:.4g} s per optimizer step",
-            RANKED: f"{result.accumulation_steps} steps, {(result.peak_bytes or 0) / 2**30:.2f} GiB",
+            RANKED: f"{show_bytes(result.peak_bytes or 0)}",
             SAME: result.why,
         }.get(result.state, f"{result.state}: {result.why}")
         split = f"{result.micro_batch} x {result.accumulation_steps}, " if result.micro_batch else ""
@@ -218,11 +226,11 @@ def _interrupted(trial: Trial) -> bool:
     return trial.state == FAILED and trial.why.startswith("interrupted")
 
 
-def _params(values: Values, choices: Choices) -> str:
+def _params(values: Mapping[str, Any], choices: Choices) -> str:
     return json.dumps([values[name] for name in choices])
 
 
-def _resolved(values: Values, micro_batch: int | None) -> str:
+def _resolved(values: Mapping[str, Any], micro_batch: int | None) -> str:
     return json.dumps({**values, "micro_batch": micro_batch}, sort_keys=True)
 
 
@@ -268,7 +276,7 @@ def open_study(file: str | None, identity: dict[str, Any], sampler: str, pareto:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage: Any = None
-    directions = ["minimize"] * (1 + pareto)
+    directions: list[Any] = ["minimize"] * (1 + pareto)
     chosen = RandomSampler(seed) if sampler == "random" else TPESampler(seed=seed, constant_liar=True)
     try:
         if file is not None:

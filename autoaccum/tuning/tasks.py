@@ -87,7 +87,8 @@ def _plan(
     stack = ExitStack()  # never left: the process ends with what was configured
 
     def change(workload: Workload) -> Workload:
-        return _changed(stack, workload, values, extra, facts)
+        changed: Workload = _changed(stack, workload, values, extra, facts)
+        return changed
 
     def progress(text: str) -> None:
         say({"say": text})
