@@ -1,4 +1,4 @@
-"""Tuning's rooms: blocks and their checkpointing, configurations applied and put back, the space, memory, the search."""
+"""Tuning's rooms: blocks, configurations applied and put back, the space, memory, the search."""
 
 from __future__ import annotations
 
@@ -418,7 +418,7 @@ def test_an_answer_is_what_the_table_of_peaks_says(n: int, budget: int, least: i
     assert answer.peak_bytes == peak and answer.fits == (peak <= int(budget * (1 - CAPACITY_MARGIN)))
     assert answer.fits or "at most" in answer.why
     largest = answer_from(told, LARGEST, 64)
-    assert largest.fits and len(largest.split) <= len(answer.split) or not answer.fits
+    assert (largest.fits and len(largest.split) <= len(answer.split)) or not answer.fits
 
 
 def test_one_recording_serves_all_that_needs_memory_alike() -> None:
@@ -635,7 +635,7 @@ def test_who_times_waits_for_who_times(tmp_path: Path) -> None:
     order: list[str] = []
 
     def other() -> None:
-        with alone(str(tmp_path / "a.db")):
+        with alone(str(tmp_path / "a.db"), order.append):
             order.append("second")
 
     with alone(str(tmp_path / "a.db")):
@@ -644,7 +644,7 @@ def test_who_times_waits_for_who_times(tmp_path: Path) -> None:
         time.sleep(0.05)
         order.append("first")
     thread.join()
-    assert order == ["first", "second"]
+    assert order == [f"waiting for another tuning, which holds {tmp_path / 'a.db.lock'}", "first", "second"]
     found = search(Machine(), trials=1, lock=lambda: alone(str(tmp_path / "a.db")))
     found.run()
     assert best_of(found).counts

@@ -58,7 +58,7 @@ def tune(
     )
     on_cuda, virtual = asked["device"] == "cuda", asked["gpu"] is not None
     ranking = MEMORY if virtual else SECONDS
-    lock = functools.partial(alone, study) if ranking == SECONDS else nullcontext
+    lock = functools.partial(alone, study, lambda text: say({"say": text})) if ranking == SECONDS else nullcontext
     sizes = _sizes(wanted, asked["target_batch"])
     told = functools.partial(_record, say, workload, extra, sizes, asked, lock)
 

@@ -328,14 +328,22 @@ def _drop_dead(study: optuna.Study) -> None:
 
 
 @contextlib.contextmanager
-def alone(study_file: str | None) -> Iterator[None]:
+def alone(study_file: str | None, waiting: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """While it is entered, no other study on this machine that has the same file times anything.
 
     A study in memory takes a lock that all such studies of this user share.
+
+    Args:
+        study_file: The study's file; None for one in memory.
+        waiting: Told where another one holds it.
     """
     path = Path(f"{study_file}.lock") if study_file else Path(tempfile.gettempdir()) / f"autoaccum-{os.getuid()}.lock"
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting(f"waiting for another tuning, which holds {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:
