@@ -24,10 +24,9 @@ from autoaccum.plan import PeakRow, window_peak_bytes
 from autoaccum.solve import CAPACITY_MARGIN, split_within
 from autoaccum.tuning import blocks
 from autoaccum.tuning.apply import configured, implementations, plain
-from autoaccum.tuning.configuration import LARGEST, Configuration
+from autoaccum.tuning.configuration import LARGEST, Configuration, allocator_settings
 from autoaccum.tuning.memory import Answer, Memory, answer_from
 from autoaccum.tuning.result import Trial, Tuned, summary
-from autoaccum.tuning.session import allocator_settings
 from autoaccum.tuning.space import (
     choices_for,
     combinations,
@@ -668,3 +667,12 @@ def test_the_allocators_other_settings_are_kept() -> None:
     both = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:False"}
     assert allocator_settings(both) == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}
     assert allocator_settings({}) == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+def test_run_sets_the_allocators_variable_where_the_plan_was_tuned_with_it() -> None:
+    from autoaccum.cli.run import _environment
+
+    plan = made_up_plan()
+    assert _environment(plan) is None
+    told = _environment(replace(plan, configuration={"expandable_segments": True})) or {}
+    assert "expandable_segments:True" in told["PYTORCH_CUDA_ALLOC_CONF"] and "PATH" in told

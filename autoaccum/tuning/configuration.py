@@ -130,3 +130,10 @@ def check_choice(name: str, value: Any) -> None:
     holds, could = allowed[name]
     if not holds:
         raise UsageError(f"{name} can't be {value!r}.", hint=f"It is one of: {could}.")
+
+
+def allocator_settings(present: Mapping[str, str]) -> dict[str, str]:
+    """The caching allocator's variable with expandable segments, whatever else it says kept."""
+    name = "PYTORCH_ALLOC_CONF" if present.get("PYTORCH_ALLOC_CONF") else "PYTORCH_CUDA_ALLOC_CONF"
+    others = [part for part in present.get(name, "").split(",") if part and not part.startswith("expandable_segments")]
+    return {name: ",".join([*others, "expandable_segments:True"])}

@@ -17,7 +17,7 @@ from ..forked import ForkFailed, in_copy
 from ..plan import Plan
 from ..source import PICKLED
 from ..virtual import planning_environment
-from .configuration import Configuration
+from .configuration import Configuration, allocator_settings
 from .memory import Answer, Memory, Recorded
 from .result import MEMORY, SECONDS, Trial, Tuned, with_configuration
 from .space import SearchSpace, choices_for, plain_values, size_of
@@ -133,13 +133,6 @@ def environment(configuration: Configuration | None, gpu: str | None) -> dict[st
     if configuration is not None and configuration.expandable_segments:
         base = {**os.environ, **allocator_settings(os.environ)}
     return planning_environment(gpu, base)
-
-
-def allocator_settings(present: Any) -> dict[str, str]:
-    """The caching allocator's variable with expandable segments, whatever else it says kept."""
-    name = "PYTORCH_ALLOC_CONF" if present.get("PYTORCH_ALLOC_CONF") else "PYTORCH_CUDA_ALLOC_CONF"
-    others = [part for part in present.get(name, "").split(",") if part and not part.startswith("expandable_segments")]
-    return {name: ",".join([*others, "expandable_segments:True"])}
 
 
 def _said(say: Say, what: str) -> Say:
