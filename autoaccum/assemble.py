@@ -106,7 +106,7 @@ def _table(outlook: Outlook, split: Split, known: set[int]) -> tuple[PeakRow, ..
     samples = sum(split)
     count = TABLE_ROWS if outlook.subject.parts.device.type == "cpu" else TABLE_ROWS_CUDA
     neighbours = {-(-samples // k) for k in range(max(1, len(split) - 1), min(samples, 4 * len(split)) + 1)}
-    needed = {1, outlook.wish.least, split[-1], *known, *sorted(neighbours)[-count // 2 :]}
+    needed = {1, outlook.wish.least, split[-1], *known, *outlook.wish.sizes, *sorted(neighbours)[-count // 2 :]}
     most = max(2 * max(known), *needed)
     sizes = needed | {round(1 + (most - 1) * part / (count - 1)) for part in range(count)}
     rows = []

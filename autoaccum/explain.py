@@ -22,6 +22,8 @@ def summary(plan: Plan) -> str:
         ("why", _why(plan)),
         ("largest", _largest(plan)),
     ]
+    if plan.configuration:
+        lines.insert(4, ("tuned", _tuned(plan)))
     if plan.window_seconds is not None:
         lines.append(("time", _time(plan)))
     found = knee.told(plan)
@@ -62,6 +64,12 @@ def _split(plan: Plan) -> str:
     ranks = f" x {plan.world_size} ranks" if plan.world_size > 1 else ""
     steps = f"{plan.accumulation_steps} accumulation step{'s' * (plan.accumulation_steps > 1)}"
     return f"{steps}: {' and '.join(parts)} samples = {sum(plan.split)}{ranks}"
+
+
+def _tuned(plan: Plan) -> str:
+    from .tuning.result import sentence
+
+    return f"{sentence(plan.configuration)}: {plan.reasons.get('configuration', 'no reason was kept')}"
 
 
 def _peak(plan: Plan) -> str:

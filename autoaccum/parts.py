@@ -54,6 +54,7 @@ class Parts:
     denominator: Denominator | None = None
     asked_for_denominator: bool = False
     window_samples: int | None = None
+    configuration: str | None = None
     copies: Copies = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +95,7 @@ def open_parts(workload: Workload) -> Parts:
         batchnorm=workload.batchnorm,
         on_nonfinite=workload.on_nonfinite,
         norms=norms,
+        configuration=workload.configuration,
     )
 
 

@@ -164,6 +164,8 @@ class Plan:
             what.
         objective: What was sought: "fewest-steps", or "fastest", the smallest micro-batch that is as fast as any.
         environment: Versions and machine that the plan was made on.
+        configuration: What `autoaccum tune` chose beside the split, by name (tuning/configuration.py); `reasons` has
+            why, and what of it changes numbers. Empty where nothing was tuned.
     """
 
     target_batch: int
@@ -210,6 +212,7 @@ class Plan:
     times: tuple[TimedSize, ...] = ()
     objective: str = FEWEST_STEPS
     environment: Mapping[str, str] = field(default_factory=dict)
+    configuration: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property

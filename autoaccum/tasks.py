@@ -76,6 +76,10 @@ def run(
     else:
         limit_data(read.budget.bytes)
         say({"say": f"limited to {show_bytes(read.budget.bytes)}"})
+    if read.configuration:
+        from .tuning.apply import configure
+
+        workload = configure(workload, read)
     return train(
         workload,
         read,
@@ -120,10 +124,35 @@ def bench(*, say: Say, **asked: Any) -> dict[str, Any]:
     return run(say=say, **asked)
 
 
+def tune(*, say: Say, **asked: Any) -> dict[str, Any]:
+    """Searches configurations; returns what was found, as JSON."""
+    say({"say": "loading torch and the workload"})
+    from .tuning.session import tune
+
+    return tune(say=say, **asked)
+
+
+def tuning_record(*, say: Say, **asked: Any) -> dict[str, Any]:
+    """Records one configuration; returns what it takes at every micro-batch."""
+    from .tuning.tasks import record
+
+    return record(say=say, **asked)
+
+
+def tuning_plan(*, say: Say, **asked: Any) -> dict[str, Any]:
+    """Plans a tuned workload; returns the plan's JSON."""
+    from .tuning.tasks import plan
+
+    return plan(say=say, **asked)
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "plan": plan,
     "run": run,
     "check": check,
     "doctor": doctor,
     "bench": bench,
+    "tune": tune,
+    "tuning_record": tuning_record,
+    "tuning_plan": tuning_plan,
 }

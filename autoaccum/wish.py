@@ -30,6 +30,7 @@ class Wish:
         objective: "fewest-steps" or "fastest".
         timing_seconds: How long smaller micro-batches may be timed; None for a part of planning.
         histories: The processes that the plan has to hold in: a "fresh" one, this one as it is now ("here"), or both.
+        sizes: Micro-batches that the plan's table of peaks has to have.
     """
 
     target_batch: int | None
@@ -42,6 +43,7 @@ class Wish:
     histories: tuple[str, ...] = ("fresh", "here")
     objective: str = FEWEST_STEPS
     timing_seconds: float | None = None
+    sizes: tuple[int, ...] = ()
 
 
 def read_wish(

@@ -63,6 +63,7 @@ class Workload:
             its gradient is the same. Planning lengthens a shorter sample to the longest.
         max_tokens: With lengths: the most tokens in a micro-batch, padding included, as well as its most samples.
         name: What to call this workload in a plan.
+        configuration: What `autoaccum.configure` made of it, in words; part of a plan's fingerprint.
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class Workload:
     lengths: Sequence[int] | None = field(default=None, kw_only=True)
     max_tokens: int | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)
+    configuration: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.precision is not None and self.precision not in PRECISIONS:

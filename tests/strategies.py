@@ -282,6 +282,7 @@ def made_up_plan(**changes: Any) -> Plan:
         "times": (TimedSize(26, 1.51, 3, (1.5, 1.51, 1.52)), TimedSize(52, 1.5, 3, (1.4, 1.5, 1.6))),
         "objective": "fastest",
         "environment": {"python": "3.11.7"},
+        "configuration": {"precision": "bf16", "checkpointing": 2, "channels_last": False, "loader_workers": None},
         "schema_version": 1,
     }
     return Plan(**(fields | changes))

@@ -12,8 +12,6 @@ from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..units import parse_bytes
 from ..workloads import BUILT_IN, DEFAULT
 
-ANY_AMOUNT_BYTES = 1 << 41  # more than any one GPU has
-
 
 def plan(
     target_batch: int = typer.Option(None, help="Samples in an optimizer step. Left out: the largest micro-batch."),
@@ -40,6 +38,7 @@ def plan(
     from ..child import call
     from ..plan import Plan
     from ..source import check_source
+    from ..virtual import planning_environment
     from .terminal import progress
 
     check_source(workload)
@@ -57,7 +56,7 @@ def plan(
         "timing_seconds": timing,
     }
     with progress("planning") as say:
-        found = Plan.from_json(call("plan", arguments, on_message=say, env=_environment(gpu))["plan"])
+        found = Plan.from_json(call("plan", arguments, on_message=say, env=planning_environment(gpu))["plan"])
     if output is not None:
         found.save(output)
         print(f"wrote {output}", file=sys.stderr)
@@ -70,18 +69,6 @@ def plan(
     told = output or "plan.json"
     keep = "" if output is not None else " (keep the plan: -o plan.json)"
     print(f"next        autoaccum run {told}, autoaccum explain {told}{keep}")
-
-
-def _environment(gpu: str | None) -> dict[str, str] | None:
-    """That of a virtual GPU which stands in for the named one, with any amount of memory and no copies."""
-    if gpu is None:
-        return None
-    from dataclasses import replace
-
-    from ..gpus import find_gpu, virtual_settings
-    from ..virtual import environment
-
-    return environment(replace(virtual_settings(find_gpu(gpu)), memory_bytes=ANY_AMOUNT_BYTES, copies="zero"))
 
 
 def _check(
