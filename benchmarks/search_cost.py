@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import tables
@@ -101,24 +102,23 @@ def _range(values: Sequence[float], digits: int = 0) -> str:
     return f"{low:.{digits}f} to {high:.{digits}f} (median {middle:.{digits}f})"
 
 
-def compare(cases: Sequence[str], finders: dict[str, str], say: Callable[[str], None]) -> list[Row]:
-    """All rows.
+def compare(name: str, finders: dict[str, str], say: Callable[[str], None]) -> list[Row]:
+    """One case's rows.
 
     Args:
-        cases: Names of cases.
+        name: The case's.
         finders: Names of finders, each with its package's version.
         say: Told what is under way.
     """
+    say(f"{name}: the truth")
+    true = trials.in_process(CASES[name], "truth", name)
+    if "failed" in true:
+        raise SystemExit(f"{name}: the truth can't be found: {true['failed']}")
     rows = []
-    for name in cases:
-        say(f"{name}: the truth")
-        true = trials.in_process(CASES[name], "truth", name)
-        if "failed" in true:
-            raise SystemExit(f"{name}: the truth can't be found: {true['failed']}")
-        for finder, version in finders.items():
-            say(f"{name}: {finder}")
-            rows.append(compared(name, finder, true, version))
-            say(json.dumps(rows[-1]))
+    for finder, version in finders.items():
+        say(f"{name}: {finder}")
+        rows.append(compared(name, finder, true, version))
+        say(json.dumps(rows[-1]))
     return rows
 
 
@@ -162,13 +162,19 @@ def main() -> None:
     finders, missing = available(args.finder or list(FINDERS))
     for name in missing:
         say(f"{name}: skipped, since {FINDERS[name].package} isn't installed")
-    rows = compare(args.case or list(CASES), finders, say)
+    rows: list[Row] = []
+    for case in args.case or CASES:
+        rows += compare(case, finders, say)
+        if not (args.no_write or args.case or args.finder):
+            say(f"wrote {write(rows, missing)}, its .csv, and docs/search-cost.md")
+    print(page(rows, missing))
+
+
+def write(rows: Sequence[Row], missing: Sequence[str]) -> Path:
+    """Writes what there is so far; the page in docs has the summary alone."""
     text = page(rows, missing)
-    print(text)
-    if not (args.no_write or args.case or args.finder):
-        path = tables.write_results("search-cost", f"# What a search finds and costs\n\n{text}", rows)
-        tables.write_between_marks(tables.DOCS / "search-cost.md", text.partition("## Case by case")[0])
-        say(f"wrote {path}, its .csv, and docs/search-cost.md")
+    tables.write_between_marks(tables.DOCS / "search-cost.md", text.partition("## Case by case")[0])
+    return tables.write_results("search-cost", f"# What a search finds and costs\n\n{text}", rows)
 
 
 if __name__ == "__main__":

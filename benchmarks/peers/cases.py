@@ -77,7 +77,8 @@ class Case:
         optimizer: Makes it from the parameters.
         precision: As in a Workload.
         memory_bytes: Of the virtual GPU.
-        start: Where finders begin that go downwards: a power of two above the answer.
+        start: Where finders begin that go downwards, and end that bisect: 128, which is Accelerate's default, or the
+            first power of two above the answer.
     """
 
     make: Callable[[], nn.Module]
@@ -86,7 +87,7 @@ class Case:
     optimizer: Callable[..., torch.optim.Optimizer]
     precision: str
     memory_bytes: int
-    start: int = 1024
+    start: int = 128
 
     @property
     def images(self) -> bool:
@@ -141,10 +142,10 @@ _image: Any = (3, 224, 224)
 _resnet18, _resnet50, _vit_l = (functools.partial(_torchvision, name) for name in ("resnet18", "resnet50", "vit_l_16"))
 
 CASES = {
-    "ResNet-18 fp32 AdamW, 4 GiB": Case(_resnet18, _image, 1000, _adamw, "fp32", 4 * GiB),
-    "ResNet-50 bf16 SGD, 8 GiB": Case(_resnet50, _image, 1000, _sgd, "bf16", 8 * GiB),
-    "ViT-L/16 fp32 AdamW, 8 GiB": Case(_vit_l, _image, 1000, _adamw, "fp32", 8 * GiB),
+    "ResNet-50 bf16 SGD, 8 GiB": Case(_resnet50, _image, 1000, _sgd, "bf16", 8 * GiB, start=256),
     "GPT bf16 AdamW, 8 GiB": Case(Gpt, (LENGTH,), 8192, _adamw, "bf16", 8 * GiB),
-    "BERT-base bf16 AdamW, 8 GiB": Case(Bert, (LENGTH,), BERT_VOCABULARY, _adamw, "bf16", 8 * GiB),
     "MLP fp32 AdamW, 4 GiB": Case(Mlp, (1024,), 100, _adamw, "fp32", 4 * GiB, start=4096),
+    "BERT-base bf16 AdamW, 8 GiB": Case(Bert, (LENGTH,), BERT_VOCABULARY, _adamw, "bf16", 8 * GiB),
+    "ViT-L/16 fp32 AdamW, 8 GiB": Case(_vit_l, _image, 1000, _adamw, "fp32", 8 * GiB),
+    "ResNet-18 fp32 AdamW, 4 GiB": Case(_resnet18, _image, 1000, _adamw, "fp32", 4 * GiB, start=256),
 }
