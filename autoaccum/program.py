@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
-from .size_rules import Rule, reduction_buffers, saturating, size_rules
+from .size_rules import Rule, proportional, reduction_buffers, saturating, size_rules
 
 
 class Step(NamedTuple):
@@ -125,7 +125,8 @@ def _lift_phase(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> tu
     for reductions in (False, True):
         sizes = _sizes(phase, reductions=reductions)
         (m, theirs), *further = ((m, _sizes(other, reductions=reductions)) for m, other in others)
-        found = size_rules(sizes, n, theirs, m, further, reductions=reductions)
+        inputs = proportional(rules[False], n) if reductions else ()
+        found = size_rules(sizes, n, theirs, m, further, reductions=reductions, inputs=inputs)
         found |= saturating(sizes, found, [theirs, *(each for _, each in further)], reductions=reductions)
         rules[reductions] = found
     return tuple(

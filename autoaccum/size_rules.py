@@ -14,6 +14,7 @@ from typing import NamedTuple
 from .recording import Event
 
 EVERY = (2, 4, 8, 16, 32, 64, 128)  # samples to a step, where a size steps: powers of two, as blocks of threads are
+PARTS = range(1, 9)  # of what two sizes have in common, that may be a tile
 TINY = 1 << 16  # the counters beside a reduction's buffer are of fewer bytes
 ROUNDED_WITHIN = 0.03  # a size rounded up from something proportional (rows padded to 16) is that far off at most
 
@@ -57,6 +58,7 @@ def size_rules(
     further: Sequence[Sized] = (),
     *,
     reductions: bool | None = None,
+    inputs: Iterable[int] = (),
 ) -> dict[int, Rule]:
     """Sorts the sizes of a phase recorded at n by those of the same phase recorded at m.
 
@@ -68,6 +70,7 @@ def size_rules(
         further: Smaller recordings of the phase: their micro-batches, and their sizes.
         reductions: Whether they are buffers of reductions, or none is (see `reduction_buffers`); None where it isn't
             known.
+        inputs: What else of the phase scales with the batch, in bytes per sample.
 
     Returns:
         A rule for each distinct size.
@@ -77,13 +80,22 @@ def size_rules(
     unsure = [size for size in dict.fromkeys(sizes) if rules[size] is None]
     seen = [(m, there), *((each, Counter(theirs)) for each, theirs in further)]
     plain = {size: rule for size, rule in rules.items() if rule is not None}
-    scales = {rule.per_sample // n for rule in plain.values() if rule.per_sample and rule.per_sample % n == 0}
+    scales = {*inputs, *proportional(plain, n)}
     laws = _confirmed_laws(unsure, here, n, seen, plain, scales, reductions)
     unsure = [size for size in unsure if size not in laws]
     explained = {rule.at(m) for rule in (*plain.values(), *laws.values())}
     rest = [size for size in dict.fromkeys(other_sizes) if size not in explained]
     settled = _paired_by_order(unsure, n, rest, m) or {size: _rounded_rule(size, n, rest, m) for size in unsure}
     return {size: rule or laws.get(size) or settled[size] for size, rule in rules.items()}
+
+
+def proportional(rules: Mapping[int, Rule], n: int) -> set[int]:
+    """Bytes per sample of what is proportional to the batch, by rules made at n samples."""
+    return {
+        rule.per_sample // n
+        for rule in rules.values()
+        if rule.per_sample and rule.divisor == n and rule.per_sample % n == 0
+    }
 
 
 def _confirmed_laws(
@@ -151,8 +163,7 @@ def _confirmed_law(
     stepping: list[Rule] = []
     if reductions is not False:
         stepping += _row_laws(size, n)
-    if not reductions:
-        stepping += _tile_laws(size, n, m, partners, scales)
+    stepping += _tile_laws(size, n, m, partners, _read_by_blocks(scales) if reductions else scales)
     steps, stepped = best(stepping)
     if affine > 1 and affine >= steps:
         return line
@@ -178,15 +189,24 @@ def _ended_laws(
         if not TINY < partner < size:
             continue
         laws = [*_row_laws(partner, m)] if reductions else []
-        if not reductions:
-            units = {gcd(size, partner) // part for part in range(1, 9)}
-            laws += [
-                Rule(0, per_sample=scale, unit=unit)
-                for unit in units
-                if unit > TINY and not size % unit and not partner % unit
-                for scale in scales
-            ]
+        units = {gcd(size, partner) // part for part in PARTS}
+        laws += [
+            Rule(0, per_sample=scale, unit=unit)
+            for unit in units
+            if unit > TINY and not size % unit and not partner % unit
+            for scale in (_read_by_blocks(scales) if reductions else scales)
+        ]
         yield from (law._replace(most=size) for law in laws if law.at(m) == partner and law.at(n) > size)
+
+
+def _read_by_blocks(scales: Iterable[int]) -> set[int]:
+    """What partial results take for each sample, where each block of threads reads whole rows of an input.
+
+    A block keeps a partial result, of 4 bytes, for each of 128 columns and each output, and reads 16 values for each of
+    its threads (Reduce.cuh: global_memory_size, min_values_per_thread): of rows of 4 bytes a value twice as much as it
+    reads, of 2 bytes four times, and by powers of two more or less where blocks are of another shape.
+    """
+    return {scale * 2**power for scale in scales for power in range(5)}
 
 
 def _row_laws(size: int, n: int) -> Iterator[Rule]:
@@ -208,7 +228,7 @@ def _tile_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]
     if size <= TINY:
         yield from _row_laws(size, n)
         return
-    units = {gcd(size, partner) // part for partner in sizes if TINY < partner < size for part in range(1, 9)}
+    units = {gcd(size, partner) // part for partner in sizes if TINY < partner < size for part in PARTS}
     for unit in units:
         if unit > TINY and not size % unit:
             for scale in scales:
