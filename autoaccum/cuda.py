@@ -28,6 +28,7 @@ __all__ = [
     "ASKING_COUNTS",
     "LIFTS_WITHIN",
     "MOST_SAMPLES",
+    "PARTS",
     "SCOUT_STEPS",
     "Measured",
     "clean",
@@ -48,6 +49,7 @@ __all__ = [
 name = "cuda"
 AGREES_WITHIN = 0.0  # one micro-batch more or less is decided by a few MiB: the recordings nearest the answer count
 LIFTS_WITHIN = None  # workspaces saturate, so the next recording may be far off, and tells where; verifying decides
+PARTS = (0.5, 0.95)  # of the answer: where to record, once it is roughly known; the nearer, the less is extrapolated
 SCOUT_STEPS = (
     2  # micro-batches of the very first window recorded: as many as others have, so that they can be laid side by side
 )

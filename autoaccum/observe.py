@@ -23,7 +23,6 @@ from .recording import FIRST, Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .workload import Batch, Workload
 
-PARTS = (0.5, 0.8)  # of the answer: where to record, once it is roughly known
 LARGE = 1 << 20  # smaller blocks share segments of 2 MiB (CUDACachingAllocator.cpp: kSmallSize)
 SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more samples than three times that
 SCOUT = 2  # samples of the very first window; batch statistics need two
@@ -185,7 +184,7 @@ def observe(
         observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
         return
     add(subject, observed, _second_size(subject, observed, allowed, primes[1]))
-    for part in PARTS:
+    for part in subject.device.PARTS:
         n = _next_size(subject, observed, answer(observed), part)
         if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
             continue
@@ -193,7 +192,8 @@ def observe(
         error = add(subject, observed, n)
         last = next(recording for recording in observed.recordings if recording.micro_batch == n)
         exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
-        if error is not None and error <= subject.device.AGREES_WITHIN and (not exact or _foresaw(program, last)):
+        sure = not exact or (_foresaw(program, last) and not _may_saturate(observed.program()))
+        if error is not None and error <= subject.device.AGREES_WITHIN and sure:
             return
     observed.doubt = doubt_of_last(subject, observed)
 
@@ -211,14 +211,31 @@ def _foresaw(program: StepProgram, recording: Recording) -> bool:
     )
 
 
+def _may_saturate(program: StepProgram) -> bool:
+    """Whether there are large blocks that step with the size: only a recording nearer the answer tells how far."""
+    n = program.recorded_at
+    return any(
+        step.rule.may_saturate and step.rule.at(n) > LARGE
+        for steps in program.phases.values()
+        for step in steps
+        if step.rule is not None
+    )
+
+
 def _second_size(subject: Subject, observed: Observed, allowed: Callable[[Observed, int], bool], prime: int) -> int:
     """The second small prime; where the answer is small too, so that no third recording may be had, one near it."""
     most = subject.device.MOST_SAMPLES
     if most is None or allowed(observed, SMALL_ANSWER):
         return prime
     sure = next(n for n in range(SMALL_ANSWER, 0, -1) if n <= prime or allowed(observed, n))
-    left = int(most * sure) - SCOUT - sum(note.passes * note.micro_batch for note in observed.notes)
-    return max(prime, prime_near(min(int(PARTS[-1] * sure), left // 2)))
+    left = int(most * sure) - _samples(subject, observed)
+    return max(prime, prime_near(min(int(subject.device.PARTS[-1] * sure), left // 2)))
+
+
+def _samples(subject: Subject, observed: Observed) -> int:
+    """Samples that recording took so far."""
+    scouted: int = SCOUT * subject.device.SCOUT_STEPS
+    return scouted + sum(note.passes * note.micro_batch for note in observed.notes)
 
 
 def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -> int:
@@ -227,8 +244,8 @@ def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -
     n = prime_near(int(part * answer))
     if most is None:
         return n
-    left = int(most * answer) - SCOUT - sum(note.passes * note.micro_batch for note in observed.notes)
-    later = sum(int(2 * other * answer) for other in PARTS if other > part)  # those tell more
+    left = int(most * answer) - _samples(subject, observed)
+    later = sum(int(2 * other * answer) for other in subject.device.PARTS if other > part)  # those tell more
     return min(n, prime_near((left - later) // 2)) if left > later else 0
 
 

@@ -206,14 +206,18 @@ class CudaOutlook(Outlook):
         }
 
     def _largest(self, most: int | None, *, expandable: bool | None) -> int | None:
-        """The largest micro-batch that never makes the allocator give its cache back."""
+        """The largest micro-batch that never makes the allocator give its cache back.
+
+        Expandable segments are set before a process begins, so that only a fresh one can have them.
+        """
         if self.observed.doubt is not None:
             return None
+        histories = self.wish.histories if expandable is None else ("fresh",)
 
         def fits(split: Split) -> bool:
             return all(
                 self.replayed(split, history, None, expandable=expandable).peak_reserved_bytes <= self.usable_bytes
-                for history in self.wish.histories
+                for history in histories
             )
 
         reach = most or self.wish.most

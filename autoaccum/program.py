@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
-from .size_rules import Rule, Sized, saturating, size_rules
+from .size_rules import Rule, proportional, reduction_buffers, saturating, size_rules
 
 
 class Step(NamedTuple):
@@ -62,12 +62,12 @@ def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> St
     """
     *_, base = ordered = sorted(recordings, key=lambda recording: recording.micro_batch)
     smaller = [
-        (recording.micro_batch, {phase.name: _sizes(phase) for phase in recording.phases})
+        (recording.micro_batch, {phase.name: phase for phase in recording.phases})
         for recording in reversed(ordered[:-1])
     ]
     phases = {}
     for phase in base.phases:
-        others = [(m, sizes.get(phase.name, _sizes(phase))) for m, sizes in smaller]
+        others = [(m, theirs.get(phase.name, phase)) for m, theirs in smaller]
         phases[phase.name] = _lift_phase(phase, base.micro_batch, others)
     other = ordered[-2]
     rules = size_rules(_leftover(base), base.micro_batch, _leftover(other), other.micro_batch)
@@ -112,15 +112,33 @@ def _leftover(recording: Recording) -> list[int]:
     return [-event.bytes for event in _foreign(recording)]
 
 
-def _lift_phase(phase: Phase, n: int, others: Sequence[Sized]) -> tuple[Step, ...]:
-    (m, sizes), *further = others
-    rules = size_rules(_sizes(phase), n, sizes, m, further)
-    rules |= saturating(phase.events, rules, [theirs for _, theirs in others])
-    return tuple(Step(e.block, rules[e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events if e.bytes)
+def _lift_phase(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> tuple[Step, ...]:
+    """Gives each allocation its rule: buffers of reductions by themselves, since one may be as large as something else.
+
+    Args:
+        phase: As recorded at n samples.
+        n: Its samples.
+        others: The phase in smaller recordings, the largest of them first.
+    """
+    buffers = reduction_buffers(phase.events)
+    rules: dict[bool, Mapping[int, Rule]] = {}
+    for reductions in (False, True):
+        sizes = _sizes(phase, reductions=reductions)
+        (m, theirs), *further = ((m, _sizes(other, reductions=reductions)) for m, other in others)
+        inputs = proportional(rules[False], n) if reductions else ()
+        found = size_rules(sizes, n, theirs, m, further, reductions=reductions, inputs=inputs)
+        found |= saturating(sizes, found, [theirs, *(each for _, each in further)], reductions=reductions)
+        rules[reductions] = found
+    return tuple(
+        Step(e.block, rules[e.block in buffers][e.bytes] if e.bytes > 0 else None, e.stream)
+        for e in phase.events
+        if e.bytes
+    )
 
 
-def _sizes(phase: Phase) -> list[int]:
-    return [event.bytes for event in phase.events if event.bytes > 0]
+def _sizes(phase: Phase, *, reductions: bool) -> list[int]:
+    buffers = reduction_buffers(phase.events)
+    return [event.bytes for event in phase.events if event.bytes > 0 and (event.block in buffers) == reductions]
 
 
 def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[int, int]:

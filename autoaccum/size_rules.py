@@ -14,6 +14,7 @@ from typing import NamedTuple
 from .recording import Event
 
 EVERY = (2, 4, 8, 16, 32, 64, 128)  # samples to a step, where a size steps: powers of two, as blocks of threads are
+PARTS = range(1, 9)  # of what two sizes have in common, that may be a tile
 TINY = 1 << 16  # the counters beside a reduction's buffer are of fewer bytes
 ROUNDED_WITHIN = 0.03  # a size rounded up from something proportional (rows padded to 16) is that far off at most
 
@@ -33,6 +34,11 @@ class Rule(NamedTuple):
     most: int = 0
     unit: int = 1
 
+    @property
+    def may_saturate(self) -> bool:
+        """Whether it steps, as what is made for so many blocks at once does, and nothing tells yet where that ends."""
+        return (self.every > 1 or self.unit > 1) and not self.most
+
     def at(self, n: int) -> int:
         """The bytes at a micro-batch of n samples, at least 1."""
         n = -(-n // self.every)
@@ -45,7 +51,14 @@ Sized = tuple[int, Sequence[int]]  # a micro-batch, and the sizes of a phase rec
 
 
 def size_rules(
-    sizes: Sequence[int], n: int, other_sizes: Sequence[int], m: int, further: Sequence[Sized] = ()
+    sizes: Sequence[int],
+    n: int,
+    other_sizes: Sequence[int],
+    m: int,
+    further: Sequence[Sized] = (),
+    *,
+    reductions: bool | None = None,
+    inputs: Iterable[int] = (),
 ) -> dict[int, Rule]:
     """Sorts the sizes of a phase recorded at n by those of the same phase recorded at m.
 
@@ -55,6 +68,9 @@ def size_rules(
         other_sizes: The same phase's at m samples, another prime.
         m: The other prime.
         further: Smaller recordings of the phase: their micro-batches, and their sizes.
+        reductions: Whether they are buffers of reductions, or none is (see `reduction_buffers`); None where it isn't
+            known.
+        inputs: What else of the phase scales with the batch, in bytes per sample.
 
     Returns:
         A rule for each distinct size.
@@ -62,39 +78,99 @@ def size_rules(
     here, there = Counter(sizes), Counter(other_sizes)
     rules = {size: _plain_rule(size, n, here[size], there, m) for size in here}
     unsure = [size for size in dict.fromkeys(sizes) if rules[size] is None]
-    explained = {rule.at(m) for rule in rules.values() if rule is not None}
-    rest = [size for size in dict.fromkeys(other_sizes) if size not in explained]
-    seen = [(m, set(rest)), *((each, set(theirs)) for each, theirs in further)]
-    scales = {rule.per_sample // n for rule in rules.values() if rule and rule.per_sample and rule.per_sample % n == 0}
-    laws = {size: law for size in unsure if (law := _confirmed_law(size, n, seen, scales)) is not None}
+    seen = [(m, there), *((each, Counter(theirs)) for each, theirs in further)]
+    plain = {size: rule for size, rule in rules.items() if rule is not None}
+    scales = {*inputs, *proportional(plain, n)}
+    laws = _confirmed_laws(unsure, here, n, seen, plain, scales, reductions)
     unsure = [size for size in unsure if size not in laws]
-    explained = {law.at(m) for law in laws.values()}
-    rest = [size for size in rest if size not in explained]
+    explained = {rule.at(m) for rule in (*plain.values(), *laws.values())}
+    rest = [size for size in dict.fromkeys(other_sizes) if size not in explained]
     settled = _paired_by_order(unsure, n, rest, m) or {size: _rounded_rule(size, n, rest, m) for size in unsure}
     return {size: rule or laws.get(size) or settled[size] for size, rule in rules.items()}
 
 
-def _confirmed_law(size: int, n: int, seen: Sequence[tuple[int, set[int]]], scales: Iterable[int]) -> Rule | None:
-    """The law that most other recordings bear out exactly, the nearest among them; None where there is none.
+def proportional(rules: Mapping[int, Rule], n: int) -> set[int]:
+    """Bytes per sample of what is proportional to the batch, by rules made at n samples."""
+    return {
+        rule.per_sample // n
+        for rule in rules.values()
+        if rule.per_sample and rule.divisor == n and rule.per_sample % n == 0
+    }
+
+
+def _confirmed_laws(
+    unsure: Sequence[int],
+    here: Mapping[int, int],
+    n: int,
+    seen: Sequence[tuple[int, Counter[int]]],
+    plain: Mapping[int, Rule],
+    scales: Iterable[int],
+    reductions: bool | None,
+) -> dict[int, Rule]:
+    """Laws for sizes that are neither constant nor proportional, where other recordings bear them out.
 
     Args:
-        size: Bytes at n samples.
+        unsure: The sizes at n samples.
+        here: How often each size stands there at n.
         n: The recording that is lifted.
-        seen: The other recordings, the nearest first: their micro-batches and sizes.
+        seen: The other recordings, the nearest first: their micro-batches, and how often each size stands there.
+        plain: The rules of the sizes that are constant or proportional: what they come to in the other recordings is
+            explained, and bears out no law.
         scales: Bytes per sample of what scales in this phase.
+        reductions: As in `size_rules`.
     """
-    m, sizes = seen[0]
+    left = [(m, counts.copy()) for m, counts in seen]
+    for size, rule in plain.items():
+        _take_out(left, rule, here[size])
+    laws = {}
+    for size in unsure:
+        law = _confirmed_law(size, n, seen, left, scales, reductions)
+        if law is not None:
+            laws[size] = law
+            _take_out(left, law, here[size])
+    return laws
+
+
+def _take_out(left: Sequence[tuple[int, Counter[int]]], rule: Rule, times: int) -> None:
+    """Counts what a rule explains in each recording as explained."""
+    for m, counts in left:
+        counts[rule.at(m)] -= times
+
+
+def _confirmed_law(
+    size: int,
+    n: int,
+    seen: Sequence[tuple[int, Counter[int]]],
+    left: Sequence[tuple[int, Counter[int]]],
+    scales: Iterable[int],
+    reductions: bool | None,
+) -> Rule | None:
+    """The law that most other recordings bear out exactly, the nearest among them; None where there is none.
+
+    Of laws that as many bear out, the one whose sizes nothing else explains there; of equals the safer.
+    """
+    m, rest = left[0]
+    partners = {partner for partner, times in rest.items() if times > 0}
 
     def best(laws: Iterable[Rule]) -> tuple[int, Rule | None]:
-        counts = {law: sum(law.at(each) in theirs for each, theirs in seen) for law in laws if law.at(m) in sizes}
-        found = max(counts, key=lambda law: (counts[law], law.at(2 * n)), default=None)  # of equals the safer
-        return (counts[found], found) if found is not None else (0, None)
+        stands = {law: sum(seen[i][1][law.at(each)] > 0 for i, (each, _) in enumerate(seen)) for law in laws}
+        stands = {law: times for law, times in stands.items() if law.at(m) in partners}
+        alone = {law: sum(counts[law.at(each)] > 0 for each, counts in left) for law in stands}
+        found = max(stands, key=lambda law: (stands[law] + alone[law], law.at(2 * n), -law.unit), default=None)
+        return (stands[found], found) if found is not None else (0, None)
 
-    affine, line = best(_affine_laws(size, n, m, sizes))
-    stepping, steps = best(_step_laws(size, n, m, sizes, scales))
-    if affine > 1 and affine >= stepping:
+    affine, line = best(_affine_laws(size, n, m, partners))
+    stepping: list[Rule] = []
+    if reductions is not False:
+        stepping += _row_laws(size, n)
+    stepping += _tile_laws(size, n, m, partners, _read_by_blocks(scales) if reductions else scales)
+    steps, stepped = best(stepping)
+    if affine > 1 and affine >= steps:
         return line
-    return steps
+    if stepped is not None:
+        return stepped
+    ends, ended = best(_ended_laws(size, n, m, partners, scales, reductions))
+    return ended if ends > 1 else None
 
 
 def _affine_laws(size: int, n: int, m: int, sizes: set[int]) -> Iterator[Rule]:
@@ -105,19 +181,54 @@ def _affine_laws(size: int, n: int, m: int, sizes: set[int]) -> Iterator[Rule]:
             yield Rule(size - slope * n, per_sample=slope)
 
 
-def _step_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]) -> Iterator[Rule]:
-    """What grows in steps of so many samples, or in whole units of something else that scales.
+def _ended_laws(
+    size: int, n: int, m: int, sizes: set[int], scales: Iterable[int], reductions: bool | None
+) -> Iterator[Rule]:
+    """What grew in steps up to m samples and would be larger than this at n: it has come to its end in between."""
+    for partner in sizes:
+        if not TINY < partner < size:
+            continue
+        laws = [*_row_laws(partner, m)] if reductions else []
+        units = {gcd(size, partner) // part for part in PARTS}
+        laws += [
+            Rule(0, per_sample=scale, unit=unit)
+            for unit in units
+            if unit > TINY and not size % unit and not partner % unit
+            for scale in (_read_by_blocks(scales) if reductions else scales)
+        ]
+        yield from (law._replace(most=size) for law in laws if law.at(m) == partner and law.at(n) > size)
+
+
+def _read_by_blocks(scales: Iterable[int]) -> set[int]:
+    """What partial results take for each sample, where each block of threads reads whole rows of an input.
+
+    A block keeps a partial result, of 4 bytes, for each of 128 columns and each output, and reads 16 values for each of
+    its threads (Reduce.cuh: global_memory_size, min_values_per_thread): of rows of 4 bytes a value twice as much as it
+    reads, of 2 bytes four times, and by powers of two more or less where blocks are of another shape.
+    """
+    return {scale * 2**power for scale in scales for power in range(5)}
+
+
+def _row_laws(size: int, n: int) -> Iterator[Rule]:
+    """What grows in steps of so many samples.
 
     A sum over rows keeps a partial result for each block of rows (aten/src/ATen/native/cuda/Reduce.cuh: ctas_per_output
-    is rounded up); scratch comes in tiles, so many for each so many bytes of an input. A unit divides what was seen at
-    both sizes, and what scales is one of the phase's own.
+    is rounded up).
     """
     for every in EVERY:
         if size % -(-n // every) == 0 and every < n:
             yield Rule(0, per_sample=size // -(-n // every), every=every)
+
+
+def _tile_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]) -> Iterator[Rule]:
+    """What comes in tiles, so many for each so many bytes of an input.
+
+    A tile divides what was seen at both sizes, and what scales is one of the phase's own.
+    """
     if size <= TINY:
+        yield from _row_laws(size, n)
         return
-    units = {gcd(size, partner) // part for partner in sizes if TINY < partner < size for part in range(1, 9)}
+    units = {gcd(size, partner) // part for partner in sizes if TINY < partner < size for part in PARTS}
     for unit in units:
         if unit > TINY and not size % unit:
             for scale in scales:
@@ -160,38 +271,45 @@ def _rounded_rule(size: int, n: int, rest: Sequence[int], m: int) -> Rule:
     return Rule(size) if any(each > size for each in expected) else Rule(0, per_sample=size, divisor=n)
 
 
-def saturating(events: Sequence[Event], rules: Mapping[int, Rule], others: Sequence[Sequence[int]]) -> dict[int, Rule]:
-    """Buffers of reductions that grow up to a size that others of them have reached.
+def saturating(
+    sizes: Sequence[int], rules: Mapping[int, Rule], others: Sequence[Sequence[int]], *, reductions: bool
+) -> dict[int, Rule]:
+    """What grows in steps, up to a size that others of its kind have reached.
 
-    A reduction over rows allocates a buffer for partial results and counters right after it, and frees both
-    (aten/src/ATen/native/cuda/Reduce.cuh). The buffer grows with the rows until there are as many blocks as the device
-    runs at once: that many bytes are the same for all. It is known where one is that large here, and fewer were so in a
-    smaller recording.
+    The buffer of a reduction grows with the rows until there are as many blocks as the device runs at once: that many
+    bytes are the same for all (Reduce.cuh). Scratch in tiles has no more of them than can be in use at once, which is
+    the same for all of one tile. It is known where some are that large here, and fewer were so in a smaller recording.
+
+    Args:
+        sizes: Of one kind of blocks, in a phase.
+        rules: Theirs.
+        others: The same kind's in smaller recordings.
+        reductions: Whether they are buffers of reductions.
     """
-    buffers = _reduction_buffers(events, rules)
-    here = Counter(event.bytes for event in events)
-    reached = [
-        size for size in buffers if not rules[size].per_sample and any(here[size] > each.count(size) for each in others)
-    ]
-    most = max(reached, default=0)
+    here = Counter(sizes)
+    ended = [size for size in here if rules[size].most == size or not rules[size].per_sample]
+    reached = [size for size in ended if any(here[size] > each.count(size) for each in others)]
     found = {}
-    for size in buffers:
+    for size in here:
         rule = rules[size]
-        if rule.per_sample and size < most:
-            whole = rule.per_sample if rule.every > 1 else rule.unit  # blocks are counted up to whole ones
+        whole = rule.per_sample if rule.every > 1 else rule.unit  # blocks are counted up to whole ones
+        if not rule.per_sample or rule.most or not (reductions or rule.unit > 1):
+            continue
+        most = max((each for each in reached if reductions or each % rule.unit == 0), default=0)
+        if size < most:
             found[size] = rule._replace(most=-(-most // whole) * whole)
     return found
 
 
-def _reduction_buffers(events: Sequence[Event], rules: Mapping[int, Rule]) -> set[int]:
-    """Sizes that are followed by a tiny constant each time, and freed within four events."""
-    buffers: set[int] = set()
-    others: set[int] = set()
+def reduction_buffers(events: Sequence[Event]) -> set[int]:
+    """The blocks that look like buffers of reductions: a few counters are allocated right after, both are freed soon.
+
+    aten/src/ATen/native/cuda/Reduce.cuh: gpu_reduce_kernel, a buffer for partial results and semaphores.
+    """
+    found = set()
     for index, event in enumerate(events):
-        if event.bytes <= TINY:
-            continue
-        beside = next((other for other in events[index + 1 : index + 2] if 0 < other.bytes <= TINY), None)
-        freed = any(other.block == event.block for other in events[index + 1 : index + 5])
-        counters = beside is not None and rules[beside.bytes] == Rule(beside.bytes)
-        (buffers if counters and freed else others).add(event.bytes)
-    return buffers - others
+        counters = any(0 < other.bytes <= TINY for other in events[index + 1 : index + 2])
+        freed = any(other.block == event.block for other in events[index + 2 : index + 5])
+        if event.bytes > TINY and counters and freed:
+            found.add(event.block)
+    return found

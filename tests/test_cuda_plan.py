@@ -27,7 +27,7 @@ from benchmarks import truth
 from benchmarks.truth_models import MODELS, Made, Mlp
 
 REASON = virtual.available()
-GiB = truth.GiB
+GiB = truth_cases.GiB
 
 
 class Counting(nn.Module):
@@ -76,7 +76,7 @@ CASES = QUICK + SLOW
 
 def answered(number: int) -> dict[str, Any]:
     gpu = virtual.VirtualGpu(
-        memory_bytes=truth.DEVICE_BYTES, convolution_workspace=CASES[number].workspace, convolution_fallback=False
+        memory_bytes=truth_cases.DEVICE_BYTES, convolution_workspace=CASES[number].workspace, convolution_fallback=False
     )
     environment = virtual.environment(gpu) | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [sys.executable, __file__, str(number)]

@@ -1,0 +1,189 @@
+"""The plan of a case, made and then trained in one process; and the line of the table that holds it to the truth."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from autoaccum import assemble, errors, fit, step
+from autoaccum import split as cutting
+from autoaccum.outlook_virtual import EmptySubject
+from autoaccum.solve import Split
+from autoaccum.virtual import control
+
+from .truth_cases import Case, limit, workload
+from .truth_search import EXPANDABLE, Truth, count, forked, train
+
+BEYOND = 6  # sizes tried beyond the largest without retries
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Counts micro-batches and samples that are trained: `recording` before the first verification, and after it."""
+    found = {"passes": 0, "samples": 0, "verifications": 0, "verified samples": 0}
+    inner, verify = step.train_window, fit._run_for_real
+    verifying = False
+
+    def train_window(parts: Any, pieces: Any, sizes: Sequence[int], **how: Any) -> Any:
+        if verifying:
+            found["verified samples"] += sum(sizes)
+        else:
+            found["passes"] += len(sizes)
+            found["samples"] += sum(sizes)
+        return inner(parts, pieces, sizes, **how)
+
+    def run_for_real(outlook: Any, split: Split) -> Any:
+        nonlocal verifying
+        verifying = True
+        found["verifications"] += 1
+        try:
+            return verify(outlook, split)
+        finally:
+            verifying = False
+
+    step.train_window, fit._run_for_real = train_window, run_for_real  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        step.train_window, fit._run_for_real = inner, verify
+
+
+@contextlib.contextmanager
+def only_the_plan() -> Iterator[None]:
+    """Leaves out what took most of the time and no figure here hangs on.
+
+    The table of other sizes' peaks, and writing to host batches, of which nothing is copied here.
+    """
+    setting_for, table = fit.setting_for, assemble._table
+    fit.setting_for = lambda device: replace(setting_for(device), subject=EmptySubject)
+    assemble._table = lambda outlook, split, largest: ()
+    try:
+        yield
+    finally:
+        fit.setting_for, assemble._table = setting_for, table
+
+
+def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bool = True) -> dict[str, Any]:
+    """Plans in this process, then trains the plan here.
+
+    Args:
+        truth: The case.
+        target: The target batch.
+        state: Whether the optimizer has state before planning, which is kept.
+        less: Whether the capacity turns out 2 % smaller after planning.
+        histories: Whether the plan has to hold here; else only in a fresh process.
+    """
+    case = truth.case
+    limit(case.capacity_bytes)
+    work = workload(case, truth.model.cuda(), truth.batch)
+    if state:
+        parts = step.open_parts(work)
+        work = replace(work, optimizer=parts.optimizer)
+        step.train_window(parts, [cutting.tile(work.sample, 2)], (2,))
+    started = time.perf_counter()
+    try:
+        with counted() as counts, only_the_plan():
+            plan = fit.fit_plan(work, target_batch=target, headroom=0, elsewhere=not histories, check=False)
+    except errors.AutoaccumError as error:
+        return {"refused": f"{type(error).__name__}: {error}", "ooms": count("num_ooms"), **counts}
+    seconds = time.perf_counter() - started
+    ooms = count("num_ooms")
+    if less:
+        control.set_other(0, control.stats(0).other_bytes + case.capacity_bytes - truth.usable_bytes)
+    here = train(work, step.open_parts(work), plan.split)
+    return {
+        "split": plan.split,
+        "largest": plan.largest_micro_batch,
+        "without retries": plan.largest_without_retries,
+        "expandable": plan.largest_with_expandable_segments,
+        "binds": plan.binds,
+        "method": plan.method,
+        "recordings": [note.micro_batch for note in plan.recordings],
+        "predicted": plan.predicted_peak_bytes,
+        "measured": plan.measured_peak_bytes,
+        "budget": plan.budget.bytes,
+        "seconds": seconds,
+        "ooms": ooms,
+        "holds here": here.fits,
+        "here": [here.ooms, here.retries, here.peak_bytes],
+        **counts,
+    }
+
+
+def row(case: Case) -> dict[str, Any]:
+    """One line of the table."""
+    started = time.perf_counter()
+    truth = Truth(case)
+    largest = truth.largest()
+    target = max(truth.least, round(case.load * largest))
+    split = truth.smallest_steps(target)
+    line: dict[str, Any] = {"case": case.label, "workspace": case.workspace or "", "target": target}
+    line |= {"true k": len(split), "true largest": largest}
+    line |= {"truth_seconds": round(time.perf_counter() - started, 1)}
+    plan = forked(lambda: planned(truth, target, state=False, less=False))
+    if "refused" in plan:
+        exact = not split
+        return line | {"refused": plan["refused"], "exact": exact, "largest exact": exact, "ooms": plan["ooms"]}
+    line |= _against(truth, plan, split, largest) | _holding(truth, plan, target)
+    return line | {"tries": len(truth.known), "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _against(truth: Truth, plan: dict[str, Any], split: Split, largest: int) -> dict[str, Any]:
+    """What the plan says, beside the truth. Of one micro-batch the largest is the target, and nothing is larger."""
+    chosen = tuple(plan["split"])
+    most = chosen[0] if len(chosen) == 1 else largest
+    return {
+        "k": len(chosen),
+        "largest": plan["largest"],
+        "exact": chosen == split,
+        "largest exact": plan["largest"] == most,
+        "largest too high": plan["largest"] > most,
+        "without retries": plan["without retries"],
+        "without retries is": _held(truth.fits_without_retries, plan["without retries"], most),
+        "expandable": plan["expandable"],
+        "expandable is": _held(functools.partial(truth.fits_without_retries, settings=EXPANDABLE), plan["expandable"]),
+        "passes": plan["passes"],
+        "samples / micro-batch": round(plan["samples"] / chosen[0], 2),
+        "verifications": plan["verifications"],
+        "predicted": plan["predicted"],
+        "measured": plan["measured"],
+        "binds": plan["binds"],
+        "method": plan["method"],
+        "recordings": " ".join(map(str, plan["recordings"])),
+        "plan_seconds": round(plan["seconds"], 2),
+    }
+
+
+def _held(fits: Callable[[Split], bool], largest: int | None, most: int | None = None) -> str:
+    """Whether a size fits, and none of the next few does: to try all that live bytes allow would take hours."""
+    if largest is None:
+        return "unknown"
+    if not fits((largest, largest)):
+        return "too high"
+    larger = [n for n in range(largest + 1, largest + 1 + BEYOND) if most is None or n <= most]
+    return "too low" if any(fits((n, n)) for n in larger) else "exact"
+
+
+def _holding(truth: Truth, plan: dict[str, Any], target: int) -> dict[str, Any]:
+    """Whether plans hold: in a fresh process, and in those that searched, optimizer state kept and dropped.
+
+    The plan itself is held to what there was; others, made anew in processes of their own, to 2 % less.
+    """
+    others = {
+        state: forked(lambda state=state: planned(truth, target, state=state, less=True)) for state in (False, True)
+    }
+    fresh = truth.fits(tuple(plan["split"]))
+    here = plan["holds here"] and others[False].get("holds here", True)
+    kept = others[True].get("holds here", True)
+    return {
+        "safe": fresh and here and kept,
+        "fits fresh": fresh,
+        "fits here": here,
+        "fits here, state kept": kept,
+        "k with state kept": len(others[True].get("split", ())),
+        "ooms": sum(each["ooms"] for each in (plan, *others.values())),
+    }

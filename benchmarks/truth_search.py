@@ -1,0 +1,176 @@
+"""The truth of a case: windows trained in fresh processes, one for each split and capacity.
+
+Processes are forked from one that has imported everything, built the model on the CPU and never touched CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoaccum import Workload, cuda, oom, step
+from autoaccum.outlook_virtual import EmptySubject
+from autoaccum.solve import CAPACITY_MARGIN, Split, balanced
+from autoaccum.training import MOST_WINDOWS
+
+from .truth_cases import Case, limit, workload
+
+EXPANDABLE = "expandable_segments:True"
+
+
+def forked(run: Callable[[], Any]) -> Any:
+    """What `run` returns, in JSON's terms, run in a child of this process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            answer = {"found": run()}
+        except BaseException:
+            answer = {"failed": traceback.format_exc()}
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    answer = json.loads(text) if text else {"failed": f"ended with status {status} and no answer"}
+    if "failed" in answer:
+        raise RuntimeError(answer["failed"])
+    return answer["found"]
+
+
+@dataclass
+class Tried:
+    """What trying a split came to."""
+
+    ooms: int
+    retries: Split
+    peak_bytes: int
+    live_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """`training.TrainingReplay.fits`: a convolution that did without its workspace has run out of memory, too."""
+        return not self.ooms and not any(self.retries[2:])
+
+    @property
+    def fits_without_retries(self) -> bool:
+        """Whether the allocator never gave its cache back."""
+        return not self.ooms and not any(self.retries)
+
+
+def train(work: Workload, parts: step.Parts, split: Split, windows: int = MOST_WINDOWS) -> Tried:
+    """Trains windows until they are done, or it is clear that the split doesn't fit."""
+    retries: list[int] = []
+    before = count("num_ooms")
+    torch.cuda.reset_peak_memory_stats()
+    subject = EmptySubject(parts, work, cuda, None)
+    pieces = {size: subject.tile(size) for size in set(split)}
+    for index in range(windows):
+        retried = count("num_alloc_retries")
+        try:
+            step.train_window(parts, [pieces[size] for size in split], split)
+        except RuntimeError as error:
+            if not oom.is_out_of_memory(error):
+                raise
+            oom.drop_frames(error)
+        retries.append(count("num_alloc_retries") - retried)
+        if count("num_ooms") > before or (index >= 2 and retries[-1]):
+            break
+    stats = torch.cuda.memory_stats()
+    return Tried(
+        count("num_ooms") - before,
+        tuple(retries),
+        stats["reserved_bytes.all.peak"],
+        stats["requested_bytes.all.peak"],
+    )
+
+
+def count(name: str) -> int:
+    """One of the allocator's own counts."""
+    return int(torch.cuda.memory_stats().get(name, 0))
+
+
+class Truth:
+    """Tries splits of one case."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.model, self.batch = case.make()
+        self.bound = functools.cache(self._bound)
+        self.known: dict[tuple[Split, int | None, int, str], Tried] = {}
+
+    def tried(self, split: Split, capacity_bytes: int | None, windows: int = MOST_WINDOWS, settings: str = "") -> Tried:
+        """In a fresh process."""
+        key = split, capacity_bytes, windows, settings
+        if key not in self.known:
+            found = forked(functools.partial(self._try, *key))
+            self.known[key] = Tried(found[0], tuple(found[1]), found[2], found[3])
+        return self.known[key]
+
+    def _try(self, split: Split, capacity_bytes: int | None, windows: int, settings: str) -> Any:
+        if settings:
+            torch._C._accelerator_setAllocatorSettings(settings)
+        limit(capacity_bytes)
+        work = workload(self.case, self.model.cuda(), self.batch)
+        found = train(work, step.open_parts(work), split, windows)
+        return found.ooms, found.retries, found.peak_bytes, found.live_bytes
+
+    @property
+    def usable_bytes(self) -> int:
+        """2 % less than the capacity."""
+        return int(self.case.capacity_bytes * (1 - CAPACITY_MARGIN))
+
+    @property
+    def least(self) -> int:
+        """The smallest micro-batch that can be trained."""
+        return 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()) else 1
+
+    def fits(self, split: Split) -> bool:
+        """As it is and with 2 % less, without retries from the third window on."""
+        return all(self.tried(split, size).fits for size in (self.usable_bytes, self.case.capacity_bytes))
+
+    def fits_without_retries(self, split: Split, settings: str = "") -> bool:
+        """With 2 % less, and no retry ever."""
+        return self.tried(split, self.usable_bytes, settings=settings).fits_without_retries
+
+    def possible(self, n: int, *, alone: bool) -> bool:
+        """Whether a window with such a micro-batch can be alive at once."""
+        split = (n,) if alone else (n, n - 1) if n > self.least else (n, n)
+        found = self.tried(split, None, 2)
+        return not found.ooms and found.live_bytes <= self.usable_bytes
+
+    def _bound(self, most: int = 1 << 20) -> int:
+        """The largest micro-batch of several that can be alive: live bytes grow with it."""
+        low, high = self.least - 1, 16
+        while high < most and self.possible(high, alone=False):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.possible(middle, alone=False) else (low, middle)
+        return low
+
+    def largest(self) -> int:
+        """The largest micro-batch whose window of two fits; 0 where none does."""
+        n = self.bound()
+        while n >= self.least and not self.fits((n, n)):
+            n -= 1
+        return n if n >= self.least else 0
+
+    def smallest_steps(self, target: int) -> Split:
+        """The split of the smallest k that fits; () where none does."""
+        if self.possible(target, alone=True) and self.fits((target,)):
+            return (target,)
+        for k in range(max(2, -(-target // max(1, self.bound()))), target // self.least + 1):
+            if self.fits(balanced(target, k)):
+                return balanced(target, k)
+        return ()
