@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -286,10 +287,11 @@ def test_importing_and_help_are_quick_and_load_nothing_heavy() -> None:
         out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
         assert out.stdout.strip() == "[]"
     seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
+    for _ in range(5):  # processor time: other processes' own work is not counted, and it waits for nothing
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "autoaccum", "--help"], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.3
 
 
