@@ -74,9 +74,12 @@ def test_environment_keeps_what_was_there_and_can_be_repeated() -> None:
 @usable
 def test_a_built_library_is_used_again() -> None:
     environment(VirtualGpu())
-    started = time.perf_counter()
-    environment(VirtualGpu())
-    assert time.perf_counter() - started < 0.05
+    seconds = []
+    for _ in range(10):  # the best counts: a busy machine makes the others long
+        started = time.perf_counter()
+        environment(VirtualGpu())
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.05
 
 
 @usable
