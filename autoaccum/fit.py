@@ -24,12 +24,13 @@ import torch
 from . import assemble, compiled, cpu, exact, observe, oom, outlook_cpu, restore, step
 from .errors import DoesNotFit, NotConfirmed, UsageError
 from .infer import infer_sample
-from .lengthen import at_longest
+from .lengthen import at_longest, shortened
 from .observe import Observed, Subject
 from .outlook import VERIFIED_STEPS, Outlook, bytes_per_sample
 from .plan import Plan
 from .recording import Event
 from .solve import Solution, Split, balanced, largest_micro_batch, smallest_steps
+from .tokens import most_rows
 from .wish import SEARCH_LIMIT, Wish, read_wish
 from .workload import Workload
 
@@ -154,7 +155,8 @@ def plan_in(
         compiles = verify and compiled.runs_compiled(parts)
         outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles)
         solution, measured = _solve_and_verify(outlook, start_over, verify=verify, compiles=compiles)
-        plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened])
+        rows = _try_short(outlook, solution, start_over) if measured is not None and not compiles else None
+        plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened], rows)
         if not check:
             return plan
         start_over()
@@ -390,6 +392,30 @@ def _unless_short(work: Callable[[], Any]) -> tuple[Any, str | None]:
         failure = oom.drop_frames(error)
     oom.collect()
     return None, f"ran out of memory ({failure})"
+
+
+def _try_short(outlook: Outlook, solution: Solution, start_over: Callable[[], None]) -> int | None:
+    """The most rows of short samples, within the budget of tokens, that were run for real and hold; None for none.
+
+    What grows with tokens, or faster with the length, is at its most with the longest samples, which the plan is made
+    with; what grows with rows is at its most with the shortest. Both ends are run.
+    """
+    subject, samples, few = outlook.subject, outlook.wish.samples, solution.split[0]
+    work = subject.workload
+    tokens = assemble.token_budget(work, few)
+    if tokens is None or work.lengths is None or samples is None or work.encode is not None:
+        return None
+    rows = most_rows(work.lengths, tokens, samples)
+    while rows > few:
+        subject.say(f"trying {rows} short samples")
+        start_over()
+        short = replace(work, sample=shortened(work.sample, max(1, tokens // rows)))
+        train = _trainer(replace(subject, workload=short))
+        measured, _ = _unless_short(lambda t=train, n=rows: outlook.measure(t, (n, n)))  # type: ignore[misc]
+        if measured is not None and outlook.holds(measured):
+            return rows
+        rows = (rows + few) // 2
+    return None
 
 
 def _verified(split: Split, *, compiles: bool) -> Split:
