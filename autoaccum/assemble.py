@@ -174,6 +174,8 @@ def _tokens_note(workload: Workload, split: Split, most_rows: int | None) -> str
 
 
 def _compiled_note(outlook: Outlook) -> str:
+    if not compiled.runs_compiled(outlook.subject.parts):
+        return "Planned as it was written, not compiled: what a compiler makes runs on no virtual GPU."
     share = outlook.compiled_share
     told = "" if share == 1 else f" Compiled it takes {share:.0%} of that, which the figures here include."
     return f"Recorded as it was written; its own window's sizes alone are run compiled.{told}"
