@@ -31,7 +31,13 @@ UNVERIFIED: dict[str, Any] = {
 
 
 def plan(
-    outlook: Outlook, solution: Solution, measured: Any, workload: Workload, assumed: Sequence[str], timed: Times
+    outlook: Outlook,
+    solution: Solution,
+    measured: Any,
+    workload: Workload,
+    assumed: Sequence[str],
+    timed: Times,
+    most_rows: int | None = None,
 ) -> Plan:
     """The plan of a solution, as it stands before everything is put back."""
     wish, observed, split = outlook.wish, outlook.observed, solution.split
@@ -63,12 +69,14 @@ def plan(
         mmap_threshold_bytes=outlook.subject.mmap_threshold_bytes,
         recordings=tuple(observed.notes),
         reasons=_reasons(outlook, split, measured, timed),
-        notes=_notes(outlook, split, assumed),
+        notes=_notes(outlook, split, [*assumed, _tokens_note(workload, split, most_rows)]),
         slack=outlook.slack,
         smallest_micro_batch=wish.least,
         workload=workload.name,
         sample_bytes=outlook.sample_bytes,
         max_micro_batch=None if wish.most in (wish.samples, SEARCH_LIMIT) else wish.most,
+        max_tokens=token_budget(workload, split[0]),
+        most_rows=most_rows,
         composition=_composition(outlook, split, phases),
         timeline=timeline(*observe.window_of(observed, split)),
         times=timed.sizes,
@@ -77,6 +85,13 @@ def plan(
         **outlook.own_fields(split, largest),
         **(outlook.measured_fields(measured, split) if measured is not None else UNVERIFIED),
     )
+
+
+def token_budget(workload: Workload, micro_batch: int) -> int | None:
+    """The padded tokens of a micro-batch: as was asked for, and no more than the plan's at the longest."""
+    if workload.max_tokens is None or not workload.lengths:
+        return None
+    return min(workload.max_tokens, micro_batch * max(workload.lengths))
 
 
 def _composition(outlook: Outlook, split: Split, phases: dict[str, int]) -> dict[str, dict[str, int]]:
@@ -164,7 +179,17 @@ def _notes(outlook: Outlook, split: Split, assumed: Sequence[str]) -> tuple[str,
     return tuple(notes)
 
 
+def _tokens_note(workload: Workload, split: Split, most_rows: int | None) -> str:
+    tokens = token_budget(workload, split[0])
+    if tokens is None:
+        return ""
+    tried = f"shorter ones in up to {most_rows} rows, as was tried" if most_rows else "shorter ones in no more rows"
+    return f"For the longest samples; {tried}, and no micro-batch has more than {tokens:,} padded tokens."
+
+
 def _compiled_note(outlook: Outlook) -> str:
+    if not compiled.runs_compiled(outlook.subject.parts):
+        return "Planned as it was written, not compiled: what a compiler makes runs on no virtual GPU."
     share = outlook.compiled_share
     told = "" if share == 1 else f" Compiled it takes {share:.0%} of that, which the figures here include."
     return f"Recorded as it was written; its own window's sizes alone are run compiled.{told}"

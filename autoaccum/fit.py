@@ -26,12 +26,13 @@ from . import assemble, compiled, cpu, exact, observe, oom, outlook_cpu, restore
 from .errors import DoesNotFit, NotConfirmed, UsageError
 from .infer import infer_sample
 from .knee import knee
-from .lengthen import at_longest
+from .lengthen import at_longest, shortened
 from .observe import Observed, Subject
 from .outlook import VERIFIED_STEPS, Outlook, bytes_per_sample
 from .plan import FASTEST, FEWEST_STEPS, Plan
 from .recording import Event
 from .solve import Solution, Split, balanced, largest_micro_batch, smallest_steps
+from .tokens import most_rows
 from .virtual.control import is_virtual
 from .wish import SEARCH_LIMIT, Wish, read_wish, with_objective
 from .workload import Workload
@@ -168,7 +169,8 @@ def plan_in(
         timed = _time(outlook, solution, measured, time.perf_counter() - started, start_over)
         if wish.objective == FASTEST:
             solution, measured = _fastest(outlook, solution, measured, timed, start_over)
-        plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened], timed)
+        rows = _try_short(outlook, solution, start_over) if measured is not None and not compiles else None
+        plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened], timed, rows)
         if not check:
             return plan
         start_over()
@@ -404,6 +406,30 @@ def _unless_short(work: Callable[[], Any]) -> tuple[Any, str | None]:
         failure = oom.drop_frames(error)
     oom.collect()
     return None, f"ran out of memory ({failure})"
+
+
+def _try_short(outlook: Outlook, solution: Solution, start_over: Callable[[], None]) -> int | None:
+    """The most rows of short samples, within the budget of tokens, that were run for real and hold; None for none.
+
+    What grows with tokens, or faster with the length, is at its most with the longest samples, which the plan is made
+    with; what grows with rows is at its most with the shortest. Both ends are run.
+    """
+    subject, samples, few = outlook.subject, outlook.wish.samples, solution.split[0]
+    work = subject.workload
+    tokens = assemble.token_budget(work, few)
+    if tokens is None or work.lengths is None or samples is None or work.encode is not None:
+        return None
+    rows = most_rows(work.lengths, tokens, samples)
+    while rows > few:
+        subject.say(f"trying {rows} short samples")
+        start_over()
+        short = replace(work, sample=shortened(work.sample, max(1, tokens // rows)))
+        train = _trainer(replace(subject, workload=short))
+        measured, _ = _unless_short(lambda t=train, n=rows: outlook.measure(t, (n, n)))  # type: ignore[misc]
+        if measured is not None and outlook.holds(measured):
+            return rows
+        rows = (rows + few) // 2
+    return None
 
 
 def _verified(split: Split, *, compiles: bool) -> Split:

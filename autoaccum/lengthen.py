@@ -1,4 +1,4 @@
-"""A sample as long as the longest that there is: memory follows the length, and the first batch rarely has it."""
+"""A sample of any length: as long as the longest there is, which the first batch rarely has, and as short as others."""
 
 from __future__ import annotations
 
@@ -54,6 +54,12 @@ def at_longest(workload: Workload) -> tuple[Batch, str]:
     return tree.map_leaves(sample, lambda _, leaf: _lengthened(leaf, known, longest)), f"{told}."
 
 
+def shortened(sample: Batch, length: int) -> Batch:
+    """The first positions of a sample."""
+    known = positions(sample)
+    return tree.map_leaves(sample, lambda _, leaf: leaf[:, :length] if _has(leaf, known) else leaf)
+
+
 def _largest(batch: Batch) -> int:
     """The largest of all dimensions but the first."""
     shapes = [leaf.shape[1:] for _, leaf in tree.leaves(batch) if isinstance(leaf, torch.Tensor)]
@@ -66,6 +72,8 @@ def _is_doubtful(leaf: Any, length: int) -> bool:
 
 
 def _lengthened(leaf: Any, length: int, longest: int) -> Any:
-    if not isinstance(leaf, torch.Tensor) or leaf.dim() < 2 or leaf.shape[1] != length:
-        return leaf
-    return leaf[:, torch.arange(longest, device=leaf.device) % length]
+    return leaf[:, torch.arange(longest, device=leaf.device) % length] if _has(leaf, length) else leaf
+
+
+def _has(leaf: Any, length: int | None) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() >= 2 and leaf.shape[1] == length

@@ -126,6 +126,10 @@ class Outlook(ABC):
         """What speaks against the prediction, after a window was run for real; None where it was confirmed."""
 
     @abstractmethod
+    def holds(self, measured: Any) -> bool:
+        """Whether what was run for real took no more than may be used."""
+
+    @abstractmethod
     def compare_compiled(self, split: Split, measured: Any) -> None:
         """Corrects the share of a compiled window by its verification; `measured` is None where memory ran out."""
 

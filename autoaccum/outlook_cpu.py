@@ -148,10 +148,13 @@ class CpuOutlook(Outlook):
         allowed = AGREES_WITHIN * (self.base_bytes + predicted) + self.slack * predicted
         if abs(measured.increment_bytes - predicted) <= allowed:
             return None
-        stands_alone = self.observed.doubt is not None or self.compiled_share != 1
-        if stands_alone and self.base_bytes + measured.increment_bytes <= self.usable_bytes:
+        if (self.observed.doubt is not None or self.compiled_share != 1) and self.holds(measured):
             return None
         return f"took {measured.increment_bytes:,} bytes, not {predicted:,}"
+
+    def holds(self, measured: cpu.Measured) -> bool:
+        """By what it added to the process."""
+        return self.base_bytes + measured.increment_bytes <= self.usable_bytes
 
     def _predicted_increment(self, split: Split) -> int:
         """What a window should add to this process as it is."""

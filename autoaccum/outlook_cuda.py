@@ -273,7 +273,7 @@ class CudaOutlook(Outlook):
     def confirms(self, split: Split, measured: cuda.Measured) -> str | None:
         """The retries that were predicted, and the peak within 2 %."""
         expected = self.replayed(split, VERIFIED, self.budget.bytes)
-        if self.compiled_share != 1 and not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes:
+        if self.compiled_share != 1 and self.holds(measured):
             return None
         retries = expected.retries[: len(measured.retries)]
         if measured.retries != retries:
@@ -281,6 +281,10 @@ class CudaOutlook(Outlook):
         if abs(measured.peak_bytes - expected.peak_reserved_bytes) > AGREES_WITHIN * expected.peak_reserved_bytes:
             return f"took {measured.peak_bytes:,} bytes, not {expected.peak_reserved_bytes:,}"
         return None
+
+    def holds(self, measured: cuda.Measured) -> bool:
+        """By what was reserved, and that the last window needed no retry."""
+        return not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes
 
     def compare_compiled(self, split: Split, measured: cuda.Measured | None) -> None:
         """By what the windows reserved above the model."""

@@ -158,6 +158,9 @@ class Plan:
         seconds: What planning took.
         sample_bytes: What one sample more adds to a batch; 0 where that is not known.
         max_micro_batch: The largest micro-batch that was allowed; None where none was named.
+        max_tokens: Within which padded tokens shorter samples may come in more rows than `micro_batch`; None where no
+            budget of tokens was given.
+        most_rows: The most rows of short samples that were tried within these; None where none were.
         composition: By phase, what lives at its peak, in bytes by category (composition.py); base included.
         timeline: What is alive through a window of at most three of the split's micro-batches (timeline.py).
         times: Optimizer steps that were timed at this micro-batch and smaller ones, if any; `reasons["times"]` says on
@@ -207,6 +210,8 @@ class Plan:
     seconds: float = 0.0
     sample_bytes: int = 0
     max_micro_batch: int | None = None
+    max_tokens: int | None = None
+    most_rows: int | None = None
     composition: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     timeline: tuple[TimelinePart, ...] = ()
     times: tuple[TimedSize, ...] = ()

@@ -82,7 +82,8 @@ class Runner:
         self.number = 0
         self._names = {"shared": workload.shared, "per_sample": workload.per_sample}
         self._phase, self._begun = "", 0  # of a window: where it is, and its micro-batches so far
-        self._max_tokens = workload.max_tokens
+        self._max_tokens = workload.max_tokens if plan.max_tokens is None else plan.max_tokens
+        self._more_rows = plan.most_rows  # of short samples, within these tokens
         self._ignored_told = self._changes_looked_at = self._rechecked = self._in_window = False
         self._drift = drift.Watch(self.parts.device, plan)
         self._least = max(plan.smallest_micro_batch, batchnorm.least_micro_batch(self.parts.norms, workload.batchnorm))
@@ -172,13 +173,17 @@ class Runner:
         """Within the budget of tokens too, where there is one."""
         if self._max_tokens is None:
             return self._split(len(lengths))
-        return split_by_tokens(lengths, self.micro_batch, self._max_tokens, self._least)
+        return split_by_tokens(lengths, self._most_rows, self._max_tokens, self._least)
+
+    @property
+    def _most_rows(self) -> int:
+        return max(self.micro_batch, self._more_rows or 0)
 
     def _train(self, window: Window) -> StepResult:
         for piece in window.pieces:
             check_signature(piece, self.plan.signature)
         window = counted(window, self._names)
-        if max(window.sizes) > self.micro_batch and window.sizes != self._split(sum(window.sizes)):
+        if max(window.sizes) > self._most_rows and window.sizes != self._split(sum(window.sizes)):
             window = self._recut(window)  # loaded before an out-of-memory lowered it
         self._drop_gradients()  # somebody's own backward, or a window that an error broke off
         self._recheck(window)
@@ -281,8 +286,11 @@ class Runner:
         if self._max_tokens is not None and failed < self.micro_batch:  # few samples, but long ones
             self._max_tokens = max(1, int(SHRINK * self._max_tokens))
             smaller = cut_one(window, self._begun - 1, split_within(failed, lowered, self._least), self._names)
+        elif self._more_rows is not None and self._begun and failed > self.micro_batch:  # many samples, but short ones
+            self._more_rows = lowered
+            smaller = cut_one(window, self._begun - 1, split_within(failed, lowered, self._least), self._names)
         else:
-            self.micro_batch = min(self.micro_batch, lowered)
+            self.micro_batch, self._more_rows = min(self.micro_batch, lowered), None
             smaller = self._recut(window)
         if smaller.sizes == window.sizes:
             raise OutOfMemory(

@@ -44,6 +44,21 @@ def split_by_tokens(lengths: Sequence[int], most_rows: int, most_tokens: int | N
     return tuple(sizes)
 
 
+def most_rows(lengths: Sequence[int], most_tokens: int, samples: int) -> int:
+    """The most samples that a micro-batch can have within a budget of tokens: the shortest of all.
+
+    Args:
+        lengths: Of all samples of the data set.
+        most_tokens: Tokens allowed in a micro-batch, padding included.
+        samples: Of a window.
+    """
+    rows = 0
+    for rows, length in enumerate(sorted(lengths)[:samples], start=1):
+        if rows * length > most_tokens:
+            return max(1, rows - 1)
+    return max(1, rows)
+
+
 def padded_tokens(lengths: Sequence[int], sizes: Sequence[int]) -> int:
     """Tokens of the micro-batches, padding included."""
     total = start = 0

@@ -76,6 +76,8 @@ def read_wish(
     samples = None if target_batch is None else share_of(target_batch, world_size, rank)
     least = least or batchnorm.least_micro_batch(batchnorm.find_norms(workload.model), workload.batchnorm)
     most = min(most or SEARCH_LIMIT, samples or SEARCH_LIMIT)
+    if workload.max_tokens is not None and workload.lengths:  # at the longest, which is planned for
+        most = min(most, max(least, workload.max_tokens // max(workload.lengths)))
     if least > most:
         raise UsageError(
             f"The smallest micro-batch allowed, {least}, is above the largest, {most}.",

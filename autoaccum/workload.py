@@ -61,7 +61,8 @@ class Workload:
         lengths: For sequences from a map-style loader: the length of each sample of its data set, in what the batch's
             dimension 1 counts. A window's samples then come longest first, so that each micro-batch is padded little;
             its gradient is the same. Planning lengthens a shorter sample to the longest.
-        max_tokens: With lengths: the most tokens in a micro-batch, padding included, as well as its most samples.
+        max_tokens: With lengths: the most tokens in a micro-batch, padding included, as well as its most samples. The
+            longest samples then come few at a time, as planned, and shorter ones in as many rows as planning tried.
         name: What to call this workload in a plan.
         configuration: What `autoaccum.configure` made of it, in words; part of a plan's fingerprint.
     """

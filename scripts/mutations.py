@@ -35,6 +35,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('instance normalization is not spoken of', 'autoaccum/batchnorm.py', '(_told_of_batch(norms, how), _told_of_instance(norms, how))', '(_told_of_batch(norms, how),)', ('tests/test_batchnorm.py', '-k', 'instance')),
     ('representations of a short window only', 'autoaccum/fit.py', '        parts.window_samples = wish.samples\n', '', ('tests/test_cached.py', '-k', 'prediction')),
     ('fp32 gradients are not in the plan', 'autoaccum/step.py', 'precision.half_parameters(parts.model.parameters()) if steps > 1 else []', 'precision.half_parameters(parts.model.parameters()) if steps > 2 else []', ('tests/test_precision.py', '-k', 'prediction')),
+    ('short samples in rows that nobody tried', 'autoaccum/fit.py', '        if measured is not None and outlook.holds(measured):\n            return rows', '        if True:\n            return rows', ('tests/test_tokens.py', '-k', 'were_tried')),
     ('planned at the first batch, not at the longest', 'autoaccum/fit.py', 'longest = replace(workload, sample=sample)', 'longest = workload', ('tests/test_tokens.py', '-k', 'longest')),
     ('a module that counts is not named when a Runner is made', 'autoaccum/refuse.py', '    found.append(told_of_changes(own_counts(parts.model), parts, steps))\n', '', ('tests/test_refuse.py', '-k', 'counts_its_own')),
     ('what methods of a module change is not looked at', 'autoaccum/own_counts.py', '                yield called, True', '                pass', ('tests/test_refuse.py', '-k', 'counts_its_own')),

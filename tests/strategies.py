@@ -274,6 +274,8 @@ def made_up_plan(**changes: Any) -> Plan:
         "seconds": 12.5,
         "sample_bytes": 2048,
         "max_micro_batch": 60,
+        "max_tokens": 26_624,
+        "most_rows": 208,
         "composition": {"later": {"process": 290 * mib, "parameters": 10 * mib, "activations": 1600 * mib}},
         "timeline": (
             TimelinePart("first", 52, 4, (10 * mib, 1400 * mib)),

@@ -15,6 +15,7 @@ from helpers_train import (
     gradients,
     one_thread,  # noqa: F401
     pad,
+    plan_for,
     runner_for,
     seen,
     sequence,
@@ -27,9 +28,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autoaccum import Runner, UsageError, Workload, fit_plan, tree
+from autoaccum import Plan, Runner, UsageError, Workload, fit_plan, tree
 from autoaccum.lengthen import at_longest
-from autoaccum.tokens import longest_first, padded_tokens, split_by_tokens
+from autoaccum.process_memory import committed_bytes
+from autoaccum.tokens import longest_first, most_rows, padded_tokens, split_by_tokens
 
 LENGTHS = [int(n) for n in torch.randn(48, generator=torch.Generator().manual_seed(0)).exp().mul(6).clamp(1, 50)]
 
@@ -211,3 +213,74 @@ def test_a_sample_is_lengthened_along_its_positions(sample: Any, shapes: dict[st
 def test_a_sample_that_cannot_be_lengthened_is_asked_for(sample: Any) -> None:
     with pytest.raises(UsageError, match="Give a sample with 20 positions"):
         fit_plan(Workload(tagger(), sample, lengths=[3, 20, 5]), target_batch=4)
+
+
+# --- a budget of tokens, planned -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200), st.integers(1, 30))
+def test_no_micro_batch_can_have_more_rows_than_the_shortest_samples_allow(
+    lengths: list[int], tokens: int, samples: int
+) -> None:
+    rows = most_rows(lengths, tokens, samples)
+    window = sorted(lengths)[:samples][::-1]
+    assert 1 <= rows <= min(samples, len(lengths))
+    assert max(split_by_tokens(window, len(window), tokens)) <= rows
+    assert rows == 1 or rows * sorted(lengths)[rows - 1] <= tokens
+
+
+class PerRow(nn.Module):
+    """Takes memory by token, or by row alone."""
+
+    def __init__(self, row_bytes: int) -> None:
+        super().__init__()
+        self.row_bytes, self.embedding = row_bytes, nn.Embedding(11, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        spare = torch.zeros(len(ids) * self.row_bytes, dtype=torch.uint8)
+        out = self.embedding(ids).sum(-1).square()
+        if out.requires_grad:  # there until the backward
+            out.register_hook(lambda grad, kept=spare: grad)
+        return out
+
+
+@pytest.mark.parametrize("row_bytes", [0, 8 << 20], ids=["by token", "by row"])
+def test_short_samples_come_in_as_many_rows_as_were_tried(row_bytes: int) -> None:
+    lengths = [64] * 4 + [4] * 28
+    work = Workload(
+        PerRow(row_bytes), torch.ones(2, 64, dtype=torch.long), lengths=lengths, max_tokens=128, optimizer=Capture,
+        loss=lambda m, b: (m(b).sum(), b.numel()),
+    )  # fmt: skip
+    plan = fit_plan(work, target_batch=32, check=False, elsewhere=True, budget=committed_bytes() + (120 << 20))
+    assert plan.micro_batch == 2 and plan.max_tokens == 128  # two of the longest
+    if row_bytes:  # 28 rows of 4 tokens would take 224 MiB
+        assert plan.most_rows is None or 2 < plan.most_rows <= 14
+    else:
+        assert plan.most_rows == 28
+    runner = Runner(work, plan)
+    loader = DataLoader(Rows([torch.ones(n, dtype=torch.long) for n in lengths]), batch_size=4, collate_fn=torch.stack)
+    (result,) = runner.epoch(loader)
+    most = plan.most_rows or 2
+    rest = [most] * (28 // most) + [28 % most] * (28 % most > 0)
+    assert result.split == (2, 2, *rest)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_short_samples_that_do_not_fit_are_cut_without_cutting_the_long_ones() -> None:
+    samples = [sequence(length, seed=i) for i, length in enumerate([50] * 2 + [2] * 14)]
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        if len(batch["ids"]) > 6:
+            raise torch.OutOfMemoryError("short")
+        return token_sum(model, batch)
+
+    model, lengths = tagger(), [len(sample["ids"]) for sample in samples]
+    work = Workload(
+        model, pad(samples[:2]), loss=loss, count=token_count, optimizer=Capture, lengths=lengths, max_tokens=100
+    )
+    plan = replace(plan_for(work, 16, 2), max_tokens=100, most_rows=14)
+    runner = Runner(work, plan)
+    (result,) = runner.epoch(DataLoader(Rows(samples), batch_size=4, collate_fn=pad))
+    assert result.split == (2, 4, 4, 3, 3) or (result.split[0] == 2 and max(result.split) <= 6)
+    assert distance(seen(runner)[-1], gradients(model, token_sum, pad(samples))) <= FP64
+    assert runner.micro_batch == 2
