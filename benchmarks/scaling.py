@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 GPU = "h200"
-REPEATS, PLANS = 5, 3
+REPEATS, PLANS = 3, 3
 TARGETS = (512, 4_096, 32_768, 262_144, 1_000_000)
 # name: width, width of the feed-forward net, layers, heads, vocabulary, tokens in a sample
 SIZES: dict[str, tuple[int, int, int, int, int, int]] = {

