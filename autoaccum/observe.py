@@ -347,8 +347,4 @@ def _representative(program: StepProgram, split: Split) -> Split:
     """
     if program.later_growth_bytes > PAGE_BYTES:
         return split
-    kept: list[int] = []
-    for size in split:
-        if kept.count(size) < 2:
-            kept.append(size)
-    return tuple(kept)
+    return tuple(size for size, count in Counter(split).items() for _ in range(min(count, 2)))

@@ -1,78 +1,228 @@
-"""`python -m benchmarks [--quick]`: prediction and speed on this machine, written to benchmarks/results/."""
+"""`python -m benchmarks [--quick] [--only PART] [--against OLD.json]`: the project's benchmarks, one after the other.
+
+Writes benchmarks/results/<date>-<machine>.json, .md and .html. Each figure says how it came to be and how far its
+repeats spread; with --against, two runs are compared, and what can't be told because a figure is unstable is said.
+"""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import pandas
-import torch
+from autoaccum.bench.figures import Change, Figure, compare, read_figure
+from autoaccum.report import sheet
+from autoaccum.report.kinds import Kind
+from autoaccum.report.sheet import Section, Sheet
 
-from . import prediction, speed
-from .models import MODELS
+from .parts import PARTS
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+CHANGES = ("figure", "before", "now", "change", "verdict")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, str]:
     """What the figures were measured on."""
+    import torch
+
     processor = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in processor if line.startswith("model name")), "unknown")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "processor": f"{model}, {len(os.sched_getaffinity(0))} usable cores, {memory / 2**30:.1f} GiB",
+        "GPU": gpu,
         "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}",
         "python": platform.python_version(),
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, no GPU used",
-        "load average": f"{os.getloadavg()[0]:.1f}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "commit": _commit(),
+        "load average at the start": f"{os.getloadavg()[0]:.1f}",
     }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def run_part(name: str, *, quick: bool) -> dict[str, Any]:
+    """One part, in a process of its own; what it says on the way goes to stderr."""
+    command = [sys.executable, "-m", "benchmarks.parts", name, *(["--quick"] if quick else [])]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    lines = out.stdout.strip().splitlines()
+    if out.returncode == 0 and lines:
+        part: dict[str, Any] = json.loads(lines[-1])
+        return part
+    empty: dict[str, Any] = {"rows": [], "figures": [], "notes": [], "kinds": [], "lead": "", "seconds": 0.0}
+    return empty | {"name": name, "title": name, "skipped": f"failed with exit code {out.returncode}", "failed": True}
+
+
+def results(names: list[str], *, quick: bool) -> dict[str, Any]:
+    """All of it, as it is written to JSON."""
+    told = {"kind": "autoaccum benchmarks", "schema_version": 1, "date": str(datetime.date.today()), "quick": quick}
+    facts, parts = machine(), []
+    for name in names:
+        print(f"-- {name}", file=sys.stderr, flush=True)
+        parts.append(run_part(name, quick=quick))
+    return told | {"machine": facts, "parts": parts}
+
+
+def figures_of(told: dict[str, Any]) -> list[Figure]:
+    """Every figure of a run, its part before its name."""
+    found = []
+    for part in told["parts"]:
+        for each in part["figures"]:
+            found.append(read_figure(each | {"name": f"{part['name']}: {each['name']}"}))
+    return found
+
+
+def warnings_of(told: dict[str, Any], changes: list[Change]) -> list[str]:
+    """What a reader should not rely on."""
+    unstable = [figure for figure in figures_of(told) if figure.is_unstable]
+    warned = [
+        f"unstable: {figure.name}: {_told(figure)}, {figure.low:.3g} to {figure.high:.3g} in {figure.repeats} repeats"
+        for figure in unstable
+    ]
+    warned += [
+        f"not told apart, unstable: {change.name}: {change.told}" for change in changes if change.verdict == "unstable"
+    ]
+    warned += [f"changed: {change.name}: {change.told}" for change in changes if change.verdict == "changed"]
+    return warned + [f"{part['name']} {part['skipped']}" for part in told["parts"] if part.get("failed")]
+
+
+def page(told: dict[str, Any], changes: list[Change], against: str | None, command: str) -> Sheet:
+    """The results in the form of a report."""
+    parts = told["parts"]
+    ran = [part for part in parts if not part["skipped"]]
+    count = sum(len(part["figures"]) for part in ran)
+    unstable = sum(figure.is_unstable for figure in figures_of(told))
+    skipped = f", {len(parts) - len(ran)} were skipped or failed" if len(ran) < len(parts) else ""
+    minutes = sum(part["seconds"] for part in ran) / 60
+    answer = (
+        f"{len(ran)} benchmarks ran in {minutes:.0f} minutes{skipped}; of their {count} figures {unstable} "
+        f"{'is' if unstable == 1 else 'are'} unstable: repeats spread by more than 10 %."
+    )
+    sections = [_section(part) for part in parts]
+    if against is not None:
+        sections.insert(0, _changes(changes, against))
+    sections.append(_figures(told))
+    return Sheet(
+        what="autoaccum benchmarks",
+        title=f"{told['date']}{', quick' if told['quick'] else ''}",
+        answer=answer,
+        tiles=(),
+        sections=tuple(sections),
+        facts=tuple(told["machine"].items()),
+        notes=tuple(warnings_of(told, changes)),
+        command=command,
+    )
+
+
+def _section(part: dict[str, Any]) -> Section:
+    rows = part["rows"]
+    head = list(dict.fromkeys(column for row in rows for column in row))
+    notes = [*part["notes"], *([f"Skipped: {part['skipped']}."] if part["skipped"] else [])]
+    notes += [f"Took {part['seconds']:.0f} s."] if rows else []
+    numbers = [column for column in head if all(isinstance(row.get(column, 0), (int, float)) for row in rows)]
+    return Section(
+        name=part["name"],
+        title=part["title"],
+        lead=part["lead"],
+        head=tuple(head),
+        rows=tuple(tuple(_cell(row.get(column)) for column in head) for row in rows),
+        numbers=frozenset(numbers),
+        kinds=tuple(kind for kind in Kind if kind.value in part["kinds"]),
+        notes=tuple(notes),
+    )
+
+
+def _figures(told: dict[str, Any]) -> Section:
+    rows = [
+        (figure.name, _told(figure), f"{figure.low:.4g} to {figure.high:.4g}", str(figure.repeats), figure.kind,
+         "unstable" if figure.is_unstable else "")
+        for figure in figures_of(told)
+    ]  # fmt: skip
+    lead = "What --against compares: the median of the repeats, their lowest and highest, and how each came to be."
+    head = ("figure", "value", "lowest to highest", "repeats", "kind", "stability")
+    return Section("figures", "Figures", lead, head, tuple(rows), frozenset({"value", "repeats"}))
+
+
+def _changes(changes: list[Change], against: str) -> Section:
+    rows = tuple(
+        (change.name, _told(change.old), _told(change.new), change.told, change.verdict)
+        for change in sorted(changes, key=lambda change: ("changed", "unstable").count(change.verdict), reverse=True)
+    )
+    count = {
+        verdict: sum(change.verdict == verdict for change in changes) for verdict in ("changed", "unstable", "same")
+    }
+    lead = (
+        f"Against {against}: {count['changed']} changed, {count['same']} the same, {count['unstable']} too unstable to "
+        "tell. Figures with repeats have changed where their ranges don't overlap; others where they differ by over "
+        "2 %; of a time that was taken once nothing is told."
+    )
+    return Section("changes", "Compared with an earlier run", lead, CHANGES, rows, frozenset({"before", "now"}))
+
+
+def _told(figure: Figure | None) -> str:
+    return "\u2013" if figure is None else f"{figure.value:.4g} {figure.unit}"
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "\u2013"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write(told: dict[str, Any], changes: list[Change], against: str | None, stem: Path, command: str) -> None:
+    """The three files."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+    made = page(told, changes, against, command)
+    for suffix in (".md", ".html"):
+        stem.with_suffix(suffix).write_text(sheet.render(made, suffix))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """An earlier run's JSON."""
+    try:
+        told: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} can't be read: {error}") from None
+    if told.get("kind") != "autoaccum benchmarks":
+        raise SystemExit(f"{path} is no result of `python -m benchmarks`.")
+    return told
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two models, two sizes, fewer windows: minutes, not hours")
-    parser.add_argument("--name", default=platform.machine(), help="what to call this machine in the file's name")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few minutes: few models, few repeats")
+    parser.add_argument("--only", action="append", choices=list(PARTS), help="this part; may be given several times")
+    parser.add_argument("--against", type=Path, metavar="OLD.json", help="compare with an earlier run")
+    parser.add_argument("--name", default=platform.machine(), help="what to call this machine in the files' names")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where to write")
     args = parser.parse_args()
-    names = list(MODELS)[:2] if args.quick else list(MODELS)
-    sizes = [8, 32] if args.quick else list(prediction.SIZES)
-    predicted = pandas.DataFrame(prediction.table(names, sizes))
-    timed = pandas.DataFrame(speed.table(speed.CASES[:2] if args.quick else speed.CASES))
-    solved, started = speed._in_process("solving"), speed.starting()
-
-    RESULTS.mkdir(exist_ok=True)
-    stem = f"{datetime.date.today()}-{args.name}" + ("-quick" if args.quick else "")
-    predicted.to_csv(RESULTS / f"{stem}-prediction.csv", index=False, float_format="%.4f")
-    timed.to_csv(RESULTS / f"{stem}-speed.csv", index=False, float_format="%.5f")
-    facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
-    text = (
-        f"# Benchmarks, {datetime.date.today()}\n\nAll *measured on this CPU* by `python -m benchmarks"
-        f"{' --quick' if args.quick else ''}`, except what is called *predicted*.\n\n{facts}\n\n"
-        "## Predicted and measured memory (committed bytes; the increment is above the base)\n\n"
-        "`trains at 1.03`: a process limited (RLIMIT_DATA) to 1.03 times the predicted peak trains its windows; "
-        f"`at 0.97`: does one limited to 0.97 times?\n\n{_markdown(predicted, 2)}\n\n"
-        "## Time of a window (medians, the two in turn in one process)\n\n"
-        f"{_markdown(timed, 3)}\n\n"
-        "## Solving and starting\n\n"
-        f"- solving for a recorded program of {solved['events']:,} events, target 512: {solved['seconds']:.3f} s\n"
-        f"- `import autoaccum`: {started['import']:.3f} s; `autoaccum --help`: {started['help']:.3f} s; "
-        f"Python alone: {started['python']:.3f} s (whole processes)\n"
-    )
-    (RESULTS / f"{stem}.md").write_text(text)
-    print(text)
-    print(f"wrote {RESULTS / stem}.md and its two .csv files")
-
-
-def _markdown(frame: pandas.DataFrame, digits: int) -> str:
-    def cell(value: Any) -> str:
-        return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-
-    rows = [list(frame.columns), ["---"] * len(frame.columns), *([cell(v) for v in row] for row in frame.values)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    old = read(args.against) if args.against else None
+    names = args.only or list(PARTS)
+    told = results(names, quick=args.quick)
+    changes = compare(figures_of(old), figures_of(told)) if old is not None else []
+    stem = args.results / "-".join([told["date"], args.name, *(["quick"] if args.quick else []), *(args.only or [])])
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    write(told, changes, args.against and args.against.name, Path(f"{stem}.json").with_suffix(""), command)
+    print(Path(f"{stem}.md").read_text())
+    for text in warnings_of(told, changes):
+        print(f"warning: {text}", file=sys.stderr)
+    print(f"wrote {stem}.json, .md and .html", file=sys.stderr)
+    sys.exit(any(part.get("failed") for part in told["parts"]))
 
 
 if __name__ == "__main__":

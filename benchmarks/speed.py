@@ -15,6 +15,8 @@ import sys
 import time
 from typing import Any
 
+from autoaccum.knee import interval
+
 # model, samples in a window, micro-batches
 CASES = (("char-GPT", 48, 3), ("CNN with BatchNorm", 48, 3), ("MLP", 512, 4), ("ViT", 48, 3))
 WINDOWS = 24
@@ -54,7 +56,10 @@ def alternate(name: str, samples: int, steps: int, windows: int = WINDOWS) -> di
             else:
                 tutorial_loop(runner.parts.model, runner.parts.optimizer, pieces)
             seconds[kind].append(time.perf_counter() - started)
-    return {kind: statistics.median(times[WARM_UP:]) for kind, times in seconds.items()}
+    pairs = zip(seconds["runner"][WARM_UP:], seconds["loop"][WARM_UP:], strict=True)
+    return {kind: statistics.median(times[WARM_UP:]) for kind, times in seconds.items()} | {
+        "ratios": [runner / loop for runner, loop in pairs]
+    }
 
 
 def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) -> dict[str, Any]:
@@ -75,10 +80,9 @@ def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) 
     return {"loop": statistics.median(seconds[WARM_UP:])}
 
 
-def solving() -> dict[str, Any]:
-    """Seconds to solve for a recorded program of 10,000 events or more."""
-    from autoaccum import Workload, cpu, fit, observe, outlook_cpu, step
-    from autoaccum.wish import read_wish
+def recorded_program() -> tuple[Any, Any, Any, int]:
+    """A workload of 10,000 events or more, its subject, what was observed of it, and a budget for some samples."""
+    from autoaccum import Workload, cpu, observe, step
 
     from .models import Block
 
@@ -91,8 +95,16 @@ def solving() -> dict[str, Any]:
     subject = observe.Subject(step.open_parts(workload), workload, cpu, cpu.prepare(), before=cpu.read_heap())
     observed = observe.Observed()
     observe.observe(subject, observed, lambda found: 0, lambda found, n: True)
+    return workload, subject, observed, cpu.read_base(subject.before).bytes + 200 * 2**20
+
+
+def solving() -> dict[str, Any]:
+    """Seconds to solve for a recorded program of 10,000 events or more."""
+    from autoaccum import fit, outlook_cpu
+    from autoaccum.wish import read_wish
+
+    workload, subject, observed, budget = recorded_program()
     events = sum(len(steps) for steps in observed.program().phases.values())
-    budget = cpu.read_base(subject.before).bytes + 200 * 2**20
     wish = read_wish(workload, 512, budget, None, None, None, 0, 1)
     outlook = outlook_cpu.look(subject, wish, observed, sample_bytes=4096, own_bytes=0)
     seconds = []
@@ -101,20 +113,26 @@ def solving() -> dict[str, Any]:
         solution = fit._solve(outlook)
         seconds.append(time.perf_counter() - started)
     assert solution is not None
-    return {"events": events, "steps": len(solution.split), "seconds": statistics.median(seconds)}
+    median, low, high = statistics.median(seconds), min(seconds), max(seconds)
+    return {"events": events, "steps": len(solution.split), "seconds": median, "low": low, "high": high}
 
 
-def starting() -> dict[str, Any]:
+def start_seconds(repeats: int = 9) -> dict[str, list[float]]:
     """Seconds of `import autoaccum` and of `autoaccum --help`, whole processes, and of Python alone."""
     codes = {"python": "pass", "import": "import autoaccum", "help": "import sys; sys.argv = ['autoaccum', '--help']"}
     codes["help"] += "; from autoaccum.cli import main; main()"
     seconds: dict[str, list[float]] = {name: [] for name in codes}
-    for _ in range(9):
+    for _ in range(repeats):
         for name, code in codes.items():
             started = time.perf_counter()
             subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
+
+
+def starting() -> dict[str, Any]:
+    """Their medians."""
+    return {name: statistics.median(seconds) for name, seconds in start_seconds().items()}
 
 
 def _in_process(*arguments: object) -> dict[str, Any]:
@@ -141,12 +159,19 @@ def table(cases: Any = CASES, windows: int = WINDOWS) -> list[dict[str, Any]]:
                 "runner s": both["runner"],
                 "loop s": both["loop"],
                 "runner / loop": both["runner"] / both["loop"],
+                **_spread(both["ratios"]),
                 "loop, default malloc s": default["loop"],
                 "fixed / default malloc": both["loop"] / default["loop"],
             }
         )
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
+
+
+def _spread(ratios: list[float]) -> dict[str, Any]:
+    """Between which the median of the windows' ratios lies with 95 %, so that the mood of a window doesn't count."""
+    low, high = interval(ratios) or (min(ratios), max(ratios))
+    return {"ratio low": low, "ratio high": high, "ratios": len(ratios)}
 
 
 def main() -> None:

@@ -1,0 +1,249 @@
+"""The parts of `python -m benchmarks`: what each runs, in what words its table is introduced, and which figures it has.
+
+A part runs in a process of its own: `python -m benchmarks.parts NAME [--quick]` prints it as JSON on its last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from autoaccum.bench.figures import Figure, figure_of
+from autoaccum.report.kinds import Kind
+
+CPU, VIRTUAL, PREDICTED, GPU = (kind.value for kind in (Kind.CPU, Kind.VIRTUAL, Kind.PREDICTED, Kind.GPU))
+Row = dict[str, Any]
+
+
+@dataclass
+class Part:
+    """What a part came to.
+
+    Attributes:
+        name: Its name on the command line.
+        title: Its heading.
+        lead: What its table shows.
+        kinds: How its figures came to be.
+        rows: The table; cells are text or numbers.
+        figures: What is compared between runs.
+        notes: What was skipped, by name, and what else to know.
+        skipped: Why all of it was.
+        seconds: What it took.
+    """
+
+    name: str
+    title: str
+    lead: str
+    kinds: list[str]
+    rows: list[Row] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: str = ""
+    seconds: float = 0.0
+
+
+def prediction(quick: bool) -> Part:
+    from . import prediction as benchmark
+    from .models import MODELS
+
+    part = Part(
+        "prediction", "Predicted and measured memory",
+        "Committed bytes; the increment is above the base. A process limited (RLIMIT_DATA) to 1.03 times the predicted "
+        "peak has to train its windows, one limited to 0.97 times has to run out of memory.", [CPU, PREDICTED],
+    )  # fmt: skip
+    rows = benchmark.table(list(MODELS)[:2] if quick else list(MODELS), [8] if quick else [8, 32, 128])
+    part.rows = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    for row in rows:
+        name, error = f"{row['model']}, {row['micro-batch']}: error of the increment", row["error %"]
+        part.figures.append(Figure(name, error, "%", CPU, error, error))
+    return part
+
+
+def speed(quick: bool) -> Part:
+    from . import speed as benchmark
+
+    part = Part(
+        "speed", "Time of a window: the Runner against the loop of a PyTorch tutorial",
+        "Medians; both train in turn in one process, and the loop once more in a process with malloc's default.", [CPU],
+    )  # fmt: skip
+    part.rows = benchmark.table(benchmark.CASES[:1] if quick else benchmark.CASES, 6 if quick else benchmark.WINDOWS)
+    for row in part.rows:
+        low, high, repeats = (row.pop(name) for name in ("ratio low", "ratio high", "ratios"))
+        name, ratio = f"{row['model']}: Runner over loop", row["runner / loop"]
+        part.figures.append(Figure(name, ratio, "x", CPU, low, high, repeats))
+        row |= {"95 % of that": f"{low:.3f} to {high:.3f}"}
+    return part
+
+
+def starting(quick: bool) -> Part:
+    from . import speed as benchmark
+
+    part = Part("starting", "Starting", "Whole processes.", [CPU])
+    for name, seconds in benchmark.start_seconds(3 if quick else 9).items():
+        figure = figure_of(seconds, name, "s", CPU)
+        part.figures.append(figure)
+        part.rows.append({"what": name, "seconds": figure.value, "low": figure.low, "high": figure.high})
+    return part
+
+
+def scaling(quick: bool) -> Part:
+    from . import scaling as benchmark
+
+    part = Part(
+        "scaling", "Planning time against the size of the model",
+        f"Llama-like models in bf16 with AdamW, whole `autoaccum plan --gpu {benchmark.GPU}` commands. Seconds and "
+        "memory held are this machine's; answers and peaks are the real allocator's on a virtual GPU.",
+        [CPU, VIRTUAL],
+    )  # fmt: skip
+    names, repeats = (benchmark.QUICK, 1) if quick else (tuple(benchmark.SIZES), benchmark.PLANS)
+    part.rows = benchmark.sizes_table(names, repeats)
+    for row in part.rows:
+        seconds = row.pop("all seconds")
+        part.figures.append(figure_of(seconds, f"{row['model']}: planning", "s", CPU))
+        if row["peak GiB"] is not None:
+            part.figures.append(_single(f"{row['model']}: predicted peak", row["peak GiB"], "GiB", VIRTUAL))
+    return part
+
+
+def targets(quick: bool) -> Part:
+    from . import scaling as benchmark
+
+    part = Part(
+        "targets", "Solving time against the target",
+        "Solving for a recorded program of over 10,000 events on the CPU, replays forgotten each time; and whole plans "
+        "of a small Llama for CUDA.", [CPU],
+    )  # fmt: skip
+    part.rows = benchmark.targets_table((512, 1_000_000) if quick else benchmark.TARGETS)
+    for row in part.rows:
+        low, high = row.pop("solving s low"), row.pop("solving s high")
+        name = f"solving for {row['target']:,}"
+        part.figures.append(Figure(name, row["solving s"], "s", CPU, low, high, benchmark.REPEATS))
+        row |= {"lowest to highest s": f"{low:.3f} to {high:.3f}"}
+    return part
+
+
+def search_cost(quick: bool) -> Part:
+    part = Part(
+        "search_cost", "What a search finds and costs, finder by finder",
+        "Each finder searches on the same model and the same virtual GPU; kernels take no time there, so seconds are "
+        "the host's.", [VIRTUAL],
+    )  # fmt: skip
+    benchmark = _optional("benchmarks.search_cost", ("available", "compare"), part)
+    if benchmark is None:
+        return part
+    from .peers.finders import FINDERS
+
+    finders, missing = benchmark.available(list(FINDERS))
+    part.notes += [f"{name}: skipped, {FINDERS[name].package} isn't installed" for name in missing]
+    for case in list(benchmark.CASES)[: 1 if quick else None]:
+        part.rows += benchmark.compare(case, finders, _say)
+    for row in part.rows:
+        for column, unit in (("of_safe", "of the truth"), ("ooms", "OOMs"), ("samples", "samples")):
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                name = f"{row['case']}, {row['finder']}: {unit}"
+                part.figures.append(_single(name, float(row[column]), unit, VIRTUAL))
+    return part
+
+
+def peer_gradients(quick: bool) -> Part:
+    part = Part(
+        "peer_gradients", "The gradient that trainers accumulate, against one whole batch's",
+        "Relative L2 distance of the window that is furthest off.", [CPU],
+    )  # fmt: skip
+    benchmark = _optional("benchmarks.peer_gradients", ("compare_all", "TRAINERS", "CASES"), part)
+    if benchmark is None:
+        return part
+    installed = {name: importlib.util.find_spec(each.package) for name, each in benchmark.TRAINERS.items()}
+    trainers = [name for name, found in installed.items() if found]
+    part.notes += [
+        f"{name}: skipped, {benchmark.TRAINERS[name].package} isn't installed"
+        for name in installed
+        if name not in trainers
+    ]
+    part.rows = benchmark.compare_all(benchmark.CASES[: 2 if quick else None], trainers, _say)
+    for row in part.rows:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            name = f"{row['case']}, {row['trainer']}, {row['how']}: error"
+            part.figures.append(_single(name, float(row["error"]), "relative L2", CPU))
+    return part
+
+
+def gpu(quick: bool) -> Part:
+    """Measured time and memory on a real GPU, where there is one."""
+    from . import on_gpu
+
+    part = Part(
+        "gpu", "Predicted and measured on this GPU",
+        "A plan for each model on the GPU that is here: reserved bytes and time of an optimizer step.",
+        [GPU, PREDICTED],
+    )  # fmt: skip
+    part.skipped = on_gpu.why_not()
+    if part.skipped:
+        return part
+    part.rows = on_gpu.table(quick)
+    for row in part.rows:
+        part.figures.append(_single(f"{row['model']}: error of the peak", row["error %"], "%", GPU))
+        part.figures.append(_single(f"{row['model']}: optimizer step", row["step s"], "s", GPU))
+    return part
+
+
+PARTS: dict[str, Callable[[bool], Part]] = {
+    "prediction": prediction,
+    "speed": speed,
+    "starting": starting,
+    "scaling": scaling,
+    "targets": targets,
+    "search_cost": search_cost,
+    "peer_gradients": peer_gradients,
+    "gpu": gpu,
+}
+
+
+def _single(name: str, value: float, unit: str, kind: str) -> Figure:
+    return Figure(name, value, unit, kind, value, value)
+
+
+def _optional(module: str, needed: Sequence[str], part: Part) -> Any:
+    """A benchmark that may not be there; the part then says that it was skipped, and why."""
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        part.skipped = f"{module} can't be imported: {error}"
+        return None
+    lacking = [name for name in needed if not hasattr(found, name)]
+    if lacking:
+        part.skipped = f"{module} has no {', '.join(lacking)}"
+        return None
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The command line of the process that a part runs in."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=list(PARTS))
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        part = PARTS[args.name](args.quick)
+    part.seconds = time.perf_counter() - started
+    print(json.dumps(asdict(part), default=str), flush=True)
+    sys.stderr.flush()
+    os._exit(0)  # libraries' threads may still be ending
+
+
+if __name__ == "__main__":
+    main()
