@@ -219,7 +219,7 @@ def _finished(
     trials = [replace(trial, pareto=trial.number in on_front) for trial in trials]
     ranked = sorted((trial for trial in trials if trial.counts), key=lambda trial: trial.order(search.ranking))
     if not ranked:
-        raise nothing_fits(trials, 1)
+        raise nothing_fits(trials, search.memory.missing_bytes)
     plan, winner, refused = _confirmed(search, ranked, say, workload, extra, asked)
     trials = [
         replace(t, state="failed", why=refused[t.number], pareto=False) if t.number in refused else t for t in trials
