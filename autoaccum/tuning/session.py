@@ -226,9 +226,7 @@ def _finished(
     ]
     if asked["gpu"] is not None and winner.configuration["checkpointing"]:
         left_out = [*left_out, "the test that checkpointing leaves the gradient as it is: nothing is computed here"]
-    windows = (
-        "timed for each" if search.ranking == SECONDS else "ranked by memory: nothing is computed on a virtual GPU"
-    )
+    windows = "timed" if search.ranking == SECONDS else "ranked by memory: nothing is computed on a virtual GPU"
     plan = with_configuration(plan, winner, search.ranking, tuple(trials), windows)
     plain = {**search.base, **search.plain}
     number = next((trial.number for trial in trials if trial.counts and dict(trial.configuration) == plain), None)
