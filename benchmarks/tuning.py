@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,10 @@ WINDOWS, WARM_UP = 60, 3
 RESAMPLES = 10_000
 
 COMMON = {"precision": ("fp32", "bf16"), "micro_batch": ("largest", 8, 32), "checkpointing": (0, 1)}
+QUICK: dict[str, Any] = {
+    "precision": ("fp32",), "micro_batch": ("largest", 32), "checkpointing": (0,), "optimizer": ("loop", "fused"),
+    "channels_last": (False,),
+}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {**COMMON, "optimizer": ("loop", "foreach", "fused")},
     "cnn": {**COMMON, "optimizer": ("loop", "fused"), "channels_last": (False, True)},
@@ -42,11 +47,11 @@ def interval(ratios: Sequence[float], resamples: int = RESAMPLES, seed: int = 0)
     return float(numpy.median(pairs)), float(low), float(high)
 
 
-def tuned(model: str, sampler: str, trials: int | None) -> Any:
+def tuned(model: str, choices: dict[str, Any], sampler: str, trials: int | None) -> Any:
     """A tuning of one model, in child processes."""
     import autoaccum
 
-    space = autoaccum.SearchSpace(**MODELS[model])
+    space = autoaccum.SearchSpace(**choices)
     return autoaccum.tune(
         f"{MODELS_FILE}:{model}", target_batch=TARGET_BATCH, space=space, trials=trials, memory=MEMORY,
         sampler=sampler, progress=lambda message: say(f"{model}: {message['trial']}") if "trial" in message else None,
@@ -98,18 +103,18 @@ def in_process(*arguments: object) -> dict[str, list[float]]:
     raise SystemExit(out.stderr)
 
 
-def compared(model: str, windows: int = WINDOWS) -> dict[str, Any]:
+def compared(model: str, choices: dict[str, Any], windows: int = WINDOWS) -> dict[str, Any]:
     """A line of the table."""
+    from autoaccum.solve import balanced
     from autoaccum.tuning.result import sentence
 
     started = time.monotonic()
-    size = 1
-    for options in MODELS[model].values():
-        size *= len(options)
-    quarter = tuned(model, "tpe", size // 4)
-    grid = tuned(model, "grid", None)
+    size = math.prod(len(options) for options in choices.values())
+    quarter = tuned(model, choices, "tpe", size // 4)
+    grid = tuned(model, choices, "grid", None)
+    assert grid.space == size, f"the grid has {grid.space} configurations, not {size}"
     plain = next(trial for trial in quarter.trials if trial.number == quarter.plain)
-    plain_split = [TARGET_BATCH // plain.accumulation_steps] * plain.accumulation_steps
+    plain_split = balanced(TARGET_BATCH, plain.accumulation_steps)
     contenders = {
         "tuned": {"configuration": dict(quarter.best.configuration), "split": quarter.plan.split},
         "grid": {"configuration": dict(grid.best.configuration), "split": grid.plan.split},
@@ -180,6 +185,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--quick", action="store_true", help="a grid of four: does it run?")
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -188,7 +194,8 @@ def main() -> None:
         sys.path.insert(0, str(MODELS_FILE.parent))
         print("RESULT", json.dumps(alternate(*json.loads(args.one))))
         return
-    print(written([compared(model, args.windows) for model in args.models], args.folder))
+    spaces = {model: QUICK if args.quick else MODELS[model] for model in args.models}
+    print(written([compared(model, spaces[model], args.windows) for model in spaces], args.folder))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from autoaccum.bench.figures import Figure, compare, figure_of, read_figure
 from autoaccum.report import sheet
 from benchmarks import __main__ as command
-from benchmarks import parts, scaling, speed
+from benchmarks import parts, scaling, speed, tuning
 
 CPU = "measured on this CPU"
 
@@ -141,3 +142,18 @@ def test_solving_for_a_million_samples_takes_seconds() -> None:
     small, large = json.loads(out.stdout)
     assert small["micro-batch"] >= large["micro-batch"] > small["micro-batch"] / 2
     assert large["solving s"] < 60  # on a busy machine; 2 to 5 s on a quiet one
+
+
+def test_the_interval_of_paired_ratios_covers_their_median_and_shrinks_with_pairs() -> None:
+    noise = np.random.default_rng(1)
+    widths, covered = [], 0
+    for count in (30, 480):
+        middle, low, high = tuning.interval(noise.lognormal(0.0, 0.1, count).tolist(), resamples=2000)
+        assert low <= middle <= high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+    for seed in range(60):  # the truth is 1
+        _, low, high = tuning.interval(noise.lognormal(0.0, 0.1, 40).tolist(), resamples=500, seed=seed)
+        covered += low <= 1 <= high
+    assert covered >= 52
+    assert tuning.interval([1.5] * 30) == (1.5, 1.5, 1.5)

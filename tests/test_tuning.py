@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from autoaccum import Plan, PlanMismatch, Runner, SearchSpace, UsageError, Workload, configure, fit_plan, step
 from autoaccum.plan import PeakRow, window_peak_bytes
 from autoaccum.solve import CAPACITY_MARGIN, split_within
-from autoaccum.tuning import blocks
+from autoaccum.tuning import blocks, measure
 from autoaccum.tuning.apply import configured, implementations, plain
 from autoaccum.tuning.configuration import LARGEST, Configuration, allocator_settings
 from autoaccum.tuning.memory import Answer, Memory, answer_from
@@ -676,3 +676,35 @@ def test_run_sets_the_allocators_variable_where_the_plan_was_tuned_with_it() -> 
     assert _environment(plan) is None
     told = _environment(replace(plan, configuration={"expandable_segments": True})) or {}
     assert "expandable_segments:True" in told["PYTORCH_CUDA_ALLOC_CONF"] and "PATH" in told
+
+
+def test_windows_are_timed_after_two_that_do_not_count_and_a_hopeless_one_is_left_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    trained: list[tuple[int, ...]] = []
+
+    def train(parts: Any, pieces: Any, sizes: tuple[int, ...]) -> None:
+        trained.append(tuple(sizes))
+        assert [len(piece[0]) for piece in pieces] == list(sizes)
+        clock[0] += 9.0 if len(trained) <= 2 else 0.25
+
+    monkeypatch.setattr(measure.step, "train_window", train)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def timed(**how: Any) -> list[float]:
+        trained.clear()
+        return measure.timed_windows(workload(), (4, 3), **{"best": None, "from_loader": False} | how)
+
+    assert timed() == [0.25] * 4 and trained == [(4, 3)] * 6  # a second's worth
+    assert timed(best=0.2) == [0.25] * 4 and timed(best=0.1) == [0.25] * 2
+    assert timed(most=2, fewest=1) == [0.25] * 2
+
+
+def test_windows_from_the_loader_are_whole_ones_epoch_after_epoch() -> None:
+    data = TensorDataset(torch.randn(10, 8), torch.randint(3, (10,)))
+    work = workload(loader=lambda: DataLoader(data, batch_size=2))
+    found = [window.sizes for window, _ in zip(measure._from_loader(work, (2, 2)), range(5), strict=False)]
+    assert found == [(2, 2)] * 5
+    short = measure._from_loader(work, (8, 8))
+    assert [sum(next(short).sizes) for _ in range(3)] == [10, 10, 10]

@@ -18,7 +18,7 @@ from ..workload import Workload
 
 WARM_UP = 2  # the first makes the optimizer's state and loads what loads lazily
 FEWEST, MOST, LONG_ENOUGH_SECONDS = 3, 30, 1.0  # windows; and when to stop between the two
-HOPELESS = 2.0  # times the best so far: one window tells enough
+HOPELESS = 2.0  # times the best so far: two windows tell enough
 
 
 def timed_windows(
@@ -29,7 +29,7 @@ def timed_windows(
     Args:
         workload: What is trained, configured.
         split: Samples in each micro-batch.
-        best: The best median so far: where the first window takes twice as long, no other is run.
+        best: The best median so far: where the first two windows take twice as long, no other is run.
         from_loader: Whether windows come from the workload's loader, and loading is part of their time; else they are
             made of its sample, once, before.
         fewest: Windows at least.
@@ -48,7 +48,7 @@ def timed_windows(
         taken = time.perf_counter() - started
         if number > 0:
             seconds.append(taken)
-            if best is not None and number == 1 and taken > HOPELESS * best:
+            if best is not None and number == 2 and min(seconds) > HOPELESS * best:
                 break
             if number >= most or (number >= fewest and sum(seconds) >= LONG_ENOUGH_SECONDS):
                 break

@@ -71,6 +71,11 @@ class Memory:
         self.asked += 1
         return answer_from(self.recording(configuration), configuration.micro_batch, samples)
 
+    @property
+    def missing_bytes(self) -> int:
+        """What the configuration that lacks least lacks; at least 1."""
+        return min((told["missing_bytes"] for told in self._known.values() if told.get("missing_bytes")), default=1)
+
     def recording(self, configuration: Configuration) -> Recorded:
         """The recording that stands for it, made now if there is none."""
         key = _key(configuration)

@@ -219,16 +219,14 @@ def _finished(
     trials = [replace(trial, pareto=trial.number in on_front) for trial in trials]
     ranked = sorted((trial for trial in trials if trial.counts), key=lambda trial: trial.order(search.ranking))
     if not ranked:
-        raise nothing_fits(trials, 1)
+        raise nothing_fits(trials, search.memory.missing_bytes)
     plan, winner, refused = _confirmed(search, ranked, say, workload, extra, asked)
     trials = [
         replace(t, state="failed", why=refused[t.number], pareto=False) if t.number in refused else t for t in trials
     ]
     if asked["gpu"] is not None and winner.configuration["checkpointing"]:
         left_out = [*left_out, "the test that checkpointing leaves the gradient as it is: nothing is computed here"]
-    windows = (
-        "timed for each" if search.ranking == SECONDS else "ranked by memory: nothing is computed on a virtual GPU"
-    )
+    windows = "timed" if search.ranking == SECONDS else "ranked by memory: nothing is computed on a virtual GPU"
     plan = with_configuration(plan, winner, search.ranking, tuple(trials), windows)
     plain = {**search.base, **search.plain}
     number = next((trial.number for trial in trials if trial.counts and dict(trial.configuration) == plain), None)
