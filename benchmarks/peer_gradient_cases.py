@@ -34,7 +34,8 @@ class Case:
         steps: Micro-batches in a window.
         loss: Of the model's outputs and the labels; None: the model's own, a Hugging Face model's `.loss`.
         counted: The same as (sum, count), where that is another thing than a mean over samples.
-        counts_labels: Whether that count is the number of labels that aren't ignored.
+        counts_labels: Whether that count is the number of labels that aren't ignored, and the model gives what the sum
+            needs without being given labels.
         summed: Whether the loss is a sum over samples, so that micro-batches' gradients only have to be added.
         clip: The norm that gradients are clipped to, once per window.
         encodes: Whether the loss compares samples with one another, so that autoaccum's `encode=` is for it.
@@ -75,11 +76,14 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 def loss_of(case: Case, model: nn.Module, batch: Batch) -> Tensor:
     """The loss as one would write it for a whole batch."""
-    if case.loss is None:
-        own: Tensor = model(**batch).loss
-        return own
-    loss: Tensor = case.loss(model(batch["x"]), batch["labels"])
+    outputs = outputs_of(model, batch)
+    loss: Tensor = outputs.loss if case.loss is None else case.loss(outputs, batch["labels"])
     return loss
+
+
+def outputs_of(model: nn.Module, batch: Batch) -> Any:
+    """A tensor; or what a Hugging Face model makes of all that is in the batch."""
+    return model(batch["x"]) if "x" in batch else model(**batch)
 
 
 def whole_gradients(case: Case) -> list[Tensor]:
@@ -124,7 +128,11 @@ class Tagger(nn.Module):
 
 
 class FrozenBatchNorm(nn.BatchNorm1d):
-    """Stays in evaluation mode, whoever calls `train()`."""
+    """Is in evaluation mode from the start, and stays in it, whoever calls `train()`."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.eval()
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
         """Evaluation."""
@@ -220,6 +228,14 @@ def _token_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return total, (labels != IGNORED).sum()
 
 
+def _text_sum(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return _token_sum(outputs.logits.flatten(0, 1), labels)
+
+
+def _next_token_sum(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return _token_sum(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:])
+
+
 def _row_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, labels, reduction="sum"), (labels != IGNORED).sum()
 
@@ -279,9 +295,9 @@ CASES = [
         "bf16 parameters, 64 micro-batches", _F(_seeded, Mlp, torch.bfloat16), _rows(64, torch.bfloat16), 1, 64,
         F.cross_entropy, of_micro_batches=True,
     ),
-    *[
-        Case(f"{name} of transformers, ragged", _F(_hugging_face, name), _texts(), 2, 4, None)
-        for name in ("GPT-2", "Llama", "BERT", "T5")
-    ],
+    Case("GPT-2 of transformers, ragged", _F(_hugging_face, "GPT-2"), _texts(), 2, 4, None, _next_token_sum),
+    Case("Llama of transformers, ragged", _F(_hugging_face, "Llama"), _texts(), 2, 4, None, _next_token_sum),
+    Case("BERT of transformers, ragged", _F(_hugging_face, "BERT"), _texts(), 2, 4, None, _text_sum, True),
+    Case("T5 of transformers, ragged", _F(_hugging_face, "T5"), _texts(), 2, 4, None, _text_sum),
     Case("Mixtral of transformers, ragged, auxiliary loss", _F(_hugging_face, "Mixtral"), _texts(), 2, 4, None),
 ]  # fmt: skip

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .peer_gradient_cases import Batch, Case, collate, flat, loss_of
+from .peer_gradient_cases import Batch, Case, collate, flat, loss_of, outputs_of
 
 
 class Capture(torch.optim.SGD):
-    """Keeps the gradients that it is given, and changes nothing, so that every window starts from the same parameters."""
+    """Keeps the gradients that it is given, and changes nothing: every window starts from the same parameters."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__(list(parameters), lr=0.0)
@@ -106,9 +106,9 @@ def _accelerate_counted(accelerator: Any, case: Case, model: nn.Module, optimize
     for _ in range(math.ceil(len(loader) / case.steps)):
         window = [batch for _, batch in zip(range(case.steps), batches, strict=False)]
         with torch.no_grad():
-            count = sum(case.counted(model(batch["x"]), batch["labels"])[1] for batch in window)
+            count = sum(case.counted(outputs_of(model, batch), batch["labels"])[1] for batch in window)
         for batch in window:
-            total, _ = case.counted(model(batch["x"]), batch["labels"])
+            total, _ = case.counted(outputs_of(model, batch), batch["labels"])
             accelerator.backward(total * case.steps * accelerator.num_processes / count)
         optimizer.step()
         optimizer.zero_grad()
@@ -190,12 +190,12 @@ def by_trainer(case: Case, how: str | None) -> Done:
             return loss_of(case, model, inputs)
 
     def counted(outputs: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        if case.counted is not None:
+            total: Tensor = case.counted(outputs, labels)[0]
+            return total / num_items_in_batch
         assert case.loss is not None
-        if case.counted is None:
-            whole: Tensor = case.loss(outputs, labels)
-            return whole
-        total: Tensor = case.counted(outputs, labels)[0]
-        return total / num_items_in_batch
+        whole: Tensor = case.loss(outputs, labels)
+        return whole
 
     model = case.make()
     capture = Capture(model.parameters())
@@ -230,7 +230,7 @@ _COUNTED, _ENCODE = "(sum, count)", "encode="
 
 def our_ways(case: Case) -> list[str | None]:
     """As usual; and what its documentation has for the case."""
-    more = ([_COUNTED] if case.counted else []) + ([_ENCODE] if case.encodes else [])
+    more = ([_COUNTED] if case.counted and case.loss else []) + ([_ENCODE] if case.encodes else [])
     return [None, *more]
 
 

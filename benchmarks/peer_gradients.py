@@ -31,7 +31,7 @@ RIGHT = {
 
 
 def error_of(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Relative L2 distance of the window that is furthest off; infinite where the steps aren't as many, or not finite."""
+    """Relative L2 distance of the window that is furthest off; infinite where one isn't finite or steps are missing."""
     if len(found) != len(wanted):
         return math.inf
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
@@ -67,12 +67,12 @@ def table(rows: Sequence[Row]) -> str:
 
 def _cell(rows: Sequence[Row]) -> str:
     if not rows:
-        return "can't be said"
+        return "not asked"
     usual, *others = rows
     words = [_words(usual)]
     if not usual["right"]:
         words += [f"{_words(row)} with {row['how']}" for row in others]
-        words += [f"*says: {usual['said'].split(':')[0]}*"] if usual["said"] else []
+        words += [f"*`autoaccum check`: {usual['said'].split(':')[0]}*"] if usual["said"] else []
     return "; ".join(words)
 
 

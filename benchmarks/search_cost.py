@@ -18,8 +18,10 @@ from typing import Any
 
 from . import tables
 from .peers import trials
-from .peers.cases import CASES
+from .peers.cases import CASES, SMALL
 from .tables import Row
+
+Ask = Callable[..., dict[str, Any]]
 
 HEADS = {
     "found": "found",
@@ -34,28 +36,30 @@ HEADS = {
 }
 
 
-def compared(name: str, finder: str, true: dict[str, int], version: str) -> Row:
-    """One row: what a finder found in a case, and what that took."""
-    case = CASES[name]
-    answer = trials.in_process(case, "search", name, finder)
+def compared(ask: Ask, finder: str, true: dict[str, int]) -> Row:
+    """What a finder found, and what that took."""
+    answer = ask("search", finder)
     found = answer.get("found")
-    row: Row = {"case": name, "finder": finder, "version": version, "trains": true["trains"], "safe": true["safe"]}
-    row |= {"found": found or answer.get("failed", "not for this model")}
+    row: Row = {"found": found or _last_line(answer.get("failed", "not for this model"))}
     if found:
         row |= {"of_safe": f"{found / true['safe']:.3f}", "of_trains": f"{found / true['trains']:.3f}"}
-        row |= {"afresh": verdict(trials.in_process(case, "check", name, found, False))}
+        row |= {"afresh": verdict(ask("check", found))}
         if "Lightning" in finder:
-            row["afresh"] += f"; in its own loop: {verdict(trials.in_process(case, 'check', name, found, True))}"
+            row["afresh"] += f"; in its own loop: {verdict(ask('check', found, 0.0, True))}"
     row |= {kind: answer.get(kind, 0) for kind in ("forward", "backward", "samples", "ooms")}
     if "seconds" in answer:
         row |= {"host_seconds": f"{answer['seconds']:.1f}", "changed": ", ".join(answer["changed"]) or "nothing"}
     return row
 
 
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
 def verdict(answer: dict[str, Any]) -> str:
     """Whether it trained, in words."""
     if "failed" in answer:
-        return str(answer["failed"])
+        return _last_line(answer["failed"])
     if not answer["trains"]:
         return "OOM"
     return "yes, with retries in each window" if any(answer["retries"][2:]) else "yes"
@@ -110,15 +114,17 @@ def compare(name: str, finders: dict[str, str], say: Callable[[str], None]) -> l
         finders: Names of finders, each with its package's version.
         say: Told what is under way.
     """
-    say(f"{name}: the truth")
-    true = trials.in_process(CASES[name], "truth", name)
-    if "failed" in true:
-        raise SystemExit(f"{name}: the truth can't be found: {true['failed']}")
     rows = []
-    for finder, version in finders.items():
-        say(f"{name}: {finder}")
-        rows.append(compared(name, finder, true, version))
-        say(json.dumps(rows[-1]))
+    with trials.Server(name) as ask:
+        say(f"{name}: the truth")
+        true = ask("truth")
+        if "failed" in true:
+            raise SystemExit(f"{name}: the truth can't be found: {true['failed']}")
+        for finder, version in finders.items():
+            say(f"{name}: {finder}")
+            about = {"case": name, "finder": finder, "version": version, "trains": true["trains"], "safe": true["safe"]}
+            rows.append(about | compared(ask, finder, true))
+            say(json.dumps(rows[-1]))
     return rows
 
 
@@ -127,8 +133,8 @@ def page(rows: Sequence[Row], missing: Sequence[str]) -> str:
     cases = dict.fromkeys(row["case"] for row in rows)
     versions = tables.installed(["torch", "torchvision", "transformers"])
     words = [
-        "*Real allocator on a virtual GPU*: kernels compute nothing and take no time, so seconds are the host's. Made by "
-        f"`python -m benchmarks.search_cost` with {', '.join(f'{name} {v}' for name, v in versions.items())}.",
+        "*Real allocator on a virtual GPU*: kernels compute nothing and take no time, so seconds are the host's. Made "
+        f"by `python -m benchmarks.search_cost` with {', '.join(f'{name} {v}' for name, v in versions.items())}.",
         *([f"Skipped, since their packages aren't installed: {', '.join(missing)}."] if missing else []),
         f"## All cases\n\n{summary(rows)}",
         "## Case by case",
@@ -151,7 +157,7 @@ def main() -> None:
     from .peers.finders import FINDERS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=list(CASES), help="leave out: all")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="its rows are made anew; left out: all")
     parser.add_argument("--finder", action="append", choices=list(FINDERS), help="leave out: all that are installed")
     parser.add_argument("--no-write", action="store_true", help="only print")
     args = parser.parse_args()
@@ -162,10 +168,11 @@ def main() -> None:
     finders, missing = available(args.finder or list(FINDERS))
     for name in missing:
         say(f"{name}: skipped, since {FINDERS[name].package} isn't installed")
-    rows: list[Row] = []
-    for case in args.case or CASES:
-        rows += compare(case, finders, say)
-        if not (args.no_write or args.case or args.finder):
+    asked = args.case or [name for name in CASES if name != SMALL]
+    rows = [row for row in tables.read_results("search-cost") if row["case"] not in asked]
+    for case in asked:
+        rows = sorted([*rows, *compare(case, finders, say)], key=lambda row: list(CASES).index(row["case"]))
+        if not (args.no_write or args.finder):
             say(f"wrote {write(rows, missing)}, its .csv, and docs/search-cost.md")
     print(page(rows, missing))
 

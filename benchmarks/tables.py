@@ -34,6 +34,18 @@ def write_results(name: str, text: str, rows: Sequence[Row], folder: Path = RESU
     return path
 
 
+def read_results(name: str, folder: Path = RESULTS) -> list[Row]:
+    """The rows that were written today; whole numbers are numbers again."""
+    path = folder / f"{datetime.date.today()}-{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {key: int(value) if value.isdigit() else value for key, value in row.items() if value != ""}
+            for row in csv.DictReader(file)
+        ]
+
+
 def write_between_marks(path: Path, text: str) -> None:
     """Puts the text where a page has it: between `<!-- printed: begin -->` and `<!-- printed: end -->`."""
     begin, end = "<!-- printed: begin -->\n", "<!-- printed: end -->"

@@ -3,14 +3,17 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks import search_cost
-from benchmarks.peers import accounting, finders
+from autoaccum import virtual
+from benchmarks import search_cost, tables
+from benchmarks.peers import accounting, cases, finders, trials
+
+needs_virtual = pytest.mark.skipif(virtual.available() is not None, reason=virtual.available() or "")
 
 
 def test_the_truth_is_the_largest_that_works_even_beyond_a_gap():
-    assert search_cost._largest(lambda n: n <= 37) == 37
-    assert search_cost._largest(lambda n: n <= 240 or 242 <= n <= 245) == 245  # fitting isn't monotone
-    assert search_cost._largest(lambda n: False) == 0
+    assert trials.largest_that(lambda n: n <= 37) == 37
+    assert trials.largest_that(lambda n: n <= 240 or 242 <= n <= 245) == 245  # fitting isn't monotone
+    assert trials.largest_that(lambda n: False) == 0
 
 
 def test_a_log_adds_up():
@@ -40,11 +43,20 @@ def test_each_kind_of_change_is_told():
     assert _state(model, optimizer).changed_since(before) == told
 
 
+def test_a_mark_on_running_statistics_does_not_stop_the_backward_pass():
+    norm = torch.nn.BatchNorm1d(3)
+    out = norm(torch.rand(4, 3, requires_grad=True))
+    accounting._mark(norm.running_mean)
+    before = norm.running_mean.clone()
+    out.sum().backward()
+    assert norm.running_mean[0] == before[0] >= 1
+
+
 def test_what_is_not_installed_is_left_out_by_name(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "toma" else find(name))
-    there, missing = search_cost._installed(["autoaccum, accumulating", "toma"])
-    assert (there, missing) == (["autoaccum, accumulating"], ["toma"])
+    there, missing = search_cost.available(["autoaccum", "toma"])
+    assert (list(there), missing) == (["autoaccum"], ["toma"])
 
 
 @pytest.mark.parametrize(
@@ -52,12 +64,50 @@ def test_what_is_not_installed_is_left_out_by_name(monkeypatch):
     [
         ({"trains": False}, "OOM"),
         ({"trains": True, "retries": [3, 0, 0]}, "yes"),
-        ({"trains": True, "retries": [3, 1, 1]}, "yes, retries in each window"),
+        ({"trains": True, "retries": [3, 1, 1]}, "yes, with retries in each window"),
+        ({"failed": "Traceback\n  ...\nValueError: no"}, "ValueError: no"),
     ],
 )
 def test_verdicts(answer, words):
-    assert search_cost._verdict({"2": answer}, "2") == words
+    assert search_cost.verdict(answer) == words
 
 
-def test_every_finder_names_its_package():
-    assert {finder.package for finder in finders.FINDERS.values()} >= {"lightning", "accelerate", "ultralytics"}
+def test_every_finder_of_the_issue_is_there():
+    packages = {finder.package for finder in finders.FINDERS.values()}
+    peers = {"lightning", "accelerate", "toma", "batch_finder", "batch_probe", "autotrainer", "ultralytics"}
+    assert packages == peers | {"autoaccum"}
+
+
+def _row(finder, found, **more):
+    row = {"case": "a case", "finder": finder, "version": "1.0", "trains": 12, "safe": 10, "found": found}
+    costs = {"forward": 3, "backward": 2, "samples": 9, "ooms": 1, "host_seconds": "0.5", "changed": "nothing"}
+    return row | {"of_safe": f"{found / 10:.3f}", "of_trains": f"{found / 12:.3f}", "afresh": "yes"} | costs | more
+
+
+def test_the_page_has_each_finder_and_what_it_did(tmp_path):
+    rows = [_row("one", 10), _row("two", 12, afresh="OOM", changed="parameters")]
+    text = search_cost.page(rows, ["three"])
+    assert "| one | 1.0 | 1 of 1 | 1.000 | 0.833 | 1 of 1 | 3 | 9 | 1 | 0.5 | nothing |" in text
+    assert "| two | 12 | 1.200 | 1.000 | OOM | 3 / 2 | 9 | 1 | 0.5 | parameters |" in text
+    assert "aren't installed: three" in text
+    tables.write_results("x", text, rows, tmp_path)
+    assert tables.read_results("x", tmp_path) == rows  # a case made anew later leaves the others' rows as they are
+
+
+def test_only_what_is_between_the_marks_of_a_page_is_written(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- printed: begin -->\nold\n<!-- printed: end -->\nafter\n")
+    tables.write_between_marks(page, "new")
+    assert page.read_text() == "before\n<!-- printed: begin -->\n\nnew\n\n<!-- printed: end -->\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(SystemExit):
+        tables.write_between_marks(page, "new")
+
+
+@needs_virtual
+def test_autoaccums_own_row_is_the_truth_at_no_out_of_memory_error():
+    pytest.importorskip("torchvision")
+    (row,) = search_cost.compare(cases.SMALL, {"autoaccum": "0.1"}, lambda text: None)
+    assert row["found"] == row["safe"] > 4
+    assert (row["afresh"], row["ooms"], row["changed"]) == ("yes", 0, "nothing")
+    assert 0 < row["samples"] < 20 * row["found"] and row["forward"] >= row["backward"] > 0

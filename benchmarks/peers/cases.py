@@ -141,6 +141,7 @@ _sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 _image: Any = (3, 224, 224)
 _resnet18, _resnet50, _vit_l = (functools.partial(_torchvision, name) for name in ("resnet18", "resnet50", "vit_l_16"))
 
+SMALL = "ResNet-18 fp32 AdamW, 1.5 GiB"  # for tests; not in the table
 CASES = {
     "ResNet-50 bf16 SGD, 8 GiB": Case(_resnet50, _image, 1000, _sgd, "bf16", 8 * GiB, start=256),
     "GPT bf16 AdamW, 8 GiB": Case(Gpt, (LENGTH,), 8192, _adamw, "bf16", 8 * GiB),
@@ -148,4 +149,5 @@ CASES = {
     "BERT-base bf16 AdamW, 8 GiB": Case(Bert, (LENGTH,), BERT_VOCABULARY, _adamw, "bf16", 8 * GiB),
     "ViT-L/16 fp32 AdamW, 8 GiB": Case(_vit_l, _image, 1000, _adamw, "fp32", 8 * GiB),
     "ResNet-18 fp32 AdamW, 4 GiB": Case(_resnet18, _image, 1000, _adamw, "fp32", 4 * GiB, start=256),
+    SMALL: Case(_resnet18, _image, 1000, _adamw, "fp32", 3 * GiB // 2),
 }

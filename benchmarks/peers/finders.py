@@ -1,8 +1,8 @@
 """The finders, each a function from a job to the batch size it found: the real packages, called as they document.
 
 All are asked for the largest micro-batch that trains in windows of two, since that is what accumulation needs: by
-training functions that accumulate where the caller writes the training, by the finder's own option where it has one. The
-others try what they always try, and the check in a fresh process tells whether that was enough.
+training functions that accumulate where the caller writes the training, by the finder's own option where it has one.
+The others try what they always try, and the check in a fresh process tells whether that was enough.
 """
 
 from __future__ import annotations

@@ -1,22 +1,28 @@
-"""What is done in processes on the virtual GPU: the truth, a finder's search, and the check of what it found."""
+"""What is done in processes on the virtual GPU: the truth, a finder's search, and the check of what it found.
+
+Each is a fork of one process that has imported torch and made the model, so that nothing is paid for twice.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from autoaccum.virtual import environment
 
-from .cases import CASES, Case
+from .accounting import LOG, cost_of
+from .cases import CASES, made
 
 WINDOWS = 6  # that a size has to train to be called one that trains; a plan replays as many
 LESS = 0.02  # a size is safe if it trains with that much less to reserve, too
@@ -24,7 +30,7 @@ BESIDE = 3  # sizes above the first that fails which have to fail too: fitting i
 TIMEOUT_SECONDS = 900
 
 
-def truth(name: str) -> dict[str, int]:
+def truth(name: str) -> dict[str, Any]:
     """The largest micro-batch that trains in windows of two; and the largest that is safe as a plan means it.
 
     Safe: it trains with 2 % less as well, and in neither case does the allocator give its cache back from the third
@@ -35,18 +41,26 @@ def truth(name: str) -> dict[str, int]:
     def trained(n: int, less: float) -> dict[str, Any]:
         key = n, less
         if key not in known:
-            known[key] = _forked(lambda: train_afresh(name, n, less))
+            known[key] = in_fork(lambda: train_afresh(name, n, less))
+        if "failed" in known[key]:
+            raise _NoTruth(known[key]["failed"])
         return known[key]
 
     def safe(n: int) -> bool:
         answers = (trained(n, less) for less in (0.0, LESS))
         return all(answer["trains"] and not any(answer["retries"][2:]) for answer in answers)
 
-    _prepare(name)
-    largest = sure = largest_that(lambda n: bool(trained(n, 0.0)["trains"]))
-    while sure and not safe(sure):
-        sure -= 1
+    try:
+        largest = sure = largest_that(lambda n: bool(trained(n, 0.0)["trains"]))
+        while sure and not safe(sure):
+            sure -= 1
+    except _NoTruth as error:
+        return {"failed": str(error)}
     return {"trains": largest, "safe": sure}
+
+
+class _NoTruth(Exception):
+    """A window failed for another reason than memory."""
 
 
 def largest_that(works: Callable[[int], bool]) -> int:
@@ -65,7 +79,7 @@ def largest_that(works: Callable[[int], bool]) -> int:
     return low
 
 
-def train_afresh(name: str, n: int, less: float, *, by_lightning: bool = False) -> dict[str, Any]:
+def train_afresh(name: str, n: int, less: float = 0.0, by_lightning: bool = False) -> dict[str, Any]:
     """Whether windows of n samples a micro-batch train here, and how often the cache was given back in each."""
     import torch
 
@@ -107,7 +121,6 @@ def search(name: str, finder: str) -> dict[str, Any]:
     from . import accounting, finders
 
     case, chosen = CASES[name], finders.FINDERS[finder]
-    _prepare(name)
     torch.manual_seed(0)
     workload = case.workload() if chosen.given_model else None
     parts = open_parts(workload) if workload else None
@@ -123,79 +136,81 @@ def search(name: str, finder: str) -> dict[str, Any]:
     return {"found": found, "seconds": seconds, "changed": after.changed_since(before)}
 
 
-def check(name: str, n: int, by_lightning: bool) -> dict[str, Any]:
-    """Whether what was found trains afresh, in the shared loop or in Lightning's."""
-    from . import finders  # noqa: F401  the forked process finds it imported
-
-    _prepare(name)
-    return _forked(lambda: train_afresh(name, n, 0.0, by_lightning=by_lightning))
-
-
-def _prepare(name: str) -> None:
-    """Makes the model on the host once, and imports what that imports; the GPU isn't touched."""
-    from .cases import made
-
-    made(CASES[name])
-
-
-def _forked(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The answer of a process that is fresh as far as the GPU goes; it has only imported torch."""
+def in_fork(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The answer of a process that is fresh as far as the GPU goes, with torch imported and the model made."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
+        signal.alarm(TIMEOUT_SECONDS)  # whose default is to end the process
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         try:
             answer = work()
         except BaseException:
             answer = {"failed": traceback.format_exc()}
         os.write(write, json.dumps(answer).encode())
-        os._exit(0)
+        os._exit(0)  # libraries' threads may still be ending
     os.close(write)
     with os.fdopen(read) as pipe:
         text = pipe.read()
-    os.waitpid(child, 0)
-    answer = json.loads(text or '{"failed": "no answer"}')
-    if "failed" in answer:
-        raise RuntimeError(answer["failed"])
+    _, status = os.waitpid(child, 0)
+    if not text:
+        return {"failed": f"no answer within {TIMEOUT_SECONDS} s" if status == signal.SIGALRM else f"status {status}"}
+    answer: dict[str, Any] = json.loads(text)
     return answer
 
 
-WORK = {"truth": truth, "search": search, "check": check}
+def _answer(kind: str, arguments: list[Any]) -> dict[str, Any]:
+    """Does one piece of work, and adds up what it noted."""
+    with tempfile.NamedTemporaryFile("r", prefix="search-cost") as log:
+        os.environ[LOG] = log.name
+        answer = truth(*arguments) if kind == "truth" else in_fork(lambda: FORKED[kind](*arguments))
+        return answer | vars(cost_of(log.read()))
 
 
-def in_process(case: Case, kind: str, *arguments: object) -> dict[str, Any]:
-    """What a process on the case's virtual GPU answers (`python -m benchmarks.peers.trials`), and its log's sums."""
-    from .accounting import LOG, cost_of
+FORKED: dict[str, Callable[..., dict[str, Any]]] = {"search": search, "check": train_afresh}
 
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        log.touch()
-        told = environment(case.gpu, os.environ | {LOG: str(log)})
-        command = [sys.executable, "-m", "benchmarks.peers.trials", json.dumps([kind, *arguments])]
-        try:
-            out = subprocess.run(
-                command, env=told, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, stdin=subprocess.DEVNULL
-            )
-        except subprocess.TimeoutExpired:
-            return {"failed": f"no answer within {TIMEOUT_SECONDS} s"}
-        cost = vars(cost_of(log.read_text()))
-    for line in out.stdout.splitlines():
-        if line.startswith("RESULT "):
-            answer: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-            return answer | cost
-    return {"failed": (out.stderr.strip().splitlines() or [f"exit code {out.returncode}"])[-1]} | cost
+
+class Server:
+    """A process on a case's virtual GPU that does what it is asked, each time in a fork: `with Server(name) as ask`.
+
+    It has imported torch and made the model on the host, and never uses the GPU itself.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> Callable[..., dict[str, Any]]:
+        command = [sys.executable, "-m", "benchmarks.peers.trials", self.name]
+        told = environment(CASES[self.name].gpu)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env=told, text=True, **pipes)  # type: ignore[call-overload]
+        return self._ask
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _ask(self, kind: str, *arguments: object) -> dict[str, Any]:
+        print(json.dumps([kind, self.name, *arguments]), file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("RESULT "):
+                answer: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+                return answer
+        raise RuntimeError(f"the process on the virtual GPU ended: exit code {self.process.wait()}")
 
 
 def main() -> None:
-    """One piece of work, in a process on the virtual GPU that another started."""
-    import logging
-    import warnings
+    """Answers questions from stdin, on the virtual GPU that another process started this one on."""
+    import torch  # noqa: F401  imported once, before any fork
+
+    from . import accounting, finders  # noqa: F401
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    kind, *arguments = json.loads(sys.argv[1])
-    answer = WORK[kind](*arguments)  # type: ignore[operator]
-    print("RESULT", json.dumps(answer), flush=True)
-    os._exit(0)  # libraries' threads may still be ending
+    made(CASES[sys.argv[1]])
+    for line in sys.stdin:
+        kind, *arguments = json.loads(line)
+        print("\nRESULT", json.dumps(_answer(kind, arguments)), flush=True)
 
 
 if __name__ == "__main__":
