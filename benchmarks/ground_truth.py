@@ -65,7 +65,7 @@ DEVICES = {"H100": Device(find_gpu("h100-80gb"), 81_559), "H200": Device(find_gp
 def reserved(data: pandas.DataFrame) -> Iterator[dict[str, Any]]:
     """What PyTorch's allocator reserves for each row, in a process of its own on the virtual GPU."""
     for name, rows in data.groupby("gpu", sort=False):
-        settings = replace(virtual_settings(DEVICES[str(name)].gpu), copies="zero", convolution_workspace="transposed")
+        settings = replace(virtual_settings(DEVICES[str(name)].gpu), copies="zero")
         asked = [json.dumps([row.bench, int(row.batch_size)]) for row in rows.itertuples()]
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.ground.run"],
@@ -184,7 +184,7 @@ def report(found: pandas.DataFrame, constant: float, told: str, left_out: str) -
         f"- development: {', '.join(f'{bench} on {gpu}' for gpu, bench in DEVELOPMENT)}; all else was held out\n"
         f"- left out: {left_out or 'none'}\n"
         f"- near capacity, where the allocator gives cached blocks back: {len(near)} rows, of which "
-        f"{int((~near.out).sum())} ran to their end on a virtual GPU of the real one's size; on the real one all did\n\n"
+        f"{int((~near.out).sum())} ran to their end on a virtual GPU of the real one's size (all on the real one)\n\n"
         f"## Errors by size (without rows near capacity, but for the last line)\n\n{_markdown(summary(found), 2)}\n\n"
         f"## By benchmark\n\n{_markdown(by_benchmark(found), 2)}\n\n"
         f"## Rows that miss by more than 4 % and {NEAR_MIB} MiB\n\n"

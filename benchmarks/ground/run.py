@@ -17,7 +17,6 @@ import torch
 from ..truth import forked
 from . import loops, models
 
-STEPS = 20  # at most
 STEPS = 6  # what is reserved stays from the third on, or the fourth
 
 
@@ -25,7 +24,7 @@ def train(name: str, n: int) -> dict[str, Any]:
     """Trains a few steps.
 
     Returns:
-        What was `reserved` and `allocated` at most, in bytes; the allocator's `retries`; whether it ran `out` of memory.
+        Most bytes that were `reserved` and `allocated`; the allocator's `retries`; whether it ran `out` of memory.
     """
     warnings.simplefilter("ignore")
     out = False
