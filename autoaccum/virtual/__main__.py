@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--compute-capability", default=_DEFAULT.compute_capability, metavar="X.Y", help="default: %(default)s")
     add("--multiprocessors", type=int, default=_DEFAULT.multiprocessors, metavar="N", help="default: %(default)s")
     add("--name", default=_DEFAULT.name, help="default: %(default)s")
-    add("--convolution-workspace", metavar="SIZE|FACTORx", help="of each convolution (default: nothing)")
+    add("--convolution-workspace", metavar="SIZE|FACTORx|transposed", help="of each convolution (default: nothing)")
     add("--no-convolution-fallback", action="store_true", help="no convolution does without its workspace")
     add("--copies", default=_DEFAULT.copies, choices=("tensors", "all", "zero"), help="default: %(default)s")
     add("--trace", action="store_true", help="name each function that was called and isn't modelled, once")

@@ -10,6 +10,7 @@ from ..errors import UsageError
 from ..units import parse_bytes, show_bytes
 
 PREFIX = "AUTOACCUM_GPU_"
+TRANSPOSED = "transposed"
 MOST_DEVICES = 8  # source/gpu.h
 Copies = Literal["tensors", "all", "zero"]
 
@@ -27,7 +28,8 @@ class VirtualGpu:
         multiprocessors: How many; PyTorch sizes some scratch memory by it.
         name: The devices' name.
         convolution_workspace: What each convolution asks for: a size ("64MiB"), a multiple of its tensors' bytes
-            ("0.5x"), or None for nothing.
+            ("0.5x"), "transposed" for copies of its tensors with channels last where cuDNN makes them, or None for
+            nothing.
         convolution_fallback: Whether a convolution can also do without its workspace.
         copies: "tensors": copies are real, but reads of up to 16 bytes (losses, counts) give 0; "all": those too are
             real; "zero": nothing is copied, and every read gives 0.
@@ -88,11 +90,13 @@ def _refused(what: str, value: object, why: str) -> UsageError:
 
 
 def _workspace(text: str | None) -> str:
-    """A number of bytes, or a factor like 0.5x, as the library reads it."""
+    """A number of bytes, a factor like 0.5x or "transposed", as the library reads it."""
     if text is None:
         return "0"
+    if text == TRANSPOSED:
+        return text
     if re.fullmatch(r"\d{1,6}(\.\d{1,6})?x", text):
         return text
     if re.fullmatch(r"0+", text):
         return "0"
-    return str(parse_bytes(text, what="a convolution's workspace (a size, or a multiple like 0.5x)"))
+    return str(parse_bytes(text, what="a convolution's workspace (a size, a multiple like 0.5x, or transposed)"))

@@ -24,7 +24,7 @@ Steps = Iterator[None]
 
 
 def set_tf32(precision: str) -> None:
-    """torchcompat's set_enable_tf32 for CUDA."""
+    """As torchcompat's set_enable_tf32 for CUDA."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = "tf32" in precision
 
 
@@ -123,8 +123,8 @@ def timm(make_model: Callable[[], nn.Module], n: int) -> Steps:
         yield
 
 
-def lightning(make_model: Callable[[], nn.Module], n: int, steps: int, done: Callable[[], None]) -> None:
-    """`Trainer.fit` of lightning itself, precision bf16-mixed; `done` is called after each step.
+def lightning(make_model: Callable[[], nn.Module], n: int, steps: int) -> None:
+    """`Trainer.fit` of lightning itself, precision bf16-mixed.
 
     Its closure zeroes the gradients between the forward and the backward pass.
     """
@@ -142,9 +142,6 @@ def lightning(make_model: Callable[[], nn.Module], n: int, steps: int, done: Cal
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.Adam(self.parameters(), lr=1e-3)
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            done()
 
     set_tf32("tf32")
     quiet: Mapping[str, Any] = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
@@ -191,7 +188,7 @@ def _fixed_batches(model: nn.Module, n: int) -> Iterator[tuple[torch.Tensor, tor
 
 
 def _prefetched(n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """timm's `PrefetchLoader`: bytes from the host, made fp32 and normalised on a stream of their own."""
+    """As timm's `PrefetchLoader`: bytes from the host, made fp32 and normalised on a stream of their own."""
     mean, std = (torch.tensor([123.0, 116.0, 103.0], device="cuda").view(1, 3, 1, 1) for _ in range(2))
     stream = torch.cuda.Stream()
     host = torch.empty(n, 3, 224, 224, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)

@@ -7,6 +7,7 @@ Configurations that it takes from the hub (t5-small, openai/whisper-tiny) are tr
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from unittest import mock
@@ -17,6 +18,7 @@ from torch import nn
 from . import loops
 
 BERT, T5, REFORMER, WHISPER = "bert", "t5", "reformer", "whisper"
+TEXT = {BERT, T5, REFORMER, WHISPER}
 _TOKENS = {BERT: 512, T5: 1024, REFORMER: 4096}
 
 
@@ -33,7 +35,8 @@ def uninitialised() -> Iterator[None]:
         yield
 
 
-def _hugging_face(name: str) -> nn.Module:
+def make_text_model(name: str) -> nn.Module:
+    """One of transformers' (whisper is of audio), without weights."""
     import transformers
 
     kinds = {
@@ -44,10 +47,14 @@ def _hugging_face(name: str) -> nn.Module:
     }
     category, kind = kinds[name]
     config = kind()
+    kept = {}  # as it was in transformers 4.49, which was measured
+    if name == T5:
+        config.decoder_start_token_id = 0
+        kept["attn_implementation"] = "eager"  # its only attention there
     if name == REFORMER:
         config.num_buckets = 128
     with uninitialised():
-        model: nn.Module = getattr(transformers, category).from_config(config)
+        model: nn.Module = getattr(transformers, category).from_config(config, **kept)
     return model.train()
 
 
@@ -75,7 +82,7 @@ def _batch(name: str, n: int) -> loops.Batch:
 
 
 def _text(name: str, precision: str = "tf32-fp16") -> Callable[[int], loops.Steps]:
-    return lambda n: loops.hugging_face(partial(_hugging_face, name), _batch(name, n), precision)
+    return lambda n: loops.hugging_face(partial(make_text_model, name), _batch(name, n), precision)
 
 
 def _images(name: str, precision: str = "tf32-fp16", **options: bool) -> Callable[[int], loops.Steps]:
@@ -98,3 +105,13 @@ BENCHMARKS: dict[str, Callable[[int], loops.Steps]] = {
 }
 LIGHTNING = "lightning"  # not a generator: lightning runs the loop
 lightning_model = partial(_torchvision, "resnet152")
+
+
+def missing_package(name: str) -> str | None:
+    """What keeps a benchmark from being run here; None where nothing does."""
+    if name not in (*BENCHMARKS, LIGHTNING):
+        return "unknown benchmark"
+    wanted = {"focalnet": "timm", LIGHTNING: "lightning"}.get(name)
+    if wanted is not None and importlib.util.find_spec(wanted) is None:
+        return f"{wanted} is not installed"
+    return None

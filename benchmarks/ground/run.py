@@ -6,6 +6,7 @@ from this one, which has imported everything and never touched CUDA.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import warnings
@@ -16,64 +17,50 @@ import torch
 from ..truth import forked
 from . import loops, models
 
-STEPS = 12  # at most
-UNCHANGED = 3  # steps after which what is reserved is taken to stay
-
-
-class _Watch:
-    """What is reserved after each step, and whether enough were seen."""
-
-    def __init__(self) -> None:
-        self.reserved: list[int] = []
-
-    def after_step(self) -> bool:
-        self.reserved.append(torch.cuda.max_memory_reserved())
-        return len(self.reserved) > UNCHANGED and self.reserved[-1] == self.reserved[-1 - UNCHANGED]
+STEPS = 6  # what is reserved stays from the third on, or the fourth
 
 
 def train(name: str, n: int) -> dict[str, Any]:
-    """Trains until what is reserved stays.
+    """Trains a few steps.
 
     Returns:
-        Bytes (`reserved`, `allocated`), `steps`, the allocator's `retries`, and whether it ran `out` of memory.
+        Most bytes that were `reserved` and `allocated`; the allocator's `retries`; whether it ran `out` of memory.
     """
     warnings.simplefilter("ignore")
-    watch = _Watch()
     out = False
     try:
         if name == models.LIGHTNING:
-            loops.lightning(models.lightning_model, n, UNCHANGED + 3, lambda: None if watch.after_step() else None)
+            loops.lightning(models.lightning_model, n, STEPS)
         else:
-            for _ in models.BENCHMARKS[name](n):
-                if watch.after_step() or len(watch.reserved) == STEPS:
-                    break
+            for _ in itertools.islice(models.BENCHMARKS[name](n), STEPS):
+                pass
     except torch.OutOfMemoryError:
         out = True
     return {
         "reserved": torch.cuda.max_memory_reserved(),
         "allocated": torch.cuda.max_memory_allocated(),
-        "steps": len(watch.reserved),
         "retries": torch.cuda.memory_stats()["num_alloc_retries"],
         "out": out,
     }
 
 
-def _import_for(names: list[str]) -> None:
+def _import_for(names: set[str]) -> None:
     """What is imported here needn't be imported in each process."""
-    import importlib
+    import torchvision  # noqa: F401
 
-    wanted = {"torchvision", *(("timm",) if "focalnet" in names else ())}
-    for module in wanted:
-        importlib.import_module(module)
+    if "focalnet" in names:
+        import timm  # noqa: F401
+    if models.LIGHTNING in names:
+        import lightning  # noqa: F401
     with torch.device("meta"):
-        for name in (models.BERT, models.T5, models.REFORMER, models.WHISPER):
-            models._hugging_face(name)
+        for name in models.TEXT & names:
+            models.make_text_model(name)
 
 
 def main() -> None:
     """Answers line by line."""
     rows = [json.loads(line) for line in sys.stdin]
-    _import_for([name for name, _ in rows])
+    _import_for({name.split("-")[0] for name, _ in rows})
     for name, n in rows:
         try:
             answer = forked(lambda name=name, n=n: train(name, n))

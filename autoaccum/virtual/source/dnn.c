@@ -29,12 +29,24 @@ DNN(cudnnGetStream, (cudnnHandle_t h, cudaStream_t *stream), *stream = *(cudaStr
  * offered, as the real library mostly does: PyTorch turns to it when the workspace doesn't fit. Without that fallback
  * PyTorch says "unable to find an engine" instead of "out of memory". */
 
-typedef struct { int type, element, convolutions; int64_t bytes, workspace; } Descriptor;
+typedef struct { int element, channels_last; int64_t channels, window; } Tensor;
+typedef struct { int type, convolutions; int64_t bytes, workspace, transposed; Tensor tensor, x, w; } Descriptor;
 
 static int is_convolution(cudnnBackendDescriptorType_t type) {
   return type == CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR ||
          type == CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR ||
          type == CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_FILTER_DESCRIPTOR;
+}
+
+/* What a convolution needs where its workspace is set to "transposed": copies of its three tensors. In half precision
+ * cuDNN uses tensor cores, whose kernels want channels last, and turns what isn't ("NCHW-to-NHWC transformations",
+ * docs.nvidia.com/deeplearning/cudnn/developer/legacy-api.html). A 1 x 1 forward is a matrix product as it lies, and one
+ * channel at a time needs none. Held against GPUs in docs/ground-truth.md. */
+static int64_t transposed_bytes(const Descriptor *operation) {
+  const Tensor *x = &operation->x, *w = &operation->w;
+  int forward = operation->type == CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR;
+  int by_channel = w->channels == 1 && x->channels > 1;
+  return x->element == 2 && !x->channels_last && !by_channel && !(forward && w->window == 1) ? operation->bytes : 0;
 }
 
 static int size_of(cudnnDataType_t type) {
@@ -61,15 +73,29 @@ API cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t descriptor, 
                                            cudnnBackendAttributeType_t type, int64_t count, const void *values) {
   Descriptor *d = descriptor;
   if (name == CUDNN_ATTR_TENSOR_DATA_TYPE) {
-    d->element = size_of(*(cudnnDataType_t *)values);
+    d->tensor.element = size_of(*(cudnnDataType_t *)values);
   } else if (name == CUDNN_ATTR_TENSOR_DIMENSIONS) {
-    d->bytes = 1;
-    while (count-- > 0) d->bytes *= ((int64_t *)values)[count];
+    const int64_t *sizes = values;
+    d->bytes = d->tensor.window = 1;
+    d->tensor.channels = count > 1 ? sizes[1] : 1;
+    for (int64_t i = 0; i < count; i++) {
+      d->bytes *= sizes[i];
+      if (i > 1) d->tensor.window *= sizes[i];
+    }
+  } else if (name == CUDNN_ATTR_TENSOR_STRIDES) {
+    d->tensor.channels_last = count > 1 && ((int64_t *)values)[1] == 1;
   } else if (type == CUDNN_TYPE_BACKEND_DESCRIPTOR) {
     while (count-- > 0) {
       Descriptor *under = ((Descriptor **)values)[count];
       if (!under) continue;
-      d->bytes += under->bytes * (under->type == CUDNN_BACKEND_TENSOR_DESCRIPTOR ? under->element : 1);
+      d->bytes += under->bytes * (under->type == CUDNN_BACKEND_TENSOR_DESCRIPTOR ? under->tensor.element : 1);
+      if (name == CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X || name == CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DX ||
+          name == CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_X)
+        d->x = under->tensor;
+      if (name == CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W || name == CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_W ||
+          name == CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DW)
+        d->w = under->tensor;
+      d->transposed += is_convolution(under->type) ? transposed_bytes(under) : under->transposed;
       d->workspace += under->workspace;
       d->convolutions += under->convolutions;
     }
@@ -80,6 +106,7 @@ API cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t descriptor, 
 /* The engines that the heuristic finds; how many, where `room` is 0. */
 static int64_t engines(const Descriptor *d, int64_t room, Descriptor **found) {
   int64_t workspace = d->convolutions ? settings.workspace + (int64_t)(settings.workspace_factor * d->bytes) : 0;
+  if (settings.workspace_transposed) workspace = d->transposed;
   int64_t count = workspace && settings.fallback ? 2 : 1;
   if (!found || room <= 0) return count;
   found[0]->workspace = workspace;

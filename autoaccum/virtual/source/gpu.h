@@ -41,6 +41,7 @@ typedef struct {
   const char *name;
   size_t workspace;            /* of a convolution: bytes, or a factor of its tensors' bytes */
   double workspace_factor;
+  int workspace_transposed;    /* or copies of its tensors with channels last: dnn.c */
   int fallback;                /* an engine without workspace is offered beside the one with */
   enum { COPY_TENSORS, COPY_ALL, COPY_ZERO } copies;
 } Settings;

@@ -101,12 +101,14 @@ static void read_capability(void) {
 static void read_workspace(void) {
   const char *name = "AUTOACCUM_GPU_CONVOLUTION_WORKSPACE", *text = text_of(name);
   char *end;
+  settings.workspace_transposed = text && !strcmp(text, "transposed");
+  if (settings.workspace_transposed) return;
   if (!text || text[strlen(text) - 1] != 'x') {
     settings.workspace = number_of(name, 0, SIZE_MAX);
     return;
   }
   settings.workspace_factor = strtod(text, &end);
-  if (end == text || end[0] != 'x' || end[1]) refuse(name, text, "a number of bytes, or like 0.5x");
+  if (end == text || end[0] != 'x' || end[1]) refuse(name, text, "a number of bytes, like 0.5x, or transposed");
 }
 
 __attribute__((constructor)) static void read_settings(void) {

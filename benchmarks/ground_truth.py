@@ -1,0 +1,238 @@
+"""`python -m benchmarks.ground_truth DATA.csv`: memory that others measured on real GPUs, predicted on a virtual one.
+
+The file has a row for each run of a benchmark of milabench (`gpu`, `bench`, `batch_size`, `memory_mib_median`,
+`near_capacity`): the most memory that NVML said was used. Each benchmark's own training loop (`benchmarks.ground`) is
+run on a virtual GPU, where PyTorch's real allocator says what it reserves. The prediction is that and one constant,
+taken from one benchmark and applied to all others as it is: the driver's own memory, CUDA's context and libraries.
+
+What was looked at while the loops were written is told apart from what was held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+from autoaccum import virtual
+from autoaccum.gpus import Gpu, find_gpu, virtual_settings
+
+from .__main__ import _markdown
+
+RESULTS = Path(__file__).parent / "results"
+DATE = "2026-11-24"
+MIB = 2**20
+LARGE_BYTES = 10 * 10**9
+NEAR_MIB = 400
+CONSTANT_FROM = ("H100", "bert-fp32")
+DEVELOPMENT = (
+    CONSTANT_FROM,
+    ("H100", "resnet50"),
+    ("H100", "regnet_y_128gf"),
+)  # benchmarks/LOG.md, before the first run
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU of the data.
+
+    Attributes:
+        gpu: As in `autoaccum.gpus`.
+        nvml_total_mib: NVML's total. What it is above CUDA's is the driver's own, which NVML's first memory info
+            counts as used (docs.nvidia.com/deploy/nvml-api, nvmlMemory_t); milabench asks that one.
+    """
+
+    gpu: Gpu
+    nvml_total_mib: int
+
+    @property
+    def driver_mib(self) -> float:
+        """The driver's own."""
+        return self.nvml_total_mib - self.gpu.total_bytes / MIB
+
+
+# nvidia-smi's totals: 81559MiB, 143771MiB (words to search for)
+DEVICES = {"H100": Device(find_gpu("h100-80gb"), 81_559), "H200": Device(find_gpu("h200"), 143_771)}
+
+
+def reserved(data: pandas.DataFrame) -> Iterator[dict[str, Any]]:
+    """What PyTorch's allocator reserves for each row, in a process of its own on the virtual GPU."""
+    for name, rows in data.groupby("gpu", sort=False):
+        settings = replace(virtual_settings(DEVICES[str(name)].gpu), copies="zero")
+        asked = [json.dumps([row.bench, int(row.batch_size)]) for row in rows.itertuples()]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.ground.run"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=virtual.environment(settings),
+        )
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("\n".join(asked))
+        process.stdin.close()
+        for done, line in enumerate(process.stdout, 1):
+            bench, batch_size, answer = json.loads(line)
+            print(f"\r{name}: {done} of {len(asked)}: {bench} {batch_size}".ljust(70), end="", file=sys.stderr)
+            if "failed" in answer:
+                print(f"\n{answer['failed']}", file=sys.stderr)
+            yield {"gpu": name, "bench": bench, "batch_size": batch_size, **answer}
+        if process.wait():
+            raise SystemExit(f"The runs on the virtual {name} ended with exit code {process.returncode}.")
+    print(file=sys.stderr)
+
+
+def predict(data: pandas.DataFrame) -> tuple[pandas.DataFrame, float, str]:
+    """Each row with its prediction and error.
+
+    Returns:
+        The rows; the constant on an H100 in MiB; where it comes from.
+    """
+    keys = ["gpu", "bench", "batch_size"]
+    answers = pandas.DataFrame(list(reserved(data)))
+    if "reserved" not in answers or answers.reserved.isna().any():
+        raise SystemExit("Some benchmarks failed to run: see above.")
+    found = data.merge(answers.astype({"out": bool}), on=keys, validate="one_to_one")
+    found["reserved_mib"] = found["reserved"] / MIB
+    gpu, bench = CONSTANT_FROM
+    source = found[(found.gpu == gpu) & (found.bench == bench) & ~found.near_capacity]
+    if len(source):
+        differences = source.memory_mib_median - source.reserved_mib
+        constant = float(differences.median())
+        spread = f"{differences.min():.0f} to {differences.max():.0f}"
+        told = f"the median of {len(source)} rows of {bench} on {gpu} ({spread} MiB), applied to all others as it is"
+    else:
+        device = DEVICES[gpu]
+        constant = device.driver_mib + (device.gpu.context_bytes + device.gpu.library_bytes) / MIB
+        told = f"`autoaccum.gpus`, since no row is of {bench} on {gpu}"
+    driver = found.gpu.map(lambda name: DEVICES[name].driver_mib - DEVICES[gpu].driver_mib)
+    found["predicted_mib"] = found.reserved_mib + constant + driver
+    found["error_mib"] = found.predicted_mib - found.memory_mib_median
+    found["error_percent"] = 100 * found.error_mib / found.memory_mib_median
+    found["set"] = ["development" if (row.gpu, row.bench) in DEVELOPMENT else "held out" for row in found.itertuples()]
+    return found, constant, told
+
+
+def summary(found: pandas.DataFrame) -> pandas.DataFrame:
+    """Errors by set and size."""
+    large = found.memory_mib_median * MIB >= LARGE_BYTES
+    rows = []
+    for name, chosen in (("development", found.set == "development"), ("held out", found.set == "held out")):
+        for size, of_size in (("10 GB and more", large), ("smaller", ~large)):
+            rows.append({"rows": f"{name}, {size}", **_errors(found[chosen & of_size & ~found.near_capacity])})
+    for size, of_size in (("10 GB and more", large), ("smaller", ~large)):
+        rows.append({"rows": f"all, {size}", **_errors(found[of_size & ~found.near_capacity])})
+    rows.append({"rows": "near capacity", **_errors(found[found.near_capacity])})
+    return pandas.DataFrame(rows)
+
+
+def by_benchmark(found: pandas.DataFrame) -> pandas.DataFrame:
+    """Errors of each benchmark."""
+    rows = []
+    for (gpu, bench), group in found.groupby(["gpu", "bench"], sort=False):
+        away = group[~group.near_capacity]
+        label = f"{bench}, {gpu}" + (" (development)" if (gpu, bench) in DEVELOPMENT else "")
+        rows.append({"rows": label, **_errors(away if len(away) else group)})
+    return pandas.DataFrame(rows)
+
+
+def _errors(rows: pandas.DataFrame) -> dict[str, Any]:
+    percent, mib = rows.error_percent.abs(), rows.error_mib.abs()
+    return {
+        "number": len(rows),
+        "median %": percent.median(),
+        "90th percentile %": percent.quantile(0.9),
+        "worst %": percent.max(),
+        "median MiB": mib.median(),
+        f"within {NEAR_MIB} MiB": f"{100 * (mib <= NEAR_MIB).mean():.0f} %" if len(rows) else "",
+        "too low": int((rows.error_mib < 0).sum()),
+    }
+
+
+def versions() -> str:
+    """The packages whose code is run."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    told = []
+    for package in ("torch", "torchvision", "transformers", "timm", "lightning"):
+        try:
+            told.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            told.append(f"no {package}")
+    return ", ".join(told)
+
+
+def report(found: pandas.DataFrame, constant: float, told: str, left_out: str) -> str:
+    """The result in words and tables."""
+    misses = found[~found.near_capacity & (found.error_percent.abs() > 4) & (found.error_mib.abs() > NEAR_MIB)]
+    columns = ["gpu", "bench", "batch_size", "memory_mib_median", "predicted_mib", "error_mib", "error_percent"]
+    near = found[found.near_capacity]
+    return (
+        f"# Memory measured on real GPUs by others, predicted on a virtual GPU, {DATE}\n\n"
+        "By `python -m benchmarks.ground_truth DATA.csv`. *Measured on a GPU* by others: milabench "
+        "(mila-iqia/milabench, config/scaling, MIT), NVML's used memory, torch 2.6, spring 2025. *Predicted*: what its "
+        "training loops reserve of the *real allocator on a virtual GPU*, and a constant.\n\n"
+        f"- run with {versions()}\n"
+        f"- the constant: {constant:.0f} MiB on H100: {told}; on H200 it differs by what NVML's totals differ from "
+        f"CUDA's ({DEVICES['H200'].driver_mib - DEVICES['H100'].driver_mib:+.0f} MiB)\n"
+        f"- development: {', '.join(f'{bench} on {gpu}' for gpu, bench in DEVELOPMENT)}; all else was held out\n"
+        f"- left out: {left_out or 'none'}\n"
+        f"- near capacity, where the allocator gives cached blocks back: {len(near)} rows, of which "
+        f"{int((~near.out).sum())} ran to their end on a virtual GPU of the real one's size (all on the real one)\n\n"
+        f"## Errors by size (without rows near capacity, but for the last line)\n\n{_markdown(summary(found), 2)}\n\n"
+        f"## By benchmark\n\n{_markdown(by_benchmark(found), 2)}\n\n"
+        f"## Rows that miss by more than 4 % and {NEAR_MIB} MiB\n\n"
+        f"{_markdown(misses[columns], 1) if len(misses) else 'None.'}\n"
+    )
+
+
+def read(path: Path) -> tuple[pandas.DataFrame, str]:
+    """The rows that can be predicted, and which can't."""
+    from .ground import models
+
+    data = pandas.read_csv(path)
+    data["near_capacity"] = data.near_capacity.astype(bool)
+    missing = {name: models.missing_package(name) for name in data.bench.unique()}
+    known = data.gpu.isin(DEVICES) & data.bench.map(lambda name: missing[name] is None)
+    rest = data[~known].groupby("bench", sort=False).size()
+    left_out = ", ".join(f"{count} rows of {name} ({missing[name] or 'unknown GPU'})" for name, count in rest.items())
+    return data[known].reset_index(drop=True), left_out
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="the measurements: a csv file")
+    parser.add_argument("--bench", action="append", help="of these benchmarks only")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
+    args = parser.parse_args()
+    reason = virtual.available()
+    if reason is not None:
+        raise SystemExit(f"There is no virtual GPU here: {reason}")
+    if not args.data.is_file():
+        raise SystemExit(f"There is no file {args.data}: name a csv file of measurements.")
+    data, left_out = read(args.data)
+    if args.bench:
+        data = data[data.bench.isin(args.bench)].reset_index(drop=True)
+    if not len(data):
+        raise SystemExit(f"None of its rows can be predicted: {left_out or 'it has none'}.")
+    found, constant, told = predict(data)
+    text = report(found, constant, told, left_out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"{DATE}-ground-truth"
+    columns = ["gpu", "bench", "batch_size", "set", "near_capacity", "memory_mib_median", "reserved_mib"]
+    columns += ["predicted_mib", "error_mib", "error_percent", "retries", "out"]
+    found[columns].to_csv(f"{stem}.csv", index=False, float_format="%.2f")
+    Path(f"{stem}.md").write_text(text)
+    print(text)
+    print(f"wrote {stem}.md and .csv")
+
+
+if __name__ == "__main__":
+    main()
