@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from . import counting, oom, step
 from . import split as cutting
@@ -18,7 +18,7 @@ from .allocator import Replay, Start
 from .plan import RecordingNote
 from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, plain_window
-from .recording import FIRST, Event, Phase, Recording, kept_blocks, live_peak
+from .recording import FIRST, OPTIMIZER, Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .workload import Batch, Workload
 
@@ -27,6 +27,7 @@ SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more
 SCOUT = 2  # samples of the very first window; batch statistics need two
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
 PRELUDE = "first step"
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Observed:
         first_step: The first optimizer step, of small micro-batches.
         prelude: Its events.
         asking: On CUDA, what asking the loss takes before it.
+        scouted: On CUDA, the first step without what it made for good: what a window of so few samples takes.
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
         doubt: Why no step program could be made; None while one can.
@@ -64,6 +66,7 @@ class Observed:
     first_step: Recording | None = None
     prelude: tuple[Event, ...] = ()
     asking: tuple[Event, ...] = ()
+    scouted: Recording | None = None
     recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
     doubt: str | None = None
@@ -78,10 +81,21 @@ class Observed:
         return "bracketed" if self.doubt else "replayed"
 
     def program(self) -> StepProgram:
-        """The step program of what was recorded."""
+        """The step program of what was recorded; of fewer than two recordings, with the help of the first step."""
         if self._program is None:
-            self._program = lift(self.recordings, self.prelude)
+            self._program = lift(self.recordings if len(self.recordings) > 1 else self.known, self.prelude)
         return self._program
+
+    @property
+    def known(self) -> list[Recording]:
+        """The recordings, and the first step where that is as good as one."""
+        scouted = [self.scouted] if self.scouted is not None else []
+        return sorted([*scouted, *self.recordings], key=lambda each: each.micro_batch)
+
+    @property
+    def has_program(self) -> bool:
+        """Whether two sizes are known, from which others follow."""
+        return self.doubt is None and len({each.micro_batch for each in self.known}) > 1
 
     @property
     def state_bytes(self) -> int:
@@ -107,13 +121,51 @@ def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase]
     return run
 
 
-def scout(subject: Subject, observed: Observed) -> None:
+def scout(subject: Subject, observed: Observed, least: int = SCOUT) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
     if subject.device.ASKING_COUNTS:
         observed.asking = _asking(subject)
-    recording = record_window(subject, SCOUT, steps=subject.device.SCOUT_STEPS)
+    recording = _first_step(subject, least)
     observed.first_step = recording
+    if subject.device.SCOUT_STEPS > 1:
+        observed.scouted = _as_any_other(recording)
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
+
+
+def _first_step(subject: Subject, least: int) -> Recording:
+    """Records the first step at two samples; at one, where memory is too short for two."""
+    steps = subject.device.SCOUT_STEPS
+    if least < SCOUT:
+        found = _if_it_fits(subject, SCOUT, lambda: record_window(subject, SCOUT, steps=steps))
+        if found is not None:
+            return found
+        return record_window(subject, least, steps=steps)
+    return record_window(subject, SCOUT, steps=steps)
+
+
+def _if_it_fits(subject: Subject, n: int, run: Callable[[], Found]) -> Found | None:
+    """What a run at n samples gives; None where it ran out of memory, and all is as before then."""
+    try:
+        return run()
+    except (RuntimeError, MemoryError) as error:
+        if not oom.is_out_of_memory(error):
+            raise
+        subject.say(f"{n} samples are too many: {oom.drop_frames(error)}")
+    subject.parts.model.zero_grad(set_to_none=True)
+    subject.parts.optimizer.zero_grad(set_to_none=True)
+    subject.device.clean()
+    return None
+
+
+def _as_any_other(first_step: Recording) -> Recording:
+    """A window as it is once the optimizer has its state, out of the first of all, which makes that."""
+    steps = [phase for phase in first_step.phases if phase.name == OPTIMIZER]
+    made = {event.block for phase in steps for event in kept_blocks(phase.events)}
+    phases = tuple(
+        Phase(phase.name, tuple(event for event in phase.events if event.block not in made))
+        for phase in first_step.phases
+    )
+    return replace(first_step, phases=phases)
 
 
 def _asking(subject: Subject) -> tuple[Event, ...]:
@@ -139,10 +191,10 @@ def small_primes(model: Any) -> tuple[int, int]:
 def add(subject: Subject, observed: Observed, n: int) -> float | None:
     """Records at n; returns by how much the program so far was wrong about it, None where there was none."""
     predicted = None
-    if len(observed.recordings) >= 2 and observed.doubt is None:
+    if observed.has_program:
         predicted = peak_of(subject, observed, (n, n)).peak_bytes
-    if observed.state_bytes and not subject.parts.optimizer.state:
-        record_window(subject, SCOUT, steps=1)  # planning started over: the optimizer's state has to be there
+    if observed.state_bytes and not subject.parts.optimizer.state and observed.first_step is not None:
+        record_window(subject, observed.first_step.micro_batch, steps=1)  # planning started over: state has to be there
     recording = record_window(subject, n)
     if not observed.recordings:
         observed.unrecorded_bytes = subject.device.unrecorded_bytes(
@@ -173,9 +225,15 @@ def observe(
         allowed: Whether a window of two micro-batches of that size is sure to fit; asked before each recording.
         least: The smallest micro-batch allowed, recorded where nothing larger is sure to fit.
     """
-    scout(subject, observed)
+    scout(subject, observed, min(least, SCOUT))
     primes = small_primes(subject.parts.model)
+    if observed.scouted is not None and not allowed(observed, primes[0]):
+        _observe_few(subject, observed, answer, allowed, primes[0] - 1, least)
+        return
     add(subject, observed, primes[0] if allowed(observed, primes[0]) else least)
+    if observed.scouted is not None and not allowed(observed, primes[1]):
+        _observe_few(subject, observed, answer, allowed, primes[1] - 1, least)
+        return
     if observed.recordings[0].micro_batch != primes[0] or not allowed(observed, primes[1]):
         observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
         return
@@ -192,6 +250,32 @@ def observe(
         if error is not None and error <= subject.device.AGREES_WITHIN and sure:
             return
     observed.doubt = doubt_of_last(subject, observed)
+
+
+def _observe_few(
+    subject: Subject,
+    observed: Observed,
+    answer: Callable[[Observed], int],
+    allowed: Callable[[Observed, int], bool],
+    most: int,
+    least: int,
+) -> None:
+    """Where the answer is a few samples: a size beside the first step's, and the answer's own if that may be had.
+
+    These are no primes, or not large ones: what a size means is told by its being there at both.
+    """
+    if not observed.recordings:
+        more = next((n for n in range(most, SCOUT, -1) if allowed(observed, n)), least)
+        _if_it_fits(subject, more, lambda: add(subject, observed, more) or 0)
+    if not observed.recordings:
+        add(subject, observed, least)
+    if not observed.has_program:
+        observed.doubt = "the budget is too small to record at two sizes, so each was recorded by itself"
+        return
+    found = answer(observed)
+    n = min(found, (int(subject.device.MOST_SAMPLES * found) - _samples(subject, observed)) // 2)
+    if n > observed.recordings[-1].micro_batch and allowed(observed, n):
+        _if_it_fits(subject, n, lambda: add(subject, observed, n) or 0)
 
 
 def _foresaw(program: StepProgram, recording: Recording) -> bool:
@@ -230,7 +314,8 @@ def _second_size(subject: Subject, observed: Observed, allowed: Callable[[Observ
 
 def _samples(subject: Subject, observed: Observed) -> int:
     """Samples that recording took so far."""
-    scouted: int = SCOUT * subject.device.SCOUT_STEPS
+    assert observed.first_step is not None
+    scouted: int = observed.first_step.micro_batch * subject.device.SCOUT_STEPS
     return scouted + sum(note.passes * note.micro_batch for note in observed.notes)
 
 

@@ -62,10 +62,15 @@ class CudaOutlook(Outlook):
 
     def is_sure_to_fit(self, n: int) -> bool:
         """By the allocator's rules once there is a program, a retry now and then included; before, pessimistically."""
-        if len(self.observed.recordings) > 1 and self.observed.doubt is None:
+        if self.observed.recordings and self.observed.has_program:
             unlimited = self.replayed((n, n), "fresh", None).peak_reserved_bytes <= self.usable_bytes
             return unlimited or self.replayed((n, n), "fresh", self.usable_bytes).out_of_memory is None
-        return super().is_sure_to_fit(n)
+        scouted = self.observed.scouted
+        if self.observed.recordings or scouted is None or n <= scouted.micro_batch:
+            return super().is_sure_to_fit(n)
+        steady = self._static_bytes()
+        there = self.replayed((scouted.micro_batch,) * 2, "fresh", None).peak_reserved_bytes
+        return steady + (there - steady) * n // scouted.micro_batch <= self.usable_bytes
 
     def replayed(
         self, split: Split, history: str, capacity_bytes: int | None, *, expandable: bool | None = None
@@ -94,9 +99,9 @@ class CudaOutlook(Outlook):
 
     def _training(self, split: Split) -> tuple[Training, Split]:
         observed = self.observed
-        if observed.doubt is None:
+        if observed.has_program:
             return self._made(0, observed.program), split
-        recording = next((each for each in observed.recordings if each.micro_batch >= split[0]), None)
+        recording = next((each for each in observed.known if each.micro_batch >= split[0]), None)
         if recording is None:
             raise LookupError(f"nothing was recorded at {split[0]} samples or more")
         size = recording.micro_batch
@@ -128,8 +133,7 @@ class CudaOutlook(Outlook):
 
     def helps(self, needed_bytes: int) -> list[str]:
         """Over how many devices parameters, gradients and state would have to be sharded."""
-        gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)
-        static = sum(event.bytes for event in self.build) + gradients + self.observed.state_bytes
+        static = self._static_bytes()
         for devices in (2, 4, 8, 16, 32, 64):
             if needed_bytes - static + static // devices <= self.budget.bytes:
                 return [
@@ -137,6 +141,11 @@ class CudaOutlook(Outlook):
                     f"state are {show_bytes(static)} of it)"
                 ]
         return []
+
+    def _static_bytes(self) -> int:
+        """Parameters, buffers, gradients and optimizer state."""
+        gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)
+        return sum(event.bytes for event in self.build) + gradients + self.observed.state_bytes
 
     def floor(self, n: int) -> int:
         """What is alive at once in a first micro-batch of a window that isn't the first."""
