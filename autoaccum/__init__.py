@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .loss_terms import LossTerms
     from .plan import Plan
     from .runner import Runner
+    from .tuning import SearchSpace, tune
+    from .tuning.apply import configure
     from .workload import Workload
 
 __all__ = [
@@ -42,17 +44,23 @@ __all__ = [
     "PlanMismatch",
     "RestoreError",
     "Runner",
+    "SearchSpace",
     "UsageError",
     "Workload",
+    "configure",
     "fit_plan",
+    "tune",
 ]
 
 _HOMES = {
     "LossTerms": "loss_terms",
     "Plan": "plan",
     "Runner": "runner",
+    "SearchSpace": "tuning",
     "Workload": "workload",
+    "configure": "tuning.apply",
     "fit_plan": "fit",
+    "tune": "tuning",
 }
 
 

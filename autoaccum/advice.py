@@ -17,6 +17,7 @@ from .workload import IGNORED, Batch
 
 if TYPE_CHECKING:
     from .exact import Tried
+    from .hard_batch import Trial
 
 AGREES_WITHIN = 1e-3  # of its weights: what a proposed count gives, and what least squares found
 
@@ -47,17 +48,15 @@ def ignorable(draws: Draws, batch: Batch) -> dict[str, int]:
     return found
 
 
-def untested_targets(first: Tried, second: Tried | None) -> str | None:
+def untested_targets(tried: Tried) -> str | None:
     """In words, the cross-entropy that averages and was not tested with ignored classes; None where there is none.
 
     Classes that are a leaf of the batch were tried, and where that failed the model doesn't take them. What is left are
     classes that the loss makes of something; in-batch negatives have the sample's own place, which is never ignored.
     """
-    if first.found.is_pair or first.counted:
+    if tried.found.is_pair or tried.counted or tried.trial.ignored:
         return None
-    if second is not None and second.trial.ignored:
-        return None
-    calls = [call for call in first.found.draws.class_losses if call.averages and call.path is None]
+    calls = [call for call in tried.found.draws.class_losses if call.averages and call.path is None]
     averaging = [call for call in calls if not _are_places(call.targets)]
     if not averaging:
         return None
@@ -68,7 +67,7 @@ def _are_places(targets: torch.Tensor) -> bool:
     return targets.dim() == 1 and torch.equal(targets, torch.arange(len(targets)).to(targets))
 
 
-def for_untested(first: Tried) -> tuple[str, ...]:
+def for_untested() -> tuple[str, ...]:
     """What to do where ignored classes could not be tried."""
     return (
         "The loss calls a cross-entropy that averages over the classes it doesn't ignore. Where these are in the batch "
@@ -77,21 +76,18 @@ def for_untested(first: Tried) -> tuple[str, ...]:
     )
 
 
-def of(
-    kind: str, tried: Tried, weights: Sequence[float], module: str | None, easy: Tried | None
-) -> tuple[str, tuple[str, ...]]:
+def of(kind: str, tried: Tried, weights: Sequence[float], module: str | None) -> tuple[str, tuple[str, ...]]:
     """The words and the advice of a verdict that isn't exact."""
     found = tried.found
     name, worst = found.worst()
     off = f"off by {percent(found.error())} on {tried.trial.rows} samples"
     seen = f"{off} ({name}: {percent(worst)})"
-    hard = tried.trial.hardness
-    if easy is not None and hard:
-        seen += f", with {' and '.join(hard)}; on the sample as given it is exact"
+    if tried.trial.hardness:
+        seen += f", with {' and '.join(tried.trial.hardness)}"
     if kind == "sum":
         return f"not exact: the loss is a sum, and micro-batches are weighted as means; {off}", _of_sum(seen)
     if kind == "wrong denominator":
-        return _of_count(tried, weights, off, seen, easy)
+        return _of_count(tried, weights, off, seen)
     if kind == "additive term":
         words = f"not exact: a term that doesn't depend on the samples is counted for each micro-batch; {off}"
         return words, _of_term(seen)
@@ -114,9 +110,7 @@ def _of_sum(seen: str) -> tuple[str, ...]:
     )
 
 
-def _of_count(
-    tried: Tried, weights: Sequence[float], off: str, seen: str, easy: Tried | None
-) -> tuple[str, tuple[str, ...]]:
+def _of_count(tried: Tried, weights: Sequence[float], off: str, seen: str) -> tuple[str, tuple[str, ...]]:
     given = ", ".join(f"{size / tried.trial.rows:.3f}" for size in tried.trial.sizes)
     if tried.found.is_pair:
         words = f"not exact: the (sum, count) that the loss returns is not a sum and its count; {off}"
@@ -134,7 +128,9 @@ def _of_count(
             "Return (sum, count) from the loss: what it adds up, and what it divides by. A function of a mean (a root, "
             "a logarithm) has no count: only all samples in one micro-batch train it exactly.",
         )
-    where = _condition(tried, easy)
+    where = ""
+    if tried.trial.ignored and _counts_samples(proposed, tried.sample):
+        where, seen = " where targets are ignored", f"{seen}; on the sample as given it counts all alike"
     words = f"not exact{where}: the loss averages over {proposed.what}, not over samples; {off}"
     return words, (
         f"It averages over {proposed.what}, and micro-batches are weighted by "
@@ -143,10 +139,10 @@ def _of_count(
     )
 
 
-def _condition(tried: Tried, easy: Tried | None) -> str:
-    if easy is None or not tried.trial.ignored:
-        return ""
-    return " where targets are ignored"
+def _counts_samples(count: Count, trial: Trial) -> bool:
+    """Whether a count is the same for each sample of a batch: there it makes no difference."""
+    values = [float(count.of(piece)) / size for piece, size in zip(trial.pieces(), trial.sizes, strict=True)]
+    return max(values) - min(values) <= AGREES_WITHIN * max(values)
 
 
 def _of_term(seen: str) -> tuple[str, ...]:

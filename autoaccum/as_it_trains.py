@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from . import restore
+from .compiled import uncompiled
 
 
 @contextlib.contextmanager
@@ -18,7 +18,7 @@ def as_it_trains(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model.
     """
-    with restore.kept(model=model, storages=False), _hooks_kept(model), _eager(model):
+    with restore.kept(model=model, storages=False), _hooks_kept(model), uncompiled():
         if not model.training:
             model.train()
         yield
@@ -39,14 +39,3 @@ def _hooks_kept(model: nn.Module) -> Iterator[None]:
         for hooks, before in kept:
             for number in [number for number in hooks if number not in before]:
                 del hooks[number]
-
-
-@contextlib.contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Compiled modules run as they were written meanwhile: what a compiled graph calls can't be watched."""
-    compiled = ("_compiled_call_impl", "_orig_mod")
-    if not any(getattr(module, name, None) is not None for module in model.modules() for name in compiled):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from . import composition, observe
+from . import compiled, composition, observe
 from .doctor import versions
 from .errors import DoesNotFit
 from .identity import fingerprint, signature
+from .knee import knee
 from .outlook import Outlook
-from .plan import PeakRow, Plan
+from .plan import FASTEST, PeakRow, Plan
 from .recording import PHASE_TITLES, PHASES
 from .solve import Solution, Split, largest_micro_batch
 from .timeline import timeline
+from .times import Times
 from .units import show_bytes
 from .wish import SEARCH_LIMIT
 from .workload import Workload
@@ -27,7 +30,9 @@ UNVERIFIED: dict[str, Any] = {
 }
 
 
-def plan(outlook: Outlook, solution: Solution, measured: Any, workload: Workload, assumed: str | None) -> Plan:
+def plan(
+    outlook: Outlook, solution: Solution, measured: Any, workload: Workload, assumed: Sequence[str], timed: Times
+) -> Plan:
     """The plan of a solution, as it stands before everything is put back."""
     wish, observed, split = outlook.wish, outlook.observed, solution.split
     fresh = outlook.peak_bytes(split, "fresh")
@@ -51,13 +56,13 @@ def plan(outlook: Outlook, solution: Solution, measured: Any, workload: Workload
         phases=phases,
         binds=f"{PHASE_TITLES[binding]}, {'here' if history else 'fresh'}",
         exactness="unchecked",
-        peaks=_table(outlook, split, largest),
+        peaks=_table(outlook, split, {largest, *(size.micro_batch for size in timed.sizes)}),
         signature=signature(workload.sample),
         fingerprint=fingerprint(outlook.subject.parts),
         method=observed.method,
         mmap_threshold_bytes=outlook.subject.mmap_threshold_bytes,
         recordings=tuple(observed.notes),
-        reasons=_reasons(outlook, split, measured),
+        reasons=_reasons(outlook, split, measured, timed),
         notes=_notes(outlook, split, assumed),
         slack=outlook.slack,
         smallest_micro_batch=wish.least,
@@ -66,6 +71,8 @@ def plan(outlook: Outlook, solution: Solution, measured: Any, workload: Workload
         max_micro_batch=None if wish.most in (wish.samples, SEARCH_LIMIT) else wish.most,
         composition=_composition(outlook, split, phases),
         timeline=timeline(*observe.window_of(observed, split)),
+        times=timed.sizes,
+        objective=wish.objective,
         environment=versions(),
         **outlook.own_fields(split, largest),
         **(outlook.measured_fields(measured, split) if measured is not None else UNVERIFIED),
@@ -94,13 +101,13 @@ def _largest(outlook: Outlook, split: Split) -> tuple[int, bool]:
     return max(size, split[0]), size >= most
 
 
-def _table(outlook: Outlook, split: Split, largest: int) -> tuple[PeakRow, ...]:
-    """Peaks at every size up to twice the largest; or at a grid, and where the neighbouring numbers of steps are."""
+def _table(outlook: Outlook, split: Split, known: set[int]) -> tuple[PeakRow, ...]:
+    """Peaks at every size up to twice the largest known; or at a grid, there, and at the next numbers of steps."""
     samples = sum(split)
     count = TABLE_ROWS if outlook.subject.parts.device.type == "cpu" else TABLE_ROWS_CUDA
     neighbours = {-(-samples // k) for k in range(max(1, len(split) - 1), min(samples, 4 * len(split)) + 1)}
-    needed = {1, outlook.wish.least, split[-1], largest, *sorted(neighbours)[-count // 2 :]}
-    most = max(2 * largest, *needed)
+    needed = {1, outlook.wish.least, split[-1], *known, *outlook.wish.sizes, *sorted(neighbours)[-count // 2 :]}
+    most = max(2 * max(known), *needed)
     sizes = needed | {round(1 + (most - 1) * part / (count - 1)) for part in range(count)}
     rows = []
     for size in sorted(sizes):
@@ -111,7 +118,7 @@ def _table(outlook: Outlook, split: Split, largest: int) -> tuple[PeakRow, ...]:
     return tuple(rows)
 
 
-def _reasons(outlook: Outlook, split: Split, measured: Any) -> dict[str, str]:
+def _reasons(outlook: Outlook, split: Split, measured: Any, timed: Times) -> dict[str, str]:
     samples, steps = sum(split), len(split)
     reasons = {
         "accumulation_steps": (
@@ -135,17 +142,32 @@ def _reasons(outlook: Outlook, split: Split, measured: Any) -> dict[str, str]:
         if measured is None
         else f"the first step and two windows of {min(steps, 3)} micro-batches were run for real in this process"
     )
+    reasons["times"] = timed.why
+    found = knee(timed.sizes)
+    if outlook.wish.objective == FASTEST and found is not None:
+        largest = max(size.micro_batch for size in timed.sizes)
+        told = "" if found.is_sure else ", by medians that don't decide it"
+        others = f"; {-(-samples // largest)} steps of up to {largest} fit too" if split[0] < largest else ""
+        reasons["accumulation_steps"] = (
+            f"{split[0]} is the smallest micro-batch within 1 % of the fastest optimizer step{told}{others}"
+        )
     return reasons
 
 
-def _notes(outlook: Outlook, split: Split, assumed: str | None) -> tuple[str, ...]:
-    notes = []
-    if assumed is not None:
-        notes.append(f"Assumed, as no sample was given: {assumed}.")
+def _notes(outlook: Outlook, split: Split, assumed: Sequence[str]) -> tuple[str, ...]:
+    notes = [text for text in assumed if text]
     if outlook.observed.doubt is not None:
         notes.append(f"Bracketed: {outlook.observed.doubt}.")
+    if compiled.is_compiled(outlook.subject.parts.model, outlook.subject.parts.loss):
+        notes.append(_compiled_note(outlook))
     notes += outlook.notes(split)
     return tuple(notes)
+
+
+def _compiled_note(outlook: Outlook) -> str:
+    share = outlook.compiled_share
+    told = "" if share == 1 else f" Compiled it takes {share:.0%} of that, which the figures here include."
+    return f"Recorded as it was written; its own window's sizes alone are run compiled.{told}"
 
 
 def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> DoesNotFit:

@@ -100,9 +100,23 @@ def check_choice(norms: Norms, how: str | None, model: nn.Module) -> None:
 
 
 def told(norms: Norms, how: str | None) -> str:
-    """What a person has to know about batch statistics in windows of several micro-batches; empty where exact."""
+    """What a person has to know of normalizations in windows of several micro-batches; empty where all is exact."""
+    return " ".join(filter(None, (_told_of_batch(norms, how), _told_of_instance(norms, how))))
+
+
+def _told_of_instance(norms: Norms, how: str | None) -> str:
+    if not norms.instance or how == MERGED:
+        return ""
+    return (
+        f"Instance normalization ({_list(list(norms.instance))}) is exact in its gradient, but its running statistics "
+        "are updated once per micro-batch, and end nearer the last ones; batchnorm='merged' updates them once a window."
+    )
+
+
+def _told_of_batch(norms: Norms, how: str | None) -> str:
     if not norms.batch or how == FROZEN:
         return ""
+    synced = any(isinstance(module, nn.SyncBatchNorm) for module in norms.batch.values())
     running = (
         "Running statistics are merged over the window. "
         if how == MERGED
@@ -110,7 +124,7 @@ def told(norms: Norms, how: str | None) -> str:
     )
     return (
         f"Batch normalization ({_list(list(norms.batch))}) takes the statistics of micro-batches, so the gradient is "
-        f"not that of the whole batch. {running}"
+        f"not that of the whole batch. {'SyncBatchNorm takes them over ranks, not over time. ' * synced}{running}"
         "batchnorm='frozen' is exact, and so is torch.nn.GroupNorm; "
         + ("" if how == MERGED else "batchnorm='merged' makes the running statistics exact; ")
         + f"batchnorm={how or PER_MICRO_BATCH!r} accepts it."

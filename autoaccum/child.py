@@ -131,7 +131,7 @@ def _described(error: BaseException) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """The child's side: TASK and the descriptor to answer on; the arguments come as JSON on stdin."""
     task, descriptor = argv
-    _die_with_parent()
+    die_with_parent()
     arguments = sys.stdin.read()
     os.set_inheritable(int(descriptor), False)
     os.dup2(2, 1)  # whatever is printed from here on is no result
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Has the kernel kill this process when the one that waits for it is killed (prctl(2), PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

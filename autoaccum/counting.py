@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from . import restore, tree
 from . import split as cutting
+from .compiled import uncompiled
 from .errors import BatchError
 from .hugging_face import can_tell, find_denominator, has_labels
 from .loss_terms import count_of
@@ -80,6 +81,8 @@ def _copy(piece: Batch) -> Batch:
     return tree.map_leaves(piece, lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
 
 
-def _untouched(parts: Parts) -> AbstractContextManager[Any]:
-    """Puts back the random state and the buffers, which a forward that only counts must not move."""
-    return restore.kept(model=parts.model, storages=False)
+@contextlib.contextmanager
+def _untouched(parts: Parts) -> Iterator[None]:
+    """Puts back the random state and the buffers, which a forward that only counts must not move; compiles nothing."""
+    with restore.kept(model=parts.model, storages=False), uncompiled():
+        yield

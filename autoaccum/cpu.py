@@ -79,11 +79,13 @@ class Base:
         bytes: Committed by a fresh process, the holes in its heap included.
         fresh: These holes. They are of use to small blocks only.
         here: The holes in this process's heap.
+        own_bytes: What this process has committed beside that, for planning's own objects and threads.
     """
 
     bytes: int
     fresh: Start
     here: Start
+    own_bytes: int = 0
 
 
 def prepare(malloc: str = "fixed") -> int | None:
@@ -110,20 +112,25 @@ def clean() -> None:
     process_memory.trim()
 
 
-def read_base(before: Heap) -> Base:
+def read_base(before: Heap, after: Heap | None = None) -> Base:
     """What the process has committed without training, as a fresh one would.
 
     Buffers that libraries allocate on first use belong to it, so it is read after a window. The heap counts with what
     is in use now, or with all it had taken before anything was trained, whichever is more: holes that training left
     aren't there in a fresh process, those that were there before it are, as far as nothing lasting has filled them.
 
+    Outside of malloc, training takes nothing more once its first window is done: what has grown there since then is
+    planning's own (Python's objects, stacks of threads), some 10 to 25 MiB.
+
     Args:
         before: The heap before anything was trained.
+        after: The same after the first window; left out, all is taken to be training's.
     """
     heap = read_heap()
     holes = max(0, before.taken_bytes - (heap.taken_bytes - heap.free_bytes))
-    committed = process_memory.committed_bytes()
-    return Base(committed - heap.free_bytes + holes, Start(holes), Start(heap.free_bytes))
+    own = max(0, heap.outside_bytes - after.outside_bytes) if after is not None else 0
+    committed = process_memory.committed_bytes() - own
+    return Base(committed - heap.free_bytes + holes, Start(holes), Start(heap.free_bytes), own)
 
 
 def read_budget(memory: str | int | None, headroom: str | int | None) -> Budget:

@@ -1,6 +1,6 @@
 """The verdict: is the gradient that the Runner adds up the large batch's?
 
-    sample        the workload's own rows, then the same made hard    hard_batch.py
+    sample        the workload's own rows, made hard                  hard_batch.py
     gradients     of a window of uneven parts and of the whole        gradients.py, by step.train_window
     verdict       from their difference, and from what of it least squares explains
     advice        what is wrong and what to type next                 advice.py
@@ -81,12 +81,14 @@ class Tried:
 
     Attributes:
         trial: The batch.
+        sample: The workload's own rows, as they were before they were made hard.
         found: The gradients.
         within: How far they may differ for rounding.
         counted: Whether the workload says `count=`.
     """
 
     trial: Trial
+    sample: Trial
     found: Gradients
     within: float
     counted: bool
@@ -104,11 +106,11 @@ class _Untestable(Exception):
 def check(
     workload: Workload, *, most_rows: int = hard_batch.MOST_ROWS, progress: Callable[[str], None] = lambda text: None
 ) -> Verdict:
-    """Tests on the sample, as it is and made hard, whether accumulating gives the large batch's gradient.
+    """Tests on the sample, made as hard as the loss takes it, whether accumulating gives the large batch's gradient.
 
-    Each of the batches costs four passes forward and backward of 8 to 16 samples (five where the loss returns a pair
-    that isn't exact), and a forward for each part where a `(sum, count)` loss has no `count=`. The model is left
-    bitwise as it was.
+    That costs four passes forward and backward of 8 to 16 samples, and a fifth where one more part has to tell what is
+    wrong; besides, a forward that looks at what the loss calls, and one for each part where a `(sum, count)` loss has
+    no `count=`. The model is left bitwise as it was.
 
     Args:
         workload: What is trained. Its sample is needed.
@@ -121,21 +123,18 @@ def check(
         return unknown(f"it takes {hard_batch.FEWEST_ROWS} samples at once to test", "autoaccum check takes them.")
     with as_it_trains(workload.model):
         try:
+            progress("testing whether the gradient is the large batch's")
             easy = hard_batch.easy(workload, most_rows)
-            twin, first = _first_try(workload, easy, progress)
-            if not first.holds:
-                return _verdict(workload, twin, first)
-            progress("testing the gradient on a hard batch")
-            second = _hard_try(workload, twin, first)
+            twin, tried = _tried(workload, easy)
+            if not tried.holds:
+                return _verdict(workload, twin, tried)
         except _Untestable as error:
             return unknown(str(error), "Give a sample of real data: a batch whose loss is finite and not at its best.")
         except Exception as error:  # whatever the user's code raises: a plan is a plan without a verdict, too
             return unknown(
                 f"the test itself failed ({drop_frames(error)})", "Does one step run on the sample? loss(model, sample)"
             )
-        if second is not None and not second.holds:
-            return _verdict(workload, twin, second, easy=first)
-    return _holds(first, second, settled=workload.encode is not None)
+    return _holds(tried, settled=workload.encode is not None)
 
 
 def for_plan(plan: Plan, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Plan:
@@ -162,15 +161,14 @@ def unknown(why: str, *told: str) -> Verdict:
     return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=told)
 
 
-def _first_try(workload: Workload, easy: Trial, progress: Callable[[str], None]) -> tuple[Twin, Tried]:
-    """The easy batch in double precision on the CPU; where the model is large, or can't do that, in its own."""
-    progress("testing whether the gradient is the large batch's")
+def _tried(workload: Workload, easy: Trial) -> tuple[Twin, Tried]:
+    """In double precision on the CPU; where the model is large, or can't do that, in its own."""
     if _is_small(workload):
         with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, _Untestable):
             twin = Twin(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
-            return twin, _try(workload, twin, easy)
+            return twin, _hardest(workload, twin, easy)
     twin = Twin(workload.model, workload.loss)
-    return twin, _try(workload, twin, easy)
+    return twin, _hardest(workload, twin, easy)
 
 
 def _is_small(workload: Workload) -> bool:
@@ -178,16 +176,17 @@ def _is_small(workload: Workload) -> bool:
     return sum(p.numel() for p in workload.model.parameters()) <= gradients.DOUBLES
 
 
-def _hard_try(workload: Workload, twin: Twin, first: Tried) -> Tried | None:
-    """The hardest batch that the loss takes; None where it takes none."""
-    ignorable = advice.ignorable(first.found.draws, first.trial.batch)
+def _hardest(workload: Workload, twin: Twin, easy: Trial) -> Tried:
+    """The hardest batch that the loss takes; the sample as it is where it takes no other."""
+    seen = twin.look(lambda: _parts(workload), easy.batch)
+    ignorable = advice.ignorable(seen, easy.batch)
     for hardness in hard_batch.HARDNESSES:
         if hard_batch.IGNORING in hardness and not ignorable and not _may_ignore_unasked(twin):
             continue
-        hard = hard_batch.harder(first.trial, hardness, ignorable)
+        hard = hard_batch.harder(easy, hardness, ignorable)
         with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError, AutoaccumError, _Untestable):
-            return _try(workload, twin, hard)
-    return None
+            return _try(workload, twin, hard, easy)
+    return _try(workload, twin, easy, easy)
 
 
 def _may_ignore_unasked(twin: Twin) -> bool:
@@ -195,11 +194,11 @@ def _may_ignore_unasked(twin: Twin) -> bool:
     return next(iter(twin.copies.values())).device.type == "cpu"
 
 
-def _try(workload: Workload, twin: Twin, trial: Trial) -> Tried:
+def _try(workload: Workload, twin: Twin, trial: Trial, sample: Trial) -> Tried:
     found = gradients.compare(twin, lambda: _parts(workload), trial.batch, trial.pieces(), trial.sizes)
     if not found.finite:
         raise _Untestable("the gradient of the sample is zero or not finite")
-    return Tried(trial, found, twin.within, counted=workload.count is not None)
+    return Tried(trial, sample, found, twin.within, counted=workload.count is not None)
 
 
 def _parts(workload: Workload) -> Parts:
@@ -217,26 +216,25 @@ def _parts(workload: Workload) -> Parts:
     return open_parts(plain)
 
 
-def _holds(first: Tried, second: Tried | None, *, settled: bool) -> Verdict:
-    """Exact on all that was tried; `settled` where the loss isn't averaged over micro-batches at all."""
-    found = max((tried.found for tried in (first, second) if tried is not None), key=Gradients.error)
-    rows = first.trial.rows
-    blind = advice.untested_targets(first, second)
+def _holds(tried: Tried, *, settled: bool) -> Verdict:
+    """Exact; `settled` where the loss isn't averaged over micro-batches at all."""
+    found, rows = tried.found, tried.trial.rows
+    blind = advice.untested_targets(tried)
     if blind is not None and not settled:
         words = f"not exact where targets are ignored: {blind}; exact otherwise (tested on {rows} samples)"
-        return Verdict(COUNT, words, found.error(), *found.worst(), rows, advice=advice.for_untested(first))
-    told = (f"{first.trial.made_up} of the {rows} samples tested on were made of the sample's own.",)
-    notes: tuple[str, ...] = told if first.trial.made_up else ()
-    if second is None:
+        return Verdict(COUNT, words, found.error(), *found.worst(), rows, advice=advice.for_untested())
+    told = (f"{tried.trial.made_up} of the {rows} samples tested on were made of the sample's own.",)
+    notes: tuple[str, ...] = told if tried.trial.made_up else ()
+    if tried.trial.hardness is None:
         notes += ("The loss takes no batch but one like the sample, so nothing harder was tested.",)
-    if first.found.chance:
-        drawn = ", ".join(sorted(first.found.draws.replaced | first.found.draws.kept)) or "Python's or NumPy's draws"
+    if found.chance:
+        drawn = ", ".join(sorted(found.draws.replaced | found.draws.kept)) or "Python's or NumPy's draws"
         words = f"same distribution (exact with {drawn} off, tested on {rows} samples)"
         return Verdict(CHANCE, words, found.error(), *found.worst(), rows, advice=notes)
     return Verdict(EXACT, f"exact (tested on {rows} samples)", found.error(), *found.worst(), rows, advice=notes)
 
 
-def _verdict(workload: Workload, twin: Twin, tried: Tried, easy: Tried | None = None) -> Verdict:
+def _verdict(workload: Workload, twin: Twin, tried: Tried) -> Verdict:
     """Why the window's gradient isn't the whole batch's."""
     kind, weights = _kind(workload, twin, tried)
     found, rows = tried.found, tried.trial.rows
@@ -248,7 +246,7 @@ def _verdict(workload: Workload, twin: Twin, tried: Tried, easy: Tried | None = 
     module = _coupling(workload, twin, tried) if kind in (COUPLED, INEXACT) else None
     if module is None and kind == COUPLED and _remembers(workload, twin, tried):
         kind, module = STATEFUL, twin.moving_module()
-    words, told = advice.of(kind, tried, weights, module, easy)
+    words, told = advice.of(kind, tried, weights, module)
     return Verdict(kind, words, found.error(), *found.worst(), rows, module, told)
 
 

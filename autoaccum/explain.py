@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .plan import Plan
+from . import knee
+from .plan import FASTEST, Plan
 from .recording import PHASE_TITLES
 from .units import show_bytes
 
@@ -21,8 +22,15 @@ def summary(plan: Plan) -> str:
         ("why", _why(plan)),
         ("largest", _largest(plan)),
     ]
+    if plan.configuration:
+        lines.insert(4, ("tuned", _tuned(plan)))
     if plan.window_seconds is not None:
         lines.append(("time", _time(plan)))
+    found = knee.told(plan)
+    if found is not None:
+        lines.append(("knee", f"{found}, {_place(plan)}{_longer(plan)}"))
+    elif "--timing" in plan.reasons.get("times", ""):
+        lines.append(("knee", plan.reasons["times"]))
     lines.append(("exactness", plan.exactness))
     lines += [("note", note) for note in plan.notes]
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
@@ -58,6 +66,12 @@ def _split(plan: Plan) -> str:
     return f"{steps}: {' and '.join(parts)} samples = {sum(plan.split)}{ranks}"
 
 
+def _tuned(plan: Plan) -> str:
+    from .tuning.result import sentence
+
+    return f"{sentence(plan.configuration)}: {plan.reasons.get('configuration', 'no reason was kept')}"
+
+
 def _peak(plan: Plan) -> str:
     told = f"{show_bytes(plan.predicted_peak_bytes)} {'reserved' if plan.on_cuda else 'committed'}, predicted"
     if plan.measured_peak_bytes is None:
@@ -80,7 +94,7 @@ def _place(plan: Plan) -> str:
 
 def _why(plan: Plan) -> str:
     needed = plan.fewer_steps_need()
-    if needed is None:
+    if needed is None or plan.objective == FASTEST:
         return plan.reasons["accumulation_steps"]
     steps = plan.accumulation_steps - 1
     return (
@@ -110,6 +124,15 @@ def _time(plan: Plan) -> str:
         f"{told}; the kernel took {plan.fresh_pages_share:.0%} of it, mostly for fresh pages: the price of predictable "
         f"memory (blocks from {show_bytes(plan.mmap_threshold_bytes)} on are mapped; --malloc default is faster)"
     )
+
+
+def _longer(plan: Plan) -> str:
+    """What to type where so few rounds tell nothing."""
+    found = knee.knee(plan.times)
+    if found is None or found.is_sure:
+        return ""
+    seconds = 12 * sum(timed.step_seconds * timed.micro_batch for timed in plan.times) / sum(plan.split)
+    return f" (--timing {max(10, round(seconds, -1)):.0f} measures longer)"
 
 
 def _budget(plan: Plan) -> list[str]:
@@ -152,6 +175,8 @@ def _fewer_steps(plan: Plan) -> list[str]:
         told = f"{show_bytes(over)} over the budget"
     elif total > 0.98 * plan.budget.bytes:
         told = "within the budget, but not with 2 % to spare"
+    elif plan.objective == FASTEST:
+        told = "it would fit, and isn't faster"
     else:
         told = "it would fit, but so large a micro-batch isn't allowed"
     return [*lines, f"  {steps} would need micro-batches of up to {size}, {show_bytes(total)} in all: {told}"]
@@ -161,6 +186,19 @@ def _origin(plan: Plan) -> list[str]:
     lines = ["where it comes from"]
     lines.append(f"  {'method':<20}{plan.method}: {plan.reasons['method']}")
     lines.append(f"  {'verified':<20}{plan.reasons['measured_peak_bytes']}")
+    lines += _timed(plan)
     lines += [f"  {name:<20}{value}" for name, value in plan.fingerprint.items()]
     lines.append(f"  {'planning took':<20}{plan.seconds:.1f} s")
+    return lines
+
+
+def _timed(plan: Plan) -> list[str]:
+    """Each size's optimizer step, and on what it was measured."""
+    lines = [f"  {'timed':<20}{plan.reasons['times']}"] if "times" in plan.reasons else []
+    for timed in sorted(plan.times, key=lambda timed: timed.micro_batch):
+        spread = timed.round_seconds or (timed.step_seconds,)
+        lines.append(
+            f"  {f'  micro-batch {timed.micro_batch}':<20}{timed.step_seconds:.4g} s per optimizer step, "
+            f"{min(spread):.4g} to {max(spread):.4g} s"
+        )
     return lines

@@ -4,7 +4,8 @@
     lift     its sizes, as functions of the batch   program.py
     replay   any window by the allocator's rules    allocator.py, caching_allocator.py
     solve    for the fewest steps that fit          solve.py
-    verify   by running that window for real        here
+    verify   by running that window for real        here (compiled, where it is: compiled.py)
+    time     smaller ones, for the knee             times.py, knee.py
     check    that its gradient is the large batch's exact.py
 
 On the way the model is really trained, so all of it is put back afterwards (restore.py).
@@ -21,15 +22,18 @@ from typing import Any
 
 import torch
 
-from . import assemble, cpu, exact, observe, oom, outlook_cpu, restore, step
+from . import assemble, compiled, cpu, exact, observe, oom, outlook_cpu, restore, step, times
 from .errors import DoesNotFit, NotConfirmed, UsageError
 from .infer import infer_sample
+from .knee import knee
+from .lengthen import at_longest
 from .observe import Observed, Subject
 from .outlook import VERIFIED_STEPS, Outlook, bytes_per_sample
-from .plan import Plan
+from .plan import FASTEST, FEWEST_STEPS, Plan
 from .recording import Event
 from .solve import Solution, Split, balanced, largest_micro_batch, smallest_steps
-from .wish import SEARCH_LIMIT, Wish, read_wish
+from .virtual.control import is_virtual
+from .wish import SEARCH_LIMIT, Wish, read_wish, with_objective
 from .workload import Workload
 
 MALLOCS = ("fixed", "default")
@@ -73,6 +77,8 @@ def fit_plan(
     world_size: int = 1,
     elsewhere: bool = False,
     malloc: str = "fixed",
+    objective: str = FEWEST_STEPS,
+    timing_seconds: float | None = None,
     progress: Callable[[str], None] | None = None,
     **how: Any,
 ) -> Plan:
@@ -99,6 +105,10 @@ def fit_plan(
         malloc: On the CPU. "fixed": blocks from 128 KiB on become mappings, so that memory can be predicted to a
             percent, at the price of fresh pages; "default": the C library's own way, faster, and a quarter is kept
             free for its fragmentation.
+        objective: "fewest-steps", the largest micro-batches; or "fastest", the smallest whose optimizer step takes at
+            most 1 % longer than the fastest one's: as fast as any, and memory to spare.
+        timing_seconds: How long smaller micro-batches may be timed for that; 0 for not at all. Left out: 15 % of
+            planning and 3 s at most, or 30 s where the fastest is sought.
         progress: Called with what is being done.
         **how: `Workload`'s own arguments, where a model is given.
 
@@ -112,11 +122,13 @@ def fit_plan(
     started = time.perf_counter()
     workload, assumed = _as_workload(workload, sample, how)
     wish = read_wish(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
+    setting = _setting(workload.model, device)
+    virtual = setting.device.name == "cuda" and is_virtual()
+    wish = with_objective(wish, objective, timing_seconds, verify=verify, virtual=virtual)
     if malloc not in MALLOCS:
         raise UsageError(f"malloc {malloc!r} is not known.", hint="Use malloc='fixed' or malloc='default'.")
     if elsewhere:
         wish = replace(wish, histories=("fresh",))
-    setting = _setting(workload.model, device)
     if progress is not None:
         setting = replace(setting, progress=progress)
     plan = plan_in(setting, workload, wish, assumed=assumed, verify=verify, check=check, malloc=malloc)
@@ -128,17 +140,19 @@ def plan_in(
     workload: Workload,
     wish: Wish,
     *,
-    assumed: str | None = None,
+    assumed: str = "",
     verify: bool = True,
     check: bool = True,
     malloc: str = "fixed",
 ) -> Plan:
     """Records, solves and verifies in a setting; what `fit_plan` does once it knows what is asked for."""
-    threshold = setting.device.prepare(malloc)
+    started, threshold = time.perf_counter(), setting.device.prepare(malloc)
+    sample, lengthened = at_longest(workload)
+    longest = replace(workload, sample=sample)
     with _as_it_was(workload) if setting.keep else contextlib.nullcontext() as snapshot:
         parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
         parts.window_samples = wish.samples
-        subject = setting.subject(parts, workload, setting.device, threshold, setting.progress, setting.build)
+        subject = setting.subject(parts, longest, setting.device, threshold, setting.progress, setting.build)
 
         def start_over() -> None:
             if snapshot is not None:
@@ -148,16 +162,20 @@ def plan_in(
 
         start_over()
         subject = replace(subject, before=setting.device.read_heap())
-        outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over)
-        solution, measured = _solve_and_verify(outlook, start_over, verify=verify)
-        plan = assemble.plan(outlook, solution, measured, workload, assumed)
+        compiles = verify and compiled.runs_compiled(parts)
+        outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles)
+        solution, measured = _solve_and_verify(outlook, start_over, verify=verify, compiles=compiles)
+        timed = _time(outlook, solution, measured, time.perf_counter() - started, start_over)
+        if wish.objective == FASTEST:
+            solution, measured = _fastest(outlook, solution, measured, timed, start_over)
+        plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened], timed)
         if not check:
             return plan
         start_over()
         return exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
 
 
-def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str | None]:
+def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str]:
     """The workload, and what was assumed where no sample was given."""
     if not isinstance(workload, Workload):
         if not isinstance(workload, torch.nn.Module):
@@ -175,9 +193,9 @@ def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workl
         given = ", ".join(["sample"] * (sample is not None) + list(how))
         raise UsageError(f"{given}: given beside a Workload.", hint="Give it to the Workload itself.")
     if workload.sample is not None:
-        return workload, None
+        return workload, ""
     inferred, assumed = infer_sample(workload.model)
-    return replace(workload, sample=inferred), assumed
+    return replace(workload, sample=inferred), f"Assumed, as no sample was given: {assumed}."
 
 
 def _setting(model: torch.nn.Module, device: str | torch.device | None) -> Setting:
@@ -230,9 +248,15 @@ def _make_ready(parts: step.Parts, *, owns_optimizer: bool) -> None:
 
 
 def _look(
-    setting: Setting, subject: Subject, wish: Wish, snapshot_bytes: int, start_over: Callable[[], None]
+    setting: Setting,
+    subject: Subject,
+    wish: Wish,
+    snapshot_bytes: int,
+    start_over: Callable[[], None],
+    *,
+    compiles: bool,
 ) -> Outlook:
-    """Records until the answer is predicted, then reads what there is to be used."""
+    """Records until the answer is predicted, compiles at its sizes, then reads what there is to be used."""
     sample_bytes = bytes_per_sample(subject)
 
     def outlook(observed: Observed, state_bytes: int) -> Outlook:
@@ -256,6 +280,8 @@ def _look(
     if observed.doubt is not None:
         observe.bracket(subject, observed, allowed, min(wish.most, SEARCH_LIMIT))
     start_over()
+    if compiles:
+        _compile(outlook(observed, state_bytes=0), start_over)
     return outlook(observed, state_bytes=0)
 
 
@@ -276,7 +302,26 @@ def _solve(outlook: Outlook) -> Solution | None:
     return Solution((size,), 1) if size >= wish.least else None
 
 
-def _solve_and_verify(outlook: Outlook, start_over: Callable[[], None], *, verify: bool) -> tuple[Solution, Any]:
+def _compile(outlook: Outlook, start_over: Callable[[], None]) -> None:
+    """Compiles at the sizes of the answer. What the compiler keeps is there in any process that trains compiled."""
+    solution, subject, observed = _solve(outlook), outlook.subject, outlook.observed
+    if solution is None:
+        return
+    subject.say("compiling")
+    before = subject.device.read_heap()
+    _unless_short(lambda: _trainer(subject)(tuple(dict.fromkeys(_verified(solution.split, compiles=True)))))
+    start_over()
+    after = subject.device.read_heap()
+    if after is not None:
+        grown = after.outside_bytes - before.outside_bytes
+        observed.after_first = replace(
+            observed.after_first, outside_bytes=observed.after_first.outside_bytes + max(0, grown)
+        )
+
+
+def _solve_and_verify(
+    outlook: Outlook, start_over: Callable[[], None], *, verify: bool, compiles: bool
+) -> tuple[Solution, Any]:
     """Solves, runs the answer for real, and where that was another than predicted, learns and solves again."""
     wrong: str | None = None
     for attempt in range(ATTEMPTS):
@@ -285,7 +330,7 @@ def _solve_and_verify(outlook: Outlook, start_over: Callable[[], None], *, verif
             raise _does_not_fit(outlook)
         if not verify:
             return solution, None
-        split = solution.split[:VERIFIED_STEPS]
+        split = _verified(solution.split, compiles=compiles)
         if attempt:
             start_over()
         measured, wrong = _run_for_real(outlook, split)
@@ -295,7 +340,10 @@ def _solve_and_verify(outlook: Outlook, start_over: Callable[[], None], *, verif
             return outlook.nearer(solution, measured, _trainer(outlook.subject), start_over)
         outlook.subject.say(f"{wrong}: learning from it")
         start_over()
-        _learn(outlook, split[0], last=attempt >= 1)
+        if compiles:  # recordings are of what was written, and right about that
+            outlook.compare_compiled(split, measured)
+        else:
+            _learn(outlook, split[0], last=attempt >= 1)
     raise NotConfirmed(
         f"No plan could be confirmed in {ATTEMPTS} attempts: the last one {wrong}.",
         "What a window allocates seems to depend on chance or on the data.",
@@ -343,9 +391,13 @@ def _run_for_real(outlook: Outlook, split: Split) -> tuple[Any, str | None]:
     """Runs the first windows as the Runner would; what they took, or what went wrong where memory ran out."""
     subject = outlook.subject
     subject.say(f"verifying {len(split)} micro-batches of {split[0]}")
+    return _unless_short(lambda: outlook.measure(_trainer(subject), split))
 
+
+def _unless_short(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What work comes to, or what went wrong where memory ran out."""
     try:
-        return outlook.measure(_trainer(subject), split), None
+        return work(), None
     except (RuntimeError, MemoryError) as error:
         if not oom.is_out_of_memory(error):
             raise
@@ -354,13 +406,42 @@ def _run_for_real(outlook: Outlook, split: Split) -> tuple[Any, str | None]:
     return None, f"ran out of memory ({failure})"
 
 
+def _verified(split: Split, *, compiles: bool) -> Split:
+    """The micro-batches that are run for real: of a compiled window both sizes, as each may be a graph of its own."""
+    return (*split[:2], split[-1]) if compiles and len(split) > VERIFIED_STEPS else split[:VERIFIED_STEPS]
+
+
+def _time(
+    outlook: Outlook, solution: Solution, measured: Any, planning_seconds: float, start_over: Callable[[], None]
+) -> times.Times:
+    """Times the solution's micro-batch and smaller ones, for as long as is allowed."""
+    split = solution.split
+    seconds = outlook.measured_fields(measured, split)["window_seconds"] if measured is not None else None
+    return times.time_sizes(outlook, split, seconds, times.allowed_seconds(outlook.wish, planning_seconds), start_over)
+
+
+def _fastest(
+    outlook: Outlook, solution: Solution, measured: Any, timed: times.Times, start_over: Callable[[], None]
+) -> tuple[Solution, Any]:
+    """The fewest steps of micro-batches no larger than the knee, verified."""
+    found = knee(timed.sizes)
+    if found is None and solution.split[0] > outlook.wish.least:
+        raise UsageError("The fastest micro-batch can't be found: no times.", f"They were {timed.why}.")
+    if found is None or found.timed.micro_batch == solution.split[0]:
+        return solution, measured
+    start_over()
+    smaller = replace(outlook, wish=replace(outlook.wish, most=found.timed.micro_batch))
+    return _solve_and_verify(smaller, start_over, verify=True, compiles=False)
+
+
 def _trainer(subject: Subject) -> Callable[[Split], None]:
     """Trains one window of a split, as the Runner would."""
 
     def train(sizes: Split) -> None:
         pieces = [subject.tile(size) for size in sizes]
-        step.train_window(subject.parts, pieces, sizes)
-        step.run_between(subject.parts)
+        with compiled.as_trained(subject.parts):
+            step.train_window(subject.parts, pieces, sizes)
+            step.run_between(subject.parts)
 
     return train
 

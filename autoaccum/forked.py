@@ -28,11 +28,12 @@ class ForkFailed(Exception):
     """The copy ended without an answer; says why."""
 
 
-def in_copy(work: Callable[[], T]) -> T:
+def in_copy(work: Callable[[], T], *, own_thread: bool = True) -> T:
     """Runs `work` in a forked copy of this process.
 
     Args:
         work: What it changes is changed in the copy only. Its result has to pickle.
+        own_thread: False only where this thread has computed nothing yet: the copy then works as a fresh process would.
 
     Returns:
         Its result.
@@ -46,7 +47,7 @@ def in_copy(work: Callable[[], T]) -> T:
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what this module takes care of
         child = os.fork()
     if not child:
-        _be_the_copy(work, reading, writing)
+        _be_the_copy(work, reading, writing, own_thread)
     os.close(writing)
     try:
         kind, answer = _answer(child, reading)
@@ -62,14 +63,17 @@ def in_copy(work: Callable[[], T]) -> T:
     raise ForkFailed(answer)
 
 
-def _be_the_copy(work: Callable[[], Any], reading: int, writing: int) -> None:
+def _be_the_copy(work: Callable[[], Any], reading: int, writing: int, own_thread: bool) -> None:
     """The copy's side; never returns, or it would go on with the caller's program."""
     try:
         os.close(reading)
         said: list[tuple[str, Any]] = []
-        thread = threading.Thread(target=lambda: said.append(_attempt(work)))
-        thread.start()
-        thread.join()
+        if own_thread:
+            thread = threading.Thread(target=lambda: said.append(_attempt(work)))
+            thread.start()
+            thread.join()
+        else:
+            said.append(_attempt(work))
         with os.fdopen(writing, "wb") as pipe:
             pickle.dump(said[0], pipe)
     finally:

@@ -186,11 +186,31 @@ class Twin:
         self.moved |= {name for name, buffer in self.buffers.items() if not _same(self.copies[name], buffer)}
         return passes
 
+    def look(self, make_parts: MakeParts, batch: Batch) -> Draws:
+        """What a forward of a batch calls and draws; no pass of a window."""
+        batch = self.cast(batch)
+
+        def forward() -> Draws:
+            parts = self._made(make_parts)
+            put_rng(self._start)
+            with torch.no_grad(), without_chance() as draws:
+                step.forward(parts, batch)
+            parts.counts_by_forward, parts.loss_is_mean = self._is_pair, not self._is_pair
+            return draws
+
+        draws: Draws = self.run(forward)
+        draws.class_losses = [_placed(call, batch) for call in draws.class_losses]
+        return draws
+
+    def _made(self, make_parts: MakeParts) -> Parts:
+        if self._parts is None:  # once: what its first window finds out about the loss holds for the others
+            self._parts = self._opened(make_parts, [self.copies[name] for name in self.trained])
+        return self._parts
+
     def _window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
         trained, cumulative = [self.copies[name] for name in self.trained], list[torch.Tensor]()
-        if self._parts is None:  # once: what its first window finds out about the loss holds for the others
-            self._parts = self._opened(make_parts, trained)
-        parts, optimizer = self._parts, self._parts.optimizer
+        parts = self._made(make_parts)
+        optimizer = parts.optimizer
         assert isinstance(optimizer, Capture)
 
         @contextmanager
@@ -290,8 +310,13 @@ class Passes:
 def compare(
     twin: Twin, make_parts: MakeParts, whole: Batch, pieces: Sequence[Batch], sizes: tuple[int, ...]
 ) -> Gradients:
-    """The gradient of a window of pieces, and that of the whole batch: one pass more than there are pieces."""
+    """The gradient of a window of pieces, and that of the whole batch: one pass more than there are pieces.
+
+    Where the whole batch's is not finite, or zero, that is all there is.
+    """
     one = twin.window(make_parts, [whole], [sum(sizes)])
+    if not (one.gradient.isfinite().all() and one.gradient.norm() > 0):  # there is nothing to compare with
+        return Gradients(one.gradient, one.gradient, one.cumulative, sizes, twin.places, one.draws, True, one.is_pair)
     many = twin.window(make_parts, pieces, sizes)
     before = torch.cat([torch.zeros_like(many.cumulative[:1]), many.cumulative[:-1]])
     columns = many.cumulative - before

@@ -73,6 +73,7 @@ def fingerprint(parts: Parts) -> dict[str, str]:
         "window": _window_words(parts),
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         **({"allocator": allocator} if cuda else {}),
+        **({"configuration": parts.configuration} if parts.configuration is not None else {}),
         "torch": torch.__version__,
         "autoaccum": __version__,
     }

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from . import counting, oom, step
 from . import split as cutting
 from .allocator import Replay, Start
+from .compiled import uncompiled
 from .plan import RecordingNote
 from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, plain_window
@@ -54,6 +55,7 @@ class Observed:
 
     Attributes:
         first_step: The first optimizer step, of small micro-batches.
+        after_first: What `device.read_heap` told once that was done.
         prelude: Its events.
         asking: On CUDA, what asking the loss takes before it.
         scouted: On CUDA, the first step without what it made for good: what a window of so few samples takes.
@@ -64,6 +66,7 @@ class Observed:
     """
 
     first_step: Recording | None = None
+    after_first: Any = None
     prelude: tuple[Event, ...] = ()
     asking: tuple[Event, ...] = ()
     scouted: Recording | None = None
@@ -115,8 +118,9 @@ def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase]
     piece = subject.tile(n)
 
     def run(on_phase: step.OnPhase) -> None:
-        step.train_window(subject.parts, [piece] * steps, (n,) * steps, on_phase=on_phase)
-        step.run_between(subject.parts, on_phase=on_phase)
+        with uncompiled():
+            step.train_window(subject.parts, [piece] * steps, (n,) * steps, on_phase=on_phase)
+            step.run_between(subject.parts, on_phase=on_phase)
 
     return run
 
@@ -126,7 +130,7 @@ def scout(subject: Subject, observed: Observed, least: int = SCOUT) -> None:
     if subject.device.ASKING_COUNTS:
         observed.asking = _asking(subject)
     recording = _first_step(subject, least)
-    observed.first_step = recording
+    observed.first_step, observed.after_first = recording, subject.device.read_heap()
     if subject.device.SCOUT_STEPS > 1:
         observed.scouted = _as_any_other(recording)
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)

@@ -19,10 +19,11 @@ from .errors import UsageError
 from .fit import Setting, plan_in
 from .gpus import Gpu
 from .observe import Subject
-from .plan import Plan
+from .plan import FEWEST_STEPS, Plan
 from .recording import Event, name_blocks
 from .source import load_function, named
-from .wish import read_wish
+from .virtual.control import is_virtual
+from .wish import read_wish, with_objective
 from .workload import Workload
 
 _EVENTS = {"alloc": 1, "free_completed": -1}
@@ -38,6 +39,11 @@ def plan_on_gpu(
     max_micro_batch: int | None,
     verify: bool,
     progress: Callable[[str], None],
+    objective: str = FEWEST_STEPS,
+    timing_seconds: float | None = None,
+    change: Callable[[Workload], Workload] = lambda workload: workload,
+    sizes: tuple[int, ...] = (),
+    check: bool = True,
 ) -> Plan:
     """Plans a workload in this process, on the GPU that it sees.
 
@@ -50,6 +56,11 @@ def plan_on_gpu(
         max_micro_batch: The largest micro-batch allowed.
         verify: Whether to run the plan's window.
         progress: Called with what is being done.
+        objective: "fewest-steps" or "fastest".
+        timing_seconds: How long smaller micro-batches may be timed.
+        change: Called with the workload before its model is moved to the device.
+        sizes: Micro-batches that the plan's table of peaks has to have.
+        check: Whether to test that the window's gradient is the large batch's.
 
     Raises:
         UsageError: There is no GPU, or the workload can't be used.
@@ -61,16 +72,24 @@ def plan_on_gpu(
             f"It is torch {torch.__version__}, built for CUDA {torch.version.cuda or 'not at all'}.",
             "Name a GPU to plan for without having one: --gpu a100-40gb. `autoaccum doctor` says what is there.",
         )
-    workload, build = build_on(source, torch.device("cuda", torch.cuda.current_device()), virtual=gpu is not None)
+    device = torch.device("cuda", torch.cuda.current_device())
+    workload, build = build_on(source, device, virtual=gpu is not None, change=change)
     wish = read_wish(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
-    wish = replace(wish, histories=("fresh",))
+    wish = with_objective(wish, objective, timing_seconds, verify=verify, virtual=gpu is not None or is_virtual())
+    wish = replace(wish, histories=("fresh",), sizes=sizes)
     look = outlook_cuda.look if gpu is None else partial(outlook_virtual.look, gpu=gpu)
     subject = Subject if gpu is None else outlook_virtual.EmptySubject
     setting = Setting(cuda, look, build, keep=False, progress=progress, subject=subject)
-    return plan_in(setting, workload, wish, verify=verify)
+    return plan_in(setting, workload, wish, verify=verify, check=check)
 
 
-def build_on(source: str, device: torch.device, *, virtual: bool) -> tuple[Workload, tuple[Event, ...]]:
+def build_on(
+    source: str,
+    device: torch.device,
+    *,
+    virtual: bool,
+    change: Callable[[Workload], Workload] = lambda workload: workload,
+) -> tuple[Workload, tuple[Event, ...]]:
     """Calls a workload's function and moves what it made to the device.
 
     On a virtual GPU its tensors are made there at once: a model far larger than this machine's memory costs nothing
@@ -82,7 +101,7 @@ def build_on(source: str, device: torch.device, *, virtual: bool) -> tuple[Workl
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.cuda.memory._record_memory_history("all", context=None)
     try:
-        workload = _made(source, device, on_device=virtual)
+        workload = change(_made(source, device, on_device=virtual))
         workload.model.to(device)
         torch.cuda.synchronize(device)
         trace = torch.cuda.memory._snapshot()["device_traces"][device.index or 0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .units import show_bytes
 from .wish import Wish
 
 VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
+RAN_OUT = 1.25  # times as much as was thought, where a compiled window ran out of memory
 AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more teaches instead of confirming
 
 
@@ -36,6 +37,8 @@ class Outlook(ABC):
         base_bytes: What is taken before training begins.
         budget: What training may use.
         sample_bytes: What one sample more adds to a batch.
+        compiled_share: What a window takes as it was compiled, of what it takes as it was written and recorded: found
+            by verifying; 1 where nothing is compiled, or where that makes no difference.
     """
 
     subject: Subject
@@ -45,6 +48,7 @@ class Outlook(ABC):
     budget: Budget
     sample_bytes: int
     slack: float = 0.0
+    compiled_share: float = field(default=1.0, kw_only=True)
 
     @property
     def usable_bytes(self) -> int:
@@ -120,6 +124,10 @@ class Outlook(ABC):
     @abstractmethod
     def confirms(self, split: Split, measured: Any) -> str | None:
         """What speaks against the prediction, after a window was run for real; None where it was confirmed."""
+
+    @abstractmethod
+    def compare_compiled(self, split: Split, measured: Any) -> None:
+        """Corrects the share of a compiled window by its verification; `measured` is None where memory ran out."""
 
     def nearer(
         self, solution: Solution, measured: Any, train: Callable[[Split], None], start_over: Callable[[], None]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import cpu, observe
-from .allocator import EMPTY, Start
+from .allocator import EMPTY, Replay, Start
 from .observe import Observed, Subject
-from .outlook import AGREES_WITHIN, VERIFIED_STEPS, Outlook
+from .outlook import AGREES_WITHIN, RAN_OUT, VERIFIED_STEPS, Outlook
 from .plan import PeakRow
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from .solve import Split
@@ -25,10 +25,12 @@ class CpuOutlook(Outlook):
     Attributes:
         fresh: The holes in a fresh process's heap, which the base includes.
         start: Those in this one's.
+        own_bytes: What planning itself has in this one.
     """
 
     fresh: Start = EMPTY
     start: Start = EMPTY
+    own_bytes: int = 0
 
     def data_bytes(self, samples: int) -> int:
         """The samples of a window lie in the same memory until their step is done."""
@@ -38,9 +40,17 @@ class CpuOutlook(Outlook):
         """Base, data, and what the window makes malloc take."""
         held = self.base_bytes + self.data_bytes(sum(split))
         if history == "fresh":
-            return held + observe.peak_of(self.subject, self.observed, split, self.fresh).peak_bytes
-        inside = self.start.heap_free_bytes - self.fresh.heap_free_bytes
-        return held + inside + observe.peak_of(self.subject, self.observed, split, self.start).peak_bytes
+            return held + self._window(split, self.fresh).peak_bytes
+        inside = self.own_bytes + self.start.heap_free_bytes - self.fresh.heap_free_bytes
+        return held + inside + self._window(split, self.start).peak_bytes
+
+    def _window(self, split: Split, start: Start) -> Replay:
+        """The replay of a window; of a compiled one, with the share that was measured."""
+        found, share = observe.peak_of(self.subject, self.observed, split, start), self.compiled_share
+        if share == 1:
+            return found
+        phases = tuple(replace(phase, bytes=int(share * phase.bytes)) for phase in found.phases)
+        return replace(found, peak_bytes=int(share * found.peak_bytes), phases=phases)
 
     def fits(self, split: Split) -> bool:
         """Whether the worse history's peak is within what is usable."""
@@ -60,17 +70,18 @@ class CpuOutlook(Outlook):
     def _floor(self, n: int, *, later: bool) -> int:
         data = self.data_bytes(self.wish.samples or n)
         base = self.base_bytes - self.fresh.heap_free_bytes  # which small blocks may fill
-        return base + int((1 + self.slack) * (data + observe.floor_of(self.observed, n, later=later)))
+        window = min(1.0, self.compiled_share) * observe.floor_of(self.observed, n, later=later)
+        return base + int((1 + self.slack) * (data + window))
 
     def phases(self, split: Split) -> dict[str, int]:
         """By the replay of that window."""
         held = self.base_bytes + self.data_bytes(sum(split))
-        window = observe.peak_of(self.subject, self.observed, split, self.fresh)
+        window = self._window(split, self.fresh)
         return {phase.name: held + phase.bytes for phase in window.phases if phase.name in PHASE_TITLES}
 
     def row(self, n: int) -> PeakRow:
         """By the replay of two micro-batches."""
-        window = observe.peak_of(self.subject, self.observed, (n, n), self.fresh)
+        window = self._window((n, n), self.fresh)
         peaks = {phase.name: phase.bytes for phase in window.phases}
         return PeakRow(n, peaks[FIRST], peaks[LATER], peaks[OPTIMIZER], peaks.get(BETWEEN, 0))
 
@@ -106,7 +117,10 @@ class CpuOutlook(Outlook):
                 f"the replay of this window; {self.observed.unrecorded_bytes:,} bytes of it are objects that no "
                 "recording shows (autograd's graph above all), measured in a small window"
             ),
-            "history_bytes": "holes that planning left in this process's heap and that large blocks can't use",
+            "history_bytes": (
+                f"planning's own objects and threads in this process ({self.own_bytes:,} bytes), and holes in its heap "
+                "that large blocks can't use"
+            ),
             "budget_bytes": f"the tightest of the limits ({self.budget.binds}) less the headroom",
         }
 
@@ -130,20 +144,36 @@ class CpuOutlook(Outlook):
 
     def confirms(self, split: Split, measured: cpu.Measured) -> str | None:
         """Within 2 % of the whole; where each size stands for itself, that it fits is all there is to know."""
-        present = self.base_bytes - self.fresh.heap_free_bytes + self.start.heap_free_bytes
-        predicted = self.peak_bytes(split, "here") - present
+        predicted = self._predicted_increment(split)
         allowed = AGREES_WITHIN * (self.base_bytes + predicted) + self.slack * predicted
         if abs(measured.increment_bytes - predicted) <= allowed:
             return None
-        if self.observed.doubt and self.base_bytes + measured.increment_bytes <= self.usable_bytes:
+        stands_alone = self.observed.doubt is not None or self.compiled_share != 1
+        if stands_alone and self.base_bytes + measured.increment_bytes <= self.usable_bytes:
             return None
         return f"took {measured.increment_bytes:,} bytes, not {predicted:,}"
+
+    def _predicted_increment(self, split: Split) -> int:
+        """What a window should add to this process as it is."""
+        present = self.base_bytes + self.own_bytes - self.fresh.heap_free_bytes + self.start.heap_free_bytes
+        return self.peak_bytes(split, "here") - present
+
+    def compare_compiled(self, split: Split, measured: cpu.Measured | None) -> None:
+        """By what the window itself took; its samples and the process take the same."""
+        if measured is None:
+            self.compiled_share *= RAN_OUT
+            return
+        window = self._window(split, self.start).peak_bytes
+        took = window + measured.increment_bytes - self._predicted_increment(split)
+        self.compiled_share *= max(took, window // 10) / window
 
 
 def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CpuOutlook:
     """Reads what there is now; `own_bytes` are planning's own, and the optimizer state's that is there already."""
-    base = cpu.read_base(subject.before)
+    base = cpu.read_base(subject.before, observed.after_first)
     budget = cpu.read_budget(wish.budget, wish.headroom)
     slack = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
     base_bytes = base.bytes - own_bytes
-    return CpuOutlook(subject, wish, observed, base_bytes, budget, sample_bytes, slack, base.fresh, base.here)
+    return CpuOutlook(
+        subject, wish, observed, base_bytes, budget, sample_bytes, slack, base.fresh, base.here, base.own_bytes
+    )

@@ -11,7 +11,7 @@ import torch
 from . import cuda
 from .caching_allocator import EMPTY, CudaRules, CudaStart
 from .observe import Observed, Subject
-from .outlook import AGREES_WITHIN, VERIFIED_STEPS, Outlook
+from .outlook import AGREES_WITHIN, RAN_OUT, VERIFIED_STEPS, Outlook
 from .plan import PeakRow
 from .program import StepProgram, as_recorded, plain_window
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, Recording, live_peak
@@ -55,10 +55,22 @@ class CudaOutlook(Outlook):
             return False
 
     def _fits(self, split: Split, history: str) -> bool:
-        tight = self.replayed(split, history, self.usable_bytes)
+        tight = self.replayed(split, history, self._as_written(self.usable_bytes))
         if not tight.fits or not any(tight.retries):
             return tight.fits  # without a retry it never came near the capacity, and more of it changes nothing
-        return self.replayed(split, history, self.budget.bytes).fits
+        return self.replayed(split, history, self._as_written(self.budget.bytes)).fits
+
+    def _as_written(self, capacity_bytes: int) -> int:
+        """The capacity in which the recorded window does what the compiled one does in this."""
+        if self.compiled_share == 1:
+            return capacity_bytes
+        return self.base_bytes + int((capacity_bytes - self.base_bytes) / self.compiled_share)
+
+    def _as_compiled(self, peak_bytes: int) -> int:
+        """What the compiled window comes to where the recorded one comes to this."""
+        if self.compiled_share == 1:
+            return peak_bytes
+        return self.base_bytes + int((peak_bytes - self.base_bytes) * self.compiled_share)
 
     def is_sure_to_fit(self, n: int) -> bool:
         """By the allocator's rules once there is a program, a retry now and then included; before, pessimistically."""
@@ -116,10 +128,11 @@ class CudaOutlook(Outlook):
     def peak_bytes(self, split: Split, history: str) -> int:
         """The most that is reserved: within the budget where that fits, else what it would come to without one."""
         unlimited = self.replayed(split, history, None)
-        if unlimited.peak_reserved_bytes <= self.budget.bytes:
-            return unlimited.peak_reserved_bytes
-        limited = self.replayed(split, history, self.budget.bytes)
-        return limited.peak_reserved_bytes if limited.fits else unlimited.peak_reserved_bytes
+        capacity = self._as_written(self.budget.bytes)
+        if unlimited.peak_reserved_bytes <= capacity:
+            return self._as_compiled(unlimited.peak_reserved_bytes)
+        limited = self.replayed(split, history, capacity)
+        return self._as_compiled((limited if limited.fits else unlimited).peak_reserved_bytes)
 
     def needed_bytes(self, split: Split) -> int:
         """The smallest budget that the window fits; below what it takes without a limit, since a retry makes room."""
@@ -269,12 +282,22 @@ class CudaOutlook(Outlook):
     def confirms(self, split: Split, measured: cuda.Measured) -> str | None:
         """The retries that were predicted, and the peak within 2 %."""
         expected = self.replayed(split, VERIFIED, self.budget.bytes)
+        if self.compiled_share != 1 and not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes:
+            return None
         retries = expected.retries[: len(measured.retries)]
         if measured.retries != retries:
             return f"gave its cache back {measured.retries} times in its windows, not {retries}"
         if abs(measured.peak_bytes - expected.peak_reserved_bytes) > AGREES_WITHIN * expected.peak_reserved_bytes:
             return f"took {measured.peak_bytes:,} bytes, not {expected.peak_reserved_bytes:,}"
         return None
+
+    def compare_compiled(self, split: Split, measured: cuda.Measured | None) -> None:
+        """By what the windows reserved above the model."""
+        if measured is None:
+            self.compiled_share *= RAN_OUT
+            return
+        expected = self.replayed(split, VERIFIED, None).peak_reserved_bytes - self.base_bytes
+        self.compiled_share = max(measured.peak_bytes - self.base_bytes, expected // 10) / expected
 
 
 def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CudaOutlook:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import loss_terms, tree
+from . import loss_terms
 from .batchnorm import Norms, check_choice, find_norms
+from .copies import Copies
 from .errors import UsageError
 from .hugging_face import Denominator
 from .workload import Batch, Loss, Workload, class_count, default_loss, is_pair
@@ -29,6 +30,7 @@ class Parts:
             so that each window of several micro-batches first counts by a forward pass without gradients.
         denominator: Found out by the first window: what a Hugging Face model's own loss averages over.
         asked_for_denominator: Whether it was looked for.
+        copies: Brings micro-batches to the device.
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
             for. Only a loss over all its representations asks.
     """
@@ -52,6 +54,11 @@ class Parts:
     denominator: Denominator | None = None
     asked_for_denominator: bool = False
     window_samples: int | None = None
+    configuration: str | None = None
+    copies: Copies = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.copies = Copies(self.device)
 
 
 def open_parts(workload: Workload) -> Parts:
@@ -88,13 +95,14 @@ def open_parts(workload: Workload) -> Parts:
         batchnorm=workload.batchnorm,
         on_nonfinite=workload.on_nonfinite,
         norms=norms,
+        configuration=workload.configuration,
     )
 
 
 def forward(parts: Parts, piece: Batch, more: dict[str, Any] | None = None) -> Any:
     """The loss of one piece, checked; `more` are keywords for a model that brings its own."""
     with autocast(parts):
-        batch = tree.to_device(piece, parts.device)
+        batch = parts.copies.bring(piece)
         if parts.encode is not None:
             batch = parts.encode(parts.model, batch)
         return loss_terms.check(parts.loss(parts.model, {**batch, **more} if more else batch))
@@ -109,4 +117,4 @@ def encode(parts: Parts, piece: Batch) -> Any:
     """The representations of one piece."""
     assert parts.encode is not None
     with autocast(parts):
-        return parts.encode(parts.model, tree.to_device(piece, parts.device))
+        return parts.encode(parts.model, parts.copies.bring(piece))

@@ -16,6 +16,7 @@ from .errors import PlanFileError
 from .recording import PHASE_TITLES
 
 SCHEMA_VERSION = 1
+FEWEST_STEPS, FASTEST = OBJECTIVES = ("fewest-steps", "fastest")
 PLAN_AGAIN = "Plan again: autoaccum plan --target-batch N -o plan.json"
 _KIND = "autoaccum plan"
 _REASONS = (  # without these a plan can't explain itself
@@ -101,13 +102,15 @@ class TimedSize:
 
     Attributes:
         micro_batch: The largest micro-batch of the split.
-        step_seconds: Median of the optimizer steps that were timed.
-        windows: How many were.
+        step_seconds: Median of the rounds.
+        windows: How many rounds there were.
+        round_seconds: What each round came to; those of all sizes belong together by their place (times.py).
     """
 
     micro_batch: int
     step_seconds: float
     windows: int
+    round_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,12 @@ class Plan:
         max_micro_batch: The largest micro-batch that was allowed; None where none was named.
         composition: By phase, what lives at its peak, in bytes by category (composition.py); base included.
         timeline: What is alive through a window of at most three of the split's micro-batches (timeline.py).
-        times: Optimizer steps that were timed at other micro-batches, if any.
+        times: Optimizer steps that were timed at this micro-batch and smaller ones, if any; `reasons["times"]` says on
+            what.
+        objective: What was sought: "fewest-steps", or "fastest", the smallest micro-batch that is as fast as any.
         environment: Versions and machine that the plan was made on.
+        configuration: What `autoaccum tune` chose beside the split, by name (tuning/configuration.py); `reasons` has
+            why, and what of it changes numbers. Empty where nothing was tuned.
     """
 
     target_batch: int
@@ -203,7 +210,9 @@ class Plan:
     composition: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     timeline: tuple[TimelinePart, ...] = ()
     times: tuple[TimedSize, ...] = ()
+    objective: str = FEWEST_STEPS
     environment: Mapping[str, str] = field(default_factory=dict)
+    configuration: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -354,6 +363,8 @@ def _contradiction(plan: Plan) -> str | None:
             set(plan.phases) <= set(PHASE_TITLES),
             f"{', '.join(sorted(set(plan.phases) - set(PHASE_TITLES)))}: no phase of a window",
         ),
+        (plan.objective in OBJECTIVES, f"{plan.objective!r} is no objective"),
+        (all(timed.step_seconds > 0 for timed in plan.times), "a timed size of no seconds"),
         (bool(plan.recordings), "it rests on no recording"),
         (all(note.measured_bytes > 0 for note in plan.recordings), "a recording of no bytes"),
         (

@@ -75,10 +75,13 @@ class Heap:
     Attributes:
         taken_bytes: All of it.
         free_bytes: The part that isn't handed out: small blocks fill it before the heap grows.
+        outside_bytes: What the process has committed beside malloc: data of libraries, threads' stacks, the pools
+            that Python keeps for its small objects.
     """
 
     taken_bytes: int = 0
     free_bytes: int = 0
+    outside_bytes: int = 0
 
 
 def read_heap() -> Heap:
@@ -87,7 +90,7 @@ def read_heap() -> Heap:
     if libc is None:
         return Heap()
     info = libc.mallinfo2()
-    return Heap(int(info.arena), int(info.fordblks))
+    return Heap(int(info.arena), int(info.fordblks), committed_bytes() - int(info.arena + info.hblkhd))
 
 
 def in_use_bytes() -> int | None:

@@ -1,8 +1,8 @@
 """What a model or an optimizer does besides, that goes wrong when a window has several micro-batches.
 
-Looked for when a Runner is made, by what is attached to parameters and modules; and once more in its first window of
-several micro-batches, by what that left changed. What would spoil the gradient without a word is refused, what may is
-said.
+Looked for when a Runner is made, by what is attached to parameters and modules and by what their source does; and once
+more in its first window of several micro-batches, by what that left changed. What would spoil the gradient without a
+word is refused, what may is said.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .errors import UsageError
+from .own_counts import own_counts
 from .parts import Parts
 
 _DEPTH = 3  # containers inside of containers that are looked through for an optimizer
@@ -69,27 +70,29 @@ def warnings(parts: Parts, steps: int) -> list[str]:
             "itself. Unless it is linear (a factor, a mask), the sum is not what it would make of the whole. "
             "optimizer.register_step_pre_hook runs once, with the whole gradient."
         )
-    return found
+    found.append(told_of_changes(own_counts(parts.model), parts, steps))
+    return [text for text in found if text]
 
 
-def told_of_changes(changed: Sequence[str], parts: Parts, steps: int) -> str:
-    """What to say of modules that a window left changed: they count, or average, by micro-batch.
+def told_of_changes(changed: Sequence[str], parts: Parts, steps: int, said: Sequence[str] = ()) -> str:
+    """What to say of modules that forwards change: they count, or average, by micro-batch.
 
     Args:
-        changed: Names of what the micro-batches changed, as `Snapshot.differences` gives them.
+        changed: Names of what forwards change: by their source, or as `Snapshot.differences` saw it after a window.
         parts: What is trained.
-        steps: Micro-batches of that window.
+        steps: Micro-batches of a window.
+        said: Names that were told of before.
 
     Returns:
         A warning; empty where only what is known of (batch statistics, power iterations, random states) changed.
     """
     prefixes = [f"{name}." if name else "" for name in (*parts.norms.batch, *parts.norms.instance)]
-    known = {prefix + statistic for prefix in prefixes for statistic in _STATISTICS}
+    known = {prefix + statistic for prefix in prefixes for statistic in _STATISTICS} | set(said)
     spectral = bool(parts.norms.spectral)
     mine = [
         name
-        for name in changed
-        if not name.endswith("RNG") and "RNG of" not in name and name.removeprefix("model.") not in known
+        for name in (each.removeprefix("module attribute ").removeprefix("model.") for each in changed)
+        if not name.endswith("RNG") and "RNG of" not in name and name not in known
         and not (spectral and name.endswith(("._u", "._v", "_u", "_v")))
     ]  # fmt: skip
     if not mine:

@@ -15,6 +15,7 @@ from . import batchnorm, drift, oom, process_memory, refuse, restore, step
 from . import split as cutting
 from .errors import OutOfMemory, UsageError
 from .identity import check_fingerprint, check_signature, fingerprint
+from .own_counts import own_counts
 from .plan import Plan
 from .recheck import counts_differ, recheck
 from .recording import FIRST, LATER, OPTIMIZER, PHASE_TITLES
@@ -82,7 +83,7 @@ class Runner:
         self._names = {"shared": workload.shared, "per_sample": workload.per_sample}
         self._phase, self._begun = "", 0  # of a window: where it is, and its micro-batches so far
         self._max_tokens = workload.max_tokens
-        self._ignored_told = self._changes_looked_at = self._rechecked = False
+        self._ignored_told = self._changes_looked_at = self._rechecked = self._in_window = False
         self._drift = drift.Watch(self.parts.device, plan)
         self._least = max(plan.smallest_micro_batch, batchnorm.least_micro_batch(self.parts.norms, workload.batchnorm))
         if not self.parts.model.training:
@@ -108,8 +109,10 @@ class Runner:
     def _told_of_lengths(self) -> str:
         """Where data is longer than what was planned with: said now, and not in the middle of an epoch."""
         longest = max(self.workload.lengths or [0], default=0)
-        known = max((size for leaf in self.plan.signature for size in leaf.trailing_shape), default=longest)
-        if longest > known:
+        shaped = [leaf for leaf in self.plan.signature if leaf.trailing_shape]
+        tokens = [leaf for leaf in shaped if "int" in leaf.dtype] or shaped
+        known = max((leaf.trailing_shape[0] for leaf in tokens), default=longest)
+        if longest > known:  # planned for other data: fit_plan plans at the longest
             return (
                 f"The longest sample has {longest} by lengths=, and the plan's own has at most {known}. "
                 "Such a micro-batch could need more memory than was planned, and is refused. "
@@ -186,7 +189,8 @@ class Runner:
             before_versions, failure = versions(window), ""
             try:
                 before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
-                result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
+                with self._within_window():
+                    result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not oom.is_out_of_memory(error):
@@ -228,6 +232,14 @@ class Runner:
                 "Give loss= as (sum, count), or count= with what the model averages over."
             )
 
+    @contextlib.contextmanager
+    def _within_window(self) -> Iterator[None]:
+        self._in_window = True
+        try:
+            yield
+        finally:
+            self._in_window = False
+
     def _in_phase(self, name: str) -> AbstractContextManager[Any]:
         self._phase = name
         self._begun += name in (FIRST, LATER)
@@ -242,7 +254,8 @@ class Runner:
         if self._changes_looked_at or len(window.pieces) < 2:
             return
         self._changes_looked_at = True
-        told = refuse.told_of_changes(before.differences(), self.parts, len(window.pieces))
+        said = own_counts(self.parts.model)  # when the Runner was made
+        told = refuse.told_of_changes(before.differences(), self.parts, len(window.pieces), said)
         if told:
             log.warning("%s", told)
 
@@ -251,6 +264,7 @@ class Runner:
         where = PHASE_TITLES.get(self._phase, "pass that counts")
         self._refuse_to_repeat(where, failure)
         self._drop_gradients()
+        self.parts.copies.let_go()
         if before is not None:
             before.restore()
         oom.collect()
@@ -304,7 +318,17 @@ class Runner:
         return recut(window, self._split, self.micro_batch, self._names, joins=self._least > 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training changes, between windows: for a checkpoint."""
+        """All that training changes, between windows: for a checkpoint.
+
+        Raises:
+            UsageError: It is called in the middle of a window, by its loss or a hook: it doesn't hold gradients.
+        """
+        if self._in_window:
+            raise UsageError(
+                "A checkpoint in the middle of a window would lose the gradients that have added up.",
+                "Only whole windows can be gone on from.",
+                "Take it between windows: in the loop over Runner.epoch(), or in between=.",
+            )
         parts = self.parts
         return {
             "model": parts.model.state_dict(),

@@ -21,7 +21,7 @@ from .parts import Parts, autocast, encode, forward, open_parts
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER
 from .workload import Batch
 
-__all__ = ["OnPhase", "Parts", "WindowResult", "open_parts", "run_between", "train_window"]
+__all__ = ["OnPhase", "Parts", "WindowResult", "forward", "open_parts", "run_between", "train_window"]
 
 OnPhase = Callable[[str], AbstractContextManager[Any]]
 
@@ -80,6 +80,7 @@ def train_window(
                 cache.after.restore()
         assert window_loss is not None
         with phase(OPTIMIZER):
+            parts.copies.let_go()
             counts_nothing = total is not None and not bool(total)
             grad_norm, stepped = optimizer_step(parts, half, counts_nothing=counts_nothing)
     return WindowResult(window_loss, samples, grad_norm, stepped)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .child import Say
 from .errors import UsageError
-from .plan import Plan
+from .plan import FEWEST_STEPS, Plan
 from .process_memory import limit_data
 from .units import show_bytes
 
@@ -24,6 +24,8 @@ def plan(
     malloc: str,
     device: str = "cpu",
     gpu: str | None = None,
+    objective: str = FEWEST_STEPS,
+    timing_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Plans a workload; returns the plan's JSON."""
     say({"say": "loading torch and the workload"})
@@ -33,6 +35,8 @@ def plan(
         "max_micro_batch": max_micro_batch,
         "verify": verify,
         "progress": lambda text: say({"say": text}),
+        "objective": objective,
+        "timing_seconds": timing_seconds,
     }
     if device == "cuda":
         from .gpus import find_gpu
@@ -72,6 +76,10 @@ def run(
     else:
         limit_data(read.budget.bytes)
         say({"say": f"limited to {show_bytes(read.budget.bytes)}"})
+    if read.configuration:
+        from .tuning.apply import configure
+
+        workload = configure(workload, read)
     return train(
         workload,
         read,
@@ -108,4 +116,43 @@ def doctor(*, say: Say) -> dict[str, Any]:
     return torch_facts()
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "run": run, "check": check, "doctor": doctor}
+def bench(*, say: Say, **asked: Any) -> dict[str, Any]:
+    """Trains one candidate of a comparison for a few windows."""
+    say({"say": "loading torch and the workload"})
+    from .bench.trial import run
+
+    return run(say=say, **asked)
+
+
+def tune(*, say: Say, **asked: Any) -> dict[str, Any]:
+    """Searches configurations; returns what was found, as JSON."""
+    say({"say": "loading torch and the workload"})
+    from .tuning.session import tune
+
+    return tune(say=say, **asked)
+
+
+def tuning_record(*, say: Say, **asked: Any) -> dict[str, Any]:
+    """Records one configuration; returns what it takes at every micro-batch."""
+    from .tuning.tasks import record
+
+    return record(say=say, **asked)
+
+
+def tuning_plan(*, say: Say, **asked: Any) -> dict[str, Any]:
+    """Plans a tuned workload; returns the plan's JSON."""
+    from .tuning.tasks import plan
+
+    return plan(say=say, **asked)
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "plan": plan,
+    "run": run,
+    "check": check,
+    "doctor": doctor,
+    "bench": bench,
+    "tune": tune,
+    "tuning_record": tuning_record,
+    "tuning_plan": tuning_plan,
+}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from . import batchnorm
 from . import split as cutting
 from .errors import UsageError
+from .plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from .solve import share_of
 from .workload import Workload
 
@@ -25,7 +27,10 @@ class Wish:
         headroom: How much of it to keep free.
         least: The smallest micro-batch allowed.
         most: The largest.
+        objective: "fewest-steps" or "fastest".
+        timing_seconds: How long smaller micro-batches may be timed; None for a part of planning.
         histories: The processes that the plan has to hold in: a "fresh" one, this one as it is now ("here"), or both.
+        sizes: Micro-batches that the plan's table of peaks has to have.
     """
 
     target_batch: int | None
@@ -36,6 +41,9 @@ class Wish:
     least: int
     most: int
     histories: tuple[str, ...] = ("fresh", "here")
+    objective: str = FEWEST_STEPS
+    timing_seconds: float | None = None
+    sizes: tuple[int, ...] = ()
 
 
 def read_wish(
@@ -85,3 +93,27 @@ def read_wish(
 
 def _sample_size(workload: Workload) -> int:
     return cutting.batch_size(workload.sample, shared=workload.shared, per_sample=workload.per_sample)
+
+
+def with_objective(wish: Wish, objective: str, timing_seconds: float | None, *, verify: bool, virtual: bool) -> Wish:
+    """The wish with what is sought by time.
+
+    Raises:
+        UsageError: There is no such objective, or no time can be measured for it.
+    """
+    if objective not in OBJECTIVES:
+        raise UsageError(f"objective {objective!r} is not known.", hint=f"Use {' or '.join(OBJECTIVES)}.")
+    if timing_seconds is not None and not 0 <= timing_seconds < math.inf:
+        raise UsageError(f"Timing for {timing_seconds} s can't be.", hint="Give a number of seconds; 0 for no timing.")
+    lacking = (
+        (virtual, "A virtual GPU computes nothing, so no time can be measured on it."),
+        (not verify, "Nothing is run for real without verifying."),
+        (timing_seconds == 0, "Timing was switched off."),
+        (wish.samples is None, "Without a target, steps of different micro-batches aren't of the same samples."),
+    )
+    why = next((text for lacks, text in lacking if lacks), None)
+    if objective == FASTEST and why is not None:
+        raise UsageError(
+            "The fastest micro-batch can't be found: no times.", why, "Plan with --target-batch N on a real device."
+        )
+    return replace(wish, objective=objective, timing_seconds=timing_seconds)

@@ -30,7 +30,7 @@ class Workload:
     Attributes:
         model: The module to train, on the device where it is to be trained.
         sample: One small batch of real data, a pytree of tensors with the samples in dimension 0.
-            Sequences should have the longest length that training will see: memory follows it.
+            Sequences should have the longest length that training will see: memory follows it (or give `lengths`).
         loss: `loss(model, batch)`, returning the mean over the batch as a scalar, or `(sum, count)`, or
             `LossTerms(sum, count, extra)` where something is added that belongs to the window once: a penalty on the
             weights, a mixture of experts' auxiliary loss. Left out: `model(**batch).loss` for mappings, cross-entropy
@@ -58,10 +58,12 @@ class Workload:
         per_sample: Names of what has a row for each sample, where that isn't plain.
         loader: Where training data comes from: a DataLoader, an iterable of batches, or a function that makes one.
             Planning never touches it; `autoaccum run` reads it.
-        lengths: For sequences from a map-style loader: the length of each sample of its data set. A window's samples
-            then come longest first, so that each micro-batch is padded little; its gradient is the same.
+        lengths: For sequences from a map-style loader: the length of each sample of its data set, in what the batch's
+            dimension 1 counts. A window's samples then come longest first, so that each micro-batch is padded little;
+            its gradient is the same. Planning lengthens a shorter sample to the longest.
         max_tokens: With lengths: the most tokens in a micro-batch, padding included, as well as its most samples.
         name: What to call this workload in a plan.
+        configuration: What `autoaccum.configure` made of it, in words; part of a plan's fingerprint.
     """
 
     model: nn.Module
@@ -83,6 +85,7 @@ class Workload:
     lengths: Sequence[int] | None = field(default=None, kw_only=True)
     max_tokens: int | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)
+    configuration: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.precision is not None and self.precision not in PRECISIONS:

@@ -6,8 +6,8 @@ grow). `Truth.window` says what it allocates, without the package's own `window`
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
 from autoaccum.size_rules import Rule
 
 PRIMES = (5, 7, 11, 13)
-RECORDED = Path(__file__).parent / "data" / "recorded_programs.json.gz"
+RECORDED = Path(__file__).parent / "data" / "recorded_programs.json.xz"
 Traced = tuple[str, int]  # a phase's name, and bytes: > 0 allocated, < 0 freed
 
 
@@ -175,9 +175,9 @@ class Recorded:
     recordings: tuple[Recording, ...]
 
 
-def recorded_programs() -> list[Recorded]:
-    """The recordings of real torch models."""
-    found = json.loads(gzip.decompress(RECORDED.read_bytes()))
+def recorded_programs(most: int = 20) -> list[Recorded]:
+    """The recordings of real torch models, the first `most` of 200."""
+    found = json.loads(lzma.decompress(RECORDED.read_bytes()))[:most]
     return [
         Recorded(
             entry["name"],
@@ -279,8 +279,10 @@ def made_up_plan(**changes: Any) -> Plan:
             TimelinePart("first", 52, 4, (10 * mib, 1400 * mib)),
             TimelinePart("optimizer", 51, 2, (590 * mib,)),
         ),
-        "times": (TimedSize(26, 1.51, 30), TimedSize(52, 1.5, 30)),
+        "times": (TimedSize(26, 1.51, 3, (1.5, 1.51, 1.52)), TimedSize(52, 1.5, 3, (1.4, 1.5, 1.6))),
+        "objective": "fastest",
         "environment": {"python": "3.11.7"},
+        "configuration": {"precision": "bf16", "checkpointing": 2, "channels_last": False, "loader_workers": None},
         "schema_version": 1,
     }
     return Plan(**(fields | changes))

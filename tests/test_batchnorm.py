@@ -213,6 +213,22 @@ def test_batch_statistics_are_said_aloud_by_name(caplog: pytest.LogCaptureFixtur
     assert not caplog.text
 
 
+def test_what_becomes_of_instance_and_synchronized_normalization_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    def instance() -> nn.Module:
+        return normed(nn.InstanceNorm1d(8, track_running_stats=True))
+
+    for how in (None, "frozen"):
+        runner_for(Workload(instance(), vectors(4), batchnorm=how), 16, 4)
+        assert "Instance normalization (1) is exact in its gradient, but its running statistics" in caplog.text
+        caplog.clear()
+    runner_for(Workload(instance(), vectors(4), batchnorm="merged"), 16, 4)
+    runner_for(Workload(instance(), vectors(4)), 16, 16)
+    runner_for(Workload(normed(nn.InstanceNorm1d(8)), vectors(4)), 16, 4)  # nothing runs
+    assert not caplog.text
+    runner_for(Workload(normed(nn.SyncBatchNorm(8)), vectors(4)), 16, 4)
+    assert "(1) takes the statistics of micro-batches" in caplog.text and "over ranks, not over time" in caplog.text
+
+
 @pytest.mark.parametrize("how", [None, "merged"])
 def test_no_micro_batch_of_one_sample_where_batch_statistics_are_taken(how: str | None) -> None:
     model = normed(nn.BatchNorm1d(8))

@@ -22,7 +22,7 @@ from helpers_train import (
 )
 from torch import nn
 
-from autoaccum import UsageError, Workload
+from autoaccum import Plan, Runner, UsageError, Workload, cpu, fit_plan
 from autoaccum.record_cpu import record
 from autoaccum.recording import FIRST, LATER, live_peak
 from autoaccum.rng import put_rng, same_state, take_rng
@@ -310,3 +310,28 @@ def test_a_mixture_of_experts_auxiliary_loss_is_exact_over_router_logits() -> No
     train_window(parts, list(cut(batch, (3, 3, 2))), (3, 3, 2))
     want = [torch.zeros_like(p) if p.grad is None else p.grad for p in twin.parameters()]
     assert distance(parts.optimizer.seen[-1], want) <= 1e-5  # type: ignore[attr-defined]
+
+
+def test_all_representations_are_in_the_plans_prediction() -> None:
+    """They take what the window has, not what a micro-batch has: predicted from short windows, held to a whole one."""
+
+    def loss(model: nn.Module, z: torch.Tensor) -> torch.Tensor:
+        return (z - z.mean(0)).square().mean()
+
+    def planned(samples: int) -> tuple[Workload, Plan]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 1024), nn.Dropout(0.3))
+        work = Workload(model, vectors(4, torch.float32), encode=lambda m, b: m(b[0]), loss=loss)
+        how = {"target_batch": samples, "max_micro_batch": 256, "check": False, "elsewhere": True}
+        return work, fit_plan(work, **how, verify=False)
+
+    work, plan = planned(4096)
+    runner = Runner(work, plan)
+    runner.step(vectors(256, torch.float32))
+    measured = cpu.measure(lambda: runner.step(vectors(4096, torch.float32)))
+    increment = plan.predicted_peak_bytes - plan.base_bytes
+    state = sum(v.nbytes for s in runner.parts.optimizer.state.values() for v in s.values())
+    assert abs(increment / (measured.increment_bytes + state) - 1) < 0.03
+    _, short = planned(1024)
+    representations = (4096 - 1024) * 1024 * 4
+    assert increment - (short.predicted_peak_bytes - short.base_bytes) > 2 * representations  # and their gradient

@@ -313,4 +313,9 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         ],
         "report": ["--force", "--output"],
         "run": ["--checkpoint", "--checkpoint-seconds", "--epochs", "--json", "--steps"],
+        "tune": [
+            "--device", "--force", "--gpu", "--headroom", "--json", "--malloc", "--memory", "--output", "--pareto",
+            "--sampler", "--seed", "--study", "--target-batch", "--timeout", "--trials", "--vary", "--workers",
+            "--workload",
+        ],
     }  # fmt: skip

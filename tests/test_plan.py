@@ -324,9 +324,12 @@ def test_the_public_names_are_these_and_each_can_be_imported() -> None:
         "PlanMismatch",
         "RestoreError",
         "Runner",
+        "SearchSpace",
         "UsageError",
         "Workload",
+        "configure",
         "fit_plan",
+        "tune",
     ]
     for name in autoaccum.__all__:
         assert getattr(autoaccum, name).__name__ == name

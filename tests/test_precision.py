@@ -10,7 +10,7 @@ import torch
 from helpers_train import Capture, cut, distance, gradients, mlp, one_thread, runner_for, vectors  # noqa: F401
 from torch import nn
 
-from autoaccum import NotFinite, Workload
+from autoaccum import NotFinite, Workload, fit_plan
 from autoaccum.precision import half_parameters, narrow, wide_gradients
 from autoaccum.record_cpu import record
 from autoaccum.recording import LATER, OPTIMIZER, live_peak
@@ -198,3 +198,19 @@ def test_a_gradient_that_is_not_finite_leaves_half_precision_parameters_alone(dt
         assert not runner.step(batch).stepped
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert all(p.grad_dtype == dtype and p.grad is None for p in model.parameters())
+
+
+def test_the_memory_of_fp32_gradients_is_in_the_plans_prediction() -> None:
+    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in range(4)])
+    gradients_in_fp32 = 4 * sum(p.numel() for p in model.parameters())
+
+    def loss(m: nn.Module, b: Any) -> torch.Tensor:
+        return m(b).float().square().mean()
+
+    sample = torch.ones(2, 2048, dtype=torch.bfloat16)
+    work = Workload(model, sample, loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    plan = fit_plan(work, target_batch=9, max_micro_batch=3, check=False, elsewhere=True)
+    assert plan.measured_peak_bytes is not None
+    predicted, measured = (peak - plan.base_bytes for peak in (plan.predicted_peak_bytes, plan.measured_peak_bytes))
+    assert abs(predicted / measured - 1) < 0.05
+    assert plan.phases[LATER] - plan.base_bytes > gradients_in_fp32  # in half precision it would be half of that

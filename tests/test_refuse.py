@@ -26,6 +26,8 @@ from helpers_train import (
 from torch import nn
 
 from autoaccum import OutOfMemory, Runner, UsageError, Workload, refuse
+from autoaccum.exact import check
+from autoaccum.own_counts import own_counts
 from autoaccum.step import open_parts
 from autoaccum.workload import default_loss
 
@@ -188,30 +190,95 @@ def test_hooks_on_gradients_are_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "clamps on 0.weight runs on every micro-batch's gradient by itself" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["buffer", "attribute"])
-def test_a_module_that_counts_its_own_steps_is_named_once(how: str, caplog: pytest.LogCaptureFixture) -> None:
-    class WarmUp(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-            self.calls = 0
+class Counts(nn.Module):
+    """Counts its forwards, in one of several ways."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if how == "buffer":
-                self.num_updates += 1
-            else:
-                self.calls += 1
-            return x
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("queue", torch.zeros(3))
+        self.register_buffer("scale", torch.ones(()))
 
-    model = nn.Sequential(mlp(), WarmUp())
-    runner = runner_for(Workload(model, vectors(2), optimizer=Capture), 16, 4)
-    runner.step(vectors(4))  # one micro-batch: one step, one count
-    assert not caplog.text
+
+class ByBuffer(Counts):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_updates += 1
+        self.scale = self.scale.to(x.dtype)
+        return x * self.scale
+
+
+class ByAttribute(Counts):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + 1
+        return x
+
+
+class ByMethod(Counts):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.moved(x)
+
+    def moved(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.num_updates.add_(1)
+        return x
+
+
+class ByElement(Counts):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.queue[0] = x.detach().mean()
+        return x
+
+
+class Hidden(Counts):
+    """What its source doesn't show."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        setattr(self, "calls", getattr(self, "calls") + 1)  # noqa: B009, B010
+        return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "at"),
+    [
+        (ByBuffer, "1.num_updates", "made"),
+        (ByAttribute, "1.calls", "made"),
+        (ByMethod, "1.num_updates", "made"),
+        (ByElement, "1.queue", "made"),
+        (Hidden, "1.calls", "trained"),
+    ],
+)
+def test_a_module_that_counts_its_own_steps_is_named_once(
+    kind: type[Counts], named: str, at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(mlp(), kind())
+    work = Workload(model, vectors(2), optimizer=Capture)
+    runner_for(work, 16, 16)
+    assert not caplog.text  # one micro-batch: one step, one count
+    runner = runner_for(work, 16, 4)
+    assert (f"The forward changes {named}: 4 times a window, not once" in caplog.text) == (at == "made")
+    assert ("in between=" in caplog.text) == (at == "made")  # what to do
+    runner.step(vectors(4))
+    assert caplog.text.count("The forward changes") == (at == "made")
     runner.step(vectors(16))
     runner.step(vectors(16))
-    named = {"buffer": "1.num_updates", "attribute": "1.calls"}[how]
     assert caplog.text.count("The forward changes") == 1
-    assert named in caplog.text and "4 times a window" in caplog.text
+    assert f"The forward changes {named}: 4 times a window" in caplog.text
+
+
+def test_models_that_count_nothing_are_not_named() -> None:
+    transformers = pytest.importorskip("transformers")
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        models = [
+            torchvision.models.resnet18(),
+            torchvision.models.swin_t(),
+            transformers.BertForMaskedLM(transformers.BertConfig(num_hidden_layers=1)),
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1)),
+            transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1)),
+            transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=1)),
+        ]
+    assert [own_counts(model) for model in models] == [[]] * len(models)
 
 
 def test_what_is_known_of_is_not_named_as_counting(caplog: pytest.LogCaptureFixture) -> None:
@@ -323,6 +390,34 @@ def test_tied_parameters_work() -> None:
     runner.step(batch)
     assert distance(seen(runner)[-1], want) <= FP64
     assert model.out.weight is model.embedding.weight
+
+
+class LowRank(nn.Module):
+    """A frozen layer and what is trained beside it, as LoRA does it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(2, layer.in_features).double())
+        self.up = nn.Parameter(torch.randn(layer.out_features, 2).double())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+def test_adapters_beside_frozen_layers_work() -> None:
+    model = mlp()
+    for index in (0, 2, 4):
+        model[index] = LowRank(model[index])
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    before, want = copy.deepcopy(frozen), gradients(model, default_loss, vectors(16))
+    work = Workload(model, vectors(2), optimizer=Capture)
+    runner = runner_for(work, 16, 5)
+    runner.step(vectors(16))
+    assert len(seen(runner)[-1]) == len(want) == 6
+    assert distance(seen(runner)[-1], want) <= FP64
+    assert all(torch.equal(*pair) and pair[0].grad is None for pair in zip(frozen, before, strict=True))
+    assert check(work).kind == "exact"
 
 
 def test_peft_works() -> None:

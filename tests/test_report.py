@@ -30,7 +30,6 @@ from autoaccum.program import lift, window
 from autoaccum.recording import Phase
 from autoaccum.report import frames, render, what_if
 from autoaccum.report.kinds import Kind, measured
-from autoaccum.report.knee import knee
 from autoaccum.solve import CAPACITY_MARGIN, balanced, smallest_steps
 
 MIB = 2**20
@@ -102,12 +101,16 @@ def test_measured_figures_are_marked_by_the_device(changes: dict[str, Any], kind
     assert not any(other in page.split("<footer>")[0] for other in others)
 
 
-def test_the_knee_is_the_smallest_size_within_a_percent_of_the_fastest() -> None:
-    times = [TimedSize(n, s, 30) for n, s in ((8, 2.0), (16, 1.02), (32, 1.009), (64, 1.0), (128, 1.3))]
-    assert knee(times) == times[2] and knee([]) is None
-    told = render(a_plan(times=tuple(times)), ".html")
-    assert "Micro-batches of 32 are within 1 % of the fastest" in told and "free 224.0 MiB against 64" in told
-    assert 'id="times-plot"' in told and 'id="times-plot"' not in render(a_plan(times=()), ".html")
+def test_the_page_draws_each_size_with_its_range_and_tells_the_knee() -> None:
+    seconds = {8: 2.0, 16: 1.02, 32: 1.001, 64: 1.0}
+    times = tuple(TimedSize(n, s, 9, tuple(s * (1 + i / 10000) for i in range(9))) for n, s in seconds.items())
+    plan = a_plan(times=times, virtual=False)
+    page, text = render(plan, ".html"), render(plan, ".md")
+    for told in (page, text):
+        assert "32 is the smallest micro-batch within 1 % of the fastest, 64" in told and "free 224.0 MiB" in told
+    assert page.count('<i class="range"') == 4 and page.count('class="point knee"') == 1
+    assert list(frames(plan)["times"]["is_knee"]) == [False, False, True, False]
+    assert 'id="times-plot"' in page and 'id="times-plot"' not in render(a_plan(times=()), ".html")
 
 
 # Answers from the table.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Truth, random_truth, recorded_programs, truths
+from strategies import Recorded, Truth, random_truth, recorded_programs, truths
 
 from autoaccum.allocator import CpuRules, replay
 from autoaccum.program import StepProgram, lift, window
@@ -15,7 +16,7 @@ from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
 from autoaccum.size_rules import Rule
 from autoaccum.solve import balanced, largest_micro_batch, share_of, smallest_steps, split_within
 
-RECORDED = recorded_programs()
+RECORDED = recorded_programs(200)
 RULES = (CpuRules(None), CpuRules(4096))
 Fits = Callable[[tuple[int, ...]], bool]
 
@@ -120,10 +121,14 @@ def test_the_solver_equals_brute_force_on_a_thousand_generated_programs(seed: in
         solved_like_brute_force(rng, program, samples, budget, rules)
 
 
-@pytest.mark.parametrize("number", range(20))
-def test_the_solver_equals_brute_force_on_a_recorded_program_at_ten_budgets(number: int) -> None:
-    recorded = RECORDED[number]
-    program, samples, rules = lift(recorded.recordings, recorded.prelude), 18, CpuRules(131072)
+@pytest.mark.parametrize("decade", range(20))
+def test_the_solver_equals_brute_force_on_200_recorded_programs_at_ten_budgets(decade: int) -> None:
+    for recorded in RECORDED[10 * decade : 10 * decade + 10]:
+        solved_like_brute_force_at_ten_budgets(recorded)
+
+
+def solved_like_brute_force_at_ten_budgets(recorded: Recorded) -> None:
+    program, samples, rules = lift(recorded.recordings, recorded.prelude), 12, CpuRules(131072)
     prelude = Phase("prelude", recorded.prelude)
     peaks = {
         by_hand(samples, k): replay([prelude, *window(program, by_hand(samples, k))], rules).peak_bytes
@@ -131,11 +136,13 @@ def test_the_solver_equals_brute_force_on_a_recorded_program_at_ten_budgets(numb
     }
     low, high = min(peaks.values()), max(peaks.values())
     steps = set()
+
+    @functools.cache
+    def floor(n: int) -> int:
+        return live_peak([prelude, *window(program, (n,))])
+
     for i in range(10):
         budget = low + (high - low) * i // 9 - (i == 0)
-
-        def floor(n: int) -> int:
-            return live_peak([prelude, *window(program, (n,))])
 
         def fits(split: tuple[int, ...], budget: int = budget) -> bool:
             return peaks[split] <= budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autoaccum import UsageError, Workload
+from autoaccum import Runner, UsageError, Workload, fit_plan, tree
+from autoaccum.lengthen import at_longest
 from autoaccum.tokens import longest_first, padded_tokens, split_by_tokens
 
 LENGTHS = [int(n) for n in torch.randn(48, generator=torch.Generator().manual_seed(0)).exp().mul(6).clamp(1, 50)]
@@ -151,3 +153,61 @@ def test_lengths_need_a_map_style_loader_and_a_budget_needs_lengths() -> None:
         list(runner.epoch([pad(samples)]))
     with pytest.raises(UsageError, match="max_tokens"):
         Workload(tagger(), pad(samples), max_tokens=100)
+
+
+# --- planned at the longest ----------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_made_at_the_longest_that_the_data_has() -> None:
+    """The first batch is seldom the longest: planned by it, the longest would run out of memory in mid-epoch."""
+    samples = [sequence(length, seed=i) for i, length in enumerate([8] * 15 + [50])]
+    given = Workload(
+        tagger(), pad(samples[:3]), loss=token_sum, count=token_count, optimizer=Capture,
+        lengths=[len(each["ids"]) for each in samples],
+    )  # fmt: skip
+    plan = fit_plan(given, target_batch=16, max_micro_batch=6, verify=False, budget="4GiB")
+    longest = replace(given, sample=pad(samples[13:]), lengths=None)
+    same = fit_plan(longest, target_batch=16, max_micro_batch=6, verify=False, budget="4GiB")
+    assert (
+        [leaf.trailing_shape for leaf in plan.signature] == [(50,), (50,)] == [s.trailing_shape for s in same.signature]
+    )
+    assert [row.later_bytes for row in plan.peaks] == [row.later_bytes for row in same.peaks]
+    assert any("The sample has 8 positions, the longest by lengths= has 50" in note for note in plan.notes)
+    assert not any("positions" in note for note in same.notes)
+    runner = Runner(given, plan)
+    (result,) = runner.epoch(DataLoader(Rows(samples), batch_size=4, collate_fn=pad))
+    assert result.split == (6, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("sample", "shapes"),
+    [
+        (torch.ones(3, 8, dtype=torch.long), {"batch": (3, 20)}),
+        (
+            {"ids": torch.ones(3, 8).long(), "x": torch.ones(3, 8, 32)},
+            {"batch['ids']": (3, 20), "batch['x']": (3, 20, 32)},
+        ),
+        ((torch.ones(3, 8, 16), torch.ones(3).long()), {"batch[0]": (3, 20, 16), "batch[1]": (3,)}),
+        ((torch.ones(3, 20, 16), torch.ones(3).long()), {"batch[0]": (3, 20, 16), "batch[1]": (3,)}),
+        ((torch.ones(3, 4, 20), torch.ones(3, 20).long()), {"batch[0]": (3, 4, 20), "batch[1]": (3, 20)}),
+    ],
+    ids=["ids", "features beside", "features alone", "long enough", "channels first"],
+)  # fmt: skip
+def test_a_sample_is_lengthened_along_its_positions(sample: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    made, told = at_longest(Workload(tagger(), sample, lengths=[3, 20, 5]))
+    assert {path: tuple(leaf.shape) for path, leaf in tree.leaves(made)} == shapes
+    assert ("planned at 20" in told) == (made is not sample)
+    assert at_longest(Workload(tagger(), sample)) == (sample, "")
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"ids": torch.ones(3, 8).long(), "labels": torch.ones(3, 6).long()},
+        {"ids": torch.ones(3, 8).long(), "pairs": torch.ones(3, 8, 8, dtype=torch.bool)},
+    ],
+    ids=["two lengths", "pairs"],
+)
+def test_a_sample_that_cannot_be_lengthened_is_asked_for(sample: Any) -> None:
+    with pytest.raises(UsageError, match="Give a sample with 20 positions"):
+        fit_plan(Workload(tagger(), sample, lengths=[3, 20, 5]), target_batch=4)

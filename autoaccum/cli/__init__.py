@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ..errors import AutoaccumError
-from . import check, doctor, explain, plan, report, run
+from . import bench, check, doctor, explain, plan, report, run, tune
 from .terminal import show_error
 
 app = typer.Typer(
@@ -25,7 +25,9 @@ app.command("plan")(plan.plan)
 app.command("run")(run.run)
 app.command("check")(check.check)
 app.command("explain")(explain.explain)
+app.command("tune")(tune.tune)
 app.command("report")(report.report)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import typer
 
 from ..errors import UsageError
+from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..units import parse_bytes
 from ..workloads import BUILT_IN, DEFAULT
-
-ANY_AMOUNT_BYTES = 1 << 41  # more than any one GPU has
 
 
 def plan(
@@ -24,15 +23,22 @@ def plan(
     max_micro_batch: int = typer.Option(None, help="The largest micro-batch allowed."),
     malloc: str = typer.Option("fixed", help="fixed: predictable memory; default: faster, with a quarter kept free."),
     verify: bool = typer.Option(True, help="Run the plan's window for real."),
+    objective: str = typer.Option(
+        FEWEST_STEPS,
+        help="fewest-steps: the largest micro-batches; fastest: the smallest within 1 % of the fastest step.",
+    ),
+    timing: float = typer.Option(None, help="Seconds to time smaller micro-batches for. Left out: 3 at most, or 30."),
     output: Path = typer.Option(None, "--output", "-o", help="Write the plan to this file, as JSON."),
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
     json: bool = typer.Option(False, "--json", help="Print the plan's JSON alone."),
 ) -> None:
     """Find the fewest accumulation steps that fit, and verify them."""
     _check(target_batch, device, gpu, memory, output, force)
+    _check_times(objective, target_batch, gpu, verify)
     from ..child import call
     from ..plan import Plan
     from ..source import check_source
+    from ..virtual import planning_environment
     from .terminal import progress
 
     check_source(workload)
@@ -46,9 +52,11 @@ def plan(
         "malloc": malloc,
         "device": "cuda" if gpu is not None else device or "cpu",
         "gpu": gpu,
+        "objective": objective,
+        "timing_seconds": timing,
     }
     with progress("planning") as say:
-        found = Plan.from_json(call("plan", arguments, on_message=say, env=_environment(gpu))["plan"])
+        found = Plan.from_json(call("plan", arguments, on_message=say, env=planning_environment(gpu))["plan"])
     if output is not None:
         found.save(output)
         print(f"wrote {output}", file=sys.stderr)
@@ -61,18 +69,6 @@ def plan(
     told = output or "plan.json"
     keep = "" if output is not None else " (keep the plan: -o plan.json)"
     print(f"next        autoaccum run {told}, autoaccum explain {told}{keep}")
-
-
-def _environment(gpu: str | None) -> dict[str, str] | None:
-    """That of a virtual GPU which stands in for the named one, with any amount of memory and no copies."""
-    if gpu is None:
-        return None
-    from dataclasses import replace
-
-    from ..gpus import find_gpu, virtual_settings
-    from ..virtual import environment
-
-    return environment(replace(virtual_settings(find_gpu(gpu)), memory_bytes=ANY_AMOUNT_BYTES, copies="zero"))
 
 
 def _check(
@@ -90,3 +86,15 @@ def _check(
         raise UsageError(f"{output} exists already.", hint="Name another file, or add --force to overwrite it.")
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"There is no folder {output.parent}.", hint="Make it first, or name another file.")
+
+
+def _check_times(objective: str, target_batch: int | None, gpu: str | None, verify: bool) -> None:
+    """What has no times; `wish.with_objective` says the same, after torch was imported."""
+    if objective not in OBJECTIVES:
+        raise UsageError(f"--objective {objective} is not known.", hint=f"Give {' or '.join(OBJECTIVES)}.")
+    if objective == FASTEST and (gpu is not None or target_batch is None or not verify):
+        raise UsageError(
+            "--objective fastest needs times.",
+            "A virtual GPU has none, nothing is run without verifying, and steps are compared at one target.",
+            "autoaccum plan --objective fastest --target-batch 512, without --gpu and --no-verify.",
+        )

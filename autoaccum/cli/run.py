@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,10 +52,19 @@ def run(
         "checkpoint_seconds": checkpoint_seconds,
     }
     with _shown(read, json=json) as say:
-        result = call("run", arguments, on_message=say)
+        result = call("run", arguments, on_message=say, env=_environment(read))
     _tell(result, json=json)
     if result["interrupted"]:
         raise typer.Exit(130)
+
+
+def _environment(plan: Plan) -> dict[str, str] | None:
+    """What a tuned plan needs to be set before torch is loaded; None for nothing."""
+    if not plan.configuration.get("expandable_segments"):
+        return None
+    from ..tuning.configuration import allocator_settings
+
+    return {**os.environ, **allocator_settings(os.environ)}
 
 
 @contextmanager

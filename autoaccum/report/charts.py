@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,12 +23,13 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point, a line across, or a band, in percent of the plot."""
+    """A point, a line across, a band, or a range from `y` up, in percent of the plot."""
 
     name: str
     x: float
     y: float
     label: str = ""
+    height: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,30 @@ def timeline(plan: Plan, rows: Rows) -> Chart | None:
 
 
 def times(rows: Rows) -> Chart | None:
-    """Seconds per optimizer step against micro-batch; None where fewer than two sizes were timed."""
+    """Seconds per optimizer step against micro-batch, with each size's spread; None where fewer than two were timed.
+
+    Sizes double from one to the next, so the axis does too.
+    """
     if len(rows) < 2:
         return None
-    x_most = 1.05 * rows[-1]["micro_batch"]
-    y_most = 1.15 * max(row["step_seconds"] for row in rows)
-    line = [(row["micro_batch"], row["step_seconds"]) for row in rows]
-    marks = tuple(
-        Mark("knee" if row["is_knee"] else "timed", _percent(row["micro_batch"], x_most),
-             _percent(row["step_seconds"], y_most))
-        for row in rows
-    )  # fmt: skip
+    places = [math.log2(row["micro_batch"] / rows[0]["micro_batch"]) for row in rows]
+    x_most = places[-1] + 0.5 + 0.5  # half a doubling free at each side
+    y_most = 1.15 * max(row["high_seconds"] for row in rows)
+    line = [(x + 0.5, row["step_seconds"]) for x, row in zip(places, rows, strict=True)]
+    marks = [
+        mark
+        for (x, seconds), row in zip(line, rows, strict=True)
+        for mark in (
+            Mark("range", _percent(x, x_most), _percent(row["low_seconds"], y_most),
+                 height=_percent(row["high_seconds"] - row["low_seconds"], y_most)),
+            Mark("knee" if row["is_knee"] else "timed", _percent(x, x_most), _percent(seconds, y_most)),
+        )
+    ]  # fmt: skip
+    x_ticks = tuple(
+        Tick(_percent(x, x_most), f"{row['micro_batch']:,}") for (x, _), row in zip(line, rows, strict=True)
+    )
     ticks = tuple(Tick(25 * i, f"{y_most * i / 4:.2g} s") for i in range(5))
-    return Chart(x_most, y_most, {"peak": _path(line, x_most, y_most)}, _number_ticks(x_most), ticks, marks)
+    return Chart(x_most, y_most, {"peak": _path(line, x_most, y_most)}, x_ticks, ticks, tuple(marks))
 
 
 def byte_ticks(most: float) -> tuple[Tick, ...]:

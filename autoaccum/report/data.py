@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..knee import knee
 from ..plan import PeakRow, Plan
 from ..solve import CAPACITY_MARGIN, Split, balanced
 from . import what_if
 from .kinds import Kind, measured
-from .knee import knee
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,8 @@ def frames(plan: Plan) -> dict[str, pd.DataFrame]:
         - `points`: what was recorded or verified (`point`, `micro_batch`, `peak_bytes`, `kind`).
         - `composition`: `phase`, `category`, `bytes`.
         - `timeline`: `part`, `phase`, `micro_batch`, `position` (0 to 1 within the part), `bytes`.
-        - `times`: `micro_batch`, `step_seconds`, `windows`, `is_knee`.
+        - `times`: `micro_batch`, `step_seconds` (the median), `low_seconds` and `high_seconds` (of the rounds),
+          `windows` (how many), `ratio` to the fastest, `ratio_low` and `ratio_high` (95 %), `is_knee`, `may_be_knee`.
         - `plans`: every number of steps for the target that the table knows (`accumulation_steps`, `split`,
           `peak_bytes`, `free_bytes`, `fits`, `passes`, `step_seconds`, `chosen`).
         - `recordings`: `micro_batch`, `passes`, `seconds`, `measured_bytes`, `predicted_bytes`, `error`.
@@ -148,12 +149,18 @@ def _timeline(plan: Plan) -> Rows:
 
 
 def _times(plan: Plan) -> Rows:
-    best = knee(plan.times)
-    return [
-        {"micro_batch": timed.micro_batch, "step_seconds": timed.step_seconds, "windows": timed.windows}
-        | {"is_knee": timed is best, "kind": measured(plan)}
-        for timed in sorted(plan.times, key=lambda timed: timed.micro_batch)
-    ]
+    found, rows = knee(plan.times), []
+    for each in found.compared if found is not None else ():
+        assert found is not None
+        timed = each.timed
+        rounds = timed.round_seconds or (timed.step_seconds,)
+        rows.append(
+            {"micro_batch": timed.micro_batch, "step_seconds": timed.step_seconds, "low_seconds": min(rounds)}
+            | {"high_seconds": max(rounds), "windows": timed.windows, "ratio": each.ratio, "ratio_low": each.low}
+            | {"ratio_high": each.high, "is_knee": timed is found.timed, "kind": measured(plan)}
+            | {"may_be_knee": timed.micro_batch in found.candidates}
+        )
+    return rows
 
 
 def _plans(plan: Plan) -> Rows:

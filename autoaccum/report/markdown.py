@@ -20,15 +20,17 @@ def render(plan: Plan) -> str:
     figures = [
         [row["figure"], _told(row["value"], row["unit"]), row["kind"].value, row["why"]] for row in data["figures"]
     ]
-    parts.append(_table(["figure", "value", "kind", "why"], figures))
+    parts.append(table(["figure", "value", "kind", "why"], figures))
     parts += [escape(words.fewer(plan)), escape(words.bytes_note(plan))]
     if data["composition"]:
         parts += ["## What lives at the peak (predicted)", _composition(plan)]
     parts += ["## Time per optimizer step", escape(words.knee_told(plan))]
+    if data["times"]:
+        parts.append(_times(data["times"]))
     if data["plans"]:
         parts += [f"## Plans for {plan.target_batch:,} samples (predicted)", _plans(around_chosen(data["plans"]))]
     budget = [[row["limit"], show_bytes(row["bytes"]), row["why"]] for row in data["budget"]]
-    parts += ["## Budget (given)", _table(["limit", "size", "why"], budget)]
+    parts += ["## Budget (given)", table(["limit", "size", "why"], budget)]
     recordings = [
         [
             row["micro_batch"],
@@ -38,9 +40,9 @@ def render(plan: Plan) -> str:
         ]
         for row in data["recordings"]
     ]
-    parts += ["## Recordings", _table(["samples", "recorded", "predicted before", "kind"], recordings)]
+    parts += ["## Recordings", table(["samples", "recorded", "predicted before", "kind"], recordings)]
     facts = [[row["name"], row["value"]] for row in data["environment"]]
-    parts += ["## Environment", _table(["name", "value"], [*facts, ["exactness", plan.exactness]])]
+    parts += ["## Environment", table(["name", "value"], [*facts, ["exactness", plan.exactness]])]
     if plan.notes:
         parts += ["## Notes", "\n".join(f"- {escape(note)}" for note in plan.notes)]
     return "\n\n".join(parts) + "\n"
@@ -58,7 +60,16 @@ def _composition(plan: Plan) -> str:
         for name in names
     ]
     rows.append(["in all", *(show_bytes(sum(parts.values())) for parts in plan.composition.values())])
-    return _table(["held by", *map(words.phase, plan.composition)], rows)
+    return table(["held by", *map(words.phase, plan.composition)], rows)
+
+
+def _times(rows: Rows) -> str:
+    shown = [
+        [row["micro_batch"], f"{row['step_seconds']:.4g}", f"{row['low_seconds']:.4g} to {row['high_seconds']:.4g}",
+         f"{100 * (row['ratio'] - 1):+.1f} %", row["kind"].value]
+        for row in rows
+    ]  # fmt: skip
+    return table(["micro-batch", "seconds per step", "range of the rounds", "over the fastest", "kind"], shown)
 
 
 def _plans(rows: Rows) -> str:
@@ -67,7 +78,7 @@ def _plans(rows: Rows) -> str:
          "chosen" if row["chosen"] else words.number(row["fits"]), words.number(row["step_seconds"])]
         for row in rows
     ]  # fmt: skip
-    return _table(["steps", "micro-batches", "peak", "free", "fits", "seconds"], shown)
+    return table(["steps", "micro-batches", "peak", "free", "fits", "seconds"], shown)
 
 
 def _told(value: object, unit: str) -> str:
@@ -76,6 +87,7 @@ def _told(value: object, unit: str) -> str:
     return f"{words.number(value)} {unit}".strip()
 
 
-def _table(head: list[str], rows: list[list[object]] | list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[object]] | list[list[str]]) -> str:
+    """A table; its cells are escaped."""
     lines = [head, ["---"] * len(head), *([escape(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -31,10 +31,10 @@ def as_csv(plan: Plan) -> str:
     for name, frame in frames(plan).items():
         for index, row in enumerate(frame.to_dict("records")):
             kind = row.pop("kind", "")
-            writer.writerows((name, index, column, _cell(value), kind) for column, value in row.items())
+            writer.writerows((name, index, column, cell(value), kind) for column, value in row.items())
     return out.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
     """Text that a spreadsheet would take for a formula is quoted, so that a name can't run anything there."""
     return "'" + value if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..allocator import MAPPING_OVERHEAD_BYTES, mapping_bytes
 from ..errors import UsageError
-from ..plan import PeakRow, Plan, window_peak_bytes
+from ..plan import FASTEST, PeakRow, Plan, window_peak_bytes
 from ..process_memory import PAGE_BYTES
 from ..solve import CAPACITY_MARGIN, Floor, Split, balanced, share_of, smallest_steps
 from ..units import parse_bytes, parse_part
@@ -131,7 +131,7 @@ def table_of(plan: Plan) -> Table | None:
         sample_bytes=per_sample if plan.data_bytes else 0,
         world_size=plan.world_size,
         least=plan.smallest_micro_batch,
-        most=plan.max_micro_batch,
+        most=plan.micro_batch if plan.objective == FASTEST else plan.max_micro_batch,
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..plan import Plan
+from ..knee import told
+from ..plan import FASTEST, Plan
 from ..recording import PHASE_TITLES
 from ..units import show_bytes
 from .kinds import byte_word, cached_word, measured
-from .knee import knee
 
 NONE = "\u2013"
 
@@ -34,20 +34,14 @@ def answer(plan: Plan) -> str:
 
 def knee_told(plan: Plan) -> str:
     """The time of an optimizer step and where larger micro-batches stop being faster, as far as it was measured."""
-    best = knee(plan.times)
-    if best is not None:
-        larger = [row for row in plan.peaks if row.micro_batch == plan.micro_batch]
-        smaller = [row for row in plan.peaks if row.micro_batch == best.micro_batch]
-        told = f"Micro-batches of {best.micro_batch} are within 1 % of the fastest: {best.step_seconds:.3g} s"
-        if larger and smaller and best.micro_batch < plan.micro_batch:
-            freed = larger[0].peak_bytes(2) - smaller[0].peak_bytes(2)
-            return f"{told}, and free {show_bytes(freed)} against {plan.micro_batch}."
-        return f"{told}."
+    found = told(plan)
+    if found is not None:
+        return f"The knee: {found}."
     if plan.window_seconds is None:
         return "No time was measured."
     return (
         f"{plan.window_seconds:.3g} s per optimizer step at the chosen size, reckoned from the verification "
-        f"({measured(plan)}). Other sizes were not timed, so no knee is known."
+        f"({measured(plan)}). Other sizes were {plan.reasons.get('times', 'not timed')}, so no knee is known."
     )
 
 
@@ -61,6 +55,8 @@ def fewer(plan: Plan) -> str:
         return f"{steps} accumulation step{'s' * (steps > 1)} would need micro-batches beyond the table."
     size, total = needed
     over = total - plan.budget.bytes
+    if over <= 0 and plan.objective == FASTEST:
+        return f"{steps} step{'s' * (steps > 1)} would fit too, and the fastest was sought: see the time below."
     left = f"{show_bytes(over)} over the budget" if over > 0 else f"only {show_bytes(-over)} under the budget"
     return (
         f"{steps} step{'s' * (steps > 1)} would need micro-batches of up to {size} and {show_bytes(total)}, {left}; "

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from .build import reason_against
 from .gpu import VirtualGpu
-from .launch import environment, launch
+from .launch import environment, launch, planning_environment
 
-__all__ = ["VirtualGpu", "available", "environment", "launch"]
+__all__ = ["VirtualGpu", "available", "environment", "launch", "planning_environment"]
 
 
 def available() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from dataclasses import dataclass, field
@@ -20,10 +21,16 @@ def note(*words: object) -> None:
         log.write(" ".join(map(str, words)) + "\n")
 
 
-def watch(model: nn.Module) -> None:
+def watch(model: nn.Module) -> nn.Module:
     """Counts the model's passes from now on, those of its copies too, and this process's out-of-memory errors."""
     model.register_forward_pre_hook(_forward)
     model.register_forward_hook(_backward)
+    _watch_memory()
+    return model
+
+
+@functools.cache  # one observer a process, however many models
+def _watch_memory() -> None:
     torch._C._cuda_attach_out_of_memory_observer(_out_of_memory)
 
 
@@ -99,7 +106,8 @@ _marks = 0
 def _mark(tensor: torch.Tensor) -> None:
     global _marks
     _marks += 1
-    tensor.detach().view(-1)[:1].copy_(torch.tensor([float(_marks)], dtype=tensor.dtype))
+    # .data has a version counter of its own: a batch norm's backward refuses statistics that were changed in place
+    tensor.data.view(-1)[:1].copy_(torch.tensor([float(_marks)], dtype=tensor.dtype))
 
 
 @dataclass
@@ -129,8 +137,9 @@ class State:
         return found + [f"{name} RNG" for name in moved]
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> State:
-    """Copies it to the host."""
+def state_of(model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> State:
+    """Copies it to the host; without a model, only the random generators'."""
+    model = model or nn.Module()
     tensors = {f"parameters {name}": p.detach().cpu() for name, p in model.named_parameters()}
     tensors |= {f"buffers {name}": b.detach().cpu() for name, b in model.named_buffers()}
     return State(

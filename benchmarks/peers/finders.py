@@ -1,9 +1,13 @@
-"""The finders, each a function from a job to the batch size it found. The real packages, called as documented."""
+"""The finders, each a function from a job to the batch size it found: the real packages, called as they document.
+
+All are asked for the largest micro-batch that trains in windows of two, since that is what accumulation needs: by
+training functions that accumulate where the caller writes the training, by the finder's own option where it has one. The
+others try what they always try, and the check in a fresh process tells whether that was enough.
+"""
 
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,38 +21,52 @@ from autoaccum import Workload, step
 from .accounting import watch
 from .cases import CASES, Case
 
-START = 1024  # for those that have to be told where to begin: a power of two above every answer here
+STEPS = 2  # micro-batches of a window
 WINDOWS = 3  # optimizer steps of a trial, where the caller decides; Lightning's default too
 
 
 @dataclass(frozen=True)
 class Job:
-    """A case, and the model and optimizer that are at stake."""
+    """A case; and where the finder is given a model, that model and its optimizer."""
 
     name: str
     case: Case
-    workload: Workload
-    parts: step.Parts
+    workload: Workload | None
+    parts: step.Parts | None
 
     @property
     def model(self) -> nn.Module:
         """What the finder is given, and may not change."""
+        assert self.workload is not None
         return self.workload.model
 
 
-def train(parts: step.Parts, case: Case, n: int, *, windows: int = WINDOWS, steps: int = 1) -> None:
+def train(parts: step.Parts, case: Case, n: int, windows: int = WINDOWS) -> None:
     """The loop that all callers' functions and all checks share: autoaccum's own."""
     for _ in range(windows):
-        pieces = [case.batch(n) for _ in range(steps)]
-        step.train_window(parts, pieces, (n,) * steps)
+        step.train_window(parts, [case.batch(n) for _ in range(STEPS)], (n,) * STEPS)
 
 
-def autoaccum(job: Job, target_batch: int | None) -> int:
-    """target_batch=None: the micro-batch is the batch. A large target: the largest that accumulates."""
+def train_anew(job: Job, n: int) -> int:
+    """A training function as Accelerate's guide asks for: model and optimizer are made inside, and go with it."""
+    workload = job.case.workload()
+    watch(workload.model)
+    train(step.open_parts(workload), job.case, n)
+    return n
+
+
+# -- autoaccum
+
+
+def autoaccum(job: Job) -> int:
+    """The largest micro-batch that accumulates; a target far above it, as someone who asks for that has."""
     from autoaccum import fit_plan
 
-    plan = fit_plan(job.workload, target_batch=target_batch)
-    return plan.micro_batch if target_batch is None else plan.largest_micro_batch
+    assert job.workload is not None
+    return fit_plan(job.workload, target_batch=4 * job.case.start).largest_micro_batch
+
+
+# -- Lightning: Tuner(trainer).scale_batch_size(model, mode=...)
 
 
 def _lightning_parts(model: nn.Module, case: Case, batch_size: int, **trainer: Any) -> tuple[Any, Any]:
@@ -86,30 +104,34 @@ def _lightning_parts(model: nn.Module, case: Case, batch_size: int, **trainer: A
         max_epochs=1,
         default_root_dir=tempfile.mkdtemp(),
         precision="bf16-mixed" if case.precision == "bf16" else "32-true",  # type: ignore[arg-type]
+        accumulate_grad_batches=STEPS,
         **quiet,
         **trainer,
     )
 
 
 def lightning(job: Job, mode: str, **how: Any) -> int | None:
-    """Lightning's BatchSizeFinder, through its Tuner."""
+    """Lightning's BatchSizeFinder, through its Tuner, with the trainer's own accumulation."""
     from lightning.pytorch.tuner import Tuner
 
     module, trainer = _lightning_parts(job.model, job.case, 2)
     return Tuner(trainer).scale_batch_size(module, mode=mode, steps_per_trial=WINDOWS, **how)
 
 
-def train_by_lightning(model: nn.Module, case: Case, n: int, windows: int, steps: int) -> None:
+def train_by_lightning(model: nn.Module, case: Case, n: int, windows: int) -> None:
     """Lightning's own loop, which keeps other things alive than a plain one."""
-    module, trainer = _lightning_parts(model, case, n, max_steps=windows, accumulate_grad_batches=steps)
+    module, trainer = _lightning_parts(model, case, n, max_steps=windows)
     trainer.fit(module)
 
 
+# -- those that call a training function
+
+
 def accelerate(job: Job, halving: bool) -> int:
-    """The whole training function is called again; it makes its model anew, as the docs ask for."""
+    """The decorator of the guide "Memory utilities"; its reducer takes no arguments, so it remembers the size."""
     from accelerate.utils import find_executable_batch_size
 
-    size = START
+    size = job.case.start
 
     def half() -> int:
         nonlocal size
@@ -118,26 +140,48 @@ def accelerate(job: Job, halving: bool) -> int:
 
     how = {"reduce_batch_size_fn": half} if halving else {}
 
-    @find_executable_batch_size(starting_batch_size=START, **how)
+    @find_executable_batch_size(starting_batch_size=size, **how)
     def run(batch_size: int) -> int:
-        workload = job.case.workload()
-        watch(workload.model)
-        train(step.open_parts(workload), job.case, batch_size)
-        return batch_size
+        return train_anew(job, batch_size)
 
     return int(run())
 
 
 def toma(job: Job) -> int:
-    """toma.simple.batch around a training function."""
-    from toma import simple
+    """The decorator of its README."""
+    from toma import toma as decorators
 
-    def run(batch_size: int) -> int:
-        job.model.zero_grad()  # what a try that failed left behind
-        train(job.parts, job.case, batch_size)
-        return batch_size
+    @decorators.batch(initial_batchsize=job.case.start)
+    def run(batchsize: int) -> int:
+        return train_anew(job, batchsize)
 
-    return int(simple.batch(run, START))
+    return int(run())
+
+
+def batch_probe_function(job: Job, headroom: float) -> int:
+    """`probe`, for "any GPU workload", up to where the others begin."""
+    from batch_probe import probe
+
+    def run(n: int) -> None:
+        train_anew(job, n)
+
+    return int(probe(run, high=job.case.start, headroom=headroom, backend="torch", verbose=False))
+
+
+def autotrainer(job: Job) -> int:
+    """`sample_batch_fn(bs) must run one forward+backward pass`: no optimizer step."""
+    from autotrainer import find_batch_size
+
+    def run(n: int) -> None:
+        inputs, classes = job.case.batch(n, "cuda")
+        logits = Autocast(job.model, job.case.precision)(inputs)
+        nn.functional.cross_entropy(logits.flatten(0, -2), classes.flatten()).backward()
+        job.model.zero_grad()
+
+    return int(find_batch_size(job.model, run))
+
+
+# -- those that call the model
 
 
 class Autocast(nn.Module):
@@ -154,48 +198,32 @@ class Autocast(nn.Module):
             return output
 
 
-def batch_probe(job: Job) -> int:
-    """It calls the model with keywords, takes the mean of the output and steps an AdamW."""
+def batch_probe_model(job: Job, **how: Any) -> int:
+    """`probe_batch_size`: calls the model with keywords, takes the mean of the output and steps an AdamW."""
     from batch_probe import probe_batch_size
 
     model = Autocast(job.model, job.case.precision)
-    return int(probe_batch_size(model, lambda n: {"x": job.case.inputs(n, "cuda")}, verbose=False))
+    return int(probe_batch_size(model, lambda n: {"x": job.case.inputs(n, "cuda")}, verbose=False, **how))
 
 
-def batch_finder_model() -> nn.Module:
-    """What batch-finder makes anew for each trial; at module level, since it is pickled by name."""
-    case = CASES[os.environ["AUTOACCUM_SEARCH_CASE"]]
-    model = case.make()
-    watch(model)
-    return Autocast(model, case.precision)
+def batch_finder_model(name: str) -> nn.Module:
+    """What batch-finder makes anew for each trial; it can be pickled, as it asks for."""
+    case = CASES[name]
+    return Autocast(watch(case.model()), case.precision)
 
 
 def batch_finder(job: Job) -> int | None:
     """It makes the inputs, takes the sum of the output, and runs no optimizer."""
     from batch_finder import find_max_minibatch
 
-    os.environ["AUTOACCUM_SEARCH_CASE"] = job.name
     shape = ", ".join(["b", *map(str, job.case.sample_shape)])
-    kind = "float" if job.case.images else "int"
-    found = find_max_minibatch(batch_finder_model, input_shapes={"x": f"({shape}), {kind}", "#constraints": "b=-1"})
-    return found if isinstance(found, int) else None
+    shapes = {"x": f"({shape}), {'int' if job.case.tokens else 'float'}", "#constraints": "b=-1"}
+    found = find_max_minibatch(functools.partial(batch_finder_model, job.name), input_shapes=shapes)
+    return None if found is None else int(found)
 
 
-def autotrainer(job: Job) -> int:
-    """`sample_batch_fn(bs) must run one forward+backward pass`: no optimizer step."""
-    from autotrainer import find_batch_size
-
-    def run(n: int) -> None:
-        inputs, classes = job.case.batch(n, "cuda")
-        logits = Autocast(job.model, job.case.precision)(inputs)
-        nn.functional.cross_entropy(logits.flatten(0, -2), classes.flatten()).backward()
-        job.model.zero_grad()
-
-    return int(find_batch_size(job.model, run))
-
-
-def ultralytics(job: Job) -> int | None:
-    """For images alone; what it reads off a YOLO model is put beside the model."""
+def ultralytics(job: Job, **how: Any) -> int | None:
+    """Made for its own models of images; what it reads off one of these is put beside the model."""
     from ultralytics.utils.autobatch import check_train_batch_size
 
     if not job.case.images:
@@ -203,29 +231,33 @@ def ultralytics(job: Job) -> int | None:
     model: Any = job.model
     model.yaml, model.stride, model.names = {"channels": 3}, torch.tensor([32.0]), {0: "one"}
     amp = torch.bfloat16 if job.case.precision == "bf16" else False
-    return int(check_train_batch_size(model, imgsz=job.case.sample_shape[-1], amp=amp))
+    return int(check_train_batch_size(model, imgsz=job.case.sample_shape[-1], amp=amp, **how))
 
 
 @dataclass(frozen=True)
 class Finder:
-    """A finder and the package it needs."""
+    """A finder, the package it needs, and whether it is given a model (the others make theirs anew)."""
 
     package: str
     find: Callable[[Job], int | None]
+    given_model: bool = True
 
 
 _F = functools.partial
 FINDERS = {
-    "autoaccum, accumulating": Finder("autoaccum", _F(autoaccum, target_batch=4096)),
-    "autoaccum, one micro-batch": Finder("autoaccum", _F(autoaccum, target_batch=None)),
+    "autoaccum": Finder("autoaccum", autoaccum),
     "Lightning power": Finder("lightning", _F(lightning, mode="power")),
-    "Lightning binsearch (5 % margin)": Finder("lightning", _F(lightning, mode="binsearch")),
-    "Lightning binsearch, margin 0": Finder("lightning", _F(lightning, mode="binsearch", margin=0.0)),
-    "Accelerate x0.9 (default)": Finder("accelerate", _F(accelerate, halving=False)),
-    "Accelerate halving": Finder("accelerate", _F(accelerate, halving=True)),
-    "toma": Finder("toma", toma),
-    "batch-finder": Finder("batch_finder", batch_finder),
-    "batch-probe": Finder("batch_probe", batch_probe),
+    "Lightning binsearch": Finder("lightning", _F(lightning, mode="binsearch")),
+    "Lightning binsearch, margin=0": Finder("lightning", _F(lightning, mode="binsearch", margin=0.0)),
+    "Accelerate": Finder("accelerate", _F(accelerate, halving=False), False),
+    "Accelerate, halving": Finder("accelerate", _F(accelerate, halving=True), False),
+    "toma": Finder("toma", toma, False),
+    "batch-finder": Finder("batch_finder", batch_finder, False),
+    "batch-probe of the model": Finder("batch_probe", batch_probe_model),
+    "batch-probe of the model, headroom=0": Finder("batch_probe", _F(batch_probe_model, headroom=0.0)),
+    "batch-probe of the training": Finder("batch_probe", _F(batch_probe_function, headroom=0.2), False),
+    "batch-probe of the training, headroom=0": Finder("batch_probe", _F(batch_probe_function, headroom=0.0), False),
     "autotrainer": Finder("autotrainer", autotrainer),
     "Ultralytics autobatch": Finder("ultralytics", ultralytics),
+    "Ultralytics autobatch, batch=0.95": Finder("ultralytics", _F(ultralytics, batch=0.95)),
 }

@@ -1,6 +1,6 @@
 """Records small random torch models and keeps the recordings for tests/test_solve.py and tests/test_program.py.
 
-    python tests/data/make_programs.py [OUT.json.gz]
+    python tests/data/make_programs.py [OUT.json.xz]
 
 Each model: the first optimizer step, and windows of two micro-batches at two primes, by the package's own recorder.
 An event is one number: an allocation its bytes, a free minus the number of the allocation (counted from 1 within the
@@ -9,8 +9,8 @@ recording), a free of a block that was there before `[bytes]`.
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import random
 import sys
 from collections.abc import Callable, Iterable
@@ -26,9 +26,9 @@ from autoaccum import cpu, observe, step
 from autoaccum.recording import Event, Recording
 from autoaccum.workload import Workload
 
-MODELS, PRIMES = 20, (5, 7, 11, 13)
+MODELS, PRIMES = 200, (5, 7, 11, 13)
 LENGTH, WIDTH, CLASSES = 24, 48, 10
-OUT = Path(__file__).with_name("recorded_programs.json.gz")
+OUT = Path(__file__).with_name("recorded_programs.json.xz")
 
 
 class Attention(nn.Module):
@@ -134,7 +134,7 @@ def main(out: Path = OUT) -> None:
     torch.set_num_threads(1)
     found = [record(seed) for seed in range(MODELS)]
     text = json.dumps(found, separators=(",", ":"))
-    out.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    out.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
     for program in found:
         events = [sum(len(events) for _, events in r["phases"]) for r in program["recordings"]]
         print(f"{program['name']}: recorded at {[r['micro_batch'] for r in program['recordings']]}, {events} events")

@@ -1,0 +1,9 @@
+"""What a plan is worth on the user's own model: candidates, each trained for a few windows under the budget.
+
+    candidates.py  what is compared                     trial.py   trains one, in a child process
+    compare.py     plans, trains all, one after another  page.py    the results as a table and as a page
+
+Nothing here is loaded before it is asked for.
+"""
+
+from __future__ import annotations

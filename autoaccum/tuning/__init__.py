@@ -1,0 +1,170 @@
+"""Tuning: what bf16, checkpointing, another layout or a fused optimizer would buy, at the same effective batch.
+
+    configuration.py  what is chosen beside the split          space.py    what is chosen from
+    apply.py          a workload as a configuration says       blocks.py   checkpointing of repeated blocks
+    memory.py         what fits, told from recordings          measure.py  seconds per optimizer step
+    study.py          what to try next, kept by optuna         session.py  all of it, in a child process
+    result.py         the plan, the trials, the table
+
+Nothing here is loaded before it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .configuration import Configuration
+from .result import Trial, Tuned
+from .space import SearchSpace
+
+if TYPE_CHECKING:
+    from ..workload import Workload
+
+__all__ = ["Configuration", "SearchSpace", "Trial", "Tuned", "tune"]
+
+
+def tune(
+    workload: str | Callable[[], Workload],
+    *,
+    target_batch: int,
+    space: SearchSpace | None = None,
+    trials: int | None = None,
+    timeout: float | None = None,
+    device: str | None = None,
+    gpu: str | None = None,
+    memory: str | int | None = None,
+    headroom: str | int | None = None,
+    malloc: str = "fixed",
+    study: str | os.PathLike[str] | None = None,
+    sampler: str = "tpe",
+    pareto: bool = False,
+    workers: int = 1,
+    seed: int = 0,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Tuned:
+    """Searches for the configuration whose optimizer step takes the least time at a fixed effective batch.
+
+    Everything runs in child processes: nothing of the caller's is changed. What can't fit is told from recordings
+    and not run. On a virtual GPU nothing is computed, so configurations are ranked by memory: the fewest steps,
+    then the lowest peak.
+
+    Args:
+        workload: A built-in's name, FILE.py:FUNCTION, or a function without arguments that returns a Workload.
+        target_batch: Samples in an optimizer step.
+        space: What is searched; left out: `SearchSpace()`.
+        trials: How many configurations are tried at most; those answered from the study don't count. Left out: 40, or
+            all with sampler="grid".
+        timeout: Seconds after which no further trial begins.
+        device: "cpu" or "cuda"; left out: the CPU, or CUDA with `gpu`.
+        gpu: The name of a GPU that a virtual one stands in for.
+        memory: What the whole process may use. Left out: what the machine has free.
+        headroom: How much of that to keep free.
+        malloc: As for `fit_plan`.
+        study: A SQLite file that keeps the trials: an interrupted tuning goes on where it was. Left out: none.
+        sampler: "tpe": the plain configuration, then what differs from the best so far in one choice, then optuna's
+            tree-structured Parzen estimator; "random"; or "grid", all of them in order.
+        pareto: Search for all that no other beats in both, time and peak memory, and mark them.
+        workers: Trials at a time, where memory alone is ranked.
+        seed: For what is drawn.
+        progress: Called with what is being done: {"say": text}, and {"trial": text} for each trial.
+
+    Returns:
+        The winner's plan, with its configuration in it, and all trials.
+
+    Raises:
+        UsageError: An argument that can't be used, or a study that was made for something else.
+        DoesNotFit: No configuration fits.
+    """
+    from ..child import call
+    from ..source import check_source, pickled
+    from .session import read_tuned
+
+    space = space or SearchSpace()
+    source = workload if isinstance(workload, str) else _source_of(workload)
+    _check(target_batch, trials, timeout, device, gpu, malloc, study, sampler, workers)
+    check_source(source)
+    functions = {name: pair[1] for name, pair in space.extra.items()}
+    asked = {
+        "workload": source,
+        "target_batch": target_batch,
+        "space": space.to_values(),
+        "extra_choices": {name: list(pair[0]) for name, pair in space.extra.items()},
+        "extra": pickled(functions, "extra=") if functions else None,
+        "trials": trials,
+        "timeout": timeout,
+        "device": "cuda" if gpu is not None else device or "cpu",
+        "gpu": gpu,
+        "memory": memory,
+        "headroom": headroom,
+        "malloc": malloc,
+        "study": None if study is None else os.fspath(study),
+        "sampler": sampler,
+        "pareto": pareto,
+        "workers": workers,
+        "seed": seed,
+    }
+    return read_tuned(call("tune", asked, on_message=progress)["tuned"])
+
+
+def _source_of(function: Any) -> str:
+    """FILE.py:FUNCTION where it is of the script that runs, else the function pickled."""
+    from ..source import pickled
+
+    if not callable(function):
+        raise UsageError(
+            f"tune was given {type(function).__name__}, neither FILE.py:FUNCTION nor a function that makes a workload.",
+            "Trials run in other processes, and each makes the workload anew.",
+            "tune(make_workload, target_batch=512), where make_workload() returns the Workload.",
+        )
+    name, file = getattr(function, "__qualname__", ""), getattr(sys.modules["__main__"], "__file__", None)
+    if getattr(function, "__module__", None) != "__main__":
+        return pickled(function, "The workload's function")
+    if file is None or not name.isidentifier():
+        raise UsageError(
+            f"The workload's function {name or function!r} can't be found by another process.",
+            "It is called there, so that nothing of yours is changed here.",
+            "Write it to a file: tune('mine.py:workload', target_batch=512).",
+        )
+    return f"{file}:{name}"
+
+
+def _check(
+    target_batch: Any,
+    trials: Any,
+    timeout: Any,
+    device: str | None,
+    gpu: str | None,
+    malloc: str,
+    study: Any,
+    sampler: str,
+    workers: Any,
+) -> None:
+    """Refuses what can be seen to be wrong before a process is started."""
+    from .study import SAMPLERS
+
+    for name, value in (("target_batch", target_batch), ("trials", trials or 1), ("workers", workers)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UsageError(f"{name} is {value!r}: a number, at least 1.", hint=f"Give {name}=32, say.")
+    if trials == 0:
+        raise UsageError("0 trials try nothing.", hint="Give --trials 20, or leave it out.")
+    if timeout is not None and not timeout > 0:
+        raise UsageError(f"A timeout of {timeout} seconds leaves no time.", hint="Give --timeout 600, say.")
+    if device not in (None, "cpu", "cuda") or (gpu is not None and device == "cpu"):
+        raise UsageError(f"device {device!r} can't be.", hint="Use 'cpu', 'cuda', or gpu=NAME alone.")
+    if malloc not in ("fixed", "default"):
+        raise UsageError(f"malloc {malloc!r} is not known.", hint="Use 'fixed' or 'default'.")
+    if sampler not in SAMPLERS:
+        raise UsageError(f"The sampler {sampler!r} is not known.", hint=f"Use one of: {', '.join(SAMPLERS)}.")
+    if workers > 1 and gpu is None:
+        raise UsageError(
+            f"{workers} trials at a time would be timed while they disturb each other.",
+            "Only where memory alone is ranked, on a virtual GPU (--gpu), can there be several.",
+            "Leave --workers out.",
+        )
+    if study is not None and not Path(study).resolve().parent.is_dir():
+        raise UsageError(f"There is no folder {Path(study).parent}.", hint="Make it first, or name another file.")

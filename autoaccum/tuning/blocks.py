@@ -1,0 +1,192 @@
+"""Activation checkpointing of a model's repeated blocks: found by structure, wrapped, and put back.
+
+A block's activations are dropped after its forward, which runs once more in backward (torch.utils.checkpoint,
+non-reentrant, random states preserved). The gradient is bitwise the plain one: `gradient_differs` tests that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from .. import loss_terms
+from .. import split as cutting
+from ..as_it_trains import as_it_trains
+from ..parts import forward, open_parts
+from ..workload import Workload
+
+Undo = Callable[[], None]
+
+FEWEST = 2  # one block is no repetition
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The repeated blocks of a model.
+
+    Attributes:
+        path: Where they are: the name of their ModuleList or Sequential; empty for the model itself.
+        kind: Their class.
+        modules: They themselves, in order.
+    """
+
+    path: str
+    kind: str
+    modules: tuple[nn.Module, ...]
+
+
+def find_blocks(model: nn.Module) -> Blocks | None:
+    """The longest run of children of one class in a ModuleList or Sequential; of two as long, that with more weights.
+
+    Children without parameters, and bare layers, are no blocks: dropping what one layer keeps saves nothing.
+    """
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            found += [Blocks(path, type(run[0]).__name__, run) for run in _runs(list(module)) if len(run) >= FEWEST]
+    weights = {blocks: sum(p.numel() for block in blocks.modules for p in block.parameters()) for blocks in found}
+    return max(found, key=lambda blocks: (len(blocks.modules), weights[blocks]), default=None)
+
+
+def _runs(children: list[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
+    """Neighbours of one class that are made of other modules."""
+    run: list[nn.Module] = []
+    for child in children:
+        if run and type(child) is not type(run[0]):
+            yield tuple(run)
+            run = []
+        if any(True for _ in child.children()):
+            run.append(child)
+    if run:
+        yield tuple(run)
+
+
+@contextlib.contextmanager
+def checkpointed(model: nn.Module, every: int) -> Iterator[None]:
+    """Checkpoints every n-th block while it is entered; afterwards each forward is what it was."""
+    undo = checkpoint_blocks(model, every)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def checkpoint_blocks(model: nn.Module, every: int) -> Undo:
+    """Checkpoints every n-th block; returns what puts each forward back."""
+    blocks = find_blocks(model) if every else None
+    if blocks is None:
+        return lambda: None
+    undone = [_wrap(block) for block in blocks.modules[::every]]
+    undone.append(_drop_cache(model))
+
+    def undo() -> None:
+        for each in undone:
+            each()
+
+    return undo
+
+
+def _wrap(block: nn.Module) -> Undo:
+    own = block.__dict__.get("forward")  # somebody else's wrapper, or None for the class's own
+    object.__setattr__(block, "forward", _Checkpointed(block, own))
+
+    def undo() -> None:
+        if own is None:
+            object.__delattr__(block, "forward")
+        else:
+            object.__setattr__(block, "forward", own)
+
+    return undo
+
+
+def _drop_cache(model: nn.Module) -> Undo:
+    """A Hugging Face decoder's cache of keys would be filled twice; it goes without, as in transformers itself."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if not before:
+        return lambda: None
+    config.use_cache = False
+    return functools.partial(setattr, config, "use_cache", before)
+
+
+class _Checkpointed:
+    """A block's forward. An object that names its block, so that a deep copy of the model calls the copied block."""
+
+    def __init__(self, block: nn.Module, own: Callable[..., Any] | None) -> None:
+        self.block, self.own = block, own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.own or type(self.block).forward.__get__(self.block)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+
+    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return contextlib.nullcontext(), _running_kept(self.block)
+
+
+@contextlib.contextmanager
+def _running_kept(block: nn.Module) -> Iterator[None]:
+    """Statistics are taken of a micro-batch once, not again by the second forward."""
+    buffers = [
+        buffer
+        for module in block.modules()
+        if isinstance(module, _NormBase)
+        for buffer in module.buffers(recurse=False)
+    ]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+def gradient_differs(workload: Workload, every: int, samples: int = 4) -> str | None:
+    """Whether checkpointing changes the sample's gradient, or what a forward leaves in buffers.
+
+    Compared bit for bit, with the same random draws; everything is put back.
+
+    Args:
+        workload: What is trained.
+        every: Which blocks are checkpointed.
+        samples: How many samples are tried.
+
+    Returns:
+        What differs, in words; None where nothing does.
+    """
+    plain = _trained_once(workload, samples)
+    with checkpointed(workload.model, every):
+        other = _trained_once(workload, samples)
+    return next((f"{name} differs" for name, value in plain.items() if not same_bits(value, other[name])), None)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal, and NaN where the other is NaN."""
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _trained_once(workload: Workload, samples: int) -> dict[str, torch.Tensor]:
+    """Gradients, and buffers after the forward, by name."""
+    model = workload.model
+    batch = cutting.tile(workload.sample, samples, shared=workload.shared, per_sample=workload.per_sample)
+    parts = open_parts(replace(workload, scheduler=None))
+    with as_it_trains(model):
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        loss: torch.Tensor = loss_terms.whole(forward(parts, batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        found = {f"the gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found |= {f"the buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+        model.zero_grad(set_to_none=True)
+    return found

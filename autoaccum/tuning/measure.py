@@ -1,0 +1,98 @@
+"""Times optimizer steps of a configuration, in a process that ends with it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import process_memory, step
+from .. import split as cutting
+from ..solve import Split, split_within
+from ..windows import Window, windows
+from ..workload import Workload
+
+WARM_UP = 2  # the first makes the optimizer's state and loads what loads lazily
+FEWEST, MOST, LONG_ENOUGH_SECONDS = 3, 30, 1.0  # windows; and when to stop between the two
+HOPELESS = 2.0  # times the best so far: one window tells enough
+
+
+def timed_windows(
+    workload: Workload, split: Split, *, best: float | None, from_loader: bool, fewest: int = FEWEST, most: int = MOST
+) -> list[float]:
+    """Seconds of whole windows, their optimizer step included, after two that aren't counted.
+
+    Args:
+        workload: What is trained, configured.
+        split: Samples in each micro-batch.
+        best: The best median so far: where the first window takes twice as long, no other is run.
+        from_loader: Whether windows come from the workload's loader, and loading is part of their time; else they are
+            made of its sample, once, before.
+        fewest: Windows at least.
+        most: Windows at most.
+    """
+    parts = step.open_parts(replace(workload, scheduler=None))
+    parts.model.train()
+    found = _from_loader(workload, split) if from_loader else _of_sample(workload, split)
+    seconds: list[float] = []
+    for number in itertools.count(1 - WARM_UP):
+        started = time.perf_counter()
+        window = next(found)
+        step.train_window(parts, window.pieces, window.sizes)
+        if parts.device.type == "cuda":
+            torch.cuda.synchronize(parts.device)
+        taken = time.perf_counter() - started
+        if number > 0:
+            seconds.append(taken)
+            if best is not None and number == 1 and taken > HOPELESS * best:
+                break
+            if number >= most or (number >= fewest and sum(seconds) >= LONG_ENOUGH_SECONDS):
+                break
+    return seconds
+
+
+def _of_sample(workload: Workload, split: Split) -> Iterator[Window]:
+    names = {"shared": workload.shared, "per_sample": workload.per_sample}
+    pieces = {size: cutting.tile(workload.sample, size, **names) for size in set(split)}
+    return itertools.repeat(Window(tuple(pieces[size] for size in split), split))
+
+
+def _from_loader(workload: Workload, split: Split) -> Iterator[Window]:
+    """Whole windows, epoch after epoch; the shorter last one of an epoch only where there is no other."""
+    while True:
+        loader: Any = workload.loader() if callable(workload.loader) else workload.loader
+        whole = 0
+        shared, per_sample = workload.shared, workload.per_sample
+        for window in windows(
+            loader, sum(split), lambda samples: _cut(split, samples), shared=shared, per_sample=per_sample
+        ):
+            whole += sum(window.sizes) == sum(split)
+            if sum(window.sizes) == sum(split) or not whole:
+                yield window
+
+
+def _cut(split: Split, samples: int) -> Split:
+    return split if samples == sum(split) else split_within(samples, split[0])
+
+
+def in_this_process(
+    make: Callable[[], Workload], split: Split, *, threshold_bytes: int | None, room_bytes: int | None, **how: Any
+) -> list[float]:
+    """The same, under the plan's malloc setting, and stopped where it takes far more memory than was predicted.
+
+    Args:
+        make: Makes the configured workload.
+        split: Samples in each micro-batch.
+        threshold_bytes: Malloc's setting; None for its default.
+        room_bytes: What it may commit above what this process has now; None for no limit.
+        **how: As for `timed_windows`.
+    """
+    if threshold_bytes is not None:
+        process_memory.fix_mmap_threshold(threshold_bytes)
+    if room_bytes is not None:
+        process_memory.limit_data(process_memory.committed_bytes() + room_bytes)
+    return timed_windows(make(), split, **how)

@@ -1,0 +1,211 @@
+"""What tuning found: its plan, its trials, and the table of them. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..plan import Plan, TimedSize
+from ..units import show_bytes
+from .configuration import Configuration, checkpointing_words
+
+SCHEMA_VERSION = 1
+SECONDS, MEMORY = "seconds", "memory"
+MEASURED, RANKED, SAME, PRUNED, FAILED = "measured", "ranked", "same", "pruned", "failed"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration that was asked for.
+
+    Attributes:
+        number: Its number in the study.
+        state: "measured", or "ranked" where memory alone counts; "pruned": it can't fit, and was not run; "same": an
+            earlier trial had come to the same; "failed".
+        configuration: Its choices.
+        micro_batch: The largest of its split; None where there is none.
+        accumulation_steps: Micro-batches in its window.
+        step_seconds: Median of its windows; None where none was timed.
+        windows: How many were.
+        peak_bytes: What the process comes to, predicted.
+        why: Why it was pruned, or failed, or which trial it is the same as.
+        numerics: What of it changes numbers, by name.
+        pareto: Whether no other is better in both, seconds (or steps) and bytes.
+    """
+
+    number: int
+    state: str
+    configuration: Mapping[str, Any]
+    micro_batch: int | None = None
+    accumulation_steps: int | None = None
+    step_seconds: float | None = None
+    windows: int = 0
+    peak_bytes: int | None = None
+    why: str = ""
+    numerics: Mapping[str, str] = field(default_factory=dict)
+    pareto: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether it has a rank."""
+        return self.state in (MEASURED, RANKED)
+
+    def order(self, ranking: str) -> tuple[float, ...]:
+        """What trials are ranked by: seconds; or steps, then bytes."""
+        assert self.accumulation_steps is not None and self.peak_bytes is not None
+        if ranking == SECONDS:
+            return (self.step_seconds or 0.0, self.peak_bytes)
+        return (self.accumulation_steps, self.peak_bytes)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found.
+
+    Attributes:
+        plan: The winner's plan, its configuration in it.
+        trials: All trials, in order.
+        ranking: "seconds" per optimizer step, measured; or "memory": fewest steps, then the lowest peak.
+        space: How many configurations there were to choose from.
+        notes: What else the reader should know: what was left out, what the winner changes.
+        plain: Number of the trial of the plain configuration; None where it wasn't tried.
+        seconds: What tuning took.
+    """
+
+    plan: Plan
+    trials: tuple[Trial, ...]
+    ranking: str
+    space: int
+    notes: tuple[str, ...] = ()
+    plain: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """Trials that count, the best first."""
+        return sorted((trial for trial in self.trials if trial.counts), key=lambda trial: trial.order(self.ranking))
+
+    @property
+    def best(self) -> Trial:
+        """The winner."""
+        return self.ranked[0]
+
+    def to_json(self) -> str:
+        """All of it, for other tools."""
+        told = {
+            "kind": "autoaccum tuning",
+            "schema_version": SCHEMA_VERSION,
+            "ranking": self.ranking,
+            "space": self.space,
+            "notes": self.notes,
+            "plain": self.plain,
+            "seconds": self.seconds,
+            "trials": [asdict(trial) for trial in self.trials],
+            "plan": json.loads(self.plan.to_json()),
+        }
+        return json.dumps(told, indent=1) + "\n"
+
+    def table(self, rows: int = 20) -> str:
+        """The best trials, ranked, and what became of the others."""
+        lines = [f"{'rank':>4}  {'seconds/step':>12}  {'peak':>10}  {'micro-batch':>14}  configuration"]
+        ranked = self.ranked
+        shown = ranked if len(ranked) <= rows else ranked[: rows - 1]
+        for rank, trial in enumerate(shown, 1):
+            lines.append(self._row(rank, trial))
+        plain = next((trial for trial in ranked if trial.number == self.plain), None)
+        if plain is not None and plain not in shown:
+            lines.append(self._row(ranked.index(plain) + 1, plain))
+        if len(shown) < len(ranked):
+            lines.append(f"{'':>4}  and {len(ranked) - len(shown)} more")
+        lines += [f"{'-':>4}  {trial.state}: {sentence(trial.configuration)}: {trial.why}" for trial in self.trials
+                  if trial.state in (PRUNED, FAILED)]  # fmt: skip
+        return "\n".join(lines)
+
+    def _row(self, rank: int, trial: Trial) -> str:
+        seconds = "-" if trial.step_seconds is None else f"{trial.step_seconds:.4g}"
+        marks = " (plain)" * (trial.number == self.plain) + " (Pareto)" * trial.pareto
+        split = f"{trial.micro_batch} x {trial.accumulation_steps}"
+        return (
+            f"{rank:>4}  {seconds:>12}  {show_bytes(trial.peak_bytes or 0):>10}  {split:>14}  "
+            f"{sentence(trial.configuration)}{marks}"
+        )
+
+
+def sentence(values: Mapping[str, Any]) -> str:
+    """A configuration in one line, what is plain included, but for its micro-batch."""
+    configuration = Configuration.from_values(values)
+    words = configuration.words()
+    words.setdefault("checkpointing", checkpointing_words(0))
+    return ", ".join(words.values())
+
+
+def with_configuration(plan: Plan, winner: Trial, ranking: str, trials: tuple[Trial, ...], windows: str) -> Plan:
+    """The winner's plan with its configuration, why it was chosen, and what of it changes numbers.
+
+    Args:
+        plan: As planning made it.
+        winner: The winning trial.
+        ranking: What trials were ranked by.
+        trials: All of them.
+        windows: How they were compared, in words.
+    """
+    values = {name: value for name, value in winner.configuration.items() if name != "micro_batch"}
+    reasons = {"configuration": f"the best of {sum(trial.counts for trial in trials)} that were {windows}"}
+    reasons |= {f"configuration.{name}": text for name, text in winner.numerics.items()}
+    notes = [f"Changes numbers: {text}." for text in winner.numerics.values()]
+    times = _times(trials, values) if ranking == SECONDS else ()
+    return replace(
+        plan,
+        configuration=values,
+        reasons={**plan.reasons, **reasons},
+        notes=(*plan.notes, *notes),
+        times=plan.times or times,
+    )
+
+
+def _times(trials: tuple[Trial, ...], values: Mapping[str, Any]) -> tuple[TimedSize, ...]:
+    """What that configuration took at other micro-batches."""
+    found = {}
+    for trial in trials:
+        same = {name: value for name, value in trial.configuration.items() if name != "micro_batch"} == values
+        if same and trial.micro_batch is not None and trial.step_seconds is not None:
+            found[trial.micro_batch] = TimedSize(trial.micro_batch, trial.step_seconds, trial.windows)
+    return tuple(found[size] for size in sorted(found))
+
+
+def summary(found: Tuned) -> str:
+    """The trials in a few lines: how they were ranked, what the winner gains, and what it changes."""
+    counts = {state: sum(trial.state == state for trial in found.trials) for state in (PRUNED, SAME, FAILED)}
+    tried = len(found.trials) - counts[SAME]
+    also = ", ".join(f"{count} {word}" for word, count in (
+        ("pruned unrun", counts[PRUNED]), ("failed", counts[FAILED]), ("answered from the study", counts[SAME])
+    ) if count)  # fmt: skip
+    how = (
+        "seconds per optimizer step, measured"
+        if found.ranking == SECONDS
+        else "memory: fewest steps, then the lowest peak; a virtual GPU computes nothing, so there is no time"
+    )
+    lines = [
+        ("trials", f"{tried} of {found.space} configurations" + (f" ({also})" if also else "")),
+        ("ranked by", how),
+        ("winner", f"trial {found.best.number}: {sentence(found.best.configuration)}{_gain(found)}"),
+    ]
+    numerics = "; ".join(found.best.numerics.values())
+    lines.append(("numbers", f"changed by {numerics}" if numerics else "unchanged: nothing chosen alters them"))
+    lines += [("note", note) for note in found.notes]
+    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def _gain(found: Tuned) -> str:
+    plain = next((trial for trial in found.trials if trial.number == found.plain), None)
+    best = found.best
+    if plain is None or plain.number == best.number:
+        return "" if plain is None else ", which is the plain one"
+    if found.ranking == SECONDS and plain.step_seconds and best.step_seconds:
+        return f", {plain.step_seconds / best.step_seconds:.2f} times as fast as the plain one"
+    return (
+        f": {best.accumulation_steps} x {best.micro_batch} in {show_bytes(best.peak_bytes or 0)}, and the plain one "
+        f"{plain.accumulation_steps} x {plain.micro_batch} in {show_bytes(plain.peak_bytes or 0)}"
+    )

@@ -1,0 +1,378 @@
+"""The study: which configuration to try next, whether it fits, how long it takes; kept by optuna.
+
+    guess       the plain one first, then the best one's neighbours, then the sampler's    _ask
+    fits?       from a recording; what can't is pruned unrun                               memory.py
+    same?       answered from the study                                                    _same
+    time it     in a copy of this process, alone on the machine                            measure.py
+
+Runs in a child process that loads torch and computes nothing itself, so that copies of it are as good as fresh ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AutoaccumError, DoesNotFit, UsageError
+from ..units import show_bytes
+from .configuration import Configuration
+from .memory import Answer, Memory
+from .result import FAILED, MEASURED, MEMORY, PRUNED, RANKED, SAME, SECONDS, Trial, sentence
+from .space import Choices, Values, combinations, neighbours, size_of
+
+if TYPE_CHECKING:
+    import optuna
+
+SAMPLERS = ("tpe", "random", "grid")
+NAME = "autoaccum"
+RESAMPLED = 12  # suggestions of known configurations in a row, before an unknown one is drawn
+
+Timer = Callable[[Configuration, Answer, float | None], list[float]]
+
+
+@dataclass
+class Search:
+    """A study at work.
+
+    Attributes:
+        choices: What is chosen from.
+        plain: The plain configuration, in the choices' terms.
+        base: Values that aren't chosen.
+        samples: Samples in a window.
+        memory: Answers whether a configuration fits.
+        timer: Times a configuration; None where memory alone is ranked.
+        sampler: "tpe", "random" or "grid".
+        trials: Trials at most, those not counted that were answered from the study.
+        until: When to begin no further one (`time.monotonic`).
+        workers: Trials at a time.
+        seed: For what is drawn.
+        say: Called with a line for each trial.
+        lock: Held while a trial is timed.
+    """
+
+    study: optuna.Study
+    choices: Choices
+    plain: Values
+    base: dict[str, Any]
+    samples: int
+    memory: Memory
+    timer: Timer | None
+    sampler: str
+    trials: int
+    until: float | None
+    workers: int
+    seed: int
+    say: Callable[[str], None]
+    lock: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    _asking: threading.Lock = field(default_factory=threading.Lock)
+    _queued: list[str] = field(default_factory=list)
+
+    @property
+    def ranking(self) -> str:
+        """What trials are ranked by."""
+        return MEMORY if self.timer is None else SECONDS
+
+    def run(self) -> None:
+        """Tries configurations until there were enough, or time is up, or all were tried."""
+        if self.workers == 1:
+            while self._one():
+                pass
+            return
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for future in [pool.submit(self._until_done) for _ in range(self.workers)]:
+                    future.result()
+            except BaseException:
+                self.until = 0.0  # or the others would go on until there were enough
+                raise
+
+    def _until_done(self) -> None:
+        while self._one():
+            pass
+
+    def _one(self) -> bool:
+        """One trial; False where none is left."""
+        with self._asking:
+            trial = self._ask()
+        if trial is None:
+            return False
+        try:
+            self._tell(trial, self._tried(trial))
+        except BaseException as error:
+            self._tell(
+                trial, Trial(trial.number, FAILED, self._values(trial), why=f"interrupted ({type(error).__name__})")
+            )
+            raise
+        return True
+
+    def _ask(self) -> optuna.Trial | None:
+        """The next trial; None where there were enough."""
+        known = read_trials(self.study)
+        running = len(self._queued)
+        if sum(trial.state != SAME and not _interrupted(trial) for trial in known) + running >= self.trials:
+            return None
+        if self.until is not None and time.monotonic() >= self.until:
+            return None
+        tried = {_params(trial.configuration, self.choices) for trial in known if not _interrupted(trial)}
+        tried |= set(self._queued)
+        if len(tried) >= size_of(self.choices):
+            return None
+        guess = self._guess(known, tried)
+        if guess is not None:
+            self.study.enqueue_trial(guess)
+        trial = self.study.ask()
+        trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
+        self._queued.append(_params(self._values(trial), self.choices))
+        return trial
+
+    def _guess(self, known: list[Trial], tried: set[str]) -> Values | None:
+        """What to try in place of the sampler's own suggestion."""
+        if self.sampler == "grid":
+            return next(each for each in combinations(self.choices) if _params(each, self.choices) not in tried)
+        if self.sampler == "tpe":
+            if _params(self.plain, self.choices) not in tried:
+                return self.plain
+            counted = [trial for trial in known if trial.counts]
+            if counted:
+                best = min(counted, key=lambda trial: trial.order(self.ranking))
+                values = {name: best.configuration[name] for name in self.choices}
+                near = neighbours(values, self.choices)
+                return next((each for each in near if _params(each, self.choices) not in tried), None)
+        last = known[-RESAMPLED:]
+        if len(last) == RESAMPLED and all(trial.state == SAME for trial in last):
+            left = [each for each in combinations(self.choices) if _params(each, self.choices) not in tried]
+            return random.Random(f"{self.seed} {len(known)}").choice(left)
+        return None
+
+    def _values(self, trial: optuna.Trial) -> Values:
+        chosen = {name: trial.suggest_categorical(name, options) for name, options in self.choices.items()}
+        return {**self.base, **chosen}
+
+    def _tried(self, trial: optuna.Trial) -> Trial:
+        """What a trial comes to, without running what is known or can't fit."""
+        values = self._values(trial)
+        configuration = Configuration.from_values(values)
+        try:
+            answer = self.memory.answer(configuration, self.samples)
+        except AutoaccumError as error:  # its process died
+            return Trial(trial.number, FAILED, values, why=error.what)
+        made: dict[str, Any] = {
+            "number": trial.number,
+            "configuration": values,
+            "micro_batch": answer.split[0] if answer.split else None,
+            "accumulation_steps": len(answer.split) or None,
+            "peak_bytes": answer.peak_bytes or None,
+            "numerics": configuration.numerics(Configuration.from_values({**self.base, **self.plain})),
+        }
+        if not answer.fits:
+            return Trial(**made, state=PRUNED, why=answer.why)
+        same = self._same(made)
+        if same is not None:
+            return Trial(**{**made, "step_seconds": same.step_seconds, "windows": same.windows}, state=SAME,
+                         why=f"the same as trial {same.number}")  # fmt: skip
+        if self.timer is None:
+            return Trial(**made, state=RANKED)
+        best = min((t.step_seconds for t in read_trials(self.study) if t.counts and t.step_seconds), default=None)
+        try:
+            with self.lock():
+                seconds = self.timer(configuration, answer, best)
+        except (AutoaccumError, MemoryError, RuntimeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return Trial(**made, state=FAILED, why=first)
+        return Trial(**made, state=MEASURED, step_seconds=statistics.median(seconds), windows=len(seconds))
+
+    def _same(self, made: dict[str, Any]) -> Trial | None:
+        """An earlier trial of the same configuration, "largest" having come to the same size."""
+        key = _resolved(made["configuration"], made["micro_batch"])
+        found = (trial for trial in read_trials(self.study) if trial.counts)
+        return next((trial for trial in found if _resolved(trial.configuration, trial.micro_batch) == key), None)
+
+    def _tell(self, trial: optuna.Trial, result: Trial) -> None:
+        tell(self.study, trial, result, self.ranking, self.memory)
+        with self._asking:
+            self._queued.remove(_params(result.configuration, self.choices))
+        self.say(self._line(result))
+
+    def _line(self, result: Trial) -> str:
+        known = read_trials(self.study)
+        done = sum(trial.state != SAME for trial in known)
+        best = min((trial for trial in known if trial.counts), key=lambda t: t.order(self.ranking), default=None)
+        told = {
+            MEASURED: f"{result.step_seconds or 0:.4g} s per optimizer step",
+            RANKED: f"{show_bytes(result.peak_bytes or 0)}",
+            SAME: result.why,
+        }.get(result.state, f"{result.state}: {result.why}")
+        split = f"{result.micro_batch} x {result.accumulation_steps}, " if result.micro_batch else ""
+        so_far = f"; the best so far is trial {best.number}" if best is not None else ""
+        return (
+            f"trial {result.number} ({done} of {self.trials}): {split}{sentence(result.configuration)}: {told}{so_far}"
+        )
+
+
+def _interrupted(trial: Trial) -> bool:
+    return trial.state == FAILED and trial.why.startswith("interrupted")
+
+
+def _params(values: Mapping[str, Any], choices: Choices) -> str:
+    return json.dumps([values[name] for name in choices])
+
+
+def _resolved(values: Mapping[str, Any], micro_batch: int | None) -> str:
+    return json.dumps({**values, "micro_batch": micro_batch}, sort_keys=True)
+
+
+def tell(study: optuna.Study, trial: optuna.Trial, result: Trial, ranking: str, memory: Memory | None = None) -> None:
+    """Writes a trial's result into the study: pruned, failed, or its value."""
+    from dataclasses import asdict
+
+    from optuna.trial import TrialState
+
+    trial.set_user_attr("result", asdict(result))
+    if result.state == PRUNED:
+        trial.set_user_attr("pruned because", result.why)
+        study.tell(trial, state=TrialState.PRUNED)
+    elif result.state == FAILED:
+        study.tell(trial, state=TrialState.FAIL)
+    else:
+        study.tell(trial, list(objectives(result, ranking)[: len(study.directions)]))
+
+
+def objectives(result: Trial, ranking: str) -> tuple[float, float]:
+    """What optuna minimizes: seconds, or steps and within them bytes; and bytes."""
+    assert result.accumulation_steps is not None and result.peak_bytes is not None
+    peak = float(result.peak_bytes)
+    if ranking == SECONDS:
+        return result.step_seconds or 0.0, peak
+    return result.accumulation_steps + peak / 2**60, peak  # no peak is worth a step
+
+
+def read_trials(study: optuna.Study) -> list[Trial]:
+    """The study's trials, in order, as far as they are done."""
+    found = (trial.user_attrs.get("result") for trial in study.get_trials(deepcopy=False))
+    return [Trial(**result) for result in found if result is not None]
+
+
+def open_study(file: str | None, identity: dict[str, Any], sampler: str, pareto: bool, seed: int) -> optuna.Study:
+    """Makes a study, or goes on with the one in a file.
+
+    Raises:
+        UsageError: The file can't be used, or its study is of something else.
+    """
+    import optuna
+    from optuna.samplers import RandomSampler, TPESampler
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage: Any = None
+    directions: list[Any] = ["minimize"] * (1 + pareto)
+    chosen = RandomSampler(seed) if sampler == "random" else TPESampler(seed=seed, constant_liar=True)
+    try:
+        if file is not None:
+            storage = optuna.storages.RDBStorage(
+                f"sqlite:///{Path(file).resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
+            )
+        study = optuna.create_study(
+            storage=storage, study_name=NAME, sampler=chosen, directions=directions, load_if_exists=True
+        )
+    except Exception as error:  # whatever sqlalchemy and sqlite say of a file that is something else
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UsageError(
+            f"The study {file!r} can't be used ({type(error).__name__}: {first}).",
+            "It is no SQLite file of optuna's, or can't be written.",
+            "Name another file: --study FILE.db",
+        ) from None
+    _check_identity(study, file, {**identity, "objectives": len(directions)})
+    _drop_dead(study)
+    return study
+
+
+def _check_identity(study: optuna.Study, file: str | None, identity: dict[str, Any]) -> None:
+    there = study.user_attrs.get("made for")
+    if there is None:
+        study.set_user_attr("made for", identity)
+        return
+    here = json.loads(json.dumps(identity))
+    differing = [name for name in here if there.get(name) != here[name]]
+    if len(study.directions) != here["objectives"]:
+        differing.append("objectives")
+    if differing:
+        told = "; ".join(f"{name}: {there.get(name)} there, {here[name]} here" for name in dict.fromkeys(differing))
+        raise UsageError(
+            f"The study {file!r} was made for something else ({told}).",
+            "Its trials say nothing about this.",
+            "Name another --study, or ask for what it was made for.",
+        )
+
+
+def _drop_dead(study: optuna.Study) -> None:
+    """Trials whose process was killed are told as interrupted, so that they are tried again."""
+    import optuna
+
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        host, _, process = trial.user_attrs.get("process", ":").partition(":")
+        if host == socket.gethostname() and not (process.isdecimal() and Path(f"/proc/{process}").exists()):
+            with contextlib.suppress(Exception):  # another worker may be doing the same
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+
+@contextlib.contextmanager
+def alone(study_file: str | None, waiting: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """While it is entered, no other study on this machine that has the same file times anything.
+
+    A study in memory takes a lock that all such studies of this user share.
+
+    Args:
+        study_file: The study's file; None for one in memory.
+        waiting: Told where another one holds it.
+    """
+    path = Path(f"{study_file}.lock") if study_file else Path(tempfile.gettempdir()) / f"autoaccum-{os.getuid()}.lock"
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting(f"waiting for another tuning, which holds {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def pareto_numbers(trials: list[Trial], ranking: str) -> set[int]:
+    """Trials that no other beats in both, seconds (or steps) and bytes."""
+    points = {trial.number: (trial.order(ranking)[0], trial.peak_bytes or 0) for trial in trials if trial.counts}
+    return {
+        number
+        for number, (one, two) in points.items()
+        if not any(a <= one and b <= two and (a, b) != (one, two) for a, b in points.values())
+    }
+
+
+def nothing_fits(trials: list[Trial], missing_bytes: int) -> AutoaccumError:
+    """Every configuration was pruned, or failed."""
+    pruned = [trial for trial in trials if trial.state == PRUNED]
+    if pruned and len(pruned) == len([trial for trial in trials if trial.state != SAME]):
+        return DoesNotFit(
+            f"None of {len(pruned)} configurations fits. The last one: {pruned[-1].why}",
+            "What can't fit is told from recordings, and not run.",
+            "What would help: more memory (--memory), more --trials, or a wider space (--vary checkpointing=1).",
+            missing_bytes=missing_bytes,
+        )
+    failed = next((trial for trial in reversed(trials) if trial.state == FAILED), None)
+    return AutoaccumError(
+        f"None of {len(trials)} trials could be measured" + (f": {failed.why}." if failed is not None else "."),
+        "Trials fail where the model doesn't run in that configuration, or time was up before the first.",
+        "Give more time (--timeout), or narrow the space: --vary precision=fp32",
+    )

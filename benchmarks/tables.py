@@ -1,0 +1,51 @@
+"""Rows as Markdown, as CSV in benchmarks/results/, and between the marks of a page in docs/."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
+Row = dict[str, Any]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table; its columns are those of the first row that has the most."""
+    heads = list(max(rows, key=len))
+    lines = [heads, ["---"] * len(heads), *([str(row.get(head, "")) for head in heads] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_results(name: str, text: str, rows: Sequence[Row], folder: Path = RESULTS) -> Path:
+    """Writes `<today>-<name>.md` and `.csv`; returns the first."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{datetime.date.today()}-{name}.md"
+    path.write_text(text.rstrip() + "\n")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_between_marks(path: Path, text: str) -> None:
+    """Puts the text where a page has it: between `<!-- printed: begin -->` and `<!-- printed: end -->`."""
+    begin, end = "<!-- printed: begin -->\n", "<!-- printed: end -->"
+    page = path.read_text()
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{path} has no marks to write between: {begin.strip()} and {end}")
+    path.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}")
+
+
+def installed(modules: Iterable[str]) -> dict[str, str]:
+    """Of these modules' packages, the versions of those that are there."""
+    there = [module for module in dict.fromkeys(modules) if importlib.util.find_spec(module)]
+    return {module: importlib.metadata.version(module.replace("_", "-")) for module in there}

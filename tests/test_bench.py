@@ -1,0 +1,199 @@
+"""autoaccum bench: candidates, what becomes of them under a real limit, and how it is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from strategies import made_up_plan
+from test_report import NASTY, Elements
+
+from autoaccum import Plan
+from autoaccum.bench import compare, page
+from autoaccum.bench.candidates import HALVING, PLAN, TUNED, Candidate, Comparison, Trained, all_of, by_hand
+from autoaccum.child import call
+from autoaccum.report import sheet
+from autoaccum.units import parse_bytes
+
+MIB = 2**20
+TARGET = 100
+WIDE = """
+import torch
+from autoaccum import Workload
+
+class Wide(torch.nn.Module):
+    '''2 MiB of activations a sample, and hardly any work.'''
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(131072))
+        self.head = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.head(x).mean(1, keepdim=True) * self.scale
+        for _ in range(4):
+            y = y.tanh()
+        return torch.stack([y.mean(1), y.amax(1), y.amin(1), y[:, 0]], 1)
+
+def workload():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    return Workload(Wide(), (torch.randn(4, 4), torch.randint(4, (4,))))
+"""
+
+
+# What is compared.
+
+
+@pytest.mark.parametrize(("target", "near", "sizes"), [
+    (512, 61, [(16, 32), (32, 16), (64, 8), (128, 4)]),
+    (500, 64, [(32, 15), (64, 7), (128, 3), (256, 1)]),
+    (48, 40, [(16, 3), (32, 1)]),
+    (8, 1, [(1, 8), (2, 4), (4, 2)]),
+])  # fmt: skip
+def test_powers_of_two_around_what_fits(target: int, near: int, sizes: list[tuple[int, int]]) -> None:
+    found = by_hand(target, near)
+    assert [(each.micro_batch, each.steps) for each in found] == sizes
+    assert all(each.micro_batch * each.steps <= target for each in found)
+
+
+def test_the_tuned_plan_is_compared_where_there_is_one() -> None:
+    plan = made_up_plan()
+    names = [each.name for each in all_of(plan)]
+    assert names[-2:] == [HALVING, PLAN]
+    tuned = replace(plan, micro_batch=40)
+    assert [each.name for each in all_of(plan, tuned)] == [*names, TUNED]
+    assert all_of(plan, tuned)[-1].plan is tuned
+
+
+# What becomes of them.
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("bench") / "wide.py"
+    file.write_text(WIDE)
+    return f"{file}:workload"
+
+
+@pytest.fixture(scope="module")
+def memory(wide: str) -> str:
+    """What the process takes anyway, and room for some 50 samples."""
+    asked: dict[str, Any] = {"workload": wide, "memory": None, "headroom": None, "malloc": "fixed"}
+    asked |= {"target_batch": TARGET, "max_micro_batch": 8, "verify": False}
+    return f"{(Plan.from_json(call('plan', asked)['plan']).base_bytes + 250 * MIB) // MIB}MiB"
+
+
+def test_each_trains_under_a_real_limit_and_says_what_it_really_trained(wide: str, memory: str) -> None:
+    plan = made_up_plan(target_batch=TARGET)
+    plan = replace(plan, budget=replace(plan.budget, bytes=parse_bytes(memory)))
+    asked = {"workload": wide, "device": "cpu"}
+
+    def train(candidate: Candidate) -> Trained:
+        return compare._train(candidate, plan, asked, 2, lambda message: None)
+
+    small = train(Candidate("small", 16, 6))
+    assert small.trains and small.effective_batch == 96 and small.ooms == 0 and len(small.window_seconds) == 2
+    assert small.malloc == "default" and 0 < small.peak_bytes <= plan.budget.bytes
+    large = train(Candidate("large", 100, 1))
+    assert not large.trains and large.ooms == 1 and "out of memory" in large.why and large.window_seconds == ()
+    halved = train(Candidate("halved", 100, 1, halves=True))
+    assert halved.ooms >= 1 and halved.micro_batch in (50, 25, 12, 6)
+    assert halved.effective_batch == TARGET // halved.micro_batch * halved.micro_batch
+    assert halved.search_seconds > small.search_seconds
+
+
+@pytest.mark.slow
+def test_the_command_compares_and_writes_the_page(wide: str, memory: str, tmp_path: Path) -> None:
+    out = run("--workload", wide, "--target-batch", str(TARGET), "--memory", memory, "--windows", "2", "--tune-trials",
+              "0", "--json", "-o", str(tmp_path / "page.html"))  # fmt: skip
+    told = json.loads(out.stdout)
+    rows = {row["name"]: row for row in told["candidates"]}
+    assert rows[PLAN]["effective_batch"] == TARGET and rows[PLAN]["ooms"] == 0 and rows[PLAN]["malloc"] == "fixed"
+    assert rows[PLAN]["micro_batch"] * rows[PLAN]["steps"] >= TARGET
+    assert any(row["ooms"] and not row["effective_batch"] for row in told["candidates"])
+    assert told["left_out"] == [f"{TUNED}: not asked for (--tune-trials 0)"]
+    text = (tmp_path / "page.html").read_text()
+    assert "measured on this CPU" in text and "autoaccum&#39;s plan trains exactly 100 samples" in text
+    assert len(text.encode()) < 400 * 1024 and "http://" not in text and "https://" not in text
+
+
+def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from autoaccum.cli import main; main()", "bench", *args]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == code, out.stdout + out.stderr
+    return out
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--target-batch", "0"], "--target-batch 0"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--tuned", "none.json"], "can't be read"),
+        (["-o", "page.pdf"], ".html"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(args: list[str], told: str) -> None:
+    assert told in run(*args, code=2).stderr
+
+
+def test_a_tuned_plan_for_another_target_is_refused() -> None:
+    plan = made_up_plan()
+    with pytest.raises(compare.UsageError, match="asked for are"):
+        compare._check_tuned(replace(plan, target_batch=100), plan)
+    compare._check_tuned(plan, plan)
+
+
+# How it is told.
+
+
+def made_up(**changes: Any) -> Comparison:
+    plan = made_up_plan(virtual=False, target_batch=500, **changes)
+    rows = (
+        Trained("hand-picked: 32", 32, 15, 480, (2.0, 2.5, 2.1), 900 * MIB, 0, 0.0, "default"),
+        Trained("hand-picked: 64", 64, 7, 0, (), 990 * MIB, 1, 3.0, "default", "ran out of memory (refused)"),
+        Trained(HALVING, 31, 16, 496, (2.0, 2.01, 2.0), 930 * MIB, 4, 9.5, "default"),
+        Trained(PLAN, 50, 10, 500, (1.9, 2.0, 1.95), 990 * MIB, 0, 20.0, "fixed"),
+    )
+    return Comparison("mine.py:workload", 500, plan, rows, ("the tuned plan: not asked for",), 3, {"torch": "2.14.1"})
+
+
+def test_the_table_says_what_was_really_trained_and_what_is_unstable() -> None:
+    text = page.as_text(made_up())
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "480, not 500" in lines["hand-picked: 32"] and "228.6" in lines["hand-picked: 32"]
+    assert "(unstable)" in lines["hand-picked: 32"] and "(unstable)" not in lines[PLAN]
+    assert "none: OOM" in lines["hand-picked: 64"] and "496, not 500" in lines[HALVING]
+    assert "256.4" in lines[PLAN] and "20.0 s" in lines[PLAN]
+    assert "trains exactly 500 samples" in text.splitlines()[0] and "1 ran out of memory" in text.splitlines()[0]
+    assert "2 trained another batch than 500" in text.splitlines()[0] and "not asked for" in text
+    failed = made_up()
+    failed = replace(failed, rows=(replace(failed.rows[3], effective_batch=0, why="it broke", window_seconds=()),))
+    assert "did not train: it broke" in page.as_text(failed)
+
+
+def test_the_page_is_whole_in_every_form_and_escapes_the_users_words() -> None:
+    nasty = replace(made_up(), workload=NASTY, environment={NASTY: NASTY}, left_out=(NASTY,))
+    for suffix in (".html", ".md", ".csv"):
+        text = sheet.render(page.sheet(nasty), suffix)
+        assert "480, not 500" in text and "256.4" in text
+    elements, plain = (Elements(sheet.as_html(page.sheet(each))) for each in (nasty, made_up()))
+    assert elements.tags == [*plain.tags] and "script" not in plain.tags and "img" not in elements.tags
+    assert NASTY in "".join(elements.text)
+    assert json.loads(page.as_json(made_up()))["candidates"][0]["unstable"] is True
+
+
+def test_without_times_none_are_told() -> None:
+    found = made_up()
+    rows = tuple(replace(row, window_seconds=()) for row in found.rows)
+    virtual = replace(found, rows=rows, plan=replace(found.plan, virtual=True, device="Virtual GPU"))
+    text, written = page.as_text(virtual), sheet.as_html(page.sheet(virtual))
+    assert (
+        "computes nothing" in text and "real allocator on a virtual GPU" in text and "samples per second" not in written
+    )

@@ -1,0 +1,226 @@
+"""The Runner on CUDA, by the real allocator of a virtual GPU: copies, running out of memory, the scaler.
+
+Kernels compute nothing there, so gradients are compared on the CPU (test_oom.py, test_runner.py); what is shown here is
+what the device adds: a real `torch.OutOfMemoryError`, blocks, streams. Each case is a process that runs this file.
+"""
+
+from __future__ import annotations
+
+import collections
+import gc
+import json
+import logging
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autoaccum import PlanMismatch, Runner, Workload, cuda, fit_plan, observe, step
+from autoaccum.recording import LATER
+from autoaccum.virtual import VirtualGpu, available, control, launch
+
+REASON = available()
+MIB = 2**20
+WIDTH, TARGET, MICRO = 256, 12, 4
+PLACES = [(micro_batch, phase) for micro_batch in (1, 2, 3) for phase in ("forward", "backward")]
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(check: Callable[[], None]) -> Callable[[], None]:
+    CASES[check.__name__] = check
+    return check
+
+
+def on_virtual_gpu(name: str, *arguments: object, gpu: VirtualGpu | None = None) -> str:
+    command = [sys.executable, __file__, name, json.dumps(arguments)]
+    process = launch(command, gpu or VirtualGpu(memory_bytes=4 * 2**30), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err.decode()[-3000:]
+    return out.decode()
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("name", ["copies_overlap", "everything_is_recovered_from", "the_scaler_works_once_a_window"])
+def test_on_the_virtual_gpu(name: str) -> None:
+    on_virtual_gpu(name)
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+def test_a_plan_for_one_gpu_is_refused_on_another() -> None:
+    plan = on_virtual_gpu("makes_a_plan", gpu=VirtualGpu(name="Virtual A", memory_bytes=2 * 2**30)).splitlines()[-1]
+    on_virtual_gpu("takes_a_plan", plan, gpu=VirtualGpu(name="Virtual A", memory_bytes=2 * 2**30))
+    with pytest.raises(AssertionError, match=r"PlanMismatch.*device"):
+        on_virtual_gpu("takes_a_plan", plan, gpu=VirtualGpu(name="Virtual B", memory_bytes=2 * 2**30))
+
+
+# --- in a process on the virtual GPU ---------------------------------------------------------------------------------
+
+
+def workload(**how: Any) -> Workload:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.ReLU(), nn.Linear(4 * WIDTH, 8)).cuda()
+    return Workload(model, batch(4), **how)
+
+
+def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, 64, WIDTH).mean(1), torch.zeros(n, dtype=torch.long)
+
+
+def plan_for(work: Workload) -> Any:
+    return fit_plan(work, target_batch=TARGET, max_micro_batch=MICRO)
+
+
+@case
+def copies_overlap() -> None:
+    """On a stream of their own, ordered by events, within the planned peak; a plain copy on the CPU."""
+    work = workload()
+    pinned = tuple(leaf.pin_memory() for leaf in batch(TARGET))
+    parts = step.open_parts(work)
+    subject = observe.Subject(parts, work, cuda, None)
+    observe.scout(subject, observe.Observed())
+    recording = observe.record_window(subject, MICRO, 3)
+    last = [phase for phase in recording.phases if phase.name == LATER][-1]
+    side = [event for event in last.events if event.stream]
+    assert len(side) == 4, "two leaves come, and the two of the micro-batch before go"
+    assert [event.bytes > 0 for event in side] == [True, True, False, False], "in this order: nothing is overwritten"
+
+    orders: list[str] = []
+    real_wait, real_copy = torch.cuda.Stream.wait_event, torch.Tensor.to
+
+    def wait(self: Any, event: Any) -> None:
+        orders.append("waits")
+        real_wait(self, event)
+
+    def copy(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.is_cuda and kwargs.get("non_blocking"):
+            beside = torch.cuda.current_stream() != torch.cuda.default_stream()
+            orders.append("copies" if beside else "copies on the computing stream")
+        return real_copy(self, *args, **kwargs)
+
+    torch.cuda.Stream.wait_event, torch.Tensor.to = wait, copy  # type: ignore[method-assign]
+    try:
+        plan = plan_for(work)
+        runner = Runner(work, plan)
+        orders.clear()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        runner.step(pinned)
+        runner.step(pinned)
+    finally:
+        torch.cuda.Stream.wait_event, torch.Tensor.to = real_wait, real_copy  # type: ignore[method-assign]
+    # `wait_stream` waits for an event, too: for the copies, once they are issued.
+    micro_batch = ["waits", "copies", "copies", "waits"]
+    assert orders == micro_batch[1:] + 5 * micro_batch, orders
+    assert torch.cuda.max_memory_reserved() <= plan.predicted_peak_bytes
+
+
+class Fault:
+    """Runs out of memory for real, at a place: the driver refuses, the allocator gives up.
+
+    No module: a window that starts over puts a module's attributes back, this count among them.
+    """
+
+    def __init__(self) -> None:
+        self.forwards, self.at = 0, (0, "")
+        self.alive: list[weakref.ref[torch.Tensor]] = []
+        self.alive_at_retry: int | None = None
+
+    def before(self, *_: Any) -> None:
+        if self.forwards == self.at[0]:
+            self.alive_at_retry = sum(ref() is not None for ref in self.alive)
+
+    def after(self, module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        out = out * 2
+        self.alive.append(weakref.ref(out))
+        if self.at == (self.forwards, "forward"):
+            run_out()
+        if self.at == (self.forwards, "backward"):
+            out.register_hook(lambda grad: run_out())
+        return out
+
+
+def run_out() -> None:
+    control.fail_next(2)  # the allocator asks again once it has emptied its cache
+    torch.empty(512 * MIB, dtype=torch.uint8, device="cuda")
+
+
+@case
+def everything_is_recovered_from() -> None:
+    fault = Fault()
+    work = workload(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    plan = plan_for(work)
+    at_start: list[int] = []
+    work.model.register_forward_pre_hook(fault.before)
+    work.model[1].register_forward_hook(fault.after)
+    for place in PLACES:
+        runner = Runner(work, plan)
+        runner.step(batch(TARGET))
+        bring = runner.parts.copies.bring
+
+        def noted(piece: Any, bring: Any = bring) -> Any:
+            at_start.append(torch.cuda.memory_allocated())
+            return bring(piece)
+
+        runner.parts.copies.bring = noted  # type: ignore[method-assign]
+        fault.forwards, fault.at = 0, place
+        fault.alive.clear()
+        at_start.clear()
+        gc.disable()  # nothing is freed by chance
+        result = runner.step(batch(TARGET))
+        gc.enable()
+        assert result.retries == 1 and result.stepped and runner.number == 2, place
+        assert max(result.split) < MICRO and sum(result.split) == TARGET, result.split
+        assert at_start[place[0]] == at_start[0], (place, at_start, "more is allocated where the window starts over")
+        assert fault.alive_at_retry == 0, (place, "activations of what failed were alive when it started over")
+
+
+@case
+def the_scaler_works_once_a_window() -> None:
+    calls: collections.Counter[str] = collections.Counter()
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    work = workload(precision="fp16", scaler=scaler, clip_grad_norm=1.0, on_nonfinite=None)
+    plan = plan_for(work)
+    runner = Runner(work, plan)
+    for name in ("scale", "unscale_", "step", "update"):
+        real = getattr(scaler, name)
+
+        def counted(*args: Any, name: str = name, real: Any = real) -> Any:
+            calls[name] += 1
+            if name == "scale":
+                assert args[0].is_cuda
+            return real(*args)
+
+        setattr(scaler, name, counted)
+    result = runner.step(batch(TARGET))
+    assert len(result.split) == 3
+    assert calls == {"scale": 3, "unscale_": 1, "step": 1, "update": 1}, calls
+    dtypes = set()
+    work.model[0].register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+    runner.step(batch(TARGET))
+    assert dtypes == {torch.float16}
+
+
+@case
+def makes_a_plan() -> None:
+    print(json.dumps(plan_for(workload()).to_json()))
+
+
+@case
+def takes_a_plan(text: str) -> None:
+    from autoaccum import Plan
+
+    try:
+        Runner(workload(), Plan.from_json(json.loads(text))).step(batch(TARGET))
+    except PlanMismatch as error:
+        raise SystemExit(f"PlanMismatch: {error}") from None
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    CASES[sys.argv[1]](*json.loads(sys.argv[2]))
