@@ -77,7 +77,7 @@ def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) 
 
 def solving() -> dict[str, Any]:
     """Seconds to solve for a recorded program of 10,000 events or more."""
-    from autoaccum import Workload, cpu, fit, observe, outlook_cpu, step
+    from autoaccum import Workload, approach, cpu, fit, observe, outlook_cpu, step
     from autoaccum.wish import read_wish
 
     from .models import Block
@@ -90,7 +90,7 @@ def solving() -> dict[str, Any]:
     workload = Workload(model, sample, loss=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
     subject = observe.Subject(step.open_parts(workload), workload, cpu, cpu.prepare(), before=cpu.read_heap())
     observed = observe.Observed()
-    observe.observe(subject, observed, lambda found: 0, lambda found, n: True)
+    approach.approach(subject, observed, lambda found: 0, lambda found, n: True)
     events = sum(len(steps) for steps in observed.program().phases.values())
     budget = cpu.read_base(subject.before).bytes + 200 * 2**20
     wish = read_wish(workload, 512, budget, None, None, None, 0, 1)
