@@ -23,7 +23,7 @@ from .wish import Wish
 
 VERIFIED = "verified"  # the history of a verification: here, with the loss asked already
 MOST_REMEMBERED = 4096  # replays
-_Key = tuple[Split, str, int | None, bool]
+_Key = tuple[Split, str, int | None, bool, bool]
 
 
 @dataclass
@@ -85,7 +85,13 @@ class CudaOutlook(Outlook):
         return steady + (there - steady) * n // scouted.micro_batch <= self.usable_bytes
 
     def replayed(
-        self, split: Split, history: str, capacity_bytes: int | None, *, expandable: bool | None = None
+        self,
+        split: Split,
+        history: str,
+        capacity_bytes: int | None,
+        *,
+        expandable: bool | None = None,
+        stops_at_retry: bool = False,
     ) -> TrainingReplay:
         """The training run of a split by the allocator's rules.
 
@@ -93,7 +99,7 @@ class CudaOutlook(Outlook):
             LookupError: Nothing as large was recorded, and nothing follows from what was.
         """
         expandable = self.settings.expandable_segments if expandable is None else expandable
-        key = split, history, capacity_bytes, expandable
+        key = split, history, capacity_bytes, expandable, stops_at_retry
         known = self.observed.memo if history == "fresh" else self._replays
         if key not in known:
             training, sizes = self._training(split)
@@ -103,6 +109,7 @@ class CudaOutlook(Outlook):
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
                 start=EMPTY if history == "fresh" else self.start,
                 asks=history != VERIFIED,
+                stops_at_retry=stops_at_retry,
             )
             if len(known) > MOST_REMEMBERED:
                 known.clear()
@@ -224,10 +231,11 @@ class CudaOutlook(Outlook):
         histories = self.wish.histories if expandable is None else ("fresh",)
 
         def fits(split: Split) -> bool:
-            return all(
-                self.replayed(split, history, None, expandable=expandable).peak_reserved_bytes <= self.usable_bytes
+            found = (
+                self.replayed(split, history, self.usable_bytes, expandable=expandable, stops_at_retry=True)
                 for history in histories
             )
+            return all(each.out_of_memory is None and not any(each.retries) for each in found)
 
         reach = most or self.wish.most
         return largest_micro_batch(fits, self.later_floor, budget_bytes=self.usable_bytes, most=reach) or None
