@@ -1,6 +1,6 @@
 """fit_plan: from a workload to a plan. The page to read first.
 
-    record   the window at small sizes              observe.py, record_cpu.py, record_cuda.py
+    record   the window at small sizes              approach.py, observe.py, record_cpu.py, record_cuda.py
     lift     its sizes, as functions of the batch   program.py
     replay   any window by the allocator's rules    allocator.py, caching_allocator.py
     solve    for the fewest steps that fit          solve.py
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import assemble, compiled, cpu, exact, observe, oom, outlook_cpu, restore, step, times
+from . import approach, assemble, compiled, cpu, exact, observe, oom, outlook_cpu, restore, step, times
 from .errors import DoesNotFit, NotConfirmed, UsageError
 from .infer import infer_sample
 from .knee import knee
@@ -273,14 +273,14 @@ def _look(
 
     observed = Observed()
     try:
-        observe.observe(subject, observed, answer, allowed, wish.least)
+        approach.approach(subject, observed, answer, allowed, wish.least)
     except (RuntimeError, MemoryError) as error:
         if not oom.is_out_of_memory(error):
             raise
         failure = oom.drop_frames(error)
         raise assemble.ran_out(outlook(Observed(), 0), failure) from None
     if observed.doubt is not None:
-        observe.bracket(subject, observed, allowed, min(wish.most, SEARCH_LIMIT))
+        approach.bracket(subject, observed, allowed, min(wish.most, SEARCH_LIMIT))
     start_over()
     if compiles:
         _compile(outlook(observed, state_bytes=0), start_over)
@@ -362,15 +362,15 @@ def _learn(outlook: Outlook, n: int, *, last: bool) -> None:
         outlook.forget()
         return
     known = [recording.micro_batch for recording in observed.recordings]
-    near = next((size for size in (observe.prime_near(n), n) if size > known[-1]), None)
+    near = next((size for size in (approach.prime_near(n), n) if size > known[-1]), None)
     if near is not None and not _recorded(outlook, near):
         observed.doubt = f"a recording at {near} samples, which should have fitted, did not"
-    observed.doubt = observed.doubt or observe.doubt_of_last(outlook.subject, observed)
+    observed.doubt = observed.doubt or approach.doubt_of_last(outlook.subject, observed)
     if last and observed.doubt is None:
         observed.doubt = "windows took another amount of memory than their recordings, so each size was tried by itself"
     outlook.forget()
     if observed.doubt is not None:
-        observe.bracket(outlook.subject, observed, lambda _, size: outlook.is_sure_to_fit(size), outlook.wish.most)
+        approach.bracket(outlook.subject, observed, lambda _, size: outlook.is_sure_to_fit(size), outlook.wish.most)
 
 
 def _recorded(outlook: Outlook, n: int) -> bool:

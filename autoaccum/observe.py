@@ -1,16 +1,14 @@
-"""Recordings until the next one was predicted: what planning knows of a workload's memory.
+"""What planning knows of a workload's memory: its recordings, and what any window would come to by them.
 
-Two small primes, then one or two nearer the answer. Where the sizes don't follow from them, sizes are recorded one by
-one instead, from small to large, each only if what is known so far says that it fits ("bracketing").
+Which sizes are recorded is the matter of `approach.py`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from . import counting, oom, step
 from . import split as cutting
@@ -19,15 +17,13 @@ from .compiled import uncompiled
 from .plan import RecordingNote
 from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, plain_window
-from .recording import FIRST, Event, Phase, Recording, kept_blocks, live_peak
+from .recording import FIRST, OPTIMIZER, Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .workload import Batch, Workload
 
-LARGE = 1 << 20  # smaller blocks share segments of 2 MiB (CUDACachingAllocator.cpp: kSmallSize)
-SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more samples than three times that
 SCOUT = 2  # samples of the very first window; batch statistics need two
-PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
 PRELUDE = "first step"
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,7 @@ class Observed:
         after_first: What `device.read_heap` told once that was done.
         prelude: Its events.
         asking: On CUDA, what asking the loss takes before it.
+        scouted: On CUDA, the first step without what it made for good: what a window of so few samples takes.
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
         doubt: Why no step program could be made; None while one can.
@@ -67,6 +64,7 @@ class Observed:
     after_first: Any = None
     prelude: tuple[Event, ...] = ()
     asking: tuple[Event, ...] = ()
+    scouted: Recording | None = None
     recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
     doubt: str | None = None
@@ -81,10 +79,21 @@ class Observed:
         return "bracketed" if self.doubt else "replayed"
 
     def program(self) -> StepProgram:
-        """The step program of what was recorded."""
+        """The step program of what was recorded; of fewer than two recordings, with the help of the first step."""
         if self._program is None:
-            self._program = lift(self.recordings, self.prelude)
+            self._program = lift(self.recordings if len(self.recordings) > 1 else self.known, self.prelude)
         return self._program
+
+    @property
+    def known(self) -> list[Recording]:
+        """The recordings, and the first step where that is as good as one."""
+        scouted = [self.scouted] if self.scouted is not None else []
+        return sorted([*scouted, *self.recordings], key=lambda each: each.micro_batch)
+
+    @property
+    def has_program(self) -> bool:
+        """Whether two sizes are known, from which others follow."""
+        return self.doubt is None and len({each.micro_batch for each in self.known}) > 1
 
     @property
     def state_bytes(self) -> int:
@@ -111,13 +120,51 @@ def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase]
     return run
 
 
-def scout(subject: Subject, observed: Observed) -> None:
+def scout(subject: Subject, observed: Observed, least: int = SCOUT) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
     if subject.device.ASKING_COUNTS:
         observed.asking = _asking(subject)
-    recording = record_window(subject, SCOUT, steps=subject.device.SCOUT_STEPS)
+    recording = _first_step(subject, least)
     observed.first_step, observed.after_first = recording, subject.device.read_heap()
+    if subject.device.SCOUT_STEPS > 1:
+        observed.scouted = _as_any_other(recording)
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
+
+
+def _first_step(subject: Subject, least: int) -> Recording:
+    """Records the first step at two samples; at one, where memory is too short for two."""
+    steps = subject.device.SCOUT_STEPS
+    if least < SCOUT:
+        found = if_it_fits(subject, SCOUT, lambda: record_window(subject, SCOUT, steps=steps))
+        if found is not None:
+            return found
+        return record_window(subject, least, steps=steps)
+    return record_window(subject, SCOUT, steps=steps)
+
+
+def if_it_fits(subject: Subject, n: int, run: Callable[[], Found]) -> Found | None:
+    """What a run at n samples gives; None where it ran out of memory, and all is as before then."""
+    try:
+        return run()
+    except (RuntimeError, MemoryError) as error:
+        if not oom.is_out_of_memory(error):
+            raise
+        subject.say(f"{n} samples are too many: {oom.drop_frames(error)}")
+    subject.parts.model.zero_grad(set_to_none=True)
+    subject.parts.optimizer.zero_grad(set_to_none=True)
+    subject.device.clean()
+    return None
+
+
+def _as_any_other(first_step: Recording) -> Recording:
+    """A window as it is once the optimizer has its state, out of the first of all, which makes that."""
+    steps = [phase for phase in first_step.phases if phase.name == OPTIMIZER]
+    made = {event.block for phase in steps for event in kept_blocks(phase.events)}
+    phases = tuple(
+        Phase(phase.name, tuple(event for event in phase.events if event.block not in made))
+        for phase in first_step.phases
+    )
+    return replace(first_step, phases=phases)
 
 
 def _asking(subject: Subject) -> tuple[Event, ...]:
@@ -132,21 +179,13 @@ def _asking(subject: Subject) -> tuple[Event, ...]:
     return tuple(event for phase in recording.phases for event in phase.events)
 
 
-def small_primes(model: Any) -> tuple[int, int]:
-    """Two primes that divide the number of elements of no parameter, where there are such, and that aren't large."""
-    sizes = {p.numel() for p in model.parameters()}
-    free = [prime for prime in PRIMES if not any(size % prime == 0 for size in sizes)]
-    chosen = (free + [p for p in PRIMES if p not in free])[:2]
-    return min(chosen), max(chosen)
-
-
 def add(subject: Subject, observed: Observed, n: int) -> float | None:
     """Records at n; returns by how much the program so far was wrong about it, None where there was none."""
     predicted = None
-    if len(observed.recordings) >= 2 and observed.doubt is None:
+    if observed.has_program:
         predicted = peak_of(subject, observed, (n, n)).peak_bytes
-    if observed.state_bytes and not subject.parts.optimizer.state:
-        record_window(subject, SCOUT, steps=1)  # planning started over: the optimizer's state has to be there
+    if observed.state_bytes and not subject.parts.optimizer.state and observed.first_step is not None:
+        record_window(subject, observed.first_step.micro_batch, steps=1)  # planning started over: state has to be there
     recording = record_window(subject, n)
     if not observed.recordings:
         observed.unrecorded_bytes = subject.device.unrecorded_bytes(
@@ -159,136 +198,6 @@ def add(subject: Subject, observed: Observed, n: int) -> float | None:
     observed.recordings = sorted([*observed.recordings, recording], key=lambda each: each.micro_batch)
     observed.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
     return None if predicted is None else abs(predicted - measured) / measured
-
-
-def observe(
-    subject: Subject,
-    observed: Observed,
-    answer: Callable[[Observed], int],
-    allowed: Callable[[Observed, int], bool],
-    least: int = 1,
-) -> None:
-    """Records until the next recording was predicted, or until it is clear that none will be.
-
-    Args:
-        subject: What is recorded.
-        observed: What is known, to be added to.
-        answer: The micro-batch that would be chosen by what is known; asked after each recording.
-        allowed: Whether a window of two micro-batches of that size is sure to fit; asked before each recording.
-        least: The smallest micro-batch allowed, recorded where nothing larger is sure to fit.
-    """
-    scout(subject, observed)
-    primes = small_primes(subject.parts.model)
-    add(subject, observed, primes[0] if allowed(observed, primes[0]) else least)
-    if observed.recordings[0].micro_batch != primes[0] or not allowed(observed, primes[1]):
-        observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
-        return
-    add(subject, observed, _second_size(subject, observed, allowed, primes[1]))
-    for part in subject.device.PARTS:
-        n = _next_size(subject, observed, answer(observed), part)
-        if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
-            continue
-        program = observed.program()
-        error = add(subject, observed, n)
-        last = next(recording for recording in observed.recordings if recording.micro_batch == n)
-        exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
-        sure = not exact or (_foresaw(program, last) and not _may_saturate(observed.program()))
-        if error is not None and error <= subject.device.AGREES_WITHIN and sure:
-            return
-    observed.doubt = doubt_of_last(subject, observed)
-
-
-def _foresaw(program: StepProgram, recording: Recording) -> bool:
-    """Whether a program has every large block of a recording, of its very size."""
-    return all(
-        Counter(size for event in phase.events if (size := event.bytes) > LARGE)
-        == Counter(
-            size
-            for each in program.phases.get(phase.name, ())
-            if each.rule and (size := each.rule.at(recording.micro_batch)) > LARGE
-        )
-        for phase in recording.phases
-    )
-
-
-def _may_saturate(program: StepProgram) -> bool:
-    """Whether there are large blocks that step with the size: only a recording nearer the answer tells how far."""
-    n = program.recorded_at
-    return any(
-        step.rule.may_saturate and step.rule.at(n) > LARGE
-        for steps in program.phases.values()
-        for step in steps
-        if step.rule is not None
-    )
-
-
-def _second_size(subject: Subject, observed: Observed, allowed: Callable[[Observed, int], bool], prime: int) -> int:
-    """The second small prime; where the answer is small too, so that no third recording may be had, one near it."""
-    most = subject.device.MOST_SAMPLES
-    if most is None or allowed(observed, SMALL_ANSWER):
-        return prime
-    sure = next(n for n in range(SMALL_ANSWER, 0, -1) if n <= prime or allowed(observed, n))
-    left = int(most * sure) - _samples(subject, observed)
-    return max(prime, prime_near(min(int(subject.device.PARTS[-1] * sure), left // 2)))
-
-
-def _samples(subject: Subject, observed: Observed) -> int:
-    """Samples that recording took so far."""
-    scouted: int = SCOUT * subject.device.SCOUT_STEPS
-    return scouted + sum(note.passes * note.micro_batch for note in observed.notes)
-
-
-def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -> int:
-    """A prime near a part of the answer; less, or 0, where recording may not take that many samples."""
-    most = subject.device.MOST_SAMPLES
-    n = prime_near(int(part * answer))
-    if most is None:
-        return n
-    left = int(most * answer) - _samples(subject, observed)
-    later = sum(int(2 * other * answer) for other in subject.device.PARTS if other > part)  # those tell more
-    return min(n, prime_near((left - later) // 2)) if left > later else 0
-
-
-def doubt_of_last(subject: Subject, observed: Observed) -> str | None:
-    """Why there is no program, where it was too wrong about the last recording."""
-    last, allowed = observed.notes[-1], subject.device.LIFTS_WITHIN
-    if allowed is None or last.predicted_bytes is None:
-        return None
-    if abs(last.predicted_bytes / last.measured_bytes - 1) <= allowed:
-        return None
-    before = " and ".join(str(note.micro_batch) for note in observed.notes[-3:-1])
-    return (
-        f"sizes at {last.micro_batch} samples don't follow from those at {before} "
-        f"(predicted {last.predicted_bytes:,} bytes, recorded {last.measured_bytes:,}), "
-        "so each size was recorded by itself"
-    )
-
-
-def bracket(
-    subject: Subject, observed: Observed, allowed: Callable[[Observed, int], bool], most: int, rounds: int = 8
-) -> None:
-    """Records ever larger sizes, each where the last two say that it fits, until the next gains little."""
-    for _ in range(rounds):
-        largest = observed.recordings[-1].micro_batch
-        for n in (min(most, 2 * largest), min(most, int(1.4 * largest)), min(most, int(1.1 * largest) + 1)):
-            if n > largest and allowed(observed, n):
-                break
-        else:
-            return
-        try:
-            add(subject, observed, n)
-        except (RuntimeError, MemoryError) as error:
-            if not oom.is_out_of_memory(error):
-                raise
-            subject.say(f"{n} samples are too many: {oom.drop_frames(error)}")
-            return
-
-
-def prime_near(n: int) -> int:
-    """The largest prime of at most n; 0 where there is none."""
-    while n > 1 and any(n % d == 0 for d in range(2, int(n**0.5) + 1)):
-        n -= 1
-    return n if n > 1 else 0
 
 
 def own_peak(subject: Subject, observed: Observed, recording: Recording) -> Replay:

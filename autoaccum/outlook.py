@@ -156,7 +156,7 @@ class Outlook(ABC):
         """Whether recording at n can't go over the budget, by the most pessimistic of what is known."""
         observed = self.observed
         room = self.usable_bytes - self.base_bytes - self.data_bytes(2 * n)
-        if observed.recordings and observed.doubt is None and len(observed.recordings) > 1:
+        if observed.recordings and observed.has_program:
             return observe.peak_of(self.subject, observed, (n, n)).peak_bytes <= room
         gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)
         steady = gradients + observed.state_bytes  # it is there whatever the batch
@@ -166,7 +166,7 @@ class Outlook(ABC):
             # The first step makes gradients and state itself: only what comes on top of them is of the batch.
             kept = {event.block for event in kept_blocks(observed.prelude)}
             passing = tuple(event for event in observed.prelude if event.block not in kept)
-            known = observe.SCOUT
+            known = observed.first_step.micro_batch if observed.first_step is not None else observe.SCOUT
             peak = steady + max(0, live_peak([Phase(observe.PRELUDE, passing)]) - gradients)
         scaling = max(peak - steady, peak // 10)  # all the rest growing with the batch is the worst there is
         return peak + scaling * max(0, n - known) // known <= room

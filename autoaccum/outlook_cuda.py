@@ -23,7 +23,7 @@ from .wish import Wish
 
 VERIFIED = "verified"  # the history of a verification: here, with the loss asked already
 MOST_REMEMBERED = 4096  # replays
-_Key = tuple[Split, str, int | None, bool]
+_Key = tuple[Split, str, int | None, bool, bool]
 
 
 @dataclass
@@ -74,13 +74,24 @@ class CudaOutlook(Outlook):
 
     def is_sure_to_fit(self, n: int) -> bool:
         """By the allocator's rules once there is a program, a retry now and then included; before, pessimistically."""
-        if len(self.observed.recordings) > 1 and self.observed.doubt is None:
+        if self.observed.recordings and self.observed.has_program:
             unlimited = self.replayed((n, n), "fresh", None).peak_reserved_bytes <= self.usable_bytes
             return unlimited or self.replayed((n, n), "fresh", self.usable_bytes).out_of_memory is None
-        return super().is_sure_to_fit(n)
+        scouted = self.observed.scouted
+        if self.observed.recordings or scouted is None or n <= scouted.micro_batch:
+            return super().is_sure_to_fit(n)
+        steady = self._static_bytes()
+        there = self.replayed((scouted.micro_batch,) * 2, "fresh", None).peak_reserved_bytes
+        return steady + (there - steady) * n // scouted.micro_batch <= self.usable_bytes
 
     def replayed(
-        self, split: Split, history: str, capacity_bytes: int | None, *, expandable: bool | None = None
+        self,
+        split: Split,
+        history: str,
+        capacity_bytes: int | None,
+        *,
+        expandable: bool | None = None,
+        stops_at_retry: bool = False,
     ) -> TrainingReplay:
         """The training run of a split by the allocator's rules.
 
@@ -88,7 +99,7 @@ class CudaOutlook(Outlook):
             LookupError: Nothing as large was recorded, and nothing follows from what was.
         """
         expandable = self.settings.expandable_segments if expandable is None else expandable
-        key = split, history, capacity_bytes, expandable
+        key = split, history, capacity_bytes, expandable, stops_at_retry
         known = self.observed.memo if history == "fresh" else self._replays
         if key not in known:
             training, sizes = self._training(split)
@@ -98,6 +109,7 @@ class CudaOutlook(Outlook):
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
                 start=EMPTY if history == "fresh" else self.start,
                 asks=history != VERIFIED,
+                stops_at_retry=stops_at_retry,
             )
             if len(known) > MOST_REMEMBERED:
                 known.clear()
@@ -106,9 +118,9 @@ class CudaOutlook(Outlook):
 
     def _training(self, split: Split) -> tuple[Training, Split]:
         observed = self.observed
-        if observed.doubt is None:
+        if observed.has_program:
             return self._made(0, observed.program), split
-        recording = next((each for each in observed.recordings if each.micro_batch >= split[0]), None)
+        recording = next((each for each in observed.known if each.micro_batch >= split[0]), None)
         if recording is None:
             raise LookupError(f"nothing was recorded at {split[0]} samples or more")
         size = recording.micro_batch
@@ -141,8 +153,7 @@ class CudaOutlook(Outlook):
 
     def helps(self, needed_bytes: int) -> list[str]:
         """Over how many devices parameters, gradients and state would have to be sharded."""
-        gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)
-        static = sum(event.bytes for event in self.build) + gradients + self.observed.state_bytes
+        static = self._static_bytes()
         for devices in (2, 4, 8, 16, 32, 64):
             if needed_bytes - static + static // devices <= self.budget.bytes:
                 return [
@@ -150,6 +161,11 @@ class CudaOutlook(Outlook):
                     f"state are {show_bytes(static)} of it)"
                 ]
         return []
+
+    def _static_bytes(self) -> int:
+        """Parameters, buffers, gradients and optimizer state."""
+        gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)
+        return sum(event.bytes for event in self.build) + gradients + self.observed.state_bytes
 
     def floor(self, n: int) -> int:
         """What is alive at once in a first micro-batch of a window that isn't the first."""
@@ -215,10 +231,11 @@ class CudaOutlook(Outlook):
         histories = self.wish.histories if expandable is None else ("fresh",)
 
         def fits(split: Split) -> bool:
-            return all(
-                self.replayed(split, history, None, expandable=expandable).peak_reserved_bytes <= self.usable_bytes
+            found = (
+                self.replayed(split, history, self.usable_bytes, expandable=expandable, stops_at_retry=True)
                 for history in histories
             )
+            return all(each.out_of_memory is None and not any(each.retries) for each in found)
 
         reach = most or self.wish.most
         return largest_micro_batch(fits, self.later_floor, budget_bytes=self.usable_bytes, most=reach) or None

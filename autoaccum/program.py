@@ -129,11 +129,44 @@ def _lift_phase(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> tu
         found = size_rules(sizes, n, theirs, m, further, reductions=reductions, inputs=inputs)
         found |= saturating(sizes, found, [theirs, *(each for _, each in further)], reductions=reductions)
         rules[reductions] = found
+    sized = [Step(e.block, rules[e.block in buffers][e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events]
+    told = _told_apart(phase, n, others)
     return tuple(
-        Step(e.block, rules[e.block in buffers][e.bytes] if e.bytes > 0 else None, e.stream)
-        for e in phase.events
-        if e.bytes
+        step._replace(rule=told.get(index, step.rule))
+        for index, (step, event) in enumerate(zip(sized, phase.events, strict=True))
+        if event.bytes
     )
+
+
+def _told_apart(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> dict[int, Rule]:
+    """Rules, by place, of sizes that are constant in one place and scale in another: of 3 samples, a third weight.
+
+    Where both stand in another recording, only the place tells; and places are the same where all that happens is.
+    """
+    here = {event.bytes for event in phase.events if event.bytes > 0 and event.bytes % n == 0}
+    for m, other in others:
+        there = {event.bytes for event in other.events if event.bytes > 0}
+        double = {size for size in here if size in there and size // n * m in there}
+        if double and _course(phase) == _course(other):
+            found = {}
+            for index, (event, beside) in enumerate(zip(phase.events, other.events, strict=True)):
+                if event.bytes in double and beside.bytes == event.bytes:
+                    found[index] = Rule(event.bytes)
+                elif event.bytes in double and beside.bytes == event.bytes // n * m:
+                    found[index] = Rule(0, per_sample=event.bytes, divisor=n)
+            return found
+    return {}
+
+
+def _course(phase: Phase) -> list[int]:
+    """What happens, sizes left out: an allocation is 0, a free how long ago it was made, -1 for an earlier phase."""
+    made: dict[int, int] = {}
+    course = []
+    for index, event in enumerate(phase.events):
+        if event.bytes > 0:
+            made[event.block] = index
+        course.append(0 if event.bytes > 0 else index - made[event.block] if event.block in made else -1)
+    return course
 
 
 def _sizes(phase: Phase, *, reductions: bool) -> list[int]:

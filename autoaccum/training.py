@@ -171,6 +171,7 @@ def replay_training(
     start: CudaStart = EMPTY,
     windows: int = MOST_WINDOWS,
     asks: bool = True,
+    stops_at_retry: bool = False,
 ) -> TrainingReplay:
     """Trains window after window of one split on a model of the allocator.
 
@@ -181,6 +182,7 @@ def replay_training(
         start: What it holds before.
         windows: The most windows to replay.
         asks: Whether the loss is yet to be asked what it counts.
+        stops_at_retry: Whether the first retry ends it, since that is all that is to be known.
     """
     allocator = CachingAllocator(rules, start)
     run = _Run(allocator, _Writer(training))
@@ -193,6 +195,8 @@ def replay_training(
         run.window(split, first=index == 0)
         after = run.state() if run.out_of_memory is None else None
         if run.out_of_memory is not None or (index >= 2 and after == before):
+            break
+        if run.retries[-1] and (stops_at_retry or index >= 2):  # it doesn't fit: see TrainingReplay.fits
             break
         before = after
     return TrainingReplay(

@@ -82,7 +82,7 @@ def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) 
 
 def recorded_program() -> tuple[Any, Any, Any, int]:
     """A workload of 10,000 events or more, its subject, what was observed of it, and a budget for some samples."""
-    from autoaccum import Workload, cpu, observe, step
+    from autoaccum import Workload, approach, cpu, observe, step
 
     from .models import Block
 
@@ -94,7 +94,7 @@ def recorded_program() -> tuple[Any, Any, Any, int]:
     workload = Workload(model, sample, loss=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
     subject = observe.Subject(step.open_parts(workload), workload, cpu, cpu.prepare(), before=cpu.read_heap())
     observed = observe.Observed()
-    observe.observe(subject, observed, lambda found: 0, lambda found, n: True)
+    approach.approach(subject, observed, lambda found: 0, lambda found, n: True)
     return workload, subject, observed, cpu.read_base(subject.before).bytes + 200 * 2**20
 
 

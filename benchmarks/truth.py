@@ -40,7 +40,7 @@ TOGETHER = 16  # cases in a process: those of them whose virtual GPU is the same
 def inside(numbers: Sequence[int], count: int) -> None:
     """Cases by number, a line of JSON each; on the virtual GPU."""
     torch.set_num_threads(1)
-    for name in ("torchvision", "transformers"):
+    for name in ("torch._dynamo", "torchvision", "transformers"):  # what a fork would import each time
         __import__(name)
     found = cases(count)
     for number in numbers:

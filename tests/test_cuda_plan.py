@@ -23,7 +23,7 @@ from autoaccum.solve import balanced
 from autoaccum.split import tile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import truth
+from benchmarks import truth, truth_cases
 from benchmarks.truth_models import MODELS, Made, Mlp
 
 REASON = virtual.available()

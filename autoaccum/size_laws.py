@@ -1,0 +1,227 @@
+"""Sizes that are neither constant nor proportional: what grows by a line, in steps, in tiles, and where that ends.
+
+A law is taken where other recordings bear it out to the byte. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import gcd
+from typing import NamedTuple
+
+from .recording import Event
+
+EVERY = (2, 4, 8, 16, 32, 64, 128)  # samples to a step, where a size steps: powers of two, as blocks of threads are
+PARTS = range(1, 9)  # of what two sizes have in common, that may be a tile
+TINY = 1 << 16  # the counters beside a reduction's buffer are of fewer bytes
+
+
+class Rule(NamedTuple):
+    """Bytes of a block at n samples: `constant + (per_sample * n + per_pair * n * n) // divisor`.
+
+    Where `every` is more than 1, n counts in whole steps of so many samples, the last one begun; where `unit` is, the
+    bytes are rounded up to whole units. `most` is where it saturates; 0 for nowhere.
+    """
+
+    constant: int
+    per_sample: int = 0
+    per_pair: int = 0
+    divisor: int = 1
+    every: int = 1
+    most: int = 0
+    unit: int = 1
+
+    @property
+    def may_saturate(self) -> bool:
+        """Whether it steps, as what is made for so many blocks at once does, and nothing tells yet where that ends."""
+        return (self.every > 1 or self.unit > 1) and not self.most
+
+    def at(self, n: int) -> int:
+        """The bytes at a micro-batch of n samples, at least 1."""
+        n = -(-n // self.every)
+        size = max(1, self.constant + (self.per_sample * n + self.per_pair * n * n) // self.divisor)
+        size = -(-size // self.unit) * self.unit
+        return min(size, self.most) if self.most else size
+
+
+def confirmed_laws(
+    unsure: Sequence[int],
+    here: Mapping[int, int],
+    n: int,
+    seen: Sequence[tuple[int, Counter[int]]],
+    plain: Mapping[int, Rule],
+    scales: Iterable[int],
+    reductions: bool | None,
+) -> dict[int, Rule]:
+    """Laws for sizes that are neither constant nor proportional, where other recordings bear them out.
+
+    Args:
+        unsure: The sizes at n samples.
+        here: How often each size stands there at n.
+        n: The recording that is lifted.
+        seen: The other recordings, the nearest first: their micro-batches, and how often each size stands there.
+        plain: The rules of the sizes that are constant or proportional: what they come to in the other recordings is
+            explained, and bears out no law.
+        scales: Bytes per sample of what scales in this phase.
+        reductions: As in `size_rules`.
+    """
+    left = [(m, counts.copy()) for m, counts in seen]
+    for size, rule in plain.items():
+        _take_out(left, rule, here[size])
+    laws = {}
+    for size in unsure:
+        law = _confirmed_law(size, n, seen, left, scales, reductions)
+        if law is not None:
+            laws[size] = law
+            _take_out(left, law, here[size])
+    return laws
+
+
+def _take_out(left: Sequence[tuple[int, Counter[int]]], rule: Rule, times: int) -> None:
+    """Counts what a rule explains in each recording as explained."""
+    for m, counts in left:
+        counts[rule.at(m)] -= times
+
+
+def _confirmed_law(
+    size: int,
+    n: int,
+    seen: Sequence[tuple[int, Counter[int]]],
+    left: Sequence[tuple[int, Counter[int]]],
+    scales: Iterable[int],
+    reductions: bool | None,
+) -> Rule | None:
+    """The law that most other recordings bear out exactly, the nearest among them; None where there is none.
+
+    Of laws that as many bear out, the one whose sizes nothing else explains there; of equals the safer.
+    """
+    m, rest = left[0]
+    partners = {partner for partner, times in rest.items() if times > 0}
+
+    def best(laws: Iterable[Rule]) -> tuple[int, Rule | None]:
+        stands = {law: sum(seen[i][1][law.at(each)] > 0 for i, (each, _) in enumerate(seen)) for law in laws}
+        stands = {law: times for law, times in stands.items() if law.at(m) in partners}
+        alone = {law: sum(counts[law.at(each)] > 0 for each, counts in left) for law in stands}
+        found = max(stands, key=lambda law: (stands[law] + alone[law], law.at(2 * n), -law.unit), default=None)
+        return (stands[found], found) if found is not None else (0, None)
+
+    affine, line = best(_affine_laws(size, n, m, partners))
+    stepping: list[Rule] = []
+    if reductions is not False:
+        stepping += _row_laws(size, n)
+    stepping += _tile_laws(size, n, m, partners, _read_by_blocks(scales) if reductions else scales)
+    steps, stepped = best(stepping)
+    if affine > 1 and affine >= steps:
+        return line
+    if stepped is not None:
+        return stepped
+    ends, ended = best(_ended_laws(size, n, m, partners, scales, reductions))
+    return ended if ends > 1 else None
+
+
+def _affine_laws(size: int, n: int, m: int, sizes: set[int]) -> Iterator[Rule]:
+    """A + b n: workspaces of convolutions."""
+    for partner in sizes:
+        slope, uneven = divmod(size - partner, n - m)
+        if slope > 0 and not uneven and slope * n < size:
+            yield Rule(size - slope * n, per_sample=slope)
+
+
+def _ended_laws(
+    size: int, n: int, m: int, sizes: set[int], scales: Iterable[int], reductions: bool | None
+) -> Iterator[Rule]:
+    """What grew in steps up to m samples and would be larger than this at n: it has come to its end in between."""
+    for partner in sizes:
+        if not TINY < partner < size:
+            continue
+        laws = [*_row_laws(partner, m)] if reductions else []
+        units = {gcd(size, partner) // part for part in PARTS}
+        laws += [
+            Rule(0, per_sample=scale, unit=unit)
+            for unit in units
+            if unit > TINY and not size % unit and not partner % unit
+            for scale in (_read_by_blocks(scales) if reductions else scales)
+        ]
+        yield from (law._replace(most=size) for law in laws if law.at(m) == partner and law.at(n) > size)
+
+
+def _read_by_blocks(scales: Iterable[int]) -> set[int]:
+    """What partial results take for each sample, where each block of threads reads whole rows of an input.
+
+    A block keeps a partial result, of 4 bytes, for each of 128 columns and each output, and reads 16 values for each of
+    its threads (Reduce.cuh: global_memory_size, min_values_per_thread): of rows of 4 bytes a value twice as much as it
+    reads, of 2 bytes four times, and by powers of two more or less where blocks are of another shape.
+    """
+    return {scale * 2**power for scale in scales for power in range(5)}
+
+
+def _row_laws(size: int, n: int) -> Iterator[Rule]:
+    """What grows in steps of so many samples.
+
+    A sum over rows keeps a partial result for each block of rows (aten/src/ATen/native/cuda/Reduce.cuh: ctas_per_output
+    is rounded up).
+    """
+    for every in EVERY:
+        if size % -(-n // every) == 0 and every < n:
+            yield Rule(0, per_sample=size // -(-n // every), every=every)
+
+
+def _tile_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]) -> Iterator[Rule]:
+    """What comes in tiles, so many for each so many bytes of an input.
+
+    A tile divides what was seen at both sizes, and what scales is one of the phase's own.
+    """
+    if size <= TINY:
+        yield from _row_laws(size, n)
+        return
+    units = {gcd(size, partner) // part for partner in sizes if TINY < partner < size for part in PARTS}
+    for unit in units:
+        if unit > TINY and not size % unit:
+            for scale in scales:
+                if -(-scale * n // unit) * unit == size and -(-scale * m // unit) * unit < size:
+                    yield Rule(0, per_sample=scale, unit=unit)
+
+
+def saturating(
+    sizes: Sequence[int], rules: Mapping[int, Rule], others: Sequence[Sequence[int]], *, reductions: bool
+) -> dict[int, Rule]:
+    """What grows in steps, up to a size that others of its kind have reached.
+
+    The buffer of a reduction grows with the rows until there are as many blocks as the device runs at once: that many
+    bytes are the same for all (Reduce.cuh). Scratch in tiles has no more of them than can be in use at once, which is
+    the same for all of one tile. It is known where some are that large here, and fewer were so in a smaller recording.
+
+    Args:
+        sizes: Of one kind of blocks, in a phase.
+        rules: Theirs.
+        others: The same kind's in smaller recordings.
+        reductions: Whether they are buffers of reductions.
+    """
+    here = Counter(sizes)
+    ended = [size for size in here if rules[size].most == size or not rules[size].per_sample]
+    reached = [size for size in ended if any(here[size] > each.count(size) for each in others)]
+    found = {}
+    for size in here:
+        rule = rules[size]
+        whole = rule.per_sample if rule.every > 1 else rule.unit  # blocks are counted up to whole ones
+        if not rule.per_sample or rule.most or not (reductions or rule.unit > 1):
+            continue
+        most = max((each for each in reached if reductions or each % rule.unit == 0), default=0)
+        if size < most:
+            found[size] = rule._replace(most=-(-most // whole) * whole)
+    return found
+
+
+def reduction_buffers(events: Sequence[Event]) -> set[int]:
+    """The blocks that look like buffers of reductions: a few counters are allocated right after, both are freed soon.
+
+    aten/src/ATen/native/cuda/Reduce.cuh: gpu_reduce_kernel, a buffer for partial results and semaphores.
+    """
+    found = set()
+    for index, event in enumerate(events):
+        counters = any(0 < other.bytes <= TINY for other in events[index + 1 : index + 2])
+        freed = any(other.block == event.block for other in events[index + 2 : index + 5])
+        if event.bytes > TINY and counters and freed:
+            found.add(event.block)
+    return found
