@@ -5,6 +5,7 @@ Which sizes are recorded is the matter of `approach.py`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import ModuleType
