@@ -306,12 +306,16 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         for name, command in group.commands.items()
     }
     assert found == {
+        "bench": [
+            "--device", "--force", "--headroom", "--json", "--malloc", "--memory", "--output",
+            "--target-batch", "--tune-trials", "--tuned", "--windows", "--workload",
+        ],
         "check": ["--json", "--workload"],
         "doctor": ["--gpus", "--json"],
         "explain": ["--json"],
         "plan": [
             "--device", "--force", "--gpu", "--headroom", "--json", "--malloc", "--max-micro-batch", "--memory",
-            "--output", "--target-batch", "--verify", "--workload",
+            "--objective", "--output", "--target-batch", "--timing", "--verify", "--workload",
         ],
         "report": ["--force", "--output"],
         "run": ["--checkpoint", "--checkpoint-seconds", "--epochs", "--json", "--steps"],
