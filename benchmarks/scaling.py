@@ -131,7 +131,7 @@ def targets_table(targets: Sequence[int]) -> list[dict[str, Any]]:
 
 def solve(targets: Sequence[int], repeats: int = REPEATS) -> list[dict[str, Any]]:
     """In this process: seconds to solve for a recorded program, its replays forgotten each time."""
-    from autoaccum import fit, outlook_cpu
+    from autoaccum import answer, outlook_cpu
     from autoaccum.wish import read_wish
 
     from .speed import recorded_program
@@ -146,7 +146,7 @@ def solve(targets: Sequence[int], repeats: int = REPEATS) -> list[dict[str, Any]
         for _ in range(repeats):
             observed._replays.clear()
             started = time.perf_counter()
-            solution = fit._solve(outlook)
+            solution = answer.solve(outlook)
             seconds.append(time.perf_counter() - started)
         assert solution is not None and sum(solution.split) == target
         row = {"steps": len(solution.split), "micro-batch": solution.split[0], "splits tried": solution.tried}

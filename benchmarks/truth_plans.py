@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from autoaccum import assemble, errors, fit, step
+from autoaccum import answer, assemble, errors, fit, step
 from autoaccum import split as cutting
 from autoaccum.outlook_virtual import EmptySubject
 from autoaccum.solve import Split
@@ -25,7 +25,7 @@ BEYOND = 6  # sizes tried beyond the largest without retries
 def counted() -> Iterator[dict[str, int]]:
     """Counts micro-batches and samples that are trained: `recording` before the first verification, and after it."""
     found = {"passes": 0, "samples": 0, "verifications": 0, "verified samples": 0}
-    inner, verify = step.train_window, fit._run_for_real
+    inner, verify = step.train_window, answer._run_for_real
     verifying = False
 
     def train_window(parts: Any, pieces: Any, sizes: Sequence[int], **how: Any) -> Any:
@@ -45,11 +45,11 @@ def counted() -> Iterator[dict[str, int]]:
         finally:
             verifying = False
 
-    step.train_window, fit._run_for_real = train_window, run_for_real  # type: ignore[assignment]
+    step.train_window, answer._run_for_real = train_window, run_for_real  # type: ignore[assignment]
     try:
         yield found
     finally:
-        step.train_window, fit._run_for_real = inner, verify
+        step.train_window, answer._run_for_real = inner, verify
 
 
 @contextlib.contextmanager
