@@ -91,8 +91,8 @@ def test_planning_compiles_at_the_plans_own_sizes_and_at_no_others() -> None:
     """Where every size is a graph of its own, a search by trial would compile eight and then silently run eager."""
     graphs = Graphs()
     work = Workload(wrapped(deep(), backend=graphs, dynamic=False), batch_of(4))
-    plan = fit_plan(work, target_batch=58, max_micro_batch=15, budget="4GiB")
-    assert plan.split == (15, 15, 14, 14)
+    plan = fit_plan(work, target_batch=59, max_micro_batch=15, budget="4GiB")
+    assert plan.split == (15, 15, 15, 14)
     assert sorted(graphs.batches) == [14, 15]  # both are run for real, though three micro-batches are enough
 
 
