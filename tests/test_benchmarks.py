@@ -44,6 +44,7 @@ def test_a_figure_is_unstable_where_its_repeats_spread_beyond_a_tenth() -> None:
         ([1.0, 1.01, 1.5], [1.1, 1.12, 1.13], "unstable", "+10.9 %"),
         ([1.0, 1.01, 1.02], [0.5, 0.9, 1.3], "unstable", "-10.9 %"),
         ([1.0, 1.2, 1.4], [2.0, 2.2, 2.9], "changed", "+83.3 %"),
+        ([2.0, 2.1, 2.2], [1.0, 1.01, 1.02], "changed", "-51.9 %"),
         ([1.0], [1.5], "unstable", "+50.0 %, timed once"),
     ],
 )
