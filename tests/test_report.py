@@ -51,7 +51,7 @@ def a_plan(**changes: Any) -> Plan:
         target_batch=512, world_size=1, split=(64,) * 8, micro_batch=64, accumulation_steps=8, max_micro_batch=None,
         smallest_micro_batch=1, slack=0.0, largest_micro_batch=71, largest_is_capped=False, peaks=rows,
         base_bytes=888 * MIB, data_bytes=1052672, sample_bytes=2048, workload="chargpt",
-        predicted_peak_bytes=888 * MIB + 1052672 + 478 * MIB, measured_peak_bytes=1380 * MIB,
+        predicted_peak_bytes=888 * MIB + 1052672 + 478 * MIB, measured_peak_bytes=1380 * MIB, objective="fewest-steps",
     )  # fmt: skip
     limit = 1400 * MIB
     return replace(plan, budget=replace(plan.budget, bytes=limit, limit_bytes=limit, headroom_bytes=0), **changes)
