@@ -64,9 +64,9 @@ def mlp() -> Workload:
 def cnn() -> Workload:
     """Residual convolutions on images of 16 x 16."""
     torch.manual_seed(0)
-    body = nn.Sequential(*[Convolutions(32) for _ in range(3)])
+    body = nn.Sequential(*[Convolutions(16) for _ in range(3)])
     model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+        nn.Conv2d(3, 16, 3, padding=1), body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
     )
     return Workload(model, (torch.randn(8, 3, 16, 16), torch.randint(10, (8,))))
 
@@ -74,6 +74,6 @@ def cnn() -> Workload:
 def gpt() -> Workload:
     """Three transformer blocks on 32 tokens."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(64, 96), nn.Sequential(*[Attention(96, 4) for _ in range(3)]), nn.Linear(96, 64))
+    model = nn.Sequential(nn.Embedding(64, 64), nn.Sequential(*[Attention(64, 4) for _ in range(3)]), nn.Linear(64, 64))
     ids = torch.randint(64, (8, 33))
     return Workload(model, (ids[:, :-1], ids[:, 1:]))

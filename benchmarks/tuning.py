@@ -24,7 +24,7 @@ import pandas
 
 MODELS_FILE = Path(__file__).with_name("tuned_models.py")
 TARGET_BATCH, MEMORY = 128, "2GiB"
-WINDOWS, WARM_UP = 60, 3
+WINDOWS, WARM_UP = 40, 3
 RESAMPLES = 10_000
 
 COMMON = {"precision": ("fp32", "bf16"), "micro_batch": ("largest", 8, 32), "checkpointing": (0, 1)}
@@ -34,7 +34,7 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {**COMMON, "optimizer": ("loop", "foreach", "fused")},
-    "cnn": {**COMMON, "optimizer": ("loop", "fused"), "channels_last": (False, True)},
+    "cnn": {**COMMON, "micro_batch": ("largest", 16), "optimizer": ("loop", "fused"), "channels_last": (False, True)},
     "gpt": {**COMMON, "optimizer": ("loop", "foreach", "fused")},
 }
 
