@@ -93,10 +93,16 @@ def summary(rows: Sequence[Row]) -> str:
                 "samples": _range([row["samples"] for row in found]),
                 "OOMs": _range([row["ooms"] for row in found]),
                 "host s": _range([float(row["host_seconds"]) for row in found], 1),
-                "changed": ", ".join(dict.fromkeys(", ".join(row["changed"] for row in found).split(", "))),
+                "changed": ", ".join(_changes(found)) or "nothing",
             }
         lines.append(line)
     return tables.markdown(lines)
+
+
+def _changes(rows: Sequence[Row]) -> list[str]:
+    """Each kind of change once, in the order in which they came."""
+    kinds = dict.fromkeys(kind for row in rows for kind in row["changed"].split(", "))
+    return [kind for kind in kinds if kind != "nothing"]
 
 
 def _range(values: Sequence[float], digits: int = 0) -> str:

@@ -90,6 +90,9 @@ def test_the_page_has_each_finder_and_what_it_did(tmp_path):
     assert "| one | 1.0 | 1 of 1 | 1.000 | 0.833 | 1 of 1 | 3 | 9 | 1 | 0.5 | nothing |" in text
     assert "| two | 12 | 1.200 | 1.000 | OOM | 3 / 2 | 9 | 1 | 0.5 | parameters |" in text
     assert "aren't installed: three" in text
+    both = search_cost.summary([_row("one", 10), _row("one", 12, changed="buffers, torch RNG", case="another")])
+    assert "| 1.000 to 1.200 (median 1.100) | 0.833 to 1.000 (median 0.916) | 2 of 2 |" in both
+    assert both.endswith("| buffers, torch RNG |")
     tables.write_results("x", text, rows, tmp_path)
     assert tables.read_results("x", tmp_path) == rows  # a case made anew later leaves the others' rows as they are
 

@@ -51,7 +51,8 @@ def truth(name: str) -> dict[str, Any]:
         return all(answer["trains"] and not any(answer["retries"][2:]) for answer in answers)
 
     try:
-        largest = sure = largest_that(lambda n: bool(trained(n, 0.0)["trains"]))
+        largest = largest_that(lambda n: bool(trained(n, 0.0)["trains"]))
+        sure = min(largest, largest_that(lambda n: bool(trained(n, LESS)["trains"])))
         while sure and not safe(sure):
             sure -= 1
     except _NoTruth as error:
