@@ -13,7 +13,10 @@ from autoaccum.solve import split_within
 from autoaccum.tokens import longest_first, most_rows, padded_tokens, split_by_tokens
 
 LONGEST = 4096
-HEADER = "| window | micro-batch | real tokens | in order | longest first | saved | with a budget of tokens | saved | steps |"
+HEADER = (
+    "| window | micro-batch | real tokens | in order | longest first | saved "
+    "| with a budget of tokens | saved | steps |"
+)
 
 
 def row(window: int, micro_batch: int, windows: int, generator: torch.Generator) -> str:
