@@ -169,10 +169,11 @@ def plan_in(
         if wish.objective == FASTEST:
             solution, measured = _fastest(outlook, solution, measured, timed, start_over)
         plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened], timed)
-        if not check:
-            return plan
-        start_over()
-        return exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
+        if check:
+            start_over()
+            plan = exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
+        start_over()  # what the plan says of this process holds for it as it was when it was read, its cache empty
+        return plan
 
 
 def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str]:
