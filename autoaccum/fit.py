@@ -167,10 +167,11 @@ def plan_in(
             solution, measured = answer.fastest(outlook, solution, measured, timed, start_over)
         rows = answer.try_short(outlook, solution, start_over) if measured is not None and not compiles else None
         plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened], timed, rows)
-        if not check:
-            return plan
-        start_over()
-        return exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
+        if check:
+            start_over()
+            plan = exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
+        start_over()  # what the plan says of this process holds for it as it was when it was read, its cache empty
+        return plan
 
 
 def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str]:

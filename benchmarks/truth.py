@@ -37,25 +37,28 @@ from .truth_search import forked
 TOGETHER = 16  # cases in a process: those of them whose virtual GPU is the same
 
 
-def inside(numbers: Sequence[int], count: int) -> None:
+Lines = dict[int, dict[str, Any]]  # by number
+
+
+def inside(numbers: Sequence[int], count: int, known: Lines) -> None:
     """Cases by number, a line of JSON each; on the virtual GPU."""
     torch.set_num_threads(1)
     for name in ("torch._dynamo", "torchvision", "transformers"):  # what a fork would import each time
         __import__(name)
     found = cases(count)
     for number in numbers:
-        line = forked(functools.partial(_tried, found[number]))
+        line = forked(functools.partial(_tried, found[number], known.get(number)))
         print(json.dumps({"number": number} | line), flush=True)
 
 
-def _tried(case: Case) -> dict[str, Any]:
+def _tried(case: Case, known: dict[str, Any] | None) -> dict[str, Any]:
     try:
-        return row(case)
+        return row(case, known)
     except Exception as error:
         return {"case": case.label, "failed": f"{type(error).__name__}: {error}"[-1500:]}
 
 
-def outside(numbers: Sequence[int], count: int) -> Iterator[str]:
+def outside(numbers: Sequence[int], count: int, truths: Path | None) -> Iterator[str]:
     """The same lines, from processes on virtual GPUs."""
     found = cases(count)
     for place in range(0, len(numbers), TOGETHER):
@@ -63,6 +66,7 @@ def outside(numbers: Sequence[int], count: int) -> Iterator[str]:
         for workspace in sorted({found[n].workspace for n in together}, key=str):
             chosen = [n for n in together if found[n].workspace == workspace]
             command = [sys.executable, "-m", "benchmarks.truth", "--inside", "--cases", ",".join(map(str, chosen))]
+            command += ["--truths", str(truths)] if truths else []
             environment = virtual.environment(found[chosen[0]].gpu) | {
                 "TORCH_CPP_LOG_LEVEL": "ERROR",
                 "PYTHONWARNINGS": "ignore",
@@ -80,25 +84,35 @@ def main() -> None:
     parser.add_argument("--generated", type=int, default=100, help="generated models beside the combinations")
     parser.add_argument("--cases", default="", help="by number, like 0,3,28-40; left out, all")
     parser.add_argument("--lines", type=Path, help="keeps a line of JSON for each case; what is there isn't run again")
+    parser.add_argument(
+        "--truths", type=Path, help="lines of an earlier run: what trying found there isn't tried again"
+    )
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     asked = args.generated + len(cases(0))
     numbers = [n for part in args.cases.split(",") if part for n in _range(part)] or list(range(asked))
     if args.inside:
-        inside(numbers, args.generated)
+        inside(numbers, args.generated, _read(args.truths))
         return
-    lines = []
-    if args.lines and args.lines.exists():
-        lines = [line for text in args.lines.open() if (line := json.loads(text))["number"] in numbers]
-    known = {line["number"] for line in lines}
-    for text in outside([n for n in numbers if n not in known], args.generated):
-        lines.append(json.loads(text))
-        print(_short(lines[-1]), file=sys.stderr, flush=True)
+    known = {number: line for number, line in _read(args.lines).items() if number in numbers}
+    for text in outside([n for n in numbers if n not in known], args.generated, args.truths):
+        line = json.loads(text)
+        known[line["number"]] = line
+        print(_short(line), file=sys.stderr, flush=True)
         if args.lines:
             with args.lines.open("a") as file:
                 file.write(text)
+    lines = list(known.values())
     report(lines, asked=asked, write=args.write)
+
+
+def _read(path: Path | None) -> Lines:
+    """The lines of a file, those of cases that failed left out; the last of each case."""
+    if path is None or not path.exists():
+        return {}
+    lines = [json.loads(text) for text in path.open()]
+    return {line["number"]: line for line in lines if "failed" not in line}
 
 
 def _range(part: str) -> range:

@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from autoaccum import answer, assemble, errors, fit, step
 from autoaccum import split as cutting
 from autoaccum.outlook_virtual import EmptySubject
-from autoaccum.solve import Split
+from autoaccum.solve import Split, balanced
 from autoaccum.virtual import control
 
 from .truth_cases import Case, limit, workload
 from .truth_search import EXPANDABLE, Truth, count, forked, train
 
+TRUTHS = ("case", "workspace", "target", "true k", "true largest", "truth_seconds", "tries")
 BEYOND = 6  # sizes tried beyond the largest without retries
 
 
@@ -84,14 +87,14 @@ def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bo
         parts = step.open_parts(work)
         work = replace(work, optimizer=parts.optimizer)
         step.train_window(parts, [cutting.tile(work.sample, 2)], (2,))
-    started = time.perf_counter()
+    started, reserved = time.perf_counter(), torch.cuda.memory_reserved()
     try:
         with counted() as counts, only_the_plan():
             plan = fit.fit_plan(work, target_batch=target, headroom=0, elsewhere=not histories, check=False)
     except errors.AutoaccumError as error:
         return {"refused": f"{type(error).__name__}: {error}", "ooms": count("num_ooms"), **counts}
     seconds = time.perf_counter() - started
-    ooms = count("num_ooms")
+    ooms, left = count("num_ooms"), torch.cuda.memory_reserved()
     if less:
         control.set_other(0, control.stats(0).other_bytes + case.capacity_bytes - truth.usable_bytes)
     here = train(work, step.open_parts(work), plan.split)
@@ -108,28 +111,40 @@ def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bo
         "budget": plan.budget.bytes,
         "seconds": seconds,
         "ooms": ooms,
+        "left as it was": left == reserved,
         "holds here": here.fits,
         "here": [here.ooms, here.retries, here.peak_bytes],
         **counts,
     }
 
 
-def row(case: Case) -> dict[str, Any]:
-    """One line of the table."""
+def row(case: Case, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One line of the table.
+
+    Args:
+        case: What is planned.
+        known: An earlier line of the case, whose truth stands: it doesn't hang on how plans are made.
+    """
     started = time.perf_counter()
     truth = Truth(case)
-    largest = truth.largest()
-    target = max(truth.least, round(case.load * largest))
-    split = truth.smallest_steps(target)
-    line: dict[str, Any] = {"case": case.label, "workspace": case.workspace or "", "target": target}
-    line |= {"true k": len(split), "true largest": largest}
-    line |= {"truth_seconds": round(time.perf_counter() - started, 1)}
+    line = {name: known[name] for name in TRUTHS} if known else _truth(truth)
+    largest, target = line["true largest"], line["target"]
+    split = balanced(target, line["true k"]) if line["true k"] else ()
     plan = forked(lambda: planned(truth, target, state=False, less=False))
     if "refused" in plan:
         exact = not split
         return line | {"refused": plan["refused"], "exact": exact, "largest exact": exact, "ooms": plan["ooms"]}
     line |= _against(truth, plan, split, largest) | _holding(truth, plan, target)
-    return line | {"tries": len(truth.known), "seconds": round(time.perf_counter() - started, 1)}
+    return line | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _truth(truth: Truth) -> dict[str, Any]:
+    started = time.perf_counter()
+    largest = truth.largest()
+    target = max(truth.least, round(truth.case.load * largest))
+    split = truth.smallest_steps(target)
+    found = truth.case.label, truth.case.workspace or "", target, len(split), largest
+    return dict(zip(TRUTHS, (*found, round(time.perf_counter() - started, 1), len(truth.known)), strict=True))
 
 
 def _against(truth: Truth, plan: dict[str, Any], split: Split, largest: int) -> dict[str, Any]:
