@@ -325,13 +325,13 @@ def test_all_representations_are_in_the_plans_prediction() -> None:
         how = {"target_batch": samples, "max_micro_batch": 256, "check": False, "elsewhere": True}
         return work, fit_plan(work, **how, verify=False)
 
-    work, plan = planned(4096)
+    work, plan = planned(8192)
     runner = Runner(work, plan)
     runner.step(vectors(256, torch.float32))
-    measured = cpu.measure(lambda: runner.step(vectors(4096, torch.float32)))
+    measured = cpu.measure(lambda: runner.step(vectors(8192, torch.float32)))
     increment = plan.predicted_peak_bytes - plan.base_bytes
     state = sum(v.nbytes for s in runner.parts.optimizer.state.values() for v in s.values())
-    assert abs(increment / (measured.increment_bytes + state) - 1) < 0.03
+    assert abs(increment / (measured.increment_bytes + state) - 1) < 0.05
     _, short = planned(1024)
-    representations = (4096 - 1024) * 1024 * 4
+    representations = (8192 - 1024) * 1024 * 4
     assert increment - (short.predicted_peak_bytes - short.base_bytes) > 2 * representations  # and their gradient
