@@ -100,11 +100,11 @@ def _plan(
         return plan_on_gpu(
             source, gpu=find_gpu(gpu) if gpu is not None else None, target_batch=target_batch, memory=memory,
             headroom=headroom, max_micro_batch=max_micro_batch, verify=verify, progress=progress, change=change,
-            sizes=sizes, check=verify,
+            sizes=sizes, check=verify, timing_seconds=0.0,
         )  # fmt: skip
     workload = change(load_workload(source))
     wish = read_wish(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
-    wish = replace(wish, histories=("fresh",), sizes=sizes)
+    wish = replace(wish, histories=("fresh",), sizes=sizes, timing_seconds=0.0)  # tuning times on its own
     setting = replace(setting_for(next(workload.model.parameters()).device), progress=progress)
     return plan_in(setting, workload, wish, verify=verify, check=verify, malloc=malloc)
 
