@@ -14,7 +14,8 @@ from autoaccum.tokens import longest_first, most_rows, padded_tokens, split_by_t
 
 LONGEST = 4096
 HEADER = (
-    "| window | micro-batch | real tokens | in order | longest first | saved | with a budget of tokens | saved | steps |"
+    "| window | micro-batch | real tokens | in order | longest first | saved "
+    "| with a budget of tokens | saved | steps |"
 )
 
 
