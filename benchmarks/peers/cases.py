@@ -114,13 +114,13 @@ class Case:
         inputs = self.inputs(n, device)
         return inputs, inputs if self.tokens else torch.zeros(n, dtype=torch.long, device=device)
 
-    def model(self) -> nn.Module:
-        """A new one on the GPU; what initial values cost is paid once per process."""
-        return copy.deepcopy(made(self)).cuda()
+    def model(self, *, last: bool = False) -> nn.Module:
+        """A new one on the GPU; what initial values cost is paid once. The last of a process needs no copy of them."""
+        return (made(self) if last else copy.deepcopy(made(self))).cuda()
 
-    def workload(self) -> Workload:
+    def workload(self, *, last: bool = False) -> Workload:
         """Made anew, its model on the GPU."""
-        return Workload(self.model(), self.batch(2), optimizer=self.optimizer, precision=self.precision)
+        return Workload(self.model(last=last), self.batch(2), optimizer=self.optimizer, precision=self.precision)
 
 
 @functools.cache

@@ -98,8 +98,8 @@ def train_afresh(name: str, n: int, less: float = 0.0, by_lightning: bool = Fals
 
     def windows() -> None:
         if by_lightning:
-            return finders.train_by_lightning(case.model(), case, n, WINDOWS)
-        parts = open_parts(case.workload())
+            return finders.train_by_lightning(case.model(last=True), case, n, WINDOWS)
+        parts = open_parts(case.workload(last=True))
         for _ in range(WINDOWS):
             finders.train(parts, case, n, windows=1)
             retries.append(int(torch.cuda.memory_stats()["num_alloc_retries"]))
