@@ -24,7 +24,7 @@ import pandas
 from autoaccum import virtual
 from autoaccum.gpus import Gpu, find_gpu, virtual_settings
 
-from .__main__ import _markdown
+from .tables import of_frame
 
 RESULTS = Path(__file__).parent / "results"
 DATE = "2026-11-24"
@@ -182,10 +182,10 @@ def report(found: pandas.DataFrame, constant: float, told: str, left_out: str) -
         f"- left out: {left_out or 'none'}\n"
         f"- near capacity, where the allocator gives cached blocks back: {len(near)} rows, of which "
         f"{int((~near.out).sum())} ran to their end on a virtual GPU of the real one's size (all on the real one)\n\n"
-        f"## Errors by size (without rows near capacity, but for the last line)\n\n{_markdown(summary(found), 2)}\n\n"
-        f"## By benchmark\n\n{_markdown(by_benchmark(found), 2)}\n\n"
+        f"## Errors by size (without rows near capacity, but for the last line)\n\n{of_frame(summary(found), 2)}\n\n"
+        f"## By benchmark\n\n{of_frame(by_benchmark(found), 2)}\n\n"
         f"## Rows that miss by more than 4 % and {NEAR_MIB} MiB\n\n"
-        f"{_markdown(misses[columns], 1) if len(misses) else 'None.'}\n"
+        f"{of_frame(misses[columns], 1) if len(misses) else 'None.'}\n"
     )
 
 

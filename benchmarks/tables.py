@@ -22,6 +22,15 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def of_frame(frame: Any, digits: int) -> str:
+    """A pandas frame as a table; its fractions have so many digits."""
+
+    def cell(value: Any) -> str:
+        return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+    return markdown([{name: cell(value) for name, value in row.items()} for row in frame.to_dict("records")])
+
+
 def write_results(name: str, text: str, rows: Sequence[Row], folder: Path = RESULTS) -> Path:
     """Writes `<today>-<name>.md` and `.csv`; returns the first."""
     folder.mkdir(exist_ok=True)
