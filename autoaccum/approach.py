@@ -85,7 +85,8 @@ def _few_samples(
     These are no primes, or not large ones: what a size means is told by its being there at both.
     """
     if not observed.recordings:
-        more = next((n for n in range(most, SCOUT, -1) if allowed(observed, n)), least)
+        worth = range(most, SCOUT + 1, -1)  # of three the first step's four samples, and six more, would be too many
+        more = next((n for n in worth if allowed(observed, n)), least)
         if_it_fits(subject, more, lambda: add(subject, observed, more) or 0)
     if not observed.recordings:
         add(subject, observed, least)

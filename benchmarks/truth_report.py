@@ -37,7 +37,9 @@ def report(lines: list[dict[str, Any]], *, asked: int, write: bool) -> None:
     failed = table["failed"].notna() if "failed" in table else pandas.Series(False, index=table.index)
     done = table[~failed]
     of_chance = done["case"].str.startswith("generated")
-    told = [f"{len(table)} of {asked} cases were run, in the order of their numbers." * (len(table) < asked)]
+    told = []
+    if len(table) < asked:
+        told.append(f"{len(table)} of {asked} cases were run, by number: {', '.join(map(str, table['number']))}.\n")
     for title, part in (("combinations", done[~of_chance]), ("generated models", done[of_chance])):
         if len(part):
             told.append(_shares(title, part))

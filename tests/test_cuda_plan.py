@@ -71,7 +71,6 @@ QUICK = [
     case("ResNet-18", "SGD", "bf16", 2, 400, "0.5x"),  # workspaces of a + b n
     case("BERT", "AdamW fused", "fp32", 3, 40),  # sizes that step with the rows
     case("GPT", "AdamW loop", "bf16", 2, 10),  # too small for two primes
-    case("GPT", "AdamW foreach", "fp32", 1.41, 7),  # 3 samples: one size beside the first step's
 ]
 SLOW = [
     case("U-Net", "SGD", "fp16", 2, 60),
