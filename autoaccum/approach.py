@@ -49,13 +49,17 @@ def approach(
     if observed.recordings[0].micro_batch != primes[0] or not allowed(observed, primes[1]):
         observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
         return
-    add(subject, observed, _second_size(subject, observed, allowed, primes[1]))
+    add(subject, observed, _second_size(subject, observed, answer, allowed, primes[1]))
     for part in subject.device.PARTS:
         n = _next_size(subject, observed, answer(observed), part)
         if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
             continue
         program = observed.program()
-        error = add(subject, observed, n)
+        before = len(observed.recordings)
+        error = if_it_fits(subject, n, lambda n=n: add(subject, observed, n))  # type: ignore[misc]
+        if len(observed.recordings) == before:
+            observed.doubt = f"a recording at {n} samples, which should have fitted, did not"
+            return
         last = next(recording for recording in observed.recordings if recording.micro_batch == n)
         exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
         sure = not exact or (_foresaw(program, last) and not _may_saturate(observed.program()))
@@ -123,12 +127,20 @@ def _may_saturate(program: StepProgram) -> bool:
     )
 
 
-def _second_size(subject: Subject, observed: Observed, allowed: Callable[[Observed, int], bool], prime: int) -> int:
+def _second_size(
+    subject: Subject,
+    observed: Observed,
+    answer: Callable[[Observed], int],
+    allowed: Callable[[Observed, int], bool],
+    prime: int,
+) -> int:
     """The second small prime; where the answer is small too, so that no third recording may be had, one near it."""
     most = subject.device.MOST_SAMPLES
     if most is None or allowed(observed, SMALL_ANSWER):
         return prime
     sure = next(n for n in range(SMALL_ANSWER, 0, -1) if n <= prime or allowed(observed, n))
+    if observed.has_program:
+        sure = min(sure, max(answer(observed), prime))  # what is asked for may be less than what fits
     left = int(most * sure) - _samples(subject, observed)
     return max(prime, prime_near(min(int(subject.device.PARTS[-1] * sure), left // 2)))
 

@@ -262,7 +262,8 @@ def _look(
         return setting.look(subject, wish, observed, sample_bytes, snapshot_bytes + state_bytes)
 
     def chosen(observed: Observed) -> int:
-        solution = answer.solve(outlook(observed, observed.state_bytes))
+        now = outlook(observed, observed.state_bytes)  # in the middle of planning: what is here now is of no account
+        solution = answer.solve(replace(now, wish=replace(wish, histories=("fresh",))))
         return solution.split[0] if solution is not None else 0
 
     def allowed(observed: Observed, n: int) -> bool:
