@@ -12,7 +12,7 @@ from test_restore import CASES, Case, assert_as_before, busy, dump, loss, net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autoaccum import DoesNotFit, UsageError, Workload, assemble, cpu, fit, fit_plan, observe, step
+from autoaccum import DoesNotFit, UsageError, Workload, answer, assemble, cpu, fit_plan, observe, step
 from autoaccum.process_memory import committed_bytes
 
 BUDGET = "8GiB"
@@ -105,7 +105,7 @@ def test_an_error_in_any_micro_batch_leaves_no_trace(error: BaseException, call:
         (cpu, "read_budget"),
         (cpu, "measure"),
         (observe, "lift"),
-        (fit, "_solve"),
+        (answer, "solve"),
         (assemble, "plan"),
     ],
 )

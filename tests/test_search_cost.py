@@ -108,6 +108,7 @@ def test_only_what_is_between_the_marks_of_a_page_is_written(tmp_path):
 
 
 @needs_virtual
+@pytest.mark.slow
 def test_autoaccums_own_row_is_the_truth_at_no_out_of_memory_error():
     pytest.importorskip("torchvision")
     (row,) = search_cost.compare(cases.SMALL, {"autoaccum": "0.1"}, lambda text: None)
