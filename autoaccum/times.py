@@ -7,6 +7,7 @@ takes at each size is put together from that.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,8 @@ from .wish import Wish
 
 SHARE, MOST_SECONDS = 0.15, 3.0  # of planning so far, and no more than that
 FASTEST_SECONDS = 30.0  # where the choice hangs on it
-OVER = 2.0  # times what is allowed, for the one round without which nothing is known
+OVER = 2.0  # times what is allowed, for what nothing is known without
+ROUNDS_THAT_TELL = 6  # the median's interval needs as many (knee.interval)
 MOST_SIZES, MOST_ROUNDS = 8, 15
 
 
@@ -72,8 +74,10 @@ def time_sizes(
     if allowed_seconds == 0 or len(sizes) < 2:
         return Times((), "not timed: not asked for" if len(sizes) > 1 else "not timed: there is no smaller size")
     needed = step_seconds * (sum(sizes) + sizes[0]) / sum(split)
-    if needed > OVER * allowed_seconds:
-        return Times((), f"not timed: once each would take about {needed:.0f} s (--timing {6 * needed:.0f} allows it)")
+    asked = outlook.wish.timing_seconds is not None or outlook.wish.objective == FASTEST
+    if (1 if asked else ROUNDS_THAT_TELL) * needed > OVER * allowed_seconds:
+        enough = math.ceil(ROUNDS_THAT_TELL * needed)
+        return Times((), f"not timed: to tell 1 % would take about {enough} s (--timing {enough} allows it)")
     start_over()
     outlook.subject.say(f"timing micro-batches of {', '.join(map(str, sizes))}")
     started = time.perf_counter()
