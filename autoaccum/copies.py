@@ -1,9 +1,10 @@
-"""Brings micro-batches to the device; on CUDA while the one before is still being computed.
+"""Brings micro-batches to the device; on CUDA, from a loader that pins memory, while the one before is still computed.
 
-The copy runs on a stream of its own. Two micro-batches' samples are then on the device at once, for a moment on the
-host's clock, and the recorded window does the same: they are part of the plan. `Tensor.record_stream` would leave it
-to the GPU's speed when memory can be used again, and no replay could tell; so the samples are held here instead, until
-the next ones are asked for, and a block is written to again only after the computing that read it.
+Such a copy runs on a stream of its own. Two micro-batches' samples are then on the device at once, for a moment on the
+host's clock, in pools of that stream; the recorded window does the same, so they are part of the plan. Without pinned
+memory nothing would overlap, and that memory is better spent on a larger micro-batch. `Tensor.record_stream` would
+leave it to the GPU's speed when memory can be used again, and no replay could tell; so the samples are held here
+instead, until the next ones are asked for, and a block is written to again only after the computing that read it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ class Copies:
 
     Args:
         device: Where they are to be.
+        ahead: Whether to copy while the micro-batch before is still computed; else the computing stream copies.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, ahead: bool) -> None:
         self._device = device
+        self.ahead = ahead and device.type == "cuda"
         self._stream: torch.cuda.Stream | None = None  # one for all windows: each has pools of its own
         self._held: list[torch.Tensor] = []
         self._read: torch.cuda.Event | None = None  # after it, nobody reads what was let go so far
@@ -34,7 +37,7 @@ class Copies:
 
         Copies of pinned memory are not waited for by the host, and overlap with what the device still computes.
         """
-        if self._device.type != "cuda" or not any(_is_on_host(leaf) for _, leaf in tree.leaves(piece)):
+        if not self.ahead or not any(_is_on_host(leaf) for _, leaf in tree.leaves(piece)):
             return tree.to_device(piece, self._device)
         computing = torch.cuda.current_stream(self._device)
         if self._stream is None:

@@ -30,6 +30,7 @@ class Parts:
             so that each window of several micro-batches first counts by a forward pass without gradients.
         denominator: Found out by the first window: what a Hugging Face model's own loss averages over.
         asked_for_denominator: Whether it was looked for.
+        pins_memory: Whether the workload's loader pins memory, so that copies to a GPU can overlap with computing.
         copies: Brings micro-batches to the device.
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
             for. Only a loss over all its representations asks.
@@ -55,10 +56,11 @@ class Parts:
     asked_for_denominator: bool = False
     window_samples: int | None = None
     configuration: str | None = None
+    pins_memory: bool = False
     copies: Copies = field(init=False)
 
     def __post_init__(self) -> None:
-        self.copies = Copies(self.device)
+        self.copies = Copies(self.device, ahead=self.pins_memory)
 
 
 def open_parts(workload: Workload) -> Parts:
@@ -96,6 +98,7 @@ def open_parts(workload: Workload) -> Parts:
         on_nonfinite=workload.on_nonfinite,
         norms=norms,
         configuration=workload.configuration,
+        pins_memory=bool(getattr(workload.loader, "pin_memory", False)),
     )
 
 

@@ -64,7 +64,9 @@ def test_a_plan_for_one_gpu_is_refused_on_another() -> None:
 def workload(**how: Any) -> Workload:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.ReLU(), nn.Linear(4 * WIDTH, 8)).cuda()
-    return Workload(model, batch(4), **how)
+    data = torch.utils.data.TensorDataset(*batch(TARGET))
+    loader = torch.utils.data.DataLoader(data, batch_size=4, pin_memory=True)
+    return Workload(model, batch(4), **{"loader": loader} | how)
 
 
 def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,6 +119,12 @@ def copies_overlap() -> None:
     micro_batch = ["waits", "copies", "copies", "waits"]
     assert orders == micro_batch[1:] + 5 * micro_batch, orders
     assert torch.cuda.max_memory_reserved() <= plan.predicted_peak_bytes
+    plain = workload(loader=None)  # nothing to overlap with, so no memory for it
+    with pytest.raises(PlanMismatch, match="copies ahead"):
+        Runner(plain, plan)
+    orders.clear()
+    Runner(plain, plan_for(plain)).step(pinned)
+    assert not step.open_parts(plain).copies.ahead
 
 
 class Fault:
