@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -80,11 +81,12 @@ def _tuned(asked: dict[str, Any], target_batch: int, trials: int, say: Say) -> t
         return None, "this autoaccum has no tuning; give --tuned plan.json"
     tune: Callable[..., Any] = importlib.import_module("autoaccum.tuning").tune
     _say(say, "tuning")
+    started = time.perf_counter()
     try:
         found: Plan = tune(target_batch=target_batch, trials=trials, progress=say, **asked).plan
     except AutoaccumError as error:
         return None, f"tuning failed: {error.what}"
-    return found, ""
+    return replace(found, seconds=time.perf_counter() - started), ""  # all of tuning, not its last step alone
 
 
 def _check_tuned(tuned: Plan, plan: Plan) -> None:
