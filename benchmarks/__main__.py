@@ -1,6 +1,6 @@
 """`python -m benchmarks [--quick] [--only PART] [--against OLD.json]`: the project's benchmarks, one after the other.
 
-Writes benchmarks/results/<date>-<machine>.json, .md and .html. Each figure says how it came to be and how far its
+Writes benchmarks/results/<date>-<machine>.json, .md and .html, and each part's rows as .csv. Each figure says how it came to be and how far its
 repeats spread; with --against, two runs are compared, and what can't be told because a figure is unstable is said.
 """
 
@@ -183,12 +183,18 @@ def _cell(value: Any) -> str:
 
 
 def write(told: dict[str, Any], changes: list[Change], against: str | None, stem: Path, command: str) -> None:
-    """The three files."""
+    """A page in three forms, and each part's rows as CSV."""
+    import pandas
+
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
     made = page(told, changes, against, command)
     for suffix in (".md", ".html"):
         stem.with_suffix(suffix).write_text(sheet.render(made, suffix))
+    for part in told["parts"]:
+        if part["rows"]:
+            rows = pandas.DataFrame(part["rows"])
+            rows.to_csv(stem.with_name(f"{stem.name}-{part['name']}.csv"), index=False, float_format="%.5g")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -221,7 +227,7 @@ def main() -> None:
     print(Path(f"{stem}.md").read_text())
     for text in warnings_of(told, changes):
         print(f"warning: {text}", file=sys.stderr)
-    print(f"wrote {stem}.json, .md and .html", file=sys.stderr)
+    print(f"wrote {stem}.json, .md, .html and .csv", file=sys.stderr)
     sys.exit(any(part.get("failed") for part in told["parts"]))
 
 
