@@ -1,7 +1,8 @@
 """`python -m benchmarks [--quick] [--only PART] [--against OLD.json]`: the project's benchmarks, one after the other.
 
-Writes benchmarks/results/<date>-<machine>.json, .md and .html, and each part's rows as .csv. Each figure says how it came to be and how far its
-repeats spread; with --against, two runs are compared, and what can't be told because a figure is unstable is said.
+Writes benchmarks/results/<date>-<machine>.json, .md and .html, and each part's rows as .csv. Each figure says how it
+came to be and how far its repeats spread; with --against, two runs are compared, and what can't be told because a
+figure is unstable is said.
 """
 
 from __future__ import annotations
