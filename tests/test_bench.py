@@ -89,6 +89,7 @@ def memory(wide: str) -> str:
     return f"{(Plan.from_json(call('plan', asked)['plan']).base_bytes + 250 * MIB) // MIB}MiB"
 
 
+@pytest.mark.slow
 def test_each_trains_under_a_real_limit_and_says_what_it_really_trained(wide: str, memory: str) -> None:
     plan = made_up_plan(target_batch=TARGET)
     plan = replace(plan, budget=replace(plan.budget, bytes=parse_bytes(memory)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from benchmarks import speed, tuning
 
 
+@pytest.mark.slow
 def test_solving_is_timed_on_a_program_of_ten_thousand_events() -> None:
     found = speed._in_process("solving")
     assert found["events"] >= 10_000
