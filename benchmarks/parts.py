@@ -80,7 +80,7 @@ def speed(quick: bool) -> Part:
         low, high, repeats = (row.pop(name) for name in ("ratio low", "ratio high", "ratios"))
         name, ratio = f"{row['model']}: Runner over loop", row["runner / loop"]
         part.figures.append(Figure(name, ratio, "x", CPU, low, high, repeats))
-        row |= {"95 % of that": f"{low:.3f} to {high:.3f}"}
+        row |= {"95 % of runner / loop": f"{low:.3f} to {high:.3f}"}
     return part
 
 
