@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
 import time
 
 import pytest
 
-from autoaccum import process_memory
+from autoaccum import cpu, process_memory
 from autoaccum.process_memory import (
     PeakSampler,
     available_bytes,
@@ -115,3 +116,13 @@ def test_what_is_available_is_less_than_what_the_machine_has() -> None:
     whole = process_memory.PAGE_BYTES * __import__("os").sysconf("SC_PHYS_PAGES")
     found = available_bytes()
     assert found is not None and 0 < found < whole
+
+
+def test_what_planning_holds_outside_of_malloc_is_no_part_of_a_fresh_process() -> None:
+    before = process_memory.read_heap()
+    lean = cpu.read_base(before, before)
+    with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
+        found = cpu.read_base(before, before)
+        assert len(held) == 64 * MIB
+    assert 64 * MIB <= found.own_bytes - lean.own_bytes < 65 * MIB
+    assert abs(found.bytes - lean.bytes) < MIB
