@@ -115,6 +115,7 @@ class Greedy:
         return greedy
 
 
+@pytest.mark.slow
 def test_a_compiled_window_that_takes_another_amount_is_planned_with_that() -> None:
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         return model(batch).square().mean()
