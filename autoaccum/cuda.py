@@ -19,6 +19,7 @@ from . import record_cuda
 from .allocator import Replay, Start
 from .budget_cuda import read_cuda_budget as read_budget
 from .caching_allocator import CudaRules, CudaStart, replay_cuda
+from .errors import UsageError
 from .recording import BUILD, Event, Phase, Recording, live_peak
 from .solve import Split
 from .step import OnPhase
@@ -65,13 +66,15 @@ class Measured:
         peak_bytes: The most that was reserved.
         allocated_bytes: The most that was handed out.
         retries: How often the cache was given back to make room, in each window.
-        seconds: What it took.
+        seconds: What the windows after the first took.
+        recording: Of the first window; None where the user's own memory history kept too little of it.
     """
 
     peak_bytes: int
     allocated_bytes: int
     retries: tuple[int, ...]
     seconds: float
+    recording: Recording | None = None
 
 
 def prepare(malloc: str = "fixed") -> int | None:
@@ -164,15 +167,26 @@ def _applied(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*inner, *own, *(buffer for buffer in module._buffers.values() if buffer is not None)]
 
 
-def measure(train: Callable[[Split], None], windows: Sequence[Split], device: torch.device) -> Measured:
-    """Trains windows for real and reads the allocator's own statistics."""
+def measure(train: Callable[..., None], windows: Sequence[Split], device: torch.device) -> Measured:
+    """Trains windows for real, records the first of them, and reads the allocator's own statistics.
+
+    Args:
+        train: Trains one window of a split; takes an `on_phase` too, as `step.train_window` does.
+        windows: The splits, of windows to be trained one after the other. cuBLAS's workspaces are cleared before.
+        device: The CUDA device.
+    """
     retries = []
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    started = time.perf_counter()
-    for split in windows:
+    recording: Recording | None = None
+    started = 0.0
+    for index, split in enumerate(windows):
         before = _retries(device)
-        train(split)
+        if index == 0:
+            recording = _recorded(train, split, device)
+            started = time.perf_counter()
+        else:
+            train(split)
         retries.append(_retries(device) - before)
     torch.cuda.synchronize(device)
     return Measured(
@@ -180,7 +194,25 @@ def measure(train: Callable[[Split], None], windows: Sequence[Split], device: to
         allocated_bytes=torch.cuda.max_memory_allocated(device),
         retries=tuple(retries),
         seconds=time.perf_counter() - started,
+        recording=recording,
     )
+
+
+def _recorded(train: Callable[..., None], split: Split, device: torch.device) -> Recording | None:
+    """Trains a window and records it, nothing cleared from the cache before it."""
+    trained = False
+
+    def run(on_phase: OnPhase) -> None:
+        nonlocal trained
+        train(split, on_phase)
+        trained = True
+
+    try:
+        return record_cuda.record(run, micro_batch=split[0], device=device)
+    except UsageError:
+        if not trained:
+            raise
+        return None
 
 
 def _retries(device: torch.device) -> int:

@@ -6,7 +6,7 @@ Which sizes are recorded is the matter of `approach.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, plain_window
 from .recording import FIRST, OPTIMIZER, Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
+from .verified import without_state
 from .workload import Batch, Workload
 
 SCOUT = 2  # samples of the very first window; batch statistics need two
@@ -85,6 +86,13 @@ class Observed:
             self._program = lift(self.recordings if len(self.recordings) > 1 else self.known, self.prelude)
         return self._program
 
+    def know(self, recordings: Iterable[Recording]) -> None:
+        """Takes these for the recordings there are; what was reckoned from others is dropped."""
+        self.recordings = sorted(recordings, key=lambda each: each.micro_batch)
+        self._program = None
+        self._replays.clear()
+        self.memo.clear()
+
     @property
     def known(self) -> list[Recording]:
         """The recordings, and the first step where that is as good as one."""
@@ -128,7 +136,7 @@ def scout(subject: Subject, observed: Observed, least: int = SCOUT) -> None:
     recording = _first_step(subject, least)
     observed.first_step, observed.after_first = recording, subject.device.read_heap()
     if subject.device.SCOUT_STEPS > 1:
-        observed.scouted = _as_any_other(recording)
+        observed.scouted = without_state(recording)
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
 
 
@@ -157,17 +165,6 @@ def if_it_fits(subject: Subject, n: int, run: Callable[[], Found]) -> Found | No
     return None
 
 
-def _as_any_other(first_step: Recording) -> Recording:
-    """A window as it is once the optimizer has its state, out of the first of all, which makes that."""
-    steps = [phase for phase in first_step.phases if phase.name == OPTIMIZER]
-    made = {event.block for phase in steps for event in kept_blocks(phase.events)}
-    phases = tuple(
-        Phase(phase.name, tuple(event for event in phase.events if event.block not in made))
-        for phase in first_step.phases
-    )
-    return replace(first_step, phases=phases)
-
-
 def _asking(subject: Subject) -> tuple[Event, ...]:
     """What it takes to ask the loss what it counts, which any process does once, before its first micro-batch."""
     pieces = [subject.tile(SCOUT)] * 2
@@ -193,10 +190,7 @@ def add(subject: Subject, observed: Observed, n: int) -> float | None:
             _window(subject, n), recording, subject.mmap_threshold_bytes
         )
     measured = own_peak(subject, observed, recording).peak_bytes
-    observed._program = None
-    observed._replays.clear()
-    observed.memo.clear()
-    observed.recordings = sorted([*observed.recordings, recording], key=lambda each: each.micro_batch)
+    observed.know([*observed.recordings, recording])
     observed.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
     return None if predicted is None else abs(predicted - measured) / measured
 

@@ -114,8 +114,13 @@ class Outlook(ABC):
         """What else the reader should know."""
 
     @abstractmethod
-    def measure(self, train: Callable[[Split], None], split: Split) -> Any:
-        """Runs the first optimizer step and two windows for real, watched; `train` trains one window of a split."""
+    def measure(self, train: Callable[..., None], split: Split) -> Any:
+        """Runs the first optimizer step and two windows for real, watched.
+
+        Args:
+            train: Trains one window of a split; takes an `on_phase` too, as `step.train_window` does.
+            split: The micro-batches of the window.
+        """
 
     def forget(self) -> None:
         """Drops what was reckoned from recordings that have been added to."""
@@ -129,12 +134,16 @@ class Outlook(ABC):
     def holds(self, measured: Any) -> bool:
         """Whether what was run for real took no more than may be used."""
 
+    def learns(self, split: Split, measured: Any) -> bool:
+        """Learns from a verified window that surprised, by itself; whether that explains it."""
+        return False
+
     @abstractmethod
     def compare_compiled(self, split: Split, measured: Any) -> None:
         """Corrects the share of a compiled window by its verification; `measured` is None where memory ran out."""
 
     def nearer(
-        self, solution: Solution, measured: Any, train: Callable[[Split], None], start_over: Callable[[], None]
+        self, solution: Solution, measured: Any, train: Callable[..., None], start_over: Callable[[], None]
     ) -> tuple[Solution, Any]:
         """A better solution than a confirmed one, where trying costs nothing."""
         return solution, measured

@@ -133,7 +133,7 @@ class CpuOutlook(Outlook):
             "for its fragmentation."
         ]
 
-    def measure(self, train: Callable[[Split], None], split: Split) -> cpu.Measured:
+    def measure(self, train: Callable[..., None], split: Split) -> cpu.Measured:
         """Its first micro-batch alone, then two windows."""
 
         def work() -> None:

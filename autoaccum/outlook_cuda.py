@@ -18,6 +18,7 @@ from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, Re
 from .solve import CAPACITY_MARGIN, Split, largest_micro_batch
 from .training import Training, TrainingReplay, replay_training, training_of
 from .units import show_bytes
+from .verified import as_recording
 from .virtual.control import is_virtual
 from .wish import Wish
 
@@ -242,7 +243,7 @@ class CudaOutlook(Outlook):
 
     def measured_fields(self, measured: cuda.Measured, split: Split) -> dict[str, Any]:
         """What the allocator counted. A virtual GPU has no time."""
-        seconds = measured.seconds * sum(split) / (3 * sum(split[:VERIFIED_STEPS]))
+        seconds = measured.seconds * sum(split) / (2 * sum(split[:VERIFIED_STEPS]))
         return {
             "measured_peak_bytes": measured.peak_bytes,
             "resident_peak_bytes": None,
@@ -276,7 +277,7 @@ class CudaOutlook(Outlook):
             )
         return notes
 
-    def measure(self, train: Callable[[Split], None], split: Split) -> cuda.Measured:
+    def measure(self, train: Callable[..., None], split: Split) -> cuda.Measured:
         """Three windows: the first of all, and two that follow."""
         return cuda.measure(train, [split] * 3, self.subject.parts.device)
 
@@ -302,6 +303,23 @@ class CudaOutlook(Outlook):
     def holds(self, measured: cuda.Measured) -> bool:
         """By what was reserved, and that the last window needed no retry."""
         return not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes
+
+    def learns(self, split: Split, measured: cuda.Measured | None) -> bool:
+        """By the verified window's recording, where that explains what was measured."""
+        observed = self.observed
+        if measured is None or measured.recording is None or not observed.has_program:
+            return False
+        found = as_recording(measured.recording, split, observed.recordings)
+        if found is None:
+            return False
+        before = list(observed.recordings)
+        observed.know([*before, found])
+        self.forget()
+        explained = self.confirms(split, measured) is None
+        if not explained:
+            observed.know(before)
+            self.forget()
+        return explained
 
     def compare_compiled(self, split: Split, measured: cuda.Measured | None) -> None:
         """By what the windows reserved above the model."""

@@ -54,13 +54,13 @@ class VirtualOutlook(CudaOutlook):
         """Any size can be recorded."""
         return True
 
-    def measure(self, train: Callable[[Split], None], split: Split) -> cuda.Measured:
+    def measure(self, train: Callable[..., None], split: Split) -> cuda.Measured:
         """Three windows within the capacity."""
         with limited_to(self.budget.bytes):
             return super().measure(train, split)
 
     def nearer(
-        self, solution: Solution, measured: Any, train: Callable[[Split], None], start_over: Callable[[], None]
+        self, solution: Solution, measured: Any, train: Callable[..., None], start_over: Callable[[], None]
     ) -> tuple[Solution, Any]:
         """Tries a step fewer for real, for as long as that fits."""
         samples = sum(solution.split)
@@ -75,7 +75,7 @@ class VirtualOutlook(CudaOutlook):
         return solution, measured
 
     def _tried(
-        self, split: Split, train: Callable[[Split], None], start_over: Callable[[], None]
+        self, split: Split, train: Callable[..., None], start_over: Callable[[], None]
     ) -> cuda.Measured | None:
         """What the windows took; None where they don't fit, as they are or with 2 % less."""
         found = None

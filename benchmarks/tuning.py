@@ -145,7 +145,8 @@ def compared(model: str, choices: dict[str, Any], windows: int = WINDOWS) -> dic
 
 def written(rows: list[dict[str, Any]], folder: Path) -> str:
     """Writes the table as Markdown and CSV; returns the Markdown."""
-    from .__main__ import _markdown, machine
+    from .__main__ import machine
+    from .tables import of_frame
 
     folder.mkdir(exist_ok=True)
     stem = folder / f"{datetime.date.today()}-tuning"
@@ -175,7 +176,7 @@ def written(rows: list[dict[str, Any]], folder: Path) -> str:
         f"Effective batch {TARGET_BATCH}, {MEMORY} for the whole process. Seconds per optimizer step: medians of "
         f"{rows[0]['windows']} windows, the three in turn in one process. Ratios: medians of paired windows, with "
         "the 95 % interval of a bootstrap over the pairs. *plain*: autoaccum's plan untuned. *grid*: the best of all "
-        f"configurations, each timed by itself.\n\n{_markdown(pandas.DataFrame(short), 4)}\n\n## Winners\n\n{winners}\n"
+        f"configurations, each timed by itself.\n\n{of_frame(pandas.DataFrame(short), 4)}\n\n## Winners\n\n{winners}\n"
     )
     stem.with_suffix(".md").write_text(text)
     return text

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoaccum.observe import _as_any_other
 from autoaccum.program import lift, window
 from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
 from autoaccum.size_laws import reduction_buffers
 from autoaccum.size_rules import Rule, size_rules
+from autoaccum.verified import without_state
 
 MiB = 1 << 20
 Size = Callable[[int], int]
@@ -117,10 +117,10 @@ def test_a_buffer_as_large_as_a_weight_is_told_apart_by_its_counters() -> None:
     assert found == [30 * MiB, 22 * MiB]
 
 
-def test_the_first_step_without_the_state_it_makes_is_as_any_other() -> None:
+def test_the_first_step_without_the_state_it_makes_iswithout_state() -> None:
     later = Phase(LATER, (Event(2, 70), Event(2, -70)))
     step = Phase(OPTIMIZER, (Event(3, 500), Event(4, 9), Event(4, -9), Event(1, -100)))
-    found = _as_any_other(Recording(2, (Phase(FIRST, (Event(1, 100),)), later, step)))
+    found = without_state(Recording(2, (Phase(FIRST, (Event(1, 100),)), later, step)))
     assert found.phases[:2] == (Phase(FIRST, (Event(1, 100),)), later)
     assert found.phases[2].events == (Event(4, 9), Event(4, -9), Event(1, -100))
 

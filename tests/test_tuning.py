@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import made_up_plan
 from torch import nn
@@ -488,7 +489,7 @@ def search(
     identity = {"target_batch": 64} | how.pop("identity", {})
     study = open_study(file, identity, sampler, how.pop("pareto", False), seed=0)
     return Search(
-        study=study, choices=how.pop("choices", GRID), plain=PLAIN, base={"precision": "fp32"}, samples=64,
+        study=study, choices=how.pop("choices", GRID), plain=how.pop("plain", PLAIN), base={"precision": "fp32"}, samples=64,
         memory=Memory(machine.record, lambda key: None, lambda key, told: None),
         timer=None if virtual else machine.time, sampler=sampler, trials=trials,
         until=how.pop("until", None), workers=how.pop("workers", 1), seed=0, say=lambda text: None, **how,
@@ -543,6 +544,24 @@ def test_the_best_of_the_grid_is_found_in_a_quarter_of_its_trials(budget: int) -
     assert len([t for t in trials if t.state != "same"]) == size_of(GRID) // 4
     assert dict(trials[0].configuration) == {"precision": "fp32", **PLAIN}  # the plain one is there to compare with
     assert best_of(found).step_seconds == best_of(grid).step_seconds
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_choices_that_do_not_depend_on_each_other_are_settled_in_one_pass_over_their_options(chance: Any) -> None:
+    choices = GRID | {"micro_batch": (64, 32)}
+    costs = {name: {option: chance.uniform(1, 2) for option in options} for name, options in choices.items()}
+
+    class Separable(Machine):
+        def time(self, configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
+            values = {name: getattr(configuration, name) for name in choices}
+            return [math.prod(costs[name][value] for name, value in values.items())] * 3
+
+    machine = Separable(budget=1000 * MIB)
+    plain = PLAIN | {"micro_batch": 64}
+    found = search(machine, choices=choices, plain=plain, trials=1 + sum(len(each) - 1 for each in choices.values()))
+    found.run()
+    assert best_of(found).step_seconds == pytest.approx(math.prod(min(each.values()) for each in costs.values()))
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])

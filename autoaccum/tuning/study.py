@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,8 +149,8 @@ class Search:
             if counted:
                 best = min(counted, key=lambda trial: trial.order(self.ranking))
                 values = {name: best.configuration[name] for name in self.choices}
-                near = neighbours(values, self.choices)
-                return next((each for each in near if _params(each, self.choices) not in tried), None)
+                near = [each for each in neighbours(values, self.choices) if _params(each, self.choices) not in tried]
+                return min(near, key=lambda each: _is_seen(each, known, self.choices), default=None)
         last = known[-RESAMPLED:]
         if len(last) == RESAMPLED and all(trial.state == SAME for trial in last):
             left = [each for each in combinations(self.choices) if _params(each, self.choices) not in tried]
@@ -226,7 +226,17 @@ def _interrupted(trial: Trial) -> bool:
     return trial.state == FAILED and trial.why.startswith("interrupted")
 
 
-def _params(values: Mapping[str, Any], choices: Choices) -> str:
+def _is_seen(values: Values, known: list[Trial], choices: Choices) -> bool:
+    """Whether each of its options was in a trial already.
+
+    Each option is tried once before any is tried again beside others: where choices hardly depend on each other, one
+    pass over them all finds the best.
+    """
+    seen = {_params(trial.configuration, [name]) for trial in known for name in choices}
+    return all(_params(values, [name]) in seen for name in choices)
+
+
+def _params(values: Mapping[str, Any], choices: Iterable[str]) -> str:
     return json.dumps([values[name] for name in choices])
 
 

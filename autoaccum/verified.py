@@ -1,0 +1,77 @@
+"""A verified window as a recording: where it surprised, it is all there is to learn from, and it is there already.
+
+The window was the first of all after planning started over, of two or three micro-batches. Recordings are of windows of
+two, once the optimizer has its state, so what differs is taken out. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .recording import LATER, OPTIMIZER, Event, Phase, Recording, kept_blocks
+from .solve import Split
+
+
+def as_recording(seen: Recording, split: Split, known: Sequence[Recording]) -> Recording | None:
+    """The window as one that can be lifted together with recordings.
+
+    Args:
+        seen: What was recorded of it.
+        split: Samples in its micro-batches.
+        known: The recordings there are.
+
+    Returns:
+        A window of two micro-batches; None where it has but one or they aren't of one size, where that size is known,
+        or where its optimizer step isn't the recordings' (a GradScaler may have skipped the first).
+    """
+    if len(split) < 2 or len(set(split)) > 1 or split[0] in (recording.micro_batch for recording in known):
+        return None
+    phases: list[Phase] | None = list(seen.phases)
+    while phases is not None and sum(phase.name == LATER for phase in phases) > 1:
+        phases = _without_last_later(phases)
+    if phases is None:
+        return None
+    found = without_state(replace(seen, micro_batch=split[0], phases=tuple(phases), passes=2))
+    same = not known or _made(found, OPTIMIZER) == _made(known[-1], OPTIMIZER)
+    return found if same else None
+
+
+def without_state(first_step: Recording) -> Recording:
+    """A window as it is once the optimizer has its state, out of the first of all, which makes that."""
+    steps = [phase for phase in first_step.phases if phase.name == OPTIMIZER]
+    made = {event.block for phase in steps for event in kept_blocks(phase.events)}
+    phases = tuple(
+        Phase(phase.name, tuple(event for event in phase.events if event.block not in made))
+        for phase in first_step.phases
+    )
+    return replace(first_step, phases=phases)
+
+
+def _without_last_later(phases: Sequence[Phase]) -> list[Phase] | None:
+    """One later micro-batch fewer: what it left behind is taken for what the one before it left in its place.
+
+    None where the two didn't do the same.
+    """
+    last = max(index for index, phase in enumerate(phases) if phase.name == LATER)
+    before, dropped = phases[last - 1].events, phases[last].events
+    if [event.bytes for event in before] != [event.bytes for event in dropped]:
+        return None
+    twins = {theirs.block: ours.block for ours, theirs in zip(before, dropped, strict=True) if theirs.bytes > 0}
+    return [
+        phase if index < last else Phase(phase.name, _renamed(phase.events, twins))
+        for index, phase in enumerate(phases)
+        if index != last
+    ]
+
+
+def _renamed(events: Sequence[Event], names: dict[int, int]) -> tuple[Event, ...]:
+    return tuple(event._replace(block=names.get(event.block, event.block)) for event in events)
+
+
+def _made(recording: Recording, name: str) -> Counter[int]:
+    """How many blocks of each size a phase makes."""
+    return Counter(
+        event.bytes for phase in recording.phases if phase.name == name for event in phase.events if event.bytes > 0
+    )

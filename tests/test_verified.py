@@ -1,0 +1,70 @@
+"""A verified window, taken for a recording."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from strategies import recorded_programs
+
+from autoaccum.program import StepProgram, lift, window
+from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording, name_blocks
+from autoaccum.verified import as_recording
+
+PROGRAMS = [lift(each.recordings, each.prelude) for each in recorded_programs()]
+ALIKE = [program for program in PROGRAMS if not program.later_growth_bytes]  # a third micro-batch leaves nothing more
+
+
+def recorded(program: StepProgram, n: int, steps: int) -> Recording:
+    """What a recorder would have written down of a window."""
+    return Recording(n, tuple(window(program, (n,) * steps)), steps, 0.0)
+
+
+def named(recording: Recording) -> list[tuple[str, int, int]]:
+    """Its events, blocks named by the order in which they come to be."""
+    events = [(phase.name, event) for phase in recording.phases for event in phase.events]
+    blocks = name_blocks((event.block, event.bytes, event.stream) for _, event in events)
+    return [(name, event.block, event.bytes) for (name, _), event in zip(events, blocks, strict=True)]
+
+
+@pytest.mark.parametrize("program", ALIKE)
+def test_a_window_of_three_is_taken_for_the_window_of_two_that_would_have_been_recorded(program: StepProgram) -> None:
+    n = program.recorded_at + 5
+    found = as_recording(recorded(program, n, 3), (n, n, n), ())
+    assert found is not None
+    assert found.passes == 2
+    assert named(found) == named(recorded(program, n, 2))
+
+
+def small(n: int, *, optimizer: tuple[Event, ...] = (Event(9, 64), Event(9, -64))) -> Recording:
+    """A window of two; the optimizer step keeps what it makes where it isn't freed."""
+    first = Phase(FIRST, (Event(1, 10 * n), Event(2, 100), Event(1, -10 * n)))
+    later = Phase(LATER, (Event(3, 10 * n), Event(3, -10 * n)))
+    return Recording(n, (first, later, Phase(OPTIMIZER, (*optimizer, Event(2, -100)))), 2, 0.0)
+
+
+def test_what_the_first_step_makes_for_good_is_left_out() -> None:
+    seen = small(6, optimizer=(Event(8, 4096), Event(9, 64), Event(9, -64)))
+    found = as_recording(seen, (6, 6), [small(5)])
+    assert found is not None
+    assert found.phases == small(6).phases
+
+
+def test_a_step_that_was_skipped_is_no_step_to_learn_from() -> None:
+    assert as_recording(small(6, optimizer=()), (6, 6), [small(5)]) is None
+
+
+@pytest.mark.parametrize("split", [(6,), (6, 5), (6, 6, 5)])
+def test_one_micro_batch_or_two_sizes_are_no_recording(split: tuple[int, ...]) -> None:
+    assert as_recording(small(6), split, [small(5)]) is None
+
+
+def test_a_size_that_is_known_already_teaches_nothing() -> None:
+    assert as_recording(small(5), (5, 5), [small(5)]) is None
+
+
+def test_micro_batches_that_did_different_things_are_not_laid_over_each_other() -> None:
+    seen = small(6)
+    other = Phase(LATER, (Event(4, 61), Event(4, -61)))
+    three = replace(seen, phases=(*seen.phases[:2], other, seen.phases[2]))
+    assert as_recording(three, (6, 6, 6), ()) is None
