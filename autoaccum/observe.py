@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from .compiled import uncompiled
 from .plan import RecordingNote
 from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, plain_window
-from .recording import FIRST, OPTIMIZER, Event, Phase, Recording, kept_blocks, live_peak
+from .recording import FIRST, Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .verified import without_state
 from .workload import Batch, Workload

@@ -74,9 +74,7 @@ class VirtualOutlook(CudaOutlook):
             solution, measured = Solution(fewer, solution.tried + 1), found
         return solution, measured
 
-    def _tried(
-        self, split: Split, train: Callable[..., None], start_over: Callable[[], None]
-    ) -> cuda.Measured | None:
+    def _tried(self, split: Split, train: Callable[..., None], start_over: Callable[[], None]) -> cuda.Measured | None:
         """What the windows took; None where they don't fit, as they are or with 2 % less."""
         found = None
         for capacity in (self.usable_bytes, self.budget.bytes):

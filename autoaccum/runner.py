@@ -345,6 +345,7 @@ class Runner:
             "scaler": parts.scaler.state_dict() if parts.scaler is not None else None,
             "number": self.number,
             "micro_batch": self.micro_batch,
+            "limits": {"max_tokens": self._max_tokens, "more_rows": self._more_rows},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -363,4 +364,15 @@ class Runner:
             if state[part] is not None:
                 getattr(parts, part).load_state_dict(state[part])
         self.number = state["number"]
-        self.micro_batch = min(state["micro_batch"], self.plan.micro_batch)  # a new plan may be for less memory
+        # A new plan may be for less memory than what an out-of-memory left of the old one's limits.
+        self.micro_batch = min(state["micro_batch"], self.plan.micro_batch)
+        limits = state.get("limits")  # older checkpoints have none
+        if limits is not None:
+            self._max_tokens = _smaller(self._max_tokens, limits["max_tokens"])
+            kept = limits["more_rows"]
+            self._more_rows = None if kept is None else _smaller(self._more_rows, kept)
+
+
+def _smaller(planned: int | None, kept: int | None) -> int | None:
+    """The smaller of two limits; the planned one where none was kept."""
+    return planned if planned is None or kept is None else min(planned, kept)

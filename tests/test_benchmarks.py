@@ -33,7 +33,14 @@ def test_the_interval_of_paired_ratios_covers_their_median_and_shrinks_with_pair
 
 
 def test_the_tuning_table_is_written_with_a_line_for_each_model(tmp_path: Path) -> None:
-    ratios = {"grid / tuned": 1.01, "low": 0.97, "high": 1.04, "plain / tuned": 1.5, "plain low": 1.4, "plain high": 1.6}
+    ratios = {
+        "grid / tuned": 1.01,
+        "low": 0.97,
+        "high": 1.04,
+        "plain / tuned": 1.5,
+        "plain low": 1.4,
+        "plain high": 1.6,
+    }
     row = {
         "model": "mlp", "grid": 36, "trials": 9, "tuned": "bf16, 32 x 4", "best of the grid": "bf16, 32 x 4",
         "plain s": 0.03, "tuned s": 0.02, "grid s": 0.0202, "windows": 40, "above 0.95": "yes",

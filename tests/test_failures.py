@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +238,9 @@ def test_a_checkpoint_in_the_middle_of_a_window_is_refused() -> None:
     runner.parts.loss = default_loss
     runner.step(vectors(16))
     assert runner.state_dict()["number"] == 1
+
+
+def test_every_mutation_still_applies_to_the_source() -> None:
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, root / "scripts" / "mutate", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -284,3 +285,30 @@ def test_short_samples_that_do_not_fit_are_cut_without_cutting_the_long_ones() -
     assert result.split == (2, 4, 4, 3, 3) or (result.split[0] == 2 and max(result.split) <= 6)
     assert distance(seen(runner)[-1], gradients(model, token_sum, pad(samples))) <= FP64
     assert runner.micro_batch == 2
+
+
+def test_a_checkpoint_keeps_the_limits_that_an_out_of_memory_lowered() -> None:
+    samples = [sequence(length, seed=i) for i, length in enumerate([50] * 2 + [2] * 14)]
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        if len(batch["ids"]) > 6 or batch["ids"].numel() > 60:  # both of short samples and of long ones too many
+            raise torch.OutOfMemoryError("too many")
+        return token_sum(model, batch)
+
+    def made() -> Runner:
+        model, lengths = tagger(), [len(sample["ids"]) for sample in samples]
+        work = Workload(
+            model, pad(samples[:2]), loss=loss, count=token_count, optimizer=Capture, lengths=lengths, max_tokens=100
+        )
+        return Runner(work, replace(plan_for(work, 16, 4), max_tokens=100, most_rows=14))
+
+    first, second = made(), made()
+    (lowered,) = first.epoch(DataLoader(Rows(samples), batch_size=4, collate_fn=pad))
+    assert lowered.retries
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    splits = [
+        next(iter(each.epoch(DataLoader(Rows(samples), batch_size=4, collate_fn=pad)))) for each in (first, second)
+    ]
+    assert splits[0].split == splits[1].split and not splits[1].retries
+    (again,) = made().epoch(DataLoader(Rows(samples), batch_size=4, collate_fn=pad))
+    assert again.retries  # without the checkpoint they are found anew

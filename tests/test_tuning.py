@@ -489,7 +489,8 @@ def search(
     identity = {"target_batch": 64} | how.pop("identity", {})
     study = open_study(file, identity, sampler, how.pop("pareto", False), seed=0)
     return Search(
-        study=study, choices=how.pop("choices", GRID), plain=how.pop("plain", PLAIN), base={"precision": "fp32"}, samples=64,
+        study=study, choices=how.pop("choices", GRID), plain=how.pop("plain", PLAIN),
+        base={"precision": "fp32"}, samples=64,
         memory=Memory(machine.record, lambda key: None, lambda key, told: None),
         timer=None if virtual else machine.time, sampler=sampler, trials=trials,
         until=how.pop("until", None), workers=how.pop("workers", 1), seed=0, say=lambda text: None, **how,
