@@ -107,8 +107,8 @@ def row(
     found = {
         "model": name,
         "micro-batch": n,
-        "predicted increment MiB": increment / 2**20,
-        "measured increment MiB": taken / 2**20,
+        "predicted MiB": increment / 2**20,
+        "measured MiB": taken / 2**20,
         "error %": 100 * (increment / taken - 1),
         "predicted peak MiB": peak / 2**20,
         "measured peak MiB": measured["peak"] / 2**20,
