@@ -36,7 +36,10 @@ def test_a_window_of_three_is_taken_for_the_window_of_two_that_would_have_been_r
     assert named(found) == named(recorded(program, n, 2))
 
 
-def small(n: int, *, optimizer: tuple[Event, ...] = (Event(9, 64), Event(9, -64))) -> Recording:
+STEP = (Event(9, 64 << 20), Event(9, -(64 << 20)))
+
+
+def small(n: int, *, optimizer: tuple[Event, ...] = STEP) -> Recording:
     """A window of two; the optimizer step keeps what it makes where it isn't freed."""
     first = Phase(FIRST, (Event(1, 10 * n), Event(2, 100), Event(1, -10 * n)))
     later = Phase(LATER, (Event(3, 10 * n), Event(3, -10 * n)))
@@ -44,7 +47,7 @@ def small(n: int, *, optimizer: tuple[Event, ...] = (Event(9, 64), Event(9, -64)
 
 
 def test_what_the_first_step_makes_for_good_is_left_out() -> None:
-    seen = small(6, optimizer=(Event(8, 4096), Event(9, 64), Event(9, -64)))
+    seen = small(6, optimizer=(Event(8, 4096), *STEP))
     found = as_recording(seen, (6, 6), [small(5)])
     assert found is not None
     assert found.phases == small(6).phases
@@ -52,6 +55,8 @@ def test_what_the_first_step_makes_for_good_is_left_out() -> None:
 
 def test_a_step_that_was_skipped_is_no_step_to_learn_from() -> None:
     assert as_recording(small(6, optimizer=()), (6, 6), [small(5)]) is None
+    scalar = (Event(10, 4), Event(10, -4))  # of the first step, or of all but the first
+    assert as_recording(small(6, optimizer=(*scalar, *STEP)), (6, 6), [small(5)]) is not None
 
 
 @pytest.mark.parametrize("split", [(6,), (6, 5), (6, 6, 5)])
