@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from .cuda_rules import SMALL_SEGMENT
 from .recording import LATER, OPTIMIZER, Event, Phase, Recording, kept_blocks
 from .solve import Split
-
-SMALL_SEGMENT = 2 << 20  # of the caching allocator (CUDACachingAllocator.cpp: kSmallBuffer)
 
 
 def as_recording(seen: Recording, split: Split, known: Sequence[Recording]) -> Recording | None:
