@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from . import oom
+from .ends import LARGE, may_saturate
 from .observe import SCOUT, Observed, Subject, add, if_it_fits, scout
 from .program import StepProgram
 from .recording import Recording
 
-LARGE = 1 << 20  # smaller blocks share segments of 2 MiB (CUDACachingAllocator.cpp: kSmallSize)
 SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more samples than three times that
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
 
@@ -62,7 +62,7 @@ def approach(
             return
         last = next(recording for recording in observed.recordings if recording.micro_batch == n)
         exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
-        sure = not exact or (_foresaw(program, last) and not _may_saturate(observed.program()))
+        sure = not exact or (_foresaw(program, last) and not may_saturate(observed.program()))
         if error is not None and error <= subject.device.AGREES_WITHIN and sure:
             return
     observed.doubt = doubt_of_last(subject, observed)
@@ -113,17 +113,6 @@ def _foresaw(program: StepProgram, recording: Recording) -> bool:
             if each.rule and (size := each.rule.at(recording.micro_batch)) > LARGE
         )
         for phase in recording.phases
-    )
-
-
-def _may_saturate(program: StepProgram) -> bool:
-    """Whether there are large blocks that step with the size: only a recording nearer the answer tells how far."""
-    n = program.recorded_at
-    return any(
-        step.rule.may_saturate and step.rule.at(n) > LARGE
-        for steps in program.phases.values()
-        for step in steps
-        if step.rule is not None
     )
 
 

@@ -112,7 +112,7 @@ def _largest(outlook: Outlook, split: Split) -> tuple[int, bool]:
     most = recorded if observed.doubt else max(split[0], wish.most if wish.samples else split[0])
     if len(split) == 1:
         return split[0], wish.samples is not None
-    size = largest_micro_batch(outlook.fits, outlook.later_floor, budget_bytes=outlook.usable_bytes, most=most)
+    size = largest_micro_batch(outlook.fits_surely, outlook.later_floor, budget_bytes=outlook.usable_bytes, most=most)
     return max(size, split[0]), size >= most
 
 

@@ -71,6 +71,10 @@ class Outlook(ABC):
     def fits(self, split: Split) -> bool:
         """Whether that window fits, with a little less than there is."""
 
+    def fits_surely(self, split: Split) -> bool:
+        """Whether that window fits whatever can't be known without recording as much."""
+        return self.fits(split)
+
     @abstractmethod
     def floor(self, n: int) -> int:
         """Bytes without which no window whose first micro-batch is n can run."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from . import cuda
+from . import cuda, ends
 from .caching_allocator import EMPTY, CudaRules, CudaStart
 from .observe import Observed, Subject
 from .outlook import AGREES_WITHIN, RAN_OUT, VERIFIED_STEPS, Outlook
@@ -24,6 +24,7 @@ from .wish import Wish
 
 VERIFIED = "verified"  # the history of a verification: here, with the loss asked already
 MOST_REMEMBERED = 4096  # replays
+MOST_ENDS = 8  # of what grows in steps, that a size has to fit with
 _Key = tuple[Split, str, int | None, bool, bool]
 
 
@@ -43,6 +44,7 @@ class CudaOutlook(Outlook):
     _replays: dict[_Key, TrainingReplay] = field(default_factory=dict)
     _floors: dict[tuple[int, bool], int] = field(default_factory=dict)
     _trainings: dict[int, Training] = field(default_factory=dict)
+    _ended: dict[int, CudaOutlook] = field(default_factory=dict, init=False)
 
     def data_bytes(self, samples: int) -> int:
         """Samples wait on the host; those of one micro-batch at a time are on the device, and recorded."""
@@ -60,6 +62,22 @@ class CudaOutlook(Outlook):
         if not tight.fits or not any(tight.retries):
             return tight.fits  # without a retry it never came near the capacity, and more of it changes nothing
         return self.replayed(split, history, self._as_written(self.budget.bytes)).fits
+
+    def fits_surely(self, split: Split) -> bool:
+        """Whether it fits wherever what grows in steps comes to its end."""
+        return all(outlook.fits(split) for outlook in self._with_every_end(split[0]))
+
+    def _with_every_end(self, n: int) -> Iterator[CudaOutlook]:
+        """This one, and where n is more than was recorded, those in which what steps ends in between."""
+        yield self
+        if not self.observed.has_program:
+            return
+        program = self.observed.program()
+        for steps in range(min(MOST_ENDS, ends.steps_until(program, n)) if n > program.recorded_at else 0):
+            if steps not in self._ended:
+                observed = replace(self.observed, _program=ends.ended(program, steps), memo={}, _replays={})
+                self._ended[steps] = replace(self, observed=observed, _replays={}, _floors={}, _trainings={})
+            yield self._ended[steps]
 
     def _as_written(self, capacity_bytes: int) -> int:
         """The capacity in which the recorded window does what the compiled one does in this."""
@@ -233,7 +251,8 @@ class CudaOutlook(Outlook):
 
         def fits(split: Split) -> bool:
             found = (
-                self.replayed(split, history, self.usable_bytes, expandable=expandable, stops_at_retry=True)
+                outlook.replayed(split, history, self.usable_bytes, expandable=expandable, stops_at_retry=True)
+                for outlook in self._with_every_end(split[0])
                 for history in histories
             )
             return all(each.out_of_memory is None and not any(each.retries) for each in found)
@@ -287,6 +306,7 @@ class CudaOutlook(Outlook):
         self._replays.clear()
         self._floors.clear()
         self._trainings.clear()
+        self._ended.clear()
 
     def confirms(self, split: Split, measured: cuda.Measured) -> str | None:
         """The retries that were predicted, and the peak within 2 %."""

@@ -1,0 +1,89 @@
+"""What grows in steps and ends beyond the last recording: a size is the largest only if it fits with every end."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoaccum import ends
+from autoaccum.observe import Observed
+from autoaccum.outlook_cuda import MOST_ENDS, CudaOutlook
+from autoaccum.program import Step, StepProgram
+from autoaccum.recording import FIRST, Recording
+from autoaccum.size_rules import Rule
+
+MiB = 1 << 20
+TILES = Rule(0, per_sample=MiB, unit=8 * MiB)
+ROWS = Rule(0, per_sample=16 * MiB, every=16)
+
+
+def program(*rules: Rule, at: int = 100) -> StepProgram:
+    return StepProgram(at, (), {FIRST: tuple(Step(i + 1, rule, 0) for i, rule in enumerate(rules))}, {})
+
+
+def sizes(found: StepProgram, n: int) -> list[int]:
+    return [step.rule.at(n) for step in found.phases[FIRST] if step.rule is not None]
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps"),
+    [
+        (Rule(5 * MiB), False),
+        (Rule(0, per_sample=MiB), False),
+        (TILES, True),
+        (ROWS, True),
+        (TILES._replace(most=64 * MiB), False),  # it has ended
+        (Rule(0, per_sample=64, unit=1024), False),  # too small to matter
+    ],
+)
+def test_large_blocks_that_step_and_have_not_ended_may_end(rule: Rule, steps: bool) -> None:
+    assert ends.may_saturate(program(rule)) is steps
+    assert (ends.steps_until(program(rule), 200) > 0) is steps
+    assert (sizes(ends.ended(program(rule), 0), 1000) != [rule.at(1000)]) is steps
+
+
+@given(st.sampled_from([TILES, ROWS]), st.integers(0, 20), st.integers(1, 400))
+def test_an_end_is_so_many_steps_beyond_the_recording_and_changes_nothing_below(rule: Rule, steps: int, n: int) -> None:
+    one = 8 * MiB if rule is TILES else 16 * MiB
+    assert sizes(ends.ended(program(rule), steps), n) == [min(rule.at(n), rule.at(100) + steps * one)]
+
+
+@given(st.integers(101, 400))
+def test_with_as_many_steps_as_a_size_takes_nothing_has_ended(n: int) -> None:
+    found = program(TILES, ROWS, Rule(3 * MiB))
+    assert sizes(ends.ended(found, ends.steps_until(found, n)), n) == sizes(found, n)
+
+
+def outlook(of: StepProgram) -> CudaOutlook:
+    recordings = [Recording(n, (), 2, 0.0) for n in (50, of.recorded_at)]
+    observed = Observed(recordings=recordings, _program=of)
+    none = cast(Any, None)
+    return CudaOutlook(none, none, observed, 0, none, 0)
+
+
+@pytest.mark.parametrize(("n", "asked"), [(100, 1), (101, 2), (130, 1 + 4), (1000, 1 + MOST_ENDS)])
+def test_every_end_between_the_last_recording_and_a_size_is_asked(
+    monkeypatch: pytest.MonkeyPatch, n: int, asked: int
+) -> None:
+    seen: list[list[int]] = []
+
+    def fits(self: CudaOutlook, split: tuple[int, ...]) -> bool:
+        seen.append(sizes(self.observed.program(), split[0]))
+        return True
+
+    monkeypatch.setattr(CudaOutlook, "fits", fits)
+    assert outlook(program(TILES)).fits_surely((n, n))
+    assert len(seen) == asked == len(set(map(tuple, seen)))
+    assert seen[0] == [TILES.at(n)]
+
+
+@pytest.mark.parametrize("refusing", range(4))
+def test_a_size_that_one_end_leaves_no_room_for_is_not_sure_to_fit(
+    monkeypatch: pytest.MonkeyPatch, refusing: int
+) -> None:
+    calls = iter(range(100))
+    monkeypatch.setattr(CudaOutlook, "fits", lambda self, split: next(calls) != refusing)
+    assert not outlook(program(TILES)).fits_surely((130, 130))
