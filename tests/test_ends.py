@@ -64,7 +64,7 @@ def outlook(of: StepProgram) -> CudaOutlook:
     return CudaOutlook(none, none, observed, 0, none, 0)
 
 
-@pytest.mark.parametrize(("n", "asked"), [(100, 1), (101, 2), (130, 1 + 4), (1000, 1 + MOST_ENDS)])
+@pytest.mark.parametrize(("n", "asked"), [(100, 1), (104, 1), (105, 2), (130, 1 + 4), (1000, 1 + MOST_ENDS)])
 def test_every_end_between_the_last_recording_and_a_size_is_asked(
     monkeypatch: pytest.MonkeyPatch, n: int, asked: int
 ) -> None:
