@@ -69,13 +69,17 @@ def solve_and_verify(
         if not verify:
             return solution, None
         split = _verified(solution.split, compiles=compiles)
-        if attempt:
-            start_over()
         if explained[0] == split:
             return outlook.nearer(solution, explained[1], _trainer(outlook.subject), start_over)
+        if attempt:
+            start_over()
         measured, wrong = _run_for_real(outlook, split)
         if measured is not None:
             wrong = outlook.confirms(split, measured)
+        teaches = outlook.is_open and not compiles and attempt < ATTEMPTS - 1
+        if wrong is None and teaches and outlook.learns(split, measured):
+            explained = split, measured  # what steps is known a little further now, which may change the answer
+            continue
         if wrong is None:
             return outlook.nearer(solution, measured, _trainer(outlook.subject), start_over)
         outlook.subject.say(f"{wrong}: learning from it")

@@ -138,8 +138,13 @@ class Outlook(ABC):
     def holds(self, measured: Any) -> bool:
         """Whether what was run for real took no more than may be used."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a verified window may tell something new even where it was as predicted."""
+        return False
+
     def learns(self, split: Split, measured: Any) -> bool:
-        """Learns from a verified window that surprised, by itself; whether that explains it."""
+        """Learns from a verified window, by itself; whether that explains it."""
         return False
 
     @abstractmethod

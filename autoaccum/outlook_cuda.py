@@ -324,6 +324,11 @@ class CudaOutlook(Outlook):
         """By what was reserved, and that the last window needed no retry."""
         return not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes
 
+    @property
+    def is_open(self) -> bool:
+        """Whether something grows in steps and hasn't ended yet."""
+        return self.observed.has_program and ends.may_saturate(self.observed.program())
+
     def learns(self, split: Split, measured: cuda.Measured | None) -> bool:
         """By the verified window's recording, where that explains what was measured."""
         observed = self.observed
