@@ -62,7 +62,7 @@ DEVICES = {"H100": Device(find_gpu("h100-80gb"), 81_559), "H200": Device(find_gp
 def reserved(data: pandas.DataFrame) -> Iterator[dict[str, Any]]:
     """What PyTorch's allocator reserves for each row, in a process of its own on the virtual GPU."""
     for name, rows in data.groupby("gpu", sort=False):
-        settings = replace(virtual_settings(DEVICES[str(name)].gpu), copies="zero")
+        settings = replace(virtual_settings(DEVICES[str(name)].gpu), copies="zero", addresses="down")
         asked = [json.dumps([row.bench, int(row.batch_size)]) for row in rows.itertuples()]
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.ground.run"],
