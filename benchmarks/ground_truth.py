@@ -185,8 +185,8 @@ def report(found: pandas.DataFrame, constant: float, told: str, left_out: str) -
     return (
         f"# Memory measured on real GPUs by others, predicted on a virtual GPU, {DATE}\n\n"
         "By `python -m benchmarks.ground_truth DATA.csv`. *Measured on a GPU* by others: milabench "
-        "(mila-iqia/milabench, config/scaling, MIT), NVML's used memory, torch 2.6.0, spring 2025. *Predicted*: what its "
-        "training loops reserve of the *real allocator on a virtual GPU*, and a constant.\n\n"
+        "(mila-iqia/milabench, config/scaling, MIT), NVML's used memory, torch 2.6.0, spring 2025. *Predicted*: what "
+        "its training loops reserve of the *real allocator on a virtual GPU*, and a constant.\n\n"
         f"- run with {versions()}\n"
         f"- the constant: {constant:.0f} MiB on H100: {told}; on H200 it differs by what NVML's totals differ from "
         f"CUDA's ({DEVICES['H200'].driver_mib - DEVICES['H100'].driver_mib:+.0f} MiB)\n"

@@ -34,8 +34,8 @@ class VirtualGpu:
         convolution_fallback: Whether a convolution can also do without its workspace.
         copies: "tensors": copies are real, but reads of up to 16 bytes (losses, counts) give 0; "all": those too are
             real; "zero": nothing is copied, and every read gives 0.
-        addresses: "up": later memory lies above earlier memory; "down": below, as on a GPU under Linux. PyTorch's
-            allocator looks at it before 2.14.
+        addresses: "up": later memory lies above earlier memory; "down": below, as on a GPU under Linux. It
+            counts for torch 2.6's allocator and not for 2.14's.
 
     Raises:
         UsageError: There is no such GPU.

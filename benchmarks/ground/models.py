@@ -61,7 +61,7 @@ def make_text_model(name: str) -> nn.Module:
 
 
 def _answer_for_the_mask() -> None:
-    """transformers 4 makes BERT's mask of ones, then asks the device whether all are; a virtual GPU reads 0: no."""
+    """Transformers 4 makes BERT's mask of ones, then asks the device whether all are; a virtual GPU reads 0: no."""
     from transformers.models.bert import modeling_bert
 
     def none_needed(mask: torch.Tensor, *_: object, **__: object) -> None:

@@ -10,8 +10,8 @@
  *
  * On a GPU they go down: the driver lets the kernel choose (an H100's calls, traced: mmap(0, size + 32 MiB - 4 KiB,
  * PROT_NONE), cuMemory/cuCtxCreate_nvtrace.log of github.com/derpsteb/libcuda-debug), and Linux's mmap begins at the top.
- * Of free blocks of one size, PyTorch takes the oldest from 2.14 on, and the lowest before: then what it reserves depends
- * on this. Not modelled: what is smaller than 32 MiB shares such a range, and goes up within it. */
+ * Of free blocks of one size torch 2.6 takes the lowest, so what it reserves depends on this; torch 2.14 the oldest. Not
+ * modelled: what is smaller than 32 MiB shares such a range, and goes up within it. */
 
 Device devices[MAX_DEVICES];
 Arena host;
