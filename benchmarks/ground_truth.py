@@ -5,6 +5,8 @@ The file has a row for each run of a benchmark of milabench (`gpu`, `bench`, `ba
 run on a virtual GPU, where PyTorch's real allocator says what it reserves. The prediction is that and one constant,
 taken from one benchmark and applied to all others as it is: the driver's own memory, CUDA's context and libraries.
 
+The packages should be those that were measured (docs/ground-truth.md): other versions reserve other memory.
+
 What was looked at while the loops were written is told apart from what was held out.
 """
 
@@ -32,8 +34,17 @@ MIB = 2**20
 LARGE_BYTES = 10 * 10**9
 NEAR_MIB = 400
 CONSTANT_FROM = ("H100", "bert-fp32")
-# benchmarks/LOG.md, before the first run; lightning's was moved there after it, to tell which convolutions turn tensors
-DEVELOPMENT = (CONSTANT_FROM, ("H100", "resnet50"), ("H100", "regnet_y_128gf"), ("H100", "lightning"))
+# benchmarks/LOG.md, before the first run; two were moved there after it: lightning's, to tell which convolutions turn
+# tensors, and Reformer's, to find that the order of addresses counts
+DEVELOPMENT = (CONSTANT_FROM, *(("H100", bench) for bench in ("resnet50", "regnet_y_128gf", "lightning", "reformer")))
+# milabench's pins at dc0617d1 (benchmarks/*/requirements.cuda.txt, benchmarks/timm/benchfile.py)
+MEASURED_WITH = {
+    "torch": "2.6.0",
+    "torchvision": "0.21.0",
+    "transformers": "4.49.0",
+    "timm": "1.0.3",
+    "lightning": "2.5.0.post0",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ DEVICES = {"H100": Device(find_gpu("h100-80gb"), 81_559), "H200": Device(find_gp
 def reserved(data: pandas.DataFrame) -> Iterator[dict[str, Any]]:
     """What PyTorch's allocator reserves for each row, in a process of its own on the virtual GPU."""
     for name, rows in data.groupby("gpu", sort=False):
-        settings = replace(virtual_settings(DEVICES[str(name)].gpu), copies="zero")
+        settings = replace(virtual_settings(DEVICES[str(name)].gpu), copies="zero", addresses="down")
         asked = [json.dumps([row.bench, int(row.batch_size)]) for row in rows.itertuples()]
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.ground.run"],
@@ -153,13 +164,14 @@ def _errors(rows: pandas.DataFrame) -> dict[str, Any]:
 
 
 def versions() -> str:
-    """The packages whose code is run."""
+    """The packages whose code is run, and where the measurements had others."""
     from importlib.metadata import PackageNotFoundError, version
 
     told = []
-    for package in ("torch", "torchvision", "transformers", "timm", "lightning"):
+    for package, measured in MEASURED_WITH.items():
         try:
-            told.append(f"{package} {version(package)}")
+            found = version(package)
+            told.append(f"{package} {found}" + ("" if found == measured else f" (measured with {measured})"))
         except PackageNotFoundError:
             told.append(f"no {package}")
     return ", ".join(told)
@@ -173,8 +185,8 @@ def report(found: pandas.DataFrame, constant: float, told: str, left_out: str) -
     return (
         f"# Memory measured on real GPUs by others, predicted on a virtual GPU, {DATE}\n\n"
         "By `python -m benchmarks.ground_truth DATA.csv`. *Measured on a GPU* by others: milabench "
-        "(mila-iqia/milabench, config/scaling, MIT), NVML's used memory, torch 2.6, spring 2025. *Predicted*: what its "
-        "training loops reserve of the *real allocator on a virtual GPU*, and a constant.\n\n"
+        "(mila-iqia/milabench, config/scaling, MIT), NVML's used memory, torch 2.6.0, spring 2025. *Predicted*: what "
+        "its training loops reserve of the *real allocator on a virtual GPU*, and a constant.\n\n"
         f"- run with {versions()}\n"
         f"- the constant: {constant:.0f} MiB on H100: {told}; on H200 it differs by what NVML's totals differ from "
         f"CUDA's ({DEVICES['H200'].driver_mib - DEVICES['H100'].driver_mib:+.0f} MiB)\n"

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pandas
 import pytest
+import torch
 
 from autoaccum import virtual
 from benchmarks import ground_truth
+from benchmarks.ground import models
 
 needs_gpu = pytest.mark.skipif(virtual.available() is not None, reason=virtual.available() or "")
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,26 @@ def test_one_benchmark_s_constant_is_applied_to_all_others(monkeypatch):
     assert table.loc["development, smaller", "number"] == 3 and table.loc["held out, 10 GB and more", "number"] == 1
     assert table.loc["held out, 10 GB and more", "worst %"] == pytest.approx(100 * 18_770 / 20_000)
     assert table.loc["held out, smaller", "within 400 MiB"] == "100 %"
+
+
+def test_versions_that_were_not_measured_are_told(monkeypatch):
+    monkeypatch.setitem(ground_truth.MEASURED_WITH, "torch", "0.1")
+    monkeypatch.setitem(ground_truth.MEASURED_WITH, "no such package", "1.0")
+    told = ground_truth.versions()
+    assert told.startswith("torch 2") and "(measured with 0.1)" in told and told.endswith("no no such package")
+    monkeypatch.setitem(ground_truth.MEASURED_WITH, "torch", torch.__version__.split("+")[0])
+    assert "(measured with" not in ground_truth.versions().split(",")[0]
+
+
+def test_a_mask_of_ones_needs_no_answer_from_the_device(monkeypatch):
+    modeling_bert = pytest.importorskip("transformers.models.bert.modeling_bert")
+    name = "_prepare_4d_attention_mask_for_sdpa"  # of transformers 4
+    monkeypatch.setattr(modeling_bert, name, lambda *_: 1 / 0, raising=False)
+    models._answer_for_the_mask()
+    assert getattr(modeling_bert, name)(torch.zeros(2, 3), torch.float32, tgt_len=3) is None
+    monkeypatch.delattr(modeling_bert, name)
+    models._answer_for_the_mask()  # transformers 5 doesn't ask
+    assert not hasattr(modeling_bert, name)
 
 
 CONVOLUTIONS = """

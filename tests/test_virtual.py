@@ -150,6 +150,7 @@ def test_command_line_says_what_cannot_be_run() -> None:
         {"multiprocessors": 0},
         {"name": ""},
         {"copies": "some"},
+        {"addresses": "sideways"},
         {"convolution_workspace": "lots"},
         {"convolution_workspace": "-1x"},
     ],
@@ -230,7 +231,8 @@ def pretend_torch(folder: Path, version: str, cuda: str, monkeypatch: pytest.Mon
     ("version", "cuda", "told"),
     [
         ("2.13.0+cpu", "None", "needs a CUDA build of torch; 2.13.0+cpu here has no CUDA"),
-        ("2.13.0+cu126", "'12.6'", "knows CUDA 13; torch 2.13.0+cu126 here is built for CUDA 12.6"),
+        ("2.5.1+cu118", "'11.8'", "knows CUDA 12 and 13; torch 2.5.1+cu118 here is built for CUDA 11.8"),
+        ("2.6.0+cu124", "'12.4'", "needs the CUDA headers that torch 2.6.0"),
         ("2.14.1+cu130", "'13.0'", "needs the CUDA headers that torch 2.14.1"),
     ],
 )
@@ -241,6 +243,25 @@ def test_another_torch(version: str, cuda: str, told: str, tmp_path: Path, monke
     with pytest.raises(UsageError) as error:
         environment(VirtualGpu())
     assert error.value.what == reason and error.value.why and error.value.hint
+
+
+def test_the_wheels_of_cuda_12(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_torch(tmp_path, "2.6.0+cu124", "'12.4'", monkeypatch)
+    for part, header in torch_build._WHEELS[12]:
+        (tmp_path / "nvidia" / part / "include").mkdir(parents=True)
+        (tmp_path / "nvidia" / part / "include" / header).touch()
+    nvidia = importlib.machinery.ModuleSpec("nvidia", None, is_package=True)
+    nvidia.submodule_search_locations = [str(tmp_path / "nvidia")]
+    torch = torch_build.importlib.util.find_spec("torch")
+    monkeypatch.setattr(torch_build.importlib.util, "find_spec", {"torch": torch, "nvidia": nvidia}.get)
+    found = torch_build.find_torch()
+    assert found.cuda == "12.4" and len(found.cuda_libs) == 6
+    assert [found.includes[0], found.includes[-1]] == [
+        tmp_path / "nvidia" / part / "include" for part in ("cuda_runtime", "cudnn")
+    ]
+    (tmp_path / "nvidia" / "cusparse" / "include" / "cusparse.h").unlink()
+    with pytest.raises(UsageError, match="needs the CUDA headers"):
+        torch_build.find_torch()
 
 
 def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:

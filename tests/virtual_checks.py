@@ -64,6 +64,7 @@ SWAPPED = _group("swapped", {"CUDA_VISIBLE_DEVICES": "2,0"}, devices=3)
 NONE = _group("none", {"CUDA_VISIBLE_DEVICES": ""})
 HOPPER = _group("hopper", compute_capability="9.0", multiprocessors=132, name="A name with spaces")
 ALL = _group("all", copies="all")
+DOWNWARD = _group("downward", addresses="down")
 ZERO = _group("zero", copies="zero")
 FIXED = _group("fixed", convolution_workspace="3MiB")
 SCALED = _group("scaled", convolution_workspace="0.5x")
@@ -599,6 +600,17 @@ def a_replay_needs_no_segment_events() -> None:
         torch.cuda.memory._snapshot = real
     assert_replays(found, 2)
     assert all(isinstance(event, Event) for phase in found.phases for event in phase.events)
+
+
+@check(DOWNWARD)
+def later_memory_lies_below_and_the_oldest_block_is_taken_all_the_same() -> None:
+    old, held, new = (grab(30 * MIB) for _ in range(3))
+    places = [block.data_ptr() for block in (old, held, new)]
+    assert places == sorted(places, reverse=True)
+    del old, new
+    assert grab(30 * MIB).data_ptr() == places[0]
+    torch.cuda.empty_cache()
+    assert [grab(30 * MIB).data_ptr(), held.data_ptr()] == places[:2]  # the gap at the top comes first
 
 
 @check(RECORDED)

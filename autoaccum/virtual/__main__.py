@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--convolution-workspace", metavar="SIZE|FACTORx|transposed", help="of each convolution (default: nothing)")
     add("--no-convolution-fallback", action="store_true", help="no convolution does without its workspace")
     add("--copies", default=_DEFAULT.copies, choices=("tensors", "all", "zero"), help="default: %(default)s")
+    add("--addresses", default=_DEFAULT.addresses, choices=("up", "down"), help="default: %(default)s")
     add("--trace", action="store_true", help="name each function that was called and isn't modelled, once")
     add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
     return parser
@@ -49,6 +50,7 @@ def _gpu(options: argparse.Namespace) -> VirtualGpu:
         convolution_workspace=options.convolution_workspace,
         convolution_fallback=not options.no_convolution_fallback,
         copies=options.copies,
+        addresses=options.addresses,
     )
 
 

@@ -53,7 +53,7 @@ def _cached(torch: TorchBuild) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parts = [*sorted(_SOURCES.rglob("*.[ch]")), *(_HERE / name for name in ("build.py", "elf.py", "stubs.py"))]
     digest = hashlib.sha256()
-    for path in (*parts, torch.includes[1] / "cudnn_version.h"):
+    for path in (*parts, torch.includes[-1] / "cudnn_version.h"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     key = f"{torch.version}-{torch.cuda}-{platform.machine()}-{digest.hexdigest()[:12]}"
     return cache / "autoaccum" / "virtual" / key

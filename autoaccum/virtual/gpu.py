@@ -13,6 +13,7 @@ PREFIX = "AUTOACCUM_GPU_"
 TRANSPOSED = "transposed"
 MOST_DEVICES = 8  # source/gpu.h
 Copies = Literal["tensors", "all", "zero"]
+Addresses = Literal["up", "down"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class VirtualGpu:
         convolution_fallback: Whether a convolution can also do without its workspace.
         copies: "tensors": copies are real, but reads of up to 16 bytes (losses, counts) give 0; "all": those too are
             real; "zero": nothing is copied, and every read gives 0.
+        addresses: "up": later memory lies above earlier memory; "down": below, as on a GPU under Linux. It
+            counts for torch 2.6's allocator and not for 2.14's.
 
     Raises:
         UsageError: There is no such GPU.
@@ -48,6 +51,7 @@ class VirtualGpu:
     convolution_workspace: str | None = None
     convolution_fallback: bool = True
     copies: Copies = "tensors"
+    addresses: Addresses = "up"
 
     def __post_init__(self) -> None:
         if self.memory_bytes <= 0 or self.context_bytes < 0 or self.other_bytes < 0:
@@ -66,6 +70,8 @@ class VirtualGpu:
             raise _refused("name", repr(self.name), "It is 1 to 255 bytes.")
         if self.copies not in get_args(Copies):
             raise _refused("mode of copying", self.copies, f"It is one of: {', '.join(get_args(Copies))}.")
+        if self.addresses not in get_args(Addresses):
+            raise _refused("direction of addresses", self.addresses, "It is up or down.")
         _workspace(self.convolution_workspace)
 
     def settings(self) -> dict[str, str]:
@@ -81,6 +87,7 @@ class VirtualGpu:
             "CONVOLUTION_WORKSPACE": _workspace(self.convolution_workspace),
             "CONVOLUTION_FALLBACK": int(self.convolution_fallback),
             "COPIES": self.copies,
+            "ADDRESSES": self.addresses,
         }
         return {PREFIX + key: str(value) for key, value in told.items()}
 

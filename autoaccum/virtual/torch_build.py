@@ -11,7 +11,18 @@ from pathlib import Path
 
 from ..errors import UsageError
 
-CUDA_MAJOR = 13  # the sources are written against its headers
+# What the wheels of each major version of CUDA are called, and a header of each: CUDA first, cuDNN last
+_WHEELS = {
+    13: (("cu13", "cuda_runtime_api.h"), ("cudnn", "cudnn.h")),
+    12: (
+        ("cuda_runtime", "cuda_runtime_api.h"),
+        ("cublas", "cublas_v2.h"),
+        ("cufft", "cufft.h"),
+        ("cusolver", "cusolverDn.h"),
+        ("cusparse", "cusparse.h"),
+        ("cudnn", "cudnn.h"),
+    ),
+}
 _WORDS = re.compile(r"^(__version__|cuda)\b[^=\n]*=\s*(?:'([^']*)'|None)", re.MULTILINE)
 
 
@@ -23,15 +34,15 @@ class TorchBuild:
         version: Like "2.14.1+cu130".
         cuda: The CUDA version it was built with, like "13.0".
         lib: The folder of torch's own libraries.
-        includes: The folders of CUDA's and cuDNN's headers.
+        includes: The folders of CUDA's headers, and of cuDNN's, which come last.
         cuda_libs: The folders of CUDA's and cuDNN's libraries.
     """
 
     version: str
     cuda: str
     lib: Path
-    includes: tuple[Path, Path]
-    cuda_libs: tuple[Path, Path]
+    includes: tuple[Path, ...]
+    cuda_libs: tuple[Path, ...]
 
 
 def find_torch() -> TorchBuild:
@@ -54,13 +65,14 @@ def find_torch() -> TorchBuild:
             "It stands in for CUDA's libraries, under the parts of torch that call them.",
             "Install one: pip install torch --index-url https://download.pytorch.org/whl/cu130",
         )
-    if int(cuda.split(".")[0]) != CUDA_MAJOR:
+    major = int(cuda.split(".")[0])
+    if major not in _WHEELS:
         raise _unusable(
-            f"knows CUDA {CUDA_MAJOR}; torch {version} here is built for CUDA {cuda}",
+            f"knows CUDA 12 and 13; torch {version} here is built for CUDA {cuda}",
             "Each major version of CUDA has other functions and other layouts.",
             "Install one: pip install torch --index-url https://download.pytorch.org/whl/cu130",
         )
-    return TorchBuild(version, cuda, folder / "lib", *_wheels(version))
+    return TorchBuild(version, cuda, folder / "lib", *_folders(version, major))
 
 
 def _unusable(what: str, why: str, hint: str) -> UsageError:
@@ -82,10 +94,10 @@ def _versions(folder: Path) -> tuple[str, str | None]:
     return found.get("__version__") or "unknown", found.get("cuda")
 
 
-def _wheels(version: str) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+def _folders(version: str, major: int) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     spec = importlib.util.find_spec("nvidia")  # a namespace: each of NVIDIA's wheels adds a folder to it
     roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
-    parts = (f"cu{CUDA_MAJOR}", "cuda_runtime_api.h"), ("cudnn", "cudnn.h")
+    parts = _WHEELS[major]
     found = [root / part for part, header in parts for root in roots if (root / part / "include" / header).is_file()]
     if len(found) != len(parts):
         where = ", ".join(f"nvidia/{part}/include/{header}" for part, header in parts)
@@ -94,5 +106,4 @@ def _wheels(version: str) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
             f"It looked for {where} beside torch.",
             "Install torch with pip, its dependencies included (a conda or a system build has them elsewhere).",
         )
-    cuda, cudnn = found
-    return (cuda / "include", cudnn / "include"), (cuda / "lib", cudnn / "lib")
+    return tuple(folder / "include" for folder in found), tuple(folder / "lib" for folder in found)

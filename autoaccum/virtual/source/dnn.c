@@ -125,11 +125,13 @@ API cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const descri
       found = 1;
       if (values) *(int64_t *)values = 0;
       break;
+#if CUDNN_VERSION >= 90200
     case CUDNN_ATTR_ENGINECFG_SHARED_MEMORY_USED:
       found = 1;
       if (values) *(int32_t *)values = 0;
       break;
     case CUDNN_ATTR_ENGINECFG_WORKSPACE_SIZE:
+#endif
     case CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE:
       found = 1;
       if (values) *(int64_t *)values = d->workspace;

@@ -24,6 +24,12 @@ API cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **functi
   if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
+#if CUDART_VERSION < 13000
+API cudaError_t cudaGetDriverEntryPoint(const char *name, void **function, unsigned long long flags,
+                                        enum cudaDriverEntryPointQueryResult *status) {
+  return cudaGetDriverEntryPointByVersion(name, function, CUDART_VERSION, flags, status);
+}
+#endif
 API CUresult cuGetProcAddress(const char *name, void **function, int version, cuuint64_t flags,
                               CUdriverProcAddressQueryResult *status) {
   *function = entry_point(name);
@@ -76,9 +82,11 @@ API CUresult cuGetErrorName(CUresult error, const char **text) {
 API CUresult cuGetErrorString(CUresult error, const char **text) {
   return *text = cudaGetErrorString((cudaError_t)error), CUDA_SUCCESS;
 }
+#if CUDA_VERSION >= 13000
 /* PyTorch asks to be told of errors that the driver logs: there are none. */
 DONE(cuLogsRegisterCallback, (CUlogsCallback call, void *data, CUlogsCallbackHandle *handle))
 DONE(cuLogsUnregisterCallback, (CUlogsCallbackHandle handle))
+#endif
 API CUresult cuPointerGetAttribute(void *value, CUpointer_attribute which, CUdeviceptr address) {
   struct cudaPointerAttributes a;
   cudaPointerGetAttributes(&a, (void *)address);

@@ -43,13 +43,14 @@ typedef struct {
   double workspace_factor;
   int workspace_transposed;    /* or copies of its tensors with channels last: dnn.c */
   int fallback;                /* an engine without workspace is offered beside the one with */
+  int downward;                /* later memory lies below earlier memory */
   enum { COPY_TENSORS, COPY_ALL, COPY_ZERO } copies;
 } Settings;
 extern Settings settings;
 void uuid_of(int physical, unsigned char bytes[16]);
 void uuid_text(int physical, char text[48]); /* "GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx" */
 
-/* One reserved range of addresses, handed out first fit from the bottom. */
+/* One reserved range of addresses, handed out first fit, from the bottom or the top. */
 typedef struct { size_t offset, size; } Range;
 typedef struct {
   char *base;

@@ -6,7 +6,12 @@
 /* Arenas ----------------------------------------------------------------
  * Never-touched pages cost nothing, and the addresses don't depend on where other things are mapped, so that the
  * caching allocator's address-ordered choices repeat from run to run. They are reserved at their first use: the library
- * is preloaded in every child process too, compilers and shells among them, which need none of it. */
+ * is preloaded in every child process too, compilers and shells among them, which need none of it.
+ *
+ * On a GPU they go down: the driver lets the kernel choose (an H100's calls, traced: mmap(0, size + 32 MiB - 4 KiB,
+ * PROT_NONE), cuMemory/cuCtxCreate_nvtrace.log of github.com/derpsteb/libcuda-debug), and Linux's mmap begins at the top.
+ * Of free blocks of one size torch 2.6 takes the lowest, so what it reserves depends on this; torch 2.14 the oldest. Not
+ * modelled: what is smaller than 32 MiB shares such a range, and goes up within it. */
 
 Device devices[MAX_DEVICES];
 Arena host;
@@ -42,13 +47,25 @@ int arena_has(const Arena *arena, const void *address) {
   return (char *)address >= arena->base && (char *)address < arena->base + arena->span;
 }
 
-void *arena_take(Arena *arena, size_t size) {
+/* The first gap that is large enough: its offset, and how many ranges lie below it. */
+static int from_the_bottom(const Arena *arena, size_t size, size_t *below, size_t *offset) {
   size_t i, at = 0;
-  pthread_once(&reserved_once, reserve_all);
-  size = round_up(size ? size : 1, arena->granule);
   for (i = 0; i < arena->count && arena->used[i].offset - at < size; i++)
     at = arena->used[i].offset + arena->used[i].size;
-  if (at + size > arena->span) return NULL;
+  return *below = i, *offset = at, at + size <= arena->span;
+}
+static int from_the_top(const Arena *arena, size_t size, size_t *below, size_t *offset) {
+  size_t i, top = arena->span;
+  for (i = arena->count; i > 0 && top - arena->used[i - 1].offset - arena->used[i - 1].size < size; i--)
+    top = arena->used[i - 1].offset;
+  return *below = i, *offset = top - size, top >= size;
+}
+
+void *arena_take(Arena *arena, size_t size) {
+  pthread_once(&reserved_once, reserve_all);
+  size = round_up(size ? size : 1, arena->granule);
+  size_t i, at;
+  if (!(settings.downward ? from_the_top : from_the_bottom)(arena, size, &i, &at)) return NULL;
   if (arena->count == arena->room) {
     arena->room = arena->room ? 2 * arena->room : 256;
     arena->used = realloc(arena->used, arena->room * sizeof(Range));

@@ -126,6 +126,9 @@ __attribute__((constructor)) static void read_settings(void) {
   settings.copies = !text || !strcmp(text, "tensors") ? COPY_TENSORS : !strcmp(text, "all") ? COPY_ALL : COPY_ZERO;
   if (settings.copies == COPY_ZERO && strcmp(text, "zero"))
     refuse("AUTOACCUM_GPU_COPIES", text, "tensors, all or zero");
+  text = text_of("AUTOACCUM_GPU_ADDRESSES");
+  settings.downward = text && !strcmp(text, "down");
+  if (text && !settings.downward && strcmp(text, "up")) refuse("AUTOACCUM_GPU_ADDRESSES", text, "up or down");
   read_visible(getenv("CUDA_VISIBLE_DEVICES"));
   for (int i = 0; i < settings.physical; i++) devices[i].other = settings.other;
 }

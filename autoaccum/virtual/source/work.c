@@ -66,13 +66,20 @@ API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptur
   *status = stream_of(stream)->capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
+#if CUDART_VERSION < 13000
+#define EDGES /* of a graph have no data of their own before CUDA 13 */
+#else
+#define EDGES const cudaGraphEdgeData **edges,
+#endif
 API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
                                          unsigned long long *id, cudaGraph_t *graph, const cudaGraphNode_t **nodes,
-                                         const cudaGraphEdgeData **edges, size_t *count) {
+                                         EDGES size_t *count) {
   if (id) *id = stream_of(stream)->capturing;
   if (graph) *graph = NULL;
   if (nodes) *nodes = NULL;
+#if CUDART_VERSION >= 13000
   if (edges) *edges = NULL;
+#endif
   if (count) *count = 0;
   return cudaStreamIsCapturing(stream, status);
 }
