@@ -104,7 +104,7 @@ def test_explain_needs_no_model_and_no_torch(folder: Path) -> None:
 
 def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> None:
     out = run(
-        "plan", "--target-batch", "64", "--memory", "300MiB", "--workload", "tiny.py:workload", cwd=folder, code=3
+        "plan", "--target-batch", "64", "--memory", "220MiB", "--workload", "tiny.py:workload", cwd=folder, code=3
     )
     assert out.stdout == "" and out.stderr.count("\n") <= 5
     assert "bytes) are missing" in out.stderr and "What would help: a budget of" in out.stderr

@@ -34,9 +34,22 @@ class Graphs:
         return self.inner(graph, inputs)
 
 
+class Deep(nn.Module):
+    """A class of its own: torch 2.13 compiles no nn.Sequential in place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(WIDE, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
 def deep(width: int = 96) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(WIDE, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+    return Deep(width)
 
 
 def wrapped(model: nn.Module, **how: Any) -> nn.Module:

@@ -6,6 +6,7 @@ One size of each of six models, four of them in the slow tests; `python -m bench
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks import prediction
 
@@ -22,10 +23,12 @@ SLOW = ("CNN with BatchNorm", "LSTM", "ViT", "GRU tagger")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in SIZES])
 def test_the_increment_is_predicted_and_the_peak_is_a_border(name: str) -> None:
-    (row,) = prediction.table([name], [SIZES[name]])
+    # A build without CUDA has a third of the base, in which the few MiB that it is off by weigh three times as much.
+    limits = prediction.LIMITS if torch.version.cuda else (1.05, 0.95)
+    (row,) = prediction.table([name], [SIZES[name]], limits)
     assert row["method"] == "replayed"
     assert abs(row["error %"]) < 3
-    assert abs(row["predicted peak MiB"] / row["measured peak MiB"] - 1) < 0.015
-    assert row["trains at 1.03"] is True
-    assert row["trains at 0.97"] is False
-    assert row["resident peak MiB"] < row["measured peak MiB"]
+    assert abs(row["predicted peak MiB"] - row["measured peak MiB"]) < 15
+    assert [row[f"trains at {factor:.2f}"] for factor in limits] == [True, False]
+    if torch.version.cuda:  # whose libraries commit much that they never touch
+        assert row["resident peak MiB"] < row["measured peak MiB"]
