@@ -309,9 +309,12 @@ class CudaOutlook(Outlook):
         self._ended.clear()
 
     def confirms(self, split: Split, measured: cuda.Measured) -> str | None:
-        """The retries that were predicted, and the peak within 2 %."""
+        """The retries that were predicted, and the peak within 2 %; that it fits, where that is all there is to know.
+
+        Compiled windows are predicted by a ratio; and without a program, by the next larger size that was recorded.
+        """
         expected = self.replayed(split, VERIFIED, self.budget.bytes)
-        if self.compiled_share != 1 and self.holds(measured):
+        if (self.compiled_share != 1 or self.observed.doubt is not None) and self.holds(measured):
             return None
         retries = expected.retries[: len(measured.retries)]
         if measured.retries != retries:
