@@ -76,9 +76,9 @@ def solve_and_verify(
         measured, wrong = _run_for_real(outlook, split)
         if measured is not None:
             wrong = outlook.confirms(split, measured)
-        teaches = outlook.is_open and not compiles and attempt < ATTEMPTS - 1
-        if wrong is None and teaches and outlook.learns(split, measured):
-            explained = split, measured  # what steps is known a little further now, which may change the answer
+        may_learn = not compiles and attempt < ATTEMPTS - 1
+        if wrong is None and may_learn and outlook.teaches(split, measured) and outlook.learns(split, measured):
+            explained = split, measured  # more is known now, which may change the answer
             continue
         if wrong is None:
             return outlook.nearer(solution, measured, _trainer(outlook.subject), start_over)

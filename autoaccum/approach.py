@@ -7,15 +7,12 @@ them, sizes are recorded one by one instead, from small to large, each only if w
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from . import oom
-from .ends import LARGE, may_saturate
+from .ends import foresaw, may_saturate
 from .observe import SCOUT, Observed, Subject, add, if_it_fits, scout
-from .program import StepProgram
-from .recording import Recording
 
 SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more samples than three times that
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
@@ -62,7 +59,7 @@ def approach(
             return
         last = next(recording for recording in observed.recordings if recording.micro_batch == n)
         exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
-        sure = not exact or (_foresaw(program, last) and not may_saturate(observed.program()))
+        sure = not exact or (foresaw(program, last) and not may_saturate(observed.program()))
         if error is not None and error <= subject.device.AGREES_WITHIN and sure:
             return
     observed.doubt = doubt_of_last(subject, observed)
@@ -101,19 +98,6 @@ def _few_samples(
     n = min(found, (int(subject.device.MOST_SAMPLES * found) - _samples(subject, observed)) // 2)
     if n > observed.recordings[-1].micro_batch and allowed(observed, n):
         if_it_fits(subject, n, lambda: add(subject, observed, n) or 0)
-
-
-def _foresaw(program: StepProgram, recording: Recording) -> bool:
-    """Whether a program has every large block of a recording, of its very size."""
-    return all(
-        Counter(size for event in phase.events if (size := event.bytes) > LARGE)
-        == Counter(
-            size
-            for each in program.phases.get(phase.name, ())
-            if each.rule and (size := each.rule.at(recording.micro_batch)) > LARGE
-        )
-        for phase in recording.phases
-    )
 
 
 def _second_size(

@@ -85,7 +85,7 @@ def prepare(malloc: str = "fixed") -> int | None:
 def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
     """Records what `run` allocates. What smaller sizes left in the cache, in pieces, shall not be in its way.
 
-    cuBLAS's workspaces go first: they lie in the middle of large segments, which can't be given back as long as they do.
+    cuBLAS's workspaces go first: they lie in the middle of large segments, which can't be given back until then.
     """
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()

@@ -6,10 +6,12 @@ other gaps. So what has to be sure is asked of every end there may be. No torch 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
 from .program import Step, StepProgram
+from .recording import Recording
 from .size_rules import Rule
 
 LARGE = 1 << 20  # smaller blocks share segments of 2 MiB (CUDACachingAllocator.cpp: kSmallSize)
@@ -18,6 +20,19 @@ LARGE = 1 << 20  # smaller blocks share segments of 2 MiB (CUDACachingAllocator.
 def may_saturate(program: StepProgram) -> bool:
     """Whether there are large blocks that step with the size: only a recording nearer the answer tells how far."""
     return any(_is_open(rule, program.recorded_at) for rule in _rules(program))
+
+
+def foresaw(program: StepProgram, recording: Recording) -> bool:
+    """Whether a program has every large block of a recording, of its very size."""
+    return all(
+        Counter(size for event in phase.events if (size := event.bytes) > LARGE)
+        == Counter(
+            size
+            for each in program.phases.get(phase.name, ())
+            if each.rule and (size := each.rule.at(recording.micro_batch)) > LARGE
+        )
+        for phase in recording.phases
+    )
 
 
 def steps_until(program: StepProgram, n: int) -> int:

@@ -138,9 +138,8 @@ class Outlook(ABC):
     def holds(self, measured: Any) -> bool:
         """Whether what was run for real took no more than may be used."""
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a verified window may tell something new even where it was as predicted."""
+    def teaches(self, split: Split, measured: Any) -> bool:
+        """Whether a verified window tells something new though its peak was as predicted."""
         return False
 
     def learns(self, split: Split, measured: Any) -> bool:

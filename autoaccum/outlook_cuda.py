@@ -327,18 +327,23 @@ class CudaOutlook(Outlook):
         """By what was reserved, and that the last window needed no retry."""
         return not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes
 
-    @property
-    def is_open(self) -> bool:
-        """Whether something grows in steps and hasn't ended yet."""
-        return self.observed.has_program and ends.may_saturate(self.observed.program())
+    def teaches(self, split: Split, measured: cuda.Measured) -> bool:
+        """Whether it has large blocks that weren't foreseen, or some that step and may end."""
+        found = self._as_recording(split, measured)
+        if found is None:
+            return False
+        program = self.observed.program()
+        return ends.may_saturate(program) or not ends.foresaw(program, found)
+
+    def _as_recording(self, split: Split, measured: cuda.Measured | None) -> Recording | None:
+        if measured is None or measured.recording is None or not self.observed.has_program:
+            return None
+        return as_recording(measured.recording, split, self.observed.recordings)
 
     def learns(self, split: Split, measured: cuda.Measured | None) -> bool:
         """By the verified window's recording, where that explains what was measured."""
-        observed = self.observed
-        if measured is None or measured.recording is None or not observed.has_program:
-            return False
-        found = as_recording(measured.recording, split, observed.recordings)
-        if found is None:
+        observed, found = self.observed, self._as_recording(split, measured)
+        if found is None or measured is None:
             return False
         before = list(observed.recordings)
         observed.know([*before, found])
