@@ -18,7 +18,7 @@ from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, Re
 from .solve import CAPACITY_MARGIN, Split, largest_micro_batch
 from .training import Training, TrainingReplay, replay_training, training_of
 from .units import show_bytes
-from .verified import as_recording
+from .verified import as_recording, well_apart
 from .virtual.control import is_virtual
 from .wish import Wish
 
@@ -346,7 +346,7 @@ class CudaOutlook(Outlook):
         if found is None or measured is None:
             return False
         before = list(observed.recordings)
-        observed.know([*before, found])
+        observed.know([*well_apart(before, found.micro_batch), found])
         self.forget()
         explained = self.confirms(split, measured) is None
         if not explained:

@@ -14,6 +14,8 @@ from .cuda_rules import SMALL_SEGMENT
 from .recording import LATER, OPTIMIZER, Event, Phase, Recording, kept_blocks
 from .solve import Split
 
+APART = 0.75  # of the larger one, for a smaller recording to be no close one
+
 
 def as_recording(seen: Recording, split: Split, known: Sequence[Recording]) -> Recording | None:
     """The window as one that can be lifted together with recordings.
@@ -37,6 +39,12 @@ def as_recording(seen: Recording, split: Split, known: Sequence[Recording]) -> R
     found = without_state(replace(seen, micro_batch=split[0], phases=tuple(phases), passes=2))
     same = not known or _is_same_step(found, known[-1])
     return found if same else None
+
+
+def well_apart(known: Sequence[Recording], n: int) -> list[Recording]:
+    """The recordings that tell something beside one at n samples: of two that are close what steps looks constant."""
+    found = [recording for recording in known if recording.micro_batch <= APART * n or recording.micro_batch > n]
+    return found if len(found) > 1 else list(known)
 
 
 def without_state(first_step: Recording) -> Recording:

@@ -9,7 +9,7 @@ from strategies import recorded_programs
 
 from autoaccum.program import StepProgram, lift, window
 from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording, name_blocks
-from autoaccum.verified import as_recording
+from autoaccum.verified import as_recording, well_apart
 
 PROGRAMS = [lift(each.recordings, each.prelude) for each in recorded_programs()]
 ALIKE = [program for program in PROGRAMS if not program.later_growth_bytes]  # a third micro-batch leaves nothing more
@@ -73,3 +73,31 @@ def test_micro_batches_that_did_different_things_are_not_laid_over_each_other() 
     other = Phase(LATER, (Event(4, 61), Event(4, -61)))
     three = replace(seen, phases=(*seen.phases[:2], other, seen.phases[2]))
     assert as_recording(three, (6, 6, 6), ()) is None
+
+
+@pytest.mark.parametrize(
+    ("known", "n", "kept"),
+    [
+        ((7, 11, 761, 1453), 1532, (7, 11, 761)),
+        ((7, 11, 40), 45, (7, 11)),
+        ((7, 11), 12, (7, 11)),
+        ((5, 7, 99), 12, (5, 7, 99)),
+    ],
+)
+def test_what_was_recorded_close_by_makes_room(known: tuple[int, ...], n: int, kept: tuple[int, ...]) -> None:
+    found = well_apart([Recording(m, (), 2, 0.0) for m in known], n)
+    assert tuple(recording.micro_batch for recording in found) == kept
+
+
+def test_tiles_stay_tiles_beside_a_verified_window() -> None:
+    def tiles(n: int) -> Recording:
+        size = -(-6144 * n // (20 << 20)) * (20 << 20)  # of a scratch that a convolution of 6,144 bytes a sample takes
+        events = (Event(1, 6144 * n), Event(2, size), Event(2, -size), Event(1, -6144 * n))
+        return Recording(n, (Phase(FIRST, events), Phase(LATER, events), Phase(OPTIMIZER, STEP)), 2, 0.0)
+
+    known = [tiles(n) for n in (7001, 14401, 27509)]
+    n = 28_800  # in as many tiles as 27,509
+    sizes = {step.rule.at(2 * n) for step in lift([*well_apart(known, n), tiles(n)]).phases[FIRST] if step.rule}
+    assert max(sizes) == tiles(2 * n).phases[0].events[1].bytes
+    spoilt = {step.rule.at(2 * n) for step in lift([*known, tiles(n)]).phases[FIRST] if step.rule}
+    assert sizes != spoilt
