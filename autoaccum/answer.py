@@ -19,6 +19,7 @@ from .solve import Solution, Split, balanced, largest_micro_batch, smallest_step
 from .tokens import most_rows
 
 ATTEMPTS = 4
+IN_DOUBT, OPEN_IN_DOUBT = 1.03, 1.1  # times the answer should fit too, or one step more may be needed in the end
 
 
 def solve(outlook: Outlook) -> Solution | None:
@@ -37,6 +38,19 @@ def solve(outlook: Outlook) -> Solution | None:
     most = wish.most if outlook.observed.doubt is None else outlook.observed.recordings[-1].micro_batch
     size = largest_micro_batch(outlook.fits, outlook.floor, budget_bytes=budget, most=most, steps=1)
     return Solution((size,), 1) if size >= wish.least else None
+
+
+def guess(outlook: Outlook) -> approach.Guess:
+    """What would be chosen now, and what if that should just not fit."""
+    solution = solve(outlook)
+    if solution is None:
+        return approach.Guess(0, 0)
+    split, samples = solution.split, outlook.wish.samples
+    doubt = OPEN_IN_DOUBT if outlook.is_open else IN_DOUBT
+    larger = tuple(int(doubt * size) + 1 for size in split)
+    if samples is None or split[0] <= outlook.wish.least or outlook.fits(larger):
+        return approach.Guess(split[0], split[0])
+    return approach.Guess(split[0], balanced(samples, len(split) + 1)[0])
 
 
 def compile_at_answer(outlook: Outlook, start_over: Callable[[], None]) -> None:

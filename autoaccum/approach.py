@@ -8,7 +8,7 @@ them, sizes are recorded one by one instead, from small to large, each only if w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import oom
 from .ends import foresaw, may_saturate
@@ -18,10 +18,22 @@ SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
 
 
+class Guess(NamedTuple):
+    """What would be chosen by what is known.
+
+    Attributes:
+        micro_batch: The largest micro-batch of the window.
+        at_least: What that is where it takes one step more: less, where that can't be ruled out.
+    """
+
+    micro_batch: int
+    at_least: int
+
+
 def approach(
     subject: Subject,
     observed: Observed,
-    answer: Callable[[Observed], int],
+    answer: Callable[[Observed], Guess],
     allowed: Callable[[Observed, int], bool],
     least: int = 1,
 ) -> None:
@@ -30,7 +42,7 @@ def approach(
     Args:
         subject: What is recorded.
         observed: What is known, to be added to.
-        answer: The micro-batch that would be chosen by what is known; asked after each recording.
+        answer: What would be chosen by what is known; asked after each recording.
         allowed: Whether a window of two micro-batches of that size is sure to fit; asked before each recording.
         least: The smallest micro-batch allowed, recorded where nothing larger is sure to fit.
     """
@@ -48,7 +60,9 @@ def approach(
         return
     add(subject, observed, _second_size(subject, observed, answer, allowed, primes[1]))
     for part in subject.device.PARTS:
-        n = _next_size(subject, observed, answer(observed), part)
+        guess = answer(observed)
+        is_last = part == subject.device.PARTS[-1]
+        n = _next_size(subject, observed, guess.micro_batch, part, guess.at_least if is_last else guess.micro_batch)
         if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
             continue
         program = observed.program()
@@ -76,7 +90,7 @@ def small_primes(model: Any) -> tuple[int, int]:
 def _few_samples(
     subject: Subject,
     observed: Observed,
-    answer: Callable[[Observed], int],
+    answer: Callable[[Observed], Guess],
     allowed: Callable[[Observed, int], bool],
     most: int,
     least: int,
@@ -94,7 +108,7 @@ def _few_samples(
     if not observed.has_program:
         observed.doubt = "the budget is too small to record at two sizes, so each was recorded by itself"
         return
-    found = answer(observed)
+    found = answer(observed).micro_batch
     n = min(found, (int(subject.device.MOST_SAMPLES * found) - _samples(subject, observed)) // 2)
     if n > observed.recordings[-1].micro_batch and allowed(observed, n):
         if_it_fits(subject, n, lambda: add(subject, observed, n) or 0)
@@ -103,7 +117,7 @@ def _few_samples(
 def _second_size(
     subject: Subject,
     observed: Observed,
-    answer: Callable[[Observed], int],
+    answer: Callable[[Observed], Guess],
     allowed: Callable[[Observed, int], bool],
     prime: int,
 ) -> int:
@@ -113,7 +127,7 @@ def _second_size(
         return prime
     sure = next(n for n in range(SMALL_ANSWER, 0, -1) if n <= prime or allowed(observed, n))
     if observed.has_program:
-        sure = min(sure, max(answer(observed), prime))  # what is asked for may be less than what fits
+        sure = min(sure, max(answer(observed).micro_batch, prime))  # what is asked for may be less than what fits
     left = int(most * sure) - _samples(subject, observed)
     return max(prime, prime_near(min(int(subject.device.PARTS[-1] * sure), left // 2)))
 
@@ -125,13 +139,16 @@ def _samples(subject: Subject, observed: Observed) -> int:
     return scouted + sum(note.passes * note.micro_batch for note in observed.notes)
 
 
-def _next_size(subject: Subject, observed: Observed, answer: int, part: float) -> int:
-    """A prime near a part of the answer; less, or 0, where recording may not take that many samples."""
+def _next_size(subject: Subject, observed: Observed, answer: int, part: float, at_least: int) -> int:
+    """A prime near a part of the answer; less, or 0, where recording may not take that many samples.
+
+    Where the answer may turn out to be smaller, it may take no more than that allows.
+    """
     most = subject.device.MOST_SAMPLES
     n = prime_near(int(part * answer))
     if most is None:
         return n
-    left = int(most * answer) - _samples(subject, observed)
+    left = int(most * at_least) - _samples(subject, observed)
     later = sum(int(2 * other * answer) for other in subject.device.PARTS if other > part)  # those tell more
     return min(n, prime_near((left - later) // 2)) if left > later else 0
 

@@ -261,10 +261,9 @@ def _look(
     def outlook(observed: Observed, state_bytes: int) -> Outlook:
         return setting.look(subject, wish, observed, sample_bytes, snapshot_bytes + state_bytes)
 
-    def chosen(observed: Observed) -> int:
+    def chosen(observed: Observed) -> approach.Guess:
         now = outlook(observed, observed.state_bytes)  # in the middle of planning: what is here now is of no account
-        solution = answer.solve(replace(now, wish=replace(wish, histories=("fresh",))))
-        return solution.split[0] if solution is not None else 0
+        return answer.guess(replace(now, wish=replace(wish, histories=("fresh",))))
 
     def allowed(observed: Observed, n: int) -> bool:
         return outlook(observed, observed.state_bytes).is_sure_to_fit(n)

@@ -138,6 +138,11 @@ class Outlook(ABC):
     def holds(self, measured: Any) -> bool:
         """Whether what was run for real took no more than may be used."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether something grows in steps, and nothing tells yet where that ends."""
+        return False
+
     def teaches(self, split: Split, measured: Any) -> bool:
         """Whether a verified window tells something new though its peak was as predicted."""
         return False

@@ -327,13 +327,15 @@ class CudaOutlook(Outlook):
         """By what was reserved, and that the last window needed no retry."""
         return not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a large block steps with the size at the largest recording."""
+        return self.observed.has_program and ends.may_saturate(self.observed.program())
+
     def teaches(self, split: Split, measured: cuda.Measured) -> bool:
         """Whether it has large blocks that weren't foreseen, or some that step and may end."""
         found = self._as_recording(split, measured)
-        if found is None:
-            return False
-        program = self.observed.program()
-        return ends.may_saturate(program) or not ends.foresaw(program, found)
+        return found is not None and (self.is_open or not ends.foresaw(self.observed.program(), found))
 
     def _as_recording(self, split: Split, measured: cuda.Measured | None) -> Recording | None:
         if measured is None or measured.recording is None or not self.observed.has_program:
