@@ -24,7 +24,7 @@ import pandas
 
 MODELS_FILE = Path(__file__).with_name("tuned_models.py")
 TARGET_BATCH, MEMORY = 128, "2GiB"
-WINDOWS, WARM_UP = 40, 3
+WINDOWS, WARM_UP = 100, 3
 RESAMPLES = 10_000
 
 COMMON = {"precision": ("fp32", "bf16"), "micro_batch": ("largest", 8, 32), "checkpointing": (0, 1)}
