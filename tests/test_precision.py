@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,9 +204,9 @@ def test_a_gradient_that_is_not_finite_leaves_half_precision_parameters_alone(dt
     assert all(p.grad_dtype == dtype and p.grad is None for p in model.parameters())
 
 
-def test_the_memory_of_fp32_gradients_is_in_the_plans_prediction() -> None:
+def plan_of_half_precision() -> dict[str, int | None]:
+    """Four layers in bf16, planned: what of the peak lies above the base."""
     model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in range(4)])
-    gradients_in_fp32 = 4 * sum(p.numel() for p in model.parameters())
 
     def loss(m: nn.Module, b: Any) -> torch.Tensor:
         return m(b).float().square().mean()
@@ -211,6 +215,19 @@ def test_the_memory_of_fp32_gradients_is_in_the_plans_prediction() -> None:
     work = Workload(model, sample, loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     plan = fit_plan(work, target_batch=9, max_micro_batch=3, check=False, elsewhere=True)
     assert plan.measured_peak_bytes is not None
-    predicted, measured = (peak - plan.base_bytes for peak in (plan.predicted_peak_bytes, plan.measured_peak_bytes))
-    assert abs(predicted / measured - 1) < 0.05
-    assert plan.phases[LATER] - plan.base_bytes > gradients_in_fp32  # in half precision it would be half of that
+    return {
+        "gradients in fp32": 4 * sum(p.numel() for p in model.parameters()),
+        "predicted": plan.predicted_peak_bytes - plan.base_bytes,
+        "measured": plan.measured_peak_bytes - plan.base_bytes,
+        "later": plan.phases[LATER] - plan.base_bytes,
+    }
+
+
+def test_the_memory_of_fp32_gradients_is_in_the_plans_prediction() -> None:
+    # A process of its own: in one that ran hundreds of tests, small blocks find holes in the heap.
+    code = "import json, test_precision as t; print(json.dumps(t.plan_of_half_precision()))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert abs(found["predicted"] / found["measured"] - 1) < 0.05
+    assert found["later"] > found["gradients in fp32"]  # in half precision it would be half of that
