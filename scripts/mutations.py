@@ -131,4 +131,5 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('the state that a verified window makes is taken for its own', 'autoaccum/verified.py', 'if event.block not in made)', 'if True)', ('tests/test_verified.py',)),
     ('options that were tried come again before new ones', 'autoaccum/tuning/study.py', '    return all(_params(values, [name]) in seen for name in choices)', '    return False', ('tests/test_tuning.py', '-k', 'one_pass')),
     ('the largest is not asked of every end', 'autoaccum/outlook_cuda.py', 'return all(outlook.fits(split) for outlook in self._with_every_end(split[0]))', 'return self.fits(split)', ('tests/test_ends.py',)),
+    ('the last recording reckons with no step more', 'autoaccum/answer.py', 'outlook.fits(larger):', 'True:', ('tests/test_ends.py',)),
 ]  # fmt: skip

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoaccum import ends
+from autoaccum import answer, ends
+from autoaccum.approach import Guess
 from autoaccum.observe import Observed
 from autoaccum.outlook_cuda import MOST_ENDS, CudaOutlook
 from autoaccum.program import Step, StepProgram
 from autoaccum.recording import FIRST, Recording
 from autoaccum.size_rules import Rule
+from autoaccum.solve import Solution
 
 MiB = 1 << 20
 TILES = Rule(0, per_sample=MiB, unit=8 * MiB)
@@ -87,3 +90,19 @@ def test_a_size_that_one_end_leaves_no_room_for_is_not_sure_to_fit(
     calls = iter(range(100))
     monkeypatch.setattr(CudaOutlook, "fits", lambda self, split: next(calls) != refusing)
     assert not outlook(program(TILES)).fits_surely((130, 130))
+
+
+@pytest.mark.parametrize(
+    ("most", "is_open", "at_least"),
+    [(104, False, 100), (103, False, 75), (104, True, 75), (112, True, 100)],
+)
+def test_where_a_little_more_does_not_fit_one_step_more_is_reckoned_with(
+    monkeypatch: pytest.MonkeyPatch, most: int, is_open: bool, at_least: int
+) -> None:
+    seen = SimpleNamespace(
+        wish=SimpleNamespace(samples=298, least=1), is_open=is_open, fits=lambda split: split[0] <= most
+    )
+    monkeypatch.setattr(answer, "solve", lambda outlook: Solution((100, 99, 99), 1))
+    assert answer.guess(cast(Any, seen)) == Guess(100, at_least)
+    seen.wish.samples = None  # nothing is asked for but the largest
+    assert answer.guess(cast(Any, seen)) == Guess(100, 100)
