@@ -84,6 +84,12 @@ def figures_of(told: dict[str, Any]) -> list[Figure]:
     return found
 
 
+def changes_since(old: dict[str, Any], told: dict[str, Any]) -> list[Change]:
+    """Every figure of the parts that both runs have; what wasn't run this time isn't "gone"."""
+    ran = {part["name"] for part in told["parts"] if not part["skipped"]}
+    return compare(figures_of(old | {"parts": [part for part in old["parts"] if part["name"] in ran]}), figures_of(told))
+
+
 def warnings_of(told: dict[str, Any], changes: list[Change]) -> list[str]:
     """What a reader should not rely on."""
     unstable = [figure for figure in figures_of(told) if figure.is_unstable]
@@ -104,11 +110,13 @@ def page(told: dict[str, Any], changes: list[Change], against: str | None, comma
     ran = [part for part in parts if not part["skipped"]]
     count = sum(len(part["figures"]) for part in ran)
     unstable = sum(figure.is_unstable for figure in figures_of(told))
-    skipped = f", {len(parts) - len(ran)} were skipped or failed" if len(ran) < len(parts) else ""
+    left_out = len(parts) - len(ran)
+    skipped = f", {left_out} {'was' if left_out == 1 else 'were'} skipped or failed" if left_out else ""
     minutes = sum(part["seconds"] for part in ran) / 60
     answer = (
-        f"{len(ran)} benchmarks ran in {minutes:.0f} minutes{skipped}; of their {count} figures {unstable} "
-        f"{'is' if unstable == 1 else 'are'} unstable: repeats spread by more than 10 %."
+        f"{_counted(len(ran), 'benchmark')} ran in {_counted(max(1, round(minutes)), 'minute')}{skipped}; of "
+        f"{_counted(count, 'figure')} {unstable} {'is' if unstable == 1 else 'are'} unstable: repeats spread by more "
+        "than 10 %."
     )
     sections = [_section(part) for part in parts]
     if against is not None:
@@ -124,6 +132,10 @@ def page(told: dict[str, Any], changes: list[Change], against: str | None, comma
         notes=tuple(warnings_of(told, changes)),
         command=command,
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _section(part: dict[str, Any]) -> Section:
@@ -221,7 +233,7 @@ def main() -> None:
     old = read(args.against) if args.against else None
     names = args.only or list(PARTS)
     told = results(names, quick=args.quick)
-    changes = compare(figures_of(old), figures_of(told)) if old is not None else []
+    changes = changes_since(old, told) if old is not None else []
     stem = args.results / "-".join([told["date"], args.name, *(["quick"] if args.quick else []), *(args.only or [])])
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     write(told, changes, args.against and args.against.name, Path(f"{stem}.json").with_suffix(""), command)

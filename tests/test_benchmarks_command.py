@@ -81,15 +81,23 @@ def run_of(seconds: list[float], **changes: Any) -> dict[str, Any]:
 
 def test_the_page_has_tables_figures_what_changed_and_what_was_skipped() -> None:
     old, new = run_of([1.0, 1.01, 1.02]), run_of([1.3, 1.4, 1.8])
-    changes = compare(command.figures_of(old), command.figures_of(new))
+    changes = command.changes_since(old, new)
     made = command.page(new, changes, "old.json", "python -m benchmarks --against old.json")
     page, text = sheet.as_html(made), sheet.as_markdown(made)
     for told in (page, text):
-        assert "changed" in told and "+38.6 %" in told and "unstable" in told and "1 were skipped" in told
+        assert "changed" in told and "+38.6 %" in told and "unstable" in told and "1 was skipped" in told
+        assert "1 benchmark ran in 1 minute, " in told and "of 1 figure 1 is unstable" in told
         assert "lightning isn" in told and CPU in told and "<script>" not in told.replace("\\<", "")
     warned = command.warnings_of(new, changes)
     assert [line.split(":")[0] for line in warned] == ["unstable", "changed"]
     assert command.warnings_of(old, []) == []
+
+
+def test_a_part_that_was_not_run_this_time_is_not_gone() -> None:
+    old = run_of([1.0, 1.01, 1.02])
+    more = old["parts"][0] | {"name": "starting"}
+    changes = command.changes_since(old | {"parts": [*old["parts"], more]}, old)
+    assert [(change.name, change.verdict) for change in changes] == [("speed: a <b>", "same")]
 
 
 def test_an_earlier_run_that_is_none_is_refused(tmp_path: Path) -> None:
