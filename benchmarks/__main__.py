@@ -87,7 +87,9 @@ def figures_of(told: dict[str, Any]) -> list[Figure]:
 def changes_since(old: dict[str, Any], told: dict[str, Any]) -> list[Change]:
     """Every figure of the parts that both runs have; what wasn't run this time isn't "gone"."""
     ran = {part["name"] for part in told["parts"] if not part["skipped"]}
-    return compare(figures_of(old | {"parts": [part for part in old["parts"] if part["name"] in ran]}), figures_of(told))
+    return compare(
+        figures_of(old | {"parts": [part for part in old["parts"] if part["name"] in ran]}), figures_of(told)
+    )
 
 
 def warnings_of(told: dict[str, Any], changes: list[Change]) -> list[str]:

@@ -1,8 +1,9 @@
 """The tuned plan against the plain one and against the best of an exhaustive grid: `python -m benchmarks.tuning`.
 
 For each model: a tuning in a quarter of the grid's trials; the grid, all of it; then the plain configuration and both
-winners once more in one process, window by window in turn. The interval is a bootstrap over the paired ratios' median.
-Twelve minutes at most on two quiet cores; written to benchmarks/results/DATE-tuning.{md,csv}.
+winners once more, window by window in turn, in four processes, each opening another one first. The interval is a
+bootstrap over the paired ratios' median. A quarter of an hour on two quiet cores; written to
+benchmarks/results/DATE-tuning.{md,csv}.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import pandas
 
 MODELS_FILE = Path(__file__).with_name("tuned_models.py")
 TARGET_BATCH, MEMORY = 128, "2GiB"
-WINDOWS, WARM_UP = 100, 3
+PROCESSES, WINDOWS, WARM_UP = 4, 75, 3
 RESAMPLES = 10_000
 
 COMMON = {"precision": ("fp32", "bf16"), "micro_batch": ("largest", 8, 32), "checkpointing": (0, 1)}
@@ -92,6 +93,16 @@ def alternate(model: str, contenders: dict[str, dict[str, Any]], windows: int = 
     return {name: times[WARM_UP:] for name, times in seconds.items()}
 
 
+def in_processes(model: str, contenders: dict[str, dict[str, Any]], windows: int) -> dict[str, list[float]]:
+    """`alternate` in several processes: who is opened first has the better memory, and each of them is once."""
+    names = list(contenders)
+    runs = []
+    for number in range(PROCESSES):
+        turn = number % len(names)
+        runs.append(in_process(model, {name: contenders[name] for name in names[turn:] + names[:turn]}, windows))
+    return {name: [seconds for run in runs for seconds in run[name]] for name in names}
+
+
 def in_process(*arguments: object) -> dict[str, list[float]]:
     """`alternate` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.tuning", "--one", json.dumps(arguments)]
@@ -120,7 +131,7 @@ def compared(model: str, choices: dict[str, Any], windows: int = WINDOWS) -> dic
         "grid": {"configuration": dict(grid.best.configuration), "split": grid.plan.split},
         "plain": {"configuration": dict(plain.configuration), "split": plain_split},
     }
-    seconds = in_process(model, contenders, windows)
+    seconds = in_processes(model, contenders, windows)
     against_grid = interval([g / t for g, t in zip(seconds["grid"], seconds["tuned"], strict=True)])
     against_plain = interval([p / t for p, t in zip(seconds["plain"], seconds["tuned"], strict=True)])
 
@@ -134,7 +145,7 @@ def compared(model: str, choices: dict[str, Any], windows: int = WINDOWS) -> dic
         "tuned": words(quarter.best),
         "best of the grid": words(grid.best),
         **{f"{name} s": statistics.median(times) for name, times in seconds.items()},
-        "windows": windows,
+        "windows": PROCESSES * windows,
         **dict(zip(("grid / tuned", "low", "high"), against_grid, strict=True)),
         **dict(zip(("plain / tuned", "plain low", "plain high"), against_plain, strict=True)),
         "above 0.95": "yes" if against_grid[1] > 0.95 else "no",
@@ -174,9 +185,10 @@ def written(rows: list[dict[str, Any]], folder: Path) -> str:
         f"# Tuning, {datetime.date.today()}\n\n*Measured on this CPU* by `python -m benchmarks.tuning`, in "
         f"{sum(row['took s'] for row in rows) / 60:.1f} minutes.\n\n{facts}\n\n"
         f"Effective batch {TARGET_BATCH}, {MEMORY} for the whole process. Seconds per optimizer step: medians of "
-        f"{rows[0]['windows']} windows, the three in turn in one process. Ratios: medians of paired windows, with "
-        "the 95 % interval of a bootstrap over the pairs. *plain*: autoaccum's plan untuned. *grid*: the best of all "
-        f"configurations, each timed by itself.\n\n{of_frame(pandas.DataFrame(short), 4)}\n\n## Winners\n\n{winners}\n"
+        f"{rows[0]['windows']} windows, the three in turn, in {PROCESSES} processes. Ratios: medians of paired "
+        "windows, with the 95 % interval of a bootstrap over the pairs. *plain*: autoaccum's plan untuned. *grid*: the best of all "
+        f"configurations. Each was timed by itself, and those that led twice more.\n\n"
+        f"{of_frame(pandas.DataFrame(short), 4)}\n\n## Winners\n\n{winners}\n"
     )
     stem.with_suffix(".md").write_text(text)
     return text
@@ -187,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--quick", action="store_true", help="a grid of four: does it run?")
-    parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="in each of the processes")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

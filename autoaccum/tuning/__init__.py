@@ -3,7 +3,8 @@
     configuration.py  what is chosen beside the split          space.py    what is chosen from
     apply.py          a workload as a configuration says       blocks.py   checkpointing of repeated blocks
     memory.py         what fits, told from recordings          measure.py  seconds per optimizer step
-    study.py          what to try next, kept by optuna         session.py  all of it, in a child process
+    study.py          what to try next                         kept.py     the study, kept by optuna
+    finals.py         those that lead, timed again             session.py  all of it, in a child process
     result.py         the plan, the trials, the table
 
 Nothing here is loaded before it is asked for.

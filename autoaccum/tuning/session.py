@@ -18,10 +18,12 @@ from ..plan import Plan
 from ..source import PICKLED
 from ..virtual import planning_environment
 from .configuration import Configuration, allocator_settings
+from .finals import time_again
+from .kept import alone, open_study, read_trials
 from .memory import Answer, Memory, Recorded
-from .result import MEMORY, SECONDS, Trial, Tuned, with_configuration
+from .result import MEMORY, SECONDS, Trial, Tuned, ranked, with_configuration
 from .space import SearchSpace, choices_for, plain_values, size_of
-from .study import Search, alone, nothing_fits, open_study, pareto_numbers, read_trials
+from .study import Search, nothing_fits, pareto_numbers
 from .tasks import applied
 
 TRIALS = 40  # at most, where no number was given
@@ -66,14 +68,7 @@ def tune(
     facts = as_it_is["facts"]
     choices, left_out = choices_for(wanted, facts, asked["target_batch"], on_cuda=on_cuda, virtual=virtual)
     say({"say": f"{size_of(choices)} configurations to choose from"})
-    identity = {
-        "workload": "a function" if workload.startswith(PICKLED) else workload,
-        **{name: asked[name] for name in ("target_batch", "memory", "headroom", "malloc", "device", "gpu")},
-        **facts["fingerprint"],
-        "ranking": ranking,
-        "choices": {name: list(options) for name, options in choices.items()},
-    }
-    found = open_study(study, identity, sampler, pareto, seed)
+    found = open_study(study, _identity(workload, asked, facts, ranking, choices), sampler, pareto, seed)
     memory = Memory(told, _kept(found), _keep(found))
     memory.add(Configuration.from_values(facts["plain"]), as_it_is)
     base = {name: value for name, value in facts["plain"].items() if name in ("precision", "optimizer", "compile")}
@@ -93,8 +88,23 @@ def tune(
         say=lambda text: say({"trial": text}),
         lock=lock,
     )
+    began = time.monotonic()
     search.run()
+    time_again(search, time.monotonic() - began)
     return {"tuned": _finished(search, say, workload, extra, asked, left_out, started).to_json()}
+
+
+def _identity(
+    workload: str, asked: dict[str, Any], facts: dict[str, Any], ranking: str, choices: dict[str, Any]
+) -> dict[str, Any]:
+    """What a study is of: one of something else has no trials for this."""
+    return {
+        "workload": "a function" if workload.startswith(PICKLED) else workload,
+        **{name: asked[name] for name in ("target_batch", "memory", "headroom", "malloc", "device", "gpu")},
+        **facts["fingerprint"],
+        "ranking": ranking,
+        "choices": {name: list(options) for name, options in choices.items()},
+    }
 
 
 def _unused(workload: Any, choice: Any) -> Any:
@@ -217,10 +227,10 @@ def _finished(
     trials = read_trials(search.study)
     on_front = pareto_numbers(trials, search.ranking)
     trials = [replace(trial, pareto=trial.number in on_front) for trial in trials]
-    ranked = sorted((trial for trial in trials if trial.counts), key=lambda trial: trial.order(search.ranking))
-    if not ranked:
+    best = ranked(trials, search.ranking)
+    if not best:
         raise nothing_fits(trials, search.memory.missing_bytes)
-    plan, winner, refused = _confirmed(search, ranked, say, workload, extra, asked)
+    plan, winner, refused = _confirmed(search, best, say, workload, extra, asked)
     trials = [
         replace(t, state="failed", why=refused[t.number], pareto=False) if t.number in refused else t for t in trials
     ]
@@ -242,11 +252,11 @@ def _finished(
 
 
 def _confirmed(
-    search: Search, ranked: list[Trial], say: Say, workload: str, extra: str | None, asked: dict[str, Any]
+    search: Search, best: list[Trial], say: Say, workload: str, extra: str | None, asked: dict[str, Any]
 ) -> tuple[Plan, Trial, dict[int, str]]:
     """The best trial whose plan is confirmed by a real window; and what spoke against those before it."""
     refused: dict[int, str] = {}
-    for trial in ranked[:CONTENDERS]:
+    for trial in best[:CONTENDERS]:
         configuration = Configuration.from_values(trial.configuration)
         arguments = {
             "workload": workload, "values": configuration.values(), "extra": extra,

@@ -1,4 +1,4 @@
-"""The study: which configuration to try next, whether it fits, how long it takes; kept by optuna.
+"""The search: which configuration to try next, whether it fits, how long it takes; kept by optuna (kept.py).
 
     guess       the plain one first, then the best one's neighbours, then the sampler's    _ask
     fits?       from a recording; what can't is pruned unrun                               memory.py
@@ -11,24 +11,22 @@ Runs in a child process that loads torch and computes nothing itself, so that co
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import random
 import socket
 import statistics
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AutoaccumError, DoesNotFit, UsageError
+from ..errors import AutoaccumError, DoesNotFit
 from ..units import show_bytes
 from .configuration import Configuration
+from .kept import read_trials, tell
 from .memory import Answer, Memory
 from .result import FAILED, MEASURED, MEMORY, PRUNED, RANKED, SAME, SECONDS, Trial, sentence
 from .space import Choices, Values, combinations, neighbours, size_of
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
     import optuna
 
 SAMPLERS = ("tpe", "random", "grid")
-NAME = "autoaccum"
 RESAMPLED = 12  # suggestions of known configurations in a row, before an unknown one is drawn
 
 Timer = Callable[[Configuration, Answer, float | None], list[float]]
@@ -192,7 +189,7 @@ class Search:
         except (AutoaccumError, MemoryError, RuntimeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return Trial(**made, state=FAILED, why=first)
-        return Trial(**made, state=MEASURED, step_seconds=statistics.median(seconds), windows=len(seconds))
+        return Trial(**made, state=MEASURED, step_seconds=statistics.median(seconds), windows=len(seconds), timings=1)
 
     def _same(self, made: dict[str, Any]) -> Trial | None:
         """An earlier trial of the same configuration, "largest" having come to the same size."""
@@ -242,122 +239,6 @@ def _params(values: Mapping[str, Any], choices: Iterable[str]) -> str:
 
 def _resolved(values: Mapping[str, Any], micro_batch: int | None) -> str:
     return json.dumps({**values, "micro_batch": micro_batch}, sort_keys=True)
-
-
-def tell(study: optuna.Study, trial: optuna.Trial, result: Trial, ranking: str, memory: Memory | None = None) -> None:
-    """Writes a trial's result into the study: pruned, failed, or its value."""
-    from dataclasses import asdict
-
-    from optuna.trial import TrialState
-
-    trial.set_user_attr("result", asdict(result))
-    if result.state == PRUNED:
-        trial.set_user_attr("pruned because", result.why)
-        study.tell(trial, state=TrialState.PRUNED)
-    elif result.state == FAILED:
-        study.tell(trial, state=TrialState.FAIL)
-    else:
-        study.tell(trial, list(objectives(result, ranking)[: len(study.directions)]))
-
-
-def objectives(result: Trial, ranking: str) -> tuple[float, float]:
-    """What optuna minimizes: seconds, or steps and within them bytes; and bytes."""
-    assert result.accumulation_steps is not None and result.peak_bytes is not None
-    peak = float(result.peak_bytes)
-    if ranking == SECONDS:
-        return result.step_seconds or 0.0, peak
-    return result.accumulation_steps + peak / 2**60, peak  # no peak is worth a step
-
-
-def read_trials(study: optuna.Study) -> list[Trial]:
-    """The study's trials, in order, as far as they are done."""
-    found = (trial.user_attrs.get("result") for trial in study.get_trials(deepcopy=False))
-    return [Trial(**result) for result in found if result is not None]
-
-
-def open_study(file: str | None, identity: dict[str, Any], sampler: str, pareto: bool, seed: int) -> optuna.Study:
-    """Makes a study, or goes on with the one in a file.
-
-    Raises:
-        UsageError: The file can't be used, or its study is of something else.
-    """
-    import optuna
-    from optuna.samplers import RandomSampler, TPESampler
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage: Any = None
-    directions: list[Any] = ["minimize"] * (1 + pareto)
-    chosen = RandomSampler(seed) if sampler == "random" else TPESampler(seed=seed, constant_liar=True)
-    try:
-        if file is not None:
-            storage = optuna.storages.RDBStorage(
-                f"sqlite:///{Path(file).resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
-            )
-        study = optuna.create_study(
-            storage=storage, study_name=NAME, sampler=chosen, directions=directions, load_if_exists=True
-        )
-    except Exception as error:  # whatever sqlalchemy and sqlite say of a file that is something else
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise UsageError(
-            f"The study {file!r} can't be used ({type(error).__name__}: {first}).",
-            "It is no SQLite file of optuna's, or can't be written.",
-            "Name another file: --study FILE.db",
-        ) from None
-    _check_identity(study, file, {**identity, "objectives": len(directions)})
-    _drop_dead(study)
-    return study
-
-
-def _check_identity(study: optuna.Study, file: str | None, identity: dict[str, Any]) -> None:
-    there = study.user_attrs.get("made for")
-    if there is None:
-        study.set_user_attr("made for", identity)
-        return
-    here = json.loads(json.dumps(identity))
-    differing = [name for name in here if there.get(name) != here[name]]
-    if len(study.directions) != here["objectives"]:
-        differing.append("objectives")
-    if differing:
-        told = "; ".join(f"{name}: {there.get(name)} there, {here[name]} here" for name in dict.fromkeys(differing))
-        raise UsageError(
-            f"The study {file!r} was made for something else ({told}).",
-            "Its trials say nothing about this.",
-            "Name another --study, or ask for what it was made for.",
-        )
-
-
-def _drop_dead(study: optuna.Study) -> None:
-    """Trials whose process was killed are told as interrupted, so that they are tried again."""
-    import optuna
-
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        host, _, process = trial.user_attrs.get("process", ":").partition(":")
-        if host == socket.gethostname() and not (process.isdecimal() and Path(f"/proc/{process}").exists()):
-            with contextlib.suppress(Exception):  # another worker may be doing the same
-                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-
-
-@contextlib.contextmanager
-def alone(study_file: str | None, waiting: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """While it is entered, no other study on this machine that has the same file times anything.
-
-    A study in memory takes a lock that all such studies of this user share.
-
-    Args:
-        study_file: The study's file; None for one in memory.
-        waiting: Told where another one holds it.
-    """
-    path = Path(f"{study_file}.lock") if study_file else Path(tempfile.gettempdir()) / f"autoaccum-{os.getuid()}.lock"
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting(f"waiting for another tuning, which holds {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def pareto_numbers(trials: list[Trial], ranking: str) -> set[int]:
