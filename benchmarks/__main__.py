@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,14 @@ def run_part(name: str, *, quick: bool) -> dict[str, Any]:
     return empty | {"name": name, "title": name, "skipped": f"failed with exit code {out.returncode}", "failed": True}
 
 
-def results(names: list[str], *, quick: bool) -> dict[str, Any]:
-    """All of it, as it is written to JSON."""
+def results(names: list[str], *, quick: bool) -> Iterator[dict[str, Any]]:
+    """What there is after each part, as it is written to JSON: the last one is all of it."""
     told = {"kind": "autoaccum benchmarks", "schema_version": 1, "date": str(datetime.date.today()), "quick": quick}
     facts, parts = machine(), []
-    for name in names:
-        print(f"-- {name}", file=sys.stderr, flush=True)
+    for number, name in enumerate(names, 1):
+        print(f"-- {name} ({number} of {len(names)})", file=sys.stderr, flush=True)
         parts.append(run_part(name, quick=quick))
-    return told | {"machine": facts, "parts": parts}
+        yield told | {"machine": facts, "parts": list(parts), "left": names[number:]}
 
 
 def figures_of(told: dict[str, Any]) -> list[Figure]:
@@ -103,7 +104,8 @@ def warnings_of(told: dict[str, Any], changes: list[Change]) -> list[str]:
         f"not told apart, unstable: {change.name}: {change.told}" for change in changes if change.verdict == "unstable"
     ]
     warned += [f"changed: {change.name}: {change.told}" for change in changes if change.verdict == "changed"]
-    return warned + [f"{part['name']} {part['skipped']}" for part in told["parts"] if part.get("failed")]
+    warned += [f"{part['name']} {part['skipped']}" for part in told["parts"] if part.get("failed")]
+    return warned + ([f"not run yet: {', '.join(told['left'])}"] if told.get("left") else [])
 
 
 def page(told: dict[str, Any], changes: list[Change], against: str | None, command: str) -> Sheet:
@@ -234,11 +236,12 @@ def main() -> None:
     args = parser.parse_args()
     old = read(args.against) if args.against else None
     names = args.only or list(PARTS)
-    told = results(names, quick=args.quick)
-    changes = changes_since(old, told) if old is not None else []
-    stem = args.results / "-".join([told["date"], args.name, *(["quick"] if args.quick else []), *(args.only or [])])
+    today = str(datetime.date.today())
+    stem = args.results / "-".join([today, args.name, *(["quick"] if args.quick else []), *(args.only or [])])
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-    write(told, changes, args.against and args.against.name, Path(f"{stem}.json").with_suffix(""), command)
+    for told in results(names, quick=args.quick):  # after each part, so that none is lost where a later one is
+        changes = changes_since(old, told) if old is not None else []
+        write(told, changes, args.against and args.against.name, Path(f"{stem}.json").with_suffix(""), command)
     print(Path(f"{stem}.md").read_text())
     for text in warnings_of(told, changes):
         print(f"warning: {text}", file=sys.stderr)

@@ -118,7 +118,7 @@ def targets_table(targets: Sequence[int]) -> list[dict[str, Any]]:
     """A line per target: solving alone on the CPU, and a whole plan for CUDA."""
     answer = subprocess.run(
         [sys.executable, "-m", "benchmarks.scaling", "--solve", json.dumps(list(targets))],
-        capture_output=True, text=True, check=True,
+        stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     solved = json.loads(answer.stdout)
     rows = []
@@ -129,14 +129,14 @@ def targets_table(targets: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def solve(targets: Sequence[int], repeats: int = REPEATS) -> list[dict[str, Any]]:
+def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> list[dict[str, Any]]:
     """In this process: seconds to solve for a recorded program, its replays forgotten each time."""
     from autoaccum import answer, outlook_cpu
     from autoaccum.wish import read_wish
 
     from .speed import recorded_program
 
-    workload, subject, observed, budget = recorded_program()
+    workload, subject, observed, budget = recorded_program(blocks)
     rows = []
     for target in targets:
         outlook = outlook_cpu.look(

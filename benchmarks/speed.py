@@ -80,8 +80,8 @@ def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) 
     return {"loop": statistics.median(seconds[WARM_UP:])}
 
 
-def recorded_program() -> tuple[Any, Any, Any, int]:
-    """A workload of 10,000 events or more, its subject, what was observed of it, and a budget for some samples."""
+def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
+    """A workload, its subject, what was observed of it, and a budget for some samples; 24 blocks: 10,000 events."""
     from autoaccum import Workload, approach, cpu, observe, step
 
     from .models import Block
@@ -89,12 +89,12 @@ def recorded_program() -> tuple[Any, Any, Any, int]:
     import torch  # isort: skip
     from torch import nn
 
-    model = nn.Sequential(*[Block(32, 2) for _ in range(24)])
+    model = nn.Sequential(*[Block(32, 2) for _ in range(blocks)])
     sample = torch.randn(2, 16, 32), torch.randn(2, 16, 32)
     workload = Workload(model, sample, loss=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
     subject = observe.Subject(step.open_parts(workload), workload, cpu, cpu.prepare(), before=cpu.read_heap())
     observed = observe.Observed()
-    approach.approach(subject, observed, lambda found: 0, lambda found, n: True)
+    approach.approach(subject, observed, lambda found: approach.Guess(0, 0), lambda found, n: True)
     return workload, subject, observed, cpu.read_base(subject.before).bytes + 200 * 2**20
 
 

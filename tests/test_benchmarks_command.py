@@ -117,6 +117,23 @@ def test_a_part_runs_by_itself_and_a_failing_one_does_not_end_the_others(monkeyp
     assert any("failed with exit code 2" in line for line in command.warnings_of(told, []))
 
 
+def test_what_was_run_is_kept_when_a_later_part_is_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def part(name: str, *, quick: bool) -> dict[str, Any]:
+        if name == "scaling":
+            raise KeyboardInterrupt
+        return run_of([1.0, 1.01])["parts"][0] | {"name": name}
+
+    monkeypatch.setattr(command, "run_part", part)
+    asked = ["--only", "speed", "--only", "scaling", "--name", "here", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *asked])
+    with pytest.raises(KeyboardInterrupt):
+        command.main()
+    (kept,) = tmp_path.glob("*-here-speed-scaling.json")
+    told = command.read(kept)
+    assert [part["name"] for part in told["parts"]] == ["speed"] and told["left"] == ["scaling"]
+    assert "not run yet: scaling" in kept.with_suffix(".md").read_text()
+
+
 def test_what_is_not_installed_is_skipped_by_name() -> None:
     part = parts.Part("peers", "", "", [])
     assert parts._optional("benchmarks.no_such_benchmark", (), part) is None
@@ -135,6 +152,12 @@ def test_parameters_are_those_of_the_model_and_seventy_billion_get_an_answer() -
     assert rows["llama_10m"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert rows["llama_70b"]["parameters"] > 68e9 and "does not fit by" in rows["llama_70b"]["answer"]
     assert rows["llama_70b"]["held MiB"] < 4 * 1024
+
+
+def test_targets_are_solved_for_from_one_recording() -> None:
+    small, large = scaling.solve((64, 100_000), repeats=2, blocks=2)
+    assert (small["steps"], small["micro-batch"]) == (1, 64) and large["steps"] > 10
+    assert 0 < large["solving s low"] <= large["solving s"] <= large["solving s high"]
 
 
 @pytest.mark.slow
