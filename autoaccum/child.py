@@ -80,7 +80,15 @@ def _handed_on(process: subprocess.Popen[str]) -> Iterator[None]:
         yield
         return
     numbers = signal.SIGINT, signal.SIGTERM
-    before = {number: signal.signal(number, lambda got, frame: process.send_signal(got)) for number in numbers}
+    before: dict[int, Any] = {}
+
+    def hand_on(number: int, frame: Any) -> None:
+        if process.poll() is None:
+            process.send_signal(number)
+        elif callable(before[number]):  # it has ended already: this process's own way, then
+            before[number](number, frame)
+
+    before |= {number: signal.signal(number, hand_on) for number in numbers}
     try:
         yield
     finally:

@@ -131,7 +131,7 @@ def targets_table(targets: Sequence[int]) -> list[dict[str, Any]]:
 
 def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> list[dict[str, Any]]:
     """In this process: seconds to solve for a recorded program, its replays forgotten each time."""
-    from autoaccum import answer, outlook_cpu
+    from autoaccum import answer, cpu, outlook_cpu
     from autoaccum.wish import read_wish
 
     from .speed import recorded_program
@@ -139,6 +139,7 @@ def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> l
     workload, subject, observed, budget = recorded_program(blocks)
     rows = []
     for target in targets:
+        cpu.clean()  # as planning does before it reads the base
         outlook = outlook_cpu.look(
             subject, read_wish(workload, target, budget, None, None, None, 0, 1), observed, sample_bytes=0, own_bytes=0
         )

@@ -95,6 +95,7 @@ def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
     subject = observe.Subject(step.open_parts(workload), workload, cpu, cpu.prepare(), before=cpu.read_heap())
     observed = observe.Observed()
     approach.approach(subject, observed, lambda found: approach.Guess(0, 0), lambda found, n: True)
+    cpu.clean()
     return workload, subject, observed, cpu.read_base(subject.before).bytes + 200 * 2**20
 
 

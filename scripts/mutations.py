@@ -131,6 +131,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('the state that a verified window makes is taken for its own', 'autoaccum/verified.py', 'if event.block not in made)', 'if True)', ('tests/test_verified.py',)),
     ('options that were tried come again before new ones', 'autoaccum/tuning/study.py', '    return all(_params(values, [name]) in seen for name in choices)', '    return False', ('tests/test_tuning.py', '-k', 'one_pass')),
     ('those that lead are not timed again', 'autoaccum/tuning/finals.py', '    if len(found) < 2 or fewest >= TIMINGS:', '    if True:', ('tests/test_tuning.py', '-k', 'again')),
+    ('an interrupt in a callback is forgotten', 'autoaccum/tuning/study.py', '        if seen.is_set():', '        if False:', ('tests/test_tuning.py', '-k', 'python_drops')),
     ('a later timing replaces the first', 'autoaccum/tuning/kept.py', 'seconds = [trial.step_seconds, *later["seconds"]]', 'seconds = later["seconds"][-1:]', ('tests/test_tuning.py', '-k', 'again')),
     ('other numbers for nothing', 'autoaccum/tuning/result.py', 'key=lambda trial: len(trial.numerics)', 'key=lambda trial: 0', ('tests/test_tuning.py', '-k', 'as_good')),
     ('the largest is not asked of every end', 'autoaccum/outlook_cuda.py', 'return all(outlook.fits(split) for outlook in self._with_every_end(split[0]))', 'return self.fits(split)', ('tests/test_ends.py',)),

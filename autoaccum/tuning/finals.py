@@ -2,7 +2,8 @@
 
 A shared machine can be slower by a third for a minute. Whoever was timed in that minute falls behind, and whoever leads
 was lucky as well as fast. So leaders get further timings, each in a process of its own, one round after the other, and
-count by their median: one that falls back makes room for the next, which then is timed again too.
+count by their median: one that falls back makes room for the next, which then is timed again too. So does the plain
+configuration, or what is gained would be told from one lucky or unlucky minute.
 """
 
 from __future__ import annotations
@@ -27,9 +28,18 @@ def leaders(trials: Sequence[Trial]) -> list[Trial]:
     return [t for t in timed if (t.step_seconds or 0.0) <= NEAR * (timed[0].step_seconds or 0.0)]
 
 
-def due(trials: Sequence[Trial]) -> list[Trial]:
-    """The leaders that have had fewest timings, where any lacks some; none where one leads alone."""
+def due(trials: Sequence[Trial], plain: int | None) -> list[Trial]:
+    """Of the leaders and the plain one, which the winner is told to beat by so much, those that had fewest timings.
+
+    Args:
+        trials: All trials.
+        plain: Number of the plain one's.
+
+    Returns:
+        None where each had all its timings, or where there is one only.
+    """
     found = leaders(trials)
+    found += [trial for trial in trials if trial.number == plain and trial.state == MEASURED and trial not in found]
     fewest = min((trial.timings for trial in found), default=TIMINGS)
     if len(found) < 2 or fewest >= TIMINGS:
         return []
@@ -48,7 +58,7 @@ def time_again(search: Search, trials_seconds: float) -> None:
     ends = time.monotonic() + max(LEAST_SECONDS, SHARE * trials_seconds)
     ends = ends if search.until is None else min(ends, search.until)
     backwards = False
-    while round_of := due(read_trials(search.study)):
+    while round_of := due(known := read_trials(search.study), search.plain_number(known)):
         for trial in reversed(round_of) if backwards else round_of:
             if time.monotonic() >= ends:
                 return

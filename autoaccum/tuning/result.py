@@ -220,9 +220,8 @@ def _again(found: Tuned) -> str:
     again = [trial.timings for trial in found.trials if trial.timings > 1 and trial.counts]
     if not again:
         return ""
-    leaders = f"{len(again)} that led were" if len(again) > 1 else "one that led was"
     times = f"{min(again)}" if min(again) == max(again) else f"{min(again)} to {max(again)}"
-    return f"; {leaders} timed {times} times, in turn"
+    return f"; those that led and the plain one {times} times, in turn"
 
 
 def _gain(found: Tuned) -> str:

@@ -238,15 +238,13 @@ def _finished(
         left_out = [*left_out, "the test that checkpointing leaves the gradient as it is: nothing is computed here"]
     windows = "timed" if search.ranking == SECONDS else "ranked by memory: nothing is computed on a virtual GPU"
     plan = with_configuration(plan, winner, search.ranking, tuple(trials), windows)
-    plain = {**search.base, **search.plain}
-    number = next((trial.number for trial in trials if trial.counts and dict(trial.configuration) == plain), None)
     return Tuned(
         plan=plan,
         trials=tuple(trials),
         ranking=search.ranking,
         space=size_of(search.choices),
         notes=tuple(f"left out: {text}" for text in left_out),
-        plain=number,
+        plain=search.plain_number(trials),
         seconds=time.monotonic() - started,
     )
 

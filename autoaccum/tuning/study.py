@@ -14,11 +14,12 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -82,11 +83,17 @@ class Search:
         """What trials are ranked by."""
         return MEMORY if self.timer is None else SECONDS
 
+    def plain_number(self, trials: Iterable[Trial]) -> int | None:
+        """Number of the plain configuration's trial, where it has a rank."""
+        plain = {**self.base, **self.plain}
+        return next((trial.number for trial in trials if trial.counts and dict(trial.configuration) == plain), None)
+
     def run(self) -> None:
         """Tries configurations until there were enough, or time is up, or all were tried."""
         if self.workers == 1:
-            while self._one():
-                pass
+            with _noticing_interrupts() as raise_if_interrupted:
+                while self._one():
+                    raise_if_interrupted()
             return
         with ThreadPoolExecutor(self.workers) as pool:
             try:
@@ -217,6 +224,32 @@ class Search:
         return (
             f"trial {result.number} ({done} of {self.trials}): {split}{sentence(result.configuration)}: {told}{so_far}"
         )
+
+
+@contextlib.contextmanager
+def _noticing_interrupts() -> Iterator[Callable[[], None]]:
+    """Gives what raises the KeyboardInterrupt that Python has dropped, where it has.
+
+    One that is raised in a weak reference's callback is printed and forgotten, and sqlalchemy has thousands of those.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    seen = threading.Event()
+
+    def interrupted(number: int, frame: Any) -> None:
+        seen.set()
+        raise KeyboardInterrupt
+
+    def raise_if_interrupted() -> None:
+        if seen.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield raise_if_interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupted(trial: Trial) -> bool:
