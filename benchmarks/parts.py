@@ -151,7 +151,10 @@ def search_cost(quick: bool) -> Part:
     finders, missing = benchmark.available(list(FINDERS))
     part.notes += [f"{name}: skipped, {FINDERS[name].package} isn't installed" for name in missing]
     for case in list(benchmark.CASES)[: 1 if quick else None]:
-        part.rows += benchmark.compare(case, finders, _say)
+        try:
+            part.rows += benchmark.compare(case, finders, _say)
+        except (SystemExit, RuntimeError) as error:  # the other cases can still be told
+            part.notes.append(f"{case}: skipped, {str(error).strip().splitlines()[-1]}")
     for row in part.rows:
         for column, unit in (("of_safe", "of the truth"), ("ooms", "OOMs"), ("samples", "samples")):
             with contextlib.suppress(KeyError, TypeError, ValueError):

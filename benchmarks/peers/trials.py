@@ -202,10 +202,11 @@ class Server:
 
 def main() -> None:
     """Answers questions from stdin, on the virtual GPU that another process started this one on."""
-    import torch  # noqa: F401  imported once, before any fork
+    import torch  # imported once, before any fork
 
     from . import accounting, finders  # noqa: F401
 
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, and OpenMP would wait for them for ever
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     made(CASES[sys.argv[1]])
