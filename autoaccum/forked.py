@@ -95,22 +95,32 @@ def _attempt(work: Callable[[], Any]) -> tuple[str, Any]:
 
 def _answer(child: int, reading: int) -> tuple[str, Any]:
     """Reads what the copy says, as long as it says or does something."""
-    told, used, since = bytearray(), -1, time.monotonic()
+    told = bytearray()
     while True:
-        if select.select([reading], [], [], 0.5)[0]:
-            part = os.read(reading, 1 << 20)
-            if not part:
-                break
-            told += part
-        now_used = _processor_ticks(child)
-        if now_used != used:
-            used, since = now_used, time.monotonic()
-        elif time.monotonic() - since > STUCK_SECONDS:
-            return "failed", f"it did nothing for {STUCK_SECONDS:.0f} s"
+        wait_for_word(child, reading)
+        part = os.read(reading, 1 << 20)
+        if not part:
+            break
+        told += part
     if not told:
         return "failed", "it died without a word"
     kind, answer = pickle.loads(told)
     return kind, answer
+
+
+def wait_for_word(child: int, reading: int) -> None:
+    """Waits until a copy has said something or ended.
+
+    Raises:
+        ForkFailed: It does nothing.
+    """
+    used, since = -1, time.monotonic()
+    while not select.select([reading], [], [], 0.5)[0]:
+        now_used = _processor_ticks(child)
+        if now_used != used:
+            used, since = now_used, time.monotonic()
+        elif time.monotonic() - since > STUCK_SECONDS:
+            raise ForkFailed(f"it did nothing for {STUCK_SECONDS:.0f} s")
 
 
 def _processor_ticks(child: int) -> int:

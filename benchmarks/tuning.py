@@ -187,7 +187,7 @@ def written(rows: list[dict[str, Any]], folder: Path) -> str:
         f"Effective batch {TARGET_BATCH}, {MEMORY} for the whole process. Seconds per optimizer step: medians of "
         f"{rows[0]['windows']} windows, the three in turn, in {PROCESSES} processes. Ratios: medians of paired "
         "windows, with the 95 % interval of a bootstrap over the pairs. *plain*: autoaccum's plan untuned. *grid*: the "
-        "best of all configurations. Each was timed by itself, and those that led twice more.\n\n"
+        "best of all configurations. Each was timed by itself, those that led and the plain one then in turn.\n\n"
         f"{of_frame(pandas.DataFrame(short), 4)}\n\n## Winners\n\n{winners}\n"
     )
     stem.with_suffix(".md").write_text(text)

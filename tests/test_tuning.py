@@ -29,7 +29,7 @@ from autoaccum.solve import CAPACITY_MARGIN, split_within
 from autoaccum.tuning import blocks, measure
 from autoaccum.tuning.apply import configured, implementations, plain
 from autoaccum.tuning.configuration import LARGEST, Configuration, allocator_settings
-from autoaccum.tuning.finals import LEADERS, NEAR, TIMINGS, due, leaders, time_again
+from autoaccum.tuning.finals import LEADERS, NEAR, contenders, time_in_turn
 from autoaccum.tuning.kept import alone, open_study, read_trials
 from autoaccum.tuning.memory import Answer, Memory, answer_from
 from autoaccum.tuning.result import Trial, Tuned, ranked, summary
@@ -43,6 +43,7 @@ from autoaccum.tuning.space import (
     size_of,
 )
 from autoaccum.tuning.study import Search, pareto_numbers
+from autoaccum.tuning.turns import in_turn
 
 MIB = 1 << 20
 
@@ -689,102 +690,127 @@ def test_who_times_waits_for_who_times(tmp_path: Path) -> None:
     assert best_of(found).counts
 
 
-# Those that lead, timed again.
+# Those that lead, in turn.
 
-
-class Weather(Machine):
-    """A machine that is faster or slower than it should be the first time a configuration is timed."""
-
-    def __init__(self, first: Callable[[Configuration], float], fused_fails: bool = False) -> None:
-        super().__init__(budget=1000 * MIB)
-        self.first, self.fused_fails = first, fused_fails
-        self.times: dict[str, int] = {}
-
-    def time(self, configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
-        key = repr(configuration)
-        self.times[key] = self.times.get(key, 0) + 1
-        if self.fused_fails and self.times[key] == 2 and configuration.optimizer == "fused":
-            raise RuntimeError("the second time it breaks")
-        factor = self.first(configuration) if self.times[key] == 1 else 1.0
-        return [factor * seconds(configuration, answer)] * 3
+SMALL = GRID | {"micro_batch": (LARGEST,), "checkpointing": (0,)}
 
 
 def luck(configuration: Configuration) -> float:
-    """The best one, bf16 with the fused optimizer, is unlucky; one that is 7 % slower is lucky."""
-    return {("bf16", "fused"): 1.2, ("bf16", "foreach"): 0.95}.get(
-        (configuration.precision, configuration.optimizer), 1
-    )
+    """The best one, bf16 with the fused optimizer, is unlucky by itself; one that is 7 % slower is lucky."""
+    how = (configuration.precision, configuration.optimizer)
+    return {("bf16", "fused"): 1.2, ("bf16", "foreach"): 0.95}.get(how, 1.0)
 
 
-def test_a_lucky_one_falls_back_when_it_is_timed_again_and_who_was_unlucky_wins() -> None:
-    small = GRID | {"micro_batch": (LARGEST,), "checkpointing": (0,)}
-    machine = Weather(luck)
-    found = search(machine, sampler="grid", choices=small)
+class Moody(Machine):
+    """A machine that is faster or slower than it should be for whoever is timed by itself, and slow in turns."""
+
+    def __init__(self, mood: Callable[[Configuration], float], fails: str = "") -> None:
+        super().__init__(budget=1000 * MIB)
+        self.mood, self.fails, self.rounds = mood, fails, 0
+
+    def time(self, configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
+        return [self.mood(configuration) * each for each in super().time(configuration, answer, best)]
+
+    def turns(self, asked: dict[int, tuple[Configuration, Answer]], most_seconds: float) -> Any:
+        self.rounds += 1
+        fine = {number: pair for number, pair in asked.items() if pair[0].optimizer != self.fails}
+        failed = {number: "it broke" for number in asked if number not in fine}
+        return {number: [1.1 * seconds(*pair)] * 7 for number, pair in fine.items()}, failed
+
+
+def moody_search(machine: Moody, room_bytes: int = 1 << 40, **how: Any) -> Search:
+    found = search(machine, sampler="grid", turns=machine.turns, **how)
     found.run()
-    assert best_of(found).configuration["optimizer"] == "foreach"
-    time_again(found, trials_seconds=60)
-    best = best_of(found)
-    assert (best.configuration["precision"], best.configuration["optimizer"]) == ("bf16", "fused")
-    assert (best.timings, best.windows) == (TIMINGS, 3 * TIMINGS)
-    assert best.step_seconds == pytest.approx(0.7 * 1.48)
-    trials = read_trials(found.study)
-    assert not due(trials, 0) and max(machine.times.values()) == TIMINGS
-    assert len([t for t in trials if t.timings > 1]) == 4  # the plain one too, no other that is much slower
-    assert trials[0].timings == TIMINGS
-    tuned = Tuned(made_up_plan(), tuple(trials), "seconds", size_of(small), plain=0)
-    assert "measured; those that led and the plain one 3 times, in turn" in summary(tuned)
+    time_in_turn(found, 60, room_bytes)
+    return found
+
+
+def test_a_lucky_one_falls_back_in_turn_with_others_and_who_was_unlucky_wins() -> None:
+    found = moody_search(Moody(luck), choices=SMALL)
+    by_itself, trials = read_trials(found.study, by_itself=True), read_trials(found.study)
+    assert ranked(by_itself, "seconds")[0].configuration["optimizer"] == "foreach"
+    best = ranked(trials, "seconds")[0]
+    assert (best.configuration["precision"], best.configuration["optimizer"], best.turns) == ("bf16", "fused", 7)
+    assert best.step_seconds == pytest.approx(1.1 * 0.7 * 1.48)
+    assert trials[0].turns == 7 and trials[0].step_seconds == pytest.approx(1.1 * 1.2 * 1.48)  # what is gained is fair
+    tuned = Tuned(made_up_plan(), tuple(trials), "seconds", size_of(SMALL), plain=0)
+    told = summary(tuned)
+    assert "measured; those that led and the plain one in turn, 7 rounds of 4" in told and "1.71 times as fast" in told
+    assert tuned.table().count("(in turn)") == 4
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.randoms(use_true_random=False))
-def test_whoever_is_called_the_best_had_all_its_timings_or_leads_alone(chance: Any) -> None:
-    factors = {repr(values): chance.uniform(0.7, 1.4) for values in map(dict, combinations(GRID))}
-    machine = Weather(lambda configuration: factors[repr({name: configuration.values()[name] for name in GRID})])
-    found = search(machine, sampler="grid")
-    found.run()
-    before = {t.number: t.step_seconds for t in read_trials(found.study)}
-    time_again(found, trials_seconds=1000)
-    trials = read_trials(found.study)
-    first, *others = leaders(trials)
-    assert first.timings == TIMINGS or (not others and first.number == 0)
-    assert trials[0].timings == TIMINGS or first.number == 0
-    assert all(t.timings == TIMINGS for t in others) and len(others) < LEADERS
-    assert all(t.step_seconds == before[t.number] for t in trials if t.timings <= 1)
-    beaten = [t for t in trials if t.state == "measured" and t not in (first, *others)]
-    third = (others or [first])[-1].step_seconds or 0
-    assert all((t.step_seconds or 0) >= min(third, NEAR * (first.step_seconds or 0)) for t in beaten)
+def test_whatever_the_moods_the_best_of_those_in_turn_wins(chance: Any) -> None:
+    factors = {json.dumps(values): chance.uniform(0.8, 1.25) for values in combinations(GRID)}
+    machine = Moody(lambda chosen: factors[json.dumps({name: chosen.values()[name] for name in GRID})])
+    found = moody_search(machine)
+    by_itself, trials = read_trials(found.study, by_itself=True), read_trials(found.study)
+    in_turn = [t for t in trials if t.turns]
+    chosen = {t.number for t in contenders(by_itself, 0, 1 << 40)}
+    assert {t.number for t in in_turn} == chosen and 2 <= len(chosen) <= LEADERS + 1 and 0 in chosen
+    slowest = max(t.step_seconds or 0 for t in by_itself if t.number in chosen and t.number != 0)
+    others = [t for t in by_itself if t.state == "measured" and t.number not in chosen]
+    fastest = min(t.step_seconds or 0 for t in by_itself if t.state == "measured")
+    assert all((t.step_seconds or 0) >= min(slowest, NEAR * fastest) for t in others)
+    best = ranked(trials, "seconds")[0]
+    least = min(t.step_seconds or 0 for t in in_turn)
+    assert best.turns and (best.step_seconds or 0) <= 1.01 * least
 
 
-def test_timing_again_ends_with_its_time_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_turns_are_kept_and_taken_where_memory_has_room_for_all(tmp_path: Path) -> None:
+    machine = Moody(luck)
     file = str(tmp_path / "study.db")
-    small = GRID | {"micro_batch": (LARGEST,), "checkpointing": (0,)}
-    machine = Weather(luck)
-    first = search(machine, sampler="grid", choices=small, file=file)
-    first.run()
-    first.until = time.monotonic()
-    time_again(first, trials_seconds=1000)
-    assert set(machine.times.values()) == {1}
     for _ in range(2):
-        later = search(machine, sampler="grid", choices=small, file=file)
-        later.run()
-        time_again(later, trials_seconds=0)
-        assert best_of(later).configuration["optimizer"] == "fused"
-        assert sum(machine.times.values()) == 6 + 4 * (TIMINGS - 1)
-    virtual = search(machine, sampler="grid", choices=small, virtual=True)
+        found = moody_search(machine, choices=SMALL, file=file)
+        assert ranked(read_trials(found.study), "seconds")[0].configuration["optimizer"] == "fused"
+        assert machine.rounds == 1
+    peak = max(t.peak_bytes or 0 for t in read_trials(found.study))
+    for room, least in ((peak, 0), (2 * peak, 2), (3 * peak, 3)):
+        trials = read_trials(moody_search(machine, room, choices=SMALL).study)
+        count = sum(t.turns > 0 for t in trials)
+        assert count >= least and bool(trials[0].turns) == (count > 0)
+        assert sum(t.peak_bytes or 0 for t in trials if t.turns) <= room
+    virtual = search(machine, sampler="grid", choices=SMALL, virtual=True)
     virtual.run()
-    time_again(virtual, trials_seconds=1000)
-    assert sum(machine.times.values()) == 6 + 4 * (TIMINGS - 1)
+    time_in_turn(virtual, 60, 1 << 40)
+    assert not any(t.turns for t in read_trials(virtual.study))
 
 
-def test_who_fails_when_timed_again_is_no_winner() -> None:
-    small = GRID | {"micro_batch": (LARGEST,), "checkpointing": (0,)}
-    found = search(Weather(lambda configuration: 1.0, fused_fails=True), sampler="grid", choices=small)
-    found.run()
-    time_again(found, trials_seconds=60)
-    (failed,) = [t for t in read_trials(found.study) if t.state == "failed"]
-    assert (failed.configuration["precision"], failed.configuration["optimizer"]) == ("bf16", "fused")
-    assert failed.why == "when it was timed again: the second time it breaks"
-    assert best_of(found).configuration["optimizer"] == "foreach" and best_of(found).timings == TIMINGS
+def test_who_fails_in_turn_is_no_winner() -> None:
+    trials = read_trials(moody_search(Moody(luck, fails="fused"), choices=SMALL).study)
+    failed = [t for t in trials if t.state == "failed"]
+    assert failed and all(t.why == "in turn with others: it broke" for t in failed)
+    assert ranked(trials, "seconds")[0].configuration["optimizer"] == "foreach"
+
+
+def test_contenders_take_turns_in_copies_that_live_on(tmp_path: Path) -> None:
+    log = tmp_path / "turns"
+
+    def windows(name: str, seconds: float, fails_at: int = 99, how: Callable[[], None] = lambda: None) -> Any:
+        made = os.getpid()
+        for number in range(99):
+            assert os.getpid() == made
+            if number == fails_at:
+                how()
+                raise RuntimeError("three are\nenough")
+            with log.open("a") as file:
+                file.write(name)
+            yield seconds
+
+    works = {
+        "a": lambda: windows("a", 0.3),
+        "b": lambda: windows("b", 0.25),
+        "c": lambda: windows("c", 0.07),
+        "x": lambda: windows("x", 0.3, fails_at=3),
+        "y": lambda: windows("y", 0.3, fails_at=0, how=lambda: os._exit(1)),
+    }
+    seconds, failed = in_turn(works, most_seconds=0)
+    assert seconds == {"a": [0.3] * 6, "b": [0.25] * 6, "c": pytest.approx([0.07] * 6)}
+    assert failed == {"x": "RuntimeError: three are", "y": "it died without a word"}
+    # Three windows of c take as long as a turn has to. The first turn of each isn't counted.
+    assert log.read_text()[:18] == "abcccx" + "abcccx" + "bcccxa"
+    assert in_turn({"x": works["y"]}, most_seconds=0) == ({}, {"x": "it died without a word"})
 
 
 def test_of_those_as_good_as_the_best_what_changes_fewest_numbers_comes_first() -> None:

@@ -4,7 +4,8 @@
     apply.py          a workload as a configuration says       blocks.py   checkpointing of repeated blocks
     memory.py         what fits, told from recordings          measure.py  seconds per optimizer step
     study.py          what to try next                         kept.py     the study, kept by optuna
-    finals.py         those that lead, timed again             session.py  all of it, in a child process
+    finals.py         those that lead, timed in turn           turns.py    taking turns
+    timers.py         what is timed, and how                   session.py  all of it, in a child process
     result.py         the plan, the trials, the table
 
 Nothing here is loaded before it is asked for.

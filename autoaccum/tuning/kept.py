@@ -9,7 +9,7 @@ import os
 import socket
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import optuna
 
 NAME = "autoaccum"
-AGAIN = "timed again"  # by a trial's number: the medians of its later timings, their windows, and why one failed
+IN_TURN = "timed in turn"  # by a trial's number: its turns' seconds, or why it failed
 
 
 def tell(study: optuna.Study, trial: optuna.Trial, result: Trial, ranking: str, memory: Memory | None = None) -> None:
@@ -50,32 +50,33 @@ def objectives(result: Trial, ranking: str) -> tuple[float, float]:
     return result.accumulation_steps + peak / 2**60, peak  # no peak is worth a step
 
 
-def read_trials(study: optuna.Study) -> list[Trial]:
-    """The study's trials, in order, as far as they are done."""
-    again = study.user_attrs.get(AGAIN, {})
+def read_trials(study: optuna.Study, *, by_itself: bool = False) -> list[Trial]:
+    """The study's trials, in order, as far as they are done; their times in turn, or as each was timed by itself."""
+    turns = {} if by_itself else turns_kept(study)
     found = (trial.user_attrs.get("result") for trial in study.get_trials(deepcopy=False))
-    return [_with_later(Trial(**result), again.get(str(result["number"]))) for result in found if result is not None]
+    return [_with_turns(Trial(**result), turns.get(str(result["number"]))) for result in found if result is not None]
 
 
-def _with_later(trial: Trial, later: dict[str, Any] | None) -> Trial:
-    """A trial with its later timings: each counts as much as the first."""
-    if later is None:
+def _with_turns(trial: Trial, turns: dict[str, Any] | None) -> Trial:
+    """A trial with its time in turn, in place of that by itself."""
+    if turns is None:
         return trial
-    if later["why"]:
-        return replace(trial, state=FAILED, why=f"when it was timed again: {later['why']}")
-    assert trial.step_seconds is not None
-    seconds = [trial.step_seconds, *later["seconds"]]
-    windows = trial.windows + later["windows"]
-    return replace(trial, step_seconds=statistics.median(seconds), windows=windows, timings=len(seconds))
+    if turns["why"]:
+        return replace(trial, state=FAILED, why=f"in turn with others: {turns['why']}")
+    return replace(trial, step_seconds=statistics.median(turns["seconds"]), turns=len(turns["seconds"]))
 
 
-def keep_timing(study: optuna.Study, number: int, seconds: list[float], why: str = "") -> None:
-    """Adds a later timing of a trial, or why it failed."""
-    again = dict(study.user_attrs.get(AGAIN, {}))
-    there = again.get(str(number), {"seconds": [], "windows": 0, "why": ""})
-    medians = [*there["seconds"], *([statistics.median(seconds)] if seconds else [])]
-    again[str(number)] = {"seconds": medians, "windows": there["windows"] + len(seconds), "why": why}
-    study.set_user_attr(AGAIN, again)
+def turns_kept(study: optuna.Study) -> dict[str, Any]:
+    """What `keep_turns` kept, by trials' numbers."""
+    kept: dict[str, Any] = study.user_attrs.get(IN_TURN, {})
+    return kept
+
+
+def keep_turns(study: optuna.Study, seconds: Mapping[int, list[float]], failed: Mapping[int, str]) -> None:
+    """Keeps what contenders took in turn, and why any failed; earlier turns, of others' company, are forgotten."""
+    kept = {str(number): {"seconds": each, "why": ""} for number, each in seconds.items()}
+    kept |= {str(number): {"seconds": [], "why": why} for number, why in failed.items()}
+    study.set_user_attr(IN_TURN, kept)
 
 
 def open_study(file: str | None, identity: dict[str, Any], sampler: str, pareto: bool, seed: int) -> optuna.Study:

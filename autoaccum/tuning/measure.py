@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,10 +35,21 @@ def timed_windows(
         fewest: Windows at least.
         most: Windows at most.
     """
+    seconds: list[float] = []
+    for taken in endless_windows(workload, split, from_loader=from_loader):
+        seconds.append(taken)
+        if best is not None and len(seconds) == 2 and min(seconds) > HOPELESS * best:
+            break
+        if len(seconds) >= most or (len(seconds) >= fewest and sum(seconds) >= LONG_ENOUGH_SECONDS):
+            break
+    return seconds
+
+
+def endless_windows(workload: Workload, split: Split, *, from_loader: bool) -> Iterator[float]:
+    """Seconds of window after window, after two that aren't counted; the arguments are those of `timed_windows`."""
     parts = step.open_parts(replace(workload, scheduler=None))
     parts.model.train()
     found = _from_loader(workload, split) if from_loader else _of_sample(workload, split)
-    seconds: list[float] = []
     for number in itertools.count(1 - WARM_UP):
         started = time.perf_counter()
         window = next(found)
@@ -47,12 +58,7 @@ def timed_windows(
             torch.cuda.synchronize(parts.device)
         taken = time.perf_counter() - started
         if number > 0:
-            seconds.append(taken)
-            if best is not None and number == 2 and min(seconds) > HOPELESS * best:
-                break
-            if number >= most or (number >= fewest and sum(seconds) >= LONG_ENOUGH_SECONDS):
-                break
-    return seconds
+            yield taken
 
 
 def _of_sample(workload: Workload, split: Split) -> Iterator[Window]:
@@ -79,20 +85,14 @@ def _cut(split: Split, samples: int) -> Split:
     return split if samples == sum(split) else split_within(samples, split[0])
 
 
-def in_this_process(
-    make: Callable[[], Workload], split: Split, *, threshold_bytes: int | None, room_bytes: int | None, **how: Any
-) -> list[float]:
-    """The same, under the plan's malloc setting, and stopped where it takes far more memory than was predicted.
+def settle(*, threshold_bytes: int | None, room_bytes: int | None) -> None:
+    """Has this process train as the plan's would, and end where it takes far more memory than was predicted.
 
     Args:
-        make: Makes the configured workload.
-        split: Samples in each micro-batch.
         threshold_bytes: Malloc's setting; None for its default.
         room_bytes: What it may commit above what this process has now; None for no limit.
-        **how: As for `timed_windows`.
     """
     if threshold_bytes is not None:
         process_memory.fix_mmap_threshold(threshold_bytes)
     if room_bytes is not None:
         process_memory.limit_data(process_memory.committed_bytes() + room_bytes)
-    return timed_windows(make(), split, **how)

@@ -28,13 +28,13 @@ class Trial:
         configuration: Its choices.
         micro_batch: The largest of its split; None where there is none.
         accumulation_steps: Micro-batches in its window.
-        step_seconds: Median of its windows, or of its timings' medians; None where none was timed.
+        step_seconds: Median of its windows, or of its turns beside others; None where none was timed.
         windows: How many were.
         peak_bytes: What the process comes to, predicted.
         why: Why it was pruned, or failed, or which trial it is the same as.
         numerics: What of it changes numbers, by name.
         pareto: Whether no other is better in both, seconds (or steps) and bytes.
-        timings: How often it was timed, each time in a process of its own.
+        turns: How many it had beside others, window by window or nearly so; 0 where it was timed by itself alone.
     """
 
     number: int
@@ -48,7 +48,7 @@ class Trial:
     why: str = ""
     numerics: Mapping[str, str] = field(default_factory=dict)
     pareto: bool = False
-    timings: int = 0
+    turns: int = 0
 
     @property
     def counts(self) -> bool:
@@ -64,13 +64,15 @@ class Trial:
 
 
 def ranked(trials: Iterable[Trial], ranking: str) -> list[Trial]:
-    """Trials that count, the best first; of those as good as the best in time, one that changes least comes before it.
+    """Trials that count, the best first, the others by their order.
 
-    Within 1 % nobody notices the time, and other numbers are noticed.
+    Where some were timed in turn, the best is one of these. Of those as good as the fastest it is the one that changes
+    fewest numbers: within 1 % nobody notices the time, and other numbers are noticed.
     """
     found = sorted((trial for trial in trials if trial.counts), key=lambda trial: trial.order(ranking))
     if ranking == SECONDS and found:
-        as_good = [trial for trial in found if (trial.step_seconds or 0.0) <= AS_GOOD * (found[0].step_seconds or 0.0)]
+        known = [trial for trial in found if trial.turns] or found
+        as_good = [trial for trial in known if (trial.step_seconds or 0.0) <= AS_GOOD * (known[0].step_seconds or 0.0)]
         best = min(as_good, key=lambda trial: len(trial.numerics))
         found.remove(best)
         found.insert(0, best)
@@ -142,7 +144,9 @@ class Tuned:
 
     def _row(self, rank: int, trial: Trial) -> str:
         seconds = "-" if trial.step_seconds is None else f"{trial.step_seconds:.4g}"
-        marks = " (plain)" * (trial.number == self.plain) + " (Pareto)" * trial.pareto
+        marks = (
+            " (plain)" * (trial.number == self.plain) + " (Pareto)" * trial.pareto + " (in turn)" * bool(trial.turns)
+        )
         split = f"{trial.micro_batch} x {trial.accumulation_steps}"
         return (
             f"{rank:>4}  {seconds:>12}  {show_bytes(trial.peak_bytes or 0):>10}  {split:>14}  "
@@ -200,7 +204,7 @@ def summary(found: Tuned) -> str:
         ("pruned unrun", counts[PRUNED]), ("failed", counts[FAILED]), ("answered from the study", counts[SAME])
     ) if count)  # fmt: skip
     how = (
-        f"seconds per optimizer step, measured{_again(found)}"
+        f"seconds per optimizer step, measured{_in_turn(found)}"
         if found.ranking == SECONDS
         else "memory: fewest steps, then the lowest peak; a virtual GPU computes nothing, so there is no time"
     )
@@ -215,13 +219,10 @@ def summary(found: Tuned) -> str:
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
 
 
-def _again(found: Tuned) -> str:
-    """How many were timed more than once."""
-    again = [trial.timings for trial in found.trials if trial.timings > 1 and trial.counts]
-    if not again:
-        return ""
-    times = f"{min(again)}" if min(again) == max(again) else f"{min(again)} to {max(again)}"
-    return f"; those that led and the plain one {times} times, in turn"
+def _in_turn(found: Tuned) -> str:
+    """How many were timed in turn."""
+    turns = [trial.turns for trial in found.trials if trial.turns and trial.counts]
+    return f"; those that led and the plain one in turn, {max(turns)} rounds of {len(turns)}" if turns else ""
 
 
 def _gain(found: Tuned) -> str:

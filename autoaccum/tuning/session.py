@@ -11,20 +11,20 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
 
+from ..budget import read_cpu_budget
 from ..child import Say, call
 from ..errors import NotConfirmed
-from ..forked import ForkFailed, in_copy
 from ..plan import Plan
 from ..source import PICKLED
 from ..virtual import planning_environment
 from .configuration import Configuration, allocator_settings
-from .finals import time_again
+from .finals import time_in_turn
 from .kept import alone, open_study, read_trials
-from .memory import Answer, Memory, Recorded
+from .memory import Memory, Recorded
 from .result import MEMORY, SECONDS, Trial, Tuned, ranked, with_configuration
 from .space import SearchSpace, choices_for, plain_values, size_of
 from .study import Search, nothing_fits, pareto_numbers
-from .tasks import applied
+from .timers import Training, timer, turns
 
 TRIALS = 40  # at most, where no number was given
 CONTENDERS = 3  # winners whose plan is tried, where the first one's isn't confirmed
@@ -72,6 +72,8 @@ def tune(
     memory = Memory(told, _kept(found), _keep(found))
     memory.add(Configuration.from_values(facts["plain"]), as_it_is)
     base = {name: value for name, value in facts["plain"].items() if name in ("precision", "optimizer", "compile")}
+    from_loader = len(choices.get("loader_workers", ())) > 1
+    training = Training(workload, extra, asked["device"], asked["malloc"], from_loader)
     search = Search(
         study=found,
         choices=choices,
@@ -79,18 +81,20 @@ def tune(
         base=base,
         samples=asked["target_batch"],
         memory=memory,
-        timer=_timer(workload, extra, asked, choices) if ranking == SECONDS else None,
+        timer=timer(training) if ranking == SECONDS else None,
         sampler=sampler,
         trials=size_of(choices) if trials is None and sampler == "grid" else trials or TRIALS,
         until=None if timeout is None else started + timeout,
         workers=workers,
         seed=seed,
         say=lambda text: say({"trial": text}),
+        turns=turns(training, lambda text: say({"say": text})) if ranking == SECONDS and not on_cuda else None,
         lock=lock,
     )
     began = time.monotonic()
     search.run()
-    time_again(search, time.monotonic() - began)
+    if search.turns is not None:
+        time_in_turn(search, time.monotonic() - began, read_cpu_budget().bytes)
     return {"tuned": _finished(search, say, workload, extra, asked, left_out, started).to_json()}
 
 
@@ -159,58 +163,6 @@ def _kept(study: Any) -> Callable[[str], Recorded | None]:
 
 def _keep(study: Any) -> Callable[[str, Recorded], None]:
     return lambda key, recorded: study.set_user_attr(_key(key), recorded)
-
-
-def _timer(workload: str, extra: str | None, asked: dict[str, Any], choices: dict[str, Any]) -> Any:
-    """Times a configuration in a copy of this process."""
-    from_loader = len(choices.get("loader_workers", ())) > 1
-
-    def timed(configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
-        def work() -> list[float]:
-            return _timed_here(workload, configuration, extra, asked, answer, best, from_loader)
-
-        try:
-            return in_copy(work, own_thread=False)
-        except ForkFailed as error:
-            raise RuntimeError(str(error)) from None
-
-    return timed
-
-
-def _timed_here(
-    workload: str,
-    configuration: Configuration,
-    extra: str | None,
-    asked: dict[str, Any],
-    answer: Answer,
-    best: float | None,
-    from_loader: bool,
-) -> list[float]:
-    from ..child import die_with_parent
-    from ..process_memory import MMAP_THRESHOLD_BYTES
-    from ..source import load_workload
-    from .apply import configure
-    from .measure import in_this_process
-
-    die_with_parent()
-    on_cuda = asked["device"] == "cuda"
-    if configuration.expandable_segments:
-        os.environ.update(allocator_settings(os.environ))
-
-    def make() -> Any:
-        made = load_workload(workload)
-        if on_cuda:
-            made.model.to("cuda")
-        return configure(made, configuration, applied(extra))
-
-    return in_this_process(
-        make,
-        answer.split,
-        threshold_bytes=None if on_cuda or asked["malloc"] == "default" else MMAP_THRESHOLD_BYTES,
-        room_bytes=None if on_cuda else answer.peak_bytes,
-        best=best,
-        from_loader=from_loader,
-    )
 
 
 def _finished(

@@ -39,6 +39,7 @@ SAMPLERS = ("tpe", "random", "grid")
 RESAMPLED = 12  # suggestions of known configurations in a row, before an unknown one is drawn
 
 Timer = Callable[[Configuration, Answer, float | None], list[float]]
+Turns = Callable[[dict[int, tuple[Configuration, Answer]], float], tuple[dict[int, list[float]], dict[int, str]]]
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Search:
         samples: Samples in a window.
         memory: Answers whether a configuration fits.
         timer: Times a configuration; None where memory alone is ranked.
+        turns: Times several in turn, for about so many seconds; None where that isn't done.
         sampler: "tpe", "random" or "grid".
         trials: Trials at most, those not counted that were answered from the study.
         until: When to begin no further one (`time.monotonic`).
@@ -74,6 +76,7 @@ class Search:
     workers: int
     seed: int
     say: Callable[[str], None]
+    turns: Turns | None = None
     lock: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     _asking: threading.Lock = field(default_factory=threading.Lock)
     _queued: list[str] = field(default_factory=list)
@@ -196,7 +199,7 @@ class Search:
         except (AutoaccumError, MemoryError, RuntimeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return Trial(**made, state=FAILED, why=first)
-        return Trial(**made, state=MEASURED, step_seconds=statistics.median(seconds), windows=len(seconds), timings=1)
+        return Trial(**made, state=MEASURED, step_seconds=statistics.median(seconds), windows=len(seconds))
 
     def _same(self, made: dict[str, Any]) -> Trial | None:
         """An earlier trial of the same configuration, "largest" having come to the same size."""
