@@ -721,7 +721,7 @@ class Moody(Machine):
 def moody_search(machine: Moody, room_bytes: int = 1 << 40, **how: Any) -> Search:
     found = search(machine, sampler="grid", turns=machine.turns, **how)
     found.run()
-    time_in_turn(found, 60, room_bytes)
+    time_in_turn(found, 2000, room_bytes)
     return found
 
 
@@ -747,7 +747,7 @@ def test_whatever_the_moods_the_best_of_those_in_turn_wins(chance: Any) -> None:
     found = moody_search(machine)
     by_itself, trials = read_trials(found.study, by_itself=True), read_trials(found.study)
     in_turn = [t for t in trials if t.turns]
-    chosen = {t.number for t in contenders(by_itself, 0, 1 << 40)}
+    chosen = {t.number for t in contenders(by_itself, 0, 1 << 40, 1000)}
     assert {t.number for t in in_turn} == chosen and 2 <= len(chosen) <= LEADERS + 1 and 0 in chosen
     slowest = max(t.step_seconds or 0 for t in by_itself if t.number in chosen and t.number != 0)
     others = [t for t in by_itself if t.state == "measured" and t.number not in chosen]
@@ -771,6 +771,13 @@ def test_turns_are_kept_and_taken_where_memory_has_room_for_all(tmp_path: Path) 
         count = sum(t.turns > 0 for t in trials)
         assert count >= least and bool(trials[0].turns) == (count > 0)
         assert sum(t.peak_bytes or 0 for t in trials if t.turns) <= room
+    by_itself = read_trials(found.study, by_itself=True)
+    counts = []
+    for allowed in (5, 15, 20, 30, 100):  # a step takes a second or two
+        chosen = contenders(by_itself, 0, 1 << 40, allowed)
+        assert 7 * sum(t.step_seconds or 0 for t in chosen) <= allowed  # of each two, one, and the fewest rounds, four
+        counts.append(len(chosen))
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] >= 4
     virtual = search(machine, sampler="grid", choices=SMALL, virtual=True)
     virtual.run()
     time_in_turn(virtual, 60, 1 << 40)
@@ -806,7 +813,7 @@ def test_contenders_take_turns_in_copies_that_live_on(tmp_path: Path) -> None:
         "y": lambda: windows("y", 0.3, fails_at=0, how=lambda: os._exit(1)),
     }
     seconds, failed = in_turn(works, most_seconds=0)
-    assert seconds == {"a": [0.3] * 6, "b": [0.25] * 6, "c": pytest.approx([0.07] * 6)}
+    assert seconds == {"a": [0.3] * 4, "b": [0.25] * 4, "c": pytest.approx([0.07] * 4)}
     assert failed == {"x": "RuntimeError: three are", "y": "it died without a word"}
     # Three windows of c take as long as a turn has to. The first turn of each isn't counted.
     assert log.read_text()[:18] == "abcccx" + "abcccx" + "bcccxa"

@@ -19,7 +19,7 @@ Key = TypeVar("Key", bound=Hashable)
 Windows = Iterator[float]  # seconds of one window after the other
 
 TURN_SECONDS = 0.2  # a turn is as many windows as take so long: after another's, the first finds cold caches
-FEWEST, MOST = 6, 30  # rounds
+FEWEST, MOST = 4, 30  # rounds
 
 
 def in_turn(
@@ -29,7 +29,7 @@ def in_turn(
 
     Args:
         works: By name, what a copy of this process does: makes all that is needed, and then yields windows' seconds.
-        most_seconds: When to begin no further round, once there were six.
+        most_seconds: When to begin no further round, once there were the fewest.
         say: Told what is under way.
 
     Returns:
