@@ -161,6 +161,10 @@ def written(rows: list[dict[str, Any]], folder: Path) -> str:
 
     folder.mkdir(exist_ok=True)
     stem = folder / f"{datetime.date.today()}-tuning"
+    if stem.with_suffix(".csv").exists():  # today's rows of the models that were not run now stay
+        anew = {row["model"] for row in rows}
+        kept = pandas.read_csv(stem.with_suffix(".csv")).to_dict("records")
+        rows = [*(row for row in kept if row["model"] not in anew), *rows]
     pandas.DataFrame(rows).to_csv(stem.with_suffix(".csv"), index=False, float_format="%.5f")
     facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
     short = [
