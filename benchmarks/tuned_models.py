@@ -77,3 +77,32 @@ def gpt() -> Workload:
     model = nn.Sequential(nn.Embedding(64, 64), nn.Sequential(*[Attention(64, 4) for _ in range(3)]), nn.Linear(64, 64))
     ids = torch.randint(64, (8, 33))
     return Workload(model, (ids[:, :-1], ids[:, 1:]))
+
+
+class Tokens(nn.Module):
+    """Images (B, 3, 16, 16) to sequences (B, 16, C), a token per patch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patches, self.places = nn.Conv2d(3, width, 4, stride=4), nn.Parameter(torch.zeros(16, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeds the patches."""
+        return self.patches(x).flatten(2).transpose(1, 2) + self.places
+
+
+class Mean(nn.Module):
+    """Sequences (B, T, C) to features (B, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean over tokens."""
+        return x.mean(1)
+
+
+def vit() -> Workload:
+    """Four transformer blocks on the patches of an image of 16 x 16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Tokens(128), nn.Sequential(*[Attention(128, 4) for _ in range(4)]), Mean(), nn.Linear(128, 10)
+    )
+    return Workload(model, (torch.randn(8, 3, 16, 16), torch.randint(10, (8,))))

@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mlp": {**COMMON, "optimizer": ("loop", "foreach", "fused")},
     "cnn": {**COMMON, "micro_batch": ("largest", 16), "optimizer": ("loop", "fused"), "channels_last": (False, True)},
     "gpt": {**COMMON, "optimizer": ("loop", "foreach", "fused")},
+    "vit": {**COMMON, "optimizer": ("loop", "foreach", "fused"), "channels_last": (False,)},
 }
 
 
