@@ -79,16 +79,17 @@ def _handed_on(process: subprocess.Popen[str]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = signal.SIGINT, signal.SIGTERM
-    before: dict[int, Any] = {}
+    numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 
     def hand_on(number: int, frame: Any) -> None:
         if process.poll() is None:
             process.send_signal(number)
-        elif callable(before[number]):  # it has ended already: this process's own way, then
+        elif callable(before[number]):  # it has ended already
             before[number](number, frame)
 
-    before |= {number: signal.signal(number, hand_on) for number in numbers}
+    for number in numbers:
+        signal.signal(number, hand_on)
     try:
         yield
     finally:

@@ -125,7 +125,7 @@ def compare(name: str, finders: dict[str, str], say: Callable[[str], None]) -> l
         say(f"{name}: the truth")
         true = ask("truth")
         if "failed" in true:
-            raise SystemExit(f"{name}: the truth can't be found: {true['failed']}")
+            raise RuntimeError(f"{name}: the truth can't be found: {true['failed']}")
         for finder, version in finders.items():
             say(f"{name}: {finder}")
             about = {"case": name, "finder": finder, "version": version, "trains": true["trains"], "safe": true["safe"]}

@@ -95,7 +95,7 @@ def alternate(model: str, contenders: dict[str, dict[str, Any]], windows: int = 
 
 
 def in_processes(model: str, contenders: dict[str, dict[str, Any]], windows: int) -> dict[str, list[float]]:
-    """`alternate` in several processes: who is opened first has the better memory, and each of them is once."""
+    """`alternate` in several processes, in each of which another one is opened first: processes differ, too."""
     names = list(contenders)
     runs = []
     for number in range(PROCESSES):

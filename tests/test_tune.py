@@ -151,6 +151,7 @@ def test_a_function_a_choice_of_ones_own_and_loader_workers(folder: Path, monkey
     found = tune(mine.workload, target_batch=64, space=space, sampler="grid")
     assert torch.equal(before, torch.get_rng_state())
     assert len(found.trials) == found.space == 8 and {trial.state for trial in found.trials} == {"measured"}
+    assert found.best.turns and found.trials[found.plain or 0].turns == found.best.turns  # loader workers and all
     assert found.plan.workload is None and {trial.configuration["times"] for trial in found.trials} == {1, 2}
     with pytest.raises(UsageError, match="choices of your own"):
         configure(mine.workload(), found.plan)

@@ -23,10 +23,21 @@ from strategies import made_up_plan
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autoaccum import Plan, PlanMismatch, Runner, SearchSpace, UsageError, Workload, configure, fit_plan, step
+from autoaccum import (
+    NotConfirmed,
+    Plan,
+    PlanMismatch,
+    Runner,
+    SearchSpace,
+    UsageError,
+    Workload,
+    configure,
+    fit_plan,
+    step,
+)
 from autoaccum.plan import PeakRow, window_peak_bytes
 from autoaccum.solve import CAPACITY_MARGIN, split_within
-from autoaccum.tuning import blocks, measure
+from autoaccum.tuning import blocks, measure, session
 from autoaccum.tuning.apply import configured, implementations, plain
 from autoaccum.tuning.configuration import LARGEST, Configuration, allocator_settings
 from autoaccum.tuning.finals import LEADERS, NEAR, contenders, time_in_turn
@@ -612,6 +623,8 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_that_python_drops_ends_the_search() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
+
     class Dropping(Machine):
         def time(self, configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
             if len(self.timed) == 2:
@@ -622,7 +635,7 @@ def test_an_interrupt_that_python_drops_ends_the_search() -> None:
     with pytest.raises(KeyboardInterrupt):
         search(machine, sampler="grid").run()
     assert len(machine.timed) == 3
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_a_study_for_something_else_is_refused_in_words(tmp_path: Path) -> None:
@@ -789,6 +802,23 @@ def test_who_fails_in_turn_is_no_winner() -> None:
     failed = [t for t in trials if t.state == "failed"]
     assert failed and all(t.why == "in turn with others: it broke" for t in failed)
     assert ranked(trials, "seconds")[0].configuration["optimizer"] == "foreach"
+
+
+def test_where_the_winners_plan_is_not_confirmed_the_next_best_in_turn_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = read_trials(moody_search(Moody(luck), choices=SMALL).study)
+    trials = [replace(t, turns=0, step_seconds=0.5) if t.turns == 0 else t for t in trials]  # faster, by themselves
+    tried: list[Any] = []
+
+    def call(task: str, arguments: dict[str, Any], **how: Any) -> dict[str, Any]:
+        tried.append(arguments["values"])
+        if len(tried) == 1:
+            raise NotConfirmed("it took more")
+        return {"plan": made_up_plan().to_json()}
+
+    monkeypatch.setattr(session, "call", call)
+    _, winner, refused = session._confirmed("seconds", trials, lambda told: None, "mine", None, {"gpu": None})
+    first, second = (ranked(left, "seconds")[0] for left in (trials, [t for t in trials if t.number not in refused]))
+    assert refused == {first.number: "it took more"} and winner == second and winner.turns and len(tried) == 2
 
 
 def test_contenders_take_turns_in_copies_that_live_on(tmp_path: Path) -> None:

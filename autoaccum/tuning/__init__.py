@@ -52,8 +52,9 @@ def tune(
     """Searches for the configuration whose optimizer step takes the least time at a fixed effective batch.
 
     Everything runs in child processes: nothing of the caller's is changed. What can't fit is told from recordings
-    and not run. On a virtual GPU nothing is computed, so configurations are ranked by memory: the fewest steps,
-    then the lowest peak.
+    and not run. On a CPU those that lead and the plain one are timed once more, in turn, where memory and time allow
+    it, and the winner is one of these. On a virtual GPU nothing is computed, so configurations are ranked by memory:
+    the fewest steps, then the lowest peak.
 
     Args:
         workload: A built-in's name, FILE.py:FUNCTION, or a function without arguments that returns a Workload.

@@ -14,10 +14,9 @@ from .configuration import Configuration
 from .kept import keep_turns, read_trials, turns_kept
 from .result import MEASURED, Trial, sentence
 from .study import Search
-from .turns import FEWEST
+from .turns import FEWEST, WARM_UP
 
 LEADERS, NEAR = 4, 1.5  # how many at most, and within what of the best time: moods can be as large
-WARM_UP = 2  # windows of each that count for nothing, and then a turn that doesn't
 SHARE, LEAST_SECONDS = 0.5, 15.0  # how long it may take: of what the trials took, and at least
 
 
@@ -36,8 +35,9 @@ def contenders(trials: Sequence[Trial], plain: int | None, room_bytes: int, seco
     found: list[Trial] = []
     for trial in wanted:
         more = [*found, trial]
-        bytes_, round_seconds = sum(t.peak_bytes or 0 for t in more), sum(t.step_seconds or 0.0 for t in more)
-        if trial not in found and bytes_ <= room_bytes and (FEWEST + WARM_UP + 1) * round_seconds <= seconds:
+        peak_bytes, round_seconds = sum(t.peak_bytes or 0 for t in more), sum(t.step_seconds or 0.0 for t in more)
+        rounds = WARM_UP + 1 + FEWEST  # the first turn of each isn't counted
+        if trial not in found and peak_bytes <= room_bytes and rounds * round_seconds <= seconds:
             found.append(trial)
     return found if len(found) > 1 else []
 

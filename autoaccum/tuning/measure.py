@@ -15,8 +15,8 @@ from .. import split as cutting
 from ..solve import Split, split_within
 from ..windows import Window, windows
 from ..workload import Workload
+from .turns import WARM_UP
 
-WARM_UP = 2  # the first makes the optimizer's state and loads what loads lazily
 FEWEST, MOST, LONG_ENOUGH_SECONDS = 3, 30, 1.0  # windows; and when to stop between the two
 HOPELESS = 2.0  # times the best so far: two windows tell enough
 

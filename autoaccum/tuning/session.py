@@ -179,10 +179,9 @@ def _finished(
     trials = read_trials(search.study)
     on_front = pareto_numbers(trials, search.ranking)
     trials = [replace(trial, pareto=trial.number in on_front) for trial in trials]
-    best = ranked(trials, search.ranking)
-    if not best:
+    if not ranked(trials, search.ranking):
         raise nothing_fits(trials, search.memory.missing_bytes)
-    plan, winner, refused = _confirmed(search, best, say, workload, extra, asked)
+    plan, winner, refused = _confirmed(search.ranking, trials, say, workload, extra, asked)
     trials = [
         replace(t, state="failed", why=refused[t.number], pareto=False) if t.number in refused else t for t in trials
     ]
@@ -202,11 +201,12 @@ def _finished(
 
 
 def _confirmed(
-    search: Search, best: list[Trial], say: Say, workload: str, extra: str | None, asked: dict[str, Any]
+    ranking: str, trials: list[Trial], say: Say, workload: str, extra: str | None, asked: dict[str, Any]
 ) -> tuple[Plan, Trial, dict[int, str]]:
     """The best trial whose plan is confirmed by a real window; and what spoke against those before it."""
     refused: dict[int, str] = {}
-    for trial in best[:CONTENDERS]:
+    while len(refused) < CONTENDERS and (left := ranked((t for t in trials if t.number not in refused), ranking)):
+        trial = left[0]  # who is the best of those timed in turn isn't the second of all
         configuration = Configuration.from_values(trial.configuration)
         arguments = {
             "workload": workload, "values": configuration.values(), "extra": extra,
@@ -217,8 +217,8 @@ def _confirmed(
             found = call("tuning_plan", arguments, on_message=_said(say, "planning the winner"), env=env)
         except NotConfirmed as error:
             refused[trial.number] = error.what
-            continue
-        return Plan.from_json(found["plan"]), trial, refused
+        else:
+            return Plan.from_json(found["plan"]), trial, refused
     raise NotConfirmed(
         f"The plans of the best {len(refused)} configurations could not be confirmed.",
         next(iter(refused.values())),

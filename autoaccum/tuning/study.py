@@ -235,8 +235,8 @@ def _noticing_interrupts() -> Iterator[Callable[[], None]]:
 
     One that is raised in a weak reference's callback is printed and forgotten, and sqlalchemy has thousands of those.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main_thread():
+        yield lambda: None  # somebody else handles interrupts, or they are ignored: a job in the background
         return
     seen = threading.Event()
 
@@ -253,6 +253,10 @@ def _noticing_interrupts() -> Iterator[Callable[[], None]]:
         yield raise_if_interrupted
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _interrupted(trial: Trial) -> bool:

@@ -20,6 +20,7 @@ Windows = Iterator[float]  # seconds of one window after the other
 
 TURN_SECONDS = 0.2  # a turn is as many windows as take so long: after another's, the first finds cold caches
 FEWEST, MOST = 4, 30  # rounds
+WARM_UP = 2  # windows that `works` don't yield: the first makes the optimizer's state and loads what loads lazily
 
 
 def in_turn(
