@@ -27,6 +27,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .errors import UsageError
+from .ranks import ranks_here
 
 PER_MICRO_BATCH, MERGED, FROZEN = CHOICES = ("per_micro_batch", "merged", "frozen")
 
@@ -84,9 +85,9 @@ def check_choice(norms: Norms, how: str | None, model: nn.Module) -> None:
             "Use batchnorm='per_micro_batch', or replace it: torch.nn.GroupNorm depends on single samples only.",
         )
     synced = [name for name, module in norms.batch.items() if isinstance(module, nn.SyncBatchNorm)]
-    if how == MERGED and synced and _ranks() > 1:
+    if how == MERGED and synced and ranks_here() > 1:
         raise UsageError(
-            f"batchnorm='merged', but {_list(synced)} takes its statistics over {_ranks()} ranks (SyncBatchNorm).",
+            f"batchnorm='merged', but {_list(synced)} takes its statistics over {ranks_here()} ranks (SyncBatchNorm).",
             "They are merged over the micro-batches of one rank, which would not be those of all.",
             "Use batchnorm='frozen', which is exact, or 'per_micro_batch'.",
         )
@@ -297,11 +298,6 @@ def _set_iterating(spectral: Any, iterates: Any) -> Any:
 
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _ranks() -> int:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there else 1
 
 
 def _list(names: list[str]) -> str:

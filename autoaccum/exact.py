@@ -26,6 +26,7 @@ from .hard_batch import Trial
 from .oom import drop_frames
 from .parts import Parts, forward, open_parts
 from .plan import Plan
+from .ranks import refuse_ranks
 from .recheck import counts_differ, recheck
 from .virtual.control import is_virtual
 from .workload import Workload
@@ -116,7 +117,11 @@ def check(
         workload: What is trained. Its sample is needed.
         most_rows: Samples that fit at once, in the precision of the test.
         progress: Called with what is being done.
+
+    Raises:
+        UsageError: The workload is of several ranks.
     """
+    refuse_ranks(workload)
     if next(workload.model.parameters()).device.type != "cpu" and is_virtual():
         return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
     if most_rows < hard_batch.FEWEST_ROWS:

@@ -29,6 +29,7 @@ from .lengthen import at_longest
 from .observe import Observed, Subject
 from .outlook import Outlook, bytes_per_sample
 from .plan import FASTEST, FEWEST_STEPS, Plan
+from .ranks import refuse_ranks
 from .recording import Event
 from .virtual.control import is_virtual
 from .wish import SEARCH_LIMIT, Wish, read_wish, with_objective
@@ -143,6 +144,7 @@ def plan_in(
     malloc: str = "fixed",
 ) -> Plan:
     """Records, solves and verifies in a setting; what `fit_plan` does once it knows what is asked for."""
+    refuse_ranks(workload)  # before anything is run: its collectives would wait for ranks that don't plan
     started, threshold = time.perf_counter(), setting.device.prepare(malloc)
     sample, lengthened = at_longest(workload)
     longest = replace(workload, sample=sample)

@@ -15,6 +15,7 @@ from .batchnorm import Norms, check_choice, find_norms
 from .copies import Copies
 from .errors import UsageError
 from .hugging_face import Denominator
+from .ranks import refuse_ranks
 from .workload import Batch, Loss, Workload, class_count, default_loss, is_pair
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,7 +65,12 @@ class Parts:
 
 
 def open_parts(workload: Workload) -> Parts:
-    """Makes the optimizer and the scheduler of a workload where it names functions for them."""
+    """Makes the optimizer and the scheduler of a workload where it names functions for them.
+
+    Raises:
+        UsageError: It can't be trained.
+    """
+    refuse_ranks(workload)
     model = workload.model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = workload.optimizer

@@ -79,7 +79,8 @@ def has_storage(tensor: torch.Tensor) -> bool:
 def parts(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """The tensors that a sparse tensor, or one of a wrapper class, is made of; nothing for the others."""
     if is_traceable_wrapper_subclass(tensor):
-        return [(name, getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+        named = ((name, getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return [(name, part) for name, part in named if isinstance(part, torch.Tensor)]  # DTensor names its mesh, too
     if tensor.layout is torch.sparse_coo and not tensor.is_meta:
         return [("_indices", tensor._indices()), ("_values", tensor._values())]
     return []

@@ -268,7 +268,7 @@ def test_synchronized_statistics_are_merged_in_one_process_and_refused_over_rank
     want = whole_statistics(normed(nn.BatchNorm1d(8)), batch)
     train(model, batch, SIZES, "merged")
     assert relative(norm_of(model).running_var, want.running_var) <= FP64
-    monkeypatch.setattr(batchnorm, "_ranks", lambda: 2)
+    monkeypatch.setattr(batchnorm, "ranks_here", lambda: 2)
     with pytest.raises(UsageError, match="1 takes its statistics over 2 ranks"):
         open_parts(Workload(model, batch, batchnorm="merged"))
     open_parts(Workload(model, batch, batchnorm="frozen"))

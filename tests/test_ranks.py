@@ -1,0 +1,132 @@
+"""Several ranks, and what is wrapped for them, are refused with the reason: until then they went wrong in silence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers_train import mlp, plan_for, vectors
+from torch import nn
+
+from autoaccum import Runner, UsageError, Workload, fit_plan
+from autoaccum.exact import check
+from autoaccum.workload import default_loss
+
+TWO_RANKS = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+sys.path.insert(0, sys.argv[3])
+from helpers_train import mlp, plan_for, vectors
+from autoaccum import Runner, UsageError, Workload, fit_plan
+from autoaccum.exact import check
+torch.set_num_threads(1)
+work = Workload(mlp(), vectors(4))
+plan = plan_for(work, 16, 4)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
+for what in (lambda: fit_plan(work, target_batch=16), lambda: Runner(work, plan), lambda: check(work)):
+    try:
+        what()
+    except UsageError as error:
+        print(error.what, "|", error.hint)
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_are_refused_by_planning_runner_and_check(tmp_path: Path) -> None:
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    here = str(Path(__file__).parent)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", TWO_RANKS, str(rank), str(tmp_path / "group"), here],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in ranks:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        said = out.splitlines()
+        assert len(said) == 3 and len(set(said)) == 1, (out, err)
+        assert "process group of 2 ranks" in said[0] and "nproc-per-node 1" in said[0]
+
+
+@pytest.fixture
+def world_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def ddp() -> nn.Module:
+    return nn.parallel.DistributedDataParallel(mlp())
+
+
+def ddp_inside() -> nn.Module:
+    return nn.Sequential(mlp(), ddp())
+
+
+def fsdp() -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(mlp(), mesh=dist.init_device_mesh("cpu", (1,)))
+
+
+def fsdp_inside() -> nn.Module:
+    return nn.Sequential(mlp(), nn.Sequential(fsdp()))
+
+
+def replicated() -> nn.Module:
+    from torch.distributed._composable.replicate import replicate
+
+    return replicate(mlp())
+
+
+def tensor_parallel() -> nn.Module:
+    from torch.distributed.tensor import distribute_module
+
+    return distribute_module(mlp(), dist.init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (ddp, "The model is DistributedDataParallel"),
+        (ddp_inside, "in its module '1', is DistributedDataParallel"),
+        (fsdp, "FSDP2's fully_shard"),
+        (fsdp_inside, "in its module '1.0', is fully sharded"),
+        (replicated, "(replicate)"),
+        (tensor_parallel, "0.weight of the model is a DTensor"),
+    ],
+)
+def test_what_talks_to_ranks_is_refused_also_in_a_world_of_one(
+    make: Callable[[], nn.Module], named: str, world_of_one: None
+) -> None:
+    plan = plan_for(Workload(mlp(), vectors(4)), 16, 4)
+    work = Workload(make(), vectors(4))
+    for use in (lambda: fit_plan(work, target_batch=16), lambda: Runner(work, plan), lambda: check(work)):
+        with pytest.raises(UsageError) as refused:
+            use()
+        assert named in refused.value.what and refused.value.why and refused.value.hint
+
+
+def test_a_wrapped_teacher_of_the_loss_is_refused(world_of_one: None) -> None:
+    teacher = ddp()
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return default_loss(model, batch) + (model(batch[0]) - teacher(batch[0]).detach()).square().mean()
+
+    with pytest.raises(UsageError, match="A module of the loss is DistributedDataParallel"):
+        fit_plan(Workload(mlp(), vectors(4), loss=loss), target_batch=16)
+
+
+def test_a_world_of_one_trains_what_is_not_wrapped(world_of_one: None) -> None:
+    work = Workload(mlp(), vectors(4))
+    assert Runner(work, plan_for(work, 16, 4)).step(vectors(16)).samples == 16
