@@ -17,7 +17,7 @@ from .solve import Solution, Split, largest_micro_batch
 from .timeline import timeline
 from .times import Times
 from .units import show_bytes
-from .wish import SEARCH_LIMIT
+from .wish import dataset_note
 from .workload import Workload
 
 TABLE_ROWS = 256  # every size up to twice the largest that fits, or where those are more, some of them
@@ -69,12 +69,14 @@ def plan(
         mmap_threshold_bytes=outlook.subject.mmap_threshold_bytes,
         recordings=tuple(observed.notes),
         reasons=_reasons(outlook, split, measured, timed),
-        notes=_notes(outlook, split, [*assumed, _tokens_note(workload, split, most_rows)]),
+        notes=_notes(
+            outlook, split, [*assumed, dataset_note(wish, split[0]), _tokens_note(workload, split, most_rows)]
+        ),
         slack=outlook.slack,
         smallest_micro_batch=wish.least,
         workload=workload.name,
         sample_bytes=outlook.sample_bytes,
-        max_micro_batch=None if wish.most in (wish.samples, SEARCH_LIMIT) else wish.most,
+        max_micro_batch=wish.most if wish.is_bounded else None,
         max_tokens=token_budget(workload, split[0]),
         most_rows=most_rows,
         composition=_composition(outlook, split, phases),
@@ -111,7 +113,7 @@ def _largest(outlook: Outlook, split: Split) -> tuple[int, bool]:
     recorded = observed.recordings[-1].micro_batch
     most = recorded if observed.doubt else max(split[0], wish.most if wish.samples else split[0])
     if len(split) == 1:
-        return split[0], wish.samples is not None
+        return split[0], wish.samples is not None or split[0] == wish.dataset_samples
     size = largest_micro_batch(outlook.fits_surely, outlook.later_floor, budget_bytes=outlook.usable_bytes, most=most)
     return max(size, split[0]), size >= most
 

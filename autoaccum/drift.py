@@ -59,9 +59,8 @@ class Watch:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _planned_bytes(self) -> int:
-        """What the plan has for the same; a CPU's base is part of what is resident, a GPU's is not reserved."""
-        base = self.plan.base_bytes if self.device.type == "cuda" else 0
-        return self.plan.predicted_peak_bytes - base
+        """What the plan has for the same: on both sides the base is part of it, the model above all."""
+        return self.plan.predicted_peak_bytes
 
     def _shared_bytes(self) -> int:
         """Resident pages of files and of shared memory: libraries, mapped data sets. The plan's bytes are private."""

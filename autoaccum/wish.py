@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 
+from torch.utils.data import DataLoader
+
 from . import batchnorm
 from . import split as cutting
-from .errors import UsageError
+from .errors import AutoaccumError, UsageError
 from .plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from .solve import share_of
+from .windows import loader_length
 from .workload import Workload
+
+log = logging.getLogger("autoaccum")
 
 SEARCH_LIMIT = 1 << 20  # where to stop looking for the largest micro-batch when nothing asks for more
 
@@ -31,6 +37,7 @@ class Wish:
         timing_seconds: How long smaller micro-batches may be timed; None for a part of planning.
         histories: The processes that the plan has to hold in: a "fresh" one, this one as it is now ("here"), or both.
         sizes: Micro-batches that the plan's table of peaks has to have.
+        dataset_samples: Samples that training data has in one epoch; None where that isn't known.
     """
 
     target_batch: int | None
@@ -44,6 +51,12 @@ class Wish:
     objective: str = FEWEST_STEPS
     timing_seconds: float | None = None
     sizes: tuple[int, ...] = ()
+    dataset_samples: int | None = None
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a person named the largest micro-batch: neither the target, nor the data, nor the search ends it."""
+        return self.most not in (self.samples, self.dataset_samples, SEARCH_LIMIT)
 
 
 def read_wish(
@@ -75,7 +88,8 @@ def read_wish(
     _sample_size(workload)
     samples = None if target_batch is None else share_of(target_batch, world_size, rank)
     least = least or batchnorm.least_micro_batch(batchnorm.find_norms(workload.model), workload.batchnorm)
-    most = min(most or SEARCH_LIMIT, samples or SEARCH_LIMIT)
+    dataset = dataset_samples(workload)
+    most = min(most or SEARCH_LIMIT, samples or dataset or SEARCH_LIMIT)
     if workload.max_tokens is not None and workload.lengths:  # at the longest, which is planned for
         most = min(most, max(least, workload.max_tokens // max(workload.lengths)))
     if least > most:
@@ -90,7 +104,40 @@ def read_wish(
             "Batch normalization in train mode needs 2 samples." if least == 2 else "",
             f"Allow micro-batches of {most + 1}, or change the target by one.",
         )
-    return Wish(target_batch, samples, world_size, budget, headroom, least, most)
+    return Wish(target_batch, samples, world_size, budget, headroom, least, most, dataset_samples=dataset)
+
+
+def dataset_samples(workload: Workload) -> int | None:
+    """The samples of one epoch, by the loader or by `lengths`; None where neither says. Nothing is loaded for it."""
+    loader = workload.loader
+    if isinstance(loader, (DataLoader, list, tuple)):
+        try:
+            found = loader_length(loader, 1, shared=workload.shared, per_sample=workload.per_sample)
+        except AutoaccumError as error:  # planning does without it; training will say what is wrong with it
+            log.debug("the loader doesn't tell its samples: %s", error)
+            found = None
+        if found:
+            return found
+    return len(workload.lengths) if workload.lengths else None
+
+
+def dataset_note(wish: Wish, micro_batch: int) -> str:
+    """What the size of the training data has to do with the plan; "" where nothing."""
+    known, asked = wish.dataset_samples, wish.target_batch
+    if known is None:
+        if asked is not None:
+            return ""
+        return (
+            f"No target was named, and the data's size isn't known: {micro_batch:,} samples are what fits, however "
+            "many there are. Name target_batch, or give loader= (a DataLoader) or lengths=: their size ends the search."
+        )
+    if asked is not None and asked > known:
+        return (
+            f"The data has {known:,} samples, fewer than the target of {asked:,}: an epoch is one window of {known:,}."
+        )
+    if asked is None and micro_batch == known:
+        return f"The data has {known:,} samples, and so has the micro-batch: more was not looked for."
+    return ""
 
 
 def _sample_size(workload: Workload) -> int:

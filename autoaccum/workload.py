@@ -57,7 +57,8 @@ class Workload:
         shared: Names of what each micro-batch gets whole, where that isn't plain from its shape.
         per_sample: Names of what has a row for each sample, where that isn't plain.
         loader: Where training data comes from: a DataLoader, an iterable of batches, or a function that makes one.
-            Planning never touches it; `autoaccum run` reads it.
+            Planning loads nothing from it; where it tells its size (a DataLoader, a list), planning without a target
+            looks for no larger micro-batch. `autoaccum run` reads it.
         lengths: For sequences from a map-style loader: the length of each sample of its data set, in what the batch's
             dimension 1 counts. A window's samples then come longest first, so that each micro-batch is padded little;
             its gradient is the same. Planning lengthens a shorter sample to the longest.

@@ -363,6 +363,22 @@ def test_shared_pages_are_not_held_against_a_plan(
     assert "reckoned" not in caplog.text
 
 
+@pytest.mark.parametrize("base_part", [0.0, 0.5, 0.95])
+def test_on_a_gpu_the_model_is_on_both_sides(caplog: pytest.LogCaptureFixture, base_part: float) -> None:
+    """What is reserved at the peak includes the model, and so does the plan's figure."""
+    plan = plan_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
+    planned = 1 << 30
+    watch = drift.Watch(
+        torch.device("cuda"), replace(plan, base_bytes=int(base_part * planned), predicted_peak_bytes=planned)
+    )
+    for peak, warned in ((planned, 0), (int(1.019 * planned), 0), (int(1.03 * planned), 1)):
+        peaks = iter([0, peak])
+        watch._peak_bytes = lambda peaks=peaks: next(peaks)  # type: ignore[method-assign,misc]
+        watch.begin()
+        watch.end()
+        assert caplog.text.count("A window came to") == warned
+
+
 # --- a real plan, and checkpoints --------------------------------------------------------------------------------
 
 
