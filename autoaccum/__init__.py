@@ -5,8 +5,12 @@ Start with `fit_plan`; its file, `fit.py`, is the page to read first.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from .import_path import leave_current_folder
+
+leave_current_folder()  # before anything else is imported: `python -m` put it first
+# isort: split
+import importlib  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,8 @@
 """Runs a task in a fresh Python process: the one that asked never loads torch nor the user's code.
 
-The parent side is `call`; the other side is `python -m autoaccum.child`. They talk JSON, a line each, over a pipe of
-their own, so that whatever the user's code prints (it goes to stderr) disturbs nothing.
+The parent side is `call`; the other side is `main`. They talk JSON, a line each, over a pipe of their own, so that
+whatever the user's code prints (it goes to stderr) disturbs nothing. The child imports nothing from the folder that it
+runs in (import_path.py).
 """
 
 from __future__ import annotations
@@ -18,14 +19,31 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from . import errors
+from . import errors, handed
 from .errors import AutoaccumError
+from .import_path import ROOT
+
+# -P keeps the current folder off the path. This very autoaccum is imported first, wherever it lies; its folder then
+# comes last, so that no other module is taken from there.
+_START = """import importlib, sys, typing
+root = sys.argv.pop(1)
+sys.path.insert(0, root)
+import autoaccum
+sys.path.remove(root)
+if root not in sys.path: sys.path.append(root)
+from autoaccum.child import start
+start()"""
 
 Say = Callable[[dict[str, Any]], None]
 
 
 def call(
-    task: str, arguments: dict[str, Any], *, on_message: Say | None = None, env: Mapping[str, str] | None = None
+    task: str,
+    arguments: dict[str, Any],
+    *,
+    on_message: Say | None = None,
+    env: Mapping[str, str] | None = None,
+    functions: bytes = b"",
 ) -> dict[str, Any]:
     """Runs a task in a child process and waits for it.
 
@@ -34,6 +52,7 @@ def call(
         arguments: Its keyword arguments, JSON.
         on_message: Called with what it says on the way.
         env: Its environment; left out, this process's.
+        functions: Functions that it is handed (handed.py).
 
     Returns:
         Its result.
@@ -42,15 +61,18 @@ def call(
         AutoaccumError: What the task raised, as the same class; or how the process ended.
     """
     reading, writing = os.pipe()
+    theirs, ours = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-m", "autoaccum.child", task, str(writing)],
-        pass_fds=[writing],
+        [sys.executable, "-P", "-c", _START, ROOT, task, str(writing), str(theirs)],
+        pass_fds=[writing, theirs],
         stdin=subprocess.PIPE,
         env={"KINETO_LOG_LEVEL": "5", **(os.environ if env is None else env)},
         process_group=0,  # a terminal's Ctrl-C reaches this process only, which hands it on: once, not twice
         text=True,
     )
     os.close(writing)
+    os.close(theirs)
+    handed.send(functions, ours)
     result: dict[str, Any] = {}
     with _handed_on(process), os.fdopen(reading, encoding="utf-8") as lines:
         assert process.stdin is not None
@@ -138,9 +160,10 @@ def _described(error: BaseException) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """The child's side: TASK and the descriptor to answer on; the arguments come as JSON on stdin."""
-    task, descriptor = argv
+    """The child's side: TASK, the descriptors to answer on and to be handed functions by; JSON arguments on stdin."""
+    task, descriptor, functions = argv
     die_with_parent()
+    handed.receive(int(functions))
     arguments = sys.stdin.read()
     os.set_inheritable(int(descriptor), False)
     os.dup2(2, 1)  # whatever is printed from here on is no result
@@ -167,7 +190,8 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What the child's process runs."""
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

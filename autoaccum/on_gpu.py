@@ -30,7 +30,7 @@ _EVENTS = {"alloc": 1, "free_completed": -1}
 
 
 def plan_on_gpu(
-    source: str,
+    source: str | None,
     *,
     gpu: Gpu | None,
     target_batch: int | None,
@@ -48,7 +48,7 @@ def plan_on_gpu(
     """Plans a workload in this process, on the GPU that it sees.
 
     Args:
-        source: A built-in's name, or FILE.py:FUNCTION.
+        source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was handed.
         gpu: The GPU that a virtual one stands in for; None for a real one.
         target_batch: Samples in an optimizer step.
         memory: What the whole process may use on the device.
@@ -84,7 +84,7 @@ def plan_on_gpu(
 
 
 def build_on(
-    source: str,
+    source: str | None,
     device: torch.device,
     *,
     virtual: bool,
@@ -113,7 +113,7 @@ def build_on(
     return replace(workload, sample=sample), tuple(events)
 
 
-def _made(source: str, device: torch.device, *, on_device: bool) -> Workload:
+def _made(source: str | None, device: torch.device, *, on_device: bool) -> Workload:
     function = load_function(source)
     if "device" in inspect.signature(function).parameters:
         return named(function(device=str(device)), source)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
 import importlib.util
-import pickle
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import handed
 from .errors import UsageError
+from .import_path import add_folders
 from .workload import Workload
 from .workloads import BUILT_IN, built_in
 
-PICKLED = "pickled:"  # and a function, for a child process of the same program
 _FORM = "--workload FILE.py:FUNCTION, where FUNCTION() returns an autoaccum.Workload"
 
 
-def load_workload(source: str) -> Workload:
+def load_workload(source: str | None) -> Workload:
     """Calls the function that `source` names.
 
     Args:
-        source: A built-in's name, or FILE.py:FUNCTION.
+        source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was handed.
 
     Returns:
         Its workload, named after the source.
@@ -35,25 +35,31 @@ def load_workload(source: str) -> Workload:
     return named(load_function(source)(), source)
 
 
-def load_function(source: str) -> Callable[..., Any]:
-    """The function that `source` names.
+def load_function(source: str | None) -> Callable[..., Any]:
+    """The function that `source` names, or that this process was handed.
 
     Raises:
         UsageError: There is no such thing.
     """
+    if source is None:
+        return _handed()
     check_source(source)
     if source in BUILT_IN:
         return built_in(source)
-    if source.startswith(PICKLED):
-        return unpickled(source)  # type: ignore[no-any-return]
     file, _, function = source.rpartition(":")
     path = Path(file).resolve()
-    sys.path.insert(0, str(path.parent))  # as `python FILE.py` would, so that the file's own imports work
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    add_folders([str(path.parent)])
+    name = module_name(path)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    known = set(sys.modules)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        for text in overlooked(path.parent, set(sys.modules) - known):
+            warnings.warn(text, stacklevel=2)
     make = getattr(module, function, None)
     if not callable(make):
         near = difflib.get_close_matches(function, [n for n in vars(module) if callable(getattr(module, n))], n=1)
@@ -64,7 +70,52 @@ def load_function(source: str) -> Callable[..., Any]:
     return make  # type: ignore[no-any-return]
 
 
-def named(workload: Any, source: str) -> Workload:
+def _is_file(file: str) -> bool:
+    try:
+        return Path(file).is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no system has
+        return False
+
+
+def _handed() -> Callable[..., Any]:
+    function = handed.functions().workload
+    if function is None:
+        raise UsageError("This process was handed no workload.", hint=f"Write {_FORM}.")
+    return function
+
+
+def module_name(path: Path) -> str:
+    """The name under which a workload's file is imported: its own, unless another module has that name."""
+    name = path.stem
+    if not name.isidentifier():
+        return name
+    known = sys.modules.get(name)
+    if known is not None:
+        is_own = getattr(known, "__file__", None) == str(path)
+    else:
+        try:
+            found = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            found = None
+        is_own = name not in sys.stdlib_module_names and (found is None or found.origin == str(path))
+    return name if is_own else f"{name} of {path.parent}"
+
+
+def overlooked(folder: Path, loaded: Iterable[str]) -> list[str]:
+    """Modules beside the workload's file that an installed one of the same name was imported in place of, in words."""
+    found = []
+    for name in sorted(loaded):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        own = next((p for p in (folder / f"{name}.py", folder / name / "__init__.py") if p.is_file()), None)
+        if file is not None and own is not None and Path(file).resolve() != own:
+            found.append(
+                f"`import {name}` gives {file}, which is installed, not {own}: rename yours. "
+                "A workload's folder comes after what is installed, so that none of its files stands in for it."
+            )
+    return found
+
+
+def named(workload: Any, source: str | None) -> Workload:
     """What the function returned, named after its source.
 
     Raises:
@@ -72,14 +123,15 @@ def named(workload: Any, source: str) -> Workload:
     """
     if not isinstance(workload, Workload):
         raise UsageError(
-            f"{source} returned {type(workload).__name__}, not an autoaccum.Workload.", hint=f"Write {_FORM}."
+            f"{source or 'The function'} returned {type(workload).__name__}, not an autoaccum.Workload.",
+            hint=f"Write {_FORM}.",
         )
-    return replace(workload, name=None if source.startswith(PICKLED) else source)
+    return replace(workload, name=source)
 
 
 def check_source(source: str) -> None:
     """Raises UsageError where it can't name a workload; imports nothing of the user's."""
-    if source in BUILT_IN or source.startswith(PICKLED):
+    if source in BUILT_IN:
         return
     file, colon, function = source.rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
@@ -88,28 +140,5 @@ def check_source(source: str) -> None:
             f"{source!r} is neither a built-in workload ({', '.join(BUILT_IN)}) nor FILE.py:FUNCTION.",
             hint=f"Did you mean --workload {near[0]}?" if near else f"Write {_FORM}.",
         )
-    if not Path(file).is_file():
+    if not _is_file(file):
         raise UsageError(f"There is no file {file!r} (seen from {Path.cwd()}).", hint=f"Write {_FORM}.")
-
-
-def pickled(what: Any, name: str) -> str:
-    """A function, or a mapping of some, for a child process of this program.
-
-    Raises:
-        UsageError: It can't be pickled: a lambda, or a function within another.
-    """
-    try:
-        return PICKLED + base64.b64encode(pickle.dumps((sys.path, pickle.dumps(what)))).decode()
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"{name} can't be given to another process: {error}.",
-            "It is called there, so that nothing of yours is changed here.",
-            "Give a function that stands by itself in a module, or FILE.py:FUNCTION.",
-        ) from None
-
-
-def unpickled(text: str) -> Any:
-    """What `pickled` was given, imported from where it was there."""
-    paths, what = pickle.loads(base64.b64decode(text.removeprefix(PICKLED)))
-    sys.path += [path for path in paths if path not in sys.path]
-    return pickle.loads(what)

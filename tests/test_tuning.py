@@ -816,7 +816,7 @@ def test_where_the_winners_plan_is_not_confirmed_the_next_best_in_turn_wins(monk
         return {"plan": made_up_plan().to_json()}
 
     monkeypatch.setattr(session, "call", call)
-    _, winner, refused = session._confirmed("seconds", trials, lambda told: None, "mine", None, {"gpu": None})
+    _, winner, refused = session._confirmed("seconds", trials, lambda told: None, "mine", {"gpu": None})
     first, second = (ranked(left, "seconds")[0] for left in (trials, [t for t in trials if t.number not in refused]))
     assert refused == {first.number: "it took more"} and winner == second and winner.turns and len(tried) == 2
 

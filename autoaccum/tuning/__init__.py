@@ -84,20 +84,22 @@ def tune(
         DoesNotFit: No configuration fits.
     """
     from ..child import call
-    from ..source import check_source, pickled
+    from ..handed import Functions, pickled
+    from ..source import check_source
     from .session import read_tuned
 
     space = space or SearchSpace()
     source = workload if isinstance(workload, str) else _source_of(workload)
     _check(target_batch, trials, timeout, device, gpu, malloc, study, sampler, workers)
-    check_source(source)
-    functions = {name: pair[1] for name, pair in space.extra.items()}
+    if source is not None:
+        check_source(source)
+    function = workload if source is None and callable(workload) else None
+    functions = pickled(Functions(function, {name: pair[1] for name, pair in space.extra.items()}))
     asked = {
         "workload": source,
         "target_batch": target_batch,
         "space": space.to_values(),
         "extra_choices": {name: list(pair[0]) for name, pair in space.extra.items()},
-        "extra": pickled(functions, "extra=") if functions else None,
         "trials": trials,
         "timeout": timeout,
         "device": "cuda" if gpu is not None else device or "cpu",
@@ -111,13 +113,11 @@ def tune(
         "workers": workers,
         "seed": seed,
     }
-    return read_tuned(call("tune", asked, on_message=progress)["tuned"])
+    return read_tuned(call("tune", asked, on_message=progress, functions=functions)["tuned"])
 
 
-def _source_of(function: Any) -> str:
-    """FILE.py:FUNCTION where it is of the script that runs, else the function pickled."""
-    from ..source import pickled
-
+def _source_of(function: Any) -> str | None:
+    """FILE.py:FUNCTION where it is of the script that runs; None where the function itself is handed over."""
     if not callable(function):
         raise UsageError(
             f"tune was given {type(function).__name__}, neither FILE.py:FUNCTION nor a function that makes a workload.",
@@ -126,7 +126,7 @@ def _source_of(function: Any) -> str:
         )
     name, file = getattr(function, "__qualname__", ""), getattr(sys.modules["__main__"], "__file__", None)
     if getattr(function, "__module__", None) != "__main__":
-        return pickled(function, "The workload's function")
+        return None
     if file is None or not name.isidentifier():
         raise UsageError(
             f"The workload's function {name or function!r} can't be found by another process.",

@@ -14,8 +14,8 @@ from typing import Any, cast
 from ..budget import read_cpu_budget
 from ..child import Say, call
 from ..errors import NotConfirmed
+from ..handed import to_hand_on
 from ..plan import Plan
-from ..source import PICKLED
 from ..virtual import planning_environment
 from .configuration import Configuration, allocator_settings
 from .finals import time_in_turn
@@ -33,10 +33,9 @@ CONTENDERS = 3  # winners whose plan is tried, where the first one's isn't confi
 def tune(
     *,
     say: Say,
-    workload: str,
+    workload: str | None,
     space: dict[str, Any],
     extra_choices: dict[str, list[Any]],
-    extra: str | None,
     trials: int | None,
     timeout: float | None,
     study: str | None,
@@ -62,7 +61,7 @@ def tune(
     ranking = MEMORY if virtual else SECONDS
     lock = functools.partial(alone, study, lambda text: say({"say": text})) if ranking == SECONDS else nullcontext
     sizes = _sizes(wanted, asked["target_batch"])
-    told = functools.partial(_record, say, workload, extra, sizes, asked, lock)
+    told = functools.partial(_record, say, workload, sizes, asked, lock)
 
     as_it_is = told(None)
     facts = as_it_is["facts"]
@@ -73,7 +72,7 @@ def tune(
     memory.add(Configuration.from_values(facts["plain"]), as_it_is)
     base = {name: value for name, value in facts["plain"].items() if name in ("precision", "optimizer", "compile")}
     from_loader = len(choices.get("loader_workers", ())) > 1
-    training = Training(workload, extra, asked["device"], asked["malloc"], from_loader)
+    training = Training(workload, asked["device"], asked["malloc"], from_loader)
     search = Search(
         study=found,
         choices=choices,
@@ -95,15 +94,15 @@ def tune(
     search.run()
     if search.turns is not None:
         time_in_turn(search, time.monotonic() - began, read_cpu_budget().bytes)
-    return {"tuned": _finished(search, say, workload, extra, asked, left_out, started).to_json()}
+    return {"tuned": _finished(search, say, workload, asked, left_out, started).to_json()}
 
 
 def _identity(
-    workload: str, asked: dict[str, Any], facts: dict[str, Any], ranking: str, choices: dict[str, Any]
+    workload: str | None, asked: dict[str, Any], facts: dict[str, Any], ranking: str, choices: dict[str, Any]
 ) -> dict[str, Any]:
     """What a study is of: one of something else has no trials for this."""
     return {
-        "workload": "a function" if workload.startswith(PICKLED) else workload,
+        "workload": "a function" if workload is None else workload,
         **{name: asked[name] for name in ("target_batch", "memory", "headroom", "malloc", "device", "gpu")},
         **facts["fingerprint"],
         "ranking": ranking,
@@ -126,8 +125,7 @@ def _sizes(space: SearchSpace, target_batch: int) -> list[int]:
 
 def _record(
     say: Say,
-    workload: str,
-    extra: str | None,
+    workload: str | None,
     sizes: list[int],
     asked: dict[str, Any],
     lock: Callable[[], Any],
@@ -135,10 +133,11 @@ def _record(
 ) -> Recorded:
     """Records in a process of its own, with the allocator's settings in its environment."""
     values = None if configuration is None else configuration.values()
-    arguments = {"workload": workload, "values": values, "extra": extra, "sizes": sizes, **asked}
+    arguments = {"workload": workload, "values": values, "sizes": sizes, **asked}
     env = environment(configuration, asked["gpu"])
     with lock():
-        return call("tuning_record", arguments, on_message=_said(say, "recording"), env=env)
+        said = _said(say, "recording")
+        return call("tuning_record", arguments, on_message=said, env=env, functions=to_hand_on())
 
 
 def environment(configuration: Configuration | None, gpu: str | None) -> dict[str, str] | None:
@@ -168,8 +167,7 @@ def _keep(study: Any) -> Callable[[str, Recorded], None]:
 def _finished(
     search: Search,
     say: Say,
-    workload: str,
-    extra: str | None,
+    workload: str | None,
     asked: dict[str, Any],
     left_out: list[str],
     started: float,
@@ -181,7 +179,7 @@ def _finished(
     trials = [replace(trial, pareto=trial.number in on_front) for trial in trials]
     if not ranked(trials, search.ranking):
         raise nothing_fits(trials, search.memory.missing_bytes)
-    plan, winner, refused = _confirmed(search.ranking, trials, say, workload, extra, asked)
+    plan, winner, refused = _confirmed(search.ranking, trials, say, workload, asked)
     trials = [
         replace(t, state="failed", why=refused[t.number], pareto=False) if t.number in refused else t for t in trials
     ]
@@ -201,7 +199,7 @@ def _finished(
 
 
 def _confirmed(
-    ranking: str, trials: list[Trial], say: Say, workload: str, extra: str | None, asked: dict[str, Any]
+    ranking: str, trials: list[Trial], say: Say, workload: str | None, asked: dict[str, Any]
 ) -> tuple[Plan, Trial, dict[int, str]]:
     """The best trial whose plan is confirmed by a real window; and what spoke against those before it."""
     refused: dict[int, str] = {}
@@ -209,12 +207,12 @@ def _confirmed(
         trial = left[0]  # who is the best of those timed in turn isn't the second of all
         configuration = Configuration.from_values(trial.configuration)
         arguments = {
-            "workload": workload, "values": configuration.values(), "extra": extra,
+            "workload": workload, "values": configuration.values(),
             "max_micro_batch": trial.micro_batch, **asked,
         }  # fmt: skip
-        env = environment(configuration, asked["gpu"])
+        env, said = environment(configuration, asked["gpu"]), _said(say, "planning the winner")
         try:
-            found = call("tuning_plan", arguments, on_message=_said(say, "planning the winner"), env=env)
+            found = call("tuning_plan", arguments, on_message=said, env=env, functions=to_hand_on())
         except NotConfirmed as error:
             refused[trial.number] = error.what
         else:

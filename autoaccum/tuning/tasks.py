@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from .. import handed
 from ..child import Say
 from ..errors import AutoaccumError, DoesNotFit
 from ..plan import Plan
@@ -16,9 +17,8 @@ from .configuration import Configuration
 def record(
     *,
     say: Say,
-    workload: str,
+    workload: str | None,
     values: Mapping[str, Any] | None,
-    extra: str | None,
     sizes: list[int],
     **asked: Any,
 ) -> dict[str, Any]:
@@ -26,9 +26,8 @@ def record(
 
     Args:
         say: Called with what is being done.
-        workload: Its source.
+        workload: Its source; None for the function that this process was handed.
         values: The configuration; None leaves the workload as it is.
-        extra: Functions of the user's own, pickled (source.py).
         sizes: Micro-batches whose peaks have to be known.
         **asked: Target, memory, headroom, malloc, device and GPU.
 
@@ -39,9 +38,9 @@ def record(
 
     facts: dict[str, Any] = {}
     try:
-        plan = _plan(say, workload, values, extra, sizes=tuple(sizes), verify=False, facts=facts, **asked)
+        plan = _plan(say, workload, values, sizes=tuple(sizes), verify=False, facts=facts, **asked)
         told = recorded_plan(plan)
-        wrong = _checkpointing_differs(workload, values, extra, asked)
+        wrong = _checkpointing_differs(workload, values, asked)
         return {**told, **({"why": wrong} if wrong else {}), "facts": facts}
     except DoesNotFit as error:
         return {"why": error.what, "missing_bytes": error.missing_bytes, "facts": facts}
@@ -56,17 +55,16 @@ def record(
         return {"why": f"it can't be had: {type(error).__name__}: {first}", "facts": facts}
 
 
-def plan(*, say: Say, workload: str, values: Mapping[str, Any], extra: str | None, **asked: Any) -> dict[str, Any]:
+def plan(*, say: Say, workload: str | None, values: Mapping[str, Any], **asked: Any) -> dict[str, Any]:
     """The winner's plan: recorded anew, solved, verified by its window, and its gradient tested."""
-    found = _plan(say, workload, values, extra, sizes=(), verify=True, facts={}, **asked)
+    found = _plan(say, workload, values, sizes=(), verify=True, facts={}, **asked)
     return {"plan": found.to_json()}
 
 
 def _plan(
     say: Say,
-    source: str,
+    source: str | None,
     values: Mapping[str, Any] | None,
-    extra: str | None,
     *,
     sizes: tuple[int, ...],
     verify: bool,
@@ -87,7 +85,7 @@ def _plan(
     stack = ExitStack()  # never left: the process ends with what was configured
 
     def change(workload: Workload) -> Workload:
-        changed: Workload = _changed(stack, workload, values, extra, facts)
+        changed: Workload = _changed(stack, workload, values, facts)
         return changed
 
     def progress(text: str) -> None:
@@ -109,9 +107,7 @@ def _plan(
     return plan_in(setting, workload, wish, verify=verify, check=verify, malloc=malloc)
 
 
-def _changed(
-    stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, extra: str | None, facts: dict[str, Any]
-) -> Any:
+def _changed(stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, facts: dict[str, Any]) -> Any:
     from ..infer import infer_sample
     from .apply import configured
 
@@ -120,21 +116,11 @@ def _changed(
     if values is None:
         facts |= facts_of(workload)
         return workload
-    return stack.enter_context(configured(workload, Configuration.from_values(values), applied(extra)))
-
-
-def applied(extra: str | None) -> dict[str, Callable[[Any, Any], Any]]:
-    """The user's own functions, by name."""
-    if extra is None:
-        return {}
-    from ..source import unpickled
-
-    found: dict[str, Callable[[Any, Any], Any]] = unpickled(extra)
-    return found
+    return stack.enter_context(configured(workload, Configuration.from_values(values), handed.functions().extra))
 
 
 def _checkpointing_differs(
-    source: str, values: Mapping[str, Any] | None, extra: str | None, asked: Mapping[str, Any]
+    source: str | None, values: Mapping[str, Any] | None, asked: Mapping[str, Any]
 ) -> str | None:
     """Why checkpointing isn't to be had for this model; tested where there is something to compute with."""
     if values is None or not values.get("checkpointing") or asked["gpu"] is not None:
@@ -142,7 +128,7 @@ def _checkpointing_differs(
     from ..source import load_workload
     from .blocks import gradient_differs
 
-    found = _changed(ExitStack(), load_workload(source), {**values, "checkpointing": 0}, extra, {})
+    found = _changed(ExitStack(), load_workload(source), {**values, "checkpointing": 0}, {})
     if asked["device"] == "cuda":
         found.model.to("cuda")
     differs = gradient_differs(found, values["checkpointing"])

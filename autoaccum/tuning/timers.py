@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .. import handed
 from ..forked import ForkFailed, in_copy
 from .configuration import Configuration, allocator_settings
 from .memory import Answer
@@ -21,15 +22,13 @@ class Training:
     """What every configuration is trained with.
 
     Attributes:
-        workload: Its source.
-        extra: Functions of the user's own, pickled (source.py).
+        workload: Its source; None for the function that this process was handed.
         device: "cpu" or "cuda".
         malloc: "fixed" or "default", as for `fit_plan`.
         from_loader: Whether windows come from the workload's loader, and loading is part of their time.
     """
 
-    workload: str
-    extra: str | None
+    workload: str | None
     device: str
     malloc: str
     from_loader: bool
@@ -78,7 +77,6 @@ def _made(training: Training, configuration: Configuration, answer: Answer) -> W
     from ..source import load_workload
     from .apply import configure
     from .measure import settle
-    from .tasks import applied
 
     die_with_parent()
     on_cuda = training.device == "cuda"
@@ -91,4 +89,4 @@ def _made(training: Training, configuration: Configuration, answer: Answer) -> W
     made = load_workload(training.workload)
     if on_cuda:
         made.model.to("cuda")
-    return configure(made, configuration, applied(training.extra))
+    return configure(made, configuration, handed.functions().extra)
