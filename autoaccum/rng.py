@@ -30,6 +30,42 @@ def put_rng(states: dict[str, Any]) -> None:
         sources[name][1](state)
 
 
+def as_plain(states: dict[str, Any]) -> dict[str, Any]:
+    """What `take_rng` returned, in tensors and plain values: NumPy's arrays as lists with their type."""
+    return {name: _without_arrays(state) for name, state in states.items()}
+
+
+def from_plain(states: dict[str, Any]) -> dict[str, Any]:
+    """What `as_plain` made, for `put_rng`; generators that this process doesn't have are left out.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if "NumPy RNG" in states:
+        import numpy.random  # noqa: F401  the process that wrote it had imported it
+    return {name: _with_arrays(states[name]) for name in _sources() if name in states}
+
+
+def _without_arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _without_arrays(each) for key, each in state.items()}
+    if hasattr(state, "tolist") and not isinstance(state, torch.Tensor):
+        return {"dtype": str(state.dtype), "values": state.tolist()} if state.ndim else state.item()
+    return state
+
+
+def _with_arrays(state: Any) -> Any:
+    if not isinstance(state, dict):
+        return state
+    if set(state) != {"dtype", "values"}:
+        return {key: _with_arrays(each) for key, each in state.items()}
+    import numpy
+
+    if state["dtype"] not in ("uint32", "uint64"):
+        raise ValueError(f"no generator's state is of {state['dtype']}")
+    return numpy.array(state["values"], dtype=state["dtype"])
+
+
 def is_generator(cls: type) -> bool:
     """Whether objects of this class are generators that `read_generator` can read."""
     numpy = sys.modules.get("numpy.random")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,20 +11,17 @@ from typing import Any
 
 import torch
 
+from .checkpoint import plain, read_checkpoint, unusable, write_checkpoint
 from .errors import UsageError
-from .files import write_whole
 from .plan import Plan
 from .process_memory import committed_bytes
-from .rng import put_rng, take_rng
+from .rng import as_plain, from_plain, put_rng, take_rng
 from .runner import Runner, StepResult
 from .windows import loader_length
 from .workload import Batch, Workload
 
-# What torch.load raises of files that are cut short, foreign, or name classes that aren't there.
-_UNREADABLE = (
-    OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ImportError, EOFError,
-    pickle.UnpicklingError,
-)  # fmt: skip
+# What taking over a state that is no state of this workload's raises, torch's and the workload's own classes included.
+_UNFIT = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
 
 
 def train(
@@ -59,8 +55,10 @@ def train(
         )
     runner = Runner(workload, plan)
     place = _Place()
-    if checkpoint is not None and Path(checkpoint).exists():
-        _resume(Path(checkpoint), runner, place, plan)
+    if checkpoint is not None:
+        plain(runner.state_dict(), "the checkpoint")  # what it can't hold is said before the first window
+        if Path(checkpoint).exists():
+            _resume(Path(checkpoint), runner, place, plan)
     saved, last = time.monotonic(), {"loss": None}
     length = loader_length(_loader(workload), runner.samples)
     with _interrupts() as interrupted:
@@ -79,6 +77,9 @@ def train(
         return {**last, **ended, "checkpoint": checkpoint}
 
 
+_COUNTS, _RNG = ("epoch", "windows", "samples"), ("rng_at_epoch", "rng_now")
+
+
 class _Place:
     """Where training is: the epoch, its windows done, and the random states that reproduce its order."""
 
@@ -86,7 +87,35 @@ class _Place:
         self.epoch = self.windows = self.samples = 0
         self.rng_at_epoch: dict[str, Any] | None = None
         self.rng_now: dict[str, Any] | None = None
-        self.order_at_epoch: list[Any] = []
+        self.order_at_epoch: list[torch.Tensor] = []
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, in tensors and plain values."""
+        rng = {name: None if (each := getattr(self, name)) is None else as_plain(each) for name in _RNG}
+        return {name: getattr(self, name) for name in _COUNTS} | rng | {"order_at_epoch": self.order_at_epoch}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Puts back what `state` gave.
+
+        Raises:
+            ValueError: It is something else, in a way that can be seen.
+            RuntimeError, TypeError, LookupError: So do generators that are given it.
+        """
+        counts, order = {name: state[name] for name in _COUNTS}, state["order_at_epoch"]
+        if not all(type(each) is int and each >= 0 for each in counts.values()):
+            raise ValueError(f"counts of {counts}")
+        if type(order) is not list or not all(isinstance(each, torch.Tensor) for each in order):
+            raise ValueError("the loader's generators have no such states")
+        for each in order:
+            torch.Generator().set_state(each)
+        found = {name: None if state[name] is None else from_plain(dict(state[name])) for name in _RNG}
+        before = take_rng()
+        try:
+            for states in found.values():
+                put_rng(states or {})
+        finally:
+            put_rng(before)
+        vars(self).update(counts | found | {"order_at_epoch": order})
 
 
 def _windows(runner: Runner, workload: Workload, place: _Place, epochs: int) -> Iterator[StepResult]:
@@ -100,6 +129,13 @@ def _windows(runner: Runner, workload: Workload, place: _Place, epochs: int) -> 
             place.order_at_epoch = [generator.get_state() for generator in generators]
         else:  # the loader draws its order from these
             put_rng(place.rng_at_epoch)
+            if len(generators) != len(place.order_at_epoch):
+                raise UsageError(
+                    f"The checkpoint has {len(place.order_at_epoch)} generators of the loader; the loader has "
+                    f"{len(generators)}.",
+                    "An epoch is gone on with in its own order, which the loader's generators draw.",
+                    "Give the loader the generator that it had, or start over without the checkpoint.",
+                )
             for generator, state in zip(generators, place.order_at_epoch, strict=True):
                 generator.set_state(state)
         for result in runner.epoch(loader, skip=skip, rng=rng if skip else None):
@@ -138,30 +174,30 @@ def _figures(result: StepResult, runner: Runner, place: _Place, length: int | No
 
 
 def _save(path: str, runner: Runner, place: _Place, plan: Plan) -> None:
-    state = {"runner": runner.state_dict(), "place": vars(place), "for": _made_for(plan)}
-    write_whole(path, lambda file: torch.save(state, file))
+    write_checkpoint(path, {"runner": runner.state_dict(), "place": place.state(), "for": _made_for(plan)})
 
 
 def _resume(path: Path, runner: Runner, place: _Place, plan: Plan) -> None:
-    try:
-        state = torch.load(path, weights_only=False)  # a file of the user's own, with random states of three libraries
-        made_for = state["for"]
-    except _UNREADABLE as error:
-        raise UsageError(
-            f"The checkpoint {str(path)!r} can't be read ({type(error).__name__}).",
-            "It was cut short, or is something else.",
-            "Name another --checkpoint, or remove it to start from the beginning.",
-        ) from None
-    if made_for != _made_for(plan):
-        here = _made_for(plan)
+    state = read_checkpoint(path)
+    for name in ("runner", "place", "for"):
+        if not isinstance(state.get(name), dict):
+            raise unusable(path, f"it holds no {name!r}" if name not in state else f"its {name!r} is no mapping")
+    numbers = {name: state["runner"].get(name) for name in ("number", "micro_batch")}
+    if not all(type(each) is int and each >= 0 for each in numbers.values()) or not numbers["micro_batch"]:
+        raise unusable(path, f"it says {', '.join(f'{name} {each!r}' for name, each in numbers.items())}")
+    made_for, here = state["for"], _made_for(plan)
+    if made_for != here:
         told = "; ".join(f"{k}: {made_for.get(k)} there, {here[k]} here" for k in here if made_for.get(k) != here[k])
         raise UsageError(
             f"The checkpoint {str(path)!r} is of another training ({told}).",
             "It counts windows of its own size, and holds the state of its own model and optimizer.",
             "Go on with a plan for the same target, or name another --checkpoint.",
         )
-    runner.load_state_dict(state["runner"])
-    vars(place).update(state["place"])
+    try:
+        place.load_state(state["place"])
+        runner.load_state_dict(state["runner"])
+    except _UNFIT as error:
+        raise unusable(path, f"its state isn't this workload's ({type(error).__name__}: {error})") from error
 
 
 def _made_for(plan: Plan) -> dict[str, str]:
