@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import socket
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..private import lock_file, runtime_folder
 from .memory import Memory
 from .result import FAILED, PRUNED, SECONDS, Trial
 
@@ -151,8 +150,8 @@ def alone(study_file: str | None, waiting: Callable[[str], None] = lambda text: 
         study_file: The study's file; None for one in memory.
         waiting: Told where another one holds it.
     """
-    path = Path(f"{study_file}.lock") if study_file else Path(tempfile.gettempdir()) / f"autoaccum-{os.getuid()}.lock"
-    with path.open("a") as file:
+    path = Path(f"{study_file}.lock") if study_file else runtime_folder() / "autoaccum.lock"
+    with lock_file(path, 0o666 if study_file else 0o600) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,8 @@
-"""Compiles the virtual GPU's library, once for each torch, and keeps it in the user's cache."""
+"""Compiles the virtual GPU's library, once for each torch, and keeps it in the user's cache.
+
+It is preloaded into every process on a virtual GPU, so what lies in the cache is used only where it is the user's own
+(private.py) and, byte for byte, what was compiled: the folder holds its SHA-256. Else it is compiled anew.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,13 @@ import tempfile
 from pathlib import Path
 
 from ..errors import UsageError
+from ..private import cache_folder, check_own, private_folder
 from .torch_build import TorchBuild, find_torch
 
 LIBRARY = "libautoaccum-gpu.so"
 ALIASES = ("libcuda.so.1", "libnvidia-ml.so.1")  # the names by which the driver and NVML are looked for
+DIGEST = "sha256"
+_STUBS = "stubs.c"
 _HERE = Path(__file__).parent
 _SOURCES = _HERE / "source"
 _FLAGS = ("-std=gnu11", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-builtin", "-Wall", "-Wno-unused-parameter")
@@ -27,36 +34,56 @@ def built_library() -> Path:
     """The library for the torch that is installed here; compiled if it isn't in the cache.
 
     Raises:
-        UsageError: It can't be built; why, in words.
+        UsageError: It can't be built, or the cache isn't the user's own; why, in words.
     """
     torch = find_torch()
-    folder = _cached(torch)
-    library = folder / LIBRARY
-    if not library.is_file():
+    folder = private_folder(cache_folder(), "autoaccum", "virtual") / _key(torch)
+    if not _is_whole(folder):
         _build(torch, folder)
-    return library
+    return folder / LIBRARY
 
 
 def reason_against() -> str | None:
     """Why it can't be had here, in one sentence; None where it is built or looks as if it could be."""
     try:
         torch = find_torch()
-        if not (_cached(torch) / LIBRARY).is_file():
+        if not _is_whole(cache_folder() / "autoaccum" / "virtual" / _key(torch)):
             _compiler()
     except UsageError as error:
         return error.what
     return None
 
 
-def _cached(torch: TorchBuild) -> Path:
-    """Where it lies: by torch, CUDA, machine, and all that goes into it, cuDNN's version included."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _key(torch: TorchBuild) -> str:
+    """Its folder's name: by torch, CUDA, machine, and all that goes into it, cuDNN's version included."""
     parts = [*sorted(_SOURCES.rglob("*.[ch]")), *(_HERE / name for name in ("build.py", "elf.py", "stubs.py"))]
     digest = hashlib.sha256()
     for path in (*parts, torch.includes[-1] / "cudnn_version.h"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    key = f"{torch.version}-{torch.cuda}-{platform.machine()}-{digest.hexdigest()[:12]}"
-    return cache / "autoaccum" / "virtual" / key
+    return f"{torch.version}-{torch.cuda}-{platform.machine()}-{digest.hexdigest()[:12]}"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether it holds the library as it was compiled, and nothing else that a loader could find there.
+
+    Raises:
+        UsageError: Something in it isn't this user's own.
+    """
+    if not os.path.lexists(folder):
+        return False
+    check_own(folder, is_folder=True)
+    if {path.name for path in folder.iterdir()} != {LIBRARY, DIGEST, _STUBS, *ALIASES}:
+        return False
+    for name in (LIBRARY, DIGEST):
+        check_own(folder / name)
+    if any(not (folder / alias).is_symlink() or os.readlink(folder / alias) != LIBRARY for alias in ALIASES):  # noqa: PTH115
+        return False
+    return (folder / DIGEST).read_text(errors="replace").strip() == _digest(folder / LIBRARY)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _compiler() -> list[str]:
@@ -75,7 +102,6 @@ def _build(torch: TorchBuild, folder: Path) -> None:
     """Compiles in a folder beside and renames it, so that nobody ever sees half a library; two may do so at once."""
     compiler = _compiler()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
         raise UsageError(
@@ -94,14 +120,22 @@ def _move(making: Path, folder: Path) -> None:
     try:
         making.rename(folder)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (folder / LIBRARY).is_file():
-            raise  # else another process was quicker, and its library is the same
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if _is_whole(folder):
+            return  # another process was quicker, and its library is the same
+        aside = Path(tempfile.mkdtemp(prefix=".broken-", dir=folder.parent))  # who has loaded it keeps its file
+        try:
+            folder.rename(aside / "was")
+            making.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _compile(compiler: list[str], torch: TorchBuild, making: Path) -> None:
     from .stubs import write_stubs
 
-    stubs = making / "stubs.c"
+    stubs = making / _STUBS
     stubs.write_text(write_stubs(torch.lib, torch.cuda_libs, torch.includes[0] / "cuda.h"), encoding="utf-8")
     includes = [f"-I{_SOURCES}", *(word for path in torch.includes for word in ("-isystem", str(path)))]
     sources = [*map(str, sorted(_SOURCES.glob("*.c"))), str(stubs)]
@@ -115,5 +149,13 @@ def _compile(compiler: list[str], torch: TorchBuild, making: Path) -> None:
             "\n".join(["The last it said:", *lines]),
             f"Built against torch {torch.version}; CC=/path/to/cc tries another compiler.",
         )
+    _seal(making)
+
+
+def _seal(making: Path) -> None:
+    """Adds to a compiled library what `_is_whole` looks at."""
+    (making / DIGEST).write_text(_digest(making / LIBRARY) + "\n")
+    for name in (LIBRARY, DIGEST, _STUBS):
+        (making / name).chmod(0o600)  # whatever the umask says
     for alias in ALIASES:
         (making / alias).symlink_to(LIBRARY)
