@@ -76,8 +76,18 @@ def for_untested() -> tuple[str, ...]:
     )
 
 
-def of(kind: str, tried: Tried, weights: Sequence[float], module: str | None) -> tuple[str, tuple[str, ...]]:
-    """The words and the advice of a verdict that isn't exact."""
+def of(
+    kind: str, tried: Tried, weights: Sequence[float], module: str | None, place: str | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """The words and the advice of a verdict that isn't exact.
+
+    Args:
+        kind: The verdict's kind.
+        tried: What was found.
+        weights: Those that the parts should have had.
+        module: The module that it comes from, for a person.
+        place: That module as an expression of the user's code; None where it can't be switched by itself.
+    """
     found = tried.found
     name, worst = found.worst()
     off = f"off by {percent(found.error())} on {tried.trial.rows} samples"
@@ -95,7 +105,7 @@ def of(kind: str, tried: Tried, weights: Sequence[float], module: str | None) ->
         words = f"not exact: {off}; with so few parameters it can't be told why"
         return words, (f"{seen}.", "Return (sum, count) from the loss if it averages over something else than samples.")
     if kind == "changes with each forward":
-        return f"not exact: {module} changes with each forward; {off}", _of_state(str(module), seen)
+        return f"not exact: {module} changes with each forward; {off}", _of_state(str(module), place, seen)
     if module is not None:
         return f"not exact: in {module} samples depend on one another; {off}", _of_module(module, seen)
     return f"not exact: the loss couples samples across micro-batches; {off}", _of_coupling(seen)
@@ -166,11 +176,11 @@ def _of_module(module: str, seen: str) -> tuple[str, ...]:
     )
 
 
-def _of_state(module: str, seen: str) -> tuple[str, ...]:
+def _of_state(module: str, place: str | None, seen: str) -> tuple[str, ...]:
+    still = f"keep it still in between: {place}.eval() after model.train(), and" if place else "take it out of forward:"
     return (
         f"{module} keeps something that each forward changes, so a micro-batch sees what those before it left: {seen}.",
-        f"Where that is wanted once per optimizer step, keep it still in between: "
-        f"model.get_submodule({module.partition(' (')[0]!r}).eval() after model.train(), and move it once a step.",
+        f"Where that is wanted once per optimizer step, {still} move it once a step.",
     )
 
 

@@ -9,16 +9,25 @@ from torch import nn
 
 from . import restore
 from .compiled import uncompiled
+from .held import Holdings
 
 
 @contextlib.contextmanager
-def as_it_trains(model: nn.Module) -> Iterator[None]:
+def as_it_trains(model: nn.Module, held: Holdings, *, everything: bool = False) -> Iterator[None]:
     """In train mode and not compiled; puts back random states, buffers, attributes and hooks, but no parameters.
 
     Args:
         model: The model.
+        held: What the loss holds; put back alike.
+        everything: Whether to put back all of what it holds, however large, which copies it once more.
     """
-    with restore.kept(model=model, storages=False), _hooks_kept(model), uncompiled():
+    with contextlib.ExitStack() as stack:
+        if everything:
+            stack.enter_context(restore.kept(model=None, held=held))
+        stack.enter_context(restore.kept(model=model, held=held, storages=False))
+        for root in (model, *held.modules.values()):
+            stack.enter_context(_hooks_kept(root))
+        stack.enter_context(uncompiled())
         if not model.training:
             model.train()
         yield

@@ -15,7 +15,7 @@ only, and the window is exact. *Synchronized batch normalization* is a batch nor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,9 +50,20 @@ class Norms:
         return bool(self.batch or self.instance or self.spectral)
 
 
-def find_norms(model: nn.Module) -> Norms:
-    """The model's batch, instance and spectral normalizations."""
+def find_norms(model: nn.Module, held: Mapping[str, nn.Module] | None = None) -> Norms:
+    """The batch, instance and spectral normalizations of what a window runs.
+
+    Args:
+        model: The model, which is trained.
+        held: Modules that the loss holds, by name. Nobody switches their mode: of these, those that are in train mode
+            now. A teacher in evaluation mode is about single samples.
+    """
     named = dict(model.named_modules())
+    own = set(map(id, named.values()))
+    for root, other in (held or {}).items():
+        inner = {f"{root}.{name}" if name else root: module for name, module in other.named_modules()}
+        named |= {name: module for name, module in inner.items() if module.training and id(module) not in own}
+        own |= set(map(id, inner.values()))
     hooks = [hook for module in named.values() for hook in module._forward_pre_hooks.values()]
     return Norms(
         {name: module for name, module in named.items() if isinstance(module, _BatchNorm)},

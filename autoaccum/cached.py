@@ -25,6 +25,7 @@ from torch import nn
 from . import restore, tree
 from . import split as cutting
 from .errors import UsageError
+from .held import Holdings
 from .rng import put_rng, take_rng
 from .workload import Batch
 
@@ -54,6 +55,7 @@ def fill(
     backward: Callable[[Any], torch.Tensor],
     pieces: Sequence[Batch],
     window_samples: int | None = None,
+    held: Holdings | None = None,
 ) -> Cache:
     """Encodes every micro-batch without gradients, and takes the loss of all their representations.
 
@@ -64,6 +66,7 @@ def fill(
         pieces: The micro-batches.
         window_samples: Where planning runs a short window in place of a longer one: the samples of that one, of whose
             representations the loss is to be taken, for its memory's sake.
+        held: What encoder and loss hold.
 
     Raises:
         UsageError: The representations of two micro-batches can't be joined.
@@ -85,7 +88,7 @@ def fill(
         )
     loss = backward(together)
     gradients = [_gradients(encoded[min(i, len(encoded) - 1)], count) for i, count in enumerate(counts)]
-    return Cache(loss, gradients, states, restore.take(model=model, storages=False))
+    return Cache(loss, gradients, states, restore.take(model=model, held=held, storages=False))
 
 
 def _stand_ins(encoded: Any, samples: int) -> list[Any]:

@@ -84,5 +84,5 @@ def _copy(piece: Batch) -> Batch:
 @contextlib.contextmanager
 def _untouched(parts: Parts) -> Iterator[None]:
     """Puts back the random state and the buffers, which a forward that only counts must not move; compiles nothing."""
-    with restore.kept(model=parts.model, storages=False), uncompiled():
+    with restore.kept(model=parts.model, held=parts.held, storages=False), uncompiled():
         yield

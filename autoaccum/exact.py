@@ -24,7 +24,7 @@ from .errors import AutoaccumError
 from .gradients import Gradients, Twin
 from .hard_batch import Trial
 from .oom import drop_frames
-from .parts import Parts, forward, open_parts
+from .parts import Parts, forward, held_in_window, open_parts
 from .plan import Plan
 from .ranks import refuse_ranks
 from .recheck import counts_differ, recheck
@@ -126,7 +126,7 @@ def check(
         return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
     if most_rows < hard_batch.FEWEST_ROWS:
         return unknown(f"it takes {hard_batch.FEWEST_ROWS} samples at once to test", "autoaccum check takes them.")
-    with as_it_trains(workload.model):
+    with as_it_trains(workload.model, held_in_window(workload), everything=True):
         try:
             progress("testing whether the gradient is the large batch's")
             easy = hard_batch.easy(workload, most_rows)
@@ -251,7 +251,8 @@ def _verdict(workload: Workload, twin: Twin, tried: Tried) -> Verdict:
     module = _coupling(workload, twin, tried) if kind in (COUPLED, INEXACT) else None
     if module is None and kind == COUPLED and _remembers(workload, twin, tried):
         kind, module = STATEFUL, twin.moving_module()
-    words, told = advice.of(kind, tried, weights, module)
+    place = twin.moving_place() if kind == STATEFUL else None
+    words, told = advice.of(kind, tried, weights, module, place)
     return Verdict(kind, words, found.error(), *found.worst(), rows, module, told)
 
 

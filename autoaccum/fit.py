@@ -24,6 +24,7 @@ import torch
 
 from . import answer, approach, assemble, compiled, cpu, exact, oom, outlook_cpu, restore, step
 from .errors import UsageError
+from .held import holdings
 from .infer import infer_sample
 from .lengthen import at_longest
 from .observe import Observed, Subject
@@ -229,11 +230,13 @@ def setting_for(device: torch.device) -> Setting:
 def _as_it_was(workload: Workload) -> Iterator[restore.Snapshot]:
     """Puts back, whatever happens, all that training changes."""
     optimizer, scheduler = workload.optimizer, workload.scheduler
+    functions = {name: getattr(workload, name) for name in ("loss", "encode", "count", "between")}
     with restore.kept(
         model=workload.model,
         optimizer=optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,
         scaler=workload.scaler,
         scheduler=scheduler if hasattr(scheduler, "step") else None,
+        held=holdings(workload.model, **functions),
     ) as snapshot:
         yield snapshot
 

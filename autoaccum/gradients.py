@@ -18,7 +18,7 @@ from torch import nn
 from . import step, tree
 from .chance import ClassLoss, Draws, without_chance
 from .hard_batch import target_paths
-from .loss_modules import modules_of
+from .held import holdings
 from .loss_terms import count_of
 from .recording import FIRST, LATER
 from .rng import put_rng, same_state, take_rng
@@ -36,6 +36,8 @@ TINY = 1e-3  # part of the whole gradient's norm below which a tensor is too sma
 # of itself in single precision whatever its parameters are (a Hugging Face RMSNorm does).
 EXACT_WITHIN = {torch.float64: 1e-6, torch.float32: 1e-4}
 WORST_WITHIN = 10  # times as far may the worst single tensor be off
+
+THE_MODEL = "the model"
 
 MakeParts = Callable[[], Parts]
 
@@ -144,7 +146,9 @@ class Twin:
         alias: bool = False,
     ) -> None:
         self.model, self.dtype, self.device = model, dtype, device
-        self.outside = _Inside(dict.fromkeys([model, *modules_of(loss)]))
+        held = holdings(model, loss=loss).modules
+        self.outside = _Inside([model, *held.values()])
+        self.roots = ("", *held)
         numel = sum(p.numel() for p in self.outside.parameters())
         renormalized = {id(m.weight) for m in self.outside.modules() if getattr(m, "max_norm", None) is not None}
         self.copies: dict[str, torch.Tensor] = {}
@@ -275,16 +279,29 @@ class Twin:
         return EXACT_WITHIN[torch.float64 if all(f.dtype is torch.float64 for f in floats) else torch.float32]
 
     def name_of(self, name: str) -> str:
-        """A copy's name as the model has it."""
-        return name.removeprefix("inner.0.").removeprefix("inner.")
+        """A copy's name as the model has it; of a module that the loss holds, with what the loss calls it before."""
+        _, index, *inside = name.split(".", 2)
+        return ".".join(filter(None, [self.roots[int(index)], *inside]))
+
+    def moving_place(self) -> str | None:
+        """The same as an expression of the user's code; None for the model itself, whose mode is the Runner's."""
+        owner = self._moving()
+        if owner is None or owner == "inner.0":
+            return None
+        _, index, *inside = owner.split(".", 2)
+        root = self.roots[int(index)] or "model"
+        return f"{root}.get_submodule({inside[0]!r})" if inside else root
 
     def moving_module(self) -> str | None:
         """The first module of which a floating-point buffer was changed by a forward."""
-        moved = [name for name in self.buffers if name in self.moved and self.buffers[name].is_floating_point()]
-        if not moved:
+        owner = self._moving()
+        if owner is None:
             return None
-        owner = moved[0].rpartition(".")[0]
-        return f"{self.name_of(owner)} ({type(self.outside.get_submodule(owner)).__name__})"
+        return f"{self.name_of(owner) or THE_MODEL} ({type(self.outside.get_submodule(owner)).__name__})"
+
+    def _moving(self) -> str | None:
+        moved = (name for name in self.buffers if name in self.moved and self.buffers[name].is_floating_point())
+        return next((name.rpartition(".")[0] for name in moved), None)
 
     @property
     def places(self) -> tuple[tuple[str, int], ...]:

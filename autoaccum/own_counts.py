@@ -10,7 +10,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,14 +21,19 @@ _CONVERSIONS = frozenset(
 )  # self.x = self.x.to(...) changes where it is, or its dtype, and nothing else
 
 
-def own_counts(model: nn.Module) -> list[str]:
+def own_counts(model: nn.Module, held: Mapping[str, nn.Module] | None = None) -> list[str]:
     """Buffers, numbers and tensors of modules that their own forward changes from what they were: `1.num_updates`.
 
     Torch's own modules are left out: what they keep (batch statistics, power iterations) is known of.
+
+    Args:
+        model: The model.
+        held: Modules that the loss holds, by name.
     """
     return [
-        f"{name}.{attribute}" if name else attribute
-        for name, module in model.named_modules()
+        ".".join(filter(None, [root, name, attribute]))
+        for root, top in {"": model, **(held or {})}.items()
+        for name, module in top.named_modules()
         if not type(module).__module__.startswith("torch.")
         for attribute in sorted(_changed_by(cast(Hashable, type(module))))
         if _is_state(module, attribute)

@@ -14,6 +14,7 @@ from . import loss_terms
 from .batchnorm import Norms, check_choice, find_norms
 from .copies import Copies
 from .errors import UsageError
+from .held import Holdings, holdings
 from .hugging_face import Denominator
 from .ranks import refuse_ranks
 from .workload import Batch, Loss, Workload, class_count, default_loss, is_pair
@@ -26,7 +27,8 @@ class Parts:
     """A workload whose optimizer and scheduler exist: what a window works on.
 
     Attributes:
-        norms: The model's modules whose forward is about more than its own sample.
+        held: What the loss and the other functions of a window hold, beside the model.
+        norms: The modules whose forward is about more than its own sample, of the model and of what the loss holds.
         counts_by_forward: Found out by the first window: the loss is a `(sum, count)` pair and no `count=` was given,
             so that each window of several micro-batches first counts by a forward pass without gradients.
         denominator: Found out by the first window: what a Hugging Face model's own loss averages over.
@@ -50,6 +52,7 @@ class Parts:
     encode: Callable[[nn.Module, Batch], Any] | None = None
     batchnorm: str | None = None
     on_nonfinite: str | None = None
+    held: Holdings = field(default_factory=Holdings)
     norms: Norms = field(default_factory=Norms)
     counts_by_forward: bool = False
     loss_is_mean: bool = False
@@ -83,7 +86,8 @@ def open_parts(workload: Workload) -> Parts:
             f"optimizer= gave {type(optimizer).__name__}, not a torch.optim.Optimizer.",
             hint="Give an optimizer, or a function of the parameters: optimizer=lambda p: torch.optim.SGD(p, lr=0.1).",
         )
-    norms = find_norms(model)
+    held = held_in_window(workload)
+    norms = find_norms(model, held.modules)
     check_choice(norms, workload.batchnorm, model)
     scheduler = workload.scheduler
     if scheduler is not None and not hasattr(scheduler, "step"):
@@ -102,10 +106,16 @@ def open_parts(workload: Workload) -> Parts:
         encode=workload.encode,
         batchnorm=workload.batchnorm,
         on_nonfinite=workload.on_nonfinite,
+        held=held,
         norms=norms,
         configuration=workload.configuration,
         pins_memory=bool(getattr(workload.loader, "pin_memory", False)),
     )
+
+
+def held_in_window(workload: Workload) -> Holdings:
+    """What the functions hold that a window calls."""
+    return holdings(workload.model, loss=workload.loss, encode=workload.encode, count=workload.count)
 
 
 def forward(parts: Parts, piece: Batch, more: dict[str, Any] | None = None) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import UsageError
-from .loss_modules import modules_of
+from .held import holdings
 from .workload import Workload
 
 # Told by name: importing the sharded ones takes a second, and whoever has one has imported it.
@@ -44,8 +44,9 @@ def refuse_ranks(workload: Workload) -> None:
             "Start one process on one device: python train.py, or torchrun --nproc-per-node 1, with the model as it "
             "was before it was wrapped.",
         )
-    for root in dict.fromkeys([workload.model, *modules_of(workload.loss), *modules_of(workload.encode)]):
-        _refuse_wrapped(root, "the model" if root is workload.model else "a module of the loss")
+    _refuse_wrapped(workload.model, "the model")
+    for name, module in holdings(workload.model, loss=workload.loss, encode=workload.encode).modules.items():
+        _refuse_wrapped(module, f"the loss's module {name!r}")
 
 
 def ranks_here() -> int:
@@ -61,7 +62,7 @@ def _refuse_wrapped(root: nn.Module, what: str) -> None:
             continue
         inside = "model.module" if hasattr(module, "module") else "it as it was before it was wrapped"
         raise UsageError(
-            f"{what.capitalize()}{f', in its module {name!r},' if name else ''} is {wrapper}.",
+            f"T{what[1:]}{f', in its module {name!r},' if name else ''} is {wrapper}.",
             "It reduces gradients over ranks in each backward, also where there is one rank. " + _WHY,
             f"Give the Workload the module inside: {inside}; and train in one process on one device.",
         )

@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import UsageError
+from .held import Holdings, Slot
 from .rng import is_generator
 
 Place = tuple[Any, Any]  # (place of the owner, key in it); the first is (None, "model"). Names are made only if asked.
@@ -47,6 +48,10 @@ _PLAIN_IF_LIGHT = _PLAIN | {nn.Parameter}
 # What torch itself keeps in every module and no forward changes: hooks and flags. The light walk leaves them out.
 _LEFT_OUT = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 _OBJECTS = {_OBJECT, _MODULE, _BUILT_IN}
+# Of what functions hold outside of modules, how many bytes a tensor and how many entries a container may have to be
+# followed: in full, and in the light form, which has to be quick. A data set that an object holds is neither copied
+# nor gone through.
+_LIMITS = {True: (1 << 26, 4096), False: (1 << 22, 256)}
 _COLLECTIONS = {_CONTAINER, _ITEMS}
 
 
@@ -57,6 +62,12 @@ class Aspect(Enum):
     REQUIRES_GRAD = "requires_grad of"
     HISTORY = "autograd history of"
     ATTRIBUTES = "attribute of"
+
+
+class HeldName(str):
+    """The first key in the place of what a function holds: what its code calls it."""
+
+    __slots__ = ()
 
 
 class Held(NamedTuple):
@@ -96,6 +107,10 @@ class Walk:
         tensors: By their ids.
         storages: By their addresses; each with the place of the first tensor in it.
         cells: NumPy arrays and random number generators.
+        slots: Variables of functions, with what they are bound to.
+        held: The storages that were reached only from what functions hold, by their addresses, with their tensors.
+        watched: Tensors that are too large to copy, with how often they were written to in place.
+        gradients: Parameters of modules that a loss holds, with their gradients; for the light form.
         seen: Ids of all of them; safe, as `containers` and `tensors` keep whatever was seen alive.
     """
 
@@ -104,7 +119,12 @@ class Walk:
     tensors: dict[int, Held] = field(default_factory=dict)
     storages: dict[int, tuple[torch.UntypedStorage, Place]] = field(default_factory=dict)
     cells: list[tuple[Any, Place]] = field(default_factory=list)
+    slots: list[tuple[Slot, Any]] = field(default_factory=list)
+    held: dict[int, list[tuple[torch.Tensor, Place]]] = field(default_factory=dict)
+    watched: list[tuple[torch.Tensor, int, Place]] = field(default_factory=list)
+    gradients: list[tuple[nn.Parameter, torch.Tensor | None, Place]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
+    _limits: tuple[int, int] | None = None  # while it follows what functions hold
 
     @property
     def host_bytes(self) -> int:
@@ -124,10 +144,30 @@ class Walk:
             if inner := self._inside(value, place, kind):
                 stack.extend(reversed(inner))
 
+    def follow_held(self, held: Holdings) -> None:
+        """Walks from what functions hold, as it is now."""
+        self._limits = _LIMITS[self.full]
+        for slot in held.slots:
+            value = slot.get()
+            self.slots.append((slot, value))
+            if _kind(type(value), self.full) != _LEAF:  # type: ignore[arg-type]
+                self.follow(value, HeldName(slot.name))
+        for name, thing in held.things:
+            self.follow(thing, HeldName(name))
+        for name, parameter in held.parameters.items() if not self.full else ():
+            if parameter.requires_grad:
+                place = (None, HeldName(name))
+                self.gradients.append((parameter, parameter.grad, place))
+                if parameter.grad is not None:
+                    self._bytes(parameter.grad, (place, Aspect.GRADIENT))
+        self._limits = None
+
     def _inside(self, value: Any, place: Place, kind: int) -> list[_Step]:
         """Writes one thing down; returns what it leads to."""
         if kind == _TENSOR:
             return self._tensor(value, place)
+        if self._limits is not None and kind in (_CELL, _CONTAINER, _ITEMS) and self._is_data(value, place, kind):
+            return []
         if kind == _CELL:
             self.cells.append((value, place))
             return []
@@ -142,6 +182,18 @@ class Walk:
             return self._entries([item for item in value.items() if item[0] not in _LEFT_OUT], place)
         return self._entries(value.items() if isinstance(value, dict) else enumerate(value), place)
 
+    def _is_data(self, value: Any, place: Place, kind: int) -> bool:
+        """Whether it is too large to be followed; of a container the entries are put back then, as they are."""
+        assert self._limits is not None
+        most_bytes, most_entries = self._limits
+        if kind == _CELL:
+            return isinstance(value, np.ndarray) and value.nbytes > most_bytes
+        if len(value) <= most_entries:
+            return False
+        if self.full and kind == _CONTAINER:
+            self.containers.append((value, _shallow(value), place))
+        return True
+
     def _entries(self, entries: Iterable[tuple[Any, Any]], place: Place) -> list[_Step]:
         """What a container leads to. Containers of plain values only are written down at once: most are empty."""
         plain, seen, inner = _PLAIN if self.full else _PLAIN_IF_LIGHT, self.seen, list[_Step]()
@@ -151,7 +203,8 @@ class Walk:
             kind = _kind(type(entry), self.full)  # type: ignore[arg-type]  # mypy finds no hash in type[Any]
             if kind == _LEAF or id(entry) in seen:
                 continue
-            if kind in _COLLECTIONS and plain.issuperset(map(type, _values(entry))):
+            large = self._limits is not None and kind in _COLLECTIONS and len(entry) > self._limits[1]
+            if kind in _COLLECTIONS and not large and plain.issuperset(map(type, _values(entry))):
                 if kind == _CONTAINER:
                     seen.add(id(entry))
                     self.containers.append((entry, _shallow(entry), (place, key)))
@@ -192,17 +245,34 @@ class Walk:
     def _bytes(self, tensor: torch.Tensor, place: Place) -> list[_Step]:
         if not tensor.is_meta and has_storage(tensor):
             storage = tensor.untyped_storage()
+            if self._limits is not None and (storage._cdata in self.held or storage._cdata not in self.storages):
+                if storage.nbytes() > self._limits[0] and not _is_of_module(place):
+                    self.watched.append((tensor, version_of(tensor), place))
+                    return []
+                self.held.setdefault(storage._cdata, []).append((tensor, place))
             self.storages.setdefault(storage._cdata, (storage, place))
             return []
         return [(part, (place, name), _TENSOR) for name, part in parts(tensor)]
 
 
-def walk(full: bool, **roots: Any) -> Walk:
-    """Walks from the model, the optimizer, the scaler and the scheduler, where they aren't None."""
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place, as autograd counts it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_of_module(place: Place) -> bool:
+    owner = place[0]
+    return place[1] is Aspect.GRADIENT or (owner is not None and owner[1] in ("_buffers", "_parameters"))
+
+
+def walk(full: bool, held: Holdings | None = None, **roots: Any) -> Walk:
+    """Walks from the model, the optimizer, the scaler and the scheduler, where they aren't None, and what is held."""
     found = Walk(full)
     for name, root in roots.items():
         if root is not None and (full or name in ("model", "scaler")):
             found.follow(root, name)
+    if held is not None:
+        found.follow_held(held)
     return found
 
 
@@ -285,6 +355,8 @@ def name_of(place: Place, tensors: dict[int, Held]) -> str:
             return f"{key.value} {name_of(owner, tensors)}{_indexed(keys)}"
         keys.insert(0, key)
     root, *rest = keys
+    if isinstance(root, HeldName):
+        return _name_in_held(rest, root)
     if root == "model":
         return _name_in_model(rest)
     if root == "optimizer" and len(rest) > 1 and rest[0] == "state":
@@ -294,9 +366,14 @@ def name_of(place: Place, tensors: dict[int, Held]) -> str:
     return f"{root} attribute {_from_first(rest)}" if rest else str(root)
 
 
-def _name_in_model(keys: list[Any]) -> str:
-    """The name of what these keys lead to from the model, as `named_parameters` and `named_modules` put it."""
-    modules: list[str] = []
+def _name_in_model(keys: list[Any], root: str = "") -> str:
+    """The name of what these keys lead to from the model, as `named_parameters` and `named_modules` put it.
+
+    Args:
+        keys: The keys.
+        root: For what a function holds: its name, which comes first.
+    """
+    modules: list[str] = [root] if root else []
     while len(keys) > 1 and keys[0] == "_modules":
         modules.append(keys[1])
         keys = keys[2:]
@@ -308,6 +385,13 @@ def _name_in_model(keys: list[Any]) -> str:
     if keys == ["training"]:
         return f"training mode of {module or 'the model'}"
     return f"module attribute {'.'.join([*modules, keys[0]])}{_indexed(keys[1:])}"
+
+
+def _name_in_held(keys: list[Any], root: str) -> str:
+    """The name of what these keys lead to from what a function holds."""
+    if keys and keys[0] in ("_modules", "_parameters", "_buffers", "training"):
+        return _name_in_model(keys, root)
+    return root + "".join(f".{key}" if isinstance(key, str) and key.isidentifier() else _indexed([key]) for key in keys)
 
 
 def _from_first(keys: list[Any]) -> str:

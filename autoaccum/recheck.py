@@ -65,7 +65,7 @@ def recheck(parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: 
     if rows is None:
         return None
     whole, parted, counts = rows
-    with as_it_trains(parts.model):
+    with as_it_trains(parts.model, parts.held):
         try:
             twin = Twin(parts.model, parts.loss, alias=True)
             found = gradients.compare(twin, lambda: parts, whole, parted, counts)

@@ -70,7 +70,7 @@ def warnings(parts: Parts, steps: int) -> list[str]:
             "itself. Unless it is linear (a factor, a mask), the sum is not what it would make of the whole. "
             "optimizer.register_step_pre_hook runs once, with the whole gradient."
         )
-    found.append(told_of_changes(own_counts(parts.model), parts, steps))
+    found.append(told_of_changes(own_counts(parts.model, parts.held.modules), parts, steps))
     return [text for text in found if text]
 
 
@@ -89,10 +89,12 @@ def told_of_changes(changed: Sequence[str], parts: Parts, steps: int, said: Sequ
     prefixes = [f"{name}." if name else "" for name in (*parts.norms.batch, *parts.norms.instance)]
     known = {prefix + statistic for prefix in prefixes for statistic in _STATISTICS} | set(said)
     spectral = bool(parts.norms.spectral)
+    kept = tuple(f"{name}[" for name, thing in parts.held.things if not isinstance(thing, nn.Module))  # lists of losses
     mine = [
         name
         for name in (each.removeprefix("module attribute ").removeprefix("model.") for each in changed)
         if not name.endswith("RNG") and "RNG of" not in name and name not in known
+        and not name.startswith("gradient of") and not name.startswith(kept)
         and not (spectral and name.endswith(("._u", "._v", "_u", "_v")))
     ]  # fmt: skip
     if not mine:

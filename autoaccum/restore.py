@@ -6,6 +6,10 @@ however many tensors share it, and the state of every random number generator. P
 containers and the same storages, so that whoever holds a reference (an optimizer, a captured graph) sees nothing
 move. `load_state_dict` is no use here: it casts.
 
+What a loss and the other functions hold (held.py) is part of it. In full it is copied as far as half of the host's
+free memory goes, smallest first; of what is larger only the count of in-place writes is kept, and a change is an
+error by name.
+
 Doesn't know what a step is. An attribute that is an arbitrary object is compared, and put back, by identity; what
 happened inside it is neither seen nor undone, nor is what hooks do outside the model. A freed graph stays freed.
 """
@@ -26,8 +30,9 @@ from torch import nn
 
 from . import reach
 from .errors import RestoreError, UsageError
+from .held import Holdings, Slot
 from .process_memory import available_bytes as _available_bytes
-from .reach import Aspect, Held, Place, Walk
+from .reach import Aspect, Held, HeldName, Place, Walk, version_of
 from .rng import put_rng, read_generator, same_state, take_rng, write_generator
 from .units import show_bytes
 
@@ -80,8 +85,13 @@ class Snapshot:
                 attempt(place, _put_storage, storage, nbytes, host)
             for cell, state, place in self._cells:
                 attempt(place, _put_cell, cell, state)
+            for slot, value in self._found.slots:
+                attempt((None, HeldName(slot.name)), _put_slot, slot, value)
+            for parameter, gradient, place in self._found.gradients:
+                attempt(place, _put_gradient, parameter, gradient)
             for name, state in self._rng.items():
                 attempt((None, name), put_rng, {name: state})
+        failures += [f"{name} (too large to be copied beforehand)" for name in self.unkept() if self._found.full]
         if failures:
             shown = "; ".join(failures[:_SHOWN]) + ("; ..." if len(failures) > _SHOWN else "")
             raise RestoreError(
@@ -96,9 +106,17 @@ class Snapshot:
         places += [place for held in self._found.tensors.values() for place in _tensor_differences(held)]
         places += [place for stored in self._stored() for place in self._storage_differences(stored)]
         places += [place for cell, state, place in self._cells if not same_state(_read_cell(cell), state)]
+        places += [(None, HeldName(slot.name)) for slot, value in self._found.slots if slot.get() is not value]
+        gradients = self._found.gradients
+        places += [(place, Aspect.GRADIENT) for parameter, was, place in gradients if parameter.grad is not was]
         now = take_rng()
         places += [(None, name) for name, state in self._rng.items() if not same_state(now[name], state)]
         return list(dict.fromkeys(reach.name_of(place, self._found.tensors) for place in places))
+
+    def unkept(self) -> list[str]:
+        """Names of what was changed in place, and is too large for a copy to have been kept of it."""
+        watched = self._found.watched
+        return [reach.name_of(place, {}) for tensor, before, place in watched if version_of(tensor) != before]
 
     def _stored(self) -> Iterator[_Stored]:
         """Every storage with its own part of the copies."""
@@ -120,7 +138,13 @@ class Snapshot:
 
 
 def take(
-    *, model: nn.Module, optimizer: Any = None, scaler: Any = None, scheduler: Any = None, storages: bool = True
+    *,
+    model: nn.Module | None,
+    optimizer: Any = None,
+    scaler: Any = None,
+    scheduler: Any = None,
+    held: Holdings | None = None,
+    storages: bool = True,
 ) -> Snapshot:
     """Takes a snapshot of all that a training step changes.
 
@@ -128,12 +152,14 @@ def take(
     ResNet-18 on the CPU). It covers the random number generators, the scaler, and of the modules who is in them, their
     modes, buffers and plain attributes. It leaves parameters, their gradients, optimizer, scheduler and hooks as they
     are, and in torch's own modules (`torch.nn.modules`) goes no deeper than the attribute itself and a buffer's bytes.
+    Of what functions hold it also covers variables, and the gradients of modules' parameters.
 
     Args:
-        model: The module; all modules in it, their parameters, buffers and plain attributes.
+        model: The module; all modules in it, their parameters, buffers and plain attributes; None for what is held.
         optimizer: Its state, its groups and its other attributes.
         scaler: A gradient scaler.
         scheduler: A learning rate scheduler.
+        held: What the workload's functions hold.
         storages: False for the light form.
 
     Returns:
@@ -142,27 +168,29 @@ def take(
     Raises:
         UsageError: The host has less memory available than the copies need, or a parameter has no shape yet.
     """
-    found = reach.walk(storages, model=model, optimizer=optimizer, scaler=scaler, scheduler=scheduler)
+    found = reach.walk(storages, held, model=model, optimizer=optimizer, scaler=scaler, scheduler=scheduler)
+    _leave_out_large(found)
     host_bytes = found.host_bytes
     _check_host(host_bytes)
     cells = [(cell, _read_cell(cell), place) for cell, place in found.cells]
     return Snapshot(host_bytes, found, _copy(found.storages.values()), cells, take_rng())
 
 
-def host_bytes_needed(
-    *, model: nn.Module, optimizer: Any = None, scaler: Any = None, scheduler: Any = None, storages: bool = True
-) -> int:
+def host_bytes_needed(**of: Any) -> int:
     """Bytes of host memory that `take` with the same arguments would copy; copies nothing."""
-    return reach.walk(storages, model=model, optimizer=optimizer, scaler=scaler, scheduler=scheduler).host_bytes
+    found = reach.walk(of.pop("storages", True), of.pop("held", None), **of)
+    _leave_out_large(found)
+    return found.host_bytes
 
 
 @contextlib.contextmanager
-def kept(
-    *, model: nn.Module, optimizer: Any = None, scaler: Any = None, scheduler: Any = None, storages: bool = True
-) -> Iterator[Snapshot]:
+def kept(**of: Any) -> Iterator[Snapshot]:
     """Takes a snapshot and puts it back on every way out: the end, an exception, Ctrl-C.
 
     A further Ctrl-C while it is being put back waits until that is done, and counts then.
+
+    Args:
+        **of: The arguments of `take`.
 
     Yields:
         The snapshot, which `take` made of the same arguments.
@@ -170,7 +198,7 @@ def kept(
     Raises:
         RestoreError: Something could not be put back. Everything else was.
     """
-    snapshot = take(model=model, optimizer=optimizer, scaler=scaler, scheduler=scheduler, storages=storages)
+    snapshot = take(**of)
     try:
         yield snapshot
     finally:
@@ -303,6 +331,32 @@ def _put_cell(cell: Any, state: Any) -> None:
         write_generator(cell, state)
     elif not same_state(cell, state):  # it may be read-only
         cell[...] = state
+
+
+def _put_slot(slot: Slot, value: Any) -> None:
+    if slot.get() is not value:
+        slot.put(value)
+
+
+def _put_gradient(parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
+    if parameter.grad is not gradient:
+        parameter.grad = gradient
+
+
+def _leave_out_large(found: Walk) -> None:
+    """Takes out of a walk the largest storages that only functions hold, until half of the free memory is enough."""
+    if not found.full or not found.held:
+        return
+    available_bytes = _available_bytes()
+    if available_bytes is None:
+        return
+    sizes = {address: found.storages[address][0].nbytes() for address in found.held}
+    room_bytes = (available_bytes - found.host_bytes + sum(sizes.values())) // 2
+    for address in sorted(sizes, key=sizes.__getitem__):
+        room_bytes -= sizes[address]
+        if room_bytes < 0:
+            del found.storages[address]
+            found.watched += [(tensor, version_of(tensor), place) for tensor, place in found.held[address]]
 
 
 def _check_host(needed_bytes: int) -> None:

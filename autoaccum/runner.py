@@ -13,15 +13,16 @@ import torch
 
 from . import batchnorm, drift, oom, process_memory, refuse, restore, step
 from . import split as cutting
+from .changes import Changes
 from .errors import OutOfMemory, UsageError
 from .identity import check_fingerprint, check_signature, fingerprint
-from .own_counts import own_counts
 from .plan import Plan
 from .recheck import counts_differ, recheck
 from .recording import FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from .recut import counted, cut_one, recut, refuse_changed, versions
 from .rng import put_rng
 from .solve import CAPACITY_MARGIN, share_of, split_within
+from .still import Still
 from .tokens import split_by_tokens
 from .units import show_bytes
 from .windows import Window, windows
@@ -84,8 +85,9 @@ class Runner:
         self._phase, self._begun = "", 0  # of a window: where it is, and its micro-batches so far
         self._max_tokens = workload.max_tokens if plan.max_tokens is None else plan.max_tokens
         self._more_rows = plan.most_rows  # of short samples, within these tokens
-        self._ignored_told = self._changes_looked_at = self._rechecked = self._in_window = False
+        self._ignored_told = self._rechecked = self._in_window = False
         self._drift = drift.Watch(self.parts.device, plan)
+        self._still, self._changes = Still(self.parts), Changes(self.parts)
         self._least = max(plan.smallest_micro_batch, batchnorm.least_micro_batch(self.parts.norms, workload.batchnorm))
         if not self.parts.model.training:
             self.parts.model.train()
@@ -191,9 +193,9 @@ class Runner:
         self._drift.begin()
         while True:
             self._phase, self._begun, before = "", 0, None
-            before_versions, failure = versions(window), ""
+            before_versions, still, failure = versions(window), self._still.versions(), ""
             try:
-                before = restore.take(model=self.parts.model, scaler=self.parts.scaler, storages=False)
+                before = self._take()
                 with self._within_window():
                     result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
                 break
@@ -204,14 +206,21 @@ class Runner:
             # Out of the handler only: inside it the error still holds the activations of the failed micro-batch.
             retries += 1
             refuse_changed(window, before_versions, failure)
+            self._still.refuse_moved(still, before, failure)
             window = self._start_over(before, window, failure)
         self.number += 1
         self._drift.end()
         self._warn_of_ignored(window)
-        self._look_at_changes(before, window)
+        if told := self._changes.look(before, len(window.pieces)):
+            log.warning("%s", told)
         return StepResult(
             self.number, result.loss, result.samples, window.sizes, result.grad_norm, result.stepped, retries
         )
+
+    def _take(self) -> restore.Snapshot:
+        """What a window that is started over is put back to."""
+        parts = self.parts
+        return restore.take(model=parts.model, scaler=parts.scaler, held=parts.held, storages=False)
 
     def _recheck(self, window: Window) -> None:
         """Tests the gradient once more on the first real window that the plan's sample may not have stood for."""
@@ -253,16 +262,6 @@ class Runner:
     def _drop_gradients(self) -> None:
         self.parts.model.zero_grad(set_to_none=True)
         self.parts.optimizer.zero_grad(set_to_none=True)
-
-    def _look_at_changes(self, before: restore.Snapshot, window: Window) -> None:
-        """Says once what the first window of several micro-batches left changed in modules that keep count."""
-        if self._changes_looked_at or len(window.pieces) < 2:
-            return
-        self._changes_looked_at = True
-        said = own_counts(self.parts.model)  # when the Runner was made
-        told = refuse.told_of_changes(before.differences(), self.parts, len(window.pieces), said)
-        if told:
-            log.warning("%s", told)
 
     def _start_over(self, before: restore.Snapshot | None, window: Window, failure: str) -> Window:
         """Drops the half-added gradients, puts back random states and buffers, lowers the micro-batch, cuts again."""

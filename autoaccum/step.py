@@ -137,7 +137,7 @@ def _all_representations(parts: Parts, norms: batchnorm.Window, pieces: Sequence
         _backward(parts, loss)
         return loss.detach()
 
-    return cached.fill(parts.model, encode_first, backward, pieces, parts.window_samples)
+    return cached.fill(parts.model, encode_first, backward, pieces, parts.window_samples, parts.held)
 
 
 def _from_cache(parts: Parts, norms: batchnorm.Window, cache: cached.Cache, index: int, piece: Batch) -> torch.Tensor:

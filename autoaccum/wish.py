@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from . import batchnorm
 from . import split as cutting
 from .errors import AutoaccumError, UsageError
+from .parts import held_in_window
 from .plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from .solve import share_of
 from .windows import loader_length
@@ -87,7 +88,8 @@ def read_wish(
         )
     _sample_size(workload)
     samples = None if target_batch is None else share_of(target_batch, world_size, rank)
-    least = least or batchnorm.least_micro_batch(batchnorm.find_norms(workload.model), workload.batchnorm)
+    norms = batchnorm.find_norms(workload.model, held_in_window(workload).modules)
+    least = least or batchnorm.least_micro_batch(norms, workload.batchnorm)
     dataset = dataset_samples(workload)
     most = min(most or SEARCH_LIMIT, samples or dataset or SEARCH_LIMIT)
     if workload.max_tokens is not None and workload.lengths:  # at the longest, which is planned for

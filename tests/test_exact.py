@@ -26,7 +26,7 @@ from autoaccum import LossTerms, Workload, exact, fit_plan, restore, step, virtu
 from autoaccum import gradients as engine
 from autoaccum.advice import percent
 from autoaccum.hard_batch import HARDNESSES, easy, harder, uneven
-from autoaccum.loss_modules import modules_of
+from autoaccum.held import modules_of
 from autoaccum.recheck import counts_differ, recheck
 
 SAMPLES = pytest.mark.parametrize("hard", [False, True], ids=["easy", "hard"])

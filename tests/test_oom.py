@@ -406,6 +406,12 @@ class Marker:
     held: torch.Tensor
 
 
+class Apart:
+    """Holds what a loss reaches and a restart must not put back: an object without a __dict__ isn't followed."""
+
+    __slots__ = ("alive", "fault", "found")
+
+
 class Marked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, alive: list[weakref.ref[Any]]) -> torch.Tensor:
@@ -425,6 +431,8 @@ class Marked(torch.autograd.Function):
 def test_what_failed_is_freed_before_the_retry_begins(how: str, where: str, error: Callable[[], BaseException]) -> None:
     fault, alive, found, kept = Fault(error), list[Any](), list[int](), list[BaseException]()
     fault.at = {1: where}
+    apart = Apart()
+    apart.fault, apart.alive, apart.found = fault, alive, found
 
     def raised() -> BaseException:
         kept.append(error())
@@ -434,9 +442,9 @@ def test_what_failed_is_freed_before_the_retry_begins(how: str, where: str, erro
         fault.error = raised
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-        if torch.is_grad_enabled() and fault.forwards == 2:
-            found.append(sum(ref() is not None for ref in alive))
-        x = Marked.apply(batch[0].clone().requires_grad_(), alive)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and apart.fault.forwards == 2:
+            apart.found.append(sum(ref() is not None for ref in apart.alive))
+        x = Marked.apply(batch[0].clone().requires_grad_(), apart.alive)  # type: ignore[no-untyped-call]
         if how == "in a cycle":
             cycle = Marker()
             cycle.me, cycle.held = cycle, x

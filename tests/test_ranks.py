@@ -123,7 +123,7 @@ def test_a_wrapped_teacher_of_the_loss_is_refused(world_of_one: None) -> None:
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         return default_loss(model, batch) + (model(batch[0]) - teacher(batch[0]).detach()).square().mean()
 
-    with pytest.raises(UsageError, match="A module of the loss is DistributedDataParallel"):
+    with pytest.raises(UsageError, match="The loss's module 'teacher' is DistributedDataParallel"):
         fit_plan(Workload(mlp(), vectors(4), loss=loss), target_batch=16)
 
 

@@ -181,7 +181,7 @@ def _trained_once(workload: Workload, samples: int) -> dict[str, torch.Tensor]:
     model = workload.model
     batch = cutting.tile(workload.sample, samples, shared=workload.shared, per_sample=workload.per_sample)
     parts = open_parts(replace(workload, scheduler=None))
-    with as_it_trains(model):
+    with as_it_trains(model, parts.held):
         model.zero_grad(set_to_none=True)
         torch.manual_seed(0)
         loss: torch.Tensor = loss_terms.whole(forward(parts, batch))
