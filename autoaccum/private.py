@@ -167,7 +167,7 @@ def _not_own(path: Path, what: str) -> UsageError:
 
 def _cant_keep(path: Path, error: OSError | RuntimeError) -> UsageError:
     return UsageError(
-        f"Nothing can be kept in {str(path)!r}: {getattr(error, 'strerror', None) or error}.",
+        f"The cache can't be kept in {str(path)!r}: {getattr(error, 'strerror', None) or error}.",
         "The user's cache holds what is compiled once, and locks.",
         "Name a folder that can be written: XDG_CACHE_HOME=DIR",
     )
