@@ -69,10 +69,8 @@ def _check(
         parse_bytes(memory, what="an amount of memory")
     if output is None:
         return
+    from ..files import check_output
     from ..report import check_suffix
 
     check_suffix(output)
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists already.", hint="Name another file, or add --force to overwrite it.")
-    if not output.parent.is_dir():
-        raise UsageError(f"There is no folder {output.parent}.", hint="Make it first, or name another file.")
+    check_output(output, force=force)

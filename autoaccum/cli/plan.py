@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import typer
 
 from ..errors import UsageError
+from ..files import check_output
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..units import parse_bytes
 from ..workloads import BUILT_IN, DEFAULT
@@ -39,7 +39,7 @@ def plan(
     from ..plan import Plan
     from ..source import check_source
     from ..virtual import planning_environment
-    from .terminal import progress
+    from .terminal import keep_plan, progress
 
     check_source(workload)
     arguments = {
@@ -58,8 +58,7 @@ def plan(
     with progress("planning") as say:
         found = Plan.from_json(call("plan", arguments, on_message=say, env=planning_environment(gpu))["plan"])
     if output is not None:
-        found.save(output)
-        print(f"wrote {output}", file=sys.stderr)
+        keep_plan(found, output)
     if json:
         print(found.to_json(), end="")
         return
@@ -82,10 +81,8 @@ def _check(
         raise UsageError(f"{given} can't be.", hint="Give --device cpu, --device cuda, or --gpu NAME alone.")
     if memory is not None:
         parse_bytes(memory, what="an amount of memory")
-    if output is not None and output.exists() and not force:
-        raise UsageError(f"{output} exists already.", hint="Name another file, or add --force to overwrite it.")
-    if output is not None and not output.parent.is_dir():
-        raise UsageError(f"There is no folder {output.parent}.", hint="Make it first, or name another file.")
+    if output is not None:
+        check_output(output, force=force)
 
 
 def _check_times(objective: str, target_batch: int | None, gpu: str | None, verify: bool) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import typer
 
-from ..errors import UsageError
-
 
 def report(
     plan: Path = typer.Argument(help="A plan file."),
@@ -18,15 +16,13 @@ def report(
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
 ) -> None:
     """Make a page, or tables, of a plan. Needs no model and no GPU."""
+    from ..files import check_output
     from ..plan import Plan
     from ..report import check_suffix, render, write
 
     if output is not None:
         check_suffix(output)
-        if output.exists() and not force:
-            raise UsageError(f"{output} exists already.", hint="Name another file, or add --force to overwrite it.")
-        if not output.parent.is_dir():
-            raise UsageError(f"There is no folder {output.parent}.", hint="Make it first, or name another file.")
+        check_output(output, force=force)
     read = Plan.load(plan)
     if output is None:
         print(render(read, ".md"), end="")

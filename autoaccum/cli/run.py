@@ -14,6 +14,7 @@ import typer
 
 from ..child import Say
 from ..errors import UsageError
+from ..files import check_output
 from ..units import show_bytes
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def run(
             hint="Train it there: Runner(workload, plan).epoch(loader); or plan with --workload FILE.py:FUNCTION.",
         )
     check_source(read.workload)
-    if checkpoint is not None and not checkpoint.parent.is_dir():
-        raise UsageError(f"There is no folder {checkpoint.parent}.", hint="Make it first, or name another file.")
+    if checkpoint is not None:
+        check_output(checkpoint, force=True)
     arguments = {
         "plan": read.to_json(),
         "epochs": epochs,

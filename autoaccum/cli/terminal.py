@@ -6,10 +6,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..child import Say
-from ..errors import AutoaccumError
+from ..errors import AutoaccumError, UsageError
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 
 def show_error(error: AutoaccumError, *, with_traceback: bool) -> None:
@@ -22,6 +26,20 @@ def show_error(error: AutoaccumError, *, with_traceback: bool) -> None:
             traceback.print_exception(error)
     lines = [line for line in (error.what, error.why, error.hint) if line]
     print("error: " + lines[0], *lines[1:], sep="\n  ", file=sys.stderr)
+
+
+def keep_plan(plan: Plan, output: Path) -> None:
+    """Writes a plan's file; where that fails after all, prints it, so that what was found isn't lost.
+
+    Raises:
+        UsageError: The file can't be written.
+    """
+    try:
+        plan.save(output)
+    except UsageError as error:
+        print(plan.to_json(), end="", flush=True)
+        raise UsageError(error.what, error.why, f"The plan is on stdout, whole: keep it. {error.hint}") from error
+    print(f"wrote {output}", file=sys.stderr)
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import UsageError
+from ..files import check_output
 from ..workloads import BUILT_IN, DEFAULT
+from .terminal import keep_plan
 
 if TYPE_CHECKING:
     from ..child import Say
@@ -41,10 +43,8 @@ def tune(
     """Find the precision, checkpointing, layout, optimizer and micro-batch that take the least time at that batch."""
     if target_batch is None:
         raise UsageError("There is no target to tune for.", hint="Give --target-batch 512, say.")
-    if output is not None and output.exists() and not force:
-        raise UsageError(f"{output} exists already.", hint="Name another file, or add --force to overwrite it.")
-    if output is not None and not output.parent.is_dir():
-        raise UsageError(f"There is no folder {output.parent}.", hint="Make it first, or name another file.")
+    if output is not None:
+        check_output(output, force=force)
     from ..tuning import tune
     from ..tuning.space import read_space
 
@@ -61,8 +61,7 @@ def tune(
             print(f"the trials so far are kept in {study}: the same command goes on with them", file=sys.stderr)
         raise
     if output is not None:
-        found.plan.save(output)
-        print(f"wrote {output}", file=sys.stderr)
+        keep_plan(found.plan, output)
     if json:
         print(found.to_json(), end="")
         return
