@@ -1,5 +1,20 @@
-"""`python -m autoaccum`."""
+"""`python -m autoaccum`, and the `autoaccum` command."""
 
-from .cli import main
+from __future__ import annotations
 
-main()
+from . import interrupts
+
+
+def main() -> None:
+    """The command, with signals handled before anything else is imported."""
+    interrupts.watch(end_if_dropped=True)
+    try:
+        from .cli import main as command
+
+        command()
+    except interrupts.Interrupted as error:
+        interrupts.end_now(error.number)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,17 +11,19 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from . import errors, handed
+from . import errors, handed, interrupts
 from .errors import AutoaccumError
 from .import_path import ROOT
+from .interrupts import Interrupted
 
 # -P keeps the current folder off the path. This very autoaccum is imported first, wherever it lies; its folder then
 # comes last, so that no other module is taken from there.
@@ -35,6 +37,11 @@ from autoaccum.child import start
 start()"""
 
 Say = Callable[[dict[str, Any]], None]
+
+FINISHES = "finishes"  # a message: whether an interrupted child ends by itself once what it is at is done
+GRACE_SECONDS = 2.0  # what any other has for ending once it was asked to
+POLL_SECONDS = 0.25
+_in_child = False  # whether this process is a child itself: its children belong to its own process group then
 
 
 def call(
@@ -59,34 +66,32 @@ def call(
 
     Raises:
         AutoaccumError: What the task raised, as the same class; or how the process ended.
+        Interrupted: A signal asked for the end, and the task didn't answer that it had stopped in order.
     """
-    reading, writing = os.pipe()
-    theirs, ours = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _START, ROOT, task, str(writing), str(theirs)],
-        pass_fds=[writing, theirs],
-        stdin=subprocess.PIPE,
-        env={"KINETO_LOG_LEVEL": "5", **(os.environ if env is None else env)},
-        process_group=0,  # a terminal's Ctrl-C reaches this process only, which hands it on: once, not twice
-        text=True,
-    )
-    os.close(writing)
-    os.close(theirs)
-    handed.send(functions, ours)
-    result: dict[str, Any] = {}
-    with _handed_on(process), os.fdopen(reading, encoding="utf-8") as lines:
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: what it printed and its exit code will tell
-            process.stdin.write(json.dumps(arguments))  # an argument of a command line ends at 128 KiB
-            process.stdin.close()
-        for line in lines:
-            message = json.loads(line)
-            if "result" in message or "error" in message:
-                result = message
-                break  # a process that the user's code left behind may hold the pipe open
-            if on_message is not None:
-                on_message(message)
-        code = process.wait()
+    with contextlib.ExitStack() as stack:
+        reading, writing = os.pipe()
+        stack.callback(os.close, reading)
+        theirs, ours = os.pipe()
+        # Until both sides can answer one, they are held back
+        with os.fdopen(writing, "wb"), os.fdopen(theirs, "rb"), interrupts.held_back():
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _START, ROOT, task, str(writing), str(theirs)],
+                pass_fds=[writing, theirs],
+                stdin=subprocess.PIPE,
+                env={"KINETO_LOG_LEVEL": "5", **(os.environ if env is None else env)},
+                # A terminal's Ctrl-C reaches this process only, which hands it on: once, not twice. And whatever a
+                # child starts can be ended with it.
+                process_group=None if _in_child else 0,
+                text=True,
+            )
+            asked = _Asked(process, leads=not _in_child)
+            stack.enter_context(interrupts.handled_by(lambda number, frame: asked.ask(number)))
+        handed.send(functions, ours)
+        result = _answer(process, reading, arguments, asked, on_message)
+        code = asked.wait()
+    if asked.number is not None and not result.get("result", {}).get("interrupted"):
+        signal.raise_signal(asked.number)  # for whoever handles it in this process
+        raise Interrupted(asked.number)
     if "error" in result:
         raise _rebuilt(result["error"])
     if "result" not in result:
@@ -95,31 +100,109 @@ def call(
     return answer
 
 
-@contextlib.contextmanager
-def _handed_on(process: subprocess.Popen[str]) -> Iterator[None]:
-    """While the child works, it is for the child to say what an interrupt means."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
-
-    def hand_on(number: int, frame: Any) -> None:
-        if process.poll() is None:
-            process.send_signal(number)
-        elif callable(before[number]):  # it has ended already
-            before[number](number, frame)
-
-    for number in numbers:
-        signal.signal(number, hand_on)
+def _answer(
+    process: subprocess.Popen[str],
+    reading: int,
+    arguments: dict[str, Any],
+    asked: _Asked,
+    on_message: Say | None,
+) -> dict[str, Any]:
+    """Gives the child its arguments and reads what it says; its last message, or {} where it ended without."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died at once: what it printed and its exit code will tell
+        process.stdin.write(json.dumps(arguments))  # an argument of a command line ends at 128 KiB
+        process.stdin.close()
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for message in _messages(process, reading, asked):
+            if "result" in message or "error" in message:
+                return message  # a process that the user's code left behind may hold the pipe open
+            if FINISHES in message:
+                asked.finishes = message[FINISHES]
+            elif on_message is not None:
+                on_message(message)
+    except BaseException:  # who asked is gone: stdout is closed, say
+        asked.ask(signal.SIGTERM)
+        for _ in _messages(process, reading, asked):
+            pass
+        asked.number = None  # nobody else is to be told
+        raise
+    return {}
+
+
+def _messages(process: subprocess.Popen[str], reading: int, asked: _Asked) -> Iterator[dict[str, Any]]:
+    """What the child says, until it ends."""
+    begun = b""
+    while True:
+        ended = process.poll() is not None
+        if select.select([reading], [], [], 0.0 if ended else POLL_SECONDS)[0]:
+            part = os.read(reading, 1 << 16)
+            if not part:
+                return
+            *lines, begun = (begun + part).split(b"\n")
+            yield from map(json.loads, lines)
+        elif ended:
+            return
+        asked.enforce()
+
+
+class _Asked:
+    """While the child works, it is for the child to say what an interrupt means; and it has to end.
+
+    Args:
+        process: The child.
+        leads: Whether it leads a process group of its own, which is ended with it.
+
+    Attributes:
+        number: The signal that was asked on; None for none.
+        finishes: Whether the child has said that it ends by itself, once what it is at is done.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], *, leads: bool) -> None:
+        self._process, self._leads = process, leads
+        self.number: int | None = None
+        self.finishes = False
+        self._asked_at = 0.0
+
+    def ask(self, number: int) -> None:
+        """Hands a signal on; a second one ends the child at once."""
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._asked_at = number, now
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+        elif now - self._asked_at > interrupts.SAME_SECONDS:
+            self._kill()
+
+    def enforce(self) -> None:
+        """Ends a child that was asked to end and goes on: the exception was dropped, or native code runs long."""
+        if self.number is None or self.finishes or self._process.poll() is not None:
+            return
+        if time.monotonic() - self._asked_at > GRACE_SECONDS:
+            self._kill()
+
+    def wait(self) -> int:
+        """Waits for its end; whatever it started ends too where it was asked to end."""
+        while True:
+            try:
+                code = self._process.wait(POLL_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                self.enforce()
+        if self.number is not None:
+            self._kill()
+        return code
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._leads:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
 
 
 def _died(task: str, code: int) -> AutoaccumError:
+    if -code in interrupts.NUMBERS:
+        raise Interrupted(-code)
     if code == -signal.SIGKILL:
         return errors.OutOfMemory(
             f"The process for `{task}` was killed (SIGKILL).",
@@ -132,7 +215,7 @@ def _died(task: str, code: int) -> AutoaccumError:
 
 def _rebuilt(error: dict[str, Any]) -> AutoaccumError:
     if error["class"] == "KeyboardInterrupt":
-        raise KeyboardInterrupt
+        raise Interrupted(error["number"])
     kind = getattr(errors, error["class"], AutoaccumError)
     rebuilt: AutoaccumError = kind(error["what"], error["why"], error["hint"])
     if isinstance(rebuilt, errors.DoesNotFit):
@@ -147,7 +230,8 @@ def _described(error: BaseException) -> dict[str, Any]:
         told["missing_bytes"] = getattr(error, "missing_bytes", 0)
         return told | {"class": type(error).__name__, "what": error.what, "why": error.why, "hint": error.hint}
     if isinstance(error, KeyboardInterrupt):
-        return told | {"class": "KeyboardInterrupt", "what": "interrupted", "why": "", "hint": ""}
+        number = getattr(error, "number", signal.SIGINT)
+        return told | {"class": "KeyboardInterrupt", "what": "interrupted", "why": "", "hint": "", "number": number}
     place = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     where = f" at {place.filename}:{place.lineno}" if place else ""
     first = (str(error).strip().splitlines() or [""])[0]
@@ -161,6 +245,9 @@ def _described(error: BaseException) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """The child's side: TASK, the descriptors to answer on and to be handed functions by; JSON arguments on stdin."""
+    global _in_child
+    interrupts.watch()
+    _in_child = True
     task, descriptor, functions = argv
     die_with_parent()
     handed.receive(int(functions))
@@ -169,19 +256,31 @@ def main(argv: list[str]) -> int:
     os.dup2(2, 1)  # whatever is printed from here on is no result
     pipe = os.fdopen(int(descriptor), "w", encoding="utf-8", buffering=1)
 
-    def say(message: dict[str, Any]) -> None:
+    finishes = False
+
+    def send(message: dict[str, Any]) -> None:
         pipe.write(json.dumps(message) + "\n")
         pipe.flush()
+
+    def say(message: dict[str, Any]) -> None:
+        nonlocal finishes
+        finishes = message.get(FINISHES, finishes)
+        if not finishes:
+            interrupts.raise_if_received()  # one that was dropped
+        send(message)
 
     try:
         from .tasks import TASKS
 
-        say({"result": TASKS[task](say=say, **json.loads(arguments))})
+        result = TASKS[task](say=say, **json.loads(arguments))
+        if not result.get("interrupted"):
+            interrupts.raise_if_received()
+        send({"result": result})
         return 0
     except BrokenPipeError:
         return 1
     except BaseException as error:
-        say({"error": _described(error)})
+        send({"error": _described(error)})
         return 1
 
 
@@ -192,7 +291,10 @@ def die_with_parent() -> None:
 
 def start() -> None:
     """What the child's process runs."""
-    code = main(sys.argv[1:])
+    try:
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:  # before it could answer
+        code = interrupts.exit_code(interrupts.received() or signal.SIGINT)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # torch's threads may still be ending, and an abort on the way out would look like a failure

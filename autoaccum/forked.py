@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .child import die_with_parent
+
 T = TypeVar("T")
 
 STUCK_SECONDS = 60.0  # a copy that uses no processor time for so long waits for a thread that wasn't copied
@@ -66,6 +68,7 @@ def in_copy(work: Callable[[], T], *, own_thread: bool = True) -> T:
 def _be_the_copy(work: Callable[[], Any], reading: int, writing: int, own_thread: bool) -> None:
     """The copy's side; never returns, or it would go on with the caller's program."""
     try:
+        die_with_parent()
         os.close(reading)
         said: list[tuple[str, Any]] = []
         if own_thread:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,9 @@ from typing import Any
 
 import torch
 
+from . import interrupts
 from .checkpoint import plain, read_checkpoint, unusable, write_checkpoint
+from .child import FINISHES
 from .errors import UsageError
 from .plan import Plan
 from .process_memory import committed_bytes
@@ -61,19 +62,20 @@ def train(
             _resume(Path(checkpoint), runner, place, plan)
     saved, last = time.monotonic(), {"loss": None}
     length = loader_length(_loader(workload), runner.samples)
-    with _interrupts() as interrupted:
+    with _interrupts(say) as interrupted:
         enough = steps is not None and runner.number >= steps
         for result in () if enough else _windows(runner, workload, place, epochs):
             last = _figures(result, runner, place, length)
             say({"step": last})
-            if interrupted() or (steps is not None and runner.number >= steps):
+            if interrupted() is not None or (steps is not None and runner.number >= steps):
                 break
             if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
                 _save(checkpoint, runner, place, plan)
                 saved = time.monotonic()
         if checkpoint is not None:
             _save(checkpoint, runner, place, plan)
-        ended = {"steps": runner.number, "samples": place.samples, "interrupted": interrupted()}
+        number = interrupted()
+        ended = {"steps": runner.number, "samples": place.samples, "interrupted": number is not None, "signal": number}
         return {**last, **ended, "checkpoint": checkpoint}
 
 
@@ -207,19 +209,13 @@ def _made_for(plan: Plan) -> dict[str, str]:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks to stop at the window's end, the second stops at once."""
-    asked = False
+def _interrupts(say: Callable[[dict[str, Any]], None]) -> Iterator[Callable[[], int | None]]:
+    """The first signal asks to stop at the window's end, the second stops at once; gives the first one's number."""
 
     def handle(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
+        if not interrupts.is_repeated(number) and interrupts.received_more_than_one():
+            raise interrupts.Interrupted(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with interrupts.handled_by(handle):
+        say({FINISHES: True})
+        yield interrupts.received

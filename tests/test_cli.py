@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoaccum import Plan, child
+from autoaccum import Plan
 
 TINY = """
 import torch
@@ -213,22 +213,8 @@ def test_an_interrupt_stops_at_a_windows_end_with_a_checkpoint(
         seen += "a micro-batch" in line
     (os.killpg if whole_group else os.kill)(process.pid, number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and out.startswith("interrupted at a window's end")
+    assert process.returncode == 128 + number and out.startswith("interrupted at a window's end")
     assert torch.load(path, weights_only=False)["runner"]["number"] >= 2
-
-
-def test_an_interrupt_after_the_child_has_ended_is_this_processes_own() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
-    try:
-        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], text=True)
-        with child._handed_on(process):
-            signal.raise_signal(signal.SIGINT)
-            assert process.wait(timeout=30) != 0  # it was handed on
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_a_killed_run_leaves_a_whole_checkpoint(folder: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
+from .. import interrupts
 from ..errors import AutoaccumError
 from . import bench, check, doctor, explain, plan, report, run, tune
 from .terminal import show_error
@@ -44,7 +48,11 @@ def _options(
 
 
 def main() -> None:
-    """The `autoaccum` command. Exit codes: 0 ok, 1 failure, 2 usage, 3 does not fit, 130 interrupted."""
+    """The `autoaccum` command; ends with its exit code.
+
+    0 ok, 1 failure, 2 usage, 3 does not fit; 130 and 143 where SIGINT and SIGTERM ended it.
+    """
+    interrupts.watch(end_if_dropped=True)
     with_traceback = "--traceback" in sys.argv
     # As a global option it may stand anywhere: it is what people add at the end of a command that failed.
     sys.argv = [
@@ -53,13 +61,24 @@ def main() -> None:
         *(a for a in sys.argv[1:] if a != "--traceback"),
     ]
     try:
-        app()
+        code = _code_of(app, with_traceback=with_traceback)
+    except KeyboardInterrupt as error:
+        interrupts.taken()
+        print("interrupted", file=sys.stderr)
+        code = interrupts.exit_code(getattr(error, "number", signal.SIGINT))
+    sys.exit(code)
+
+
+def _code_of(command: Callable[[], Any], *, with_traceback: bool) -> int:
+    """Runs a command and shows its error, if any; its exit code."""
+    try:
+        command()
+    except SystemExit as error:  # as typer ends every command
+        _raise_interrupt(error)
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     except AutoaccumError as error:
         show_error(error, with_traceback=with_traceback)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return error.exit_code
     except Exception as error:
         if with_traceback:
             raise
@@ -67,4 +86,14 @@ def main() -> None:
             f"{type(error).__name__}: {error}", "That is an error of autoaccum's own.", "Run it again with --traceback."
         )
         show_error(told, with_traceback=False)
-        sys.exit(1)
+        return 1
+    return 0
+
+
+def _raise_interrupt(error: BaseException | None) -> None:
+    """Raises the interrupt that typer made an ordinary end of, if there was one."""
+    interrupts.raise_if_received()
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        error = error.__cause__ or error.__context__

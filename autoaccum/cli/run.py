@@ -15,6 +15,7 @@ import typer
 from ..child import Say
 from ..errors import UsageError
 from ..files import check_output
+from ..interrupts import exit_code
 from ..units import show_bytes
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def run(
         result = call("run", arguments, on_message=say, env=_environment(read))
     _tell(result, json=json)
     if result["interrupted"]:
-        raise typer.Exit(130)
+        raise typer.Exit(exit_code(result["signal"]))
 
 
 def _environment(plan: Plan) -> dict[str, str] | None:

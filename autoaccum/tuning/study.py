@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .. import interrupts
 from ..errors import AutoaccumError, DoesNotFit
 from ..units import show_bytes
 from .configuration import Configuration
@@ -235,6 +236,9 @@ def _noticing_interrupts() -> Iterator[Callable[[], None]]:
 
     One that is raised in a weak reference's callback is printed and forgotten, and sqlalchemy has thousands of those.
     """
+    if interrupts.is_watched():
+        yield interrupts.raise_if_received
+        return
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main_thread():
         yield lambda: None  # somebody else handles interrupts, or they are ignored: a job in the background
         return
