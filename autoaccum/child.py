@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import select
 import signal
@@ -24,6 +25,7 @@ from . import errors, handed, interrupts
 from .errors import AutoaccumError
 from .import_path import ROOT
 from .interrupts import Interrupted
+from .shown import OneLine
 
 # -P keeps the current folder off the path. This very autoaccum is imported first, wherever it lies; its folder then
 # comes last, so that no other module is taken from there.
@@ -252,6 +254,7 @@ def main(argv: list[str]) -> int:
     die_with_parent()
     handed.receive(int(functions))
     arguments = sys.stdin.read()
+    logging.getLogger("autoaccum").addFilter(OneLine())
     os.set_inheritable(int(descriptor), False)
     os.dup2(2, 1)  # whatever is printed from here on is no result
     pipe = os.fdopen(int(descriptor), "w", encoding="utf-8", buffering=1)

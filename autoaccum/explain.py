@@ -7,6 +7,7 @@ from collections import Counter
 from . import knee
 from .plan import FASTEST, Plan
 from .recording import PHASE_TITLES
+from .shown import one_line
 from .units import show_bytes
 
 
@@ -33,14 +34,13 @@ def summary(plan: Plan) -> str:
         lines.append(("knee", plan.reasons["times"]))
     lines.append(("exactness", plan.exactness))
     lines += [("note", note) for note in plan.notes]
-    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+    return "\n".join(one_line(f"{name:<12}{text}") for name, text in lines)
 
 
 def explain(plan: Plan) -> str:
     """How each number came to be, phase by phase, and what the next smaller number of steps would have needed."""
-    return "\n".join(
-        [summary(plan), "", *_budget(plan), "", *_phases(plan), "", *_fewer_steps(plan), "", *_origin(plan)]
-    )
+    derived = ["", *_budget(plan), "", *_phases(plan), "", *_fewer_steps(plan), "", *_origin(plan)]
+    return "\n".join([summary(plan), *map(one_line, derived)])
 
 
 def _limit(plan: Plan) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from . import handed
 from .errors import UsageError
 from .import_path import add_folders
+from .shown import one_line
 from .workload import Workload
 from .workloads import BUILT_IN, built_in
 
@@ -59,7 +60,7 @@ def load_function(source: str | None) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     finally:
         for text in overlooked(path.parent, set(sys.modules) - known):
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(one_line(text), stacklevel=2)
     make = getattr(module, function, None)
     if not callable(make):
         near = difflib.get_close_matches(function, [n for n in vars(module) if callable(getattr(module, n))], n=1)

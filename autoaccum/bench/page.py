@@ -8,6 +8,7 @@ from typing import Any
 from .. import __version__
 from ..report.kinds import Kind, byte_word, measured
 from ..report.sheet import Bar, Section, Sheet, Tile
+from ..shown import one_line
 from ..units import show_bytes
 from .candidates import PLAN, Comparison, Trained, median_of
 
@@ -61,7 +62,8 @@ def as_text(found: Comparison) -> str:
     lines = [HEAD, *(cells(row, found.target_batch) for row in found.rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
     table = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([answer(found), "", *table, "", *(f"note        {note}" for note in notes(found))])
+    told = [answer(found), "", *table, "", *(f"note        {note}" for note in notes(found))]
+    return "\n".join(map(one_line, told))
 
 
 def answer(found: Comparison) -> str:

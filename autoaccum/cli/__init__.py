@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -53,6 +54,9 @@ def main() -> None:
     0 ok, 1 failure, 2 usage, 3 does not fit; 130 and 143 where SIGINT and SIGTERM ended it.
     """
     interrupts.watch(end_if_dropped=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding doesn't have is no failure
+            stream.reconfigure(errors="backslashreplace")
     with_traceback = "--traceback" in sys.argv
     # As a global option it may stand anywhere: it is what people add at the end of a command that failed.
     sys.argv = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from ..shown import one_line
 from ..workloads import BUILT_IN, DEFAULT
 
 
@@ -24,15 +25,16 @@ def check(
 
         print(encoder.dumps(verdict, indent=2))
     else:
-        print(verdict["words"])
+        print(one_line(verdict["words"]))
         if verdict["error"] is not None:
+            worst = one_line(verdict["worst_tensor"])
             print(
                 f"{'error':<12}{verdict['error']:.2g} of the gradient (relative L2); "
-                f"worst tensor {verdict['worst_tensor']}: {verdict['worst_tensor_error']:.2g}"
+                f"worst tensor {worst}: {verdict['worst_tensor_error']:.2g}"
             )
         if verdict["assumed"] is not None:
-            print(f"{'assumed':<12}{verdict['assumed']}")
+            print(f"{'assumed':<12}{one_line(verdict['assumed'])}")
         for text in verdict["advice"]:
-            print(f"{'note' if verdict['exact'] else 'advice':<12}{text}")
+            print(f"{'note' if verdict['exact'] else 'advice':<12}{one_line(text)}")
     if not verdict["exact"]:
         raise typer.Exit(1)

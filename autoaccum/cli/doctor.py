@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from ..shown import one_line
+
 
 def doctor(
     json: bool = typer.Option(False, "--json", help="Print JSON."),
@@ -31,7 +33,7 @@ def doctor(
         return
     width = max(len(name) for name in facts) + 2
     for name, value in facts.items():
-        print(f"{name:{width}}{value}")
+        print(one_line(f"{name:{width}}{value}"))
 
 
 def _list_gpus(json: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..child import Say
 from ..errors import AutoaccumError, UsageError
+from ..shown import lines, one_line
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 def show_error(error: AutoaccumError, *, with_traceback: bool) -> None:
     """Three lines on stderr: what happened, why, what to do next."""
     if with_traceback:
-        print(*getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
-        if not getattr(error, "__notes__", []):
-            import traceback
+        import traceback
 
-            traceback.print_exception(error)
-    lines = [line for line in (error.what, error.why, error.hint) if line]
-    print("error: " + lines[0], *lines[1:], sep="\n  ", file=sys.stderr)
+        notes = getattr(error, "__notes__", []) or traceback.format_exception(error)
+        print(*(lines(note.rstrip("\n")) for note in notes), sep="\n", file=sys.stderr)
+    # Only `why` may have several lines, like what a compiler said; each is set in, so that none looks like ours
+    parts = [one_line(error.what), *lines(error.why).split("\n"), one_line(error.hint)]
+    first, *others = [part for part in parts if part]
+    print("error: " + first, *others, sep="\n  ", file=sys.stderr)
 
 
 def keep_plan(plan: Plan, output: Path) -> None:
@@ -49,12 +51,14 @@ def progress(title: str) -> Iterator[Say]:
         yield lambda message: None
         return
     from rich.console import Console
+    from rich.markup import escape
 
     started = time.monotonic()
     with Console(stderr=True).status(title) as status:
 
         def say(message: dict[str, Any]) -> None:
             if "say" in message:
-                status.update(f"{title}: {message['say']} ({time.monotonic() - started:.0f} s)")
+                told = f"{title}: {one_line(message['say'])} ({time.monotonic() - started:.0f} s)"
+                status.update(escape(told))
 
         yield say

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import UsageError
 from ..files import check_output
+from ..shown import one_line
 from ..workloads import BUILT_IN, DEFAULT
 from .terminal import keep_plan
 
@@ -72,18 +73,24 @@ def tune(
 def _progress() -> Iterator[Say]:
     """A line on stderr for each trial; on a terminal, what is being done below them."""
     if not sys.stderr.isatty():
-        yield lambda message: print(message["trial"], file=sys.stderr, flush=True) if "trial" in message else None
+
+        def say_trial(message: dict[str, Any]) -> None:
+            if "trial" in message:
+                print(one_line(message["trial"]), file=sys.stderr, flush=True)
+
+        yield say_trial
         return
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(stderr=True)
     with console.status("tuning") as status:
 
         def say(message: dict[str, Any]) -> None:
             if "trial" in message:
-                console.print(message["trial"], markup=False, highlight=False)
+                console.print(one_line(message["trial"]), markup=False, highlight=False)
             elif "say" in message:
-                status.update(f"tuning: {message['say']}")
+                status.update(escape(f"tuning: {one_line(message['say'])}"))
 
         yield say
 

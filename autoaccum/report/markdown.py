@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ..plan import Plan
+from ..shown import one_line
 from ..units import show_bytes
 from . import words
 from .data import Rows, frames
@@ -50,7 +51,7 @@ def render(plan: Plan) -> str:
 
 def escape(text: object) -> str:
     """Text as Markdown shows it, whatever it holds: one line, no markup, no HTML."""
-    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+    return _SPECIAL.sub(r"\\\1", one_line(" ".join(str(text).split())))
 
 
 def _composition(plan: Plan) -> str:
@@ -89,5 +90,5 @@ def _told(value: object, unit: str) -> str:
 
 def table(head: list[str], rows: list[list[object]] | list[list[str]]) -> str:
     """A table; its cells are escaped."""
-    lines = [head, ["---"] * len(head), *([escape(cell) for cell in row] for row in rows)]
+    lines = [[escape(cell) for cell in head], ["---"] * len(head), *([escape(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

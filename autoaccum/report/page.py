@@ -9,6 +9,7 @@ from typing import Any
 
 from ..composition import CATEGORIES
 from ..plan import Plan
+from ..shown import finalize
 from ..units import show_bytes
 from . import charts, what_if, words
 from .data import Rows, frames, usable_bytes
@@ -28,6 +29,7 @@ def render(plan: Plan) -> str:
 
     loader = jinja2.PackageLoader("autoaccum.report", "")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.finalize = finalize
     environment.undefined = jinja2.StrictUndefined
     environment.filters |= {"bytes": show_bytes, "number": words.number}
     style, script = _text("page.css"), _text("what_if.js")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from ..shown import finalize
 from .kinds import Kind
 from .tables import cell
 
@@ -100,6 +101,7 @@ def as_html(sheet: Sheet) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("autoaccum.report", ""),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        finalize=finalize,
     )  # fmt: skip
     style = (resources.files("autoaccum.report") / "page.css").read_text(encoding="utf-8")
     page: str = environment.get_template("sheet.html").render(sheet=sheet, kind=Kind, style=Markup(style))

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..plan import Plan
+from ..shown import one_line
 from . import words
 from .data import frames
 
@@ -37,4 +38,7 @@ def as_csv(plan: Plan) -> str:
 
 def cell(value: Any) -> Any:
     """Text that a spreadsheet would take for a formula is quoted, so that a name can't run anything there."""
-    return "'" + value if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    if not isinstance(value, str):
+        return value
+    quote = "'" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else ""
+    return quote + one_line(value)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..plan import Plan, TimedSize
+from ..shown import one_line
 from ..units import show_bytes
 from .configuration import Configuration, checkpointing_words
 
@@ -140,7 +141,7 @@ class Tuned:
             lines.append(f"{'':>4}  and {len(places) - len(shown)} more")
         lines += [f"{'-':>4}  {trial.state}: {sentence(trial.configuration)}: {trial.why}" for trial in self.trials
                   if trial.state in (PRUNED, FAILED)]  # fmt: skip
-        return "\n".join(lines)
+        return "\n".join(map(one_line, lines))
 
     def _row(self, rank: int, trial: Trial) -> str:
         seconds = "-" if trial.step_seconds is None else f"{trial.step_seconds:.4g}"
@@ -216,7 +217,7 @@ def summary(found: Tuned) -> str:
     numerics = "; ".join(found.best.numerics.values())
     lines.append(("numbers", f"changed by {numerics}" if numerics else "unchanged: nothing chosen alters them"))
     lines += [("note", note) for note in found.notes]
-    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+    return "\n".join(one_line(f"{name:<12}{text}") for name, text in lines)
 
 
 def _in_turn(found: Tuned) -> str:
