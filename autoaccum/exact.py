@@ -217,6 +217,7 @@ def _parts(workload: Workload) -> Parts:
         scheduler=None,
         clip_grad_norm=None,
         between=None,
+        metric=None,
     )
     return open_parts(plain)
 

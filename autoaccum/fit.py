@@ -32,6 +32,7 @@ from .outlook import Outlook, bytes_per_sample
 from .plan import FASTEST, FEWEST_STEPS, Plan
 from .ranks import refuse_ranks
 from .recording import Event
+from .trained import told_of_left_out
 from .virtual.control import is_virtual
 from .wish import SEARCH_LIMIT, Wish, read_wish, with_objective
 from .workload import Workload
@@ -152,6 +153,7 @@ def plan_in(
     with _as_it_was(workload) if setting.keep else contextlib.nullcontext() as snapshot:
         parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
         parts.window_samples = wish.samples
+        left_out = told_of_left_out(parts.model, parts.optimizer)
         subject = setting.subject(parts, longest, setting.device, threshold, setting.progress, setting.build)
 
         def start_over() -> None:
@@ -169,7 +171,7 @@ def plan_in(
         if wish.objective == FASTEST:
             solution, measured = answer.fastest(outlook, solution, measured, timed, start_over)
         rows = answer.try_short(outlook, solution, start_over) if measured is not None and not compiles else None
-        plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened], timed, rows)
+        plan = assemble.plan(outlook, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
         if check:
             start_over()
             plan = exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
@@ -230,7 +232,7 @@ def setting_for(device: torch.device) -> Setting:
 def _as_it_was(workload: Workload) -> Iterator[restore.Snapshot]:
     """Puts back, whatever happens, all that training changes."""
     optimizer, scheduler = workload.optimizer, workload.scheduler
-    functions = {name: getattr(workload, name) for name in ("loss", "encode", "count", "between")}
+    functions = {name: getattr(workload, name) for name in ("loss", "encode", "count", "between", "metric")}
     with restore.kept(
         model=workload.model,
         optimizer=optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,

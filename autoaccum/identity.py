@@ -86,6 +86,7 @@ def _window_words(parts: Parts) -> str:
         "scales": parts.scaler is not None,
         "encodes apart": parts.encode is not None,
         "runs between windows": parts.between is not None,
+        "takes a metric": parts.metric is not None,
         "copies ahead": parts.copies.ahead,
         f"batchnorm {parts.batchnorm}": parts.batchnorm is not None,
     }

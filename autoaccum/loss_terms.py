@@ -6,6 +6,8 @@ weights or a mixture of experts' auxiliary loss, which belong to the window once
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -36,17 +38,68 @@ class LossTerms:
     extra: torch.Tensor | float = 0.0
 
 
+_HINT = "Return the mean over the batch as a scalar tensor, or (sum, count): return F.cross_entropy(model(x), y)."
+
+
 def check(out: Any) -> Any:
     """What a loss returned, where it is a mean, a `(sum, count)` pair or `LossTerms`.
 
     A tuple is one of these and nothing else: `(loss, logits)` would be divided by its logits without a word.
 
     Raises:
-        UsageError: It is another tuple.
+        UsageError: It is something else.
     """
+    _check_form(out)
+    _check_mean(out.sum if isinstance(out, LossTerms) else out[0] if isinstance(out, tuple) else out)
+    return out
+
+
+@contextlib.contextmanager
+def graph_is_there() -> Iterator[None]:
+    """Around a backward: says what it means that the loss has no graph, or that it is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad and does not have a grad_fn" in str(error):
+            raise UsageError(
+                "The loss returned a tensor without a gradient, so nothing would be trained.",
+                "Something cut it off from the model: .item(), .detach(), .data, torch.no_grad(), torch.tensor(...) "
+                "or argmax.",
+                "Return what is computed from the model's output; to log it, detach a copy.",
+            ) from error
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise UsageError(
+            "The loss was backpropagated before, or is made of what an earlier micro-batch computed.",
+            "Each micro-batch's backward frees its graph, and the window runs it itself.",
+            "Leave .backward() out of the loss, and detach what it keeps from one call to the next.",
+        ) from error
+
+
+def _check_mean(loss: Any) -> None:
+    """Refuses what is no scalar tensor."""
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1:
+            raise UsageError(
+                f"The loss returned a tensor of shape {tuple(loss.shape)}, not a scalar.",
+                "A window's loss is one number; reduction='none' gives one for each element.",
+                "Return its .mean(), or (losses.sum(), losses.numel()) where micro-batches may hold different numbers.",
+            )
+        return
+    if loss is None:
+        raise UsageError("The loss returned None.", "A function without a return gives that.", _HINT)
+    if isinstance(loss, (int, float)) or not hasattr(loss, "loss"):
+        shown = f" ({loss!r})" if isinstance(loss, (int, float)) else ""
+        cut = "A number has no gradient: .item() or float() cut it off from the model." if shown else ""
+        raise UsageError(f"The loss returned a {type(loss).__name__}{shown}, not a tensor.", cut, _HINT)
+    raise UsageError(f"The loss returned a {type(loss).__name__}, not a tensor.", "", "Return its .loss.")
+
+
+def _check_form(out: Any) -> None:
+    """Refuses a tuple that is neither a pair nor terms."""
     numbers: tuple[Any, ...] = (out.sum, out.count, out.extra) if isinstance(out, LossTerms) else out
     if not isinstance(numbers, tuple):
-        return out
+        return
     if (
         (len(numbers) != 2 and out is numbers)
         or not all(map(_is_number, numbers))
@@ -59,7 +112,6 @@ def check(out: Any) -> Any:
             "Return the mean alone as a scalar, (sum, count) with a count that needs no gradient, "
             "or autoaccum.LossTerms(sum, count, extra) where something is added to it.",
         )
-    return out
 
 
 def count_of(out: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 
 from . import precision
 from .errors import NotFinite
+from .stepping import closure_needed, is_for_want_of_a_closure
 
 if TYPE_CHECKING:
     from .parts import Parts
@@ -18,7 +19,7 @@ log = logging.getLogger("autoaccum")
 
 
 def optimizer_step(
-    parts: Parts, wide: precision.Parameters, *, counts_nothing: bool
+    parts: Parts, wide: precision.Parameters, *, counts_nothing: bool, loss: torch.Tensor
 ) -> tuple[torch.Tensor | None, bool]:
     """Clips, steps and clears once.
 
@@ -26,6 +27,7 @@ def optimizer_step(
         parts: What is trained; its gradients are the window's.
         wide: Parameters whose gradients are in fp32 and are to be cast for the optimizer.
         counts_nothing: No sample of the window counts: parameters, optimizer and scheduler stay as they are.
+        loss: The window's, detached: what a scheduler gets that asks for a metric, where the workload gives none.
 
     Returns:
         The norm before clipping, None where nothing is clipped; and whether the step was taken.
@@ -43,13 +45,34 @@ def optimizer_step(
     if parts.scaler is not None:
         stepped = finite = _scaled_step(parts)
     elif stepped:
-        parts.optimizer.step()
+        _step(parts)
+    parts.steps_taken += stepped  # before anything else can fail: it was taken
     _clear(parts)
-    if parts.scheduler is not None and stepped:
-        parts.scheduler.step()
+    if stepped:
+        _schedule(parts, loss)
     if not finite and parts.on_nonfinite is not None:
         _tell(parts, grad_norm)
     return grad_norm, stepped
+
+
+def _step(parts: Parts) -> None:
+    try:
+        parts.optimizer.step()
+    except Exception as error:
+        if is_for_want_of_a_closure(parts.optimizer, error):
+            raise closure_needed(parts.optimizer) from error
+        raise
+
+
+def _schedule(parts: Parts, loss: torch.Tensor) -> None:
+    """Steps the scheduler; the metric is taken without one, too, as planning has to see what memory that needs."""
+    metric = parts.metric(parts.model) if parts.metric is not None else loss
+    if parts.scheduler is None:
+        return
+    if not parts.wants_metric:
+        parts.scheduler.step()
+    elif metric is not None:  # a metric that is taken now and then has nothing to say in between
+        parts.scheduler.step(float(metric))
 
 
 def _clip(parts: Parts, wide: precision.Parameters) -> torch.Tensor | None:

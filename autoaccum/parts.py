@@ -17,6 +17,8 @@ from .errors import UsageError
 from .held import Holdings, holdings
 from .hugging_face import Denominator
 from .ranks import refuse_ranks
+from .stepping import refuse_closure, wants_metric
+from .trained import refuse_foreign
 from .workload import Batch, Loss, Workload, class_count, default_loss, is_pair
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +29,8 @@ class Parts:
     """A workload whose optimizer and scheduler exist: what a window works on.
 
     Attributes:
+        wants_metric: Whether the scheduler's step is given a figure: `metric`'s, or the window's loss.
+        steps_taken: Optimizer steps so far.
         held: What the loss and the other functions of a window hold, beside the model.
         norms: The modules whose forward is about more than its own sample, of the model and of what the loss holds.
         counts_by_forward: Found out by the first window: the loss is a `(sum, count)` pair and no `count=` was given,
@@ -52,6 +56,9 @@ class Parts:
     encode: Callable[[nn.Module, Batch], Any] | None = None
     batchnorm: str | None = None
     on_nonfinite: str | None = None
+    metric: Callable[[nn.Module], Any] | None = None
+    wants_metric: bool = False
+    steps_taken: int = 0
     held: Holdings = field(default_factory=Holdings)
     norms: Norms = field(default_factory=Norms)
     counts_by_forward: bool = False
@@ -86,7 +93,9 @@ def open_parts(workload: Workload) -> Parts:
             f"optimizer= gave {type(optimizer).__name__}, not a torch.optim.Optimizer.",
             hint="Give an optimizer, or a function of the parameters: optimizer=lambda p: torch.optim.SGD(p, lr=0.1).",
         )
+    refuse_closure(optimizer)
     held = held_in_window(workload)
+    refuse_foreign(model, held, optimizer)
     norms = find_norms(model, held.modules)
     check_choice(norms, workload.batchnorm, model)
     scheduler = workload.scheduler
@@ -99,6 +108,8 @@ def open_parts(workload: Workload) -> Parts:
         device=trained[0].device,
         scaler=workload.scaler,
         scheduler=scheduler,
+        metric=workload.metric,
+        wants_metric=scheduler is not None and wants_metric(scheduler),
         clip_grad_norm=workload.clip_grad_norm,
         count=workload.count or (class_count if workload.loss is None and is_pair(workload.sample) else None),
         between=workload.between,

@@ -30,7 +30,6 @@ def refuse(parts: Parts, steps: int) -> None:
     Raises:
         UsageError: Names what it is, and says what to do.
     """
-    _refuse_closure(parts.optimizer)
     if steps < 2:
         return
     for name, hook in _accumulation_hooks(parts.model):
@@ -105,16 +104,6 @@ def told_of_changes(changed: Sequence[str], parts: Parts, steps: int, said: Sequ
         "(a warm-up, a moving average, an annealed temperature) then runs ahead of the optimizer. "
         "Let it count optimizer steps: in between=, or by the number in Runner's results."
     )
-
-
-def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UsageError(
-            f"{type(optimizer).__name__} calls for a closure: it runs forward and backward itself, several times.",
-            "A window's micro-batches are run once, and then the optimizer steps with their gradient.",
-            "Use an optimizer whose step() works without a closure.",
-        )
 
 
 def _accumulation_hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:

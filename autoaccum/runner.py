@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import batchnorm, drift, oom, process_memory, refuse, restore, step
+from . import bad_batches, batchnorm, drift, oom, process_memory, refuse, restore, step
 from . import split as cutting
 from .changes import Changes
-from .errors import OutOfMemory, UsageError
+from .errors import BatchError, OutOfMemory, UsageError
 from .identity import check_fingerprint, check_signature, fingerprint
 from .plan import Plan
 from .recheck import counts_differ, recheck
@@ -24,8 +24,9 @@ from .rng import put_rng
 from .solve import CAPACITY_MARGIN, share_of, split_within
 from .still import Still
 from .tokens import split_by_tokens
+from .trained import told_of_left_out
 from .units import show_bytes
-from .windows import Window, windows
+from .windows import Window, windows_and_errors
 from .workload import IGNORED, Batch, Workload, default_loss
 
 log = logging.getLogger("autoaccum")
@@ -38,7 +39,7 @@ class StepResult:
     """What one optimizer step did.
 
     Attributes:
-        number: Optimizer steps of this Runner so far, this one included.
+        number: Optimizer steps of this Runner so far, this one included where it was taken.
         loss: Mean loss of the window, a detached scalar on the device.
         samples: Samples in the window.
         split: Samples in each micro-batch, as trained.
@@ -80,7 +81,6 @@ class Runner:
             process_memory.fix_mmap_threshold(plan.mmap_threshold_bytes)
         self.samples = share_of(plan.target_batch, plan.world_size, rank)
         self.micro_batch = plan.micro_batch
-        self.number = 0
         self._names = {"shared": workload.shared, "per_sample": workload.per_sample}
         self._phase, self._begun = "", 0  # of a window: where it is, and its micro-batches so far
         self._max_tokens = workload.max_tokens if plan.max_tokens is None else plan.max_tokens
@@ -93,6 +93,16 @@ class Runner:
             self.parts.model.train()
         self._refuse_and_warn()
 
+    @property
+    def number(self) -> int:
+        """Optimizer steps so far; a skipped one is none."""
+        return self.parts.steps_taken
+
+    @property
+    def least(self) -> int:
+        """The fewest samples that a micro-batch may have."""
+        return self._least
+
     def _refuse_and_warn(self) -> None:
         """What goes wrong, or otherwise than one may think, in windows of several micro-batches."""
         steps = self.plan.accumulation_steps
@@ -100,7 +110,7 @@ class Runner:
         warned = refuse.warnings(self.parts, steps)
         if steps > 1:
             warned.append(batchnorm.told(self.parts.norms, self.parts.batchnorm))
-        warned.append(self._told_of_lengths())
+        warned += [self._told_of_lengths(), told_of_left_out(self.parts.model, self.parts.optimizer)]
         if self.parts.device.type == "cuda":
             from .budget_cuda import read_cuda_budget, shrunk_since
 
@@ -136,35 +146,94 @@ class Runner:
             OutOfMemory: It doesn't fit even in micro-batches of one sample.
         """
         sizes = self._split(cutting.batch_size(batch, **self._names))
-        return self._train(Window(tuple(cutting.split(batch, sizes, **self._names)), sizes))
+        return self._train(self._checked(Window(tuple(cutting.split(batch, sizes, **self._names)), sizes)))
 
     def epoch(
-        self, loader: Iterable[Batch], *, skip: int = 0, rng: dict[str, Any] | None = None
+        self,
+        loader: Iterable[Batch],
+        *,
+        skip: int = 0,
+        rng: dict[str, Any] | None = None,
+        on_bad_batch: str = bad_batches.RAISE,
     ) -> Iterator[StepResult]:
         """Trains once over a loader, yielding a result per optimizer step.
 
         A map-style DataLoader is read at the level of its indices: same sampler, same collate function, same workers,
         but one collate per micro-batch, so that each is padded to its own longest only. Other loaders are cut within
-        their batches. No sample is lost; the last window has its real size.
+        their batches. No sample is lost; the last window has its real size. Where batch statistics need two samples and
+        one is left at the end, it joins the window before.
 
         Args:
             loader: A DataLoader, or any iterable of batches; its own batch size doesn't matter.
             skip: Windows to pass over without training: those before a checkpoint.
             rng: Random states (of `rng.take_rng`) to go on with after them.
+            on_bad_batch: What becomes of a batch that can't be cut, or has another form than the planned one. "raise"
+                raises the `BatchError`, with the samples' indices, before any of its window is trained; asked for the
+                next result, the iterator goes on with the next window. "skip" warns, leaves out the micro-batch, and
+                trains the rest of its window, with the gradient of that.
         """
-        lengths = self.workload.lengths
-        found = windows(
-            loader, self.samples, self._split, lengths=lengths, split_of_lengths=self._split_lengths, **self._names
-        )
-        for _ in range(skip):
-            next(found, None)
+        bad_batches.check_choice(on_bad_batch)
+        return bad_batches.Surviving(self._epoch(loader, skip, rng, skips=on_bad_batch == bad_batches.SKIP))
+
+    def _epoch(
+        self, loader: Iterable[Batch], skip: int, rng: dict[str, Any] | None, *, skips: bool
+    ) -> Iterator[StepResult | BatchError]:
+        found = windows_and_errors(
+            loader, self.samples, self._split, lengths=self.workload.lengths, split_of_lengths=self._split_lengths,
+            least=self._least, **self._names,
+        )  # fmt: skip
+        while skip and (window := next(found, None)) is not None:  # counted are those that were trained before
+            with contextlib.suppress(BatchError):
+                self._checked(window, leaves_out=skips)
+                skip -= 1
         if rng is not None:
             put_rng(rng)
+        window = None
         for window in found:
-            result = self._train(window)
+            result = self._result(window, skips=skips)
             del window  # or its samples would still be held while the next window's are loaded
-            step.run_between(self.parts)
-            yield result
+            if isinstance(result, StepResult):
+                step.run_between(self.parts)
+            if result is not None:
+                yield result
+
+    def _result(self, window: Window | BatchError, *, skips: bool) -> StepResult | BatchError | None:
+        """What comes of a window of an epoch; None where it is passed over."""
+        try:
+            return self._train(self._checked(window, leaves_out=skips))
+        except BatchError as error:
+            if not skips:
+                return error
+            log.warning("A window is left out: %s", error)
+            return None
+
+    def _checked(self, window: Window | BatchError, *, leaves_out: bool = False) -> Window:
+        """The window, when each of its micro-batches has the planned form: none is trained before all were seen.
+
+        Args:
+            window: The window, or why there is none.
+            leaves_out: Whether to go on without micro-batches of another form, where there are any others.
+
+        Raises:
+            BatchError: It has none, or one of another form, with its samples.
+        """
+        if isinstance(window, BatchError):
+            raise window
+        good: list[int] = []
+        for index, piece in enumerate(window.pieces):
+            try:
+                check_signature(piece, self.plan.signature)
+                good.append(index)
+            except BatchError as error:
+                known = bad_batches.of_samples(error, window.samples_of(index), window.origin)
+                if not leaves_out or (index == len(window.pieces) - 1 and not good):
+                    raise known from None
+                log.warning("A micro-batch of %d samples is left out: %s", window.sizes[index], known)
+        left = window if len(good) == len(window.pieces) else window.only(good)
+        try:
+            return counted(left, self._names)
+        except BatchError as error:
+            raise bad_batches.of_samples(error, left.samples, left.origin) from None
 
     def _split(self, samples: int) -> tuple[int, ...]:
         if self.micro_batch == self.plan.micro_batch and samples == sum(self.plan.split):
@@ -182,9 +251,6 @@ class Runner:
         return max(self.micro_batch, self._more_rows or 0)
 
     def _train(self, window: Window) -> StepResult:
-        for piece in window.pieces:
-            check_signature(piece, self.plan.signature)
-        window = counted(window, self._names)
         if max(window.sizes) > self._most_rows and window.sizes != self._split(sum(window.sizes)):
             window = self._recut(window)  # loaded before an out-of-memory lowered it
         self._drop_gradients()  # somebody's own backward, or a window that an error broke off
@@ -203,12 +269,15 @@ class Runner:
                 if not oom.is_out_of_memory(error):
                     raise
                 failure = oom.drop_frames(error)
+            except ValueError as error:
+                if "Expected more than 1 value per channel" not in str(error):
+                    raise
+                raise self._too_few(before, window, str(error)) from None
             # Out of the handler only: inside it the error still holds the activations of the failed micro-batch.
             retries += 1
             refuse_changed(window, before_versions, failure)
             self._still.refuse_moved(still, before, failure)
             window = self._start_over(before, window, failure)
-        self.number += 1
         self._drift.end()
         self._warn_of_ignored(window)
         if told := self._changes.look(before, len(window.pieces)):
@@ -230,6 +299,18 @@ class Runner:
         told = recheck(self.parts, window.pieces, window.sizes, self._names)
         if told is not None:
             log.warning("%s", told)
+
+    def _too_few(self, before: restore.Snapshot | None, window: Window, failure: str) -> BatchError:
+        """A micro-batch of one sample that nothing could be joined with: the window is as though it had not been."""
+        self._drop_gradients()
+        if before is not None:
+            before.restore()
+        error = BatchError(
+            f"A window of micro-batches {window.sizes} can't be trained ({failure}).",
+            "Batch statistics need more than one value for each channel.",
+            "Leave such a batch out (drop_last=True, or on_bad_batch='skip'), or use batchnorm='frozen'.",
+        )
+        return bad_batches.of_samples(error, window.samples, window.origin)
 
     def _warn_of_ignored(self, window: Window) -> None:
         """A Hugging Face model's own loss is a mean over labels that aren't ignored; samples don't tell of these."""
@@ -362,7 +443,7 @@ class Runner:
         for part in ("scheduler", "scaler"):
             if state[part] is not None:
                 getattr(parts, part).load_state_dict(state[part])
-        self.number = state["number"]
+        self.parts.steps_taken = state["number"]
         # A new plan may be for less memory than what an out-of-memory left of the old one's limits.
         self.micro_batch = min(state["micro_batch"], self.plan.micro_batch)
         limits = state.get("limits")  # older checkpoints have none

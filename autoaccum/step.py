@@ -82,7 +82,7 @@ def train_window(
         with phase(OPTIMIZER):
             parts.copies.let_go()
             counts_nothing = total is not None and not bool(total)
-            grad_norm, stepped = optimizer_step(parts, half, counts_nothing=counts_nothing)
+            grad_norm, stepped = optimizer_step(parts, half, counts_nothing=counts_nothing, loss=window_loss)
     return WindowResult(window_loss, samples, grad_norm, stepped)
 
 
@@ -153,7 +153,8 @@ def _from_cache(parts: Parts, norms: batchnorm.Window, cache: cached.Cache, inde
 
 def _backward(parts: Parts, loss: torch.Tensor) -> None:
     scaled: Any = parts.scaler.scale(loss) if parts.scaler else loss
-    scaled.backward()
+    with loss_terms.graph_is_there():
+        scaled.backward()
 
 
 def _no_phase(name: str) -> AbstractContextManager[Any]:

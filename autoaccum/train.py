@@ -61,7 +61,7 @@ def train(
         if Path(checkpoint).exists():
             _resume(Path(checkpoint), runner, place, plan)
     saved, last = time.monotonic(), {"loss": None}
-    length = loader_length(_loader(workload), runner.samples)
+    length = loader_length(_loader(workload), runner.samples, least=runner.least)
     with _interrupts(say) as interrupted:
         enough = steps is not None and runner.number >= steps
         for result in () if enough else _windows(runner, workload, place, epochs):

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
-from .errors import UsageError
+from .bad_batches import Surviving, of_samples
+from .errors import BatchError, UsageError
 from .split import batch_size, join, joinable, split
 from .tokens import longest_first
 
@@ -28,6 +29,7 @@ SizesOfLengths = Callable[[Sequence[int]], tuple[int, ...]]
 PlanOf = Callable[[list[Any]], tuple[list[Any], tuple[int, ...]]]  # a window's indices: in their order, and the sizes
 Part = tuple[Any, int]  # a batch and its samples
 Names = Mapping[str, Collection[str]]
+Planned = tuple[list[Any], tuple[int, ...]]  # the indices of a window in their order, and the sizes
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,24 @@ class Window:
     Attributes:
         pieces: The micro-batches, in the loader's order.
         sizes: Samples in each.
+        samples: The index of each sample, piece after piece; empty where it isn't known.
+        origin: What the indices count.
     """
 
     pieces: tuple[Batch, ...]
     sizes: tuple[int, ...]
+    samples: Sequence[Any] = ()
+    origin: str = ""
+
+    def samples_of(self, index: int) -> Sequence[Any]:
+        """The indices of one piece's samples."""
+        start = sum(self.sizes[:index])
+        return self.samples[start : start + self.sizes[index]]
+
+    def only(self, indices: Sequence[int]) -> Window:
+        """The window with these pieces only."""
+        pieces, sizes = ([each[i] for i in indices] for each in (self.pieces, self.sizes))
+        return Window(tuple(pieces), tuple(sizes), [s for i in indices for s in self.samples_of(i)], self.origin)
 
 
 def windows(
@@ -52,8 +68,42 @@ def windows(
     per_sample: Collection[str] = (),
     lengths: Sequence[int] | None = None,
     split_of_lengths: SizesOfLengths | None = None,
+    least: int = 1,
 ) -> Iterator[Window]:
     """One epoch of a loader as windows of `target` samples; the last has what is left.
+
+    The arguments are those of `windows_and_errors`.
+
+    Raises:
+        UsageError: The loader isn't one, or isn't map-style where `lengths` are given (at once); or it gave no batch
+            at all (when the first window is asked for).
+        BatchError: A batch can't be cut (when its window is asked for); the next window can be asked for all the same.
+    """
+    found = windows_and_errors(
+        loader,
+        target,
+        split_of,
+        shared=shared,
+        per_sample=per_sample,
+        lengths=lengths,
+        split_of_lengths=split_of_lengths,
+        least=least,
+    )
+    return Surviving(found)
+
+
+def windows_and_errors(
+    loader: Iterable[Batch],
+    target: int,
+    split_of: SizesOf,
+    *,
+    shared: Collection[str] = (),
+    per_sample: Collection[str] = (),
+    lengths: Sequence[int] | None = None,
+    split_of_lengths: SizesOfLengths | None = None,
+    least: int = 1,
+) -> Iterator[Window | BatchError]:
+    """One epoch of a loader as windows, and in the place of what can't be cut the error.
 
     A map-style DataLoader is batched anew at the level of its sampler's indices: one collate per micro-batch, so
     that it is padded to its own longest sample only. Of any other loader each batch is cut, and pieces of different
@@ -70,11 +120,11 @@ def windows(
             first.
         split_of_lengths: `split_of_lengths(lengths)`, the sizes of the micro-batches for samples of these lengths,
             longest first; asked in place of `split_of` where `lengths` are given.
+        least: The fewest samples that a micro-batch may have. Where an epoch's end has fewer, they join the window
+            before it; for this the loader is read so many samples ahead.
 
     Raises:
-        UsageError: The loader isn't one, or isn't map-style where `lengths` are given (at once); or it gave no batch
-            at all (when the first window is asked for).
-        BatchError: A batch can't be cut (when its window is asked for).
+        UsageError: As for `windows`.
     """
     _check(loader, target)
 
@@ -88,14 +138,21 @@ def windows(
             "Give a DataLoader over a dataset with __getitem__ and __len__, or leave out lengths=.",
         )
     if _is_rebatched(loader):
-        found = _from_indices(loader, target, _plan_of(sizes_of, lengths, split_of_lengths))
+        found: Iterator[Window | BatchError] = _from_indices(
+            loader, target, _plan_of(sizes_of, lengths, split_of_lengths), least
+        )
     else:
-        found = _from_batches(loader, target, sizes_of, {"shared": shared, "per_sample": per_sample})
+        found = _from_batches(loader, target, sizes_of, {"shared": shared, "per_sample": per_sample}, least)
     return _not_empty(found, loader)
 
 
 def loader_length(
-    loader: Iterable[Batch], target: int, *, shared: Collection[str] = (), per_sample: Collection[str] = ()
+    loader: Iterable[Batch],
+    target: int,
+    *,
+    shared: Collection[str] = (),
+    per_sample: Collection[str] = (),
+    least: int = 1,
 ) -> int | None:
     """The windows of one epoch, the shorter last one included; None where the loader doesn't tell its samples.
 
@@ -106,6 +163,7 @@ def loader_length(
         target: Samples in each window on this rank.
         shared: As for `windows`; only a list of batches needs it.
         per_sample: As for `windows`; only a list of batches needs it.
+        least: As for `windows`.
 
     Raises:
         UsageError: The loader isn't one.
@@ -115,7 +173,10 @@ def loader_length(
         samples: int | None = sum(batch_size(batch, shared=shared, per_sample=per_sample) for batch in loader)
     else:
         samples = _samples(loader) if isinstance(loader, DataLoader) else None
-    return None if samples is None else -(-samples // target)
+    if samples is None:
+        return None
+    whole, rest = divmod(samples, target)
+    return whole + (rest >= least or (rest > 0 and whole == 0))
 
 
 def _check(loader: Any, target: int) -> None:
@@ -172,7 +233,7 @@ def _is_rebatched(loader: object) -> bool:
     )
 
 
-def _not_empty(found: Iterator[Window], loader: object) -> Iterator[Window]:
+def _not_empty(found: Iterator[Window | BatchError], loader: object) -> Iterator[Window | BatchError]:
     first = next(found, None)
     if first is None:
         raise UsageError(
@@ -185,14 +246,14 @@ def _not_empty(found: Iterator[Window], loader: object) -> Iterator[Window]:
     yield from found
 
 
-def _from_indices(loader: Any, target: int, plan_of: PlanOf) -> Iterator[Window]:
+def _from_indices(loader: Any, target: int, plan_of: PlanOf, least: int) -> Iterator[Window]:
     """Windows of a map-style DataLoader, loaded by one DataLoader whose batches are the micro-batches."""
     rebatched = _rebatched(loader)
-    requested = rebatched.batch_sampler.begin(target, plan_of)
+    requested = rebatched.batch_sampler.begin(target, plan_of, least)
     stream = iter(rebatched)
     for piece in stream:
-        sizes = requested.popleft()
-        yield Window((piece, *islice(stream, len(sizes) - 1)), sizes)
+        samples, sizes = requested.popleft()
+        yield Window((piece, *islice(stream, len(sizes) - 1)), sizes, samples, "the dataset")
 
 
 # Whose workers persist from epoch to epoch must be the same loader in each.
@@ -227,42 +288,66 @@ class _MicroBatches:
     def __init__(self, batch_sampler: Iterable[Iterable[Any]]) -> None:
         self.batch_sampler = batch_sampler
 
-    def begin(self, target: int, plan_of: PlanOf) -> deque[tuple[int, ...]]:
-        """Sets what the next epoch is cut into; returns where the sizes of its windows will be."""
-        self.target, self.plan_of = target, plan_of
+    def begin(self, target: int, plan_of: PlanOf, least: int) -> deque[Planned]:
+        """Sets what the next epoch is cut into; returns where the indices and sizes of its windows will be."""
+        self.target, self.plan_of, self.least = target, plan_of, least
         # Loading runs ahead: each window's sizes wait here for its samples.
-        self.requested = deque[tuple[int, ...]]()
+        self.requested = deque[Planned]()
         return self.requested
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return _index_lists(self.batch_sampler, self.target, self.plan_of, self.requested)
+        indices = chain.from_iterable(self.batch_sampler)
+        return _index_lists(_of_window(indices, self.target, self.least), self.plan_of, self.requested)
 
 
-def _index_lists(
-    batch_sampler: Iterable[Iterable[Any]], target: int, plan_of: PlanOf, requested: deque[tuple[int, ...]]
-) -> Iterator[list[Any]]:
-    """One list of indices for each micro-batch; the sizes of its window are noted when the window begins."""
-    indices = chain.from_iterable(batch_sampler)
-    while of_window := list(islice(indices, target)):
+def _of_window(indices: Iterator[Any], target: int, least: int) -> Iterator[list[Any]]:
+    """The indices of each window; fewer than `least` at the end join the last."""
+    ahead: list[Any] = []
+    while of_window := [*ahead, *islice(indices, target - len(ahead))]:
+        ahead = list(islice(indices, least)) if least > 1 else []
+        if len(ahead) < least:
+            of_window, ahead = of_window + ahead, []
+        yield of_window
+
+
+def _index_lists(of_windows: Iterator[list[Any]], plan_of: PlanOf, requested: deque[Planned]) -> Iterator[list[Any]]:
+    """One list of indices for each micro-batch; those of its window and their sizes are noted when that begins."""
+    for of_window in of_windows:
         ordered, sizes = plan_of(of_window)
-        requested.append(sizes)
+        requested.append((ordered, sizes))
         rest = iter(ordered)
         yield from (list(islice(rest, size)) for size in sizes)
 
 
-def _from_batches(batches: Iterable[Batch], target: int, sizes_of: SizesOf, names: Names) -> Iterator[Window]:
+def _from_batches(
+    batches: Iterable[Batch], target: int, sizes_of: SizesOf, names: Names, least: int
+) -> Iterator[Window | BatchError]:
     """Windows of whatever gives batches: rows taken in order, what a window doesn't need left for the next."""
     waiting: deque[Part] = deque()
-    samples = 0
-    for batch in batches:
-        size = batch_size(batch, **names)
+    samples = given = 0  # those that wait, and those of the windows before
+    enough = target + (least if least > 1 else 0)
+    for number, batch in enumerate(batches):
+        try:
+            size = batch_size(batch, **names)
+        except BatchError as error:
+            yield of_samples(error, [number], "the loader's batches, counted from 0")
+            continue
         waiting.append((batch, size))
         samples += size
-        while samples >= target:
-            yield _window(_take(waiting, target, names), sizes_of, names)
-            samples -= target
+        while samples >= enough:
+            yield _window_or_error(waiting, range(given, given + target), sizes_of, names)
+            samples, given = samples - target, given + target
     if waiting:
-        yield _window(list(waiting), sizes_of, names)
+        yield _window_or_error(waiting, range(given, given + samples), sizes_of, names)
+
+
+def _window_or_error(waiting: deque[Part], samples: range, sizes_of: SizesOf, names: Names) -> Window | BatchError:
+    """The next window, off the front of what waits; where it can't be cut, that is gone and the error is given."""
+    try:
+        window = _window(_take(waiting, len(samples), names), sizes_of, names)
+    except BatchError as error:
+        return of_samples(error, samples, "the epoch, counted from 0")
+    return Window(window.pieces, window.sizes, samples, "the epoch, counted from 0")
 
 
 def _take(parts: deque[Part], samples: int, names: Names) -> list[Part]:

@@ -44,6 +44,9 @@ class Workload:
         precision: "fp32", "bf16" or "fp16" autocast; left out: fp32, as the model is.
         scaler: A `torch.amp.GradScaler`, for fp16.
         scheduler: A learning rate scheduler, or a function that makes one from the optimizer; stepped once a window.
+            One that asks for a metric (ReduceLROnPlateau) gets `metric`, or else the window's loss.
+        metric: `metric(model)`, a figure for such a scheduler: a validation loss, say. Called after each optimizer
+            step; where it returns None, the scheduler isn't stepped. Recorded, as it needs memory.
         clip_grad_norm: The largest norm of the whole window's gradient; left out: no clipping.
         batchnorm: What becomes of batch normalization within a window: "per_micro_batch", each micro-batch's own
             statistics (another gradient than the whole batch's; the default, and said); "merged", the same gradient,
@@ -76,6 +79,7 @@ class Workload:
     precision: str | None = field(default=None, kw_only=True)
     scaler: Any = field(default=None, kw_only=True)
     scheduler: Any = field(default=None, kw_only=True)
+    metric: Callable[[nn.Module], float | torch.Tensor | None] | None = field(default=None, kw_only=True)
     clip_grad_norm: float | None = field(default=None, kw_only=True)
     batchnorm: str | None = field(default=None, kw_only=True)
     on_nonfinite: str | None = field(default=None, kw_only=True)
