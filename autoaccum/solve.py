@@ -46,6 +46,14 @@ def balanced(samples: int, steps: int) -> Split:
     return (size + 1,) * larger + (size,) * (steps - larger)
 
 
+def steps_of_size(samples: int, size: int) -> range:
+    """The numbers of steps whose balanced split has that size as its largest, without making any."""
+    if not 1 <= size <= samples:
+        return range(0)
+    fewest = -(-samples // size)
+    return range(fewest, samples + 1 if size == 1 else -(-samples // (size - 1)))
+
+
 def split_within(samples: int, micro_batch: int, least: int = 1) -> Split:
     """The balanced split of the fewest micro-batches of at most `micro_batch` samples.
 

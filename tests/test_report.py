@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,6 +30,7 @@ from autoaccum.plan import PeakRow, TimedSize
 from autoaccum.program import lift, window
 from autoaccum.recording import Phase
 from autoaccum.report import frames, render, what_if
+from autoaccum.report.data import MOST_PLANS
 from autoaccum.report.kinds import Kind, measured
 from autoaccum.solve import CAPACITY_MARGIN, balanced, smallest_steps
 
@@ -80,6 +82,40 @@ def test_the_plans_own_row_says_what_the_plan_says() -> None:
     fewer = plans[plans["accumulation_steps"] == 7]
     assert list(fewer["fits"]) == [False] and list(fewer["split"]) == ["1 \u00d7 74 + 6 \u00d7 73"]
     assert (plans["accumulation_steps"].diff().dropna() > 0).all() and plans["accumulation_steps"].max() == 512
+
+
+def steps_one_by_one(plan: Plan, samples: int) -> list[int]:
+    """The numbers of steps that a table knows, found by making every split."""
+    table = what_if.table_of(plan)
+    assert table is not None
+    return [k for k in range(1, samples // table.least + 1) if table.is_exact(balanced(samples, k))]
+
+
+@pytest.mark.parametrize("least", [1, 2])
+@pytest.mark.parametrize("sizes", [range(1, 141), (1, 2, 3, 7, 8, 64), (1, 5, 6), (64,)], ids=str)
+def test_the_known_numbers_of_steps_are_those_found_one_by_one(sizes: Any, least: int) -> None:
+    rows = tuple(PeakRow(n, (22 + 7 * n) * MIB, (30 + 7 * n) * MIB, 60 * MIB) for n in sizes)
+    for samples in (64, 97, 512):
+        plan = a_plan(peaks=rows, smallest_micro_batch=least)
+        plan = replace(plan, target_batch=samples, split=balanced(samples, 8), micro_batch=-(-samples // 8))
+        found = frames(plan)["plans"]
+        known = [] if found.empty else list(found["accumulation_steps"])
+        assert known == steps_one_by_one(plan, samples)
+        table = what_if.table_of(plan)
+        assert table is not None
+        for steps, peak in zip(known, [] if found.empty else found["peak_bytes"], strict=True):
+            assert peak == table.peak_bytes(balanced(samples, steps))
+
+
+@pytest.mark.parametrize(("steps", "size"), [(5_000, 1), (1_000_000, 1), (999_999, 7)])
+def test_a_report_of_a_million_steps_takes_no_longer_than_one_of_eight(steps: int, size: int) -> None:
+    plan = a_plan(target_batch=steps * size, split=(size,) * steps, micro_batch=size, accumulation_steps=steps)
+    before = time.process_time()
+    for suffix in (".html", ".md", ".csv", ".json"):
+        assert len(render(plan, suffix)) < 1_000_000
+    assert time.process_time() - before < 3
+    plans = frames(plan)["plans"]
+    assert len(plans) <= MOST_PLANS + 1 and list(plans[plans["chosen"]]["accumulation_steps"]) == [steps]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..knee import knee
 from ..plan import PeakRow, Plan
-from ..solve import CAPACITY_MARGIN, Split, balanced
+from ..solve import CAPACITY_MARGIN, balanced, steps_of_size
 from . import what_if
 from .kinds import Kind, measured
 
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Rows = list[dict[str, Any]]
+
+MOST_PLANS = 2000  # rows of `plans`: a page's script and a spreadsheet have to take them
 
 
 def frames(plan: Plan) -> dict[str, pd.DataFrame]:
@@ -36,7 +37,8 @@ def frames(plan: Plan) -> dict[str, pd.DataFrame]:
         - `timeline`: `part`, `phase`, `micro_batch`, `position` (0 to 1 within the part), `bytes`.
         - `times`: `micro_batch`, `step_seconds` (the median), `low_seconds` and `high_seconds` (of the rounds),
           `windows` (how many), `ratio` to the fastest, `ratio_low` and `ratio_high` (95 %), `is_knee`, `may_be_knee`.
-        - `plans`: every number of steps for the target that the table knows (`accumulation_steps`, `split`,
+        - `plans`: the numbers of steps for the target that the table knows; of more than 2,000, for each largest
+          micro-batch the fewest steps (`accumulation_steps`, `split`,
           `peak_bytes`, `free_bytes`, `fits`, `passes`, `step_seconds`, `chosen`).
         - `recordings`: `micro_batch`, `passes`, `seconds`, `measured_bytes`, `predicted_bytes`, `error`.
         - `budget`: `limit`, `bytes`, `why`, `binds`.
@@ -64,9 +66,11 @@ def usable_bytes(plan: Plan) -> int:
     return int(plan.budget.bytes * (1 - CAPACITY_MARGIN))
 
 
-def show_split(split: Split) -> str:
-    """The number and size of the micro-batches, like "1 x 52 + 4 x 51"."""
-    return " + ".join(f"{count} \u00d7 {size}" for size, count in Counter(split).items())
+def show_split(samples: int, steps: int) -> str:
+    """The number and size of a balanced split's micro-batches, like "1 x 52 + 4 x 51"."""
+    size, larger = divmod(samples, steps)
+    parts = ((larger, size + 1), (steps - larger, size))
+    return " + ".join(f"{count} \u00d7 {each}" for count, each in parts if count)
 
 
 def _figures(plan: Plan) -> Rows:
@@ -99,17 +103,18 @@ def _figures(plan: Plan) -> Rows:
     return [dict(zip(("figure", "value", "unit", "kind", "why"), row, strict=True)) for row in rows]
 
 
-def total_bytes(plan: Plan, row: PeakRow) -> int:
-    """What the process comes to with micro-batches of a row's size and the plan's own samples."""
-    steps = -(-sum(plan.split) // row.micro_batch)
+def total_bytes(plan: Plan, row: PeakRow, samples: int | None = None) -> int:
+    """What the process comes to with micro-batches of a row's size and the plan's own samples, summed or given."""
+    steps = -(-(samples or sum(plan.split)) // row.micro_batch)
     training = plan.data_bytes + plan.history_bytes + row.peak_bytes(steps)
     return plan.base_bytes + training + int(plan.slack * training)
 
 
 def _peaks(plan: Plan) -> Rows:
     rows: Rows = []
+    samples = sum(plan.split)
     for row in sorted(plan.peaks, key=lambda row: row.micro_batch):
-        total = total_bytes(plan, row)
+        total = total_bytes(plan, row, samples)
         phases = {name: getattr(row, name) for name in ("first_bytes", "later_bytes", "optimizer_bytes")}
         rows.append(
             {"micro_batch": row.micro_batch, **phases, "between_bytes": row.between_bytes, "peak_bytes": total}
@@ -168,19 +173,43 @@ def _plans(plan: Plan) -> Rows:
     times = {timed.micro_batch: timed.step_seconds for timed in plan.times}
     if plan.window_seconds is not None:
         times.setdefault(plan.micro_batch, plan.window_seconds)
+    if table is None:
+        return []
+    balanced_one = plan.split == balanced(samples, plan.accumulation_steps)
     rows: Rows = []
-    for steps in range(1, samples // plan.smallest_micro_batch + 1):
-        split = balanced(samples, steps)
-        peak = None if table is None or not table.is_exact(split) else table.peak_bytes(split)
-        if peak is None:
-            continue
-        fits = peak <= usable_bytes(plan) and split[0] <= (plan.max_micro_batch or split[0])
+    for steps in _known_steps(table, samples, plan.accumulation_steps):
+        largest, last = -(-samples // steps), samples // steps
+        second = largest if samples % steps != 1 else last
+        peak = table.peak_of(samples, steps, largest, second, last)
+        assert peak is not None, "the table has both sizes"
+        fits = peak <= usable_bytes(plan) and largest <= (plan.max_micro_batch or largest)
+        chosen = balanced_one and steps == plan.accumulation_steps
         rows.append(
-            {"accumulation_steps": steps, "split": show_split(split), "micro_batch": split[0], "peak_bytes": peak}
-            | {"free_bytes": plan.budget.bytes - peak, "fits": fits, "passes": steps}
-            | {"step_seconds": times.get(split[0]), "chosen": split == plan.split, "kind": Kind.PREDICTED}
+            {"accumulation_steps": steps, "split": show_split(samples, steps), "micro_batch": largest}
+            | {"peak_bytes": peak, "free_bytes": plan.budget.bytes - peak, "fits": fits, "passes": steps}
+            | {"step_seconds": times.get(largest), "chosen": chosen, "kind": Kind.PREDICTED}
         )
     return rows
+
+
+def _known_steps(table: what_if.Table, samples: int, chosen: int) -> list[int]:
+    """The numbers of steps whose balanced split has sizes of the table only, ascending, by arithmetic.
+
+    Where there are more than `MOST_PLANS`, of each largest micro-batch the fewest steps, beside the chosen number.
+    """
+    sizes = {row.micro_batch for row in table.rows}
+    most = samples // table.least
+    found: list[range] = []
+    for size in sorted(sizes, reverse=True):
+        steps = steps_of_size(samples, size)
+        if size - 1 not in sizes:  # the even split only
+            steps = range(samples // size, samples // size + 1) if samples % size == 0 and steps else range(0)
+        found.append(range(steps.start, min(steps.stop, most + 1)))
+    if sum(map(len, found)) <= MOST_PLANS:
+        return [steps for each in found for steps in each]
+    fewest = [each[0] for each in found if each]
+    known = [chosen] if any(chosen in each for each in found) else []
+    return sorted({*fewest[-MOST_PLANS:], *known})
 
 
 def _recordings(plan: Plan) -> Rows:

@@ -60,12 +60,15 @@ class Table:
 
         The first micro-batch, the later ones (of two sizes at most) and the optimizer step each have their row.
         """
-        rows = [self.row(split[0]), self.row(split[min(1, len(split) - 1)]), self.row(split[-1])]
-        first, second, last = rows
+        return self.peak_of(sum(split), len(split), split[0], split[min(1, len(split) - 1)], split[-1])
+
+    def peak_of(self, samples: int, steps: int, first_size: int, second_size: int, last_size: int) -> int | None:
+        """The same of a window that is known by its sizes: that of a million micro-batches needn't be made."""
+        first, second, last = self.row(first_size), self.row(second_size), self.row(last_size)
         if first is None or second is None or last is None:
             return None
-        window = window_peak_bytes(first, second, last, len(split))
-        training = self.data_bytes(sum(split)) + self.history_bytes + window
+        window = window_peak_bytes(first, second, last, steps)
+        training = self.data_bytes(samples) + self.history_bytes + window
         return self.base_bytes + training + int(self.slack * training)
 
     def floors(self, samples: int) -> tuple[Floor, Floor]:
