@@ -58,6 +58,22 @@ def parse_part(text: str | int | None, whole_bytes: int, *, what: str = "a size"
     return 0 if _size(text, what) == 0 else parse_bytes(text, what=what)
 
 
+def check_memory(memory: str | int | None, headroom: str | int | None) -> None:
+    """Refuses what can be no amount of memory, or no part of one to keep free, whatever the machine has.
+
+    Raises:
+        UsageError: One of them can't be read, or the headroom leaves nothing of the memory.
+    """
+    whole = None if memory is None else parse_bytes(memory, what="an amount of memory")
+    kept = parse_part(headroom, whole or 1 << 62, what="headroom")
+    if whole is not None and kept is not None and kept >= whole:
+        raise UsageError(
+            f"Headroom of {headroom} leaves nothing of {memory}.",
+            "Headroom is the part of the memory that is kept free.",
+            "Name less headroom, or more memory.",
+        )
+
+
 def show_bytes(size: int) -> str:
     """`1.50 GiB`, `12.3 MiB`, `512 B`: three digits or so."""
     if abs(size) < 1024:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader
 
 from . import batchnorm
 from . import split as cutting
+from .bounds import check_samples, check_seconds
 from .errors import AutoaccumError, UsageError
 from .parts import held_in_window
 from .plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from .solve import share_of
+from .units import check_memory
 from .windows import loader_length
 from .workload import Workload
 
@@ -76,8 +77,8 @@ def read_wish(
         UsageError: It can't be had, whatever the memory.
     """
     for name, value in (("target_batch", target_batch), ("max_micro_batch", most), ("min_micro_batch", least)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"{name} is {value!r}: a number of samples, at least 1.", hint=f"Give {name}=512, say.")
+        check_samples(name, value)
+    check_memory(budget, headroom)
     if not 0 <= rank < world_size:
         raise UsageError(f"rank {rank} of {world_size} ranks.", hint="Ranks count from 0 to world_size - 1.")
     if target_batch is not None and target_batch < world_size:
@@ -154,8 +155,7 @@ def with_objective(wish: Wish, objective: str, timing_seconds: float | None, *, 
     """
     if objective not in OBJECTIVES:
         raise UsageError(f"objective {objective!r} is not known.", hint=f"Use {' or '.join(OBJECTIVES)}.")
-    if timing_seconds is not None and not 0 <= timing_seconds < math.inf:
-        raise UsageError(f"Timing for {timing_seconds} s can't be.", hint="Give a number of seconds; 0 for no timing.")
+    check_seconds("timing_seconds", timing_seconds)
     lacking = (
         (virtual, "A virtual GPU computes nothing, so no time can be measured on it."),
         (not verify, "Nothing is run for real without verifying."),

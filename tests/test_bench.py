@@ -134,7 +134,7 @@ def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["--target-batch", "0"], "--target-batch 0"),
+        (["--target-batch", "0"], "--target-batch is 0"),
         (["--device", "tpu"], "--device tpu"),
         (["--tuned", "none.json"], "can't be read"),
         (["-o", "page.pdf"], ".html"),

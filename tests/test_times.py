@@ -232,7 +232,7 @@ def test_what_has_no_times_is_refused_for_fastest_and_never_timed() -> None:
         fit_plan(work, objective="fastest")
     with pytest.raises(UsageError, match="not known"):
         fit_plan(work, target_batch=8, objective="largest")
-    with pytest.raises(UsageError, match="can't be"):
+    with pytest.raises(UsageError, match="timing_seconds is nan"):
         fit_plan(work, target_batch=8, timing_seconds=float("nan"))
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import typer
 
+from ..bounds import check_count, check_samples
 from ..errors import UsageError
-from ..units import parse_bytes
+from ..units import check_memory
 from ..workloads import BUILT_IN, DEFAULT
 
 
@@ -27,7 +28,7 @@ def bench(
     json: bool = typer.Option(False, "--json", help="Print the results' JSON alone."),
 ) -> None:
     """Train hand-picked sizes, halving until it fits, the plan and the tuned plan for a few windows each."""
-    _check(target_batch, device, memory, malloc, windows, tune_trials, output, force)
+    _check(target_batch, device, memory, headroom, malloc, windows, tune_trials, output, force)
     from ..bench import page
     from ..bench.compare import compare
     from ..files import write_whole
@@ -52,21 +53,16 @@ def bench(
 
 
 def _check(
-    target_batch: int, device: str, memory: str | None, malloc: str, windows: int, tune_trials: int,
-    output: Path | None, force: bool,
+    target_batch: int, device: str, memory: str | None, headroom: str | None, malloc: str, windows: int,
+    tune_trials: int, output: Path | None, force: bool,
 ) -> None:  # fmt: skip
     """Refuses what can be seen to be wrong before anything is run."""
-    for name, value, least in (
-        ("target-batch", target_batch, 1),
-        ("windows", windows, 1),
-        ("tune-trials", tune_trials, 0),
-    ):
-        if value < least:
-            raise UsageError(f"--{name} {value} can't be.", hint=f"Give at least {least}.")
+    check_samples("--target-batch", target_batch)
+    check_count("--windows", windows, example=5)
+    check_count("--tune-trials", tune_trials, least=0, example=12)
     if device not in ("cpu", "cuda") or malloc not in ("fixed", "default"):
         raise UsageError(f"--device {device} --malloc {malloc} can't be.", hint="cpu or cuda; fixed or default.")
-    if memory is not None:
-        parse_bytes(memory, what="an amount of memory")
+    check_memory(memory, headroom)
     if output is None:
         return
     from ..files import check_output

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import typer
 
+from ..bounds import check_samples, check_seconds
 from ..errors import UsageError
 from ..files import check_output
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
-from ..units import parse_bytes
+from ..units import check_memory
 from ..workloads import BUILT_IN, DEFAULT
 
 
@@ -33,7 +34,7 @@ def plan(
     json: bool = typer.Option(False, "--json", help="Print the plan's JSON alone."),
 ) -> None:
     """Find the fewest accumulation steps that fit, and verify them."""
-    _check(target_batch, device, gpu, memory, output, force)
+    _check(target_batch, max_micro_batch, timing, device, gpu, memory, headroom, output, force)
     _check_times(objective, target_batch, gpu, verify)
     from ..child import call
     from ..plan import Plan
@@ -71,16 +72,17 @@ def plan(
 
 
 def _check(
-    target_batch: int | None, device: str | None, gpu: str | None, memory: str | None, output: Path | None, force: bool
-) -> None:
+    target_batch: int | None, max_micro_batch: int | None, timing: float | None, device: str | None, gpu: str | None,
+    memory: str | None, headroom: str | None, output: Path | None, force: bool,
+) -> None:  # fmt: skip
     """Refuses what can be seen to be wrong before two seconds are spent on importing torch."""
-    if target_batch is not None and target_batch < 1:
-        raise UsageError(f"A target batch of {target_batch} is no batch.", hint="Give --target-batch 512, say.")
+    check_samples("--target-batch", target_batch)
+    check_samples("--max-micro-batch", max_micro_batch)
+    check_seconds("--timing", timing)
     if device not in (None, "cpu", "cuda") or (gpu is not None and device == "cpu"):
         given = f"--device {device}" + (f" with --gpu {gpu}" if gpu is not None else "")
         raise UsageError(f"{given} can't be.", hint="Give --device cpu, --device cuda, or --gpu NAME alone.")
-    if memory is not None:
-        parse_bytes(memory, what="an amount of memory")
+    check_memory(memory, headroom)
     if output is not None:
         check_output(output, force=force)
 

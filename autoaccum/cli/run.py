@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..bounds import check_count, check_seconds
 from ..child import Say
 from ..errors import UsageError
 from ..files import check_output
@@ -37,6 +38,9 @@ def run(
     from ..plan import Plan
     from ..source import check_source
 
+    check_count("--epochs", epochs)
+    check_count("--steps", steps, example=100)
+    check_seconds("--checkpoint-seconds", checkpoint_seconds)
     read = Plan.load(plan)
     if read.workload is None:
         raise UsageError(

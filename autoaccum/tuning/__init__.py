@@ -19,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bounds import MOST_SEED, check_count, check_samples, check_seconds
 from ..errors import UsageError
+from ..units import check_memory
 from .configuration import Configuration
 from .result import Trial, Tuned
 from .space import SearchSpace
@@ -90,7 +92,7 @@ def tune(
 
     space = space or SearchSpace()
     source = workload if isinstance(workload, str) else _source_of(workload)
-    _check(target_batch, trials, timeout, device, gpu, malloc, study, sampler, workers)
+    _check(target_batch, trials, timeout, device, gpu, malloc, study, sampler, workers, seed, memory, headroom)
     if source is not None:
         check_source(source)
     function = workload if source is None and callable(workload) else None
@@ -146,17 +148,21 @@ def _check(
     study: Any,
     sampler: str,
     workers: Any,
+    seed: Any,
+    memory: str | int | None,
+    headroom: str | int | None,
 ) -> None:
     """Refuses what can be seen to be wrong before a process is started."""
     from .study import SAMPLERS
 
-    for name, value in (("target_batch", target_batch), ("trials", trials or 1), ("workers", workers)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"{name} is {value!r}: a number, at least 1.", hint=f"Give {name}=32, say.")
-    if trials == 0:
-        raise UsageError("0 trials try nothing.", hint="Give --trials 20, or leave it out.")
-    if timeout is not None and not timeout > 0:
-        raise UsageError(f"A timeout of {timeout} seconds leaves no time.", hint="Give --timeout 600, say.")
+    if target_batch is None:
+        raise UsageError("There is no target to tune for.", hint="Give target_batch=512, say.")
+    check_samples("target_batch", target_batch)
+    check_count("trials", trials, example=20)
+    check_count("workers", workers)
+    check_count("seed", seed, least=0, most=MOST_SEED)
+    check_seconds("timeout", timeout, zero=False)
+    check_memory(memory, headroom)
     if device not in (None, "cpu", "cuda") or (gpu is not None and device == "cpu"):
         raise UsageError(f"device {device!r} can't be.", hint="Use 'cpu', 'cuda', or gpu=NAME alone.")
     if malloc not in ("fixed", "default"):

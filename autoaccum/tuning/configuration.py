@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from ..bounds import MOST_SAMPLES
 from ..errors import UsageError
 from ..workload import PRECISIONS
 
@@ -121,7 +122,10 @@ def check_choice(name: str, value: Any) -> None:
         "precision": (value in (*PRECISIONS, AS_IT_IS), ", ".join(PRECISIONS)),
         "checkpointing": (number and value >= 0, "0 for none, 1 for every block, n for every n-th"),
         "optimizer": (value in (*IMPLEMENTATIONS, AS_IT_IS), ", ".join(IMPLEMENTATIONS)),
-        "micro_batch": (value == LARGEST or (number and value >= 1), f"a number of samples, or {LARGEST!r}"),
+        "micro_batch": (
+            value == LARGEST or (number and 1 <= value <= MOST_SAMPLES),
+            f"a number of samples, or {LARGEST!r}",
+        ),
         "loader_workers": (value is None or (number and value >= 0), "a number of processes"),
         **{
             flag: (isinstance(value, bool), "yes or no") for flag in ("channels_last", "expandable_segments", "compile")
