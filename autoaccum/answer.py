@@ -76,8 +76,11 @@ def solve_and_verify(
     """Solves, runs the answer for real, and where that was another than predicted, learns and solves again."""
     wrong: str | None = None
     explained: tuple[Split, Any] = (), None  # micro-batches that were run for real, and what has been learnt from it
+    held: tuple[Solution, Any] | None = None  # what fits for sure, though it was predicted to take something else
     for attempt in range(ATTEMPTS):
         solution = solve(outlook)
+        if held is not None and (solution is None or len(solution.split) >= len(held[0].split)):
+            return outlook.nearer(*held, _trainer(outlook.subject), start_over)
         if solution is None:
             raise _does_not_fit(outlook)
         if not verify:
@@ -94,8 +97,20 @@ def solve_and_verify(
         if wrong is None and may_learn and outlook.teaches(split, measured) and outlook.learns(split, measured):
             explained = split, measured  # more is known now, which may change the answer
             continue
+        remark = outlook.far_off(split, measured) if wrong is None and not compiles and attempt < ATTEMPTS - 1 else None
+        if remark is not None:
+            outlook.subject.say(f"{remark} Asking again with that")
+            held, outlook.remark = (solution, measured), remark
+            outlook.compare_compiled(split, measured)
+            start_over()
+            continue
         if wrong is None:
             return outlook.nearer(solution, measured, _trainer(outlook.subject), start_over)
+        if held is not None:
+            start_over()
+            outlook.compiled_share, outlook.remark = 1.0, f"{outlook.remark} Fewer steps were tried, and {wrong}."
+            outlook.forget()
+            return held
         outlook.subject.say(f"{wrong}: learning from it")
         start_over()
         if compiles:  # recordings are of what was written, and right about that

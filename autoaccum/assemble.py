@@ -8,6 +8,7 @@ from typing import Any
 from . import compiled, composition, observe
 from .doctor import versions
 from .errors import DoesNotFit
+from .growth import told
 from .identity import fingerprint, signature
 from .knee import knee
 from .outlook import Outlook
@@ -42,8 +43,9 @@ def plan(
     """The plan of a solution, as it stands before everything is put back."""
     wish, observed, split = outlook.wish, outlook.observed, solution.split
     fresh = outlook.peak_bytes(split, "fresh")
-    history = max(outlook.peak_bytes(split, name) for name in wish.histories) - fresh
     phases = dict(outlook.phases(split))
+    history = max(outlook.peak_bytes(split, name) for name in wish.histories) - (fresh - outlook.kept_bytes(split))
+    growth = outlook.growth_bytes(split)
     binding = max((name for name in phases if name in PHASES), key=lambda name: phases[name])
     largest, capped = _largest(outlook, split)
     return Plan(
@@ -60,7 +62,7 @@ def plan(
         history_bytes=history,
         predicted_peak_bytes=outlook.worst_bytes(split),
         phases=phases,
-        binds=f"{PHASE_TITLES[binding]}, {'here' if history else 'fresh'}",
+        binds=f"{PHASE_TITLES[binding]}, {'here' if history > outlook.kept_bytes(split) else 'fresh'}",
         exactness="unchecked",
         peaks=_table(outlook, split, {largest, *(size.micro_batch for size in timed.sizes)}),
         signature=signature(workload.sample),
@@ -84,6 +86,8 @@ def plan(
         times=timed.sizes,
         objective=wish.objective,
         environment=versions(),
+        growth_bytes=growth,
+        growth_where=told(observed.growth) if observed.growth is not None and growth else "",
         **outlook.own_fields(split, largest),
         **(outlook.measured_fields(measured, split) if measured is not None else UNVERIFIED),
     )
@@ -177,8 +181,28 @@ def _notes(outlook: Outlook, split: Split, assumed: Sequence[str]) -> tuple[str,
         notes.append(f"Bracketed: {outlook.observed.doubt}.")
     if compiled.is_compiled(outlook.subject.parts.model, outlook.subject.parts.loss):
         notes.append(_compiled_note(outlook))
+    notes += [outlook.remark] if outlook.remark else []
+    notes += _growth_notes(outlook, split)
     notes += outlook.notes(split)
     return tuple(notes)
+
+
+def _growth_notes(outlook: Outlook, split: Split) -> list[str]:
+    """What outlives each window, by which line, and how many windows that leaves."""
+    found, growth = outlook.observed.growth, outlook.growth_bytes(split)
+    if found is None or not growth:
+        return []
+    left = max(0, outlook.budget.bytes - outlook.worst_bytes(split)) // growth
+    planning = (
+        " What planning's own windows appended was taken out again."
+        if found.undone
+        else f" Planning's own windows left {show_bytes(outlook.leaked_bytes)} behind, which it can't find to free."
+    )
+    return [
+        f"Memory grows: each window keeps {show_bytes(growth)} more than the one before, allocated at {told(found)}. "
+        f"The peak is the third window's; {left:,} more windows fit the budget, then memory runs out. Keep less: "
+        f"numbers instead of tensors, a running sum, or tensors detached and moved off the device.{planning}"
+    ]
 
 
 def _tokens_note(workload: Workload, split: Split, most_rows: int | None) -> str:
@@ -212,9 +236,10 @@ def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> Do
         *(outlook.helps(needed_bytes) if needed_bytes is not None else ()),
         _larger_budget(outlook, needed_bytes),
         f"an optimizer without state (this one's is {show_bytes(state)})" if state and state > missing / 4 else None,
+        _keeping_less(outlook, split),
         "activation checkpointing, shorter samples, or a smaller model",
     )
-    told = ", ".join(text for text in helps if text)
+    all_told = ", ".join(text for text in helps if text)
     needs = (
         f"its window needs {show_bytes(needed_bytes)}, the budget is {show_bytes(budget.bytes)}; "
         f"{show_bytes(missing)} ({missing:,} bytes) are missing."
@@ -224,8 +249,19 @@ def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> Do
     return DoesNotFit(
         f"Not even a micro-batch of {split[0]} fits: {needs}",
         f"{show_bytes(outlook.base_bytes)} of it are {outlook.base_words}; the limit that binds is {budget.binds}.",
-        f"What would help: {told}.",
+        f"What would help: {all_told}.",
         missing_bytes=missing,
+    )
+
+
+def _keeping_less(outlook: Outlook, split: Split) -> str | None:
+    """What outlives a window, where that is a part of why nothing fits."""
+    found = outlook.observed.growth
+    growth = outlook.growth_bytes(split) if found is not None else 0
+    return (
+        f"keeping less than {show_bytes(growth)} of each window (allocated at {told(found)})"
+        if found and growth
+        else None
     )
 
 

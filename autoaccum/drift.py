@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .growth import at_run_time
 from .plan import Plan
 from .units import show_bytes
 
@@ -45,11 +46,11 @@ class Watch:
         if taken > DRIFTS_BEYOND * self._planned_bytes():
             self.told = True
             log.warning(
-                "A window came to %s %s; the plan reckoned with %s. "
-                "Longer samples, data loading, workers' threads or other code take the rest.",
+                "A window came to %s %s; the plan reckoned with %s. %s",
                 show_bytes(taken),
                 "in memory" if self.device.type == "cpu" else "reserved",
                 show_bytes(self._planned_bytes()),
+                at_run_time(self.plan) or "Longer samples, data loading, workers' threads or other code take the rest.",
             )
 
     def _peak_bytes(self) -> int:

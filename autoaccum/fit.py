@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from . import answer, approach, assemble, compiled, cpu, exact, oom, outlook_cpu, restore, step
+from .appended import keeper
 from .errors import UsageError
-from .held import holdings
+from .held import Holdings, holdings
 from .infer import infer_sample
 from .lengthen import at_longest
 from .observe import Observed, Subject
@@ -150,13 +151,16 @@ def plan_in(
     started, threshold = time.perf_counter(), setting.device.prepare(malloc)
     sample, lengthened = at_longest(workload)
     longest = replace(workload, sample=sample)
-    with _as_it_was(workload) if setting.keep else contextlib.nullcontext() as snapshot:
+    held = _held(workload)
+    with _as_it_was(workload, held) if setting.keep else contextlib.nullcontext() as snapshot:
         parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
         parts.window_samples = wish.samples
         left_out = told_of_left_out(parts.model, parts.optimizer)
         subject = setting.subject(parts, longest, setting.device, threshold, setting.progress, setting.build)
+        subject = replace(subject, take_out=keeper(held))
 
         def start_over() -> None:
+            subject.take_out()
             if snapshot is not None:
                 snapshot.restore()
             _make_ready(parts, owns_optimizer=parts.optimizer is not workload.optimizer)
@@ -228,17 +232,22 @@ def setting_for(device: torch.device) -> Setting:
     )
 
 
+def _held(workload: Workload) -> Holdings:
+    """What the workload's functions hold."""
+    functions = {name: getattr(workload, name) for name in ("loss", "encode", "count", "between", "metric")}
+    return holdings(workload.model, **functions)
+
+
 @contextlib.contextmanager
-def _as_it_was(workload: Workload) -> Iterator[restore.Snapshot]:
+def _as_it_was(workload: Workload, held: Holdings) -> Iterator[restore.Snapshot]:
     """Puts back, whatever happens, all that training changes."""
     optimizer, scheduler = workload.optimizer, workload.scheduler
-    functions = {name: getattr(workload, name) for name in ("loss", "encode", "count", "between", "metric")}
     with restore.kept(
         model=workload.model,
         optimizer=optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,
         scaler=workload.scaler,
         scheduler=scheduler if hasattr(scheduler, "step") else None,
-        held=holdings(workload.model, **functions),
+        held=held,
     ) as snapshot:
         yield snapshot
 

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TypeVar
 
+import torch
+
 from . import counting, oom, step
 from . import split as cutting
 from .allocator import Replay, Start
 from .compiled import uncompiled
+from .growth import Growth, probe
 from .plan import RecordingNote
 from .process_memory import PAGE_BYTES
-from .program import StepProgram, as_recorded, lift, plain_window
-from .recording import FIRST, Event, Phase, Recording, kept_blocks, live_peak
+from .program import StepProgram, as_recorded, lift, plain_window, window_growth
+from .recording import FIRST, OPTIMIZER, Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .verified import without_state
 from .workload import Batch, Workload
@@ -39,6 +42,7 @@ class Subject:
     say: Callable[[str], None] = lambda text: None
     build: tuple[Event, ...] | None = None  # the model's blocks as they came to be, where that was seen
     before: Any = None  # what `device.read_heap` told before anything was trained
+    take_out: Callable[[], None] = lambda: None  # what windows appended to the user's lists
 
     def tile(self, n: int) -> Batch:
         """A batch of n samples, made of the workload's sample."""
@@ -60,6 +64,7 @@ class Observed:
         notes: The same, for the plan.
         doubt: Why no step program could be made; None while one can.
         unrecorded_bytes: What a micro-batch makes beside what its recording shows, whatever its size.
+        growth: What outlives a window, and by which line; None where nothing does.
     """
 
     first_step: Recording | None = None
@@ -71,6 +76,9 @@ class Observed:
     notes: list[RecordingNote] = field(default_factory=list)
     doubt: str | None = None
     unrecorded_bytes: int = 0
+    growth: Growth | None = None
+    state_at_first_bytes: int = 0  # what the optimizer held when `after_first` was read
+    looked_for_growth: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)  # an outlook's, for as long as nothing is added
     _program: StepProgram | None = None
     _replays: dict[tuple[Split, Start], Replay] = field(default_factory=dict)
@@ -114,6 +122,7 @@ def record_window(subject: Subject, n: int, steps: int = 2) -> Recording:
     """Records one window of `steps` micro-batches of n samples, and what runs after it."""
     subject.say(f"recording at {n} samples")
     recording: Recording = subject.device.record(_window(subject, n, steps), micro_batch=n)
+    subject.take_out()
     return recording
 
 
@@ -135,6 +144,7 @@ def scout(subject: Subject, observed: Observed, least: int = SCOUT) -> None:
         observed.asking = _asking(subject)
     recording = _first_step(subject, least)
     observed.first_step, observed.after_first = recording, subject.device.read_heap()
+    observed.state_at_first_bytes = state_held(subject.parts)
     if subject.device.SCOUT_STEPS > 1:
         observed.scouted = without_state(recording)
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
@@ -189,10 +199,26 @@ def add(subject: Subject, observed: Observed, n: int) -> float | None:
         observed.unrecorded_bytes = subject.device.unrecorded_bytes(
             _window(subject, n), recording, subject.mmap_threshold_bytes
         )
+        subject.take_out()
+    if not observed.looked_for_growth and _leaves(subject, as_recorded(recording), (n, n)) > PAGE_BYTES:
+        observed.looked_for_growth, observed.growth = True, probe(subject, n)
+        if observed.growth is not None:
+            observed.prelude = _without_growth(observed)
     measured = own_peak(subject, observed, recording).peak_bytes
     observed.know([*observed.recordings, recording])
     observed.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
     return None if predicted is None else abs(predicted - measured) / measured
+
+
+def _without_growth(observed: Observed) -> tuple[Event, ...]:
+    """The first optimizer step, without what its micro-batches and an evaluation after it kept: that is counted apart.
+
+    What outlives the step but was made by the optimizer is its state.
+    """
+    assert observed.first_step is not None
+    made = {e.block for phase in observed.first_step.phases if phase.name != OPTIMIZER for e in phase.events}
+    kept = [event for event in kept_blocks(observed.prelude) if event.block in made]
+    return (*observed.prelude, *(event._replace(bytes=-event.bytes) for event in kept))
 
 
 def own_peak(subject: Subject, observed: Observed, recording: Recording) -> Replay:
@@ -221,13 +247,32 @@ def window_of(observed: Observed, split: Split) -> tuple[StepProgram, Split]:
     Raises:
         LookupError: No program, and no recording that large.
     """
-    if observed.doubt is None:
+    if observed.has_program:
         return observed.program(), _representative(observed.program(), split)
     recording = next((r for r in observed.recordings if r.micro_batch >= split[0]), None)
     if recording is None:
         raise LookupError(f"nothing was recorded at {split[0]} samples or more")
     program = as_recorded(recording, observed.prelude)
     return program, _representative(program, (recording.micro_batch,) * len(split))
+
+
+def state_held(parts: step.Parts) -> int:
+    """Bytes of the optimizer's state that is there now."""
+    values = (value for state in parts.optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+def growth_of(subject: Subject, observed: Observed, split: Split) -> int:
+    """What a window of that split keeps for ever; 0 where nothing was seen to outlive a window.
+
+    Raises:
+        LookupError: No program, and no recording that large.
+    """
+    return max(0, _leaves(subject, *window_of(observed, split))) if observed.growth is not None else 0
+
+
+def _leaves(subject: Subject, program: StepProgram, split: Split) -> int:
+    return window_growth(program, split, workspaces=subject.device.ASKING_COUNTS)
 
 
 def floor_of(observed: Observed, n: int, *, later: bool) -> int:

@@ -23,6 +23,7 @@ from .wish import Wish
 
 VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
 RAN_OUT = 1.25  # times as much as was thought, where a compiled window ran out of memory
+FAR_OFF = 0.1  # of the whole peak: a prediction so far from a verification is questioned, even where that held
 AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more teaches instead of confirming
 
 
@@ -39,6 +40,8 @@ class Outlook(ABC):
         sample_bytes: What one sample more adds to a batch.
         compiled_share: What a window takes as it was compiled, of what it takes as it was written and recorded: found
             by verifying; 1 where nothing is compiled, or where that makes no difference.
+        leaked_bytes: What planning's own windows have left behind in this process, where windows do so.
+        remark: What verifying came to, where that has to be said.
     """
 
     subject: Subject
@@ -49,6 +52,8 @@ class Outlook(ABC):
     sample_bytes: int
     slack: float = 0.0
     compiled_share: float = field(default=1.0, kw_only=True)
+    leaked_bytes: int = field(default=0, kw_only=True)
+    remark: str = field(default="", kw_only=True)
 
     @property
     def usable_bytes(self) -> int:
@@ -66,6 +71,14 @@ class Outlook(ABC):
         Raises:
             LookupError: Nothing as large was recorded, and nothing follows from what was.
         """
+
+    def growth_bytes(self, split: Split) -> int:
+        """What each window keeps for ever."""
+        return observe.growth_of(self.subject, self.observed, split)
+
+    def kept_bytes(self, split: Split) -> int:
+        """What a peak has of windows before it, and its phases don't."""
+        return 0
 
     @abstractmethod
     def fits(self, split: Split) -> bool:
@@ -138,6 +151,23 @@ class Outlook(ABC):
     def holds(self, measured: Any) -> bool:
         """Whether what was run for real took no more than may be used."""
 
+    def far_off(self, split: Split, measured: Any) -> str | None:
+        """Whether the prediction was far from a verification that held, where each size stands for itself; in words."""
+        if self.observed.doubt is None:
+            return None
+        predicted, took = self.compared(split, measured)
+        if abs(predicted - took) <= FAR_OFF * took:
+            return None
+        way = "less" if took < predicted else "more"
+        return (
+            f"Windows took {way} than their recordings said: {show_bytes(took)}, not {show_bytes(predicted)}. "
+            "Figures here are set right by that."
+        )
+
+    @abstractmethod
+    def compared(self, split: Split, measured: Any) -> tuple[int, int]:
+        """What a verified window was predicted to come to, and what it did, of the same history."""
+
     @property
     def is_open(self) -> bool:
         """Whether something grows in steps, and nothing tells yet where that ends."""
@@ -177,7 +207,7 @@ class Outlook(ABC):
     def is_sure_to_fit(self, n: int) -> bool:
         """Whether recording at n can't go over the budget, by the most pessimistic of what is known."""
         observed = self.observed
-        room = self.usable_bytes - self.base_bytes - self.data_bytes(2 * n)
+        room = self.usable_bytes - self.base_bytes - self.data_bytes(2 * n) - self.leaked_bytes
         if observed.recordings and observed.has_program:
             return observe.peak_of(self.subject, observed, (n, n)).peak_bytes <= room
         gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import cpu, observe
 from .allocator import EMPTY, Replay, Start
+from .growth import WINDOWS
 from .observe import Observed, Subject
 from .outlook import AGREES_WITHIN, RAN_OUT, VERIFIED_STEPS, Outlook
 from .plan import PeakRow
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
-from .solve import Split
+from .solve import Split, balanced
 from .wish import Wish
 
 DEFAULT_MALLOC_SLACK = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
@@ -31,18 +32,23 @@ class CpuOutlook(Outlook):
     fresh: Start = EMPTY
     start: Start = EMPTY
     own_bytes: int = 0
+    _least_kept_bytes: int | None = field(default=None, init=False)
 
     def data_bytes(self, samples: int) -> int:
         """The samples of a window lie in the same memory until their step is done."""
         return cpu.data_bytes(samples * self.sample_bytes)
 
     def peak_bytes(self, split: Split, history: str) -> int:
-        """Base, data, and what the window makes malloc take."""
-        held = self.base_bytes + self.data_bytes(sum(split))
+        """Base, data, what the windows before it keep, and what the window makes malloc take."""
+        held = self.base_bytes + self.data_bytes(sum(split)) + self.kept_bytes(split)
         if history == "fresh":
             return held + self._window(split, self.fresh).peak_bytes
         inside = self.own_bytes + self.start.heap_free_bytes - self.fresh.heap_free_bytes
         return held + inside + self._window(split, self.start).peak_bytes
+
+    def kept_bytes(self, split: Split) -> int:
+        """What the windows before the one whose peak is promised have kept."""
+        return (WINDOWS - 1) * self.growth_bytes(split)
 
     def _window(self, split: Split, start: Start) -> Replay:
         """The replay of a window; of a compiled one, with the share that was measured."""
@@ -71,7 +77,17 @@ class CpuOutlook(Outlook):
         data = self.data_bytes(self.wish.samples or n)
         base = self.base_bytes - self.fresh.heap_free_bytes  # which small blocks may fill
         window = min(1.0, self.compiled_share) * observe.floor_of(self.observed, n, later=later)
-        return base + int((1 + self.slack) * (data + window))
+        return base + int((1 + self.slack) * (data + window)) + self._least_kept(n)
+
+    def _least_kept(self, n: int) -> int:
+        """What any window of as many samples keeps at least: it follows samples and steps, so one end has the least."""
+        if self.observed.growth is None:
+            return 0
+        if self._least_kept_bytes is None:
+            samples = self.wish.samples or 1
+            ends = (samples,), balanced(samples, samples // self.wish.least)
+            self._least_kept_bytes = min(self.kept_bytes(split) for split in ends)
+        return self._least_kept_bytes
 
     def phases(self, split: Split) -> dict[str, int]:
         """By the replay of that window."""
@@ -99,6 +115,9 @@ class CpuOutlook(Outlook):
         verified = split[:VERIFIED_STEPS]
         rest = self.data_bytes(sum(split)) - self.data_bytes(sum(verified))
         ran = verified[0] + 2 * sum(verified)
+        if self.observed.growth is not None:
+            rest = self.worst_bytes(split) - self.worst_bytes(verified) + self._not_kept_yet(verified)
+            rest += self.leaked_bytes if "here" in self.wish.histories else 0
         return {
             "measured_peak_bytes": self.base_bytes + measured.increment_bytes + rest,
             "resident_peak_bytes": measured.resident_bytes,
@@ -117,12 +136,22 @@ class CpuOutlook(Outlook):
                 f"the replay of this window; {self.observed.unrecorded_bytes:,} bytes of it are objects that no "
                 "recording shows (autograd's graph above all), measured in a small window"
             ),
-            "history_bytes": (
-                f"planning's own objects and threads in this process ({self.own_bytes:,} bytes), and holes in its heap "
-                "that large blocks can't use"
-            ),
+            "history_bytes": self._history_words(split),
             "budget_bytes": f"the tightest of the limits ({self.budget.binds}) less the headroom",
         }
+
+    def _history_words(self, split: Split) -> str:
+        own = self.own_bytes - self.leaked_bytes
+        told = (
+            f"planning's own objects and threads in this process ({own:,} bytes), and holes in its heap that large "
+            "blocks can't use"
+        )
+        if self.observed.growth is None:
+            return told
+        return (
+            f"what the {WINDOWS - 1} windows before keep ({self.kept_bytes(split):,} bytes); what planning's own "
+            f"windows left ({self.leaked_bytes:,} bytes); {told}"
+        )
 
     def notes(self, split: Split) -> list[str]:
         """Of the default malloc."""
@@ -152,6 +181,10 @@ class CpuOutlook(Outlook):
             return None
         return f"took {measured.increment_bytes:,} bytes, not {predicted:,}"
 
+    def compared(self, split: Split, measured: cpu.Measured) -> tuple[int, int]:
+        """Both with the base."""
+        return self.base_bytes + self._predicted_increment(split), self.base_bytes + measured.increment_bytes
+
     def holds(self, measured: cpu.Measured) -> bool:
         """By what it added to the process."""
         return self.base_bytes + measured.increment_bytes <= self.usable_bytes
@@ -159,7 +192,11 @@ class CpuOutlook(Outlook):
     def _predicted_increment(self, split: Split) -> int:
         """What a window should add to this process as it is."""
         present = self.base_bytes + self.own_bytes - self.fresh.heap_free_bytes + self.start.heap_free_bytes
-        return self.peak_bytes(split, "here") - present
+        return self.peak_bytes(split, "here") - present - self._not_kept_yet(split)
+
+    def _not_kept_yet(self, split: Split) -> int:
+        """What a verification's windows keep less than as many whole ones: its first has one micro-batch."""
+        return self.growth_bytes(split) - self.growth_bytes(split[:1])
 
     def compare_compiled(self, split: Split, measured: cpu.Measured | None) -> None:
         """By what the window itself took; its samples and the process take the same."""
@@ -174,9 +211,34 @@ class CpuOutlook(Outlook):
 def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CpuOutlook:
     """Reads what there is now; `own_bytes` are planning's own, and the optimizer state's that is there already."""
     base = cpu.read_base(subject.before, observed.after_first)
+    leaked = _leaked(subject, observed)
     budget = cpu.read_budget(wish.budget, wish.headroom)
     slack = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
-    base_bytes = base.bytes - own_bytes
+    base_bytes, own = base.bytes - own_bytes - leaked, base.own_bytes + leaked
     return CpuOutlook(
-        subject, wish, observed, base_bytes, budget, sample_bytes, slack, base.fresh, base.here, base.own_bytes
+        subject,
+        wish,
+        observed,
+        base_bytes,
+        budget,
+        sample_bytes,
+        slack,
+        base.fresh,
+        base.here,
+        own,
+        leaked_bytes=leaked,
     )
+
+
+def _leaked(subject: Subject, observed: Observed) -> int:
+    """What planning's windows have left behind: all that malloc has handed out more than after the first of them.
+
+    Planning's own objects are part of it. A process that trains begins without either.
+    """
+    first, then = observed.first_step, observed.after_first
+    if observed.growth is None or observed.growth.undone or first is None:
+        return 0
+    now = cpu.read_heap().in_use_bytes - observe.state_held(subject.parts)
+    by_first: int = observe.growth_of(subject, observed, (first.micro_batch,) * subject.device.SCOUT_STEPS)
+    since: int = now - (then.in_use_bytes - observed.state_at_first_bytes)
+    return max(0, since) + by_first

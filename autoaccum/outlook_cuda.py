@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from . import cuda, ends
+from . import cuda, ends, observe
 from .caching_allocator import EMPTY, CudaRules, CudaStart
+from .growth import WINDOWS
 from .observe import Observed, Subject
 from .outlook import AGREES_WITHIN, RAN_OUT, VERIFIED_STEPS, Outlook
 from .plan import PeakRow
 from .program import StepProgram, as_recorded, plain_window
-from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, Recording, live_peak
+from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, Recording, kept_blocks, live_peak
 from .solve import CAPACITY_MARGIN, Split, largest_micro_batch
-from .training import Training, TrainingReplay, replay_training, training_of
+from .training import MOST_WINDOWS, Training, TrainingReplay, replay_training, training_of
 from .units import show_bytes
 from .verified import as_recording, well_apart
 from .virtual.control import is_virtual
@@ -94,8 +95,9 @@ class CudaOutlook(Outlook):
     def is_sure_to_fit(self, n: int) -> bool:
         """By the allocator's rules once there is a program, a retry now and then included; before, pessimistically."""
         if self.observed.recordings and self.observed.has_program:
-            unlimited = self.replayed((n, n), "fresh", None).peak_reserved_bytes <= self.usable_bytes
-            return unlimited or self.replayed((n, n), "fresh", self.usable_bytes).out_of_memory is None
+            room = self.usable_bytes - self.leaked_bytes
+            unlimited = self.replayed((n, n), "fresh", None).peak_reserved_bytes <= room
+            return unlimited or self.replayed((n, n), "fresh", room).out_of_memory is None
         scouted = self.observed.scouted
         if self.observed.recordings or scouted is None or n <= scouted.micro_batch:
             return super().is_sure_to_fit(n)
@@ -128,6 +130,7 @@ class CudaOutlook(Outlook):
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
                 start=EMPTY if history == "fresh" else self.start,
                 asks=history != VERIFIED,
+                windows=MOST_WINDOWS if self.observed.growth is None else WINDOWS,
                 stops_at_retry=stops_at_retry,
             )
             if len(known) > MOST_REMEMBERED:
@@ -323,6 +326,10 @@ class CudaOutlook(Outlook):
             return f"took {measured.peak_bytes:,} bytes, not {expected.peak_reserved_bytes:,}"
         return None
 
+    def compared(self, split: Split, measured: cuda.Measured) -> tuple[int, int]:
+        """In reserved bytes."""
+        return self.replayed(split, VERIFIED, self.budget.bytes).peak_reserved_bytes, measured.peak_bytes
+
     def holds(self, measured: cuda.Measured) -> bool:
         """By what was reserved, and that the last window needed no retry."""
         return not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes
@@ -374,7 +381,15 @@ def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, ow
     budget = cuda.read_budget(parts.device, wish.budget, wish.headroom)
     base = cuda.reserved_by(build, settings)
     start = cuda.read_start(parts.device)
-    return CudaOutlook(subject, wish, observed, base, budget, sample_bytes, 0.0, build, start, settings)
+    leaked = 0
+    if (
+        observed.growth is not None and not observed.growth.undone
+    ):  # what is there beside the model and its state: planning's own windows left it
+        state = observe.state_held(parts)
+        leaked = max(0, start.allocated_bytes - sum(event.bytes for event in kept_blocks(build)) - state)
+    return CudaOutlook(
+        subject, wish, observed, base, budget, sample_bytes, 0.0, build, start, settings, leaked_bytes=leaked
+    )
 
 
 def _makes_state(first_step: Recording) -> bool:

@@ -169,6 +169,8 @@ class Plan:
         environment: Versions and machine that the plan was made on.
         configuration: What `autoaccum tune` chose beside the split, by name (tuning/configuration.py); `reasons` has
             why, and what of it changes numbers. Empty where nothing was tuned.
+        growth_bytes: What each window keeps more than the one before; 0 where nothing was seen to outlive a window.
+        growth_where: The lines that keep it.
     """
 
     target_batch: int
@@ -218,6 +220,8 @@ class Plan:
     objective: str = FEWEST_STEPS
     environment: Mapping[str, str] = field(default_factory=dict)
     configuration: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    growth_bytes: int = 0
+    growth_where: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @property

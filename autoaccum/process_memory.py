@@ -77,11 +77,13 @@ class Heap:
         free_bytes: The part that isn't handed out: small blocks fill it before the heap grows.
         outside_bytes: What the process has committed beside malloc: data of libraries, threads' stacks, the pools
             that Python keeps for its small objects.
+        in_use_bytes: What malloc has handed out, blocks that are mappings of their own among it.
     """
 
     taken_bytes: int = 0
     free_bytes: int = 0
     outside_bytes: int = 0
+    in_use_bytes: int = 0
 
 
 def read_heap() -> Heap:
@@ -90,7 +92,8 @@ def read_heap() -> Heap:
     if libc is None:
         return Heap()
     info = libc.mallinfo2()
-    return Heap(int(info.arena), int(info.fordblks), committed_bytes() - int(info.arena + info.hblkhd))
+    arena, mapped = int(info.arena), int(info.hblkhd)
+    return Heap(arena, int(info.fordblks), committed_bytes() - arena - mapped, int(info.uordblks) + mapped)
 
 
 def in_use_bytes() -> int | None:

@@ -7,13 +7,18 @@ have to be paired, and the recording nearest the answer *is* the program: only i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
 from .size_rules import Rule, proportional, reduction_buffers, saturating, size_rules
+
+WRITTEN_OUT = 16  # micro-batches of a run of equal ones that each leave something behind; of a longer run, as many
+
+MOST_GROWN = 64  # blocks that stand for what the others leave
 
 
 class Step(NamedTuple):
@@ -239,9 +244,25 @@ def plain_window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
     left = writer.leftover(split[-1])
     first = writer.phase(FIRST, split[0])
     phases = [Phase(FIRST, left + first.events) if left else first]
-    phases += [writer.phase(LATER, size) for size in split[1:]]
+    for size, run in groupby(split[1:]):
+        phases += writer.later(size, len(list(run)))
     phases += [writer.phase(name, split[-1]) for name in (OPTIMIZER, BETWEEN) if name in program.phases]
     return phases
+
+
+def window_growth(program: StepProgram, split: Sequence[int], *, workspaces: bool = False) -> int:
+    """What a window leaves behind, less what it takes away: 0 where the next one finds all as this one did.
+
+    Args:
+        program: The step program.
+        split: Samples in each micro-batch.
+        workspaces: Whether the first micro-batch of each recording makes the libraries' workspaces anew (on CUDA),
+            which isn't growth.
+    """
+    made = sum(event[1] for phase in plain_window(program, split) for event in phase.events)
+    once = made_for_good(program) if workspaces else []
+    replaced = [step.rule.at(split[-1]) for step in program.leftover if step.rule is not None]
+    return made - sum(replaced) - sum(step.rule.at(split[0]) for step in once if step.rule is not None)
 
 
 class Score(NamedTuple):
@@ -308,6 +329,37 @@ class Writer:
     def phase(self, name: str, n: int) -> Phase:
         """The events of the next phase, at n samples."""
         return self.written(name, self.program.scores[name], n)
+
+    def later(self, n: int, count: int) -> Iterator[Phase]:
+        """So many later micro-batches of n samples.
+
+        Where each leaves something behind for the rest of the window, those in the middle of a long run are written as
+        that alone: what else they take, the ones before and after them take too.
+        """
+        growing = self.growing if count > WRITTEN_OUT and self.program.later_growth_bytes > 0 else ()
+        for _ in range(WRITTEN_OUT - 1 if growing else count):
+            yield self.phase(LATER, n)
+        if growing:
+            yield Phase(LATER, tuple(self._grown(n, count - WRITTEN_OUT)))
+            yield self.phase(LATER, n)
+
+    def _grown(self, n: int, count: int) -> Iterator[Event]:
+        """What so many micro-batches leave behind, in no more blocks than solving has time for."""
+        blocks = min(count, MOST_GROWN)
+        for index in range(blocks):
+            together = count // blocks + (index < count % blocks)
+            for block, rule, stream in self.growing:
+                self.names += 1
+                event = Event(self.names, together * rule.at(n), stream)
+                self.live.setdefault(block, []).append(event)
+                yield event
+
+    @cached_property
+    def growing(self) -> tuple[tuple[int, Rule, int], ...]:
+        """What a later micro-batch leaves behind and the next one doesn't take away."""
+        steps = self.program.phases.get(LATER, ())
+        freed = {step.block for step in steps if step.rule is None} | set(self.program.successors.values())
+        return tuple((s.block, s.rule, s.stream) for s in steps if s.rule is not None and s.block not in freed)
 
     def written(self, name: str, score: Score, n: int) -> Phase:
         """A score at n samples; events are plain tuples, since solving spends its time here."""

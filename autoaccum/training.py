@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from .caching_allocator import EMPTY, CachingAllocator, CudaRules, CudaStart
 from .program import Score, Step, StepProgram, Writer, left_behind, made_for_good, score
@@ -249,13 +250,17 @@ class _Run:
 
     def _later(self, split: Sequence[int]) -> Iterator[Phase]:
         """The later micro-batches. Where one leaves the allocator as it found it, those like it would do just so."""
+        if self.writer.program.later_growth_bytes > 0:
+            for size, run in groupby(split[1:]):
+                yield from self.writer.later(size, len(list(run)))
+            return
         known: tuple[int, object] | None = None
         index = 1
         while index < len(split):
             size = split[index]
             yield self.writer.phase(LATER, size)
             last = len(split) - 1 - list(reversed(split)).index(size)
-            if self.writer.program.later_growth_bytes == 0 and last > index:
+            if self.writer.program.later_growth_bytes == 0 and last > index:  # it may be negative
                 state = size, self.state()
                 if state == known:
                     index = last
