@@ -16,9 +16,9 @@ from .chance import ClassLoss, Draws
 from .workload import IGNORED, Batch
 
 if TYPE_CHECKING:
-    from .exact import Tried
-    from .hard_batch import Trial
+    from .arrangements import Tried
 
+UNIGNORED = "exact on data without ignored targets"
 AGREES_WITHIN = 1e-3  # of its weights: what a proposed count gives, and what least squares found
 
 
@@ -56,11 +56,20 @@ def untested_targets(tried: Tried) -> str | None:
     """
     if tried.found.is_pair or tried.counted or tried.trial.ignored:
         return None
-    calls = [call for call in tried.found.draws.class_losses if call.averages and call.path is None]
+    calls = [call for call in tried.found.draws.class_losses if call.averages and _may_be_ignored(tried, call)]
     averaging = [call for call in calls if not _are_places(call.targets)]
     if not averaging:
         return None
     return f"its cross-entropy averages over classes other than {averaging[0].ignore_index}"
+
+
+def _may_be_ignored(tried: Tried, call: ClassLoss) -> bool:
+    """Whether its classes may be ignored in other data, and weren't tried so: too few rows, or no value is invented."""
+    if call.path is None:
+        return True
+    uses, few = tried.look.uses, tried.trial.rows < hard_batch.FEWEST_TO_IGNORE
+    unsafe = not uses.invents(call.path, tried.device)
+    return (few or unsafe) and not uses.indexes(call.path)
 
 
 def _are_places(targets: torch.Tensor) -> bool:
@@ -121,7 +130,7 @@ def _of_sum(seen: str) -> tuple[str, ...]:
 
 
 def _of_count(tried: Tried, weights: Sequence[float], off: str, seen: str) -> tuple[str, tuple[str, ...]]:
-    given = ", ".join(f"{size / tried.trial.rows:.3f}" for size in tried.trial.sizes)
+    given = ", ".join(f"{size / tried.trial.rows:.3f}" for size in tried.found.sizes)
     if tried.found.is_pair:
         words = f"not exact: the (sum, count) that the loss returns is not a sum and its count; {off}"
         return words, (
@@ -138,21 +147,14 @@ def _of_count(tried: Tried, weights: Sequence[float], off: str, seen: str) -> tu
             "Return (sum, count) from the loss: what it adds up, and what it divides by. A function of a mean (a root, "
             "a logarithm) has no count: only all samples in one micro-batch train it exactly.",
         )
-    where = ""
-    if tried.trial.ignored and _counts_samples(proposed, tried.sample):
-        where, seen = " where targets are ignored", f"{seen}; on the sample as given it counts all alike"
-    words = f"not exact{where}: the loss averages over {proposed.what}, not over samples; {off}"
+    words = f"not exact: the loss averages over {proposed.what}, not over samples; {off}"
+    if tried.exact_unignored:
+        words = f"{UNIGNORED}; {words.replace(':', ' where some are:', 1)}"
     return words, (
         f"It averages over {proposed.what}, and micro-batches are weighted by "
         f"{'what count= gives' if tried.counted else 'samples'}: {seen}.",
         f"Workload(..., count=lambda batch: {proposed.code})",
     )
-
-
-def _counts_samples(count: Count, trial: Trial) -> bool:
-    """Whether a count is the same for each sample of a batch: there it makes no difference."""
-    values = [float(count.of(piece)) / size for piece, size in zip(trial.pieces(), trial.sizes, strict=True)]
-    return max(values) - min(values) <= AGREES_WITHIN * max(values)
 
 
 def _of_term(seen: str) -> tuple[str, ...]:
@@ -195,7 +197,7 @@ def _of_coupling(seen: str) -> tuple[str, ...]:
 
 def _fitting(tried: Tried, weights: Sequence[float]) -> Iterator[Count]:
     """The counts whose shares are the weights that were found."""
-    pieces = tried.trial.pieces()
+    pieces = tried.trial.pieces(tried.found.sizes)
     for count in _candidates(tried):
         try:
             values = [float(count.of(piece)) for piece in pieces]
@@ -270,4 +272,6 @@ def percent(error: float) -> str:
     """A relative error for a person."""
     if error == float("inf"):
         return "anything (not finite)"
+    if error < 0.001:
+        return f"{100 * error:.1g}%"
     return f"{error:.1%}" if error < 0.1 else f"{error:.0%}" if error < 10 else f"{error:.0f} times"

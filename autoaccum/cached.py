@@ -57,11 +57,12 @@ def fill(
     window_samples: int | None = None,
     held: Holdings | None = None,
 ) -> Cache:
-    """Encodes every micro-batch without gradients, and takes the loss of all their representations.
+    """Encodes every micro-batch, and takes the loss of all their representations.
 
     Args:
         model: The model.
-        encode: From a micro-batch to its representations, a tree of tensors with the samples in dimension 0.
+        encode: From a micro-batch to its representations, a tree of tensors with the samples in dimension 0; without
+            gradients, or with some that nobody needs.
         backward: From the representations of all to their loss, backpropagated already; detached.
         pieces: The micro-batches.
         window_samples: Where planning runs a short window in place of a longer one: the samples of that one, of whose
@@ -74,8 +75,7 @@ def fill(
     states, encoded = [], []
     for piece in pieces:
         states.append(take_rng())
-        with torch.no_grad():
-            encoded.append(tree.map_leaves(encode(piece), _leaf))
+        encoded.append(tree.map_leaves(encode(piece), _leaf))
     counts = [cutting.batch_size(each) for each in encoded]
     if sum(counts) < (window_samples or 0):
         encoded = _stand_ins(encoded[0], window_samples or 0)

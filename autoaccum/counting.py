@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,11 +12,14 @@ from . import restore, tree
 from . import split as cutting
 from .compiled import uncompiled
 from .errors import BatchError
-from .hugging_face import can_tell, find_denominator, has_labels
+from .hugging_face import Denominator, can_tell, find_denominator, has_labels
 from .loss_terms import count_of
+from .oom import drop_frames, is_out_of_memory
 from .parts import Parts, autocast, forward
 from .rng import put_rng, take_rng
 from .workload import Batch, default_loss
+
+Asked = TypeVar("Asked")
 
 
 def window_count(parts: Parts, pieces: Sequence[Batch]) -> Any:
@@ -38,13 +41,13 @@ def window_count(parts: Parts, pieces: Sequence[Batch]) -> Any:
         return None
     if not (parts.counts_by_forward or _is_pair(parts, pieces[0])):
         return None
-    with _untouched(parts), torch.no_grad():
-        return sum(count_of(forward(parts, _copy(piece))) for piece in pieces)
+    return asked(parts, lambda: sum(_value(count_of(forward(parts, _copy(piece)))) for piece in pieces))
 
 
 def _ask_for_denominator(parts: Parts, piece: Batch) -> None:
     """Asks a model that brings its own loss what that averages over; once."""
-    with _untouched(parts), torch.no_grad():
+
+    def find() -> Denominator | None:
         rng, batch = take_rng(), tree.to_device(piece, parts.device)
 
         def ask(more: dict[str, Any]) -> Any:
@@ -52,7 +55,9 @@ def _ask_for_denominator(parts: Parts, piece: Batch) -> None:
             with autocast(parts):
                 return parts.model(**{**batch, **more})
 
-        parts.denominator = find_denominator(ask, batch)
+        return find_denominator(ask, batch)
+
+    parts.denominator = asked(parts, find)
     parts.asked_for_denominator = True
     if parts.denominator is not None:
         parts.count = parts.denominator.count
@@ -62,10 +67,41 @@ def _is_pair(parts: Parts, piece: Batch) -> bool:
     """Whether the loss returns `(sum, count)`; asked once, of one micro-batch, and remembered."""
     if parts.loss_is_mean:
         return False
-    with _untouched(parts), torch.no_grad():
-        parts.counts_by_forward = count_of(forward(parts, _copy(_few(piece)))) is not None
+    few = _few(piece)
+    parts.counts_by_forward = asked(parts, lambda: count_of(forward(parts, _copy(few))) is not None)
     parts.loss_is_mean = not parts.counts_by_forward
     return parts.counts_by_forward
+
+
+def asked(parts: Parts, ask: Callable[[], Asked], *, keeps: bool = False) -> Asked:
+    """Asks without gradients, which takes least memory; with, where the loss takes some itself (forces, penalties).
+
+    A graph of one micro-batch's forward is then there before the window's first, which has as large a one and gradients
+    beside it, and is gone again before that begins.
+
+    Args:
+        parts: What is trained.
+        ask: Runs its forward.
+        keeps: Whether what the forward moves (random states, buffers) stays as it leaves it.
+    """
+    if not parts.takes_gradients:
+        before = restore.take(model=parts.model, storages=False) if keeps else None
+        try:
+            with contextlib.nullcontext() if keeps else _untouched(parts), torch.no_grad():
+                return ask()
+        except Exception as error:  # from torch.autograd.grad, or of what a loss makes of a gradient that isn't there
+            if is_out_of_memory(error):
+                raise
+            drop_frames(error)
+        parts.takes_gradients = True  # where that isn't it, the same is raised again
+        if before is not None:
+            before.restore()
+    with contextlib.nullcontext() if keeps else _untouched(parts), torch.enable_grad():
+        return ask()
+
+
+def _value(count: Any) -> Any:
+    return count.detach() if isinstance(count, torch.Tensor) else count
 
 
 def _few(piece: Batch) -> Batch:
@@ -78,7 +114,7 @@ def _few(piece: Batch) -> Batch:
 
 def _copy(piece: Batch) -> Batch:
     """A loss may write into its batch; a forward that only counts must not spoil it for the real one."""
-    return tree.map_leaves(piece, lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
+    return tree.map_leaves(piece, lambda _, leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The verdict: is the gradient that the Runner adds up the large batch's?
 
     sample        the workload's own rows, made hard                  hard_batch.py
+    arrangements  in which they have to agree                         arrangements.py
     gradients     of a window of uneven parts and of the whole        gradients.py, by step.train_window
     verdict       from their difference, and from what of it least squares explains
     advice        what is wrong and what to type next                 advice.py
@@ -11,21 +12,20 @@ A verdict is about the samples that were tried. Where it is `exact` the words sa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from . import advice, batchnorm, gradients, hard_batch, independence
-from . import split as cutting
+from . import advice, arrangements, batchnorm, gradients, hard_batch, independence, safely
+from .arrangements import Tried, Untestable
 from .as_it_trains import as_it_trains
-from .errors import AutoaccumError
 from .gradients import Gradients, Twin
-from .hard_batch import Trial
 from .oom import drop_frames
-from .parts import Parts, forward, held_in_window, open_parts
+from .parts import forward, held_in_window
 from .plan import Plan
+from .process_memory import available_bytes
 from .ranks import refuse_ranks
 from .recheck import counts_differ, recheck
 from .virtual.control import is_virtual
@@ -36,6 +36,7 @@ FEW_ENTRIES = 8  # entries of the gradient for each part: with fewer, least squa
 EXACT, CHANCE, SUM, COUNT = "exact", "same distribution", "sum", "wrong denominator"
 TERM, COUPLED, STATEFUL = "additive term", "not decomposable", "changes with each forward"
 INEXACT, UNKNOWN = "not exact", "unknown"
+UNIGNORED = advice.UNIGNORED
 
 __all__ = ["Verdict", "check", "counts_differ", "for_plan", "recheck", "stamp", "unknown"]
 
@@ -76,47 +77,25 @@ class Verdict:
         return self.kind in (EXACT, CHANCE)
 
 
-@dataclass(frozen=True, eq=False)
-class Tried:
-    """A batch and what it gave.
-
-    Attributes:
-        trial: The batch.
-        sample: The workload's own rows, as they were before they were made hard.
-        found: The gradients.
-        within: How far they may differ for rounding.
-        counted: Whether the workload says `count=`.
-    """
-
-    trial: Trial
-    sample: Trial
-    found: Gradients
-    within: float
-    counted: bool
-
-    @property
-    def holds(self) -> bool:
-        """Whether the window's gradient is the whole batch's, up to rounding."""
-        return self.found.agrees(self.within)
-
-
-class _Untestable(Exception):
-    """The batch can't be tested on: the loss doesn't take it, or its gradient is zero or not finite."""
-
-
 def check(
-    workload: Workload, *, most_rows: int = hard_batch.MOST_ROWS, progress: Callable[[str], None] = lambda text: None
+    workload: Workload,
+    *,
+    most_rows: int = hard_batch.MOST_ROWS,
+    progress: Callable[[str], None] = lambda text: None,
+    apart: bool = True,
 ) -> Verdict:
     """Tests on the sample, made as hard as the loss takes it, whether accumulating gives the large batch's gradient.
 
-    That costs four passes forward and backward of 8 to 16 samples, and a fifth where one more part has to tell what is
-    wrong; besides, a forward that looks at what the loss calls, and one for each part where a `(sum, count)` loss has
-    no `count=`. The model is left bitwise as it was.
+    Two arrangements of it have to agree before that is said: classes sorted, and another mix with outputs further
+    apart. That costs six passes forward and backward of 8 to 16 samples, of fewer at once where fewer fit; where
+    something is wrong, three to six more to tell what. Besides, a forward that looks at what the loss calls, and one
+    for each part where a `(sum, count)` loss has no `count=`. The model is left bitwise as it was.
 
     Args:
         workload: What is trained. Its sample is needed.
         most_rows: Samples that fit at once, in the precision of the test.
         progress: Called with what is being done.
+        apart: Whether to test in a copy of this process, where that is possible: what crashes there is a verdict.
 
     Raises:
         UsageError: The workload is of several ranks.
@@ -126,14 +105,25 @@ def check(
         return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
     if most_rows < hard_batch.FEWEST_ROWS:
         return unknown(f"it takes {hard_batch.FEWEST_ROWS} samples at once to test", "autoaccum check takes them.")
+    progress("testing whether the gradient is the large batch's")
+    if not apart:
+        return _check(workload, most_rows)
+    try:
+        return safely.run(lambda: _check(workload, most_rows))
+    except safely.Crashed as crash:
+        return unknown(
+            f"the test crashed ({crash})",
+            "It ran in a copy of this process, on parts of the sample: does loss(model, part) run?",
+        )
+
+
+def _check(workload: Workload, most_rows: int) -> Verdict:
     with as_it_trains(workload.model, held_in_window(workload), everything=True):
         try:
-            progress("testing whether the gradient is the large batch's")
-            easy = hard_batch.easy(workload, most_rows)
-            twin, tried = _tried(workload, easy)
-            if not tried.holds:
-                return _verdict(workload, twin, tried)
-        except _Untestable as error:
+            twin, tried = _tried(workload, most_rows)
+            if not tried[-1].holds:
+                return _verdict(workload, twin, tried[-1])
+        except Untestable as error:
             return unknown(str(error), "Give a sample of real data: a batch whose loss is finite and not at its best.")
         except Exception as error:  # whatever the user's code raises: a plan is a plan without a verdict, too
             return unknown(
@@ -144,12 +134,23 @@ def check(
 
 def for_plan(plan: Plan, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Plan:
     """The plan with a verdict, found on no more samples than fit it."""
-    # In double precision, or in single in place of half, a sample takes twice what it took in the plan.
-    wider = workload.precision is not None or _is_small(workload)
-    most = max(plan.largest_micro_batch // (2 if wider else 1), plan.micro_batch // 2)
-    if not _is_small(workload):
-        most = min(most, hard_batch.LEAST_ROWS)  # each further one costs as much again
-    return stamp(plan, check(workload, most_rows=most, progress=progress))
+    return stamp(plan, check(workload, most_rows=_rows_at_once(plan, workload), progress=progress))
+
+
+def _rows_at_once(plan: Plan, workload: Workload) -> int:
+    """Samples that fit at once in the precision of the test, where that is: in the plan's budget, or on the host."""
+    least, most = plan.peaks[0], plan.peaks[-1]
+    more = most.micro_batch - least.micro_batch
+    each = (most.first_bytes - least.first_bytes) / more if more else least.first_bytes / least.micro_batch
+    small = _is_small(workload)
+    if small and plan.device != "cpu":  # tested in double precision on the host, of which half is left alone
+        fit = int((available_bytes() or 0) / 2 / max(each, 1))
+    else:
+        room = plan.budget_bytes - plan.base_bytes - least.first_bytes
+        fit = max(least.micro_batch + int(room / max(each, 1)), plan.micro_batch)
+    if small or workload.precision is not None:
+        fit //= 2  # double precision, or single in place of half: a sample takes twice what it takes in the plan
+    return min(fit, hard_batch.MOST_ROWS if small else hard_batch.LEAST_ROWS)  # each further one costs as much again
 
 
 def stamp(plan: Plan, verdict: Verdict) -> Plan:
@@ -166,14 +167,14 @@ def unknown(why: str, *told: str) -> Verdict:
     return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=told)
 
 
-def _tried(workload: Workload, easy: Trial) -> tuple[Twin, Tried]:
+def _tried(workload: Workload, most_rows: int) -> tuple[Twin, list[Tried]]:
     """In double precision on the CPU; where the model is large, or can't do that, in its own."""
     if _is_small(workload):
-        with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, _Untestable):
+        with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, Untestable):
             twin = Twin(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
-            return twin, _hardest(workload, twin, easy)
+            return twin, arrangements.tried(workload, twin, most_rows)
     twin = Twin(workload.model, workload.loss)
-    return twin, _hardest(workload, twin, easy)
+    return twin, arrangements.tried(workload, twin, most_rows)
 
 
 def _is_small(workload: Workload) -> bool:
@@ -181,83 +182,53 @@ def _is_small(workload: Workload) -> bool:
     return sum(p.numel() for p in workload.model.parameters()) <= gradients.DOUBLES
 
 
-def _hardest(workload: Workload, twin: Twin, easy: Trial) -> Tried:
-    """The hardest batch that the loss takes; the sample as it is where it takes no other."""
-    seen = twin.look(lambda: _parts(workload), easy.batch)
-    ignorable = advice.ignorable(seen, easy.batch)
-    for hardness in hard_batch.HARDNESSES:
-        if hard_batch.IGNORING in hardness and not ignorable and not _may_ignore_unasked(twin):
-            continue
-        hard = hard_batch.harder(easy, hardness, ignorable)
-        with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError, AutoaccumError, _Untestable):
-            return _try(workload, twin, hard, easy)
-    return _try(workload, twin, easy, easy)
-
-
-def _may_ignore_unasked(twin: Twin) -> bool:
-    """Whether a class that the loss can't take does no harm: on a GPU it ends the process's use of it."""
-    return next(iter(twin.copies.values())).device.type == "cpu"
-
-
-def _try(workload: Workload, twin: Twin, trial: Trial, sample: Trial) -> Tried:
-    found = gradients.compare(twin, lambda: _parts(workload), trial.batch, trial.pieces(), trial.sizes)
-    if not found.finite:
-        raise _Untestable("the gradient of the sample is zero or not finite")
-    return Tried(trial, sample, found, twin.within, counted=workload.count is not None)
-
-
-def _parts(workload: Workload) -> Parts:
-    """The workload's parts, without what would change them or belongs to a device."""
-    plain = replace(
-        workload,
-        optimizer=gradients.Capture,
-        precision=None,
-        on_nonfinite=None,
-        scaler=None,
-        scheduler=None,
-        clip_grad_norm=None,
-        between=None,
-        metric=None,
-    )
-    return open_parts(plain)
-
-
-def _holds(tried: Tried, *, settled: bool) -> Verdict:
+def _holds(tried: Sequence[Tried], *, settled: bool) -> Verdict:
     """Exact; `settled` where the loss isn't averaged over micro-batches at all."""
-    found, rows = tried.found, tried.trial.rows
-    blind = advice.untested_targets(tried)
+    first = tried[0]
+    rows = first.sample.rows if len(tried) < 2 or first.sample.rows >= hard_batch.LEAST_ROWS else _rows(tried)
+    found = max((each.found for each in tried), key=Gradients.error)
+    blind = advice.untested_targets(first)
     if blind is not None and not settled:
-        words = f"not exact where targets are ignored: {blind}; exact otherwise (tested on {rows} samples)"
+        words = f"{UNIGNORED} (tested on {rows} samples); not exact where some are: {blind}"
         return Verdict(COUNT, words, found.error(), *found.worst(), rows, advice=advice.for_untested())
-    told = (f"{tried.trial.made_up} of the {rows} samples tested on were made of the sample's own.",)
-    notes: tuple[str, ...] = told if tried.trial.made_up else ()
-    if tried.trial.hardness is None:
+    made = f"{first.trial.made_up} of the {rows} samples tested on were made of the sample's own."
+    notes: tuple[str, ...] = (made,) if first.trial.made_up else ()
+    if first.trial.hardness is None:
         notes += ("The loss takes no batch but one like the sample, so nothing harder was tested.",)
-    if found.chance:
-        drawn = ", ".join(sorted(found.draws.replaced | found.draws.kept)) or "Python's or NumPy's draws"
+    if any(each.found.chance for each in tried):
+        names = {name for each in tried for name in each.found.draws.replaced | each.found.draws.kept}
+        drawn = ", ".join(sorted(names)) or "Python's or NumPy's draws"
         words = f"same distribution (exact with {drawn} off, tested on {rows} samples)"
         return Verdict(CHANCE, words, found.error(), *found.worst(), rows, advice=notes)
     return Verdict(EXACT, f"exact (tested on {rows} samples)", found.error(), *found.worst(), rows, advice=notes)
 
 
-def _verdict(workload: Workload, twin: Twin, tried: Tried) -> Verdict:
+def _rows(tried: Sequence[Tried]) -> int:
+    return sum(each.sample.rows for each in tried)
+
+
+def _verdict(workload: Workload, twin: Twin, pair: Tried) -> Verdict:
     """Why the window's gradient isn't the whole batch's."""
-    kind, weights = _kind(workload, twin, tried)
-    found, rows = tried.found, tried.trial.rows
-    if kind in (COUPLED, INEXACT) and found.draws.kept:
-        drawn = ", ".join(sorted(found.draws.kept))
-        return unknown(
-            f"the loss draws random numbers by {drawn}, which can't be switched off", "Switch it off to test."
-        )
-    module = _coupling(workload, twin, tried) if kind in (COUPLED, INEXACT) else None
-    if module is None and kind == COUPLED and _remembers(workload, twin, tried):
-        kind, module = STATEFUL, twin.moving_module()
-    place = twin.moving_place() if kind == STATEFUL else None
+    with arrangements.as_tried(twin, pair):
+        tried = arrangements.closer(workload, twin, pair)
+        kind, weights = _kind(tried, pair)
+        found, rows = tried.found, tried.trial.rows
+        if kind in (COUPLED, INEXACT) and found.draws.kept:
+            drawn = ", ".join(sorted(found.draws.kept))
+            return unknown(
+                f"the loss draws random numbers by {drawn}, which can't be switched off", "Switch it off to test."
+            )
+        module = _coupling(workload, twin, tried) if kind in (COUPLED, INEXACT) else None
+        if module is None and kind == COUPLED and _remembers(workload, twin, tried):
+            kind, module = STATEFUL, twin.moving_module()
+        place = twin.moving_place() if kind == STATEFUL else None
+    if kind == COUNT and not found.is_pair:
+        tried = replace(tried, exact_unignored=arrangements.holds_unignored(workload, twin, tried))
     words, told = advice.of(kind, tried, weights, module, place)
     return Verdict(kind, words, found.error(), *found.worst(), rows, module, told)
 
 
-def _kind(workload: Workload, twin: Twin, tried: Tried) -> tuple[str, list[float]]:
+def _kind(tried: Tried, pair: Tried) -> tuple[str, list[float]]:
     """What least squares says of the parts, and the weights that they should have had, relative to each other."""
     found = tried.found
     if found.columns.shape[1] < FEW_ENTRIES * len(found.sizes):
@@ -266,7 +237,7 @@ def _kind(workload: Workload, twin: Twin, tried: Tried) -> tuple[str, list[float
         return COUPLED, []
     factors, residual = found.fit()
     if residual > tried.within or found.error() <= tried.within:  # the latter: a single tensor is off, and only it
-        return (TERM if found.is_pair and _is_term(workload, twin, tried) else COUPLED), []
+        return (TERM if found.is_pair and _is_term(tried, pair) else COUPLED), []
     own = [size / sum(found.sizes) for size in found.sizes]
     weights = [factor * share for factor, share in zip(factors, own, strict=True)]
     if not found.is_pair and all(abs(weight - 1) <= 100 * tried.within for weight in weights):
@@ -274,18 +245,18 @@ def _kind(workload: Workload, twin: Twin, tried: Tried) -> tuple[str, list[float
     return COUNT, factors if found.is_pair else weights
 
 
-def _is_term(workload: Workload, twin: Twin, tried: Tried) -> bool:
+def _is_term(tried: Tried, pair: Tried) -> bool:
     """Whether what is too much is one and the same for each micro-batch after the first.
 
     With sums s and a term t, three parts give s1 + s2 + s3 + 3t, the whole s1 + s2 + s3 + t: twice t too much. The
-    first two must then be t above the whole of these two, whose own count is another.
+    first two as one part must then be t less than apart.
     """
-    found, (first, second, third) = tried.found, tried.trial.sizes
-    names = tried.trial.names
-    both, _ = cutting.split(tried.trial.batch, (first + second, third), **names)
-    joined = twin.window(lambda: _parts(workload), [both], [first + second]).gradient
+    found = tried.found
+    if len(found.sizes) == len(pair.found.sizes):
+        return False
     excess = found.window - found.whole
-    factors, residual = gradients.fit(torch.stack([joined, excess]), found.columns[0] + found.columns[1])
+    joined = torch.stack([pair.found.columns[0], excess])
+    factors, residual = gradients.fit(joined, found.columns[0] + found.columns[1])
     return residual <= tried.within * 10 and abs(factors[1] - 0.5) <= 0.01
 
 
@@ -293,15 +264,16 @@ def _remembers(workload: Workload, twin: Twin, tried: Tried) -> bool:
     """Whether the second part's gradient is another one where no first part came before it."""
     if twin.moving_module() is None:
         return False
-    piece, size = tried.trial.pieces()[1], tried.trial.sizes[1]
-    alone = twin.window(lambda: _parts(workload), [piece], [size]).gradient
+    sizes = tried.found.sizes
+    piece = tried.trial.pieces(sizes)[1]
+    alone = twin.window(lambda: arrangements.parts_of(workload), [piece], [sizes[1]]).gradient
     return gradients.fit(alone[None], tried.found.columns[1])[1] > tried.within
 
 
 def _coupling(workload: Workload, twin: Twin, tried: Tried) -> str | None:
     """The module where samples mix, if one does; a model that doesn't bear being watched names none."""
     trial, batch = tried.trial, twin.cast(tried.trial.batch)
-    parts = replace(_parts(workload), device=next(iter(twin.copies.values())).device)
+    parts = replace(arrangements.parts_of(workload), device=next(iter(twin.copies.values())).device)
     norms = batchnorm.Window(parts.norms, parts.batchnorm, 1)
 
     def fresh_forward(piece: Any) -> None:

@@ -30,6 +30,10 @@ class ForkFailed(Exception):
     """The copy ended without an answer; says why."""
 
 
+class Died(ForkFailed):
+    """The copy was ended by a signal, or ended itself; says how."""
+
+
 def in_copy(work: Callable[[], T], *, own_thread: bool = True) -> T:
     """Runs `work` in a forked copy of this process.
 
@@ -41,7 +45,8 @@ def in_copy(work: Callable[[], T], *, own_thread: bool = True) -> T:
         Its result.
 
     Raises:
-        ForkFailed: It raised something that isn't a lack of memory, or the copy died or hung.
+        ForkFailed: It raised something that isn't a lack of memory, or the copy hung.
+        Died: The copy crashed.
         MemoryError: It ran out of memory, in the words of the error that it got there.
     """
     reading, writing = os.pipe()
@@ -56,13 +61,22 @@ def in_copy(work: Callable[[], T], *, own_thread: bool = True) -> T:
     finally:
         os.close(reading)
         os.kill(child, signal.SIGKILL)  # it has answered, or never will
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
     if kind == "result":
         result: T = answer
         return result
     if kind == "memory":
         raise MemoryError(answer)
+    if kind == "died":
+        raise Died(_ending(status))
     raise ForkFailed(answer)
+
+
+def _ending(status: int) -> str:
+    """How a process ended, by what `waitpid` says; the signal sent to one that has ended already changes nothing."""
+    if os.WIFSIGNALED(status):
+        return f"it was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"it ended itself with exit code {os.waitstatus_to_exitcode(status)}"
 
 
 def _be_the_copy(work: Callable[[], Any], reading: int, writing: int, own_thread: bool) -> None:
@@ -106,7 +120,7 @@ def _answer(child: int, reading: int) -> tuple[str, Any]:
             break
         told += part
     if not told:
-        return "failed", "it died without a word"
+        return "died", ""
     kind, answer = pickle.loads(told)
     return kind, answer
 

@@ -19,10 +19,12 @@ from . import step, tree
 from .chance import ClassLoss, Draws, without_chance
 from .hard_batch import target_paths
 from .held import holdings
+from .look import Look, watching_layers
 from .loss_terms import count_of
 from .recording import FIRST, LATER
 from .rng import put_rng, same_state, take_rng
 from .step import Parts
+from .uses import watched
 from .workload import Batch, default_loss
 
 DOUBLES = 1 << 22  # parameters that are copied in double precision: 64 MiB with their gradients
@@ -55,6 +57,7 @@ class Gradients:
         draws: What was drawn and called on the way.
         chance: Whether something was drawn.
         is_pair: Whether the loss returns a sum and its count.
+        one: The whole batch's pass.
     """
 
     whole: torch.Tensor
@@ -65,6 +68,7 @@ class Gradients:
     draws: Draws
     chance: bool
     is_pair: bool
+    one: Passes
 
     @property
     def finite(self) -> bool:
@@ -190,21 +194,42 @@ class Twin:
         self.moved |= {name for name, buffer in self.buffers.items() if not _same(self.copies[name], buffer)}
         return passes
 
-    def look(self, make_parts: MakeParts, batch: Batch) -> Draws:
-        """What a forward of a batch calls and draws; no pass of a window."""
-        batch = self.cast(batch)
+    def look(self, make_parts: MakeParts, batch: Batch, rows: int) -> Look:
+        """What a forward of a batch of so many samples calls and draws; no pass of a window."""
+        batch, look = self.cast(batch), Look()
 
-        def forward() -> Draws:
+        def forward() -> None:
             parts = self._made(make_parts)
             put_rng(self._start)
-            with torch.no_grad(), without_chance() as draws:
+            # With gradients: a loss may take some itself, by torch.autograd.grad.
+            watching = watching_layers(self.model, look, rows)
+            with watching, without_chance() as look.draws, watched(batch) as look.uses:
                 step.forward(parts, batch)
             parts.counts_by_forward, parts.loss_is_mean = self._is_pair, not self._is_pair
-            return draws
 
-        draws: Draws = self.run(forward)
-        draws.class_losses = [_placed(call, batch) for call in draws.class_losses]
-        return draws
+        self.run(forward)
+        look.draws.class_losses = [_placed(call, batch) for call in look.draws.class_losses]
+        return look
+
+    @contextmanager
+    def wider(self, look: Look) -> Iterator[None]:
+        """Until it is left, the last layer is larger, so that outputs lie further apart."""
+        layer = list(look.layer.parameters(recurse=False)) if look.layer is not None else []
+        own = {id(p) for p in layer if p.dim() > 1} or {id(p) for p in layer}  # a larger bias would move all alike
+        names = [name for name, p in self.outside.named_parameters() if id(p) in own and name in self.copies]
+        before, parts = {name: self.copies[name] for name in names}, self._parts
+        if look.larger == 1.0 or parts is None:
+            yield
+            return
+        for name, copied in before.items():
+            larger = copied.detach() * look.larger
+            self.copies[name] = nn.Parameter(larger, requires_grad=copied.requires_grad)
+        self._parts = replace(parts, optimizer=Capture([self.copies[name] for name in self.trained]))
+        try:
+            yield
+        finally:
+            self.copies |= before
+            self._parts = parts
 
     def _made(self, make_parts: MakeParts) -> Parts:
         if self._parts is None:  # once: what its first window finds out about the loss holds for the others
@@ -228,10 +253,11 @@ class Twin:
         with without_chance() as draws:
             step.train_window(parts, pieces, sizes, on_phase=phase)
         draws.class_losses = [_placed(call, pieces[0]) for call in draws.class_losses]
+        gradient, optimizer.seen = self._read(optimizer.seen), []  # or it would lie beside the next window's
         for p in trained:
             p.grad = None
         return Passes(
-            self._read(optimizer.seen),
+            gradient,
             torch.stack(cumulative),
             draws,
             bool(draws.replaced or draws.kept) or _drawn(self._start),
@@ -325,22 +351,37 @@ class Passes:
 
 
 def compare(
-    twin: Twin, make_parts: MakeParts, whole: Batch, pieces: Sequence[Batch], sizes: tuple[int, ...]
+    twin: Twin,
+    make_parts: MakeParts,
+    whole: Batch,
+    pieces: Sequence[Batch],
+    sizes: tuple[int, ...],
+    one: Passes | None = None,
 ) -> Gradients:
     """The gradient of a window of pieces, and that of the whole batch: one pass more than there are pieces.
 
     Where the whole batch's is not finite, or zero, that is all there is.
+
+    Args:
+        twin: What stands in for the model.
+        make_parts: Makes what is trained.
+        whole: The whole batch.
+        pieces: Its parts.
+        sizes: Samples in each.
+        one: The whole batch's pass, where there has been one.
     """
-    one = twin.window(make_parts, [whole], [sum(sizes)])
+    one = one or twin.window(make_parts, [whole], [sum(sizes)])
     if not (one.gradient.isfinite().all() and one.gradient.norm() > 0):  # there is nothing to compare with
-        return Gradients(one.gradient, one.gradient, one.cumulative, sizes, twin.places, one.draws, True, one.is_pair)
+        return Gradients(
+            one.gradient, one.gradient, one.cumulative, sizes, twin.places, one.draws, True, one.is_pair, one
+        )
     many = twin.window(make_parts, pieces, sizes)
     before = torch.cat([torch.zeros_like(many.cumulative[:1]), many.cumulative[:-1]])
     columns = many.cumulative - before
     chance = one.chance or many.chance
     one.draws.replaced |= many.draws.replaced
     one.draws.kept |= many.draws.kept
-    return Gradients(one.gradient, many.gradient, columns, sizes, twin.places, one.draws, chance, one.is_pair)
+    return Gradients(one.gradient, many.gradient, columns, sizes, twin.places, one.draws, chance, one.is_pair, one)
 
 
 def fit(columns: torch.Tensor, target: torch.Tensor) -> tuple[list[float], float]:

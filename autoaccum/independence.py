@@ -84,7 +84,7 @@ def _trace(model: nn.Module, forward: Callable[[Batch], object], batch: Batch, r
         handles.append(module.register_forward_pre_hook(_before(trace, open_calls), with_kwargs=True))
         handles.append(module.register_forward_hook(_after(trace, open_calls, f"{name or 'the model'}", module)))
     try:
-        with torch.no_grad(), without_chance():
+        with without_chance():  # with gradients: a loss may take some itself
             forward(batch)
     finally:
         for handle in handles:

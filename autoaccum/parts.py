@@ -35,6 +35,8 @@ class Parts:
         norms: The modules whose forward is about more than its own sample, of the model and of what the loss holds.
         counts_by_forward: Found out by the first window: the loss is a `(sum, count)` pair and no `count=` was given,
             so that each window of several micro-batches first counts by a forward pass without gradients.
+        takes_gradients: Found out by the first window: the loss, or what encodes for it, takes gradients itself, so
+            that it can't be asked without.
         denominator: Found out by the first window: what a Hugging Face model's own loss averages over.
         asked_for_denominator: Whether it was looked for.
         pins_memory: Whether the workload's loader pins memory, so that copies to a GPU can overlap with computing.
@@ -63,6 +65,7 @@ class Parts:
     norms: Norms = field(default_factory=Norms)
     counts_by_forward: bool = False
     loss_is_mean: bool = False
+    takes_gradients: bool = False
     denominator: Denominator | None = None
     asked_for_denominator: bool = False
     window_samples: int | None = None

@@ -104,17 +104,35 @@ def tile(batch: Batch, n: int, *, shared: Collection[str] = (), per_sample: Coll
     """
     if n < 1:
         raise BatchError(f"A batch of {n} samples can't be made.", hint="Ask for at least 1.")
-    survey = _survey(batch, shared, per_sample)
-    rows = torch.arange(n, device="cpu") % survey.rows
+    own = batch_size(batch, shared=shared, per_sample=per_sample)
+    return select(batch, [row % own for row in range(n)], shared=shared, per_sample=per_sample)
 
-    def repeat(path: str, leaf: Any) -> Any:
+
+def select(
+    batch: Batch, rows: Sequence[int], *, shared: Collection[str] = (), per_sample: Collection[str] = ()
+) -> Batch:
+    """A batch of some of another's samples, in any order, each as often as it is named.
+
+    Args:
+        batch: As for `batch_size`.
+        rows: Which sample each row is to be, counted from 0.
+        shared: As for `batch_size`.
+        per_sample: As for `batch_size`.
+
+    Returns:
+        A batch in storage of its own. What is shared is the batch's own.
+    """
+    survey = _survey(batch, shared, per_sample)
+    index = torch.tensor(rows, device="cpu")
+
+    def chosen(path: str, leaf: Any) -> Any:
         if path not in survey.cut:
             return leaf
         if isinstance(leaf, torch.Tensor):
-            return _select(leaf, rows)
-        return type(leaf)(leaf[row % survey.rows] for row in range(n))
+            return _select(leaf, index)
+        return type(leaf)(leaf[row] for row in rows)
 
-    return tree.map_leaves(batch, repeat, is_leaf=survey.is_leaf)
+    return tree.map_leaves(batch, chosen, is_leaf=survey.is_leaf)
 
 
 def joinable(first: Batch, second: Batch, *, shared: Collection[str] = (), per_sample: Collection[str] = ()) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import batchnorm, cached, loss_terms, precision
-from .counting import window_count
+from .counting import asked, window_count
 from .optimizer_step import optimizer_step
 from .parts import Parts, autocast, encode, forward, open_parts
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER
@@ -129,7 +129,7 @@ def _all_representations(parts: Parts, norms: batchnorm.Window, pieces: Sequence
 
     def encode_first(piece: Batch) -> Any:
         with norms.forward():
-            return encode(parts, piece)
+            return asked(parts, lambda: encode(parts, piece), keeps=True)
 
     def backward(representations: Any) -> torch.Tensor:
         with autocast(parts):

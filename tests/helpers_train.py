@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def drained(seen: queue.SimpleQueue[Any]) -> list[Any]:
+    """What a loss has put into a queue: a list that it holds is put back, as all of the user's state is."""
+    return [seen.get() for _ in range(seen.qsize())]
 
 
 class Capture(torch.optim.Optimizer):
