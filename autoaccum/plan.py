@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 from .budget import Budget
-from .errors import PlanFileError
-from .recording import PHASE_TITLES
+from .json_text import to_json
 
 SCHEMA_VERSION = 1
 FEWEST_STEPS, FASTEST = OBJECTIVES = ("fewest-steps", "fastest")
-PLAN_AGAIN = "Plan again: autoaccum plan --target-batch N -o plan.json"
-_KIND = "autoaccum plan"
-_REASONS = (  # without these a plan can't explain itself
-    "accumulation_steps",
-    "base_bytes",
-    "budget_bytes",
-    "data_bytes",
-    "measured_peak_bytes",
-    "method",
-)
+KIND = "autoaccum plan"
 
 
 @dataclass(frozen=True)
@@ -259,7 +246,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON, for `Plan.load` and for other tools."""
-        return _folded(json.dumps({"kind": _KIND, **asdict(self)}, indent=2)) + "\n"
+        return _folded(to_json({"kind": KIND, **asdict(self)}, indent=2)) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "the plan") -> Plan:
@@ -268,22 +255,9 @@ class Plan:
         Raises:
             PlanFileError: It is half-written, foreign, newer, or does not add up.
         """
-        data = _parse(text, source)
-        try:
-            plan = _validator().validate_python({k: v for k, v in data.items() if k != "kind"})
-        except ValueError as error:
-            raise PlanFileError(
-                f"{source} is not a whole plan: {_first_error(error)}.",
-                "It was cut short, edited, or written by something else.",
-                PLAN_AGAIN,
-            ) from None
-        assert isinstance(plan, Plan)
-        wrong = _contradiction(plan)
-        if wrong is not None:
-            raise PlanFileError(
-                f"{source} does not add up: {wrong}.", "It was edited, or written by something else.", PLAN_AGAIN
-            )
-        return plan
+        from .plan_file import read_plan
+
+        return read_plan(text, source)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -292,13 +266,9 @@ class Plan:
         Raises:
             PlanFileError: It is missing, half-written, foreign or newer.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            why = f"The system says: {error.strerror}." if isinstance(error, OSError) else f"It is not text: {error}."
-            hint = "Make one: autoaccum plan --target-batch N -o plan.json"
-            raise PlanFileError(f"The plan {os.fspath(path)!r} can't be read.", why, hint) from None
-        return cls.from_json(text, source=os.fspath(path))
+        from .plan_file import load_plan
+
+        return load_plan(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan file, whole or not at all."""
@@ -325,78 +295,3 @@ def _folded(text: str) -> str:
     A string's own line break is written as an escape, so that what is folded here is never inside of one.
     """
     return _INNERMOST.sub(lambda match: re.sub(r"\n *", " ", match[0]), text)
-
-
-def _parse(text: str, source: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PlanFileError(
-            f"{source} is not JSON ({error}).", "It was cut short, or is something else.", PLAN_AGAIN
-        ) from None
-    if not isinstance(data, dict) or data.get("kind") != _KIND:
-        raise PlanFileError(
-            f"{source} is JSON, but not a plan of autoaccum's.", f'A plan says "kind": "{_KIND}".', PLAN_AGAIN
-        )
-    version = data.get("schema_version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise PlanFileError(
-            f"{source} has no schema version that can be ({version!r}).", "It was edited, or cut.", PLAN_AGAIN
-        )
-    if version > SCHEMA_VERSION:
-        raise PlanFileError(
-            f"{source} has schema version {version}; this autoaccum reads up to {SCHEMA_VERSION}.",
-            "A newer autoaccum wrote it.",
-            "python -m pip install --upgrade autoaccum, or plan again.",
-        )
-    return data
-
-
-def _contradiction(plan: Plan) -> str | None:
-    """The first thing in which the plan contradicts itself, or lacks what explaining it needs; None where it holds."""
-    split, target, ranks = plan.split, plan.target_batch, plan.world_size
-    budget, lacking = plan.budget, [name for name in _REASONS if name not in plan.reasons]
-    parts = f"the split {split if len(split) < 9 else f'of {len(split)} micro-batches'}"
-    checks = (
-        (ranks >= 1, f"{ranks} ranks"),
-        (len(split) == plan.accumulation_steps >= 1, f"{parts} is not of {plan.accumulation_steps} micro-batches"),
-        (min(split, default=0) >= 1, f"{parts} has micro-batches of no samples"),
-        (max(split, default=0) == plan.micro_batch, f"{plan.micro_batch} is not the largest of {parts}"),
-        (
-            abs(sum(split) * ranks - target) < ranks,  # shares differ by at most one
-            f"{parts} sums to {sum(split)}, which is no share of {target} among {ranks} rank{'s' * (ranks > 1)}",
-        ),
-        (budget.bytes > 0, f"a budget of {budget.bytes} bytes"),
-        (budget.binds in [term.name for term in budget.terms], f"{budget.binds!r} is none of its budget's limits"),
-        (
-            set(plan.phases) <= set(PHASE_TITLES),
-            f"{', '.join(sorted(set(plan.phases) - set(PHASE_TITLES)))}: no phase of a window",
-        ),
-        (plan.objective in OBJECTIVES, f"{plan.objective!r} is no objective"),
-        (all(timed.step_seconds > 0 for timed in plan.times), "a timed size of no seconds"),
-        (bool(plan.recordings), "it rests on no recording"),
-        (all(note.measured_bytes > 0 for note in plan.recordings), "a recording of no bytes"),
-        (
-            plan.measured_peak_bytes is None
-            or (plan.measured_peak_bytes > 0 and (plan.on_cuda or plan.resident_peak_bytes is not None)),
-            "it was verified, but what was measured is missing",
-        ),
-        (not lacking, f"it gives no reason for {', '.join(lacking)}"),
-    )
-    return next((wrong for holds, wrong in checks if not holds), None)
-
-
-def _validator() -> Any:
-    """Pydantic's, made where a file comes in: importing it takes longer than most commands."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Plan)
-
-
-def _first_error(error: ValueError) -> str:
-    errors = getattr(error, "errors", None)
-    if errors is None:
-        return str(error)
-    first = errors()[0]
-    place = ".".join(str(part) for part in first["loc"]) or "it"
-    return f"{place}: {first['msg'].lower()}" + (f" ({len(errors())} such)" if len(errors()) > 1 else "")

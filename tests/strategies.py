@@ -285,6 +285,8 @@ def made_up_plan(**changes: Any) -> Plan:
         "objective": "fastest",
         "environment": {"python": "3.11.7"},
         "configuration": {"precision": "bf16", "checkpointing": 2, "channels_last": False, "loader_workers": None},
+        "growth_bytes": 3 * mib,
+        "growth_where": "train.py:12",
         "schema_version": 1,
     }
     return Plan(**(fields | changes))
@@ -294,7 +296,7 @@ def made_up_plan(**changes: Any) -> Plan:
 def plans(draw: st.DrawFn) -> Plan:
     """Plans that add up, with numbers of any size."""
     size = st.integers(1, 2**62)
-    part = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+    part = st.none() | st.floats(0, 1e12)
     ranks = draw(st.integers(1, 8))
     steps = draw(st.integers(1, 20))
     share = draw(st.integers(steps, 10**6))

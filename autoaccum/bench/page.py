@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from .. import __version__
+from ..json_text import to_json
 from ..report.kinds import Kind, byte_word, measured
 from ..report.sheet import Bar, Section, Sheet, Tile
 from ..shown import one_line
@@ -125,7 +125,7 @@ def as_json(found: Comparison) -> str:
     told |= {"target_batch": found.target_batch, "budget_bytes": found.plan.budget.bytes, "device": found.plan.device}
     told |= {"measured": measured(found.plan).value, "answer": answer(found), "candidates": rows}
     told |= {"left_out": list(found.left_out), "notes": notes(found), "environment": found.environment}
-    return json.dumps(told, indent=1) + "\n"
+    return to_json(told, indent=1) + "\n"
 
 
 def sheet(found: Comparison) -> Sheet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from ..json_text import to_json
 from ..shown import one_line
 from ..workloads import BUILT_IN, DEFAULT
 
@@ -21,9 +22,7 @@ def check(
     with progress("checking") as say:
         verdict = call("check", {"workload": workload}, on_message=say)
     if json:
-        import json as encoder
-
-        print(encoder.dumps(verdict, indent=2))
+        print(to_json(verdict, indent=2))
     else:
         print(one_line(verdict["words"]))
         if verdict["error"] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from ..json_text import to_json
 from ..shown import one_line
 
 
@@ -27,9 +28,7 @@ def doctor(
     except AutoaccumError as error:  # that torch doesn't load is what a report is about
         facts["torch"] = f"does not load: {error.what}"
     if json:
-        import json as encoder
-
-        print(encoder.dumps(facts, indent=2))
+        print(to_json(facts, indent=2))
         return
     width = max(len(name) for name in facts) + 2
     for name, value in facts.items():

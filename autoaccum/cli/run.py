@@ -17,6 +17,7 @@ from ..child import Say
 from ..errors import UsageError
 from ..files import check_output
 from ..interrupts import exit_code
+from ..json_text import to_json
 from ..units import show_bytes
 
 if TYPE_CHECKING:
@@ -158,9 +159,7 @@ class _Lines:
 
 def _tell(result: dict[str, Any], *, json: bool) -> None:
     if json:
-        import json as encoder
-
-        print(encoder.dumps(result))
+        print(to_json(result))
         return
     ended = "interrupted at a window's end" if result["interrupted"] else "done"
     if result["loss"] is None:

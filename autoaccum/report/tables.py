@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from typing import Any
 
 from .. import __version__
+from ..json_text import to_json
 from ..plan import Plan
 from ..shown import one_line
 from . import words
@@ -21,7 +21,7 @@ def as_json(plan: Plan) -> str:
     tables = {name: frame.to_dict("records") for name, frame in frames(plan).items()}
     report = {"kind": "autoaccum report", "schema_version": 1, "autoaccum": __version__}
     report |= {"title": words.title(plan), "answer": words.answer(plan), "tables": tables}
-    return json.dumps(report, indent=1) + "\n"
+    return to_json(report, indent=1) + "\n"
 
 
 def as_csv(plan: Plan) -> str:

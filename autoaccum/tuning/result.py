@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..json_text import to_json
 from ..plan import Plan, TimedSize
 from ..shown import one_line
 from ..units import show_bytes
@@ -125,7 +126,7 @@ class Tuned:
             "trials": [asdict(trial) for trial in self.trials],
             "plan": json.loads(self.plan.to_json()),
         }
-        return json.dumps(told, indent=1) + "\n"
+        return to_json(told, indent=1) + "\n"
 
     def table(self, rows: int = 20) -> str:
         """The best trials, ranked, and what became of the others."""
