@@ -1,7 +1,8 @@
 """Modules that count their own forwards, told from the source of these before any was run.
 
 A warm-up, an annealed temperature, a moving average or a queue that moves in each forward moves once per micro-batch,
-and so runs ahead of the optimizer. What the source doesn't show, the first window does (refuse.told_of_changes).
+and so runs ahead of the optimizer. What the source doesn't show, the first windows do (changes.py). What happens behind
+a flag that the same code sets, a first batch's statistics say, happens once and is no counting.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _found_in(function: object) -> Iterator[tuple[str, bool]]:
     if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
         return
     own = definition.args.args[0].arg
-    for node in ast.walk(definition):
+    for node in _each_time(definition, own):
         if isinstance(node, ast.AugAssign):
             yield from _named(_base(node.target), own)
         elif isinstance(node, ast.Assign):
@@ -87,6 +88,41 @@ def _found_in(function: object) -> Iterator[tuple[str, bool]]:
                 yield called, True
             elif called.endswith("_") and not called.startswith("_"):  # add_, copy_
                 yield from _named(node.func.value, own)
+
+
+def _each_time(definition: ast.FunctionDef, own: str) -> Iterator[ast.AST]:
+    """The nodes of a method without those that a flag of the object lets run once only."""
+    once = [
+        guarded
+        for node in ast.walk(definition)
+        for block in _blocks(node)
+        for index, statement in enumerate(block)
+        if isinstance(statement, ast.If)
+        for guarded in (statement.body, block[index + 1 :] if isinstance(statement.body[-1], ast.Return) else [])
+        if _attributes(statement.test, own) & _flags(guarded, own)
+    ]
+    left_out = {id(node) for guarded in once for statement in guarded for node in ast.walk(statement)}
+    return (node for node in ast.walk(definition) if id(node) not in left_out)
+
+
+def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    return (block for name in ("body", "orelse") if isinstance(block := getattr(node, name, None), list))
+
+
+def _attributes(node: ast.AST, own: str) -> set[str]:
+    """The object's attributes that an expression reads."""
+    return {name for inner in ast.walk(node) if isinstance(inner, ast.expr) for name, _ in _named(inner, own)}
+
+
+def _flags(statements: list[ast.stmt], own: str) -> set[str]:
+    """The attributes that these statements set to a constant."""
+    found: set[str] = set()
+    for node in (inner for statement in statements for inner in ast.walk(statement)):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            found |= {name for target in node.targets for name, _ in _named(target, own)}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "fill_":
+            found |= {name for name, _ in _named(node.func.value, own)}
+    return found
 
 
 def _assigned(node: ast.Assign, own: str) -> Iterator[tuple[str, bool]]:

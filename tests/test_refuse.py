@@ -266,6 +266,69 @@ def test_a_module_that_counts_its_own_steps_is_named_once(
     assert f"The forward changes {named}: 4 times a window" in caplog.text
 
 
+class Sized(Counts):
+    """Reads its sizes off the first input, as torchvision's MultiScaleRoIAlign does (`roi_heads.box_roi_pool`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales: list[float] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scales is None:
+            self.scales = [1.0 / len(x)]
+        return x
+
+
+class Flagged(Counts):
+    """Starts from its first batch, behind a flag: as an ActNorm does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.num_updates == 0:
+            with torch.no_grad():
+                self.scale.copy_(x.detach().std())
+            self.num_updates.fill_(1)
+        return x * self.scale
+
+
+class Returning(Flagged):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.start(x.detach())
+        return x * self.scale
+
+    def start(self, x: torch.Tensor) -> None:
+        if self.num_updates:
+            return
+        self.scale.copy_(x.std())
+        self.num_updates.fill_(1)
+
+
+class Lazily(Counts):
+    """A flag that the source doesn't show as one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.__dict__["ran"] = True
+        return x
+
+
+@pytest.mark.parametrize("kind", [Sized, Flagged, Returning, Lazily])
+def test_what_flips_once_is_no_counting(kind: type[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
+    runner = runner_for(Workload(nn.Sequential(mlp(), kind()), vectors(2), optimizer=Capture), 16, 4)
+    for _ in range(3):
+        runner.step(vectors(16))
+    assert "The forward changes" not in caplog.text
+
+
+def test_a_counter_behind_a_bound_of_its_own_is_still_named(caplog: pytest.LogCaptureFixture) -> None:
+    class WarmsUp(Counts):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.calls < 1000:
+                self.calls += 1
+            return x * min(1.0, self.calls / 1000)
+
+    runner_for(Workload(nn.Sequential(mlp(), WarmsUp()), vectors(2), optimizer=Capture), 16, 4)
+    assert "The forward changes 1.calls: 4 times a window" in caplog.text
+
+
 def test_models_that_count_nothing_are_not_named() -> None:
     transformers = pytest.importorskip("transformers")
     torchvision = pytest.importorskip("torchvision")
