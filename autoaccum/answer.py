@@ -14,7 +14,7 @@ from .errors import DoesNotFit, NotConfirmed, UsageError
 from .knee import knee
 from .lengthen import shortened
 from .observe import Subject
-from .outlook import VERIFIED_STEPS, Outlook
+from .outlook import Outlook, verified_part
 from .solve import Solution, Split, balanced, largest_micro_batch, smallest_steps
 from .tokens import most_rows
 
@@ -60,7 +60,7 @@ def compile_at_answer(outlook: Outlook, start_over: Callable[[], None]) -> None:
         return
     subject.say("compiling")
     before = subject.device.read_heap()
-    _unless_short(lambda: _trainer(subject)(tuple(dict.fromkeys(_verified(solution.split, compiles=True)))))
+    _unless_short(lambda: _trainer(subject)(tuple(dict.fromkeys(verified_part(solution.split, compiles=True)))))
     start_over()
     after = subject.device.read_heap()
     if after is not None:
@@ -85,7 +85,7 @@ def solve_and_verify(
             raise _does_not_fit(outlook)
         if not verify:
             return solution, None
-        split = _verified(solution.split, compiles=compiles)
+        split = verified_part(solution.split, compiles=compiles)
         if explained[0] == split:
             return outlook.nearer(solution, explained[1], _trainer(outlook.subject), start_over)
         if attempt:
@@ -203,11 +203,6 @@ def try_short(outlook: Outlook, solution: Solution, start_over: Callable[[], Non
             return rows
         rows = (rows + few) // 2
     return None
-
-
-def _verified(split: Split, *, compiles: bool) -> Split:
-    """The micro-batches that are run for real: of a compiled window both sizes, as each may be a graph of its own."""
-    return (*split[:2], split[-1]) if compiles and len(split) > VERIFIED_STEPS else split[:VERIFIED_STEPS]
 
 
 def time_smaller(

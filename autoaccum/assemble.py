@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from .knee import knee
 from .outlook import Outlook
 from .plan import FASTEST, PeakRow, Plan
 from .recording import PHASE_TITLES, PHASES
-from .solve import Solution, Split, largest_micro_batch
+from .solve import Solution, Split, balanced, is_even, largest_micro_batch
 from .timeline import timeline
 from .times import Times
 from .units import show_bytes
@@ -70,7 +71,7 @@ def plan(
         method=observed.method,
         mmap_threshold_bytes=outlook.subject.mmap_threshold_bytes,
         recordings=tuple(observed.notes),
-        reasons=_reasons(outlook, split, measured, timed),
+        reasons=_reasons(outlook, split, measured, timed, largest),
         notes=_notes(
             outlook, split, [*assumed, dataset_note(wish, split[0]), _tokens_note(workload, split, most_rows)]
         ),
@@ -119,7 +120,9 @@ def _largest(outlook: Outlook, split: Split) -> tuple[int, bool]:
     if len(split) == 1:
         return split[0], wish.samples is not None or split[0] == wish.dataset_samples
     size = largest_micro_batch(outlook.fits_surely, outlook.later_floor, budget_bytes=outlook.usable_bytes, most=most)
-    return max(size, split[0]), size >= most
+    # A plan of 37 + 37 + 36 says nothing of windows of 37 alone: these may need a retry each time.
+    own = split[0] if outlook.fits((split[0],) * len(split)) else split[-1]
+    return max(size, own), size >= most
 
 
 def _table(outlook: Outlook, split: Split, known: set[int]) -> tuple[PeakRow, ...]:
@@ -127,7 +130,7 @@ def _table(outlook: Outlook, split: Split, known: set[int]) -> tuple[PeakRow, ..
     samples = sum(split)
     count = TABLE_ROWS if outlook.subject.parts.device.type == "cpu" else TABLE_ROWS_CUDA
     neighbours = {-(-samples // k) for k in range(max(1, len(split) - 1), min(samples, 4 * len(split)) + 1)}
-    needed = {1, outlook.wish.least, split[-1], *known, *outlook.wish.sizes, *sorted(neighbours)[-count // 2 :]}
+    needed = {1, outlook.wish.least, *split, *known, *outlook.wish.sizes, *sorted(neighbours)[-count // 2 :]}
     most = max(2 * max(known), *needed)
     sizes = needed | {round(1 + (most - 1) * part / (count - 1)) for part in range(count)}
     rows = []
@@ -139,7 +142,7 @@ def _table(outlook: Outlook, split: Split, known: set[int]) -> tuple[PeakRow, ..
     return tuple(rows)
 
 
-def _reasons(outlook: Outlook, split: Split, measured: Any, timed: Times) -> dict[str, str]:
+def _reasons(outlook: Outlook, split: Split, measured: Any, timed: Times, largest: int) -> dict[str, str]:
     samples, steps = sum(split), len(split)
     reasons = {
         "accumulation_steps": (
@@ -147,14 +150,15 @@ def _reasons(outlook: Outlook, split: Split, measured: Any, timed: Times) -> dic
             if steps == 1
             else f"the fewest that micro-batches of at most {outlook.wish.most} allow"
             if steps == -(-samples // outlook.wish.most)
-            else f"the fewest whose own window fits {outlook.border_words}"
+            else f"the fewest whose own window fits {outlook.border_words}{_why_uneven(outlook, split)}"
         ),
-        "split": f"{samples} samples in {steps} micro-batches whose sizes differ by at most one, largest first",
+        "split": f"{samples} samples in {steps} micro-batches"
+        + (" whose sizes differ by at most one, largest first" if is_even(split) else ": one size and the rest"),
         "largest_micro_batch": f"the largest of which a window of several fits {outlook.border_words}",
         "slack": f"{outlook.slack:.0%} of what training takes, for the fragmentation of malloc's default",
         "budget_bytes": f"the tightest of the limits ({outlook.budget.binds}) less the headroom",
     }
-    reasons |= outlook.reasons(split)
+    reasons |= outlook.reasons(split) | _why_not_fewer(outlook, split, largest)
     reasons["method"] = outlook.observed.doubt or (
         "a step program lifted from recordings at " + ", ".join(str(n.micro_batch) for n in outlook.observed.notes)
     )
@@ -166,13 +170,35 @@ def _reasons(outlook: Outlook, split: Split, measured: Any, timed: Times) -> dic
     reasons["times"] = timed.why
     found = knee(timed.sizes)
     if outlook.wish.objective == FASTEST and found is not None:
-        largest = max(size.micro_batch for size in timed.sizes)
+        most = max(size.micro_batch for size in timed.sizes)
         told = "" if found.is_sure else ", by medians that don't decide it"
-        others = f"; {-(-samples // largest)} steps of up to {largest} fit too" if split[0] < largest else ""
+        others = f"; {-(-samples // most)} steps of up to {most} fit too" if split[0] < most else ""
         reasons["accumulation_steps"] = (
             f"{split[0]} is the smallest micro-batch within 1 % of the fastest optimizer step{told}{others}"
         )
     return reasons
+
+
+def _why_uneven(outlook: Outlook, split: Split) -> str:
+    """What is wrong with the balanced split of as many steps, where another was taken."""
+    even = balanced(sum(split), len(split))
+    return "" if is_even(split) else f"; {split[0]} is repeated, since {_counted(even)} {outlook.misses(even)}"
+
+
+def _why_not_fewer(outlook: Outlook, split: Split, largest: int) -> dict[str, str]:
+    """Why no window of a step fewer fits, though micro-batches as large as its own do: its sizes don't say so then."""
+    samples, steps = sum(split), len(split) - 1
+    if not steps or outlook.wish.objective == FASTEST or outlook.observed.doubt is not None:
+        return {}
+    even = balanced(samples, steps)
+    if even[0] > min(largest, outlook.wish.most):
+        return {}
+    told = f"{steps} step{'s' * (steps > 1)} don't fit: {_counted(even)} {outlook.misses(even)}"
+    return {"fewer_steps": told + (", and neither does a larger size, repeated, with the rest" if steps > 1 else "")}
+
+
+def _counted(split: Split) -> str:
+    return " and ".join(f"{count} of {size}" for size, count in Counter(split).items())
 
 
 def _notes(outlook: Outlook, split: Split, assumed: Sequence[str]) -> tuple[str, ...]:

@@ -93,6 +93,8 @@ def _place(plan: Plan) -> str:
 
 
 def _why(plan: Plan) -> str:
+    if "fewer_steps" in plan.reasons:
+        return f"{plan.reasons['accumulation_steps']}; {plan.reasons['fewer_steps']}"
     needed = plan.fewer_steps_need()
     if needed is None or plan.objective == FASTEST:
         return plan.reasons["accumulation_steps"]
@@ -107,6 +109,8 @@ def _largest(plan: Plan) -> str:
     if plan.largest_is_capped:
         return f"at least {plan.largest_micro_batch}: nothing larger was asked for"
     told = f"a micro-batch of {plan.largest_micro_batch} is the largest that fits"
+    if plan.largest_micro_batch < plan.micro_batch:
+        told = f"{told} all through a window; {plan.micro_batch} does beside smaller ones"
     if not plan.on_cuda or plan.largest_without_retries is None:
         return told
     return (
@@ -167,6 +171,8 @@ def _fewer_steps(plan: Plan) -> list[str]:
     if plan.accumulation_steps == 1:
         return [*lines, "  there are none: one step is the least"]
     steps = plan.accumulation_steps - 1
+    if "fewer_steps" in plan.reasons:
+        return [*lines, f"  {plan.reasons['fewer_steps']}"]
     if needed is None:
         return [*lines, f"  {steps} would need micro-batches beyond the plan's table"]
     size, total = needed

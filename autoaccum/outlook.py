@@ -17,7 +17,7 @@ from .budget import Budget
 from .observe import Observed, Subject
 from .plan import PeakRow
 from .recording import Phase, kept_blocks, live_peak
-from .solve import CAPACITY_MARGIN, Solution, Split
+from .solve import CAPACITY_MARGIN, Solution, Split, is_even
 from .units import show_bytes
 from .wish import Wish
 
@@ -204,6 +204,10 @@ class Outlook(ABC):
         """The smallest budget that this window would fit."""
         return int(self.worst_bytes(split) / (1 - CAPACITY_MARGIN)) + 1
 
+    def misses(self, split: Split) -> str:
+        """How a window that doesn't fit misses, in words that go on from its sizes."""
+        return f"would need {show_bytes(self.worst_bytes(split))}"
+
     def is_sure_to_fit(self, n: int) -> bool:
         """Whether recording at n can't go over the budget, by the most pessimistic of what is known."""
         observed = self.observed
@@ -230,3 +234,13 @@ def bytes_per_sample(subject: Subject) -> int:
         sum(leaf.nbytes for _, leaf in tree.leaves(subject.tile(n)) if isinstance(leaf, torch.Tensor)) for n in (1, 2)
     )
     return two - one
+
+
+def verified_part(split: Split, *, compiles: bool = False) -> Split:
+    """The micro-batches of a split that are run for real: its first ones, or where a rest is smaller, that among them.
+
+    Of a compiled window both sizes, as each may be a graph of its own.
+    """
+    if len(split) > VERIFIED_STEPS and (compiles or not is_even(split)):
+        return (*split[: VERIFIED_STEPS - 1], split[-1])
+    return split[:VERIFIED_STEPS]

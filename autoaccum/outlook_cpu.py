@@ -10,7 +10,7 @@ from . import cpu, observe
 from .allocator import EMPTY, Replay, Start
 from .growth import WINDOWS
 from .observe import Observed, Subject
-from .outlook import AGREES_WITHIN, RAN_OUT, VERIFIED_STEPS, Outlook
+from .outlook import AGREES_WITHIN, RAN_OUT, Outlook, verified_part
 from .plan import PeakRow
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from .solve import Split, balanced
@@ -112,7 +112,7 @@ class CpuOutlook(Outlook):
 
     def measured_fields(self, measured: cpu.Measured, split: Split) -> dict[str, Any]:
         """What the verified windows took, and the samples that the rest of a whole window adds."""
-        verified = split[:VERIFIED_STEPS]
+        verified = verified_part(split)
         rest = self.data_bytes(sum(split)) - self.data_bytes(sum(verified))
         ran = verified[0] + 2 * sum(verified)
         if self.observed.growth is not None:

@@ -12,7 +12,7 @@ from . import cuda, ends, observe
 from .caching_allocator import EMPTY, CudaRules, CudaStart
 from .growth import WINDOWS
 from .observe import Observed, Subject
-from .outlook import AGREES_WITHIN, RAN_OUT, VERIFIED_STEPS, Outlook
+from .outlook import AGREES_WITHIN, RAN_OUT, Outlook, verified_part
 from .plan import PeakRow
 from .program import StepProgram, as_recorded, plain_window
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, Recording, kept_blocks, live_peak
@@ -173,6 +173,20 @@ class CudaOutlook(Outlook):
             low, high = (low, middle) if fits else (middle, high)
         return high
 
+    def misses(self, split: Split) -> str:
+        """What it would take without a limit, and where it fails within what may be used."""
+        needed = max(self.replayed(split, history, None).peak_reserved_bytes for history in self.wish.histories)
+        told = f"would need {show_bytes(self._as_compiled(needed))}"
+        for capacity in (self.usable_bytes, self.budget.bytes):
+            for history in self.wish.histories:
+                found = self.replayed(split, history, self._as_written(capacity))
+                if found.out_of_memory is not None:
+                    where = PHASE_TITLES.get(found.out_of_memory, found.out_of_memory)
+                    return f"{told} (within {show_bytes(capacity)} memory runs out: {where})"
+                if not found.fits:
+                    return f"{told} (within {show_bytes(capacity)} every window empties the allocator's cache)"
+        return told
+
     def helps(self, needed_bytes: int) -> list[str]:
         """Over how many devices parameters, gradients and state would have to be sharded."""
         static = self._static_bytes()
@@ -265,7 +279,7 @@ class CudaOutlook(Outlook):
 
     def measured_fields(self, measured: cuda.Measured, split: Split) -> dict[str, Any]:
         """What the allocator counted. A virtual GPU has no time."""
-        seconds = measured.seconds * sum(split) / (2 * sum(split[:VERIFIED_STEPS]))
+        seconds = measured.seconds * sum(split) / (2 * sum(verified_part(split)))
         return {
             "measured_peak_bytes": measured.peak_bytes,
             "resident_peak_bytes": None,

@@ -109,8 +109,10 @@ class Plan:
         world_size: Ranks.
         micro_batch: The largest micro-batch of the split.
         accumulation_steps: Micro-batches in an optimizer step.
-        split: Samples in each micro-batch of this rank, largest first.
-        largest_micro_batch: The largest that fits as one of two or more micro-batches of a window.
+        split: Samples in each micro-batch of this rank, largest first: sizes that differ by at most one, or where an
+            allocator has no room for these, one size and the rest.
+        largest_micro_batch: The largest of which a window of two or more fits. The split's largest may be larger, where
+            smaller ones beside it leave room.
         largest_is_capped: True where more would fit, and the search stopped there since nothing larger was asked for.
         budget: What training may use, and why.
         base_bytes: What the process takes before it trains: interpreter, libraries, the model itself.

@@ -21,7 +21,7 @@ from .recheck import counts_differ, recheck
 from .recording import FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from .recut import counted, cut_one, recut, refuse_changed, versions
 from .rng import put_rng
-from .solve import CAPACITY_MARGIN, share_of, split_within
+from .solve import CAPACITY_MARGIN, is_even, repeated_within, share_of, split_within
 from .still import Still
 from .tokens import split_by_tokens
 from .trained import told_of_left_out
@@ -236,8 +236,11 @@ class Runner:
             raise bad_batches.of_samples(error, left.samples, left.origin) from None
 
     def _split(self, samples: int) -> tuple[int, ...]:
-        if self.micro_batch == self.plan.micro_batch and samples == sum(self.plan.split):
-            return self.plan.split  # which was verified; another of the same largest micro-batch may not fit
+        planned = self.plan.split
+        if self.micro_batch == self.plan.micro_batch and samples == sum(planned):
+            return planned  # which was verified; another of the same largest micro-batch may not fit
+        if self.micro_batch == self.plan.micro_batch and not is_even(planned):
+            return repeated_within(samples, self.micro_batch, self._least)  # sizes just below it don't fit
         return split_within(samples, self.micro_batch, self._least)
 
     def _split_lengths(self, lengths: Sequence[int]) -> tuple[int, ...]:

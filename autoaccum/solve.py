@@ -7,10 +7,13 @@ micro-batch nor in the capacity.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 CAPACITY_MARGIN = 0.02  # a plan still fits when there turns out to be this much less
+MOST_UNEVEN = 64  # sizes that are tried for a number of steps whose balanced split doesn't fit
 
 Split = tuple[int, ...]
 Fits = Callable[[Split], bool]
@@ -63,6 +66,42 @@ def split_within(samples: int, micro_batch: int, least: int = 1) -> Split:
     return balanced(samples, min(steps, max(1, samples // least)))
 
 
+def is_even(split: Split) -> bool:
+    """Whether sizes differ by at most one, as those of a balanced split do."""
+    return max(split) - min(split) <= 1
+
+
+def uneven(samples: int, steps: int, *, least: int = 1, most: int | None = None) -> Iterator[Split]:
+    """Splits that repeat one size and end with a smaller rest, the most even first.
+
+    Args:
+        samples: Samples in the window.
+        steps: At least 2.
+        least: The smallest micro-batch allowed, the rest included.
+        most: The largest allowed; none is a quarter larger than the balanced split's.
+
+    Yields:
+        At most `MOST_UNEVEN` splits and one. None where `steps` is more than the size: one step more costs little then.
+    """
+    even = -(-samples // steps)
+    largest = min(most or samples, (samples - least) // (steps - 1), even + -(-even // 4))
+    for size in range(even, largest + 1, 1 + even // (4 * MOST_UNEVEN)):
+        split = (size,) * (steps - 1) + (samples - size * (steps - 1),)
+        if not is_even(split):
+            yield split
+
+
+def repeated_within(samples: int, size: int, least: int = 1) -> Split:
+    """As many micro-batches of `size` as there are, and the rest; which takes from the one before it up to `least`."""
+    whole, rest = divmod(samples, size)
+    if not rest or not whole:
+        return (size,) * whole or (samples,)
+    lacking = max(0, least - rest)
+    if size - lacking < least:
+        return split_within(samples, size, least)
+    return (*(size,) * (whole - 1), size - lacking, rest + lacking)
+
+
 def share_of(target_batch: int, world_size: int, rank: int) -> int:
     """Samples of an effective batch that one rank trains: shares differ by at most one, and sum to the target."""
     return balanced(target_batch, world_size)[rank]
@@ -78,7 +117,11 @@ def smallest_steps(
     most: int | None = None,
     later_floor: Floor | None = None,
 ) -> Solution | None:
-    """The smallest k whose balanced split fits.
+    """The smallest k of which a split fits: the balanced one, else one that repeats a size and ends with the rest.
+
+    The second kind is for allocators: 129 + 129 + 129 + 125 may fit where 128 four times leaves gaps that no later
+    block fits into. Of these the most even is taken. A size has to fit by itself, as a window of two, which is asked
+    once for all k: where memory grows with the size, none does that is larger than what was too large in balance.
 
     Args:
         fits: Whether the window of a split fits; the truth, however it is found.
@@ -101,17 +144,27 @@ def smallest_steps(
         second = -(-(samples - 1) // k)  # balanced(samples, k)[1]
         return later_floor is None or k == 1 or later_floor(second) <= budget_bytes
 
+    tried = 0
+
+    def fits_counted(split: Split) -> bool:
+        nonlocal tried
+        tried += 1
+        return fits(split)
+
+    @functools.cache
+    def repeats(n: int) -> bool:
+        above = floor(n) > budget_bytes or (later_floor is not None and later_floor(n) > budget_bytes)
+        return not above and fits_counted((n, n))
+
     least = min(least, samples)
-    last = samples // least
-    tried, start = 0, max(1, -(-samples // (most or samples)))
-    if start == 1 <= last and within_reach(1):  # one micro-batch is a case of its own: it has no later ones
-        tried = 1
-        if fits((samples,)):
-            return Solution((samples,), tried)
+    last, start = samples // least, max(1, -(-samples // (most or samples)))
+    if start == 1 <= last and within_reach(1) and fits_counted((samples,)):
+        return Solution((samples,), tried)  # a case of its own: it has no later micro-batches
     for k in range(_first_below(within_reach, max(start, 2), last), last + 1):
-        tried, split = tried + 1, balanced(samples, k)
-        if fits(split):
-            return Solution(split, tried)
+        others = (split for split in uneven(samples, k, least=least, most=most) if repeats(split[0]))
+        for split in itertools.chain([balanced(samples, k)], others):
+            if fits_counted(split):
+                return Solution(split, tried)
     return None
 
 

@@ -134,6 +134,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "MLP": lambda: (Mlp(), (torch.zeros(2, 32, 1024), torch.zeros(2, dtype=torch.long))),
     "ResNet-18": lambda: _vision("resnet18"),
     "ResNet-50": lambda: _vision("resnet50"),
+    "DenseNet-121": lambda: _vision("densenet121"),
     "ViT-S": _vit,
     "GPT": lambda: _gpt(6, 512, 512),
     "GPT-2": lambda: _gpt(12, 768, 1024),

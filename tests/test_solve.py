@@ -14,7 +14,18 @@ from autoaccum.allocator import CpuRules, replay
 from autoaccum.program import StepProgram, lift, window
 from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording, live_peak
 from autoaccum.size_rules import Rule
-from autoaccum.solve import balanced, largest_micro_batch, share_of, smallest_steps, split_within
+from autoaccum.solve import (
+    MOST_UNEVEN,
+    Split,
+    balanced,
+    is_even,
+    largest_micro_batch,
+    repeated_within,
+    share_of,
+    smallest_steps,
+    split_within,
+    uneven,
+)
 
 RECORDED = recorded_programs(200)
 RULES = (CpuRules(None), CpuRules(4096))
@@ -27,12 +38,16 @@ def by_hand(samples: int, steps: int) -> tuple[int, ...]:
 
 
 def brute_force(fits: Fits, samples: int, least: int, most: int | None) -> tuple[int, ...] | None:
-    """Tries every k, assuming nothing."""
+    """Tries every k, assuming nothing; of each the balanced split, then the others from the most even on."""
     found = []
     for steps in range(1, samples + 1):
-        split = by_hand(samples, steps)
-        if min(split) >= min(least, samples) and max(split) <= (most or samples) and fits(split):
-            found.append(split)
+        splits = [by_hand(samples, steps)] if steps * min(least, samples) <= samples else []
+        for n in range(1, samples) if steps > 1 else ():
+            rest = samples - n * (steps - 1)
+            quarter = n - -(-samples // steps) <= -(-samples // steps) / 4 + 0.99  # rounded up
+            if rest >= min(least, samples) and n - rest > 1 and quarter and fits((n, n)):
+                splits.append((n,) * (steps - 1) + (rest,))
+        found += [split for split in splits if max(split) <= (most or samples) and fits(split)][:1]
     return min(found, key=len, default=None)
 
 
@@ -83,6 +98,34 @@ def test_512_with_at_most_57_to_63_is_9_steps_of_57_and_56() -> None:
         assert split_within(512, most) == (57,) * 8 + (56,)
 
 
+@given(samples=st.integers(1, 3000), size=st.integers(1, 4000), least=st.integers(1, 3))
+def test_a_size_is_repeated_and_the_rest_is_no_smaller_than_allowed(samples: int, size: int, least: int) -> None:
+    size = max(size, least)
+    split = repeated_within(samples, size, least)
+    assert sum(split) == samples and min(split) >= min(least, samples)
+    assert list(split) == sorted(split, reverse=True)
+    if split != split_within(samples, size, least):  # which has one sample more where there is no other way
+        assert set(split[:-2]) <= {size} and len(split) == -(-samples // size)
+
+
+@given(
+    samples=st.integers(2, 5000), steps=st.integers(2, 90), least=st.integers(1, 2), most=st.none() | st.integers(1, 99)
+)
+def test_uneven_splits_repeat_one_size_and_are_few(samples: int, steps: int, least: int, most: int | None) -> None:
+    found = list(uneven(samples, steps, least=least, most=most))
+    assert len(found) <= MOST_UNEVEN + 1
+    for split in found:
+        assert len(split) == steps and sum(split) == samples
+        assert len(set(split[:-1])) == 1 and split[-1] < split[0] - 1 and not is_even(split)
+        assert split[-1] >= least and split[0] <= (most or samples)
+    assert [split[0] for split in found] == sorted({split[0] for split in found})
+
+
+def test_64_in_three_steps_may_be_22_22_20_up_to_28_28_8() -> None:
+    found = list(uneven(64, 3))
+    assert found[0] == (22, 22, 20) and (24, 24, 16) in found and found[-1] == (28, 28, 8)
+
+
 # The solver against brute force.
 
 
@@ -130,11 +173,13 @@ def test_the_solver_equals_brute_force_on_200_recorded_programs_at_ten_budgets(d
 def solved_like_brute_force_at_ten_budgets(recorded: Recorded) -> None:
     program, samples, rules = lift(recorded.recordings, recorded.prelude), 12, CpuRules(131072)
     prelude = Phase("prelude", recorded.prelude)
-    peaks = {
-        by_hand(samples, k): replay([prelude, *window(program, by_hand(samples, k))], rules).peak_bytes
-        for k in range(1, samples + 1)
-    }
-    low, high = min(peaks.values()), max(peaks.values())
+
+    @functools.cache
+    def peak(split: tuple[int, ...]) -> int:
+        return replay([prelude, *window(program, split)], rules).peak_bytes
+
+    known = [peak(by_hand(samples, k)) for k in range(1, samples + 1)]
+    low, high = min(known), max(known)
     steps = set()
 
     @functools.cache
@@ -145,7 +190,7 @@ def solved_like_brute_force_at_ten_budgets(recorded: Recorded) -> None:
         budget = low + (high - low) * i // 9 - (i == 0)
 
         def fits(split: tuple[int, ...], budget: int = budget) -> bool:
-            return peaks[split] <= budget
+            return peak(split) <= budget
 
         for least, most in ((1, None), (2, None), (1, 7)):
             solution = smallest_steps(fits, floor, samples=samples, budget_bytes=budget, least=least, most=most)
@@ -162,6 +207,69 @@ def test_the_solver_assumes_nothing_of_what_fits(samples: int, least: int, most:
 
     solution = smallest_steps(fits, lambda n: 0, samples=samples, budget_bytes=1, least=least, most=most)
     assert (None if solution is None else solution.split) == brute_force(fits, samples, least, most)
+
+
+def all_splits(samples: int, steps: int, least: int, most: int) -> list[Split]:
+    """Every way to write `samples` as `steps` sizes from `least` to `most`, larger first."""
+    if steps == 1:
+        return [(samples,)] if least <= samples <= most else []
+    return [
+        (first, *rest)
+        for first in range(least, min(most, samples) + 1)
+        for rest in all_splits(samples - first, steps - 1, least, first)
+    ]
+
+
+@given(
+    samples=st.integers(2, 16),
+    least=st.integers(1, 2),
+    most=st.integers(2, 16),
+    memory=st.randoms(use_true_random=False),
+    share=st.floats(0.05, 0.95),
+)
+def test_no_more_steps_than_balanced_ones_and_never_fewer_than_any_split_takes(
+    samples: int, least: int, most: int, memory: random.Random, share: float
+) -> None:
+    """Memory without any order: which splits fit is drawn for each."""
+    drawn: dict[Split, bool] = {}
+
+    def fits(split: Split) -> bool:
+        return drawn.setdefault(split, memory.random() < share)
+
+    found = smallest_steps(fits, lambda n: 0, samples=samples, budget_bytes=1, least=least, most=most)
+    allowed = range(1, samples // least + 1)
+    every = {k: [s for s in all_splits(samples, k, least, most) if fits(s)] for k in allowed}
+    even = [k for k, splits in every.items() if by_hand(samples, k) in splits]
+    if found is None:
+        assert not even
+        return
+    split = found.split
+    assert fits(split) and sum(split) == samples and min(split) >= least and max(split) <= most
+    assert len(split) <= min(even, default=samples) and len(split) >= min(k for k, splits in every.items() if splits)
+    assert is_even(split) or not fits(by_hand(samples, len(split)))
+
+
+def small_llama(split: Split) -> bool:
+    """What the replay says of a small Llama in 2 GiB: 127 and 128 leave gaps that later blocks don't fit into."""
+    return max(split) <= 137 and not {127, 128} & set(split)
+
+
+@pytest.mark.parametrize(
+    ("samples", "split"),
+    [
+        (512, (129, 129, 129, 125)),
+        (1024, (129,) * 7 + (121,)),
+        (381, (129, 129, 123)),
+        (254, (129, 125)),
+        (510, (129, 129, 129, 123)),
+        (520, (130,) * 4),
+        (552, (111, 111, 110, 110, 110)),
+    ],
+)
+def test_a_size_that_fits_is_repeated_where_the_balanced_split_does_not_fit(samples: int, split: Split) -> None:
+    found = smallest_steps(small_llama, lambda n: 11 * n, samples=samples, budget_bytes=1600)
+    assert found is not None
+    assert found.split == split
 
 
 @given(size=st.integers(0, 60), bits=st.integers(0), steps=st.integers(1, 3))

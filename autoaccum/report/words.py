@@ -50,6 +50,8 @@ def fewer(plan: Plan) -> str:
     needed = plan.fewer_steps_need()
     if plan.accumulation_steps == 1:
         return "One step is the least there is."
+    if "fewer_steps" in plan.reasons:
+        return f"{plan.reasons['fewer_steps']}."
     steps = plan.accumulation_steps - 1
     if needed is None:
         return f"{steps} accumulation step{'s' * (steps > 1)} would need micro-batches beyond the table."
