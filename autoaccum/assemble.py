@@ -120,8 +120,8 @@ def _largest(outlook: Outlook, split: Split) -> tuple[int, bool]:
     if len(split) == 1:
         return split[0], wish.samples is not None or split[0] == wish.dataset_samples
     size = largest_micro_batch(outlook.fits_surely, outlook.later_floor, budget_bytes=outlook.usable_bytes, most=most)
-    # A plan of 37 + 37 + 36 says nothing of windows of 37 alone: these may need a retry each time.
-    own = split[0] if outlook.fits((split[0],) * len(split)) else split[-1]
+    # 37 + 37 + 36 says nothing of windows of 37 alone: these may need a retry each time.
+    own = split[-1] if split[0] - split[-1] == 1 else split[0]
     return max(size, own), size >= most
 
 
@@ -193,7 +193,7 @@ def _why_not_fewer(outlook: Outlook, split: Split, largest: int) -> dict[str, st
     even = balanced(samples, steps)
     if even[0] > min(largest, outlook.wish.most):
         return {}
-    told = f"{steps} step{'s' * (steps > 1)} don't fit: {_counted(even)} {outlook.misses(even)}"
+    told = f"{steps} step{'s don' if steps > 1 else ' doesn'}'t fit: {_counted(even)} {outlook.misses(even)}"
     return {"fewer_steps": told + (", and neither does a larger size, repeated, with the rest" if steps > 1 else "")}
 
 

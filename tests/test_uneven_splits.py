@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from strategies import made_up_plan
 
-from autoaccum import Runner, fit_plan, virtual
+from autoaccum import Runner, assemble, fit_plan, virtual
+from autoaccum.plan import FEWEST_STEPS
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import truth_cases, truth_search
@@ -112,6 +116,59 @@ def test_the_runner_cuts_a_tail_as_it_was_planned(found: dict[str, Any]) -> None
     splits = [split for split, _ in found["512"]["trained"]]
     assert splits == [whole, whole, [129, 129, 129, 123], [100], whole]
     assert all(retries == 0 for _, retries in found["512"]["trained"])
+
+
+# Without a GPU: what is said where sizes alone don't tell what fits.
+
+
+def an_outlook(fits: Any, most: int = 256) -> Any:
+    """As much of an outlook as is asked for the largest micro-batch and for why not fewer steps."""
+    return SimpleNamespace(
+        wish=SimpleNamespace(samples=most, most=most, objective=FEWEST_STEPS),
+        observed=SimpleNamespace(recordings=[SimpleNamespace(micro_batch=31)], doubt=None),
+        fits_surely=fits,
+        later_floor=lambda n: n,
+        usable_bytes=60,
+        misses=lambda split: f"would need {sum(split)} GiB",
+    )
+
+
+def test_a_size_that_fits_beside_a_smaller_one_only_is_not_the_largest_that_fits() -> None:
+    """As of a DenseNet-121 in 5 GiB: windows of 37 alone need a retry each time, 37 + 37 + 36 don't."""
+    outlook = an_outlook(lambda split: max(split) <= 37 and set(split) != {37})
+    assert assemble._largest(outlook, (37, 37, 36)) == (36, False)
+    assert assemble._largest(outlook, (36, 36, 36)) == (36, False)
+    assert assemble._largest(an_outlook(lambda split: False), (37, 37, 37)) == (37, False), "the plan's own window fits"
+    assert assemble._largest(an_outlook(lambda split: max(split) <= 41), (37, 37, 36)) == (41, False)
+
+
+def test_the_summary_says_that_the_largest_is_smaller_than_the_plans() -> None:
+    plan = replace(made_up_plan(), largest_micro_batch=51, largest_is_capped=False)
+    assert "a micro-batch of 51 is the largest that fits all through a window; 52 does beside" in plan.explain()
+    plan = replace(plan, largest_micro_batch=57)
+    assert "a micro-batch of 57 is the largest that fits" in plan.explain() and "beside" not in plan.explain()
+
+
+@pytest.mark.parametrize(
+    ("split", "largest", "why"),
+    [
+        ((14, 14, 14, 13), 19, "3 steps don't fit: 1 of 19 and 2 of 18 would need 55 GiB, and neither does a larger"),
+        ((30, 30), 60, "1 step doesn't fit: 1 of 60 would need 60 GiB"),
+        ((14, 14, 14, 13), 18, None),  # 19 is more than the largest: that tells it
+        ((60,), 60, None),
+    ],
+)
+def test_why_a_step_fewer_does_not_fit_is_said_where_its_sizes_would(
+    split: tuple[int, ...], largest: int, why: str | None
+) -> None:
+    found = assemble._why_not_fewer(an_outlook(lambda split: False), split, largest)
+    if why is None:
+        assert found == {}
+        return
+    assert found["fewer_steps"].startswith(why)
+    told = replace(made_up_plan(), reasons=dict(made_up_plan().reasons) | found)
+    assert told.explain().count(found["fewer_steps"]) == 2, "in the summary and under fewer steps"
+    assert "would need micro-batches of up to" not in told.explain()
 
 
 if __name__ == "__main__":
