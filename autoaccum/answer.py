@@ -113,7 +113,7 @@ def solve_and_verify(
             return held
         outlook.subject.say(f"{wrong}: learning from it")
         start_over()
-        if compiles:  # recordings are of what was written, and right about that
+        if compiles or outlook.is_rough:  # recordings are of what was written, and right about that
             outlook.compare_compiled(split, measured)
         elif outlook.learns(split, measured):
             explained = split, measured

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import cpu, observe
+from . import cpu, observe, process_memory
 from .allocator import EMPTY, Replay, Start
 from .growth import WINDOWS
 from .observe import Observed, Subject
 from .outlook import AGREES_WITHIN, RAN_OUT, Outlook, verified_part
 from .plan import PeakRow
-from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
+from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Phase, live_peak
 from .solve import Split, balanced
 from .wish import Wish
 
@@ -27,11 +27,14 @@ class CpuOutlook(Outlook):
         fresh: The holes in a fresh process's heap, which the base includes.
         start: Those in this one's.
         own_bytes: What planning itself has in this one.
+        present_bytes: What this one would have now if malloc kept nothing of what is freed; None where it is glibc's,
+            which says what it keeps.
     """
 
     fresh: Start = EMPTY
     start: Start = EMPTY
     own_bytes: int = 0
+    present_bytes: int | None = None
     _least_kept_bytes: int | None = field(default=None, init=False)
 
     def data_bytes(self, samples: int) -> int:
@@ -157,6 +160,13 @@ class CpuOutlook(Outlook):
         """Of the default malloc."""
         if self.subject.mmap_threshold_bytes is not None:
             return []
+        whose = process_memory.malloc_name()
+        if whose != "glibc":
+            return [
+                f"malloc is {whose}, not the C library's: it keeps freed memory in its own way, which no recording "
+                f"shows, so {self.slack:.0%} of what training takes is added on top. For a prediction within a percent "
+                "plan and train without it (LD_PRELOAD)."
+            ]
         return [
             f"malloc is left at its default: {self.slack:.0%} of what training takes is reckoned on top, "
             "for its fragmentation."
@@ -169,7 +179,10 @@ class CpuOutlook(Outlook):
             for sizes in (split[:1], split, split):
                 train(sizes)
 
-        return cpu.measure(work)
+        found = cpu.measure(work)
+        if self.present_bytes is None:
+            return found
+        return replace(found, increment_bytes=found.base_bytes + found.increment_bytes - self.present_bytes)
 
     def confirms(self, split: Split, measured: cpu.Measured) -> str | None:
         """Within 2 % of the whole; where each size stands for itself, that it fits is all there is to know."""
@@ -177,13 +190,19 @@ class CpuOutlook(Outlook):
         allowed = AGREES_WITHIN * (self.base_bytes + predicted) + self.slack * predicted
         if abs(measured.increment_bytes - predicted) <= allowed:
             return None
-        if (self.observed.doubt is not None or self.compiled_share != 1) and self.holds(measured):
+        told_apart = self.observed.doubt is None and self.compiled_share == 1 and not self.is_rough
+        if not told_apart and self.holds(measured):
             return None
         return f"took {measured.increment_bytes:,} bytes, not {predicted:,}"
 
     def compared(self, split: Split, measured: cpu.Measured) -> tuple[int, int]:
         """Both with the base."""
         return self.base_bytes + self._predicted_increment(split), self.base_bytes + measured.increment_bytes
+
+    @property
+    def is_rough(self) -> bool:
+        """With another malloc than glibc's, which keeps what it likes."""
+        return self.present_bytes is not None
 
     def holds(self, measured: cpu.Measured) -> bool:
         """By what it added to the process."""
@@ -210,6 +229,8 @@ class CpuOutlook(Outlook):
 
 def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CpuOutlook:
     """Reads what there is now; `own_bytes` are planning's own, and the optimizer state's that is there already."""
+    if process_memory.malloc_name() != "glibc":
+        return _with_another_malloc(subject, wish, observed, sample_bytes, own_bytes)
     base = cpu.read_base(subject.before, observed.after_first)
     leaked = _leaked(subject, observed)
     budget = cpu.read_budget(wish.budget, wish.headroom)
@@ -227,6 +248,32 @@ def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, ow
         base.here,
         own,
         leaked_bytes=leaked,
+    )
+
+
+def _with_another_malloc(
+    subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int
+) -> CpuOutlook:
+    """Where nothing says what malloc keeps of freed blocks.
+
+    What it keeps serves again, so it is part of no base: of what the process has after its first window, all that the
+    window had at once may be kept.
+    """
+    before: int = subject.before.outside_bytes
+    base_bytes = before - own_bytes + observe.state_held(subject.parts)
+    if observed.after_first is not None:
+        kept = live_peak([Phase(observe.PRELUDE, observed.prelude)])
+        base_bytes += max(0, observed.after_first.outside_bytes - kept - before)
+    budget = cpu.read_budget(wish.budget, wish.headroom)
+    return CpuOutlook(
+        subject,
+        wish,
+        observed,
+        base_bytes,
+        budget,
+        sample_bytes,
+        DEFAULT_MALLOC_SLACK,
+        present_bytes=base_bytes + own_bytes,
     )
 
 

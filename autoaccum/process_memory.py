@@ -23,6 +23,9 @@ MMAP_THRESHOLD_BYTES = 128 * 1024  # glibc's own DEFAULT_MMAP_THRESHOLD_MIN, hel
 SAMPLING_SECONDS = 50e-6
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
+_PROBE_BYTES = 1 << 20
+_PROBES = 3  # another thread may free as much in between
+_KNOWN_MALLOCS = ("jemalloc", "tcmalloc", "mimalloc", "hoard", "snmalloc")
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -36,12 +39,39 @@ class _Mallinfo2(ctypes.Structure):
 
 @functools.cache
 def _libc() -> ctypes.CDLL | None:
-    """The C library where it is glibc 2.33 or newer, which has mallinfo2; else None."""
+    """The C library where it is glibc 2.33 or newer, which has mallinfo2, and malloc is its own; else None."""
     libc = ctypes.CDLL(None)
     if not (hasattr(libc, "mallinfo2") and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
         return None
     libc.mallinfo2.restype = _Mallinfo2
-    return libc
+    return libc if any(_counts(libc) for _ in range(_PROBES)) else None
+
+
+def _counts(libc: ctypes.CDLL) -> bool:
+    """Whether what malloc hands out is in glibc's books: not where another allocator took malloc's name.
+
+    jemalloc and tcmalloc come by LD_PRELOAD or in the executable, and leave mallinfo2 and mallopt to glibc.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
+    before = libc.mallinfo2()
+    block = libc.malloc(_PROBE_BYTES)
+    if not block:
+        return False
+    after = libc.mallinfo2()
+    libc.free(block)
+    grown = after.uordblks + after.hblkhd - before.uordblks - before.hblkhd
+    return bool(grown >= _PROBE_BYTES)
+
+
+def malloc_name() -> str:
+    """Whose malloc this process has: "glibc", or the file that took its place, or "another"."""
+    if _libc() is not None:
+        return "glibc"
+    with contextlib.suppress(OSError):
+        paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+        return next((Path(path).name for path in sorted(paths) if any(n in path for n in _KNOWN_MALLOCS)), "another")
+    return "another"
 
 
 _fixed: list[int] = []
@@ -87,10 +117,10 @@ class Heap:
 
 
 def read_heap() -> Heap:
-    """Malloc's heaps now; an empty one where unknown."""
+    """Malloc's heaps now; all is outside of them where unknown."""
     libc = _libc()
     if libc is None:
-        return Heap()
+        return Heap(outside_bytes=committed_bytes())
     info = libc.mallinfo2()
     arena, mapped = int(info.arena), int(info.hblkhd)
     return Heap(arena, int(info.fordblks), committed_bytes() - arena - mapped, int(info.uordblks) + mapped)

@@ -265,7 +265,7 @@ class Trial:
         self.wish = SimpleNamespace(samples=64, least=1, most=64)
         self.usable_bytes, self.compiled_share = 1000, 1.0
         self.observed = SimpleNamespace(doubt="bracketed")
-        self.subject = SimpleNamespace(say=lambda text: None)
+        self.subject, self.is_rough = SimpleNamespace(say=lambda text: None), False
 
     def fits(self, split: tuple[int, ...]) -> bool:
         return self.share * 50 * split[0] <= self.usable_bytes
