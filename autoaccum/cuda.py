@@ -33,6 +33,7 @@ __all__ = [
     "SCOUT_STEPS",
     "Measured",
     "clean",
+    "limit_reserved",
     "measure",
     "model_blocks",
     "name",
@@ -222,3 +223,16 @@ def _recorded(train: Callable[..., None], split: Split, device: torch.device) ->
 def _retries(device: torch.device) -> int:
     statistics: dict[str, Any] = torch.cuda.memory_stats(device)
     return int(statistics.get("num_alloc_retries", 0))
+
+
+def limit_reserved(limit_bytes: int) -> None:
+    """Has the caching allocator refuse what would bring it above so many reserved bytes, on the current device.
+
+    The allocator compares with a whole number of bytes, rounded down from a part of the device's memory. The context,
+    libraries and other processes aren't counted, nor are they in a plan's budget. A lower limit that is set already
+    stays, and one above the device's memory is none.
+    """
+    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    fraction = (limit_bytes + 0.25) / whole
+    if fraction < torch.cuda.get_per_process_memory_fraction():
+        torch.cuda.set_per_process_memory_fraction(fraction)

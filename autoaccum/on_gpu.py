@@ -6,8 +6,6 @@ makes it; and nothing has to be put back.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,7 +19,7 @@ from .gpus import Gpu
 from .observe import Subject
 from .plan import FEWEST_STEPS, Plan
 from .recording import Event, name_blocks
-from .source import load_function, named
+from .source import load_workload
 from .virtual.control import is_virtual
 from .wish import read_wish, with_objective
 from .workload import Workload
@@ -101,7 +99,7 @@ def build_on(
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.cuda.memory._record_memory_history("all", context=None)
     try:
-        workload = change(_made(source, device, on_device=virtual))
+        workload = change(load_workload(source, "cuda", made_there=virtual))
         workload.model.to(device)
         torch.cuda.synchronize(device)
         trace = torch.cuda.memory._snapshot()["device_traces"][device.index or 0]
@@ -111,20 +109,3 @@ def build_on(
     events = name_blocks((e["addr"], _EVENTS[e["action"]] * e["size"], e["stream"]) for e in kept)
     sample = tree.to_device(workload.sample, torch.device("cpu"))
     return replace(workload, sample=sample), tuple(events)
-
-
-def _made(source: str | None, device: torch.device, *, on_device: bool) -> Workload:
-    function = load_function(source)
-    if "device" in inspect.signature(function).parameters:
-        return named(function(device=str(device)), source)
-    if not on_device:
-        return named(function(), source)
-    failure: Exception | None = None
-    try:
-        with device:
-            return named(function(), source)
-    except Exception as error:  # whatever it tripped over: on the CPU it may work
-        failure = error
-    with contextlib.suppress(Exception):
-        return named(function(), source)
-    raise failure

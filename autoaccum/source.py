@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,22 +20,68 @@ from .shown import one_line
 from .workload import Workload
 from .workloads import BUILT_IN, built_in
 
-_FORM = "--workload FILE.py:FUNCTION, where FUNCTION() returns an autoaccum.Workload"
+_FORM = "--workload FILE.py:FUNCTION, where FUNCTION() or FUNCTION(device) returns an autoaccum.Workload"
 
 
-def load_workload(source: str | None) -> Workload:
-    """Calls the function that `source` names.
+def load_workload(source: str | None, device: str = "cpu", *, made_there: bool = False) -> Workload:
+    """Calls the function that `source` names: the one place where a workload is made, for every command.
 
     Args:
         source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was handed.
+        device: Where it will be trained, "cpu" or "cuda". A function with a parameter of that name is given it.
+        made_there: Make the tensors of any other function there at once, which on a virtual GPU takes no memory. Their
+            values are meaningless then, so a function that looks at values may fail: it is called anew on the CPU.
 
     Returns:
-        Its workload, named after the source.
+        Its workload, named after the source; its model is where the function put it.
 
     Raises:
-        UsageError: There is no such thing, or it returned something else.
+        UsageError: There is no such thing, it asks for something else, or it returned something else.
     """
-    return named(load_function(source)(), source)
+    import torch
+
+    function = load_function(source)
+    at = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    if takes_device(function, source):
+        return named(function(device=str(at)), source)
+    if not made_there:
+        return named(function(), source)
+    failure: Exception | None = None
+    try:
+        with at:
+            return named(function(), source)
+    except Exception as error:  # whatever it tripped over: on the CPU it may work
+        failure = error
+    with contextlib.suppress(Exception):
+        return named(function(), source)
+    raise failure
+
+
+def takes_device(function: Callable[..., Any], source: str | None) -> bool:
+    """Whether a workload's function has a parameter `device`.
+
+    Raises:
+        UsageError: It has another one without a default, which nothing could be given for.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some that are written in C have none
+        return False
+    kinds = inspect.Parameter
+    others = [
+        name
+        for name, each in parameters.items()
+        if each.default is kinds.empty
+        and each.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+        and (name != "device" or each.kind is kinds.POSITIONAL_ONLY)
+    ]
+    if others:
+        raise UsageError(
+            f"{source or 'The function'} asks for {', '.join(others)}, and is called without.",
+            "Of what it may ask for only `device` is known here: 'cpu', or 'cuda:0'.",
+            "Give them defaults, or write a function without parameters that calls it.",
+        )
+    return "device" in parameters
 
 
 def load_function(source: str | None) -> Callable[..., Any]:

@@ -61,7 +61,6 @@ def run(
 
     read = Plan.from_json(plan)
     assert read.workload is not None
-    workload = load_workload(read.workload)
     if read.on_cuda:
         import torch
 
@@ -72,10 +71,15 @@ def run(
                 "Run it where that GPU is, or plan for this machine: autoaccum plan --target-batch "
                 f"{read.target_batch} --workload {read.workload}",
             )
+        from .cuda import limit_reserved
+
+        workload = load_workload(read.workload, "cuda")
         workload.model.to("cuda")
+        limit_reserved(read.budget.bytes)
     else:
+        workload = load_workload(read.workload)
         limit_data(read.budget.bytes)
-        say({"say": f"limited to {show_bytes(read.budget.bytes)}"})
+    say({"say": f"limited to {show_bytes(read.budget.bytes)}"})
     if read.configuration:
         from .tuning.apply import configure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from .plan import Plan
 from .process_memory import committed_bytes
 from .rng import as_plain, from_plain, put_rng, take_rng
 from .runner import Runner, StepResult
+from .virtual.control import is_virtual
 from .windows import loader_length
 from .workload import Batch, Workload
 
@@ -60,12 +62,13 @@ def train(
         plain(runner.state_dict(), "the checkpoint")  # what it can't hold is said before the first window
         if Path(checkpoint).exists():
             _resume(Path(checkpoint), runner, place, plan)
-    saved, last = time.monotonic(), {"loss": None}
+    saved, last, odd = time.monotonic(), {"loss": None}, _Odd()
     length = loader_length(_loader(workload), runner.samples, least=runner.least)
     with _interrupts(say) as interrupted:
         enough = steps is not None and runner.number >= steps
         for result in () if enough else _windows(runner, workload, place, epochs):
-            last = _figures(result, runner, place, length)
+            last = _figures(result, runner, place, length, plan)
+            odd.see(result, place, say)
             say({"step": last})
             if interrupted() is not None or (steps is not None and runner.number >= steps):
                 break
@@ -76,7 +79,31 @@ def train(
             _save(checkpoint, runner, place, plan)
         number = interrupted()
         ended = {"steps": runner.number, "samples": place.samples, "interrupted": number is not None, "signal": number}
-        return {**last, **ended, "checkpoint": checkpoint}
+        return {**last, **ended, **odd.figures(), "checkpoint": checkpoint}
+
+
+class _Odd:
+    """Windows whose loss is not finite. On a virtual GPU there are none: values mean nothing there."""
+
+    def __init__(self) -> None:
+        self._counts = not is_virtual()
+        self._first: dict[str, int] | None = None
+        self._windows = 0
+
+    def see(self, result: StepResult, place: _Place, say: Callable[[dict[str, Any]], None]) -> None:
+        """Counts a window, and says the first that isn't finite."""
+        loss = float(result.loss)
+        if math.isfinite(loss) or not self._counts:
+            return
+        self._windows += 1
+        if self._first is None:
+            self._first = {"epoch": place.epoch + 1, "window": place.windows}
+            told = f"epoch {place.epoch + 1}, window {place.windows}: the loss is {loss}; training goes on"
+            say({"warning": told})
+
+    def figures(self) -> dict[str, Any]:
+        """How many there were, and which was the first."""
+        return {"nonfinite_windows": self._windows, "first_nonfinite": self._first}
 
 
 _COUNTS, _RNG = ("epoch", "windows", "samples"), ("rng_at_epoch", "rng_now")
@@ -160,18 +187,18 @@ def _generators(loader: Iterable[Batch]) -> list[torch.Generator]:
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
-def _figures(result: StepResult, runner: Runner, place: _Place, length: int | None) -> dict[str, Any]:
+def _figures(result: StepResult, runner: Runner, place: _Place, length: int | None, plan: Plan) -> dict[str, Any]:
     return {
         "number": result.number,
         "epoch": place.epoch,
         "window": place.windows,
         "windows": length,
         "loss": float(result.loss),
+        "held_bytes": torch.cuda.memory_reserved() if plan.on_cuda else committed_bytes(),
         "samples": result.samples,
         "micro_batch": max(result.split),
         "accumulation_steps": len(result.split),
         "retries": result.retries,
-        "committed_bytes": committed_bytes(),
     }
 
 

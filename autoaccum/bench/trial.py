@@ -17,6 +17,7 @@ import torch
 from .. import oom, step
 from .. import split as cutting
 from ..child import Say
+from ..cuda import limit_reserved
 from ..plan import Plan
 from ..process_memory import PeakSampler, limit_data, trim
 from ..runner import Runner
@@ -43,7 +44,7 @@ def run(
     from ..source import load_workload
 
     read = Plan.from_json(plan) if plan is not None else None
-    loaded = _with_sample(load_workload(workload))
+    loaded = _with_sample(load_workload(workload, device))
     loaded.model.to(device)
     _limit(limit_bytes, device)
     watch = Watch(torch.device(device))
@@ -147,9 +148,7 @@ def _limit(limit_bytes: int, device: str) -> None:
     if device == "cpu":
         limit_data(limit_bytes)
         return
-    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    if limit_bytes < whole:
-        torch.cuda.set_per_process_memory_fraction(limit_bytes / whole)
+    limit_reserved(limit_bytes)
 
 
 class Watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ import typer
 
 from ..bounds import check_count, check_seconds
 from ..child import Say
-from ..errors import UsageError
+from ..errors import AutoaccumError, UsageError
 from ..files import check_output
 from ..interrupts import exit_code
 from ..json_text import to_json
@@ -63,6 +64,12 @@ def run(
     _tell(result, json=json)
     if result["interrupted"]:
         raise typer.Exit(exit_code(result["signal"]))
+    if result["nonfinite_windows"] and not math.isfinite(result["loss"]):
+        raise AutoaccumError(
+            f"The last loss is {result['loss']}: {_odd(result)}.",
+            "Such a loss leaves parameters that aren't finite either, unless its gradient was passed over.",
+            "Lower the learning rate, set clip_grad_norm=, or stop at the first: Workload(..., on_nonfinite='raise').",
+        )
 
 
 def _environment(plan: Plan) -> dict[str, str] | None:
@@ -81,7 +88,8 @@ def _shown(plan: Plan, *, json: bool) -> Iterator[Say]:
         with _bar(plan) as say:
             yield say
     else:
-        yield (lambda message: None) if json else _Lines().say
+        lines = _Lines(silent=json)
+        yield lines.say
 
 
 @contextmanager
@@ -96,12 +104,14 @@ def _bar(plan: Plan) -> Iterator[Say]:
         speed = Speed()
 
         def say(message: dict[str, Any]) -> None:
+            if "warning" in message:
+                bar.console.print(f"warning: {message['warning']}", markup=False, highlight=False)
             if "step" not in message:
                 return
             step = message["step"]
             speed.add(step["samples"])
             told = (
-                f"loss {step['loss']:.4f}  {speed.told}  {show_bytes(step['committed_bytes'])} held, "
+                f"loss {step['loss']:.4f}  {speed.told}  {show_bytes(step['held_bytes'])} held, "
                 f"{show_bytes(plan.predicted_peak_bytes)} planned"
             )
             bar.update(task, total=step["windows"], completed=step["window"], epoch=step["epoch"] + 1, told=told)
@@ -134,15 +144,18 @@ class Speed:
 
 
 class _Lines:
-    """A line per epoch, and one now and then within a long one."""
+    """A line per epoch, and one now and then within a long one; of a silent one, warnings only."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool) -> None:
+        self._silent = silent
         self._speed = Speed()
         self._told = time.monotonic()
 
     def say(self, message: dict[str, Any]) -> None:
         """Prints what a window came to, where a line is due."""
-        if "step" not in message:
+        if "warning" in message:
+            print(f"warning: {message['warning']}", file=sys.stderr, flush=True)
+        if "step" not in message or self._silent:
             return
         step = message["step"]
         self._speed.add(step["samples"])
@@ -152,7 +165,7 @@ class _Lines:
         of = f" of {step['windows']}" if step["windows"] is not None else ""
         print(
             f"epoch {step['epoch'] + 1}, window {step['window']}{of}: loss {step['loss']:.4f}, {self._speed.told}, "
-            f"{show_bytes(step['committed_bytes'])} held",
+            f"{show_bytes(step['held_bytes'])} held",
             flush=True,
         )
 
@@ -165,13 +178,19 @@ def _tell(result: dict[str, Any], *, json: bool) -> None:
     if result["loss"] is None:
         print(f"{ended}: nothing was left to train after {result['steps']} optimizer steps")
         return
+    odd = f", {_odd(result)}" if result["nonfinite_windows"] else ""
     pieces = f"{result['accumulation_steps']} micro-batch{'es' * (result['accumulation_steps'] > 1)}"
     print(
-        f"{ended}: {result['steps']} optimizer steps, {result['samples']} samples, last loss {result['loss']:.4f}, "
-        f"{pieces} of at most {result['micro_batch']} in the last window"
+        f"{ended}: {result['steps']} optimizer steps, {result['samples']} samples, "
+        f"last loss {result['loss']:.4f}{odd}, {pieces} of at most {result['micro_batch']} in the last window"
     )
     print(
         f"checkpoint: {result['checkpoint']}"
         if result["checkpoint"] is not None
         else "no checkpoint was written, so what was trained is gone; keep it with --checkpoint FILE"
     )
+
+
+def _odd(result: dict[str, Any]) -> str:
+    many, first = result["nonfinite_windows"], result["first_nonfinite"]
+    return f"not finite in {many} window{'s' * (many > 1)}, first in epoch {first['epoch']}, window {first['window']}"

@@ -128,7 +128,7 @@ def _checkpointing_differs(
     from ..source import load_workload
     from .blocks import gradient_differs
 
-    found = _changed(ExitStack(), load_workload(source), {**values, "checkpointing": 0}, {})
+    found = _changed(ExitStack(), load_workload(source, asked["device"]), {**values, "checkpointing": 0}, {})
     if asked["device"] == "cuda":
         found.model.to("cuda")
     differs = gradient_differs(found, values["checkpointing"])

@@ -86,7 +86,7 @@ def _made(training: Training, configuration: Configuration, answer: Answer) -> W
         threshold_bytes=None if on_cuda or training.malloc == "default" else MMAP_THRESHOLD_BYTES,
         room_bytes=None if on_cuda else answer.peak_bytes,
     )
-    made = load_workload(training.workload)
+    made = load_workload(training.workload, training.device)
     if on_cuda:
         made.model.to("cuda")
     return configure(made, configuration, handed.functions().extra)
