@@ -21,8 +21,8 @@ import torch
 from . import advice, arrangements, batchnorm, gradients, hard_batch, independence, safely
 from .arrangements import Tried, Untestable
 from .as_it_trains import as_it_trains
-from .gradients import Gradients, Twin
-from .oom import drop_frames
+from .gradients import HALF_WITHIN, Gradients, Twin
+from .oom import drop_frames, room_bytes
 from .parts import forward, held_in_window
 from .plan import Plan
 from .process_memory import available_bytes
@@ -148,7 +148,7 @@ def _rows_at_once(plan: Plan, workload: Workload) -> int:
     else:
         room = plan.budget_bytes - plan.base_bytes - least.first_bytes
         fit = max(least.micro_batch + int(room / max(each, 1)), plan.micro_batch)
-    if small or workload.precision is not None:
+    if small or workload.precision is not None or _is_half(workload.model):
         fit //= 2  # double precision, or single in place of half: a sample takes twice what it takes in the plan
     return min(fit, hard_batch.MOST_ROWS if small else hard_batch.LEAST_ROWS)  # each further one costs as much again
 
@@ -173,8 +173,16 @@ def _tried(workload: Workload, most_rows: int) -> tuple[Twin, list[Tried]]:
         with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, Untestable):
             twin = Twin(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
             return twin, arrangements.tried(workload, twin, most_rows)
-    twin = Twin(workload.model, workload.loss)
+    # Where there is no room for more, on views, and in half precision if that is the model's.
+    parameters = list(workload.model.parameters())
+    single = sum(4 * p.numel() for p in parameters)  # copies in single precision, and their gradients as well
+    has_room = 2 * single < room_bytes(parameters[0].device)
+    twin = Twin(workload.model, workload.loss, alias=not has_room, widens=has_room)
     return twin, arrangements.tried(workload, twin, most_rows)
+
+
+def _is_half(model: torch.nn.Module) -> bool:
+    return any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
 
 
 def _is_small(workload: Workload) -> bool:
@@ -195,6 +203,8 @@ def _holds(tried: Sequence[Tried], *, settled: bool) -> Verdict:
     notes: tuple[str, ...] = (made,) if first.trial.made_up else ()
     if first.trial.hardness is None:
         notes += ("The loss takes no batch but one like the sample, so nothing harder was tested.",)
+    if first.within >= HALF_WITHIN[torch.float16]:
+        notes += ("Memory was short, so it was tested in half precision, where only what is off by percents is seen.",)
     if any(each.found.chance for each in tried):
         names = {name for each in tried for name in each.found.draws.replaced | each.found.draws.kept}
         drawn = ", ".join(sorted(names)) or "Python's or NumPy's draws"
@@ -240,7 +250,7 @@ def _kind(tried: Tried, pair: Tried) -> tuple[str, list[float]]:
         return (TERM if found.is_pair and _is_term(tried, pair) else COUPLED), []
     own = [size / sum(found.sizes) for size in found.sizes]
     weights = [factor * share for factor, share in zip(factors, own, strict=True)]
-    if not found.is_pair and all(abs(weight - 1) <= 100 * tried.within for weight in weights):
+    if not found.is_pair and all(abs(weight - 1) <= min(100 * tried.within, 0.1) for weight in weights):
         return SUM, weights
     return COUNT, factors if found.is_pair else weights
 

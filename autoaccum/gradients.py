@@ -37,6 +37,8 @@ TINY = 1e-3  # part of the whole gradient's norm below which a tensor is too sma
 # and what isn't exact is off by 1e-3 and more. The limits lie between, nearer the rounding: a model may compute parts
 # of itself in single precision whatever its parameters are (a Hugging Face RMSNorm does).
 EXACT_WITHIN = {torch.float64: 1e-6, torch.float32: 1e-4}
+# Where gradients are in half precision: rounding of bfloat16 stays under 4e-3 on the models of tests/test_recheck.py.
+HALF_WITHIN = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
 WORST_WITHIN = 10  # times as far may the worst single tensor be off
 
 THE_MODEL = "the model"
@@ -138,6 +140,9 @@ class Twin:
         dtype: What floating-point tensors become; None for what they are, but at least single precision.
         device: Where the copies are; None for where the originals are.
         alias: Views instead of copies of what is large, for where memory is short.
+        widens: Whether half precision becomes single where no `dtype` is given; else gradients are its own, as a
+            window's are, and can be compared less closely.
+        entries: Of the gradient that are compared.
     """
 
     def __init__(
@@ -148,8 +153,10 @@ class Twin:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         alias: bool = False,
+        widens: bool = True,
+        entries: int | None = None,
     ) -> None:
-        self.model, self.dtype, self.device = model, dtype, device
+        self.model, self.dtype, self.device, self.widens = model, dtype, device, widens
         held = holdings(model, loss=loss).modules
         self.outside = _Inside([model, *held.values()])
         self.roots = ("", *held)
@@ -168,7 +175,7 @@ class Twin:
         self._start = take_rng()  # every part of every window draws from here on: Python's and NumPy's draws are alike
         chosen = torch.Generator().manual_seed(0)
         self.trained = [name for name, p in self.copies.items() if p.requires_grad]
-        self._chosen = _choose([self.copies[name].numel() for name in self.trained], chosen)
+        self._chosen = _choose([self.copies[name].numel() for name in self.trained], entries or ENTRIES, chosen)
 
     def cast(self, batch: Batch) -> Batch:
         """The batch in this precision and place, in storage of its own: a loss may write into it."""
@@ -179,7 +186,7 @@ class Twin:
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             return tensor.to(self.device or tensor.device)
-        dtype = self.dtype or (torch.float32 if tensor.element_size() < 4 else tensor.dtype)
+        dtype = self.dtype or (torch.float32 if self.widens and tensor.element_size() < 4 else tensor.dtype)
         return tensor.to(self.device or tensor.device, dtype)
 
     def run(self, work: Callable[[], Any]) -> Any:
@@ -301,8 +308,9 @@ class Twin:
     @property
     def within(self) -> float:
         """How far gradients may differ for rounding."""
-        floats = [copied for copied in self.copies.values() if copied.is_floating_point()]
-        return EXACT_WITHIN[torch.float64 if all(f.dtype is torch.float64 for f in floats) else torch.float32]
+        floats = {copied.dtype for copied in self.copies.values() if copied.is_floating_point()}
+        limits = {**EXACT_WITHIN, **HALF_WITHIN}
+        return max(limits.get(dtype, EXACT_WITHIN[torch.float32]) for dtype in floats)
 
     def name_of(self, name: str) -> str:
         """A copy's name as the model has it; of a module that the loss holds, with what the loss calls it before."""
@@ -394,12 +402,12 @@ def fit(columns: torch.Tensor, target: torch.Tensor) -> tuple[list[float], float
     return (factors / scale).tolist(), residual
 
 
-def _choose(sizes: Sequence[int], generator: torch.Generator) -> list[torch.Tensor | None]:
+def _choose(sizes: Sequence[int], entries: int, generator: torch.Generator) -> list[torch.Tensor | None]:
     """Which entries of each tensor are compared; None for all."""
     total = sum(sizes)
-    if total <= ENTRIES:
+    if total <= entries:
         return [None] * len(sizes)
-    wanted = [min(size, max(LEAST_ENTRIES, size * ENTRIES // total)) for size in sizes]
+    wanted = [min(size, max(LEAST_ENTRIES, size * entries // total)) for size in sizes]
     return [
         None if number == size else torch.randint(size, (number,), generator=generator)
         for size, number in zip(sizes, wanted, strict=True)

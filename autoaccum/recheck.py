@@ -17,6 +17,8 @@ from .step import Parts
 from .virtual.control import is_virtual
 from .workload import IGNORED, Batch
 
+ENTRIES = 1 << 16  # of the gradient that are compared: half a MiB in double precision; of small models fewer
+
 Names = dict[str, Any]
 
 
@@ -46,9 +48,10 @@ def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
 def recheck(parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: Names | None = None) -> str | None:
     """Tests on a few rows of a real window whether its gradient is that of one batch.
 
-    For the first window whose `counts_differ`. Needs no more memory than a micro-batch of the window: half as many
-    samples as the largest has, on views of the parameters, and gradients beside those that there are. The model, its
-    gradients and random states are left as they were.
+    For the first window whose `counts_differ`. Takes no more memory than the window itself, since it comes in the
+    middle of training: half as many samples as the largest micro-batch has (two of two or three), on views of the
+    parameters, in their own precision. In half precision only what is off by percents is seen. The model, its gradients
+    and random states are left as they were.
 
     Args:
         parts: What is trained, between two windows.
@@ -61,13 +64,14 @@ def recheck(parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: 
     """
     if parts.device.type != "cpu" and is_virtual():
         return None
-    rows = _few_rows(pieces, sizes, max(sizes) // 2, names or {})
+    rows = _few_rows(pieces, sizes, _most_rows(max(sizes), autocasts=parts.autocast_dtype is not None), names or {})
     if rows is None:
         return None
     whole, parted, counts = rows
     with as_it_trains(parts.model, parts.held):
         try:
-            twin = Twin(parts.model, parts.loss, alias=True)
+            entries = min(ENTRIES, sum(p.numel() for p in parts.model.parameters()) // 128)
+            twin = Twin(parts.model, parts.loss, alias=True, widens=False, entries=entries)
             found = gradients.compare(twin, lambda: parts, whole, parted, counts)
         except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AutoaccumError) as error:
             drop_frames(error)
@@ -82,15 +86,23 @@ def recheck(parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: 
     )
 
 
+def _most_rows(micro_batch: int, *, autocasts: bool) -> int:
+    """Samples that take no more than a micro-batch does; without autocast, as the test is, each may take twice."""
+    if autocasts or micro_batch > 3:
+        return micro_batch // 2
+    return min(micro_batch, 2)
+
+
 def _few_rows(
     pieces: Sequence[Batch], sizes: Sequence[int], most: int, names: Names
 ) -> tuple[Batch, list[Batch], tuple[int, ...]] | None:
     """A few rows of two unlike micro-batches: as one batch, and as two parts. None where there are none."""
     counts = [_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
     other = next((index for index, count in enumerate(counts) if count != counts[0]), None)
-    if other is None or most < 3:
+    if other is None or most < 2:
         return None
-    wanted = (most - most // 3, most // 3)
+    second = max(1, most // 3)
+    wanted = (most - second, second)
     taken = tuple(min(number, sizes[index]) for number, index in zip(wanted, (0, other), strict=True))
     try:
         parted = [

@@ -52,6 +52,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('half precision adds up in half precision', 'autoaccum/step.py', 'precision.half_parameters(parts.model.parameters()) if steps > 1 else []', '[]', ('tests/test_precision.py',)),
     ('tested on even parts only', 'autoaccum/hard_batch.py', '    last, middle = max(2, rows // 5), max(2, rows // 3)', '    last = middle = rows // 3', ('tests/test_exact.py',)),
     ('no hard batch', 'autoaccum/arrangements.py', '                return _try(bench, hard, easy)', '                continue', ('tests/test_exact.py',)),
+    ('the second look in single precision', 'autoaccum/recheck.py', 'widens=False', 'widens=True', ('tests/test_recheck.py',)),
+    ('the last gradient kept beside the next', 'autoaccum/gradients.py', 'self._read(optimizer.seen), []', 'self._read(optimizer.seen), optimizer.seen', ('tests/test_recheck.py',)),
     ('one arrangement only', 'autoaccum/arrangements.py', '        samples = [easy, hard_batch.other_mix(easy, bench.look.keys)]', '        samples = [easy]', ('tests/test_arrangements.py',)),
     ('outputs as narrow as they are', 'autoaccum/look.py', 'SPREAD = 3.0', 'SPREAD = 0.0', ('tests/test_arrangements.py',)),
     ('the same counts in every arrangement', 'autoaccum/hard_batch.py', 'instead.get(row, row)', 'row', ('tests/test_arrangements.py',)),
