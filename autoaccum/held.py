@@ -204,8 +204,7 @@ class _Search:
             self._push_named(vars(value), f"{name}.", depth)
             self.waiting.append((type(value), name, depth + 1))
         elif not type(value).__module__.startswith("torch."):  # of an installed package: an average of weights, say
-            known = (nn.Module, torch.Tensor, list, dict)
-            inside = {key: inner for key, inner in vars(value).items() if isinstance(inner, known)}
+            inside = {key: inner for key, inner in vars(value).items() if _is_of_tensors(inner)}
             self._push_named(inside, f"{name}.", depth)
 
     def _methods(self) -> None:
@@ -215,6 +214,14 @@ class _Search:
                 methods = (vars(cls).get(method) for method in {"__call__", "forward", *self.called} & vars(cls).keys())
                 found = [method for method in methods if inspect.isfunction(method) and id(method) not in self.seen]
                 self._push(found, name, min(depth, _DEEPEST - 1))
+
+
+def _is_of_tensors(value: Any) -> bool:
+    """Whether it is a module or a tensor, or holds nothing else: a logger's queue is not to be put back."""
+    if isinstance(value, (list, dict)):
+        entries = list(value.values() if isinstance(value, dict) else value)
+        return 0 < len(entries) <= _MANY and all(isinstance(entry, (nn.Module, torch.Tensor)) for entry in entries)
+    return isinstance(value, (nn.Module, torch.Tensor))
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

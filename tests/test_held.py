@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -326,6 +328,29 @@ def test_data_that_an_object_holds_is_neither_copied_nor_gone_through() -> None:
     assert list(held.modules) == ["loss.net"]
     for storages in (True, False):
         assert restore.host_bytes_needed(model=None, held=held, storages=storages) < 10_000
+
+
+def test_of_installed_packages_objects_only_tensors_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Average:
+        """As torch_ema keeps one; and a queue of its own, which somebody else may have emptied meanwhile."""
+
+        def __init__(self) -> None:
+            self.shadow, self.queue, self.calls = [torch.zeros(3)], ["event"], 0
+
+    average = Average()
+    monkeypatch.setattr(Average, "__module__", "torch_ema")
+    module = types.ModuleType("torch_ema")
+    module.__file__ = "/usr/lib/python3/site-packages/torch_ema/__init__.py"
+    monkeypatch.setitem(sys.modules, "torch_ema", module)
+
+    def loss(m: nn.Module, b: Any) -> Any:
+        return m(b), average
+
+    with restore.kept(model=None, held=holdings(nn.Module(), loss=loss)):
+        average.shadow[0].add_(1)
+        average.queue.clear()
+        average.calls += 1
+    assert float(average.shadow[0].sum()) == 0 and average.queue == [] and average.calls == 1
 
 
 def test_a_light_snapshot_of_what_is_held_is_quick() -> None:
