@@ -79,7 +79,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('counting: put_rng(rng)', 'autoaccum/counting.py', '            put_rng(rng)\n', '            pass\n', ('tests/test_hugging_face.py', '-k', 'dropout')),
     ('counting: return 0  # all labels', 'autoaccum/counting.py', 'return 0  # all labels', 'return None  # all labels', ('tests/test_hugging_face.py', '-k', 'no_step')),
     ('optimizer_step: finite or parts.on_nonfinite == "warn"', 'autoaccum/optimizer_step.py', 'finite or parts.on_nonfinite == "warn"', 'True', ('tests/test_step.py', '-k', 'finite')),
-    ('runner: return self.plan.split  # which', 'autoaccum/runner.py', '            return self.plan.split  # which', '            pass  # which', ('tests/test_runner.py', '-k', 'planned')),
+    ('runner: return planned  # which', 'autoaccum/runner.py', '            return planned  # which', '            pass  # which', ('tests/test_runner.py', '-k', 'planned')),
     ('drift: peak <= self._before_bytes or', 'autoaccum/drift.py', 'peak <= self._before_bytes or ', '', ('tests/test_runner.py', '-k', 'told')),
     ('drift: peak - self._shared_bytes()', 'autoaccum/drift.py', 'peak - self._shared_bytes()', 'peak', ('tests/test_runner.py', '-k', 'shared')),
     ('oom: return cpu_is_short()', 'autoaccum/oom.py', 'return cpu_is_short()', 'return True', ('tests/test_oom.py', '-k', 'short')),

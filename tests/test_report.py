@@ -99,12 +99,13 @@ def test_the_known_numbers_of_steps_are_those_found_one_by_one(sizes: Any, least
         plan = a_plan(peaks=rows, smallest_micro_batch=least)
         plan = replace(plan, target_batch=samples, split=balanced(samples, 8), micro_batch=-(-samples // 8))
         found = frames(plan)["plans"]
-        known = [] if found.empty else list(found["accumulation_steps"])
-        assert known == steps_one_by_one(plan, samples)
+        known = list(found["accumulation_steps"])
+        assert known == sorted({*steps_one_by_one(plan, samples), plan.accumulation_steps})
         table = what_if.table_of(plan)
         assert table is not None
-        for steps, peak in zip(known, [] if found.empty else found["peak_bytes"], strict=True):
-            assert peak == table.peak_bytes(balanced(samples, steps))
+        for steps, peak in zip(known, found["peak_bytes"], strict=True):
+            own = steps == plan.accumulation_steps
+            assert peak == (plan.predicted_peak_bytes if own else table.peak_bytes(balanced(samples, steps)))
 
 
 @pytest.mark.parametrize(("steps", "size"), [(5_000, 1), (1_000_000, 1), (999_999, 7)])
@@ -227,6 +228,27 @@ def test_what_if_at_the_plans_own_settings_is_the_plan() -> None:
     assert (found.steps, found.split, found.peak_bytes) == (8, ((8, 64),), plan.predicted_peak_bytes)
 
 
+def test_what_if_repeats_a_size_that_fits_where_the_balanced_split_does_not_and_answers_its_own_plan() -> None:
+    table = uneven_table()
+    assert what_if.answer(table, 512, 1400 * MIB).split == ((6, 79), (1, 38)), "the plan's own answer"
+    assert what_if.answer(table, 228, 1560 * MIB).split == ((2, 80), (1, 68))  # 76 takes more than 80
+    assert what_if.answer(table, 152, 1560 * MIB).split == ((1, 83), (1, 69))  # with 80 to 82 the rest would not fit
+    assert what_if.answer(replace(table, most=79), 228, 1560 * MIB).split == ((4, 57),)
+    own = what_if.ask(table, "512", "1400MiB", "")
+    assert (own.status, own.split, own.peak_bytes) == ("fits", ((6, 79), (1, 38)), 1399 * MIB)
+
+
+def test_a_plan_that_is_not_balanced_stands_in_the_list_of_plans_as_it_is() -> None:
+    split = (80,) * 6 + (32,)
+    plan = a_plan(split=split, micro_batch=80, accumulation_steps=7, peaks=a_plan().peaks[20:])
+    plans = frames(plan)["plans"]
+    chosen = plans[plans["chosen"]]
+    assert list(chosen["split"]) == ["6 \u00d7 80 + 1 \u00d7 32"] and list(chosen["micro_batch"]) == [80]
+    assert list(chosen["fits"]) == [True] and list(chosen["peak_bytes"]) == [plan.predicted_peak_bytes]
+    assert list(plans["accumulation_steps"]).count(7) == 1
+    assert "6 \u00d7 80 + 1 \u00d7 32" in render(plan, ".html")
+
+
 def test_what_if_says_where_its_table_ends_or_has_gaps() -> None:
     plan = a_plan()
     table = what_if.table_of(plan)
@@ -234,7 +256,7 @@ def test_what_if_says_where_its_table_ends_or_has_gaps() -> None:
     assert what_if.answer(table, 512, 1400 * MIB).beyond is False
     beyond = what_if.answer(table, 512, 4000 * MIB)
     assert beyond.beyond and beyond.split == ((4, 128),)
-    sparse = replace(table, rows=table.rows[::10])
+    sparse = replace(table, rows=table.rows[::10], chosen=None)
     found = what_if.answer(sparse, 512, 1400 * MIB)
     assert found.at_most and found.peak_bytes > (table.peak_bytes(balanced(512, found.steps)) or 0)
     assert what_if.table_of(a_plan(peaks=())) is None and "what-if-form" not in render(a_plan(peaks=()), ".html")
@@ -250,6 +272,19 @@ def test_a_target_of_a_million_is_answered_at_once() -> None:
 # The same in JavaScript.
 
 
+def uneven_table() -> what_if.Table:
+    """A table as of a caching allocator: every other decade of sizes takes a quarter more."""
+    plain = what_if.table_of(a_plan())
+    assert plain is not None
+    rows = tuple(
+        replace(row, first_bytes=row.first_bytes * 5 // 4, later_bytes=row.later_bytes * 5 // 4)
+        if row.micro_batch // 10 % 2
+        else row
+        for row in plain.rows
+    )
+    return replace(plain, rows=rows, chosen=what_if.Chosen(512, 1400 * MIB, ((6, 79), (1, 38)), 1399 * MIB))
+
+
 def tables() -> list[what_if.Table]:
     plain = what_if.table_of(a_plan())
     assert plain is not None
@@ -258,6 +293,7 @@ def tables() -> list[what_if.Table]:
         replace(plain, slack=0.25, history_bytes=3 * MIB + 17, least=2, world_size=3),
         replace(plain, rows=plain.rows[::7], most=50),
         replace(plain, sample_bytes=0, rows=plain.rows[:30]),
+        uneven_table(),
     ]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..knee import knee
 from ..plan import PeakRow, Plan
-from ..solve import CAPACITY_MARGIN, balanced, steps_of_size
+from ..solve import CAPACITY_MARGIN, steps_of_size
 from . import what_if
 from .kinds import Kind, measured
 
@@ -69,8 +70,12 @@ def usable_bytes(plan: Plan) -> int:
 def show_split(samples: int, steps: int) -> str:
     """The number and size of a balanced split's micro-batches, like "1 x 52 + 4 x 51"."""
     size, larger = divmod(samples, steps)
-    parts = ((larger, size + 1), (steps - larger, size))
-    return " + ".join(f"{count} \u00d7 {each}" for count, each in parts if count)
+    return show_runs({size + 1: larger, size: steps - larger})
+
+
+def show_runs(counts: Mapping[int, int]) -> str:
+    """How many micro-batches there are of each size."""
+    return " + ".join(f"{count} \u00d7 {size}" for size, count in counts.items() if count)
 
 
 def _figures(plan: Plan) -> Rows:
@@ -175,17 +180,24 @@ def _plans(plan: Plan) -> Rows:
         times.setdefault(plan.micro_batch, plan.window_seconds)
     if table is None:
         return []
-    balanced_one = plan.split == balanced(samples, plan.accumulation_steps)
     rows: Rows = []
-    for steps in _known_steps(table, samples, plan.accumulation_steps):
-        largest, last = -(-samples // steps), samples // steps
-        second = largest if samples % steps != 1 else last
-        peak = table.peak_of(samples, steps, largest, second, last)
-        assert peak is not None, "the table has both sizes"
-        fits = peak <= usable_bytes(plan) and largest <= (plan.max_micro_batch or largest)
-        chosen = balanced_one and steps == plan.accumulation_steps
+    for steps in sorted({*_known_steps(table, samples, plan.accumulation_steps), plan.accumulation_steps}):
+        chosen = steps == plan.accumulation_steps
+        if chosen:  # its split needn't be balanced, and it fits by replays within the budget
+            told, largest, peak, fits = (
+                show_runs(Counter(plan.split)),
+                plan.micro_batch,
+                plan.predicted_peak_bytes,
+                True,
+            )
+        else:
+            told, largest, last = show_split(samples, steps), -(-samples // steps), samples // steps
+            second = largest if samples % steps != 1 else last
+            found = table.peak_of(samples, steps, largest, second, last)
+            assert found is not None, "the table has both sizes"
+            peak, fits = found, found <= usable_bytes(plan) and largest <= (plan.max_micro_batch or largest)
         rows.append(
-            {"accumulation_steps": steps, "split": show_split(samples, steps), "micro_batch": largest}
+            {"accumulation_steps": steps, "split": told, "micro_batch": largest}
             | {"peak_bytes": peak, "free_bytes": plan.budget.bytes - peak, "fits": fits, "passes": steps}
             | {"step_seconds": times.get(largest), "chosen": chosen, "kind": Kind.PREDICTED}
         )

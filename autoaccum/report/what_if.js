@@ -37,7 +37,22 @@ const whatIf = (() => {
     return { first: larger ? size + 1 : size, second: larger > 1 ? size + 1 : size, last: size, steps, larger };
   };
 
+  // One size repeated and the rest, the most even first: solve.py's `uneven`.
+  const uneven = (table, samples, steps, most) => {
+    const even = Math.ceil(samples / steps);
+    const largest = Math.min(most, Math.floor((samples - table.least) / (steps - 1)), even + Math.ceil(even / 4));
+    const found = [];
+    for (let size = even; size <= largest; size += 1 + Math.floor(even / (4 * table.most_uneven))) {
+      const rest = samples - size * (steps - 1);
+      if (size - rest > 1) {
+        found.push({ first: size, second: steps > 2 ? size : rest, last: rest, steps, repeated: true });
+      }
+    }
+    return found;
+  };
+
   const runs = (split) =>
+    split.repeated ? [[split.steps - 1, split.first], [1, split.last]] :
     split.larger ? [[split.larger, split.last + 1], [split.steps - split.larger, split.last]] : [[split.steps, split.last]];
 
   const row = (table, size) => {
@@ -65,6 +80,13 @@ const whatIf = (() => {
   };
 
   const answer = (table, target, budget) => {
+    const chosen = table.chosen;
+    if (chosen && target === chosen.target_batch && budget === chosen.budget_bytes) {
+      return {
+        status: "fits", split: chosen.split, peak_bytes: chosen.peak_bytes, budget_bytes: budget, missing_bytes: 0,
+        at_most: false, beyond: false, why: "",
+      };
+    }
     if (target < table.world_size) {
       return invalid(`A target batch of at least ${table.world_size}: each rank needs a sample.`);
     }
@@ -78,19 +100,28 @@ const whatIf = (() => {
     const largest = table.rows[table.rows.length - 1][0];
     const isExact = (split) => [split.first, split.last].every((size) => (row(table, size) || [])[0] === size);
     const from = Math.max(1, Math.ceil(samples / Math.min(most, largest)));
+    const fits = (split, count) => {
+      const peak = peakBytes(table, count, split);
+      return peak !== null && peak <= usable;
+    };
+    const known = new Map(); // whether a size fits by itself, as a window of two
+    const repeats = (size) => {
+      if (!known.has(size)) known.set(size, fits({ first: size, second: size, last: size, steps: 2 }, 2 * size));
+      return known.get(size);
+    };
     let before = {};
     for (let steps = from; steps <= Math.floor(samples / least); steps += 1) {
-      const split = balanced(samples, steps);
-      if (split.first === before.first && split.second === before.second && split.last === before.last) continue;
-      before = steps > 1 ? split : {};
-      const peak = peakBytes(table, samples, split);
-      if (peak === null || peak > usable) continue;
+      const even = balanced(samples, steps);
+      const same = even.first === before.first && even.second === before.second && even.last === before.last;
+      before = steps > 1 ? even : {};
+      const others = steps > 1 ? uneven(table, samples, steps, most).filter((each) => repeats(each.first)) : [];
+      const split = [...(same ? [] : [even]), ...others].find((each) => fits(each, samples));
+      if (!split) continue;
       const fewerAreBeyond = most > largest && steps > 1 && Math.ceil(samples / (steps - 1)) > largest;
       const end = { first: largest, second: largest, last: largest, steps: Math.min(2, steps) };
-      const beyond = fewerAreBeyond && peakBytes(table, largest * end.steps, end) <= usable;
       return {
-        status: "fits", split: runs(split), peak_bytes: peak, budget_bytes: budget, missing_bytes: 0,
-        at_most: !isExact(split), beyond, why: "",
+        status: "fits", split: runs(split), peak_bytes: peakBytes(table, samples, split), budget_bytes: budget,
+        missing_bytes: 0, at_most: !isExact(split), beyond: fewerAreBeyond && fits(end, largest * end.steps), why: "",
       };
     }
     const split = balanced(samples, Math.floor(samples / least));

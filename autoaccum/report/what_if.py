@@ -15,11 +15,28 @@ from ..allocator import MAPPING_OVERHEAD_BYTES, mapping_bytes
 from ..errors import UsageError
 from ..plan import FASTEST, PeakRow, Plan, window_peak_bytes
 from ..process_memory import PAGE_BYTES
-from ..solve import CAPACITY_MARGIN, Floor, Split, balanced, share_of, smallest_steps
+from ..solve import CAPACITY_MARGIN, MOST_UNEVEN, Floor, Split, balanced, share_of, smallest_steps
 from ..units import parse_bytes, parse_part
 
 FITS, DOES_NOT_FIT, INVALID = "fits", "does not fit", "invalid"
 BEYOND = 1 << 100  # more bytes than there are: a size beyond the table
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the plan itself answers, found by replays within its budget: a table without a limit may know no better.
+
+    Attributes:
+        target_batch: Samples in an optimizer step, over all ranks.
+        budget_bytes: What may be used.
+        split: (how many, samples) of each size of micro-batch.
+        peak_bytes: What the window takes.
+    """
+
+    target_batch: int
+    budget_bytes: int
+    split: tuple[tuple[int, int], ...]
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,7 @@ class Table:
         world_size: Ranks that share the target.
         least: The smallest micro-batch allowed.
         most: The largest allowed; None for any.
+        chosen: The plan's own answer, to its own question.
     """
 
     rows: tuple[PeakRow, ...]
@@ -45,6 +63,7 @@ class Table:
     world_size: int
     least: int
     most: int | None
+    chosen: Chosen | None = None
 
     def row(self, micro_batch: int) -> PeakRow | None:
         """The row of that size, or of the next larger one, on the safe side; None beyond the table."""
@@ -135,6 +154,7 @@ def table_of(plan: Plan) -> Table | None:
         world_size=plan.world_size,
         least=plan.smallest_micro_batch,
         most=plan.micro_batch if plan.objective == FASTEST else plan.max_micro_batch,
+        chosen=Chosen(plan.target_batch, plan.budget.bytes, _runs(plan.split), plan.predicted_peak_bytes),
     )
 
 
@@ -170,6 +190,9 @@ def answer(table: Table, target_batch: int, budget_bytes: int) -> Answer:
         target_batch: Samples in an optimizer step, over all ranks.
         budget_bytes: What may be used.
     """
+    chosen = table.chosen
+    if chosen is not None and (target_batch, budget_bytes) == (chosen.target_batch, chosen.budget_bytes):
+        return Answer(FITS, chosen.split, chosen.peak_bytes, budget_bytes)
     if target_batch < table.world_size:
         return Answer(INVALID, why=f"A target batch of at least {table.world_size}: each rank needs a sample.")
     samples = share_of(target_batch, table.world_size, 0)
@@ -207,4 +230,5 @@ def for_page(table: Table) -> dict[str, Any]:
     """The table and the rules' constants, for `what_if.js`."""
     rows = [[r.micro_batch, r.first_bytes, r.later_bytes, r.optimizer_bytes, r.between_bytes] for r in table.rows]
     known = asdict(table) | {"rows": rows, "margin": CAPACITY_MARGIN}
+    known |= {"most_uneven": MOST_UNEVEN}
     return known | {"page_bytes": PAGE_BYTES, "mapping_overhead_bytes": MAPPING_OVERHEAD_BYTES}

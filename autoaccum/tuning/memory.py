@@ -105,7 +105,7 @@ def recorded_plan(plan: Plan) -> Recorded:
         "split": list(plan.split),
         "peak_bytes": plan.predicted_peak_bytes,
         "budget_bytes": plan.budget.bytes,
-        "table": asdict(table),
+        "table": asdict(table) | {"chosen": None},
     }
 
 
