@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from . import compiled, composition, observe
+from . import compiled, composition, observe, precision
 from .doctor import versions
 from .errors import DoesNotFit
 from .growth import told
@@ -210,7 +210,25 @@ def _notes(outlook: Outlook, split: Split, assumed: Sequence[str]) -> tuple[str,
     notes += [outlook.remark] if outlook.remark else []
     notes += _growth_notes(outlook, split)
     notes += outlook.notes(split)
-    return tuple(notes)
+    return tuple(text for text in (*notes, _sums_note(outlook, split)) if text)
+
+
+def _sums_note(outlook: Outlook, split: Split) -> str:
+    """How gradients of half-precision parameters add up, and what that takes."""
+    parts = outlook.subject.parts
+    more = precision.widening_bytes(parts.model.parameters())
+    if len(split) < 2 or not more:
+        return ""
+    if parts.accumulate == "fp32":
+        return (
+            f"Gradients of half-precision parameters add up in fp32: {show_bytes(more)} more than a plain loop"
+            " while micro-batches run. accumulate='as_parameters' of the workload does without, and loses what is"
+            " small beside a sum."
+        )
+    return (
+        "Gradients add up in the parameters' own half precision, which loses what is small beside a sum; "
+        f"accumulate='fp32' of the workload takes {show_bytes(more)} more."
+    )
 
 
 def _growth_notes(outlook: Outlook, split: Split) -> list[str]:

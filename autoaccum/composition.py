@@ -3,7 +3,8 @@
 A recording knows blocks, not tensors, so each is told by when it is born and when it dies. That needs no look into the
 model and holds for a program of any device. No torch here.
 
-    workspaces       born in the first micro-batch and freed by nothing, no later one making the like: a library's own,
+    workspaces       cuBLAS's, given back at the end of a phase; or
+                     born in the first micro-batch and freed by nothing, no later one making the like: a library's own,
                      which recordings of a CUDA device show anew each time; it is there from the start
     optimizer state  left behind by the first optimizer step, before the window, but for these
     gradients        born in the first micro-batch, freed by the optimizer step
@@ -20,7 +21,7 @@ A later micro-batch has its turn at the same allocation, counted from its beginn
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from .program import Step, StepProgram, made_for_good, window
@@ -57,7 +58,8 @@ def composition(program: StepProgram, split: Split, *, inputs: Sequence[int] = (
     workspaces = made_for_good(program)
     names = {step.block for step in workspaces}
     steady = tuple(step for step in program.phases[FIRST] if step.block not in names)
-    phases = window(replace(program, phases={**program.phases, FIRST: steady}), split)
+    program = replace(program, phases={**program.phases, FIRST: steady})
+    phases = window(program, split)
     kinds = _kinds(program, phases, split, inputs)
     now = dict.fromkeys(CATEGORIES, 0)
     now[WORKSPACES] = sum(step.rule.at(split[0]) for step in workspaces if step.rule is not None)
@@ -134,8 +136,18 @@ def _kinds(program: StepProgram, phases: Sequence[Phase], split: Split, inputs: 
             kinds[block] = ACTIVATIONS  # left behind for the next micro-batch
         else:
             kinds[block] = ACTIVATIONS if born[1] < turns[born[0]] <= dies[1] else TEMPORARIES
+    kinds.update(dict.fromkeys(_workspaces(program, phases), WORKSPACES))
     kinds.update(dict.fromkeys(_data_blocks(phases, split, inputs, len(program.leftover)), DATA))
     return kinds
+
+
+def _workspaces(program: StepProgram, phases: Sequence[Phase]) -> Iterator[int]:
+    """The blocks of a written window that are cuBLAS's workspaces: told by their places among a phase's allocations."""
+    for phase in phases:
+        steps = [step for step in program.phases[phase.name] if step.rule is not None]
+        made = [event.block for event in phase.events if event.bytes > 0]
+        made = made[len(made) - len(steps) :]  # after what was there before
+        yield from (block for step, block in zip(steps, made, strict=True) if step.block in program.workspaces)
 
 
 def _lives(phases: Sequence[Phase]) -> tuple[dict[int, _Place], dict[int, _Place]]:

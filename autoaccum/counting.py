@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import restore, tree
+from . import cuda_cache, restore, tree
 from . import split as cutting
 from .compiled import uncompiled
 from .errors import BatchError
@@ -58,6 +58,7 @@ def _ask_for_denominator(parts: Parts, piece: Batch) -> None:
         return find_denominator(ask, batch)
 
     parts.denominator = asked(parts, find)
+    cuda_cache.give_back(parts.device)  # what asking left there would decide where the window's large blocks lie
     parts.asked_for_denominator = True
     if parts.denominator is not None:
         parts.count = parts.denominator.count
@@ -69,6 +70,7 @@ def _is_pair(parts: Parts, piece: Batch) -> bool:
         return False
     few = _few(piece)
     parts.counts_by_forward = asked(parts, lambda: count_of(forward(parts, _copy(few))) is not None)
+    cuda_cache.give_back(parts.device)
     parts.loss_is_mean = not parts.counts_by_forward
     return parts.counts_by_forward
 

@@ -23,7 +23,6 @@ from .step import OnPhase
 
 __all__ = [
     "AGREES_WITHIN",
-    "ASKING_COUNTS",
     "LIFTS_WITHIN",
     "MOST_SAMPLES",
     "PARTS",
@@ -48,7 +47,6 @@ AGREES_WITHIN = 0.005  # a recording that was predicted this well needs no furth
 LIFTS_WITHIN = 0.03  # a program that is this wrong about the next recording is no program
 PARTS = (0.5, 0.8)  # of the answer: where to record, once it is roughly known
 SCOUT_STEPS = 1  # micro-batches of the very first window recorded
-ASKING_COUNTS = False  # malloc gives back what asking the loss takes
 MOST_SAMPLES = None  # recording may take as many samples as it needs
 
 

@@ -26,7 +26,6 @@ from .step import OnPhase
 
 __all__ = [
     "AGREES_WITHIN",
-    "ASKING_COUNTS",
     "LIFTS_WITHIN",
     "MOST_SAMPLES",
     "PARTS",
@@ -55,7 +54,6 @@ PARTS = (0.5, 0.95)  # of the answer: where to record, once it is roughly known;
 SCOUT_STEPS = (
     2  # micro-batches of the very first window recorded: as many as others have, so that they can be laid side by side
 )
-ASKING_COUNTS = True  # what asking the loss takes stays in the allocator, and decides where later blocks go
 MOST_SAMPLES = 3.0  # recording may take that many times the answer in samples
 
 

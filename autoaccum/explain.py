@@ -20,6 +20,7 @@ def summary(plan: Plan) -> str:
         ("recorded", _recorded(plan)),
         ("plan", _split(plan)),
         ("peak", _peak(plan)),
+        *([("by hand", _by_hand(plan))] if plan.by_hand_peak_bytes not in (None, plan.predicted_peak_bytes) else []),
         ("why", _why(plan)),
         ("largest", _largest(plan)),
     ]
@@ -76,13 +77,23 @@ def _peak(plan: Plan) -> str:
     told = f"{show_bytes(plan.predicted_peak_bytes)} {'reserved' if plan.on_cuda else 'committed'}, predicted"
     if plan.measured_peak_bytes is None:
         return f"{told}; not verified"
-    error = plan.predicted_peak_bytes / plan.measured_peak_bytes - 1
+    here = plan.predicted_here_bytes or plan.predicted_peak_bytes
+    error = here / plan.measured_peak_bytes - 1
+    if here != plan.predicted_peak_bytes:
+        told += f", {show_bytes(here)} in the process that planned"
     part = (
         f"{show_bytes(plan.allocated_peak_bytes or 0)} of it allocated"
         if plan.on_cuda
         else f"{show_bytes(plan.resident_peak_bytes or 0)} of it resident"
     )
     return f"{told}; {show_bytes(plan.measured_peak_bytes)} {_place(plan)} ({error:+.1%}), {part}"
+
+
+def _by_hand(plan: Plan) -> str:
+    return (
+        f"{show_bytes(plan.by_hand_peak_bytes or 0)} predicted for the same window in a loop that isn't the Runner's: "
+        "cuBLAS keeps its workspaces in it, wherever they came to lie"
+    )
 
 
 def _place(plan: Plan) -> str:

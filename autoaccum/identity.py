@@ -89,6 +89,7 @@ def _window_words(parts: Parts) -> str:
         "takes a metric": parts.metric is not None,
         "copies ahead": parts.copies.ahead,
         f"batchnorm {parts.batchnorm}": parts.batchnorm is not None,
+        "adds up as parameters": parts.accumulate != "fp32",
     }
     return ", ".join(word for word, true in does.items() if true) or "plain"
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import counting, oom, step
+from . import oom, step
 from . import split as cutting
 from .allocator import Replay, Start
 from .compiled import uncompiled
@@ -21,7 +21,7 @@ from .growth import Growth, probe
 from .plan import RecordingNote
 from .process_memory import PAGE_BYTES
 from .program import StepProgram, as_recorded, lift, plain_window, window_growth
-from .recording import FIRST, OPTIMIZER, Event, Phase, Recording, kept_blocks, live_peak
+from .recording import OPTIMIZER, Event, Phase, Recording, kept_blocks, live_peak
 from .solve import Split
 from .verified import without_state
 from .workload import Batch, Workload
@@ -58,7 +58,6 @@ class Observed:
         first_step: The first optimizer step, of small micro-batches.
         after_first: What `device.read_heap` told once that was done.
         prelude: Its events.
-        asking: On CUDA, what asking the loss takes before it.
         scouted: On CUDA, the first step without what it made for good: what a window of so few samples takes.
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
@@ -70,7 +69,6 @@ class Observed:
     first_step: Recording | None = None
     after_first: Any = None
     prelude: tuple[Event, ...] = ()
-    asking: tuple[Event, ...] = ()
     scouted: Recording | None = None
     recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
@@ -140,8 +138,6 @@ def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase]
 
 def scout(subject: Subject, observed: Observed, least: int = SCOUT) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
-    if subject.device.ASKING_COUNTS:
-        observed.asking = _asking(subject)
     recording = _first_step(subject, least)
     observed.first_step, observed.after_first = recording, subject.device.read_heap()
     observed.state_at_first_bytes = state_held(subject.parts)
@@ -173,18 +169,6 @@ def if_it_fits(subject: Subject, n: int, run: Callable[[], Found]) -> Found | No
     subject.parts.optimizer.zero_grad(set_to_none=True)
     subject.device.clean()
     return None
-
-
-def _asking(subject: Subject) -> tuple[Event, ...]:
-    """What it takes to ask the loss what it counts, which any process does once, before its first micro-batch."""
-    pieces = [subject.tile(SCOUT)] * 2
-
-    def run(on_phase: step.OnPhase) -> None:
-        with on_phase(FIRST):
-            counting.window_count(subject.parts, pieces)
-
-    recording: Recording = subject.device.record(run, micro_batch=SCOUT)
-    return tuple(event for phase in recording.phases for event in phase.events)
 
 
 def add(subject: Subject, observed: Observed, n: int) -> float | None:
@@ -272,7 +256,7 @@ def growth_of(subject: Subject, observed: Observed, split: Split) -> int:
 
 
 def _leaves(subject: Subject, program: StepProgram, split: Split) -> int:
-    return window_growth(program, split, workspaces=subject.device.ASKING_COUNTS)
+    return window_growth(program, split, workspaces=subject.device.name == "cuda")
 
 
 def floor_of(observed: Observed, n: int, *, later: bool) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import cuda, ends, observe
+from . import cuda, ends, observe, precision
 from .caching_allocator import EMPTY, CudaRules, CudaStart
 from .growth import WINDOWS
 from .observe import Observed, Subject
@@ -17,16 +17,16 @@ from .plan import PeakRow
 from .program import StepProgram, as_recorded, plain_window
 from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, Recording, kept_blocks, live_peak
 from .solve import CAPACITY_MARGIN, Split, largest_micro_batch
-from .training import MOST_WINDOWS, Training, TrainingReplay, replay_training, training_of
+from .training import MOST_WINDOWS, Training, TrainingReplay, by_hand, replay_training, training_of
 from .units import show_bytes
 from .verified import as_recording, well_apart
 from .virtual.control import is_virtual
 from .wish import Wish
 
-VERIFIED = "verified"  # the history of a verification: here, with the loss asked already
+HERE = "here"
 MOST_REMEMBERED = 4096  # replays
 MOST_ENDS = 8  # of what grows in steps, that a size has to fit with
-_Key = tuple[Split, str, int | None, bool, bool]
+_Key = tuple[Split, str, int | None, bool, bool, bool]
 
 
 @dataclass
@@ -46,6 +46,7 @@ class CudaOutlook(Outlook):
     _floors: dict[tuple[int, bool], int] = field(default_factory=dict)
     _trainings: dict[int, Training] = field(default_factory=dict)
     _ended: dict[int, CudaOutlook] = field(default_factory=dict, init=False)
+    _kept: dict[Split, bool] = field(default_factory=dict, init=False)
 
     def data_bytes(self, samples: int) -> int:
         """Samples wait on the host; those of one micro-batch at a time are on the device, and recorded."""
@@ -54,15 +55,34 @@ class CudaOutlook(Outlook):
     def fits(self, split: Split) -> bool:
         """Whether it fits as it is and with 2 % less, in each history, without a retry once windows are alike."""
         try:
-            return all(self._fits(split, history) for history in self.wish.histories)
+            return any(self._fits(split, kept) for kept in self._choices(split))
         except LookupError:
             return False
 
-    def _fits(self, split: Split, history: str) -> bool:
-        tight = self.replayed(split, history, self._as_written(self.usable_bytes))
+    def _fits(self, split: Split, kept: bool) -> bool:
+        return all(self._fits_in(split, history, kept) for history in self.wish.histories)
+
+    def _fits_in(self, split: Split, history: str, kept: bool) -> bool:
+        tight = self.replayed(split, history, self._as_written(self.usable_bytes), kept=kept)
         if not tight.fits or not any(tight.retries):
             return tight.fits  # without a retry it never came near the capacity, and more of it changes nothing
-        return self.replayed(split, history, self._as_written(self.budget.bytes)).fits
+        return self.replayed(split, history, self._as_written(self.budget.bytes), kept=kept).fits
+
+    def _choices(self, split: Split) -> tuple[bool, ...]:
+        """Whether cuBLAS's workspaces are kept: what can be chosen, the likelier one first."""
+        training, _ = self._training(split)
+        return (False, True) if training.program.workspaces else (True,)
+
+    def keeps(self, split: Split) -> bool:
+        """Whether cuBLAS's workspaces are kept: as fits, and takes less."""
+        if split not in self._kept:
+            choices = self._choices(split)
+            fitting = [kept for kept in choices if len(choices) > 1 and self._fits(split, kept)] or choices
+            self._kept[split] = min(fitting, key=lambda kept: (self._most(split, kept), kept))
+        return self._kept[split]
+
+    def _most(self, split: Split, kept: bool) -> int:
+        return max(self._peak(split, history, kept) for history in self.wish.histories)
 
     def fits_surely(self, split: Split) -> bool:
         """Whether it fits wherever what grows in steps comes to its end."""
@@ -111,25 +131,25 @@ class CudaOutlook(Outlook):
         history: str,
         capacity_bytes: int | None,
         *,
+        kept: bool = False,
         expandable: bool | None = None,
         stops_at_retry: bool = False,
     ) -> TrainingReplay:
-        """The training run of a split by the allocator's rules.
+        """The training run of a split by the allocator's rules; `kept` are cuBLAS's workspaces, or given back.
 
         Raises:
             LookupError: Nothing as large was recorded, and nothing follows from what was.
         """
         expandable = self.settings.expandable_segments if expandable is None else expandable
-        key = split, history, capacity_bytes, expandable, stops_at_retry
-        known = self.observed.memo if history == "fresh" else self._replays
+        key = split, history, capacity_bytes, kept, expandable, stops_at_retry
+        known = self._replays if history == HERE else self.observed.memo
         if key not in known:
             training, sizes = self._training(split)
             found = replay_training(
-                training,
+                by_hand(training) if kept else training,
                 sizes,
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
-                start=EMPTY if history == "fresh" else self.start,
-                asks=history != VERIFIED,
+                start=self.start if history == HERE else EMPTY,
                 windows=MOST_WINDOWS if self.observed.growth is None else WINDOWS,
                 stops_at_retry=stops_at_retry,
             )
@@ -151,16 +171,19 @@ class CudaOutlook(Outlook):
     def _made(self, key: int, program: Callable[[], StepProgram]) -> Training:
         if key not in self._trainings:
             assert self.observed.first_step is not None
-            self._trainings[key] = training_of(program(), self.observed.first_step, self.build, self.observed.asking)
+            self._trainings[key] = training_of(program(), self.observed.first_step, self.build)
         return self._trainings[key]
 
     def peak_bytes(self, split: Split, history: str) -> int:
         """The most that is reserved: within the budget where that fits, else what it would come to without one."""
-        unlimited = self.replayed(split, history, None)
+        return self._peak(split, history, self.keeps(split))
+
+    def _peak(self, split: Split, history: str, kept: bool) -> int:
+        unlimited = self.replayed(split, history, None, kept=kept)
         capacity = self._as_written(self.budget.bytes)
         if unlimited.peak_reserved_bytes <= capacity:
             return self._as_compiled(unlimited.peak_reserved_bytes)
-        limited = self.replayed(split, history, capacity)
+        limited = self.replayed(split, history, capacity, kept=kept)
         return self._as_compiled((limited if limited.fits else unlimited).peak_reserved_bytes)
 
     def needed_bytes(self, split: Split) -> int:
@@ -225,9 +248,10 @@ class CudaOutlook(Outlook):
 
     def phases(self, split: Split) -> dict[str, int]:
         """By the replay in a fresh process."""
-        unlimited = self.replayed(split, "fresh", None)
+        kept = self.keeps(split)
+        unlimited = self.replayed(split, "fresh", None, kept=kept)
         within = unlimited.peak_reserved_bytes <= self.budget.bytes
-        found = unlimited if within else self.replayed(split, "fresh", self.budget.bytes)
+        found = unlimited if within else self.replayed(split, "fresh", self.budget.bytes, kept=kept)
         return {name: size for name, size in found.phases.items() if name in PHASE_TITLES}
 
     def row(self, n: int) -> PeakRow:
@@ -248,14 +272,22 @@ class CudaOutlook(Outlook):
 
     def own_fields(self, split: Split, largest: int) -> dict[str, Any]:
         """The GPU, the retries, and what other settings of the allocator would allow."""
-        limited = self.replayed(split, self.wish.histories[0], self.budget.bytes)
+        limited = self.replayed(split, self.wish.histories[0], self.budget.bytes, kept=self.keeps(split))
         return {
             "device": torch.cuda.get_device_name(self.subject.parts.device),
             "virtual": is_virtual(),
             "retries": limited.retries,
+            "predicted_here_bytes": self.peak_bytes(split, HERE),
+            "by_hand_peak_bytes": None if self._sums_wide(split) else self._peak(split, "fresh", kept=True),
+            "keeps_workspaces": self.keeps(split),
             "largest_without_retries": self._largest(largest, expandable=None),
             "largest_with_expandable_segments": self._largest(None, expandable=True),
         }
+
+    def _sums_wide(self, split: Split) -> bool:
+        """Whether the window's gradients add up in a wider precision than a plain loop's."""
+        parts = self.subject.parts
+        return bool(precision.wide_parameters(parts.model.parameters(), parts.accumulate, len(split)))
 
     def _largest(self, most: int | None, *, expandable: bool | None) -> int | None:
         """The largest micro-batch that never makes the allocator give its cache back.
@@ -300,11 +332,17 @@ class CudaOutlook(Outlook):
     def notes(self, split: Split) -> list[str]:
         """Of retries, and of what a virtual GPU can't know."""
         notes = []
-        retries = self.replayed(split, self.wish.histories[0], self.budget.bytes).retries
+        retries = self.replayed(split, self.wish.histories[0], self.budget.bytes, kept=self.keeps(split)).retries
         if any(retries):
             notes.append(
                 f"The allocator runs full in the first windows and gives its cache back ({sum(retries)} in all), which "
-                "costs milliseconds, and never again after them."
+                "costs milliseconds, and never again after them. torch may log 'memory allocation failed with OOM' "
+                "each time, though what was asked for comes right after."
+            )
+        if not self._sums_wide(split) and not self._fits_in(split, "fresh", kept=True):
+            notes.append(
+                "For the Runner: a loop written by hand would come to "
+                f"{show_bytes(self._peak(split, 'fresh', kept=True))} in these micro-batches, and not fit."
             )
         if is_virtual():
             notes.append(
@@ -315,7 +353,12 @@ class CudaOutlook(Outlook):
 
     def measure(self, train: Callable[..., None], split: Split) -> cuda.Measured:
         """Three windows: the first of all, and two that follow."""
-        return cuda.measure(train, [split] * 3, self.subject.parts.device)
+        parts = self.subject.parts
+        parts.keeps_workspaces = self.keeps(split)
+        try:
+            return cuda.measure(train, [split] * 3, parts.device)
+        finally:
+            parts.keeps_workspaces = False  # recordings tell both: what is given back can be left where it is
 
     def forget(self) -> None:
         """Drops what was replayed."""
@@ -324,13 +367,14 @@ class CudaOutlook(Outlook):
         self._floors.clear()
         self._trainings.clear()
         self._ended.clear()
+        self._kept.clear()
 
     def confirms(self, split: Split, measured: cuda.Measured) -> str | None:
         """The retries that were predicted, and the peak within 2 %; that it fits, where that is all there is to know.
 
         Compiled windows are predicted by a ratio; and without a program, by the next larger size that was recorded.
         """
-        expected = self.replayed(split, VERIFIED, self.budget.bytes)
+        expected = self.replayed(split, HERE, self.budget.bytes, kept=self.keeps(split))
         if (self.compiled_share != 1 or self.observed.doubt is not None) and self.holds(measured):
             return None
         retries = expected.retries[: len(measured.retries)]
@@ -342,7 +386,8 @@ class CudaOutlook(Outlook):
 
     def compared(self, split: Split, measured: cuda.Measured) -> tuple[int, int]:
         """In reserved bytes."""
-        return self.replayed(split, VERIFIED, self.budget.bytes).peak_reserved_bytes, measured.peak_bytes
+        expected = self.replayed(split, HERE, self.budget.bytes, kept=self.keeps(split))
+        return expected.peak_reserved_bytes, measured.peak_bytes
 
     def holds(self, measured: cuda.Measured) -> bool:
         """By what was reserved, and that the last window needed no retry."""
@@ -382,7 +427,7 @@ class CudaOutlook(Outlook):
         if measured is None:
             self.compiled_share *= RAN_OUT
             return
-        expected = self.replayed(split, VERIFIED, None).peak_reserved_bytes - self.base_bytes
+        expected = self.replayed(split, HERE, None, kept=self.keeps(split)).peak_reserved_bytes - self.base_bytes
         self.compiled_share = max(measured.peak_bytes - self.base_bytes, expected // 10) / expected
 
 

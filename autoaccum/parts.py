@@ -39,6 +39,8 @@ class Parts:
             that it can't be asked without.
         denominator: Found out by the first window: what a Hugging Face model's own loss averages over.
         asked_for_denominator: Whether it was looked for.
+        keeps_workspaces: Whether cuBLAS keeps its workspaces between micro-batches; else they are given back.
+        has_begun: Whether a window was trained already; before the first, what is cached is given back.
         pins_memory: Whether the workload's loader pins memory, so that copies to a GPU can overlap with computing.
         copies: Brings micro-batches to the device.
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
@@ -53,6 +55,7 @@ class Parts:
     scheduler: Any = None
     clip_grad_norm: float | None = None
     count: Callable[[Batch], Any] | None = None
+    accumulate: str = "fp32"
     between: Callable[[nn.Module], object] | None = None
     autocast_dtype: torch.dtype | None = None
     encode: Callable[[nn.Module, Batch], Any] | None = None
@@ -68,6 +71,8 @@ class Parts:
     takes_gradients: bool = False
     denominator: Denominator | None = None
     asked_for_denominator: bool = False
+    keeps_workspaces: bool = False
+    has_begun: bool = False
     window_samples: int | None = None
     configuration: str | None = None
     pins_memory: bool = False
@@ -115,6 +120,7 @@ def open_parts(workload: Workload) -> Parts:
         wants_metric=scheduler is not None and wants_metric(scheduler),
         clip_grad_norm=workload.clip_grad_norm,
         count=workload.count or (class_count if workload.loss is None and is_pair(workload.sample) else None),
+        accumulate=workload.accumulate,
         between=workload.between,
         autocast_dtype=_DTYPES.get(workload.precision or ""),
         encode=workload.encode,

@@ -141,6 +141,13 @@ class Plan:
         virtual: Whether the GPU was a virtual one: the allocator was real, and nothing was computed.
         retries: How often the CUDA caching allocator gives its cache back to make room, by window, predicted.
         allocated_peak_bytes: The most that CUDA tensors took of what was reserved, measured; None on a CPU.
+        predicted_here_bytes: What the verification was predicted to take, in the process that planned: what was
+            measured is compared with this. None on a CPU, where that is `predicted_peak_bytes`.
+        by_hand_peak_bytes: What a loop of somebody else's would reserve for the same window, predicted: in it cuBLAS
+            keeps its workspaces wherever they came to lie. None where it isn't known: on a CPU, or where its gradients
+            would add up in another precision.
+        keeps_workspaces: Whether the Runner lets cuBLAS keep its workspaces from one micro-batch to the next, which
+            takes less memory for some windows, or gives them back, which takes less for most.
         largest_without_retries: The largest micro-batch for which it never does.
         largest_with_expandable_segments: The same with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
         workload: Name of the workload, or FILE.py:FUNCTION, where the command line made the plan.
@@ -195,6 +202,9 @@ class Plan:
     virtual: bool = False
     retries: tuple[int, ...] = ()
     allocated_peak_bytes: int | None = None
+    predicted_here_bytes: int | None = None
+    by_hand_peak_bytes: int | None = None
+    keeps_workspaces: bool = False
     largest_without_retries: int | None = None
     largest_with_expandable_segments: int | None = None
     workload: str | None = None

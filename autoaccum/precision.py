@@ -2,7 +2,8 @@
 
 A bf16 sum stops growing when what is added is below a 256th of it: a thousand ones come to 256. So within a window of
 several micro-batches such parameters get fp32 gradients (`Tensor.grad_dtype`), which are cast once, after clipping,
-for the optimizer. That takes 4 bytes a parameter in place of 2 while micro-batches run.
+for the optimizer. That takes 4 bytes a parameter in place of 2 while micro-batches run, which the plan names; a
+workload that says `accumulate="as_parameters"` does without.
 """
 
 from __future__ import annotations
@@ -20,6 +21,16 @@ Parameters = Sequence[torch.Tensor]
 def half_parameters(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Parameters whose gradients would add up in half precision; those for which somebody chose a dtype are left."""
     return [p for p in parameters if p.requires_grad and p.dtype in _HALF and p.grad_dtype == p.dtype]
+
+
+def wide_parameters(parameters: Iterable[torch.Tensor], accumulate: str, steps: int) -> list[torch.Tensor]:
+    """Parameters whose gradients add up in fp32 in a window of so many micro-batches."""
+    return half_parameters(parameters) if steps > 1 and accumulate == "fp32" else []
+
+
+def widening_bytes(parameters: Iterable[torch.Tensor]) -> int:
+    """What fp32 gradients of half-precision parameters take beyond gradients of the parameters' own precision."""
+    return sum(4 * p.numel() - p.nbytes for p in half_parameters(parameters))
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ class StepProgram:
         successors: Blocks that outlive the first micro-batch and are freed in the next, each with the block of the
             later micro-batch that takes its place, so that a window can have any number of later micro-batches.
         later_growth_bytes: What a later micro-batch leaves behind, less what it takes away.
+        workspaces: Blocks that are cuBLAS's workspaces, given back at the end of each phase.
         leftover: What the window before left behind and the first micro-batch frees (a module that keeps its last
             activation): such blocks are there when a window begins.
     """
@@ -50,6 +51,7 @@ class StepProgram:
     successors: Mapping[int, int]
     later_growth_bytes: int = 0
     leftover: tuple[Step, ...] = ()
+    workspaces: frozenset[int] = frozenset()
 
     @cached_property
     def scores(self) -> Mapping[str, Score]:
@@ -99,7 +101,7 @@ def _program(
     successors = _successors(phases.get(FIRST, ()), phases.get(LATER, ()), recording.micro_batch)
     growth = sum(event.bytes for phase in recording.phases if phase.name == LATER for event in phase.events)
     leftover = tuple(Step(e.block, leftover_rules[-e.bytes], e.stream) for e in _foreign(recording))
-    return StepProgram(recording.micro_batch, prelude, phases, successors, growth, leftover)
+    return StepProgram(recording.micro_batch, prelude, phases, successors, growth, leftover, recording.workspaces)
 
 
 def _foreign(recording: Recording) -> list[Event]:

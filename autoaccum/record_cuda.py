@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .cuda_cache import WORKSPACES, metadata
 from .cuda_start import CudaStart
 from .errors import UsageError
 from .recording import FIRST, LATER, Event, Phase, Recording, name_blocks
@@ -53,16 +54,16 @@ def record(
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch._C._cuda_clearCublasWorkspaces()
     with _history():
-        with _metadata(mark + _START):
+        with metadata(mark + _START):
             start = _start(index)
         before = _allocations(index)
         run(lambda name: _marked(name, mark, phases))
         torch.cuda.synchronize(index)
         made = _allocations(index) - before
         trace = _since(mark, torch.cuda.memory._snapshot()["device_traces"][index], made)
-    found = _cut(trace, mark, phases)
+    found, workspaces = _cut(trace, mark, phases)
     passes = sum(phase.name in (FIRST, LATER) for phase in found)
-    return Recording(micro_batch, found, passes, time.perf_counter() - started, start)
+    return Recording(micro_batch, found, passes, time.perf_counter() - started, start, workspaces)
 
 
 @contextlib.contextmanager
@@ -79,21 +80,10 @@ def _history() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _metadata(text: str) -> Iterator[None]:
-    """Has the allocator write a text beside each event of this thread."""
-    before = torch.cuda.memory._get_memory_metadata()
-    torch.cuda.memory._set_memory_metadata(text)
-    try:
-        yield
-    finally:
-        torch.cuda.memory._set_memory_metadata(before)
-
-
-@contextlib.contextmanager
 def _marked(name: str, mark: str, phases: list[str]) -> Iterator[None]:
     """Marks events with the phase's number; not its name, since names come again."""
     phases.append(name)
-    with _metadata(f"{mark}{len(phases) - 1}"):
+    with metadata(f"{mark}{len(phases) - 1}"):
         yield
 
 
@@ -127,17 +117,22 @@ def _since(mark: str, trace: list[Entry], made: int) -> list[Entry]:
     return trace[first:]
 
 
-def _cut(trace: list[Entry], mark: str, names: list[str]) -> tuple[Phase, ...]:
+def _cut(trace: list[Entry], mark: str, names: list[str]) -> tuple[tuple[Phase, ...], frozenset[int]]:
+    """The phases, and which blocks are cuBLAS's workspaces."""
     kept = _allocations_and_frees(trace) if names else []
     events = name_blocks((entry["addr"], size, entry["stream"]) for entry, size in kept)
     phases: list[list[Event]] = [[] for _ in names]
+    workspaces = set()
     last = 0  # marks are a thread's own, and backward has a thread of its own: it bears none
     for event, (entry, _) in zip(events, kept, strict=True):
         number = entry["user_metadata"].removeprefix(mark)
         if number != entry["user_metadata"] and number != _START:
             last = int(number)
+        if entry["user_metadata"] == WORKSPACES:
+            workspaces.add(event.block)
         phases[last].append(event if event.block > 0 else event._replace(block=-entry["addr"]))
-    return tuple(Phase(name, tuple(found)) for name, found in zip(names, phases, strict=True))
+    cut = tuple(Phase(name, tuple(found)) for name, found in zip(names, phases, strict=True))
+    return cut, frozenset(workspaces)
 
 
 def _allocations_and_frees(trace: list[Entry]) -> list[tuple[Entry, int]]:

@@ -53,6 +53,7 @@ class Recording:
         passes: Forward/backward passes that it took.
         seconds: What it took.
         start: What the caching allocator held when it began; None on a CPU.
+        workspaces: Blocks that are cuBLAS's workspaces, given back at the end of each phase.
     """
 
     micro_batch: int
@@ -60,6 +61,7 @@ class Recording:
     passes: int = 0
     seconds: float = 0.0
     start: CudaStart | None = None
+    workspaces: frozenset[int] = frozenset()
 
 
 def name_blocks(raw: Iterable[tuple[int, int, int]]) -> list[Event]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import bad_batches, batchnorm, drift, oom, process_memory, refuse, restore, step
+from . import bad_batches, batchnorm, cuda_cache, drift, oom, process_memory, refuse, restore, step
 from . import split as cutting
 from .changes import Changes
 from .errors import BatchError, OutOfMemory, UsageError
@@ -76,6 +76,7 @@ class Runner:
     def __init__(self, workload: Workload, plan: Plan, *, rank: int = 0) -> None:
         self.workload, self.plan = workload, plan
         self.parts = step.open_parts(workload)
+        self.parts.keeps_workspaces = plan.keeps_workspaces
         check_fingerprint(fingerprint(self.parts), plan.fingerprint)
         if plan.mmap_threshold_bytes is not None:
             process_memory.fix_mmap_threshold(plan.mmap_threshold_bytes)
@@ -357,6 +358,7 @@ class Runner:
             before.restore()
         oom.collect()
         process_memory.trim()
+        cuda_cache.give_back(self.parts.device)
         failed = window.sizes[self._begun - 1] if self._max_tokens is not None and self._begun else max(window.sizes)
         if failed <= self._least:
             raise OutOfMemory(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import batchnorm, cached, loss_terms, precision
+from . import batchnorm, cached, cuda_cache, loss_terms, precision
 from .counting import asked, window_count
 from .optimizer_step import optimizer_step
 from .parts import Parts, autocast, encode, forward, open_parts
@@ -61,10 +61,13 @@ def train_window(
     phase = on_phase or _no_phase
     steps, samples = len(pieces), sum(sizes)
     total = window_count(parts, pieces)
+    if not parts.has_begun:  # whatever this process did before: the first window finds what a fresh one would
+        cuda_cache.give_back(parts.device)
+        parts.has_begun = True
     window_loss: torch.Tensor | None = None
     cache: cached.Cache | None = None
     norms = batchnorm.Window(parts.norms, parts.batchnorm, steps)
-    half = precision.half_parameters(parts.model.parameters()) if steps > 1 else []
+    half = precision.wide_parameters(parts.model.parameters(), parts.accumulate, steps)
     with precision.wide_gradients(half):
         with norms.entered():
             for index, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
@@ -76,6 +79,7 @@ def train_window(
                         loss, total = _micro_batch(parts, norms, piece, size / samples, total)
                     window_loss = loss if window_loss is None else window_loss.add_(loss)
                     del loss
+                    _let_go_of_workspaces(parts)
             if cache is not None:
                 cache.after.restore()
         assert window_loss is not None
@@ -83,6 +87,7 @@ def train_window(
             parts.copies.let_go()
             counts_nothing = total is not None and not bool(total)
             grad_norm, stepped = optimizer_step(parts, half, counts_nothing=counts_nothing, loss=window_loss)
+            _let_go_of_workspaces(parts)
     return WindowResult(window_loss, samples, grad_norm, stepped)
 
 
@@ -91,6 +96,12 @@ def run_between(parts: Parts, *, on_phase: OnPhase | None = None) -> None:
     if parts.between is not None:
         with (on_phase or _no_phase)(BETWEEN):
             parts.between(parts.model)
+            _let_go_of_workspaces(parts)
+
+
+def _let_go_of_workspaces(parts: Parts) -> None:
+    if not parts.keeps_workspaces:
+        cuda_cache.let_go_of_workspaces(parts.device)
 
 
 def _micro_batch(

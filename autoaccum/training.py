@@ -13,7 +13,7 @@ from itertools import groupby
 
 from .caching_allocator import EMPTY, CachingAllocator, CudaRules, CudaStart
 from .program import Score, Step, StepProgram, Writer, left_behind, made_for_good, score
-from .recording import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER, Event, Phase, Recording, kept_blocks
+from .recording import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
 
 MOST_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two stand for those to come
 
@@ -46,9 +46,6 @@ class Training:
         optimizer: The first optimizer step, which makes the optimizer's state, as recorded.
         gradients: The blocks of the first micro-batch that it frees: its own name of each, and the program's.
         state_bytes: What is there for good from the first window on, beside the model.
-        asking: What a process does once before its first micro-batch: it asks the loss what that counts. The library's
-            workspaces that this makes are not made again by the first micro-batch of all.
-        first_asked: That micro-batch, without them.
     """
 
     program: StepProgram
@@ -58,8 +55,6 @@ class Training:
     optimizer: tuple[Event, ...]
     gradients: Mapping[int, int]
     state_bytes: int
-    asking: tuple[Event, ...]
-    first_asked: Score
 
 
 @dataclass(frozen=True)
@@ -86,16 +81,13 @@ class TrainingReplay:
         return self.out_of_memory is None and not any(self.retries[2:])
 
 
-def training_of(
-    program: StepProgram, first_step: Recording, build: tuple[Event, ...], asking: tuple[Event, ...] = ()
-) -> Training:
+def training_of(program: StepProgram, first_step: Recording, build: tuple[Event, ...]) -> Training:
     """Puts together what was recorded.
 
     Args:
         program: The step program.
         first_step: The very first window, of small micro-batches.
         build: The model's blocks in the order in which a fresh process makes them.
-        asking: What asking the loss took, before that window.
     """
     events = {phase.name: phase.events for phase in first_step.phases}
     freed = {event.block for phase in first_step.phases for event in phase.events if event.bytes <= 0}
@@ -107,11 +99,6 @@ def training_of(
     state += [step.rule.at(1) for step in workspaces if step.rule is not None]
     names = {step.block for step in workspaces}
     steady = tuple(step for step in program.phases[FIRST] if step.block not in names)
-    asked = Counter(block.bytes for block in kept_blocks(asking))
-    covered = {
-        step.block for step in workspaces if _taken(asked, step.rule.at(program.recorded_at) if step.rule else 0)
-    }
-    first_asked = tuple(step for step in program.phases[FIRST] if step.block not in covered)
     return Training(
         replace(program, phases={**program.phases, FIRST: steady}),
         program.scores[FIRST],
@@ -120,9 +107,18 @@ def training_of(
         optimizer,
         _gradients(events[FIRST], freed, program),
         sum(state),
-        asking,
-        score(first_asked),
     )
+
+
+def by_hand(training: Training) -> Training:
+    """The same in a loop written by hand, in which cuBLAS keeps its workspaces from the first micro-batch on."""
+    program = training.program
+    first = (s for s in program.phases[FIRST] if s.rule is not None or s.block not in program.workspaces)
+    others = {
+        name: tuple(step for step in phase if step.block not in program.workspaces)
+        for name, phase in program.phases.items()
+    }
+    return replace(training, program=replace(program, phases=others), first=score(tuple(first)))
 
 
 def _made_once(
@@ -171,7 +167,6 @@ def replay_training(
     *,
     start: CudaStart = EMPTY,
     windows: int = MOST_WINDOWS,
-    asks: bool = True,
     stops_at_retry: bool = False,
 ) -> TrainingReplay:
     """Trains window after window of one split on a model of the allocator.
@@ -182,15 +177,12 @@ def replay_training(
         rules: The allocator and its capacity.
         start: What it holds before.
         windows: The most windows to replay.
-        asks: Whether the loss is yet to be asked what it counts.
         stops_at_retry: Whether the first retry ends it, since that is all that is to be known.
     """
     allocator = CachingAllocator(rules, start)
     run = _Run(allocator, _Writer(training))
     if training.build and start == EMPTY:
         run.phase(Phase(BUILD, training.build))
-    if training.asking and asks:
-        run.phase(run.writer.asking())
     before = None
     for index in range(windows):
         run.window(split, first=index == 0)
@@ -275,23 +267,13 @@ class _Writer(Writer):
         super().__init__(training.program)
         self.training = training
         self.names = max([self.names, *(event.block for event in training.build)])
-        self.asked = False
-
-    def asking(self) -> Phase:
-        """What comes before the very first micro-batch."""
-        self.asked = True
-        base = self.names
-        events = [e._replace(block=base + e.block) for e in self.training.asking if e.block > 0]
-        self.names = max([base, *(event.block for event in events)])
-        return Phase(FIRST, tuple(events))
 
     def first_of_all(self, n: int) -> Phase:
         """The very first micro-batch, with the blocks that are made once put where they were made."""
         events: list[Event] = []
         waiting = list(self.training.once)
         made = 0
-        first = self.training.first_asked if self.asked else self.training.first
-        for event in self.written(FIRST, first, n).events:
+        for event in self.written(FIRST, self.training.first, n).events:
             allocates = event[1] > 0  # a plain tuple
             while allocates and waiting and made >= waiting[0].after:
                 events.append(self._once(waiting.pop(0)))

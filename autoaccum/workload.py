@@ -20,6 +20,7 @@ Loss = Callable[["nn.Module", Batch], Any]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 ON_NONFINITE = ("raise", "skip", "warn")
+ACCUMULATE = ("fp32", "as_parameters")
 IGNORED = -100  # cross_entropy's ignore_index, and Hugging Face's
 
 
@@ -53,6 +54,9 @@ class Workload:
             but running statistics merged over the window; "frozen", running statistics as they are: exact.
         on_nonfinite: What to do where a window's gradient isn't finite: "raise" `NotFinite`, "skip" the step, or
             "warn". A scaler skips it anyway. Left out: nothing is looked at, as in a plain loop.
+        accumulate: How gradients of bf16 or fp16 parameters add up over a window: in "fp32", cast once for the
+            optimizer (the default; 2 bytes a parameter more while micro-batches run), or "as_parameters", in their own
+            precision, as in a plain loop: what is below a 256th of a bf16 sum is lost.
         between: Called between windows, with the model (an evaluation, say); recorded, as it needs memory too.
         count: `count(batch)`, what the loss averages over or counts, read off the batch alone. A mean is then weighted
             by it instead of by samples; a `(sum, count)` loss is spared a forward pass that only counts. Left out for
@@ -83,6 +87,7 @@ class Workload:
     clip_grad_norm: float | None = field(default=None, kw_only=True)
     batchnorm: str | None = field(default=None, kw_only=True)
     on_nonfinite: str | None = field(default=None, kw_only=True)
+    accumulate: str = field(default="fp32", kw_only=True)
     between: Callable[[nn.Module], object] | None = field(default=None, kw_only=True)
     count: Callable[[Batch], float | torch.Tensor] | None = field(default=None, kw_only=True)
     shared: Collection[str] = field(default=(), kw_only=True)
@@ -102,6 +107,10 @@ class Workload:
         if self.on_nonfinite is not None and self.on_nonfinite not in ON_NONFINITE:
             raise UsageError(
                 f"on_nonfinite {self.on_nonfinite!r} is not known.", hint=f"Use one of {', '.join(ON_NONFINITE)}."
+            )
+        if self.accumulate not in ACCUMULATE:
+            raise UsageError(
+                f"accumulate {self.accumulate!r} is not known.", hint=f"Use one of {', '.join(ACCUMULATE)}."
             )
         if self.max_tokens is not None and (self.lengths is None or self.max_tokens < 1):
             raise UsageError(

@@ -97,7 +97,9 @@ def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bo
     ooms, left = count("num_ooms"), torch.cuda.memory_reserved()
     if less:
         control.set_other(0, control.stats(0).other_bytes + case.capacity_bytes - truth.usable_bytes)
-    here = train(work, step.open_parts(work), plan.split)
+    parts = step.open_parts(work)
+    parts.keeps_workspaces = plan.keeps_workspaces
+    here = train(work, parts, plan.split)
     return {
         "split": plan.split,
         "largest": plan.largest_micro_batch,

@@ -14,8 +14,9 @@ import torch
 from helpers_train import Capture, cut, distance, gradients, mlp, one_thread, runner_for, vectors  # noqa: F401
 from torch import nn
 
-from autoaccum import NotFinite, Workload, fit_plan
-from autoaccum.precision import half_parameters, narrow, wide_gradients
+from autoaccum import NotFinite, UsageError, Workload, fit_plan
+from autoaccum.identity import fingerprint
+from autoaccum.precision import half_parameters, narrow, wide_gradients, wide_parameters, widening_bytes
 from autoaccum.record_cpu import record
 from autoaccum.recording import LATER, OPTIMIZER, live_peak
 from autoaccum.step import open_parts, train_window
@@ -78,6 +79,40 @@ def test_the_sum_is_that_of_the_micro_batches_in_fp32(dtype: torch.dtype) -> Non
     exact = [w.to(dtype) for w in want]
     assert all(g.dtype == dtype for g in got)
     assert distance(got, exact) <= 2e-3  # one rounding of a sum, which may fall to either side
+
+
+@HALVES
+def test_sums_in_the_parameters_own_precision_are_a_plain_loops(dtype: torch.dtype) -> None:
+    model, batch = mlp(dtype), vectors(64, dtype)
+    pieces = list(cut(batch, (4,) * 16))
+    found = {}
+    for accumulate in ("fp32", "as_parameters"):
+        parts = open_parts(Workload(model, batch, optimizer=Capture, accumulate=accumulate))
+        train_window(parts, pieces, (4,) * 16)
+        found[accumulate] = parts.optimizer.seen[-1]  # type: ignore[attr-defined]
+    for piece in pieces:
+        (default_loss(model, piece) / 16).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(found["as_parameters"], model.parameters(), strict=True))
+    assert distance(found["as_parameters"], found["fp32"]) > 0
+
+
+def test_how_sums_are_kept_is_checked_and_part_of_the_fingerprint() -> None:
+    model, batch = mlp(torch.bfloat16), vectors(8, torch.bfloat16)
+    with pytest.raises(UsageError, match="accumulate 'bf16' is not known"):
+        Workload(model, batch, accumulate="bf16")
+    plain, wide = (open_parts(Workload(model, batch, accumulate=each)) for each in ("as_parameters", "fp32"))
+    assert fingerprint(plain)["window"] == "adds up as parameters"
+    assert fingerprint(wide)["window"] == "plain"
+
+
+def test_what_they_take_beyond_a_plain_loops_is_counted() -> None:
+    halves = mlp(torch.bfloat16)
+    numel = sum(p.numel() for p in halves.parameters())
+    assert widening_bytes(halves.parameters()) == 2 * numel
+    assert widening_bytes(mlp(torch.float32).parameters()) == 0
+    assert wide_parameters(halves.parameters(), "fp32", 1) == []  # one micro-batch has nothing to add up
+    assert len(wide_parameters(halves.parameters(), "fp32", 2)) == len(list(halves.parameters()))
+    assert wide_parameters(halves.parameters(), "as_parameters", 2) == []
 
 
 @HALVES

@@ -6,6 +6,7 @@ One process runs this file as a program and prints a line of JSON; what it says 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,7 +26,6 @@ from benchmarks import truth_cases, truth_search
 from benchmarks.truth_models import Made
 
 REASON = virtual.available()
-GiB = truth_cases.GiB
 
 
 def llama() -> Made:
@@ -39,7 +39,7 @@ def llama() -> Made:
     return transformers.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
 
 
-CASE = truth_cases.Case("Llama", llama, "AdamW foreach", "bf16", 3 * GiB // 2, 512)
+CASE = truth_cases.Case("Llama", llama, "AdamW foreach", "bf16", 1360 << 20, 512)
 OTHER = 381  # three of 127, which don't fit either
 
 
@@ -104,8 +104,9 @@ def test_another_target_whose_balanced_split_does_not_fit_takes_no_step_more(fou
 
 def test_the_largest_and_the_steps_tell_one_story(found: dict[str, Any]) -> None:
     plan = found["512"]
-    assert found["fits"]["largest"] and not found["fits"]["larger"] and plan["largest"] == 137
-    assert "129 is repeated, since 4 of 128 would need 1.64 GiB (within 1.47 GiB memory runs out" in plan["explained"]
+    assert found["fits"]["largest"] and not found["fits"]["larger"] and plan["largest"] == 129
+    told = r"129 is repeated, since 4 of 128 would need 1\.\d\d GiB \(within 1\.3\d GiB memory runs out"
+    assert re.search(told, plan["explained"]), plan["explained"]
     assert "4 steps" not in plan["explained"], "nothing says that four steps don't fit"
     assert "3 steps of up to 171 would need" in plan["explained"]
 
