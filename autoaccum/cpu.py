@@ -208,8 +208,9 @@ def measure(work: Callable[[], None]) -> Measured:
         work()
         seconds = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_SELF)
-    system = after.ru_stime - before.ru_stime
-    user = after.ru_utime - before.ru_utime
+    own_user, own_system = sampler.own_seconds
+    system = max(0.0, after.ru_stime - before.ru_stime - own_system)
+    user = max(0.0, after.ru_utime - before.ru_utime - own_user)
     return Measured(
         base_bytes=sampler.base_bytes,
         increment_bytes=sampler.committed_peak_bytes - sampler.base_bytes,

@@ -6,6 +6,7 @@ allocator took from the driver.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -86,6 +87,8 @@ def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
 
     cuBLAS's workspaces go first: they lie in the middle of large segments, which can't be given back until then.
     """
+    if torch.backends.cudnn.benchmark:
+        run(lambda name: contextlib.nullcontext())  # the first run at a new size tries large workspaces; later don't
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     return record_cuda.record(run, micro_batch=micro_batch)
@@ -104,11 +107,19 @@ def rules(device_bytes: int | None = None) -> CudaRules:
     Args:
         device_bytes: The device's memory; left out, the current one's.
     """
-    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
     total = device_bytes or torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     fraction = torch.cuda.get_per_process_memory_fraction()
-    found = CudaRules.from_settings(settings, device_bytes=total)
+    found = CudaRules.from_snapshot(allocator_settings(), device_bytes=total)
     return replace(found, allowed_bytes=int(fraction * total)) if fraction < 1.0 else found
+
+
+def allocator_settings() -> dict[str, Any]:
+    """The allocator's settings as it has them; as the environment does where this torch's snapshot has none."""
+    found: dict[str, Any] | None = torch.cuda.memory._snapshot().get("allocator_settings")
+    if found is not None:
+        return found
+    text = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    return {"PYTORCH_CUDA_ALLOC_CONF": text}
 
 
 def read_start(device: torch.device) -> CudaStart:
@@ -179,6 +190,9 @@ def measure(train: Callable[..., None], windows: Sequence[Split], device: torch.
         device: The CUDA device.
     """
     retries = []
+    if torch.backends.cudnn.benchmark:
+        train(windows[0])  # what trying algorithms takes is given back when it is short: it decides nothing
+        torch.cuda.empty_cache()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     recording: Recording | None = None

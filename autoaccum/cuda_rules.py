@@ -7,8 +7,8 @@ name of the function or constant stands beside each rule. No torch here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import UsageError
@@ -20,6 +20,7 @@ SMALL_SEGMENT = 2 * MiB  # kSmallBuffer; also the pages of a small pool's expand
 MIN_LARGE = 10 * MiB  # kMinLargeAlloc: below it a large segment is
 LARGE_SEGMENT = 20 * MiB  # large_segment_size(), and from it on the size rounded up to
 ROUND_LARGE = 2 * MiB  # kRoundLarge
+_NO_SPLIT_LIMIT = 1 << 60  # kRoundLarge's numeric limit, and anything near it
 ROUNDUP_INTERVALS = 16  # kRoundUpPowerOfTwoIntervals: from 1 MiB (and less) to 32 GiB (and more), by powers of two
 
 
@@ -82,6 +83,34 @@ class CudaRules:
         if (rules.max_split_size_bytes or rules.large_segment_bytes) < rules.large_segment_bytes:
             raise _refused("max_split_size_mb", f"{(rules.max_split_size_bytes or 0) // MiB}")
         return rules
+
+    @staticmethod
+    def from_snapshot(settings: Mapping[str, Any], *, device_bytes: int | None = None) -> CudaRules:
+        """Reads what the allocator says of itself: settings may be changed in a process, whatever its environment says.
+
+        Args:
+            settings: `torch.cuda.memory._snapshot()["allocator_settings"]`. What has a value of its own there is taken
+                from it, the rest from the text that was set last.
+            device_bytes: As for `from_settings`.
+
+        Raises:
+            UsageError: As `from_settings`.
+        """
+        text = settings.get("PYTORCH_CUDA_ALLOC_CONF") or settings.get("PYTORCH_ALLOC_CONF") or ""
+        found = CudaRules.from_settings(text, device_bytes=device_bytes)
+        own: dict[str, Any] = {}
+        if "max_split_size" in settings:  # as large as can be, or -1, where there is none
+            size = settings["max_split_size"]
+            own["max_split_size_bytes"] = size if 0 < size < _NO_SPLIT_LIMIT else None
+        if "garbage_collection_threshold" in settings:
+            own["garbage_collection_threshold"] = float(settings["garbage_collection_threshold"])
+        if "expandable_segments" in settings:
+            own["expandable_segments"] = bool(settings["expandable_segments"])
+        if "roundup_power2_divisions" in settings:
+            divisions = settings["roundup_power2_divisions"]
+            steps = tuple(int(divisions[key]) for key in sorted(divisions, key=int))
+            own["roundup_power2_divisions"] = steps if any(steps) else ()
+        return replace(found, **own)
 
 
 def round_size(size: int, divisions: tuple[int, ...] = ()) -> int:

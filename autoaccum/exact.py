@@ -12,6 +12,7 @@ A verdict is about the samples that were tried. Where it is `exact` the words sa
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,8 @@ from .ranks import refuse_ranks
 from .recheck import counts_differ, recheck
 from .virtual.control import is_virtual
 from .workload import Workload
+
+log = logging.getLogger("autoaccum")
 
 FEW_ENTRIES = 8  # entries of the gradient for each part: with fewer, least squares explains anything
 
@@ -126,6 +129,7 @@ def _check(workload: Workload, most_rows: int) -> Verdict:
         except Untestable as error:
             return unknown(str(error), "Give a sample of real data: a batch whose loss is finite and not at its best.")
         except Exception as error:  # whatever the user's code raises: a plan is a plan without a verdict, too
+            log.debug("the test of exactness failed", exc_info=True)
             return unknown(
                 f"the test itself failed ({drop_frames(error)})", "Does one step run on the sample? loss(model, sample)"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +63,6 @@ def fingerprint(parts: Parts) -> dict[str, str]:
     flags = [name for name in ("foreach", "fused", "amsgrad", "momentum", "capturable") if group.get(name)]
     device = parts.device
     cuda = device.type == "cuda"
-    allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "as it comes"
     return {
         "model": f"{type(parts.model).__name__} {_digest(_structure(parts.model))}",
         "loss": getattr(parts.loss, "__qualname__", type(parts.loss).__name__),
@@ -72,7 +70,7 @@ def fingerprint(parts: Parts) -> dict[str, str]:
         "precision": str(parts.autocast_dtype or "as the model is"),
         "window": _window_words(parts),
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
-        **({"allocator": allocator} if cuda else {}),
+        **(_cuda_words() if cuda else {}),
         **({"configuration": parts.configuration} if parts.configuration is not None else {}),
         "torch": torch.__version__,
         "autoaccum": __version__,
@@ -92,6 +90,14 @@ def _window_words(parts: Parts) -> str:
         "adds up as parameters": parts.accumulate != "fp32",
     }
     return ", ".join(word for word, true in does.items() if true) or "plain"
+
+
+def _cuda_words() -> dict[str, str]:
+    """How the allocator is set, whether by the environment or since; and whether cuDNN tries its algorithms."""
+    from .cuda import allocator_settings
+
+    text = allocator_settings().get("PYTORCH_CUDA_ALLOC_CONF") or "as it comes"
+    return {"allocator": text, **({"cudnn": "benchmark"} if torch.backends.cudnn.benchmark else {})}
 
 
 def check_fingerprint(found: Mapping[str, str], planned: Mapping[str, str]) -> None:

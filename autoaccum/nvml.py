@@ -6,11 +6,14 @@ No torch here.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("autoaccum")
 
 _NEEDED = ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetComputeRunningProcesses")
 _HINT = "pip install nvidia-ml-py"
@@ -113,6 +116,7 @@ def _reason(error: Exception) -> str:
         return f"NVML can't be asked: module pynvml is not installed ({_HINT})"
     if isinstance(error, AttributeError):
         return f"the installed pynvml is another package or too old: {error} ({_HINT})"
+    log.debug("NVML failed: %s: %s", type(error).__name__, error)
     text = str(error).strip() or type(error).__name__
     kind = type(error).__name__
     if "LibRmVersionMismatch" in kind or "version mismatch" in text.lower():
@@ -211,7 +215,8 @@ def _quietly(call: Callable[..., Any], *arguments: Any) -> Any:
     """Its result, or None where this driver or this binding can't."""
     try:
         return call(*arguments)
-    except Exception:
+    except Exception as error:
+        log.debug("NVML: %s failed: %s: %s", getattr(call, "__name__", call), type(error).__name__, error)
         return None
 
 

@@ -6,6 +6,7 @@ makes it; and nothing has to be put back.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -70,6 +71,7 @@ def plan_on_gpu(
             f"It is torch {torch.__version__}, built for CUDA {torch.version.cuda or 'not at all'}.",
             "Name a GPU to plan for without having one: --gpu a100-40gb. `autoaccum doctor` says what is there.",
         )
+    started = time.perf_counter()
     device = torch.device("cuda", torch.cuda.current_device())
     workload, build = build_on(source, device, virtual=gpu is not None, change=change)
     wish = read_wish(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
@@ -78,7 +80,8 @@ def plan_on_gpu(
     look = outlook_cuda.look if gpu is None else partial(outlook_virtual.look, gpu=gpu)
     subject = Subject if gpu is None else outlook_virtual.EmptySubject
     setting = Setting(cuda, look, build, keep=False, progress=progress, subject=subject)
-    return plan_in(setting, workload, wish, verify=verify, check=check)
+    plan = plan_in(setting, workload, wish, verify=verify, check=check)
+    return replace(plan, seconds=time.perf_counter() - started)
 
 
 def build_on(

@@ -12,10 +12,13 @@ from .process_memory import committed_bytes
 
 # What libraries say when they couldn't get memory: c10/core/impl/alloc_cpu.cpp; cuBLAS's and cuDNN's handles.
 _CPU = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-_CUDA = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# "CUDA error: out of memory" is cudaErrorMemoryAllocation, from what doesn't go through torch's allocator: a context, a
+# kernel's code that is loaded at its first use, a library's own cudaMalloc.
+_CUDA = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 # What they also say for other reasons (a shape that isn't supported, a bug): an out-of-memory only where it is short.
 _CPU_SHORT = ("could not create a primitive", "could not execute a primitive", "std::bad_alloc", "bad allocation")
-_CUDA_SHORT = ("unable to find an engine",)
+# A library's handle that can't be made: without memory for it, or without a usable device.
+_CUDA_SHORT = ("unable to find an engine", "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED")
 
 SHORT_SHARE = 0.25  # memory is short where less than this part of it is left: a failed block may have been a large one
 

@@ -344,6 +344,11 @@ class CudaOutlook(Outlook):
                 "For the Runner: a loop written by hand would come to "
                 f"{show_bytes(self._peak(split, 'fresh', kept=True))} in these micro-batches, and not fit."
             )
+        if torch.backends.cudnn.benchmark:
+            notes.append(
+                "cudnn.benchmark is on: the first run at each size tries algorithms with workspaces beyond these "
+                "figures, which are of the runs after it. A shorter last window is a new size."
+            )
         if is_virtual():
             notes.append(
                 "Real allocator on a virtual GPU, not measured on one: kernels compute nothing, so time and exactness "

@@ -222,10 +222,15 @@ class Watcher:
     """Calls `look` from a thread of its own, some thousand times a second, while it is entered.
 
     What lasts less than 0.1 ms can be missed; a large block takes longer than that to fill.
+
+    Attributes:
+        user_seconds: Processor time that watching itself took, once it has stopped.
+        system_seconds: The same of the kernel's: it reads a file of /proc each time.
     """
 
     def __init__(self, look: Callable[[], None]) -> None:
         self._look = look
+        self.user_seconds = self.system_seconds = 0.0
         self._stop, self._ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="autoaccum-memory", daemon=True)
 
@@ -245,6 +250,8 @@ class Watcher:
         while not self._stop.is_set():
             self._look()
             time.sleep(SAMPLING_SECONDS)
+        used = resource.getrusage(resource.RUSAGE_THREAD)
+        self.user_seconds, self.system_seconds = used.ru_utime, used.ru_stime
 
 
 class PeakSampler:
@@ -266,6 +273,11 @@ class PeakSampler:
         self._watcher.__enter__()
         self.base_bytes = committed_bytes()
         return self
+
+    @property
+    def own_seconds(self) -> tuple[float, float]:
+        """Processor time that watching itself took, the user's and the kernel's."""
+        return self._watcher.user_seconds, self._watcher.system_seconds
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         """Stops watching."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,6 +21,7 @@ from .step import OnPhase
 T = TypeVar("T")
 
 _MARK = "autoaccum:"
+_KINETOS = re.compile(rb"^[A-Z]+:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \d+:\d+ .*\n?", re.MULTILINE)  # Logger.cpp of kineto
 
 
 def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
@@ -117,17 +120,22 @@ def _cut(events: list[Event], times: list[int], spans: list[tuple[int, int, str]
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Points descriptor 2 at nothing for a moment."""
+    """Leaves Kineto's lines out of what is written to descriptor 2 for a moment.
+
+    The descriptor is the whole process's, so whatever else other threads write there meanwhile is written afterwards.
+    """
     try:
         kept = os.dup(2)
     except OSError:  # no stderr at all
         yield
         return
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+    with os.fdopen(kept, "wb", closefd=True) as real, tempfile.TemporaryFile() as meanwhile:
+        os.dup2(meanwhile.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(real.fileno(), 2)
+            meanwhile.seek(0)
+            with contextlib.suppress(OSError):  # stderr may be full, or closed at its other end
+                real.write(_KINETOS.sub(b"", meanwhile.read()))
+                real.flush()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib.util
 import inspect
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,6 +19,8 @@ from .import_path import add_folders
 from .shown import one_line
 from .workload import Workload
 from .workloads import BUILT_IN, built_in
+
+log = logging.getLogger("autoaccum")
 
 _FORM = "--workload FILE.py:FUNCTION, where FUNCTION() or FUNCTION(device) returns an autoaccum.Workload"
 
@@ -51,9 +53,12 @@ def load_workload(source: str | None, device: str = "cpu", *, made_there: bool =
         with at:
             return named(function(), source)
     except Exception as error:  # whatever it tripped over: on the CPU it may work
+        log.debug("the workload can't be made on the virtual GPU at once, so it is made on the CPU", exc_info=True)
         failure = error
-    with contextlib.suppress(Exception):
+    try:
         return named(function(), source)
+    except Exception:  # what it tripped over first is said
+        log.debug("nor on the CPU", exc_info=True)
     raise failure
 
 

@@ -7,6 +7,7 @@ takes at each size is put together from that.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -22,6 +23,8 @@ from .outlook import Outlook
 from .plan import FASTEST, TimedSize
 from .solve import Split, split_within
 from .wish import Wish
+
+log = logging.getLogger("autoaccum")
 
 SHARE, MOST_SECONDS = 0.15, 3.0  # of planning so far, and no more than that
 FASTEST_SECONDS = 30.0  # where the choice hangs on it
@@ -124,6 +127,7 @@ def _try_round(subject: Subject, sizes: Sequence[int], samples: int) -> tuple[di
     try:
         return _round(subject, watch, order, sizes, samples), None
     except Exception as error:
+        log.debug("a round of timing failed", exc_info=True)
         told = oom.drop_frames(error)
     oom.collect()
     failed = order[len(watch.seconds)] if len(watch.seconds) < len(order) else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from autoaccum import Plan
 from autoaccum.virtual import VirtualGpu, available, launch
 
 REASON = available()
@@ -24,11 +25,13 @@ def test_a_gpu_that_is_not_here_gets_a_plan_and_a_model_too_large_an_answer(tmp_
     command = [sys.executable, "-m", "autoaccum", "plan", "--target-batch", "512", "--workload", "large.py:workload"]
 
     def plan(gpu: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, "--gpu", gpu], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        named = ["--gpu", gpu, "-o", f"{gpu}.json"]
+        return subprocess.run([*command, *named], cwd=tmp_path, capture_output=True, text=True, timeout=240)
 
     roomy = plan("a100-80gb")  # 8 GiB of parameters, and four times that in training
     assert roomy.returncode == 0, roomy.stderr
     assert "real allocator on a virtual GPU" in roomy.stdout
+    assert Plan.load(tmp_path / "a100-80gb.json").seconds > 0.1
     assert "exactness   unknown" in roomy.stdout
     tight = plan("t4")
     assert tight.returncode == 3, tight.stderr

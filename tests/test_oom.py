@@ -473,6 +473,8 @@ def test_what_failed_is_freed_before_the_retry_begins(how: str, where: str, erro
         (RuntimeError(ALLOCATOR), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (torch.AcceleratorError("CUDA error: out of memory", 2), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (RuntimeError(""), False),
         (OSError(12, "Cannot allocate memory"), False),
@@ -491,6 +493,8 @@ def test_only_a_real_out_of_memory_counts_as_one(error: BaseException, is_one: b
         (RuntimeError("could not create a primitive"), "cpu"),
         (RuntimeError("std::bad_alloc"), "cpu"),
         (RuntimeError("GET was unable to find an engine to execute this computation"), "cuda"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), "cuda"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), "cuda"),
     ],
     ids=repr,
 )

@@ -1,0 +1,124 @@
+"""What recording and measuring leave alone: others' stderr, the sampler's own time, settings as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from resource import RUSAGE_SELF
+from resource import getrusage as usage_of
+from types import SimpleNamespace
+
+import pytest
+
+from autoaccum import cpu, record_cpu, virtual
+from autoaccum.caching_allocator import CudaRules
+from autoaccum.process_memory import PeakSampler
+
+KINETO = b"USDT:2026-11-28 04:08:40 32118:32118 SyncActivityProfilerHandler.cpp:39] profiler_start\n"
+
+
+@pytest.fixture
+def stderr() -> Iterator[object]:
+    """A file in place of descriptor 2."""
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        yield file
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@pytest.mark.parametrize(
+    ("written", "left"),
+    [
+        (KINETO, b""),
+        (b"a line of another thread\n" + KINETO + b"and the next\n", b"a line of another thread\nand the next\n"),
+        (KINETO + b"half a line", b"half a line"),
+        (b"ERROR: mine, at 2026-11-28\n\xff\n", b"ERROR: mine, at 2026-11-28\n\xff\n"),
+    ],
+)
+def test_only_kinetos_lines_are_left_out(stderr: object, written: bytes, left: bytes) -> None:
+    with record_cpu._quiet_stderr():
+        os.write(2, written)
+    os.lseek(2, 0, os.SEEK_SET)
+    assert os.read(2, 1000) == left
+
+
+def test_a_recording_leaves_nothing_on_stderr(stderr: object) -> None:
+    record_cpu.record(lambda on_phase: None, micro_batch=1)
+    os.lseek(2, 0, os.SEEK_SET)
+    assert b"profiler_st" not in os.read(2, 10_000)
+
+
+def test_watching_is_no_part_of_the_kernels_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = iter([SimpleNamespace(ru_utime=5.0, ru_stime=5.0), SimpleNamespace(ru_utime=6.0, ru_stime=6.0)])
+    with PeakSampler() as sampler:
+        time.sleep(0.2)
+    assert sum(sampler.own_seconds) > 0
+    monkeypatch.setattr(
+        "autoaccum.cpu.resource.getrusage", lambda who: next(usage) if who == RUSAGE_SELF else usage_of(who)
+    )
+    monkeypatch.setattr(PeakSampler, "own_seconds", (0.2, 0.8))
+    assert cpu.measure(lambda: None).system_share == pytest.approx(0.2)
+
+
+def settings(**own: object) -> dict[str, object]:
+    base = {"PYTORCH_CUDA_ALLOC_CONF": "", "max_split_size": -1, "garbage_collection_threshold": 0.0}
+    steps = {str(1 << place): 0 for place in range(16)}
+    return {**base, "expandable_segments": False, "roundup_power2_divisions": steps, **own}
+
+
+def test_settings_are_read_as_the_allocator_has_them() -> None:
+    assert CudaRules.from_snapshot(settings()) == CudaRules()
+    assert CudaRules.from_snapshot(settings(expandable_segments=True)).expandable_segments
+    ignored = settings(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")  # as torch 2.9.1 did
+    assert not CudaRules.from_snapshot(ignored).expandable_segments
+    steps = {str(1 << place): 4 * (place > 8) for place in range(16)}
+    found = CudaRules.from_snapshot(settings(max_split_size=64 << 20, roundup_power2_divisions=steps))
+    assert found.max_split_size_bytes == 64 << 20
+    assert found.roundup_power2_divisions == (0,) * 9 + (4,) * 7
+    text = settings(PYTORCH_CUDA_ALLOC_CONF="large_segment_size_mb:64")  # it has no value of its own there
+    assert CudaRules.from_snapshot(text).large_segment_bytes == 64 << 20
+    assert (
+        CudaRules.from_snapshot({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}).max_split_size_bytes == 128 << 20
+    )
+
+
+ON_GPU = """
+import json, warnings, torch
+from torch import nn
+from autoaccum import Workload, cuda, step
+from autoaccum.identity import fingerprint
+warnings.simplefilter("ignore")
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).cuda()
+parts = step.open_parts(Workload(model, (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))))
+found = [cuda.rules().expandable_segments, fingerprint(parts)["allocator"]]
+torch.cuda.memory._set_allocator_settings("expandable_segments:True,max_split_size_mb:64")
+rules = cuda.rules()
+found += [rules.expandable_segments, rules.max_split_size_bytes, fingerprint(parts)["allocator"]]
+ran = []
+def run(on_phase):
+    with on_phase("first"):
+        ran.append(torch.zeros(1000, device="cuda").sum())
+for benchmark in (False, True):
+    torch.backends.cudnn.benchmark = benchmark
+    ran.clear()
+    cuda.record(run, micro_batch=2)
+    found += [len(ran), fingerprint(parts).get("cudnn")]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
+def test_settings_that_changed_and_cudnns_benchmark_are_seen_on_a_gpu() -> None:
+    env = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    command = [sys.executable, "-m", "autoaccum.virtual", "--memory", "4GiB", "--", sys.executable, "-c", ON_GPU]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    text = "expandable_segments:True,max_split_size_mb:64"
+    assert json.loads(done.stdout) == [False, "as it comes", True, 64 << 20, text, 1, None, 2, "benchmark"]
