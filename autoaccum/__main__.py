@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from . import interrupts
+from . import interrupts, standard_streams
 
 
 def main() -> None:
     """The command, with signals handled before anything else is imported."""
     interrupts.watch(end_if_dropped=True)
+    standard_streams.open_missing()
     try:
         from .cli import main as command
 

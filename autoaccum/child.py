@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import logging
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from . import errors, handed, interrupts
+from .blame import explained
 from .errors import AutoaccumError
 from .import_path import ROOT
 from .interrupts import Interrupted
@@ -43,6 +46,7 @@ Say = Callable[[dict[str, Any]], None]
 FINISHES = "finishes"  # a message: whether an interrupted child ends by itself once what it is at is done
 GRACE_SECONDS = 2.0  # what any other has for ending once it was asked to
 POLL_SECONDS = 0.25
+CLOSED = 97  # exit code of a child that can't answer
 _in_child = False  # whether this process is a child itself: its children belong to its own process group then
 
 
@@ -97,7 +101,7 @@ def call(
     if "error" in result:
         raise _rebuilt(result["error"])
     if "result" not in result:
-        raise _died(task, code)
+        raise _died(task, code, arguments.get("workload"))
     answer: dict[str, Any] = result["result"]
     return answer
 
@@ -202,7 +206,14 @@ class _Asked:
                 self._process.kill()
 
 
-def _died(task: str, code: int) -> AutoaccumError:
+def _died(task: str, code: int, workload: str | None = None) -> AutoaccumError:
+    whose = f"the code of {workload}" if workload else "code of the workload's"
+    if code == CLOSED:
+        return AutoaccumError(
+            f"The process for `{task}` can't answer: the descriptor for that was closed, or made another file's.",
+            f"Only {whose}, or of what it imports, does that: os.closerange, os.close, a library that makes a daemon.",
+            "Close what was opened there, and nothing else.",
+        )
     if -code in interrupts.NUMBERS:
         raise Interrupted(-code)
     if code == -signal.SIGKILL:
@@ -212,7 +223,12 @@ def _died(task: str, code: int) -> AutoaccumError:
             "Name less memory than the machine has free: --memory SIZE.",
         )
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return AutoaccumError(f"The process for `{task}` ended with {how} and no answer.", "What it printed stands above.")
+    cause = "crashed in native code" if code < 0 else "ended it, by os._exit say"
+    return AutoaccumError(
+        f"The process for `{task}` ended with {how} and no answer.",
+        f"What it printed stands above; {whose}, or of a library's, {cause}.",
+        "python -X faulthandler FILE.py shows where, once FILE.py calls its function at its end.",
+    )
 
 
 def _rebuilt(error: dict[str, Any]) -> AutoaccumError:
@@ -234,15 +250,8 @@ def _described(error: BaseException) -> dict[str, Any]:
     if isinstance(error, KeyboardInterrupt):
         number = getattr(error, "number", signal.SIGINT)
         return told | {"class": "KeyboardInterrupt", "what": "interrupted", "why": "", "hint": "", "number": number}
-    place = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
-    where = f" at {place.filename}:{place.lineno}" if place else ""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return told | {
-        "class": "AutoaccumError",
-        "what": f"{type(error).__name__}: {first}",
-        "why": f"Raised{where}.",
-        "hint": "The same command with --traceback shows all of it.",
-    }
+    what, why, hint = explained(error)
+    return told | {"class": "AutoaccumError", "what": what, "why": why, "hint": hint}
 
 
 def main(argv: list[str]) -> int:
@@ -255,15 +264,17 @@ def main(argv: list[str]) -> int:
     handed.receive(int(functions))
     arguments = sys.stdin.read()
     logging.getLogger("autoaccum").addFilter(OneLine())
-    os.set_inheritable(int(descriptor), False)
     os.dup2(2, 1)  # whatever is printed from here on is no result
-    pipe = os.fdopen(int(descriptor), "w", encoding="utf-8", buffering=1)
-
+    pipe = _out_of_reach(int(descriptor))
+    there = _identity(pipe)
     finishes = False
 
     def send(message: dict[str, Any]) -> None:
-        pipe.write(json.dumps(message) + "\n")
-        pipe.flush()
+        if _identity(pipe) != there:
+            raise _Closed
+        left = memoryview(f"{json.dumps(message)}\n".encode())
+        while left:
+            left = left[os.write(pipe, left) :]
 
     def say(message: dict[str, Any]) -> None:
         nonlocal finishes
@@ -282,9 +293,38 @@ def main(argv: list[str]) -> int:
         return 0
     except BrokenPipeError:
         return 1
+    except _Closed:
+        return CLOSED
     except BaseException as error:
-        send({"error": _described(error)})
+        try:
+            send({"error": _described(error)})
+        except _Closed:
+            return CLOSED
         return 1
+
+
+class _Closed(BaseException):
+    """The descriptor to answer on isn't what it was; no `except Exception` of the user's takes this."""
+
+
+def _out_of_reach(descriptor: int) -> int:
+    """A copy of the descriptor with a high number: code that closes all it finds mostly stops at 256."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, max(3, min(soft, 1 << 16) - 64))
+    except OSError:
+        os.set_inheritable(descriptor, False)
+        return descriptor
+    os.close(descriptor)
+    return copy
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def die_with_parent() -> None:
@@ -298,6 +338,7 @@ def start() -> None:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:  # before it could answer
         code = interrupts.exit_code(interrupts.received() or signal.SIGINT)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the user's code may have closed them
+            stream.flush()
     os._exit(code)  # torch's threads may still be ending, and an abort on the way out would look like a failure

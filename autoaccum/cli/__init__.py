@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from .. import interrupts
+from .. import interrupts, standard_streams
 from ..errors import AutoaccumError
 from . import bench, check, doctor, explain, plan, report, run, tune
 from .terminal import show_error
@@ -76,16 +76,28 @@ def main() -> None:
 def _code_of(command: Callable[[], Any], *, with_traceback: bool) -> int:
     """Runs a command and shows its error, if any; its exit code."""
     try:
-        command()
+        try:
+            command()
+        finally:
+            standard_streams.flush(sys.stdout)
     except SystemExit as error:  # as typer ends every command
         _raise_interrupt(error)
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     except AutoaccumError as error:
         show_error(error, with_traceback=with_traceback)
         return error.exit_code
+    except BrokenPipeError:  # whoever reads has enough, as `head` has
+        standard_streams.silence(sys.stdout)
+        return 1
     except Exception as error:
+        lost = isinstance(error, OSError) and standard_streams.is_lost(sys.stdout)
+        if lost:
+            standard_streams.silence(sys.stdout)
         if with_traceback:
             raise
+        if lost:
+            show_error(_cant_print(error), with_traceback=False)
+            return 1
         told = AutoaccumError(
             f"{type(error).__name__}: {error}", "That is an error of autoaccum's own.", "Run it again with --traceback."
         )
@@ -101,3 +113,12 @@ def _raise_interrupt(error: BaseException | None) -> None:
         if isinstance(error, KeyboardInterrupt):
             raise error
         error = error.__cause__ or error.__context__
+
+
+def _cant_print(error: BaseException) -> AutoaccumError:
+    why = getattr(error, "strerror", None) or str(error)
+    return AutoaccumError(
+        "The results can't be written to standard output.",
+        f"The system says: {why}.",
+        "Print elsewhere, or make room on the disk; a plan goes to a file with -o plan.json.",
+    )

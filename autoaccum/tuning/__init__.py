@@ -29,6 +29,9 @@ from .space import SearchSpace
 if TYPE_CHECKING:
     from ..workload import Workload
 
+_SQLITE = b"SQLite format 3\0"  # how each begins (sqlite.org/fileformat.html)
+_OTHER_STUDY = "Name another file: --study FILE.db"
+
 __all__ = ["Configuration", "SearchSpace", "Trial", "Tuned", "tune"]
 
 
@@ -175,5 +178,23 @@ def _check(
             "Only where memory alone is ranked, on a virtual GPU (--gpu), can there be several.",
             "Leave --workers out.",
         )
-    if study is not None and not Path(study).resolve().parent.is_dir():
-        raise UsageError(f"There is no folder {Path(study).parent}.", hint="Make it first, or name another file.")
+    if study is not None:
+        _check_study(Path(study))
+
+
+def _check_study(file: Path) -> None:
+    """Refuses what can be no study's file; an empty one, or none, can become it."""
+    if not file.resolve().parent.is_dir():
+        raise UsageError(f"There is no folder {file.parent}.", hint="Make it first, or name another file.")
+    if file.is_dir():
+        raise UsageError(f"The study {str(file)!r} is a folder.", "A study is one SQLite file.", _OTHER_STUDY)
+    if not file.exists():
+        return
+    try:
+        with file.open("r+b") as opened:
+            start = opened.read(len(_SQLITE)) if file.is_file() else b"?"
+    except OSError as error:
+        why = f"The system says: {error.strerror}."
+        raise UsageError(f"The study {str(file)!r} can't be written.", why, _OTHER_STUDY) from None
+    if start not in (b"", _SQLITE):
+        raise UsageError(f"The study {str(file)!r} can't be used.", "It is no SQLite file.", _OTHER_STUDY)
