@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,11 +13,15 @@ from collections.abc import Iterator
 from resource import RUSAGE_SELF
 from resource import getrusage as usage_of
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from autoaccum import cpu, record_cpu, virtual
+from autoaccum import Workload, cpu, exact, record_cpu, virtual
 from autoaccum.caching_allocator import CudaRules
+from autoaccum.nvml import see_device
 from autoaccum.process_memory import PeakSampler
 
 KINETO = b"USDT:2026-11-28 04:08:40 32118:32118 SyncActivityProfilerHandler.cpp:39] profiler_start\n"
@@ -122,3 +127,21 @@ def test_settings_that_changed_and_cudnns_benchmark_are_seen_on_a_gpu() -> None:
     assert done.returncode == 0, done.stderr
     text = "expandable_segments:True,max_split_size_mb:64"
     assert json.loads(done.stdout) == [False, "as it comes", True, 64 << 20, text, 1, None, 2, "benchmark"]
+
+
+def test_an_error_that_is_survived_leaves_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def nvmlInit(self) -> None:
+            raise RuntimeError("driver on strike")
+
+        nvmlShutdown = nvmlDeviceGetHandleByUUID = nvmlDeviceGetComputeRunningProcesses = nvmlInit
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        raise LookupError("the user's own mistake")
+
+    with caplog.at_level(logging.DEBUG, logger="autoaccum"):
+        assert "driver on strike" in see_device("GPU-0", library=Broken()).note
+        work = Workload(nn.Linear(2, 2), (torch.zeros(8, 2), torch.zeros(8, dtype=torch.long)), loss=loss)
+        assert "the test itself failed" in exact._check(work, 8).words
+    assert "NVML failed: RuntimeError: driver on strike" in caplog.text
+    assert 'raise LookupError("the user\'s own mistake")' in caplog.text  # with its traceback
