@@ -23,6 +23,7 @@ from .look import Look
 from .parts import Parts, open_parts
 from .workload import Workload
 
+SPREADS = (1.0, 2.0, 4.0, 2.0, 4.0, 8.0)  # of the outputs, where samples meet in the loss
 WIDER = 10  # times as far may gradients be off for rounding where the last layer is larger
 
 _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AutoaccumError)  # a loss doesn't take such a batch
@@ -100,7 +101,7 @@ def tried(workload: Workload, twin: Twin, most_rows: int) -> list[Tried]:
     bench = _Bench(workload, twin, twin.look(lambda: parts_of(workload), first.batch, first.rows))
     easy = hard_batch.easy(plain, bench.freedom)
     if together:
-        samples = [easy, hard_batch.other_mix(easy, bench.look.keys)]
+        samples = [easy, hard_batch.other_mix(easy, bench.look.keys())]
     else:
         samples = hard_batch.groups(easy, most_rows, least)
     found: list[Tried] = []
@@ -111,6 +112,8 @@ def tried(workload: Workload, twin: Twin, most_rows: int) -> list[Tried]:
             found.append(other)
         if not found[-1].holds:
             break
+    if found[-1].holds and any(each.found.depends for each in found):
+        found += _more(bench, easy, min(most_rows, easy.rows), least, found[0].trial.hardness)
     return found
 
 
@@ -185,6 +188,28 @@ def _otherwise(bench: _Bench, easy: Trial, known: Sequence[str] | None, *, mixed
     with contextlib.suppress(*_REFUSALS, Untestable):
         return _try(bench, easy, easy)
     return None
+
+
+def _more(bench: _Bench, easy: Trial, rows: int, least: int, known: Sequence[str] | None) -> Iterator[Tried]:
+    """Further arrangements, up to the first that differs, for where samples meet though gradients don't show it.
+
+    Args:
+        bench: What they are tried with.
+        easy: All rows.
+        rows: How many of them at once.
+        least: Samples that a part needs at least.
+        known: What was hard about the arrangement that the loss took before.
+    """
+    for seed, wanted in enumerate(SPREADS if rows == easy.rows else SPREADS * 2):
+        look, some = replace(bench.look, wanted=wanted), easy
+        if rows < easy.rows:
+            order = torch.randperm(easy.rows, generator=torch.Generator().manual_seed(seed))
+            some = hard_batch.taken(easy, order[:rows].tolist(), least)
+        other = _otherwise(replace(bench, look=look), hard_batch.other_mix(some, look.keys(seed)), known, mixed=True)
+        if other is not None:
+            yield other
+            if not other.holds:
+                return
 
 
 def _first(bench: _Bench, easy: Trial, hardnesses: Sequence[tuple[str, ...]], *, wide: bool) -> Tried | None:

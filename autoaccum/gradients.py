@@ -7,6 +7,7 @@ where they are few: no deepcopy, which fails where a weight is computed from oth
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from .look import Look, watching_layers
 from .loss_terms import count_of
 from .recording import FIRST, LATER
 from .rng import put_rng, same_state, take_rng
+from .row_trace import RowTrace, differ
 from .step import Parts
 from .uses import watched
 from .workload import Batch, default_loss
@@ -60,6 +62,7 @@ class Gradients:
         chance: Whether something was drawn.
         is_pair: Whether the loss returns a sum and its count.
         one: The whole batch's pass.
+        depends: Whether something in the loss was another for the same samples in the whole batch.
     """
 
     whole: torch.Tensor
@@ -71,6 +74,7 @@ class Gradients:
     chance: bool
     is_pair: bool
     one: Passes
+    depends: bool = False
 
     @property
     def finite(self) -> bool:
@@ -172,6 +176,7 @@ class Twin:
         self.moved: set[str] = set()
         self._parts: Parts | None = None
         self._is_pair = False
+        self._trace: RowTrace | None = None
         self._start = take_rng()  # every part of every window draws from here on: Python's and NumPy's draws are alike
         chosen = torch.Generator().manual_seed(0)
         self.trained = [name for name, p in self.copies.items() if p.requires_grad]
@@ -194,9 +199,10 @@ class Twin:
         self.copies |= {name: buffer.clone() for name, buffer in self.buffers.items()}
         return torch.func.functional_call(self.outside, self.copies, (work,))
 
-    def window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
-        """One window by `step.train_window`, cast and without chance."""
+    def window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int], *, first: int = 0) -> Passes:
+        """One window by `step.train_window`, cast and without chance; `first` rows of the first piece are traced."""
         pieces = [self.cast(piece) for piece in pieces]
+        self._trace = RowTrace(sizes[0], first) if first else None
         passes: Passes = self.run(lambda: self._window(make_parts, pieces, sizes))
         self.moved |= {name for name, buffer in self.buffers.items() if not _same(self.copies[name], buffer)}
         return passes
@@ -269,6 +275,7 @@ class Twin:
             draws,
             bool(draws.replaced or draws.kept) or _drawn(self._start),
             self._is_pair,
+            self._trace,
         )
 
     def _opened(self, make_parts: MakeParts, trained: list[torch.Tensor]) -> Parts:
@@ -277,7 +284,9 @@ class Twin:
         inner = made.loss
 
         def loss(model: nn.Module, batch: Batch) -> Any:
-            out = inner(model, batch)
+            untraced = self._trace is None or bool(self._trace.steps)  # the first piece comes first
+            with contextlib.nullcontext() if untraced or self._trace is None else self._trace:
+                out = inner(model, batch)
             self._is_pair = count_of(out) is not None
             return out
 
@@ -356,6 +365,7 @@ class Passes:
     draws: Draws
     chance: bool
     is_pair: bool
+    trace: RowTrace | None = None
 
 
 def compare(
@@ -378,18 +388,21 @@ def compare(
         sizes: Samples in each.
         one: The whole batch's pass, where there has been one.
     """
-    one = one or twin.window(make_parts, [whole], [sum(sizes)])
+    one = one or twin.window(make_parts, [whole], [sum(sizes)], first=sizes[0])
     if not (one.gradient.isfinite().all() and one.gradient.norm() > 0):  # there is nothing to compare with
         return Gradients(
             one.gradient, one.gradient, one.cumulative, sizes, twin.places, one.draws, True, one.is_pair, one
         )
-    many = twin.window(make_parts, pieces, sizes)
+    many = twin.window(make_parts, pieces, sizes, first=sizes[0])
     before = torch.cat([torch.zeros_like(many.cumulative[:1]), many.cumulative[:-1]])
     columns = many.cumulative - before
     chance = one.chance or many.chance
     one.draws.replaced |= many.draws.replaced
     one.draws.kept |= many.draws.kept
-    return Gradients(one.gradient, many.gradient, columns, sizes, twin.places, one.draws, chance, one.is_pair, one)
+    depends = differ(one.trace, many.trace)
+    return Gradients(
+        one.gradient, many.gradient, columns, sizes, twin.places, one.draws, chance, one.is_pair, one, depends
+    )
 
 
 def fit(columns: torch.Tensor, target: torch.Tensor) -> tuple[list[float], float]:

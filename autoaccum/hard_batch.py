@@ -144,7 +144,9 @@ def other_mix(trial: Trial, keys: torch.Tensor | None) -> Trial:
     few = rows // LEFT_OUT
     instead = dict(zip(of_class[:few].tolist(), of_class[-few:].tolist(), strict=True)) if few else {}
     used = [instead.get(row, row) for row in range(rows)]
-    by = torch.rand(rows, generator=torch.Generator().manual_seed(3)) if keys is None else keys.detach().float().cpu()
+    if keys is None or len(keys) != rows:
+        keys = torch.rand(rows, generator=torch.Generator().manual_seed(3))
+    by = keys.detach().float().cpu()
     mixed = taken(trial, sorted(used, key=by.tolist().__getitem__))
     if mixed.rows < LEAST_ROWS:
         return mixed

@@ -34,21 +34,30 @@ class Look:
         uses: Which operators read the batch.
         layer: The last module with parameters of its own that was called, and is small enough to be copied.
         spread: The standard deviation over samples of what it gave, on average; NaN where it gave nothing.
-        keys: A number for each sample by which outputs differ; None where rows of the outputs are no samples.
+        outputs: What it gave, of shape (samples, columns), cut off where it is long; None where rows are no samples.
+        wanted: The standard deviation that is wanted.
     """
 
     draws: Draws = field(default_factory=Draws)
     uses: Uses = field(default_factory=Uses)
     layer: nn.Module | None = None
     spread: float = float("nan")
-    keys: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
+    wanted: float = SPREAD
 
     @property
     def larger(self) -> float:
         """How many times larger the last layer has to be; 1 where the outputs are as wide already, or unknown."""
-        if self.layer is None or not 0 < self.spread < SPREAD:
+        if self.layer is None or not 0 < self.spread < self.wanted:
             return 1.0
-        return min(SPREAD / self.spread, MOST_LARGER)
+        return min(self.wanted / self.spread, MOST_LARGER)
+
+    def keys(self, seed: int | None = None) -> torch.Tensor | None:
+        """A number for each sample by which outputs differ: their mean, or how far they lie in some direction."""
+        if self.outputs is None or seed is None:
+            return None if self.outputs is None else self.outputs.mean(1)
+        direction = torch.randn(self.outputs.shape[1], generator=torch.Generator().manual_seed(seed))
+        return self.outputs.cpu() @ direction
 
 
 @contextlib.contextmanager
@@ -63,7 +72,7 @@ def watching_layers(model: nn.Module, look: Look, rows: int) -> Iterator[None]:
         are_rows = first.dim() and len(first) % rows == 0
         by_sample = first.reshape(rows, -1)[:, :MOST_COLUMNS].float() if are_rows else first.reshape(-1, 1).float()
         look.layer, look.spread = module, float(by_sample.std(0).mean())
-        look.keys = by_sample.mean(1) if are_rows else None
+        look.outputs = by_sample if are_rows else None
 
     handles = [
         module.register_forward_hook(after)

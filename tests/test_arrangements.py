@@ -78,6 +78,17 @@ def margin(m: nn.Module, b: Any) -> torch.Tensor:
     return F.relu(out.detach().mean() + 1 - out.gather(1, b[1][:, None])).mean()
 
 
+def margin_of_difference(m: nn.Module, b: Any) -> torch.Tensor:
+    out = m(b[0])
+    score = out[:, 1] - out[:, 0]
+    return F.relu(score.detach().mean() + 0.5 - score).mean()
+
+
+def far_ones(m: nn.Module, b: Any) -> torch.Tensor:
+    far = m(b[0]).pow(2).sum(1)
+    return F.relu(far - far.detach().mean() + 0.2).mean()
+
+
 def classes_there(m: nn.Module, b: Any) -> torch.Tensor:
     return each(m, b).mean() / len(b[1].unique())
 
@@ -97,7 +108,19 @@ def kept_hard(m: nn.Module, b: Any) -> torch.Tensor:
     return (found * (found.detach() > 0.7)).mean()
 
 
-COUPLED = [balanced, positives, by_prior, by_maximum, by_largest_loss, by_quantile, hardest_half, classes_there]
+COUPLED = [
+    balanced,
+    positives,
+    by_prior,
+    by_maximum,
+    by_largest_loss,
+    by_quantile,
+    hardest_half,
+    classes_there,
+    margin,
+    margin_of_difference,
+    far_ones,
+]
 HONEST: dict[str, Loss] = {
     "weighted, counted": lambda m, b: (
         F.cross_entropy(m(b[0]), b[1], WEIGHTS.to(b[0]), reduction="sum"),
@@ -113,6 +136,9 @@ HONEST: dict[str, Loss] = {
     "smoothed": lambda m, b: (F.cross_entropy(m(b[0]), b[1], label_smoothing=0.1, reduction="sum"), len(b[1])),
     "a penalty apart": lambda m, b: LossTerms(each(m, b).sum(), len(b[1]), sum(p.norm() for p in m.parameters())),
     "huber": lambda m, b: F.huber_loss(m(b[0])[:, 0], b[1].to(b[0]), delta=0.3),
+    "a maximum that cancels out": lambda m, b: (
+        -((m(b[0]) - m(b[0]).detach().max()).log_softmax(-1).gather(1, b[1][:, None]).mean())
+    ),
     "maximum over classes": lambda m, b: (m(b[0]).amax(1) - b[1]).abs().mean(),
 }
 
@@ -129,6 +155,22 @@ def test_an_honest_loss_stays_exact_however_its_outputs_lie(name: str) -> None:
     for how in ("alternating", "sorted"):
         found = exact.check(Workload(classifier(), sample(how), loss=HONEST[name]), apart=False)
         assert found.kind == "exact" and found.error < 1e-12, found
+
+
+def test_where_samples_meet_without_a_trace_in_the_gradient_more_is_tried() -> None:
+    """Only there: it takes three passes for each further arrangement."""
+    for name, depends in (("a maximum that cancels out", True), ("hinge", False), ("a penalty apart", False)):
+        work = Workload(classifier(), sample("mixed"), loss=HONEST[name])
+        found = arrangements.tried(work, Twin(work.model, work.loss, dtype=torch.float64), 16)
+        assert any(each.found.depends for each in found) == depends
+        assert len(found) == 2 + len(arrangements.SPREADS) * depends and found[-1].holds
+
+
+@pytest.mark.parametrize("most", [2, 4, 7])
+def test_a_margin_is_seen_where_few_samples_fit_at_once(most: int) -> None:
+    seen = [exact.check(Workload(classifier(), sample(how), loss=margin), most_rows=most, apart=False).exact
+            for how in ("alternating", "sorted", "mixed")]  # fmt: skip
+    assert not any(seen)
 
 
 def test_balanced_class_weights_are_off_where_the_classes_are_not_balanced() -> None:
