@@ -74,9 +74,12 @@ class CudaOutlook(Outlook):
         return (False, True) if training.program.workspaces else (True,)
 
     def keeps(self, split: Split) -> bool:
-        """Whether cuBLAS's workspaces are kept: as fits, and takes less."""
+        """Whether cuBLAS's workspaces are kept: as fits, and takes less; not, where nothing as large was recorded."""
         if split not in self._kept:
-            choices = self._choices(split)
+            try:
+                choices = self._choices(split)
+            except LookupError:
+                return False
             fitting = [kept for kept in choices if len(choices) > 1 and self._fits(split, kept)] or choices
             self._kept[split] = min(fitting, key=lambda kept: (self._most(split, kept), kept))
         return self._kept[split]
