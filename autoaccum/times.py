@@ -151,7 +151,8 @@ def _round(
     whole = time.perf_counter() - started
     first, *later, optimizer = watch.seconds
     rest = (whole - sum(watch.seconds)) * samples / sum(order)
-    once = rest + optimizer + first - later[-1]  # of the same size, but it makes the gradients
+    # Of the same size, but it makes the gradients: where it took less, something else kept the machine meanwhile
+    once = rest + optimizer + max(0.0, first - later[-1])
     found = {n: once + seconds * samples / n for n, seconds in zip(order[1:], later, strict=True)}
     if samples in sizes:
         alone, started = [subject.tile(samples)], time.perf_counter()

@@ -41,6 +41,20 @@ def noisy(seconds: dict[int, float], noise: float, rounds: int, seed: int = 0) -
     return timed({n: [m * s * rng.uniform(1 - noise, 1 + noise) for m in moods] for n, s in seconds.items()})
 
 
+@pytest.mark.parametrize("seconds", [(1.0, 1.0, 9.0, 0.1), (5.0, 1.0, 1.0, 0.1), (0.0, 0.0, 1.0, 0.0)], ids=str)
+def test_a_hiccup_of_the_machine_makes_no_step_of_negative_seconds(
+    seconds: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round's first micro-batch, later ones and optimizer step; the last is as large as the first."""
+    watch = times.Stopwatch(torch.device("cpu"), list(seconds))
+    subject: Any = SimpleNamespace(tile=lambda n: None, parts=None)
+    clock = iter([0.0, sum(seconds)])
+    monkeypatch.setattr(times, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(times.step, "train_window", lambda *args, **how: None)
+    found = times._round(subject, watch, [8, 16, 8], [8, 16], 64)
+    assert all(each >= part * 64 / n for (n, each), part in zip(found.items(), seconds[1:3], strict=True))
+
+
 # What the times say.
 
 

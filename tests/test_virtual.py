@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.machinery
 import json
 import os
@@ -215,6 +216,20 @@ def test_a_cache_that_cannot_be_written(empty_cache: Path) -> None:
     with pytest.raises(UsageError, match="can't be kept in") as error:
         environment(VirtualGpu())
     assert "XDG_CACHE_HOME" in error.value.hint
+
+
+@usable
+@pytest.mark.parametrize("place", ["_seal", "_move"])
+def test_a_disk_that_fills_while_it_is_compiled(empty_cache: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(build, "_compile", lambda compiler, torch, making: build._seal(making))
+    monkeypatch.setattr(build, "_seal", lambda making: None)
+    monkeypatch.setattr(build, place, full)
+    with pytest.raises(UsageError, match=r"can't be kept in .*No space left on device"):
+        environment(VirtualGpu())
+    assert list((empty_cache / "autoaccum" / "virtual").iterdir()) == []
 
 
 def pretend_torch(folder: Path, version: str, cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:

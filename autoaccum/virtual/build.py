@@ -104,16 +104,22 @@ def _build(torch: TorchBuild, folder: Path) -> None:
     try:
         making = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
-        raise UsageError(
-            f"The virtual GPU's library can't be kept in {folder.parent}: {error.strerror}.",
-            "It is compiled once and kept in the user's cache.",
-            "Name a folder that can be written: XDG_CACHE_HOME=DIR",
-        ) from error
+        raise _cant_be_kept(folder, error) from error
     try:
         _compile(compiler, torch, making)
         _move(making, folder)
+    except OSError as error:  # the disk is full, above all
+        raise _cant_be_kept(folder, error) from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _cant_be_kept(folder: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"The virtual GPU's library can't be kept in {folder.parent}: {error.strerror}.",
+        "It is compiled once and kept in the user's cache.",
+        "Name a folder that can be written, on a disk with room: XDG_CACHE_HOME=DIR",
+    )
 
 
 def _move(making: Path, folder: Path) -> None:
