@@ -91,8 +91,8 @@ def asked(parts: Parts, ask: Callable[[], Asked], *, keeps: bool = False) -> Ask
         try:
             with contextlib.nullcontext() if keeps else _untouched(parts), torch.no_grad():
                 return ask()
-        except Exception as error:  # from torch.autograd.grad, or of what a loss makes of a gradient that isn't there
-            if is_out_of_memory(error):
+        except Exception as error:
+            if is_out_of_memory(error) or not _misses_gradients(error):
                 raise
             drop_frames(error)
         parts.takes_gradients = True  # where that isn't it, the same is raised again
@@ -100,6 +100,12 @@ def asked(parts: Parts, ask: Callable[[], Asked], *, keeps: bool = False) -> Ask
             before.restore()
     with contextlib.nullcontext() if keeps else _untouched(parts), torch.enable_grad():
         return ask()
+
+
+def _misses_gradients(error: Exception) -> bool:
+    """Whether an error may come of gradients that aren't there: from torch.autograd, or what code makes of a None."""
+    said = isinstance(error, RuntimeError) and "grad" in str(error)
+    return said or isinstance(error, (AssertionError, AttributeError, TypeError))
 
 
 def _value(count: Any) -> Any:
