@@ -201,11 +201,12 @@ class CudaOutlook(Outlook):
 
     def misses(self, split: Split) -> str:
         """What it would take without a limit, and where it fails within what may be used."""
-        needed = max(self.replayed(split, history, None).peak_reserved_bytes for history in self.wish.histories)
+        kept, histories = self.keeps(split), self.wish.histories
+        needed = max(self.replayed(split, history, None, kept=kept).peak_reserved_bytes for history in histories)
         told = f"would need {show_bytes(self._as_compiled(needed))}"
         for capacity in (self.usable_bytes, self.budget.bytes):
-            for history in self.wish.histories:
-                found = self.replayed(split, history, self._as_written(capacity))
+            for history in histories:
+                found = self.replayed(split, history, self._as_written(capacity), kept=kept)
                 if found.out_of_memory is not None:
                     where = PHASE_TITLES.get(found.out_of_memory, found.out_of_memory)
                     return f"{told} (within {show_bytes(capacity)} memory runs out: {where})"

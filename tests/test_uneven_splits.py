@@ -41,11 +41,14 @@ def llama() -> Made:
 
 CASE = truth_cases.Case("Llama", llama, "AdamW foreach", "bf16", 1360 << 20, 512)
 OTHER = 381  # three of 127, which don't fit either
+ROOMY = 1536 << 20  # in which they do
 
 
-def planned(of: truth_search.Truth, target: int, trained: tuple[int, ...] = ()) -> dict[str, Any]:
+def planned(
+    of: truth_search.Truth, target: int, trained: tuple[int, ...] = (), capacity_bytes: int = CASE.capacity_bytes
+) -> dict[str, Any]:
     """The plan in this process, and windows of so many samples trained by it here."""
-    truth_cases.limit(CASE.capacity_bytes)
+    truth_cases.limit(capacity_bytes)
     work = truth_cases.workload(CASE, of.model.cuda(), of.batch)
     plan = fit_plan(work, target_batch=target, headroom=0, check=False)
     runner, done = Runner(work, plan), []
@@ -67,13 +70,14 @@ def main() -> None:
     of = truth_search.Truth(CASE)
     found = {"512": truth_search.forked(lambda: planned(of, 512, (512, 512, 510, 100, 512)))}
     found |= {str(OTHER): truth_search.forked(lambda: planned(of, OTHER))}
+    roomy = truth_search.forked(lambda: planned(of, 512, capacity_bytes=ROOMY))
     tried = {
         "even": (128,) * 4,
         "largest": (found["512"]["largest"],) * 2,
         "larger": (found["512"]["largest"] + 1,) * 2,
         **{target: tuple(each["split"]) for target, each in found.items()},
     }
-    print(json.dumps(found | {"fits": {name: of.fits(split) for name, split in tried.items()}}))
+    print(json.dumps(found | {"roomy": roomy, "fits": {name: of.fits(split) for name, split in tried.items()}}))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,13 @@ def test_the_largest_and_the_steps_tell_one_story(found: dict[str, Any]) -> None
     assert re.search(told, plan["explained"]), plan["explained"]
     assert "4 steps" not in plan["explained"], "nothing says that four steps don't fit"
     assert "3 steps of up to 171 would need" in plan["explained"]
+
+
+def test_where_the_balanced_split_fits_it_is_taken_and_no_size_is_both_too_large_and_not(found: dict[str, Any]) -> None:
+    """In 2 GiB of a GPU, 0.5 of them CUDA's own: "4 steps of up to 128 would need 1.64 GiB", "137 is the largest"."""
+    plan = found["roomy"]
+    assert plan["split"] == [128] * 4 and plan["largest"] == 137
+    assert "of up to 128" not in plan["explained"] and "3 steps of up to 171 would need" in plan["explained"]
 
 
 def test_the_runner_cuts_a_tail_as_it_was_planned(found: dict[str, Any]) -> None:
