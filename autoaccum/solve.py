@@ -83,12 +83,17 @@ def uneven(samples: int, steps: int, *, least: int = 1, most: int | None = None)
     Yields:
         At most `MOST_UNEVEN` splits and one. None where `steps` is more than the size: one step more costs little then.
     """
+    for size in repeated_sizes(samples, steps, least=least, most=most):
+        yield (size,) * (steps - 1) + (samples - size * (steps - 1),)
+
+
+def repeated_sizes(samples: int, steps: int, *, least: int = 1, most: int | None = None) -> Iterator[int]:
+    """Sizes that `uneven` repeats, without its splits."""
     even = -(-samples // steps)
     largest = min(most or samples, (samples - least) // (steps - 1), even + -(-even // 4))
     for size in range(even, largest + 1, 1 + even // (4 * MOST_UNEVEN)):
-        split = (size,) * (steps - 1) + (samples - size * (steps - 1),)
-        if not is_even(split):
-            yield split
+        if size - (samples - size * (steps - 1)) > 1:
+            yield size
 
 
 def repeated_within(samples: int, size: int, least: int = 1) -> Split:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,49 @@ def test_what_would_break_the_telling_is_refused(path: tuple[Any, ...], value: A
 @pytest.mark.parametrize(("path", "value"), [(("notes", 0), "\ud800"), (("fingerprint",), {"\ud800": "", "model": ""})])
 def test_half_a_character_can_be_told(path: tuple[Any, ...], value: Any) -> None:
     assert fuzz.check_plan(changed(path, value))
+
+
+def alone(rows: list[dict[str, int]], **changes: Any) -> str:
+    """A plan file with those peaks, beyond which nothing limits what may be asked of it."""
+    data = fuzz.plan_texts()[1]
+    peaks = [dict.fromkeys(data["peaks"][0], 0) | row for row in rows]
+    return json.dumps(data | {"peaks": peaks, "max_micro_batch": None, "smallest_micro_batch": 1} | changes)
+
+
+SIZE = fuzz.plan_texts()[1]["micro_batch"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        alone([{"micro_batch": SIZE, "between_bytes": 10**12}]),
+        alone([{"micro_batch": 1, "between_bytes": 10**12}, {"micro_batch": SIZE}]),
+        alone([{"micro_batch": SIZE}, {"micro_batch": 10**7, "optimizer_bytes": 10**12}], smallest_micro_batch=2),
+        fuzz.plan_text(1462, fuzz.plan_texts()),
+    ],
+    ids=["nothing fits", "but for the rest", "sizes of millions", "seed 1462"],
+)
+def test_millions_of_samples_are_answered_in_seconds_where_only_the_optimizer_step_is_too_large(text: str) -> None:
+    assert fuzz.check_plan(text)
+
+
+HANGS = """
+import os, sys
+from importlib.machinery import SourceFileLoader
+fuzz = SourceFileLoader("fuzz_script", sys.argv.pop(1)).load_module()
+ends = {2: lambda: sum(range(10**15)), 4: lambda: os._exit(9), 5: lambda: 1 / 0}
+fuzz.KINDS = {"plans": lambda folder: lambda seed: ends.get(seed, bool)() is None}
+sys.exit(fuzz.main())
+"""
+
+
+def test_the_fuzzer_reports_a_seed_that_does_not_end_and_goes_on() -> None:
+    script = str(Path(__file__).parent.parent / "scripts" / "fuzz")
+    words = ["plans", "--seed", "0", "--count", "8", "--limit", "0.5"]
+    ended = subprocess.run([sys.executable, "-c", HANGS, script, *words], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "8 from seed 0 on, 0 accepted, 3 failed" in ended.stdout, ended
+    assert [seed for seed in range(8) if f"plans --seed {seed} --count 1" in ended.stdout] == [2, 4, 5]
+    assert "Timeout" in ended.stderr and "in <lambda>" in ended.stderr and "ZeroDivisionError" in ended.stderr
 
 
 def test_spoilt_checkpoints_are_refused(tmp_path: Path) -> None:

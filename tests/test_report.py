@@ -269,6 +269,48 @@ def test_a_target_of_a_million_is_answered_at_once() -> None:
     assert what_if.answer(table, 1_000_000, 900 * MIB).status == "does not fit"
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.data(),
+    samples=st.integers(1, 250),
+    least=st.integers(1, 5),
+    most=st.integers(1, 250),
+    peaks=st.lists(st.tuples(*[st.integers(0, 6)] * 4), min_size=1, max_size=40),
+)
+def test_steps_that_are_passed_over_hold_no_answer_the_solver_would_find(
+    data: st.DataObject, samples: int, least: int, most: int, peaks: list[tuple[int, int, int, int]]
+) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 260), min_size=len(peaks), max_size=len(peaks), unique=True).map(sorted))
+    rows = tuple(PeakRow(n, *(100 * each for each in row)) for n, row in zip(sizes, peaks, strict=True))
+    table = what_if.Table(rows, 0, 0, 0.0, 0, 1, least, most)
+    found, reach = what_if.answer(table, samples, 350), min(most, samples)
+    if samples < least or samples // least < -(-samples // reach):
+        assert found.status == "invalid"
+        return
+
+    def fits(split: tuple[int, ...]) -> bool:
+        peak = table.peak_bytes(split)
+        return peak is not None and peak <= 343
+
+    solved = smallest_steps(fits, lambda n: 0, samples=samples, budget_bytes=343, least=least, most=reach)
+    split = balanced(samples, samples // least) if solved is None else solved.split
+    assert found.status == ("does not fit" if solved is None else "fits")
+    assert [size for count, size in found.split for _ in range(count)] == list(split)
+
+
+def too_large_to_end() -> what_if.Table:
+    """A table of which no window of millions fits, though each of its micro-batches does."""
+    rows = (PeakRow(52, MIB, MIB, MIB, 10**12), PeakRow(10**7, MIB, MIB, 10**12))
+    return what_if.Table(rows, 0, 0, 0.0, 0, 1, 1, None)
+
+
+def test_millions_of_steps_are_answered_at_once_where_nothing_fits() -> None:
+    before = time.process_time()
+    found = what_if.ask(too_large_to_end(), "9999999", "80GiB", "5%")
+    assert found.status == "does not fit" and found.split == ((9999999, 1),)
+    assert time.process_time() - before < 3
+
+
 # The same in JavaScript.
 
 
@@ -294,6 +336,7 @@ def tables() -> list[what_if.Table]:
         replace(plain, rows=plain.rows[::7], most=50),
         replace(plain, sample_bytes=0, rows=plain.rows[:30]),
         uneven_table(),
+        too_large_to_end(),
     ]
 
 
@@ -301,7 +344,7 @@ def questions(count: int) -> list[tuple[str, str, str]]:
     rng = random.Random(5)
     sizes = ["1.001KB", "0.9999GiB", "1.5 gib", "1400MiB", "1.4GB", "2T", "x", "", "-1", "0", "1e9", "1.GiB"]
     parts = ["", "0", "5%", "0.1%", "33.333%", "100%", "200MiB", "2000MiB", "abc", "99.999999%", "1.7 MB"]
-    targets = ["1", "2", "3", "512", "007", "999999", "1.5", "", "abc", "12345678", " 64 "]
+    targets = ["1", "2", "3", "512", "007", "999999", "9999999", "1.5", "", "abc", "12345678", " 64 "]
     asked = [(t, "1400MiB", "") for t in targets] + [("512", s, p) for s in sizes for p in parts[:3]]
     asked += [("256", "1500MiB", part) for part in parts]
     while len(asked) < count:

@@ -51,6 +51,13 @@ const whatIf = (() => {
     return found;
   };
 
+  // The number of steps after `steps` whose windows differ in size: shapes.py's `differing_steps`.
+  const nextSteps = (samples, steps) => {
+    const size = Math.floor(samples / steps);
+    const even = Math.floor(samples / size);
+    return [Math.floor((samples - 1) / size), even, even + 1].find((each) => each > steps);
+  };
+
   const runs = (split) =>
     split.repeated ? [[split.steps - 1, split.first], [1, split.last]] :
     split.larger ? [[split.larger, split.last + 1], [split.steps - split.larger, split.last]] : [[split.steps, split.last]];
@@ -109,13 +116,11 @@ const whatIf = (() => {
       if (!known.has(size)) known.set(size, fits({ first: size, second: size, last: size, steps: 2 }, 2 * size));
       return known.get(size);
     };
-    let before = {};
-    for (let steps = from; steps <= Math.floor(samples / least); steps += 1) {
+    for (let steps = from; steps <= Math.floor(samples / least); steps = nextSteps(samples, steps)) {
       const even = balanced(samples, steps);
-      const same = even.first === before.first && even.second === before.second && even.last === before.last;
-      before = steps > 1 ? even : {};
-      const others = steps > 1 ? uneven(table, samples, steps, most).filter((each) => repeats(each.first)) : [];
-      const split = [...(same ? [] : [even]), ...others].find((each) => fits(each, samples));
+      const reach = Math.min(most, largest);
+      const others = steps > 1 ? uneven(table, samples, steps, reach).filter((each) => repeats(each.first)) : [];
+      const split = [even, ...others].find((each) => fits(each, samples));
       if (!split) continue;
       const fewerAreBeyond = most > largest && steps > 1 && Math.ceil(samples / (steps - 1)) > largest;
       const end = { first: largest, second: largest, last: largest, steps: Math.min(2, steps) };

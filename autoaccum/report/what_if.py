@@ -7,19 +7,21 @@ tests hold one against the other. No torch here.
 from __future__ import annotations
 
 import bisect
+import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 from ..allocator import MAPPING_OVERHEAD_BYTES, mapping_bytes
 from ..errors import UsageError
 from ..plan import FASTEST, PeakRow, Plan, window_peak_bytes
 from ..process_memory import PAGE_BYTES
-from ..solve import CAPACITY_MARGIN, MOST_UNEVEN, Floor, Split, balanced, share_of, smallest_steps
+from ..solve import CAPACITY_MARGIN, MOST_UNEVEN, Split
 from ..units import parse_bytes, parse_part
+from .shapes import Shape, balanced_shape, differing_steps, uneven_shapes
 
 FITS, DOES_NOT_FIT, INVALID = "fits", "does not fit", "invalid"
-BEYOND = 1 << 100  # more bytes than there are: a size beyond the table
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,14 @@ class Table:
     most: int | None
     chosen: Chosen | None = None
 
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The rows' micro-batches."""
+        return tuple(row.micro_batch for row in self.rows)
+
     def row(self, micro_batch: int) -> PeakRow | None:
         """The row of that size, or of the next larger one, on the safe side; None beyond the table."""
-        index = bisect.bisect_left(self.rows, micro_batch, key=lambda row: row.micro_batch)
+        index = bisect.bisect_left(self.sizes, micro_batch)
         return self.rows[index] if index < len(self.rows) else None
 
     def data_bytes(self, samples: int) -> int:
@@ -90,20 +97,9 @@ class Table:
         training = self.data_bytes(samples) + self.history_bytes + window
         return self.base_bytes + training + int(self.slack * training)
 
-    def floors(self, samples: int) -> tuple[Floor, Floor]:
-        """Bytes below which no window with a first, or with a later, micro-batch of a size comes; for the solver."""
-        held = self.base_bytes + self.data_bytes(samples)
-        firsts = list(accumulate((row.first_bytes for row in reversed(self.rows)), min))[::-1]
-        laters = list(accumulate((row.later_bytes for row in reversed(self.rows)), min))[::-1]
-
-        def floor_of(least: list[int]) -> Floor:
-            def floor(n: int) -> int:
-                index = bisect.bisect_left(self.rows, n, key=lambda row: row.micro_batch)
-                return held + least[index] if index < len(least) else BEYOND
-
-            return floor
-
-        return floor_of(firsts), floor_of(laters)
+    def peak_of_shape(self, shape: Shape) -> int | None:
+        """The same of a window that is known by its shape."""
+        return self.peak_of(shape.samples, shape.steps, shape.first, shape.second, shape.last)
 
     def is_exact(self, split: Split) -> bool:
         """Whether the table has a row of each of the split's sizes."""
@@ -195,31 +191,41 @@ def answer(table: Table, target_batch: int, budget_bytes: int) -> Answer:
         return Answer(FITS, chosen.split, chosen.peak_bytes, budget_bytes)
     if target_batch < table.world_size:
         return Answer(INVALID, why=f"A target batch of at least {table.world_size}: each rank needs a sample.")
-    samples = share_of(target_batch, table.world_size, 0)
+    samples = -(-target_batch // table.world_size)
     most = min(table.most or samples, samples)
     if samples < table.least or samples // table.least < -(-samples // most):
         return Answer(INVALID, why=f"Micro-batches of {table.least} to {most} can't add up to {samples} samples.")
     usable = int(budget_bytes * (1 - CAPACITY_MARGIN))
-    largest = table.rows[-1].micro_batch
 
-    def fits(split: Split) -> bool:
-        peak = table.peak_bytes(split)
+    @functools.cache
+    def fits(shape: Shape) -> bool:
+        peak = table.peak_of_shape(shape)
         return peak is not None and peak <= usable
 
-    floor, later_floor = table.floors(samples)
-    found = smallest_steps(
-        fits, floor, samples=samples, budget_bytes=usable, least=table.least, most=most, later_floor=later_floor
-    )
+    found = _fewest_steps(table, fits, samples, most)
+    shape = found or balanced_shape(samples, samples // table.least)
+    peak, at_most = table.peak_of_shape(shape) or 0, not table.is_exact((shape.first, shape.last))
     if found is None:
-        split = balanced(samples, samples // table.least)
-        needed = int((table.peak_bytes(split) or 0) / (1 - CAPACITY_MARGIN))
-        missing = max(1, needed - budget_bytes)
-        return Answer(DOES_NOT_FIT, _runs(split), needed, budget_bytes, missing, not table.is_exact(split))
-    split = found.split
-    beyond = most > largest and -(-samples // (len(split) - 1 or samples)) > largest and len(split) > 1
-    beyond = beyond and fits((largest,) * min(2, len(split)))
-    peak = table.peak_bytes(split) or 0
-    return Answer(FITS, _runs(split), peak, budget_bytes, 0, not table.is_exact(split), beyond)
+        needed = int(peak / (1 - CAPACITY_MARGIN))
+        return Answer(DOES_NOT_FIT, shape.runs, needed, budget_bytes, max(1, needed - budget_bytes), at_most)
+    largest = table.rows[-1].micro_batch
+    beyond = most > largest and shape.steps > 1 and -(-samples // (shape.steps - 1)) > largest
+    beyond = beyond and fits(Shape(((2, largest),)))
+    return Answer(FITS, shape.runs, peak, budget_bytes, 0, at_most, beyond)
+
+
+def _fewest_steps(table: Table, fits: Callable[[Shape], bool], samples: int, most: int) -> Shape | None:
+    """What solve.py's `smallest_steps` would find, were it asked of the table; in thousands of tests at most."""
+    most = min(most, table.rows[-1].micro_batch)  # nothing beyond the table fits
+    for steps in differing_steps(samples, -(-samples // most), samples // table.least):
+        balanced = balanced_shape(samples, steps)
+        if fits(balanced):
+            return balanced
+        if steps > 1:
+            for shape in uneven_shapes(samples, steps, least=table.least, most=most):
+                if fits(Shape(((2, shape.first),))) and fits(shape):
+                    return shape
+    return None
 
 
 def _runs(split: Split) -> tuple[tuple[int, int], ...]:
