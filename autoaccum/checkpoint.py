@@ -32,7 +32,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch
 # What torch.load raises of files that are cut short, foreign, or name classes.
 _UNREADABLE = (
     OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ImportError, EOFError, MemoryError,
-    pickle.UnpicklingError,
+    ArithmeticError, pickle.UnpicklingError,
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from .windows import loader_length
 from .workload import Batch, Workload
 
 # What taking over a state that is no state of this workload's raises, torch's and the workload's own classes included.
-_UNFIT = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+_UNFIT = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def train(

@@ -115,6 +115,17 @@ ODD: dict[str, Callable[[dict[str, Any]], Any]] = {
         **state,
         "place": {**state["place"], "rng_now": {"NumPy RNG": {"dtype": "O", "values": [1]}}},
     },
+    **{
+        f"arrays with {value}": lambda state, value=value: {  # type: ignore[misc]
+            **state,
+            "place": {**state["place"], "rng_now": {"NumPy RNG": {"dtype": "uint32", "values": [value]}}},
+        }
+        for value in (-1, 2**63, float("inf"))
+    },
+    "a random state below 0": lambda state: {
+        **state,
+        "place": {**state["place"], "rng_now": {"Python RNG": (3, (0,) * 624 + (-(10**40),), None)}},
+    },
 }
 
 
