@@ -122,6 +122,7 @@ def test_tune_finds_a_plan_that_run_trains_with(folder: Path) -> None:
         (["--target-batch", "8", "--sampler", "best"], "tpe, random, grid"),
         (["--target-batch", "8", "--device", "tpu"], "device 'tpu'"),
         (["--target-batch", "8", "--study", "none/x.db"], "no folder none"),
+        (["--target-batch", "8", "--study", "9" * 400], "can't be written"),
         (["--target-batch", "8", "-o", "mine.py"], "exists already"),
         (["--target-batch", "8", "--workload", "mine.py"], "FILE.py:FUNCTION"),
     ],

@@ -186,11 +186,11 @@ def _check_study(file: Path) -> None:
     """Refuses what can be no study's file; an empty one, or none, can become it."""
     if not file.resolve().parent.is_dir():
         raise UsageError(f"There is no folder {file.parent}.", hint="Make it first, or name another file.")
-    if file.is_dir():
-        raise UsageError(f"The study {str(file)!r} is a folder.", "A study is one SQLite file.", _OTHER_STUDY)
-    if not file.exists():
-        return
     try:
+        if file.is_dir():
+            raise UsageError(f"The study {str(file)!r} is a folder.", "A study is one SQLite file.", _OTHER_STUDY)
+        if not file.exists():
+            return
         with file.open("r+b") as opened:
             start = opened.read(len(_SQLITE)) if file.is_file() else b"?"
     except OSError as error:
