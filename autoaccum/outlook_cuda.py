@@ -69,7 +69,13 @@ class CudaOutlook(Outlook):
         return self.replayed(split, history, self._as_written(self.budget.bytes), kept=kept).fits
 
     def _choices(self, split: Split) -> tuple[bool, ...]:
-        """Whether cuBLAS's workspaces are kept: what can be chosen, the likelier one first."""
+        """Whether cuBLAS's workspaces are kept: what can be chosen, the likelier one first.
+
+        Given back while the program is open: the verified window's recording has to be like those that it joins, and
+        one with workspaces kept doesn't show where later micro-batches make theirs.
+        """
+        if self.is_open:
+            return (False,)
         training, _ = self._training(split)
         return (False, True) if training.program.workspaces else (True,)
 
@@ -415,6 +421,8 @@ class CudaOutlook(Outlook):
     def _as_recording(self, split: Split, measured: cuda.Measured | None) -> Recording | None:
         if measured is None or measured.recording is None or not self.observed.has_program:
             return None
+        if self.observed.program().workspaces and not measured.recording.workspaces:
+            return None  # workspaces were kept: not of a kind with the recordings that it would join
         return as_recording(measured.recording, split, self.observed.recordings)
 
     def learns(self, split: Split, measured: cuda.Measured | None) -> bool:

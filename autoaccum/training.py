@@ -113,6 +113,8 @@ def training_of(program: StepProgram, first_step: Recording, build: tuple[Event,
 def by_hand(training: Training) -> Training:
     """The same in a loop written by hand, in which cuBLAS keeps its workspaces from the first micro-batch on."""
     program = training.program
+    if not program.workspaces:
+        return training  # made for good already, if at all: its first micro-batch has them, and its program hasn't
     first = (s for s in program.phases[FIRST] if s.rule is not None or s.block not in program.workspaces)
     others = {
         name: tuple(step for step in phase if step.block not in program.workspaces)

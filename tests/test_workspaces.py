@@ -182,6 +182,21 @@ def test_by_hand_a_workspace_stays_in_the_logits_place() -> None:
     assert loop.peak_allocated_bytes == runner.peak_allocated_bytes + 8 * MIB
 
 
+def test_by_hand_workspaces_that_were_kept_while_recorded_stay() -> None:
+    given_back = recorded()
+    phases = tuple(
+        Phase(phase.name, tuple(e for e in phase.events if e.block != 6 and (e.block != 3 or e.bytes > 0)))
+        for phase in given_back.phases
+    )
+    kept = replace(given_back, phases=phases, workspaces=frozenset())
+    found = [
+        replay_training(by_hand(training_of(as_recorded(each), each, ())), (7, 7), CudaRules())
+        for each in (given_back, kept)
+    ]
+    assert found[0] == found[1]
+    assert found[1].peak_allocated_bytes == (22 + 12 + 12 + 8) * MIB  # a segment of 22 isn't cut for logits of 21
+
+
 def test_a_workspace_is_neither_activation_nor_temporary() -> None:
     recording = recorded()
     phases = tuple(
