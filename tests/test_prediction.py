@@ -1,6 +1,6 @@
 """Predicted against real memory, both ways: below the limit it trains, above it it doesn't.
 
-One size of each of six models, four of them in the slow tests; `python -m benchmarks.prediction` does 8 to 128.
+One size of each of six models, five of them in the slow tests; `python -m benchmarks.prediction` does 8 to 128.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIZES = {
     "ViT": 16,
     "GRU tagger": 16,
 }  # small: there a constant that is missing shows most
-SLOW = ("CNN with BatchNorm", "LSTM", "ViT", "GRU tagger")
+SLOW = ("char-GPT", "CNN with BatchNorm", "LSTM", "ViT", "GRU tagger")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in SIZES])

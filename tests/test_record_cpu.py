@@ -101,7 +101,7 @@ def _raise(error: BaseException) -> None:
     ("what", "told"),
     [
         (lambda: _raise(ValueError("not in a fork")), "ValueError: not in a fork"),
-        (lambda: os._exit(3), "died without a word"),
+        (lambda: os._exit(3), "it ended itself with exit code 3"),
         (lambda: void(held_lock().acquire()), "it did nothing for 2 s"),
     ],
 )
