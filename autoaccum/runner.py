@@ -442,7 +442,12 @@ class Runner:
         parts = self.parts
         for part in ("scheduler", "scaler"):
             if (state[part] is None) != (getattr(parts, part) is None):
-                raise UsageError(f"The checkpoint and the workload don't agree on having a {part}.")
+                has, lacks = ("workload", "checkpoint") if state[part] is None else ("checkpoint", "workload")
+                raise UsageError(
+                    f"The {has} has a {part}, and the {lacks} has none.",
+                    "Training would go on in another way than it was begun.",
+                    f"Resume with the workload that wrote the checkpoint, or give this one {part}= as that had it.",
+                )
         parts.model.load_state_dict(state["model"])
         parts.optimizer.load_state_dict(state["optimizer"])
         for part in ("scheduler", "scaler"):
