@@ -86,10 +86,11 @@ def solve_and_verify(
         if not verify:
             return solution, None
         split = verified_part(solution.split, compiles=compiles)
-        if explained[0] == split:
+        if explained[0] == split and outlook.ran_as_chosen(solution.split, explained[1]):
             return outlook.nearer(solution, explained[1], _trainer(outlook.subject), start_over)
         if attempt:
             start_over()
+        outlook.settle(solution.split, split)
         measured, wrong = _run_for_real(outlook, split)
         if measured is not None:
             wrong = outlook.confirms(split, measured)

@@ -68,6 +68,7 @@ class Measured:
         retries: How often the cache was given back to make room, in each window.
         seconds: What the windows after the first took.
         recording: Of the first window; None where the user's own memory history kept too little of it.
+        kept: Whether cuBLAS kept its workspaces.
     """
 
     peak_bytes: int
@@ -75,6 +76,7 @@ class Measured:
     retries: tuple[int, ...]
     seconds: float
     recording: Recording | None = None
+    kept: bool = False
 
 
 def prepare(malloc: str = "fixed") -> int | None:

@@ -130,6 +130,14 @@ class Outlook(ABC):
     def notes(self, split: Split) -> list[str]:
         """What else the reader should know."""
 
+    def settle(self, split: Split, part: Split) -> None:
+        """Has the part that is run for real be run as the whole window will be."""
+        return
+
+    def ran_as_chosen(self, split: Split, measured: Any) -> bool:
+        """Whether what was measured was run as the window will be, by what is known now."""
+        return True
+
     @abstractmethod
     def measure(self, train: Callable[..., None], split: Split) -> Any:
         """Runs the first optimizer step and two windows for real, watched.

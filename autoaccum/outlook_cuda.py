@@ -19,7 +19,7 @@ from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Event, Re
 from .solve import CAPACITY_MARGIN, Split, largest_micro_batch
 from .training import MOST_WINDOWS, Training, TrainingReplay, by_hand, replay_training, training_of
 from .units import show_bytes
-from .verified import as_recording, well_apart
+from .verified import as_recording, well_apart, workspaces_given_back
 from .virtual.control import is_virtual
 from .wish import Wish
 
@@ -69,13 +69,7 @@ class CudaOutlook(Outlook):
         return self.replayed(split, history, self._as_written(self.budget.bytes), kept=kept).fits
 
     def _choices(self, split: Split) -> tuple[bool, ...]:
-        """Whether cuBLAS's workspaces are kept: what can be chosen, the likelier one first.
-
-        Given back while the program is open: the verified window's recording has to be like those that it joins, and
-        one with workspaces kept doesn't show where later micro-batches make theirs.
-        """
-        if self.is_open:
-            return (False,)
+        """Whether cuBLAS's workspaces are kept: what can be chosen, the likelier one first."""
         training, _ = self._training(split)
         return (False, True) if training.program.workspaces else (True,)
 
@@ -89,6 +83,14 @@ class CudaOutlook(Outlook):
             fitting = [kept for kept in choices if len(choices) > 1 and self._fits(split, kept)] or choices
             self._kept[split] = min(fitting, key=lambda kept: (self._most(split, kept), kept))
         return self._kept[split]
+
+    def settle(self, split: Split, part: Split) -> None:
+        """Workspaces are kept or given back in the part as they are in the window."""
+        self._kept[part] = self.keeps(split)
+
+    def ran_as_chosen(self, split: Split, measured: cuda.Measured) -> bool:
+        """Whether cuBLAS's workspaces were kept, or given back, as they will be."""
+        return measured.kept == self.keeps(split)
 
     def _most(self, split: Split, kept: bool) -> int:
         return max(self._peak(split, history, kept) for history in self.wish.histories)
@@ -369,9 +371,9 @@ class CudaOutlook(Outlook):
     def measure(self, train: Callable[..., None], split: Split) -> cuda.Measured:
         """Three windows: the first of all, and two that follow."""
         parts = self.subject.parts
-        parts.keeps_workspaces = self.keeps(split)
+        parts.keeps_workspaces = kept = self.keeps(split)
         try:
-            return cuda.measure(train, [split] * 3, parts.device)
+            return replace(cuda.measure(train, [split] * 3, parts.device), kept=kept)
         finally:
             parts.keeps_workspaces = False  # recordings tell both: what is given back can be left where it is
 
@@ -389,7 +391,7 @@ class CudaOutlook(Outlook):
 
         Compiled windows are predicted by a ratio; and without a program, by the next larger size that was recorded.
         """
-        expected = self.replayed(split, HERE, self.budget.bytes, kept=self.keeps(split))
+        expected = self.replayed(split, HERE, self.budget.bytes, kept=measured.kept)
         if (self.compiled_share != 1 or self.observed.doubt is not None) and self.holds(measured):
             return None
         retries = expected.retries[: len(measured.retries)]
@@ -401,7 +403,7 @@ class CudaOutlook(Outlook):
 
     def compared(self, split: Split, measured: cuda.Measured) -> tuple[int, int]:
         """In reserved bytes."""
-        expected = self.replayed(split, HERE, self.budget.bytes, kept=self.keeps(split))
+        expected = self.replayed(split, HERE, self.budget.bytes, kept=measured.kept)
         return expected.peak_reserved_bytes, measured.peak_bytes
 
     def holds(self, measured: cuda.Measured) -> bool:
@@ -421,9 +423,11 @@ class CudaOutlook(Outlook):
     def _as_recording(self, split: Split, measured: cuda.Measured | None) -> Recording | None:
         if measured is None or measured.recording is None or not self.observed.has_program:
             return None
-        if self.observed.program().workspaces and not measured.recording.workspaces:
-            return None  # workspaces were kept: not of a kind with the recordings that it would join
-        return as_recording(measured.recording, split, self.observed.recordings)
+        recordings = self.observed.recordings
+        found = as_recording(measured.recording, split, recordings)
+        if found is not None and measured.kept and recordings and recordings[-1].workspaces:
+            return workspaces_given_back(found, recordings[-1])  # to be of a kind with the recordings that it joins
+        return found
 
     def learns(self, split: Split, measured: cuda.Measured | None) -> bool:
         """By the verified window's recording, where that explains what was measured."""
@@ -444,7 +448,7 @@ class CudaOutlook(Outlook):
         if measured is None:
             self.compiled_share *= RAN_OUT
             return
-        expected = self.replayed(split, HERE, None, kept=self.keeps(split)).peak_reserved_bytes - self.base_bytes
+        expected = self.replayed(split, HERE, None, kept=measured.kept).peak_reserved_bytes - self.base_bytes
         self.compiled_share = max(measured.peak_bytes - self.base_bytes, expected // 10) / expected
 
 

@@ -154,7 +154,7 @@ def _told_apart(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> di
     for m, other in others:
         there = {event.bytes for event in other.events if event.bytes > 0}
         double = {size for size in here if size in there and size // n * m in there}
-        if double and _course(phase) == _course(other):
+        if double and course(phase.events) == course(other.events):
             found = {}
             for index, (event, beside) in enumerate(zip(phase.events, other.events, strict=True)):
                 if event.bytes in double and beside.bytes == event.bytes:
@@ -165,11 +165,11 @@ def _told_apart(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> di
     return {}
 
 
-def _course(phase: Phase) -> list[int]:
+def course(events: Sequence[Event]) -> list[int]:
     """What happens, sizes left out: an allocation is 0, a free how long ago it was made, -1 for an earlier phase."""
     made: dict[int, int] = {}
     course = []
-    for index, event in enumerate(phase.events):
+    for index, event in enumerate(events):
         if event.bytes > 0:
             made[event.block] = index
         course.append(0 if event.bytes > 0 else index - made[event.block] if event.block in made else -1)

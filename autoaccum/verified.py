@@ -1,16 +1,19 @@
 """A verified window as a recording: where it surprised, it is all there is to learn from, and it is there already.
 
 The window was the first of all after planning started over, of two or three micro-batches. Recordings are of windows of
-two, once the optimizer has its state, so what differs is taken out. No torch here.
+two, once the optimizer has its state, so what differs is taken out. And where cuBLAS kept its workspaces in it,
+recordings tell where it would have made and given back each of them. No torch here.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from .cuda_rules import SMALL_SEGMENT
+from .program import course
 from .recording import LATER, OPTIMIZER, Event, Phase, Recording, kept_blocks
 from .solve import Split
 
@@ -39,6 +42,46 @@ def as_recording(seen: Recording, split: Split, known: Sequence[Recording]) -> R
     found = without_state(replace(seen, micro_batch=split[0], phases=tuple(phases), passes=2))
     same = not known or _is_same_step(found, known[-1])
     return found if same else None
+
+
+def workspaces_given_back(seen: Recording, like: Recording) -> Recording | None:
+    """The window as it would be if cuBLAS gave its workspaces back after each phase.
+
+    Args:
+        seen: A window in which they were kept: its first micro-batch made them, and nothing freed them.
+        like: A recording of the same model in which they were given back: it tells the places.
+
+    Returns:
+        The window with them put in; None where the two don't do the same, workspaces apart.
+    """
+    there = {phase.name: phase for phase in like.phases}
+    if [phase.name for phase in seen.phases] != list(there):
+        return None
+    kept = set(_kept_workspaces(seen, there[seen.phases[0].name], like.workspaces))
+    names = itertools.count(1 + max(event.block for phase in seen.phases for event in phase.events))
+    phases, workspaces = [], set()
+    for phase in seen.phases:
+        own = [event for event in phase.events if event.block not in kept]
+        theirs = there[phase.name].events
+        others = [event for event in theirs if event.block not in like.workspaces]
+        if course(own) != course(others):
+            return None
+        named = {event.block: next(names) for event in theirs if event.block in like.workspaces}
+        workspaces |= set(named.values())
+        rest = iter(own)
+        mixed = (e._replace(block=named[e.block]) if e.block in named else next(rest) for e in theirs)
+        phases.append(Phase(phase.name, tuple(mixed)))
+    return replace(seen, phases=tuple(phases), workspaces=frozenset(workspaces))
+
+
+def _kept_workspaces(seen: Recording, like: Phase, workspaces: frozenset[int]) -> Iterator[int]:
+    """The first micro-batch's blocks that are workspaces: never freed, and of the sizes that workspaces have."""
+    freed = {event.block for phase in seen.phases for event in phase.events if event.bytes <= 0}
+    sizes = Counter(event.bytes for event in like.events if event.bytes > 0 and event.block in workspaces)
+    for event in seen.phases[0].events:
+        if event.block not in freed and sizes[event.bytes] > 0:
+            sizes[event.bytes] -= 1
+            yield event.block
 
 
 def well_apart(known: Sequence[Recording], n: int) -> list[Recording]:

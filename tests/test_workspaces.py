@@ -27,6 +27,7 @@ from autoaccum.program import as_recorded
 from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
 from autoaccum.split import tile
 from autoaccum.training import by_hand, replay_training, training_of
+from autoaccum.verified import workspaces_given_back
 from autoaccum.virtual import VirtualGpu, available, launch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -182,19 +183,46 @@ def test_by_hand_a_workspace_stays_in_the_logits_place() -> None:
     assert loop.peak_allocated_bytes == runner.peak_allocated_bytes + 8 * MIB
 
 
-def test_by_hand_workspaces_that_were_kept_while_recorded_stay() -> None:
-    given_back = recorded()
+def as_kept(given_back: Recording) -> Recording:
+    """The same window, in which cuBLAS keeps the workspace that it makes first."""
     phases = tuple(
         Phase(phase.name, tuple(e for e in phase.events if e.block != 6 and (e.block != 3 or e.bytes > 0)))
         for phase in given_back.phases
     )
-    kept = replace(given_back, phases=phases, workspaces=frozenset())
+    return replace(given_back, phases=phases, workspaces=frozenset())
+
+
+def test_by_hand_workspaces_that_were_kept_while_recorded_stay() -> None:
+    given_back = recorded()
+    kept = as_kept(given_back)
     found = [
         replay_training(by_hand(training_of(as_recorded(each), each, ())), (7, 7), CudaRules())
         for each in (given_back, kept)
     ]
     assert found[0] == found[1]
     assert found[1].peak_allocated_bytes == (22 + 12 + 12 + 8) * MIB  # a segment of 22 isn't cut for logits of 21
+
+
+@pytest.mark.parametrize(("size", "like"), [(7, 7), (20, 7), (7, 20)])
+def test_a_window_with_workspaces_kept_is_one_that_gave_them_back_by_another_that_did(size: int, like: int) -> None:
+    found = workspaces_given_back(as_kept(recorded(size)), recorded(like))
+    assert found is not None
+    made, wanted = ([training_of(as_recorded(each), each, ())] for each in (found, recorded(size)))
+    for one, other in ((made[0], wanted[0]), (by_hand(made[0]), by_hand(wanted[0]))):
+        assert replay_training(one, (size,) * 3, CudaRules()) == replay_training(other, (size,) * 3, CudaRules())
+    assert [[e.bytes for e in phase.events] for phase in found.phases] == [
+        [e.bytes for e in phase.events] for phase in recorded(size).phases
+    ]
+    assert len(found.workspaces) == 2
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_nothing_is_put_into_a_window_that_did_something_else(phase: int) -> None:
+    kept = as_kept(recorded())
+    more = replace(kept.phases[phase], events=(*kept.phases[phase].events, Event(9, MIB), Event(9, -MIB)))
+    other = replace(kept, phases=(*kept.phases[:phase], more, *kept.phases[phase + 1 :]))
+    assert workspaces_given_back(other, recorded()) is None
+    assert workspaces_given_back(replace(kept, phases=kept.phases[:2]), recorded()) is None
 
 
 def test_a_workspace_is_neither_activation_nor_temporary() -> None:
