@@ -36,6 +36,7 @@ def approach(
     answer: Callable[[Observed], Guess],
     allowed: Callable[[Observed, int], bool],
     least: int = 1,
+    begin: int = SCOUT,
 ) -> None:
     """Records until the next recording was predicted, or until it is clear that none will be.
 
@@ -45,8 +46,9 @@ def approach(
         answer: What would be chosen by what is known; asked after each recording.
         allowed: Whether a window of two micro-batches of that size is sure to fit; asked before each recording.
         least: The smallest micro-batch allowed, recorded where nothing larger is sure to fit.
+        begin: Samples in the micro-batches of the very first window; fewer where those don't fit.
     """
-    scout(subject, observed, min(least, SCOUT))
+    scout(subject, observed, min(least, begin), begin)
     primes = small_primes(subject.parts.model)
     if observed.scouted is not None and not allowed(observed, primes[0]):
         _few_samples(subject, observed, answer, allowed, primes[0] - 1, least)
@@ -102,7 +104,8 @@ def _few_samples(
     if not observed.recordings:
         worth = range(most, SCOUT + 1, -1)  # of three the first step's four samples, and six more, would be too many
         more = next((n for n in worth if allowed(observed, n)), least)
-        if_it_fits(subject, more, lambda: add(subject, observed, more) or 0)
+        if more > least:
+            if_it_fits(subject, more, lambda: add(subject, observed, more) or 0)
     if not observed.recordings:
         add(subject, observed, least)
     if not observed.has_program:

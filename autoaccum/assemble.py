@@ -310,10 +310,10 @@ def _keeping_less(outlook: Outlook, split: Split) -> str | None:
 
 
 def ran_out(outlook: Outlook, failure: str) -> DoesNotFit:
-    """The very first recordings, of a few samples, ran out of memory for real."""
+    """The very first windows, of a few samples, would run out of memory, or did so for real."""
     budget = outlook.budget
     return DoesNotFit(
-        f"Memory ran out while a few samples were recorded ({failure}); the budget is {show_bytes(budget.bytes)}.",
+        f"Memory is too short for a few samples ({failure}); the budget is {show_bytes(budget.bytes)}.",
         f"{show_bytes(outlook.base_bytes)} are {outlook.base_words}; the limit that binds is {budget.binds}.",
         f"What would help: {_larger_budget(outlook, None)}, a leaner optimizer, or a smaller model.",
         missing_bytes=1,

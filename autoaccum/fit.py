@@ -28,7 +28,7 @@ from .errors import UsageError
 from .held import Holdings, holdings
 from .infer import infer_sample
 from .lengthen import at_longest
-from .observe import Observed, Subject
+from .observe import SCOUT, Observed, Subject
 from .outlook import Outlook, bytes_per_sample
 from .plan import FASTEST, FEWEST_STEPS, Plan
 from .ranks import refuse_ranks
@@ -282,11 +282,16 @@ def _look(
         return answer.guess(replace(now, wish=replace(wish, histories=("fresh",))))
 
     def allowed(observed: Observed, n: int) -> bool:
-        return outlook(observed, observed.state_bytes).is_sure_to_fit(n)
+        too_many = n > begin and begin < SCOUT  # the next larger one was rehearsed in vain
+        return not too_many and outlook(observed, observed.state_bytes).is_sure_to_fit(n)
 
-    observed = Observed()
+    observed, begin = Observed(), SCOUT
     try:
-        approach.approach(subject, observed, chosen, allowed, wish.least)
+        if setting.device.name == "cuda":
+            from .rehearsal import samples_to_begin_with  # CUDA's rules aren't loaded for a CPU
+
+            begin = samples_to_begin_with(subject, min(wish.least, SCOUT), start_over)
+        approach.approach(subject, observed, chosen, allowed, wish.least, begin)
     except (RuntimeError, MemoryError) as error:
         if not oom.is_out_of_memory(error):
             raise

@@ -136,9 +136,9 @@ def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase]
     return run
 
 
-def scout(subject: Subject, observed: Observed, least: int = SCOUT) -> None:
+def scout(subject: Subject, observed: Observed, least: int = SCOUT, begin: int = SCOUT) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
-    recording = _first_step(subject, least)
+    recording = _first_step(subject, least, begin)
     observed.first_step, observed.after_first = recording, subject.device.read_heap()
     observed.state_at_first_bytes = state_held(subject.parts)
     if subject.device.SCOUT_STEPS > 1:
@@ -146,15 +146,15 @@ def scout(subject: Subject, observed: Observed, least: int = SCOUT) -> None:
     observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
 
 
-def _first_step(subject: Subject, least: int) -> Recording:
-    """Records the first step at two samples; at one, where memory is too short for two."""
+def _first_step(subject: Subject, least: int, begin: int) -> Recording:
+    """Records the first step at `begin` samples; at fewer, where memory is too short for them."""
     steps = subject.device.SCOUT_STEPS
-    if least < SCOUT:
-        found = if_it_fits(subject, SCOUT, lambda: record_window(subject, SCOUT, steps=steps))
+    if least < begin:
+        found = if_it_fits(subject, begin, lambda: record_window(subject, begin, steps=steps))
         if found is not None:
             return found
         return record_window(subject, least, steps=steps)
-    return record_window(subject, SCOUT, steps=steps)
+    return record_window(subject, begin, steps=steps)
 
 
 def if_it_fits(subject: Subject, n: int, run: Callable[[], Found]) -> Found | None:

@@ -1,0 +1,123 @@
+"""No out-of-memory while planning, also where two samples don't fit, or not even one.
+
+Each case is a process on a virtual GPU, with the real caching allocator, that runs this file in forks.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoaccum import Workload, fit_plan, rehearsal
+from autoaccum.errors import DoesNotFit
+from autoaccum.virtual import VirtualGpu, available, launch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.truth_cases import limit
+from benchmarks.truth_search import count, forked
+
+REASON = available()
+MIB = 1 << 20
+SAMPLE_MIB = 48  # of logits
+CAPACITIES = {"none": 120, "one": 200, "nearly two": 360, "two": 480, "many": 2000}
+
+
+class Head(nn.Module):
+    """Logits of 48 MiB a sample, and little else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6144, 64)
+        self.head = nn.Linear(64, 6144, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(ids))
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    ids, goal = batch
+    return F.cross_entropy(model(ids).flatten(0, 1), goal.flatten())
+
+
+def planned(mib: int) -> dict[str, Any]:
+    ids = torch.zeros(2, 2048, dtype=torch.long)
+    work = Workload(Head().cuda(), (ids, ids.clone()), loss=loss)
+    limit(mib * MIB)
+    said: list[str] = []
+    try:
+        plan = fit_plan(work, target_batch=8, check=False, headroom=0, progress=said.append)
+    except DoesNotFit as error:
+        return {"ooms": count("num_ooms"), "split": None, "text": str(error), "said": said}
+    return {"ooms": count("num_ooms"), "split": plan.split, "text": plan.explain(), "said": said}
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, dict[str, Any]]:
+    if REASON is not None:
+        pytest.skip(REASON)
+    process = launch(
+        [sys.executable, __file__], VirtualGpu(memory_bytes=8 << 30, copies="zero"), stdout=subprocess.PIPE
+    )
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0
+    found: dict[str, dict[str, Any]] = json.loads(out.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("room", CAPACITIES)
+def test_memory_never_runs_out_while_planning(answers: dict[str, dict[str, Any]], room: str) -> None:
+    assert answers[room]["ooms"] == 0
+
+
+def test_what_does_not_fit_is_refused_with_what_it_would_need(answers: dict[str, dict[str, Any]]) -> None:
+    found = answers["none"]
+    assert found["split"] is None
+    assert "windows of 1 don't fit: 48.0 MiB more would be needed, where" in found["text"]
+    assert not any(text.startswith("recording") for text in found["said"])
+
+
+def test_one_sample_is_planned_where_two_do_not_fit(answers: dict[str, dict[str, Any]]) -> None:
+    for found in (answers["one"], answers["nearly two"]):
+        assert found["split"] == [1] * 8
+        assert any("windows of 2 don't fit" in text for text in found["said"])
+        assert "recording at 2 samples" not in found["said"]
+
+
+def test_two_samples_are_recorded_where_they_fit(answers: dict[str, dict[str, Any]]) -> None:
+    assert all(answers[room]["said"][0] == "recording at 2 samples" for room in ("two", "many"))
+    assert max(answers["two"]["split"]) >= 2
+
+
+@pytest.mark.parametrize(
+    ("call", "sizes"),
+    [
+        (lambda f, x, y: f(torch.ops.aten.mm.default, (x, y), {}), (4 * 40 * 10,)),
+        (lambda f, x, y: f(torch.ops.aten.t.default, (x,), {}), ()),
+        (lambda f, x, y: f(torch.ops.aten.add_.Tensor, (x, x), {}), ()),
+        (lambda f, x, y: f(torch.ops.aten._to_copy.default, (x,), {"dtype": torch.float16}), (2 * 40 * 30,)),
+        (lambda f, x, y: f(torch.ops.aten._foreach_add.List, ([x, y], [x, y]), {}), (4 * 40 * 30, 4 * 30 * 10)),
+        (lambda f, x, y: f(torch.ops.aten.zeros.default, ([7, 5],), {"device": torch.device("cpu")}), (4 * 35,)),
+    ],
+    ids=["product", "view", "in place", "cast", "several", "factory"],
+)
+def test_what_an_operation_makes_is_known_beforehand(call: Any, sizes: tuple[int, ...]) -> None:
+    assert call(rehearsal._sizes, torch.ones(40, 30), torch.ones(30, 10)) == sizes
+
+
+def main() -> None:
+    """The plans for each capacity, on the virtual GPU."""
+    torch.set_num_threads(1)
+    print(json.dumps({name: forked(partial(planned, mib)) for name, mib in CAPACITIES.items()}))
+
+
+if __name__ == "__main__":
+    main()
