@@ -277,6 +277,11 @@ class Trial:
 
     later_floor = floor
 
+    def settle(self, split: tuple[int, ...], part: tuple[int, ...]) -> None: ...
+
+    def ran_as_chosen(self, split: tuple[int, ...], measured: float) -> bool:
+        return True
+
     def measure(self, train: Any, split: tuple[int, ...]) -> float:
         self.ran.append(split)
         return self.truth * 50 * split[0]
