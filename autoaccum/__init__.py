@@ -1,11 +1,11 @@
 """autoaccum: the largest micro-batch that fits, and gradient accumulation to exactly the batch you want.
 
-Start with `fit_plan`; its file, `fit.py`, is the page to read first.
+Start with `fit_plan`; its file, `planning/fit.py`, is the page to read first.
 """
 
 from __future__ import annotations
 
-from .import_path import leave_current_folder
+from .processes.import_path import leave_current_folder
 
 leave_current_folder()  # before anything else is imported: `python -m` put it first
 # isort: split
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
         RestoreError,
         UsageError,
     )
-    from .fit import fit_plan
-    from .loss_terms import LossTerms
     from .plan import Plan
-    from .runner import Runner
+    from .planning.fit import fit_plan
+    from .runner.runner import Runner
     from .tuning import SearchSpace, tune
     from .tuning.apply import configure
+    from .window.loss_terms import LossTerms
     from .workload import Workload
 
 __all__ = [
@@ -57,13 +57,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LossTerms": "loss_terms",
+    "LossTerms": "window.loss_terms",
     "Plan": "plan",
-    "Runner": "runner",
+    "Runner": "runner.runner",
     "SearchSpace": "tuning",
     "Workload": "workload",
     "configure": "tuning.apply",
-    "fit_plan": "fit",
+    "fit_plan": "planning.fit",
     "tune": "tuning",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import interrupts, standard_streams
+from .processes import interrupts, standard_streams
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from .budget import Budget
-from .json_text import to_json
+from .files.json_text import to_json
 
 SCHEMA_VERSION = 1
 FEWEST_STEPS, FASTEST = OBJECTIVES = ("fewest-steps", "fastest")
@@ -91,7 +91,7 @@ class TimedSize:
         micro_batch: The largest micro-batch of the split.
         step_seconds: Median of the rounds.
         windows: How many rounds there were.
-        round_seconds: What each round came to; those of all sizes belong together by their place (times.py).
+        round_seconds: What each round came to; those of all sizes belong together by their place (planning/timing.py).
     """
 
     micro_batch: int
@@ -157,13 +157,13 @@ class Plan:
         max_tokens: Within which padded tokens shorter samples may come in more rows than `micro_batch`; None where no
             budget of tokens was given.
         most_rows: The most rows of short samples that were tried within these; None where none were.
-        composition: By phase, what lives at its peak, in bytes by category (composition.py); base included.
-        timeline: What is alive through a window of at most three of the split's micro-batches (timeline.py).
+        composition: By phase, what lives at its peak, in bytes by category (simulation/breakdown.py); base included.
+        timeline: What is alive through a window of at most three of the split's micro-batches (simulation/timeline.py).
         times: Optimizer steps that were timed at this micro-batch and smaller ones, if any; `reasons["times"]` says on
             what.
         objective: What was sought: "fewest-steps", or "fastest", the smallest micro-batch that is as fast as any.
         environment: Versions and machine that the plan was made on.
-        configuration: What `autoaccum tune` chose beside the split, by name (tuning/configuration.py); `reasons` has
+        configuration: What `autoaccum tune` chose beside the split, by name (configuration.py); `reasons` has
             why, and what of it changes numbers. Empty where nothing was tuned.
         growth_bytes: What each window keeps more than the one before; 0 where nothing was seen to outlive a window.
         growth_where: The lines that keep it.
@@ -267,7 +267,7 @@ class Plan:
         Raises:
             PlanFileError: It is half-written, foreign, newer, or does not add up.
         """
-        from .plan_file import read_plan
+        from .plan_json import read_plan
 
         return read_plan(text, source)
 
@@ -278,19 +278,19 @@ class Plan:
         Raises:
             PlanFileError: It is missing, half-written, foreign or newer.
         """
-        from .plan_file import load_plan
+        from .plan_json import load_plan
 
         return load_plan(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan file, whole or not at all."""
-        from .files import write_whole
+        from .files.whole import write_whole
 
         write_whole(path, self.to_json().encode())
 
     def explain(self) -> str:
         """How each number came to be, and what the next smaller number of steps would have needed."""
-        from .explain import explain
+        from .reporting.explain import explain
 
         return explain(self)
 

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from autoaccum.bench.figures import Change, Figure, compare, read_figure
-from autoaccum.report import sheet
-from autoaccum.report.kinds import Kind
-from autoaccum.report.sheet import Section, Sheet
+from autoaccum.reporting import table_page
+from autoaccum.reporting.kinds import Kind
+from autoaccum.reporting.table_page import Section, Sheet
+from autoaccum.tuning.compare.figures import Change, Figure, compare, read_figure
 
 from .parts import PARTS
 
@@ -207,7 +207,7 @@ def write(told: dict[str, Any], changes: list[Change], against: str | None, stem
     stem.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
     made = page(told, changes, against, command)
     for suffix in (".md", ".html"):
-        stem.with_suffix(suffix).write_text(sheet.render(made, suffix))
+        stem.with_suffix(suffix).write_text(table_page.render(made, suffix))
     for part in told["parts"]:
         if part["rows"]:
             rows = pandas.DataFrame(part["rows"])

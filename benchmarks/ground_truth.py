@@ -23,8 +23,8 @@ from typing import Any
 
 import pandas
 
-from autoaccum import virtual
-from autoaccum.gpus import Gpu, find_gpu, virtual_settings
+from autoaccum.devices import virtual
+from autoaccum.devices.cuda.gpu_specs import Gpu, find_gpu, virtual_settings
 
 from .tables import of_frame
 
@@ -52,7 +52,7 @@ class Device:
     """A GPU of the data.
 
     Attributes:
-        gpu: As in `autoaccum.gpus`.
+        gpu: As in `autoaccum.devices.cuda.gpu_specs`.
         nvml_total_mib: NVML's total. What it is above CUDA's is the driver's own, which NVML's first memory info
             counts as used (docs.nvidia.com/deploy/nvml-api, nvmlMemory_t); milabench asks that one.
     """
@@ -118,7 +118,7 @@ def predict(data: pandas.DataFrame) -> tuple[pandas.DataFrame, float, str]:
     else:
         device = DEVICES[gpu]
         constant = device.driver_mib + (device.gpu.context_bytes + device.gpu.library_bytes) / MIB
-        told = f"`autoaccum.gpus`, since no row is of {bench} on {gpu}"
+        told = f"`autoaccum.devices.cuda.gpu_specs`, since no row is of {bench} on {gpu}"
     driver = found.gpu.map(lambda name: DEVICES[name].driver_mib - DEVICES[gpu].driver_mib)
     found["predicted_mib"] = found.reserved_mib + constant + driver
     found["error_mib"] = found.predicted_mib - found.memory_mib_median

@@ -29,12 +29,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from autoaccum import Workload, fit_plan, step, tree, virtual
+from autoaccum import Workload, fit_plan
+from autoaccum.data import tree
+from autoaccum.data.split import tile
+from autoaccum.devices import virtual
 from autoaccum.errors import DoesNotFit
-from autoaccum.observe import SCOUT
-from autoaccum.outlook_virtual import EmptySubject
-from autoaccum.solve import CAPACITY_MARGIN
-from autoaccum.split import tile
+from autoaccum.planning.evidence import SCOUT
+from autoaccum.planning.predictor_virtual import EmptySubject
+from autoaccum.simulation.solver import CAPACITY_MARGIN
+from autoaccum.window import step
 
 from .truth_search import count, forked
 

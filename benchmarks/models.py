@@ -73,7 +73,7 @@ def _cnn() -> Workload:
 
 
 def _chargpt() -> Workload:
-    from autoaccum.workloads.chargpt import workload
+    from autoaccum.processes.examples.chargpt import workload
 
     return workload()
 

@@ -14,7 +14,7 @@ def why_not() -> str:
     """Why nothing can be measured here; empty where it can."""
     import torch
 
-    from autoaccum.virtual.control import is_virtual
+    from autoaccum.devices.virtual.control import is_virtual
 
     if not torch.cuda.is_available():
         return "torch sees no GPU here"

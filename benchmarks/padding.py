@@ -9,8 +9,8 @@ import argparse
 
 import torch
 
-from autoaccum.solve import split_within
-from autoaccum.tokens import longest_first, most_rows, padded_tokens, split_by_tokens
+from autoaccum.data.tokens import longest_first, most_rows, padded_tokens, split_by_tokens
+from autoaccum.simulation.solver import split_within
 
 LONGEST = 4096
 HEADER = (

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from autoaccum.bench.figures import Figure, figure_of
-from autoaccum.report.kinds import Kind
+from autoaccum.reporting.kinds import Kind
+from autoaccum.tuning.compare.figures import Figure, figure_of
 
 CPU, VIRTUAL, PREDICTED, GPU = (kind.value for kind in (Kind.CPU, Kind.VIRTUAL, Kind.PREDICTED, Kind.GPU))
 Row = dict[str, Any]

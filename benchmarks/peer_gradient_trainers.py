@@ -236,7 +236,8 @@ def our_ways(case: Case) -> list[str | None]:
 
 def by_autoaccum(case: Case, how: str | None) -> Done:
     """`autoaccum check`, `fit_plan` with the same micro-batch, and the Runner over the same loader."""
-    from autoaccum import Runner, Workload, exact, fit_plan
+    from autoaccum import Runner, Workload, fit_plan
+    from autoaccum.exactness import check
 
     loader = loader_of(case)
     sample = collate(case.samples[:: max(1, len(case.samples) // 8)])
@@ -249,7 +250,7 @@ def by_autoaccum(case: Case, how: str | None) -> Done:
         told["loss"] = lambda model, batch: loss_of(case, model, batch)
     work = Workload(case.make(), sample, optimizer=Capture, clip_grad_norm=case.clip, **told)
     target = min(case.micro_batch * case.steps, len(case.samples))
-    verdict = exact.check(work)
+    verdict = check.check(work)
     plan = fit_plan(
         work, target_batch=target, max_micro_batch=case.micro_batch, budget="4GiB", verify=False, check=False
     )

@@ -39,16 +39,16 @@ def measure(name: str, n: int) -> dict[str, Any]:
     The base is read afterwards, as planning reads it: buffers that libraries allocate on first use belong to it, and so
     do the holes that the heap had before; those that training left in it don't.
     """
-    from autoaccum import cpu
+    from autoaccum.devices.cpu import device
 
     subject = _subject(name)
-    cpu.clean()
-    before = cpu.read_heap()
-    measured = cpu.measure(lambda: _train(subject, n))
+    device.clean()
+    before = device.read_heap()
+    measured = device.measure(lambda: _train(subject, n))
     subject.parts.optimizer.state.clear()
-    cpu.clean()
+    device.clean()
     return {
-        "base": cpu.read_base(before).bytes,
+        "base": device.read_base(before).bytes,
         "peak": measured.base_bytes + measured.increment_bytes,
         "resident": measured.resident_bytes,
         "seconds": measured.seconds,
@@ -57,7 +57,8 @@ def measure(name: str, n: int) -> dict[str, Any]:
 
 def limited(name: str, n: int, limit_bytes: int) -> dict[str, Any]:
     """In a fresh process that may not commit more than `limit_bytes`: whether it trains those windows."""
-    from autoaccum import oom, process_memory
+    from autoaccum import process_memory
+    from autoaccum.devices import oom
 
     subject = _subject(name)
     process_memory.limit_data(limit_bytes)
@@ -71,18 +72,19 @@ def limited(name: str, n: int, limit_bytes: int) -> dict[str, Any]:
 
 
 def _subject(name: str) -> Any:
-    from autoaccum import cpu, step
-    from autoaccum.observe import Subject
+    from autoaccum.devices.cpu import device
+    from autoaccum.planning.evidence import Subject
+    from autoaccum.window import step
 
     from .models import make
 
     workload = make(name)
-    return Subject(step.open_parts(workload), workload, cpu, cpu.prepare())
+    return Subject(step.open_parts(workload), workload, device, device.prepare())
 
 
 def _train(subject: Any, n: int) -> None:
     """The first optimizer step, and two windows."""
-    from autoaccum import step
+    from autoaccum.window import step
 
     for steps in (1, STEPS, STEPS):
         step.train_window(subject.parts, [subject.tile(n) for _ in range(steps)], (n,) * steps)

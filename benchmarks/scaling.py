@@ -131,16 +131,18 @@ def targets_table(targets: Sequence[int]) -> list[dict[str, Any]]:
 
 def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> list[dict[str, Any]]:
     """In this process: seconds to solve for a recorded program, its replays forgotten each time."""
-    from autoaccum import answer, cpu, outlook_cpu
-    from autoaccum.wish import read_wish
+    from autoaccum.devices.cpu import device
+    from autoaccum.planning import predictor_cpu
+    from autoaccum.planning import verify as answer
+    from autoaccum.planning.request import read_wish
 
     from .speed import recorded_program
 
     workload, subject, observed, budget = recorded_program(blocks)
     rows = []
     for target in targets:
-        cpu.clean()  # as planning does before it reads the base
-        outlook = outlook_cpu.look(
+        device.clean()  # as planning does before it reads the base
+        outlook = predictor_cpu.look(
             subject, read_wish(workload, target, budget, None, None, None, 0, 1), observed, sample_bytes=0, own_bytes=0
         )
         seconds = []

@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-from autoaccum.knee import interval
+from autoaccum.simulation.knee import interval
 
 # model, samples in a window, micro-batches
 CASES = (("char-GPT", 48, 3), ("CNN with BatchNorm", 48, 3), ("MLP", 512, 4), ("ViT", 48, 3))
@@ -37,8 +37,9 @@ def tutorial_loop(model: Any, optimizer: Any, pieces: Any) -> None:
 
 def alternate(name: str, samples: int, steps: int, windows: int = WINDOWS) -> dict[str, Any]:
     """Medians of both, window by window in turn, with the malloc setting that plans hold for."""
-    from autoaccum import Runner, fit_plan, split
-    from autoaccum.solve import balanced
+    from autoaccum import Runner, fit_plan
+    from autoaccum.data import split
+    from autoaccum.simulation.solver import balanced
 
     from .models import make
 
@@ -64,8 +65,9 @@ def alternate(name: str, samples: int, steps: int, windows: int = WINDOWS) -> di
 
 def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) -> dict[str, Any]:
     """The tutorial's loop in a process whose malloc nobody touched."""
-    from autoaccum import split, step
-    from autoaccum.solve import balanced
+    from autoaccum.data import split
+    from autoaccum.simulation.solver import balanced
+    from autoaccum.window import step
 
     from .models import make
 
@@ -82,7 +84,10 @@ def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) 
 
 def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
     """A workload, its subject, what was observed of it, and a budget for some samples; 24 blocks: 10,000 events."""
-    from autoaccum import Workload, approach, cpu, observe, step
+    from autoaccum import Workload
+    from autoaccum.devices.cpu import device
+    from autoaccum.planning import evidence, schedule
+    from autoaccum.window import step
 
     from .models import Block
 
@@ -92,26 +97,26 @@ def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
     model = nn.Sequential(*[Block(32, 2) for _ in range(blocks)])
     sample = torch.randn(2, 16, 32), torch.randn(2, 16, 32)
     workload = Workload(model, sample, loss=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
-    subject = observe.Subject(step.open_parts(workload), workload, cpu, cpu.prepare(), before=cpu.read_heap())
-    observed = observe.Observed()
-    approach.approach(subject, observed, lambda found: approach.Guess(0, 0), lambda found, n: True)
-    cpu.clean()
-    return workload, subject, observed, cpu.read_base(subject.before).bytes + 200 * 2**20
+    subject = evidence.Subject(step.open_parts(workload), workload, device, device.prepare(), before=device.read_heap())
+    observed = evidence.Observed()
+    schedule.approach(subject, observed, lambda found: schedule.Guess(0, 0), lambda found, n: True)
+    device.clean()
+    return workload, subject, observed, device.read_base(subject.before).bytes + 200 * 2**20
 
 
 def solving() -> dict[str, Any]:
     """Seconds to solve for a recorded program of 10,000 events or more."""
-    from autoaccum import answer, outlook_cpu
-    from autoaccum.wish import read_wish
+    from autoaccum.planning import predictor_cpu, verify
+    from autoaccum.planning.request import read_wish
 
     workload, subject, observed, budget = recorded_program()
     events = sum(len(steps) for steps in observed.program().phases.values())
     wish = read_wish(workload, 512, budget, None, None, None, 0, 1)
-    outlook = outlook_cpu.look(subject, wish, observed, sample_bytes=4096, own_bytes=0)
+    outlook = predictor_cpu.look(subject, wish, observed, sample_bytes=4096, own_bytes=0)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        solution = answer.solve(outlook)
+        solution = verify.solve(outlook)
         seconds.append(time.perf_counter() - started)
     assert solution is not None
     median, low, high = statistics.median(seconds), min(seconds), max(seconds)

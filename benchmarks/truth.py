@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from autoaccum import virtual
+from autoaccum.devices import virtual
 
 from .truth_cases import Case, cases
 from .truth_plans import row

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autoaccum import Workload
-from autoaccum.virtual import VirtualGpu, control
+from autoaccum.devices.virtual import VirtualGpu, control
 
 from . import generated, truth_models
 

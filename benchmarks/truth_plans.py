@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
-from autoaccum import answer, assemble, errors, fit, step
-from autoaccum import split as cutting
-from autoaccum.outlook_virtual import EmptySubject
-from autoaccum.solve import Split, balanced
-from autoaccum.virtual import control
+from autoaccum import errors
+from autoaccum.data import split as cutting
+from autoaccum.devices.virtual import control
+from autoaccum.planning import build_plan, fit
+from autoaccum.planning import verify as answer
+from autoaccum.planning.predictor_virtual import EmptySubject
+from autoaccum.simulation.solver import Split, balanced
+from autoaccum.window import step
 
 from .truth_cases import Case, limit, workload
 from .truth_search import EXPANDABLE, Truth, count, forked, train
@@ -61,13 +64,13 @@ def only_the_plan() -> Iterator[None]:
 
     The table of other sizes' peaks, and writing to host batches, of which nothing is copied here.
     """
-    setting_for, table = fit.setting_for, assemble._table
+    setting_for, table = fit.setting_for, build_plan._table
     fit.setting_for = lambda device: replace(setting_for(device), subject=EmptySubject)
-    assemble._table = lambda outlook, split, largest: ()
+    build_plan._table = lambda outlook, split, largest: ()
     try:
         yield
     finally:
-        fit.setting_for, assemble._table = setting_for, table
+        fit.setting_for, build_plan._table = setting_for, table
 
 
 def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bool = True) -> dict[str, Any]:

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoaccum import Workload, cuda, oom, step
-from autoaccum.outlook_virtual import EmptySubject
-from autoaccum.solve import CAPACITY_MARGIN, Split, balanced
-from autoaccum.training import MOST_WINDOWS
+from autoaccum import Workload
+from autoaccum.devices import oom
+from autoaccum.devices.cuda import device
+from autoaccum.planning.predictor_virtual import EmptySubject
+from autoaccum.simulation.solver import CAPACITY_MARGIN, Split, balanced
+from autoaccum.simulation.training_run import MOST_WINDOWS
+from autoaccum.window import step
 
 from .truth_cases import Case, limit, workload
 
@@ -73,7 +76,7 @@ def train(work: Workload, parts: step.Parts, split: Split, windows: int = MOST_W
     retries: list[int] = []
     before = count("num_ooms")
     torch.cuda.reset_peak_memory_stats()
-    subject = EmptySubject(parts, work, cuda, None)
+    subject = EmptySubject(parts, work, device, None)
     pieces = {size: subject.tile(size) for size in set(split)}
     for index in range(windows):
         retried = count("num_alloc_retries")

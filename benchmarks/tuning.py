@@ -74,8 +74,10 @@ def alternate(model: str, contenders: dict[str, dict[str, Any]], windows: int = 
     """
     import tuned_models  # type: ignore[import-not-found]
 
-    from autoaccum import configure, process_memory, split, step
+    from autoaccum import configure, process_memory
+    from autoaccum.data import split
     from autoaccum.tuning import Configuration
+    from autoaccum.window import step
 
     process_memory.fix_mmap_threshold()
     ready = {}
@@ -117,7 +119,7 @@ def in_process(*arguments: object) -> dict[str, list[float]]:
 
 def compared(model: str, choices: dict[str, Any], windows: int = WINDOWS) -> dict[str, Any]:
     """A line of the table."""
-    from autoaccum.solve import balanced
+    from autoaccum.simulation.solver import balanced
     from autoaccum.tuning.result import sentence
 
     started = time.monotonic()

@@ -17,10 +17,13 @@ from unittest import mock
 
 import torch
 
-from autoaccum import answer, assemble, fit_plan, solve, virtual
-from autoaccum.outlook_cuda import CudaOutlook
-from autoaccum.solve import Solution, largest_micro_batch
-from autoaccum.virtual.control import is_virtual
+from autoaccum import fit_plan
+from autoaccum.devices import virtual
+from autoaccum.devices.virtual.control import is_virtual
+from autoaccum.planning import build_plan, verify
+from autoaccum.planning.predictor_cuda import CudaOutlook
+from autoaccum.simulation import solver
+from autoaccum.simulation.solver import Solution, largest_micro_batch
 
 from .truth_cases import DEVICE_BYTES, Case, GiB, limit, workload
 from .truth_models import MODELS, Made
@@ -85,7 +88,7 @@ def counted(case: Case) -> list[float]:
     limit(case.capacity_bytes)
     truth = Truth(case)
     work = workload(case, truth.model.cuda(), truth.batch)
-    with mock.patch.object(assemble, "plan", ask), contextlib.suppress(_Recorded):
+    with mock.patch.object(build_plan, "plan", ask), contextlib.suppress(_Recorded):
         fit_plan(work, target_batch=int(case.load), headroom=0, check=False, verify=False, elsewhere=True)
     return list(vars(found).values())
 
@@ -96,10 +99,10 @@ def _ask_all(outlook: CudaOutlook, found: Count) -> None:
     )
     for target in sorted({max(2, int(largest * load)) for load in LOADS if largest}):
         asked = replace(outlook, wish=replace(outlook.wish, samples=target, target_batch=target, most=target))
-        with mock.patch.object(solve, "uneven", lambda *_, **__: iter(())):
-            balanced = answer.solve(asked)
+        with mock.patch.object(solver, "uneven", lambda *_, **__: iter(())):
+            balanced = verify.solve(asked)
         started = time.process_time()  # the balanced splits are remembered: what is left are the others
-        solution = answer.solve(asked)
+        solution = verify.solve(asked)
         if balanced is None or solution is None:
             continue
         found.seconds += time.process_time() - started

@@ -17,9 +17,9 @@ from typing import Any
 from strategies import made_up_plan
 
 from autoaccum.errors import AutoaccumError, PlanFileError
-from autoaccum.explain import summary
 from autoaccum.plan import Plan
-from autoaccum.report import SUFFIXES, render, what_if
+from autoaccum.reporting import SUFFIXES, render, what_if
+from autoaccum.reporting.explain import summary
 
 MOST_SECONDS = 5.0  # that anything read may take to be told; a busy machine is slower
 TEXTS = ("", "\x1b[2J", "a\nexactness   exact", "\u202e", "\ud800", "x" * 5000, "[bold]", "<script>", "=1+1", "{{7*7}}",
@@ -138,7 +138,7 @@ def check_checkpoint(seed: int, content: bytes, path: Path) -> None:
     Raises:
         AssertionError: It isn't.
     """
-    from autoaccum.checkpoint import read_checkpoint
+    from autoaccum.runner.checkpoint import read_checkpoint
 
     rng, spoilt = random.Random(seed), bytearray(content)
     kind, place = rng.randrange(5), rng.randrange(len(content))
@@ -167,7 +167,7 @@ def sealed_state(seed: int, state: dict[str, Any]) -> bytes:
     """A checkpoint that is whole and odd: one place of its state is otherwise."""
     import torch
 
-    from autoaccum.checkpoint import _Sealed
+    from autoaccum.runner.checkpoint import _Sealed
 
     rng, data = random.Random(seed), copy.deepcopy(state)
     change(data, rng)
@@ -242,9 +242,9 @@ def check_command(words: list[str]) -> bool:
 
     command, out = typer.main.get_command(app), io.StringIO()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch("autoaccum.child.call", begins))
-        stack.enter_context(patch("autoaccum.bench.compare.call", begins))
-        stack.enter_context(patch("autoaccum.virtual.launch.built_library", lambda: Path("/x/library.so")))
+        stack.enter_context(patch("autoaccum.processes.child.call", begins))
+        stack.enter_context(patch("autoaccum.tuning.compare.comparison.call", begins))
+        stack.enter_context(patch("autoaccum.devices.virtual.launch.built_library", lambda: Path("/x/library.so")))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(out))
         try:

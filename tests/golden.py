@@ -23,20 +23,23 @@ from unittest import mock
 
 import torch
 
-from autoaccum import answer, assemble, cpu, cuda, step
-from autoaccum.allocator import Start
 from autoaccum.budget import Budget, Term
-from autoaccum.caching_allocator import CudaRules
-from autoaccum.composition import CATEGORIES
-from autoaccum.cuda_start import CudaBlock, CudaSegment, CudaStart
+from autoaccum.devices.cpu import device as cpu
+from autoaccum.devices.cuda import device as cuda
 from autoaccum.errors import DoesNotFit
-from autoaccum.observe import Observed, Subject
-from autoaccum.outlook_cpu import DEFAULT_MALLOC_SLACK, CpuOutlook
-from autoaccum.outlook_cuda import CudaOutlook
 from autoaccum.plan import Plan, RecordingNote, TimedSize
-from autoaccum.recording import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
-from autoaccum.times import Times
-from autoaccum.wish import Wish
+from autoaccum.planning import build_plan, verify
+from autoaccum.planning.evidence import Observed, Subject
+from autoaccum.planning.predictor_cpu import DEFAULT_MALLOC_SLACK, CpuOutlook
+from autoaccum.planning.predictor_cuda import CudaOutlook
+from autoaccum.planning.request import Wish
+from autoaccum.planning.timing import Times
+from autoaccum.simulation.breakdown import CATEGORIES
+from autoaccum.simulation.cuda_allocator.allocator import CudaRules
+from autoaccum.simulation.cuda_allocator.snapshot import CudaBlock, CudaSegment, CudaStart
+from autoaccum.simulation.malloc import Start
+from autoaccum.simulation.recording import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.window import step
 from autoaccum.workload import Workload
 
 FOLDER = Path(__file__).parent / "data" / "golden"
@@ -213,7 +216,7 @@ def plan_of(question: Question, data: Flat, observed: Observed) -> Plan:
         DoesNotFit: Nothing does.
     """
     outlook = outlook_of(question, data, observed)
-    solution, _ = answer.solve_and_verify(outlook, lambda: None, verify=False, compiles=False)
+    solution, _ = verify.solve_and_verify(outlook, lambda: None, verify=False, compiles=False)
     measured, timed = None, Times((), "not timed")
     if question.measured:
         took = outlook.peak_bytes(solution.split, "here")
@@ -226,7 +229,7 @@ def plan_of(question: Question, data: Flat, observed: Observed) -> Plan:
         timed = Times(tuple(TimedSize(n, 1 + 1 / n, 6, (1 + 1 / n,) * 6) for n in sizes), "made up")
     named = mock.patch.object(torch.cuda, "get_device_name", lambda device: "a GPU")
     with named, mock.patch.object(torch.cuda.memory, "_snapshot", dict):
-        plan = assemble.plan(outlook, solution, measured, outlook.subject.workload, [], timed)
+        plan = build_plan.plan(outlook, solution, measured, outlook.subject.workload, [], timed)
     return replace(plan, environment={}, fingerprint={})
 
 

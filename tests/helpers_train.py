@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from autoaccum import Plan, Runner, Workload, fit_plan
-from autoaccum.identity import fingerprint, signature
-from autoaccum.solve import split_within
-from autoaccum.step import open_parts
+from autoaccum.simulation.solver import split_within
+from autoaccum.window.fingerprint import fingerprint, signature
+from autoaccum.window.step import open_parts
 
 FP64, FP32 = 1e-12, 1e-5  # relative L2 of a gradient against one whole batch's
 NAIVE = 0.05  # what the usual mistakes differ by at least, in the cases chosen here

@@ -3,7 +3,7 @@
 A program, not a test. Each model is recorded with room; then that log is replayed at capacities between what is alive
 and what is reserved, where the real run has to give blocks back or runs out of memory.
 
-    python -m autoaccum.virtual --memory 16GiB -- python tests/replay_cases.py [CASES [SETTINGS [PARTS]]]
+    python -m autoaccum.devices.virtual --memory 16GiB -- python tests/replay_cases.py [CASES [SETTINGS [PARTS]]]
 
 Each chooses by number, like 0,3,5; left out, all. A line of JSON for each run.
 """
@@ -21,13 +21,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autoaccum import Workload, oom, split, step
-from autoaccum.caching_allocator import CachingAllocator
-from autoaccum.cuda_rules import CudaRules as Rules
-from autoaccum.cuda_rules import MiB
-from autoaccum.record_cuda import record
-from autoaccum.recording import Recording
-from autoaccum.virtual import control
+from autoaccum import Workload
+from autoaccum.data import split
+from autoaccum.devices import oom
+from autoaccum.devices.cuda.recorder import record
+from autoaccum.devices.virtual import control
+from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator
+from autoaccum.simulation.cuda_allocator.settings import CudaRules as Rules
+from autoaccum.simulation.cuda_allocator.settings import MiB
+from autoaccum.simulation.recording import Recording
+from autoaccum.window import step
 
 sys.path.insert(0, __file__.rsplit("/tests/", 1)[0])
 from benchmarks.models import Block, Recurrent, ViT

@@ -1,6 +1,6 @@
 """Random allocations and frees on a virtual GPU, and beside each the replay's own count. Prints what differs first.
 
-    python -m autoaccum.virtual --memory 2GiB --context 0 -- python tests/replay_fuzz.py SEEDS [SETTINGS]
+    python -m autoaccum.devices.virtual --memory 2GiB --context 0 -- python tests/replay_fuzz.py SEEDS [SETTINGS]
 
 A line of JSON for each setting, with how often memory ran short.
 """
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from autoaccum.caching_allocator import CachingAllocator, CudaRules
-from autoaccum.cuda_rules import MiB
-from autoaccum.cuda_start import CudaStart
-from autoaccum.recording import Event, Phase
-from autoaccum.virtual import control
+from autoaccum.devices.virtual import control
+from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator, CudaRules
+from autoaccum.simulation.cuda_allocator.settings import MiB
+from autoaccum.simulation.cuda_allocator.snapshot import CudaStart
+from autoaccum.simulation.recording import Event, Phase
 
 SETTINGS = [
     "expandable_segments:False",

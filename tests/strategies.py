@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from autoaccum.budget import Budget, Term
 from autoaccum.plan import LeafForm, PeakRow, Plan, RecordingNote, TimedSize, TimelinePart
-from autoaccum.program import Step, StepProgram
-from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
-from autoaccum.size_rules import Rule
+from autoaccum.simulation.program import Step, StepProgram
+from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.simulation.scaling import Rule
 
 PRIMES = (5, 7, 11, 13)
 RECORDED = Path(__file__).parent / "data" / "recorded_programs.json.xz"

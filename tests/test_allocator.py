@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Recorded, Truth, recorded_programs, truths
 
-from autoaccum.allocator import (
+from autoaccum.process_memory import PAGE_BYTES
+from autoaccum.simulation.malloc import (
     ALIGNMENT_BYTES,
     MAPPING_OVERHEAD_BYTES,
     CpuRules,
@@ -19,9 +20,8 @@ from autoaccum.allocator import (
     replay,
     smallest_mapping,
 )
-from autoaccum.process_memory import PAGE_BYTES
-from autoaccum.program import as_recorded, window
-from autoaccum.recording import Event, Phase, live_peak
+from autoaccum.simulation.program import as_recorded, window
+from autoaccum.simulation.recording import Event, Phase, live_peak
 
 THRESHOLD = 131072
 RECORDED = recorded_programs()

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from helpers_train import base_plan, distance, gradients, mean_of, one_thread  # noqa: F401
 from torch import nn
 
-from autoaccum import LossTerms, Workload, arrangements, exact, fit_plan, hard_batch
-from autoaccum.gradients import Twin
+from autoaccum import LossTerms, Workload, fit_plan
+from autoaccum.exactness import arrangements, check, test_batches
+from autoaccum.exactness.compare import Twin
 from autoaccum.plan import PeakRow
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -146,14 +147,14 @@ HONEST: dict[str, Loss] = {
 @pytest.mark.parametrize("how", ["alternating", "sorted", "mixed"])
 @pytest.mark.parametrize("loss", COUPLED, ids=lambda loss: loss.__name__)
 def test_what_depends_on_the_batch_is_never_called_exact(loss: Loss, how: str) -> None:
-    found = exact.check(Workload(classifier(), sample(how), loss=loss), apart=False)
+    found = check.check(Workload(classifier(), sample(how), loss=loss), apart=False)
     assert found.kind in ("not decomposable", "wrong denominator") and found.error > 1e-4, found
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_loss_stays_exact_however_its_outputs_lie(name: str) -> None:
     for how in ("alternating", "sorted"):
-        found = exact.check(Workload(classifier(), sample(how), loss=HONEST[name]), apart=False)
+        found = check.check(Workload(classifier(), sample(how), loss=HONEST[name]), apart=False)
         assert found.kind == "exact" and found.error < 1e-12, found
 
 
@@ -168,7 +169,7 @@ def test_where_samples_meet_without_a_trace_in_the_gradient_more_is_tried() -> N
 
 @pytest.mark.parametrize("most", [2, 4, 7])
 def test_a_margin_is_seen_where_few_samples_fit_at_once(most: int) -> None:
-    seen = [exact.check(Workload(classifier(), sample(how), loss=margin), most_rows=most, apart=False).exact
+    seen = [check.check(Workload(classifier(), sample(how), loss=margin), most_rows=most, apart=False).exact
             for how in ("alternating", "sorted", "mixed")]  # fmt: skip
     assert not any(seen)
 
@@ -193,7 +194,7 @@ def test_arrangements_differ_in_order_counts_and_spread_of_outputs() -> None:
     assert one.trial.batch[1].tolist() == sorted(one.trial.batch[1].tolist()) != two.trial.batch[1].tolist()
     few, many = two.trial.batch[1].bincount().tolist()
     assert few < many and two.trial.pair != one.trial.pair
-    assert two.wide and hard_batch.WIDE in (two.trial.hardness or ())
+    assert two.wide and test_batches.WIDE in (two.trial.hardness or ())
     with arrangements.as_tried(twin, two):
         wide = twin.run(lambda: twin.model(twin.cast(two.trial.batch)[0])).std()
     narrow = twin.run(lambda: twin.model(twin.cast(two.trial.batch)[0])).std()
@@ -207,8 +208,8 @@ def test_arrangements_differ_in_order_counts_and_spread_of_outputs() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_a_sample_of_few_rows_is_tested_on_eight(rows: int) -> None:
     few = tuple(leaf[:rows] for leaf in sample("alternating"))
-    assert exact.check(Workload(classifier(), few, loss=focal), apart=False).words == "exact (tested on 8 samples)"
-    found = exact.check(Workload(classifier(), few, loss=by_largest_loss), apart=False)
+    assert check.check(Workload(classifier(), few, loss=focal), apart=False).words == "exact (tested on 8 samples)"
+    found = check.check(Workload(classifier(), few, loss=by_largest_loss), apart=False)
     assert not found.exact and found.kind != "unknown"
 
 
@@ -220,7 +221,7 @@ def test_a_plan_of_small_micro_batches_is_tested_on_eight_samples(most: int) -> 
     assert plan.micro_batch <= most and plan.exactness == "exact (tested on 16 samples)"
     peaks = PeakRow(1, 1500, 1600, 1400), PeakRow(9, 9500, 9600, 1400)  # twice as much in double precision
     tight = replace(plan, peaks=peaks, budget=replace(plan.budget, bytes=plan.base_bytes + 500 + 2000 * most))
-    few = exact.for_plan(replace(tight, notes=()), work)
+    few = check.for_plan(replace(tight, notes=()), work)
     assert few.exactness == "exact (tested on 8 samples)" if most > 1 else "2 samples at once" in few.exactness
 
 
@@ -229,16 +230,16 @@ def plain_classes(m: nn.Module, b: Any) -> torch.Tensor:
 
 
 def test_a_loss_that_could_ignore_targets_is_exact_on_data_that_has_none() -> None:
-    found = exact.check(Workload(classifier(), sample("mixed"), loss=plain_classes), apart=False)
+    found = check.check(Workload(classifier(), sample("mixed"), loss=plain_classes), apart=False)
     assert found.kind == "wrong denominator"
     assert found.words.startswith("exact on data without ignored targets; not exact where some are: the loss averages")
     some = sample("mixed")
     some[1][:20] = -100
-    found = exact.check(Workload(classifier(), some, loss=plain_classes), apart=False)
+    found = check.check(Workload(classifier(), some, loss=plain_classes), apart=False)
     assert found.words.startswith("not exact: the loss averages over the classes in batch[1]")
-    both = exact.check(
+    both = check.check(
         Workload(classifier(), sample("mixed"), loss=lambda m, b: plain_classes(m, b) + hardest_half(m, b)), apart=False
     )
     assert both.words.startswith("not exact: ") and "without ignored" not in both.words
-    told = exact.stamp(base_plan(), found)
+    told = check.stamp(base_plan(), found)
     assert told.exactness == found.words

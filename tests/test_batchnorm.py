@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autoaccum import OutOfMemory, UsageError, Workload, batchnorm
-from autoaccum.step import open_parts, train_window
+from autoaccum import OutOfMemory, UsageError, Workload
+from autoaccum.window import norms
+from autoaccum.window.step import open_parts, train_window
 from autoaccum.workload import default_loss
 
 SIZES = (7, 5, 4)
@@ -268,7 +269,7 @@ def test_synchronized_statistics_are_merged_in_one_process_and_refused_over_rank
     want = whole_statistics(normed(nn.BatchNorm1d(8)), batch)
     train(model, batch, SIZES, "merged")
     assert relative(norm_of(model).running_var, want.running_var) <= FP64
-    monkeypatch.setattr(batchnorm, "ranks_here", lambda: 2)
+    monkeypatch.setattr(norms, "ranks_here", lambda: 2)
     with pytest.raises(UsageError, match="1 takes its statistics over 2 ranks"):
         open_parts(Workload(model, batch, batchnorm="merged"))
     open_parts(Workload(model, batch, batchnorm="frozen"))
@@ -327,14 +328,14 @@ values = st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=12)
 @given(values, values, values)
 @settings(max_examples=60, deadline=None)
 def test_merging_is_that_of_all_values_in_whatever_order(a: list[float], b: list[float], c: list[float]) -> None:
-    def of(xs: list[float]) -> batchnorm.Statistics:
+    def of(xs: list[float]) -> norms.Statistics:
         x = torch.tensor(xs, dtype=torch.float64)
-        return batchnorm.Statistics(len(xs), x.mean()[None], ((x - x.mean()) ** 2).sum()[None])
+        return norms.Statistics(len(xs), x.mean()[None], ((x - x.mean()) ** 2).sum()[None])
 
     whole = of(a + b + c)
     for merged in (
-        batchnorm.merge(batchnorm.merge(of(a), of(b)), of(c)),
-        batchnorm.merge(of(c), batchnorm.merge(of(b), of(a))),
+        norms.merge(norms.merge(of(a), of(b)), of(c)),
+        norms.merge(of(c), norms.merge(of(b), of(a))),
     ):
         assert merged.count == whole.count
         assert float(merged.mean) == pytest.approx(float(whole.mean), rel=1e-9, abs=1e-9)

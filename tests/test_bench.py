@@ -14,10 +14,10 @@ from strategies import made_up_plan
 from test_report import NASTY, Elements
 
 from autoaccum import Plan
-from autoaccum.bench import compare, page
-from autoaccum.bench.candidates import HALVING, PLAN, TUNED, Candidate, Comparison, Trained, all_of, by_hand
-from autoaccum.child import call
-from autoaccum.report import sheet
+from autoaccum.processes.child import call
+from autoaccum.reporting import table_page
+from autoaccum.tuning.compare import comparison, page
+from autoaccum.tuning.compare.candidates import HALVING, PLAN, TUNED, Candidate, Comparison, Trained, all_of, by_hand
 from autoaccum.units import parse_bytes
 
 MIB = 2**20
@@ -96,7 +96,7 @@ def test_each_trains_under_a_real_limit_and_says_what_it_really_trained(wide: st
     asked = {"workload": wide, "device": "cpu"}
 
     def train(candidate: Candidate) -> Trained:
-        return compare._train(candidate, plan, asked, 2, lambda message: None)
+        return comparison._train(candidate, plan, asked, 2, lambda message: None)
 
     small = train(Candidate("small", 16, 6))
     assert small.trains and small.effective_batch == 96 and small.ooms == 0 and len(small.window_seconds) == 2
@@ -146,9 +146,9 @@ def test_mistakes_are_told_before_anything_runs(args: list[str], told: str) -> N
 
 def test_a_tuned_plan_for_another_target_is_refused() -> None:
     plan = made_up_plan()
-    with pytest.raises(compare.UsageError, match="asked for are"):
-        compare._check_tuned(replace(plan, target_batch=100), plan)
-    compare._check_tuned(plan, plan)
+    with pytest.raises(comparison.UsageError, match="asked for are"):
+        comparison._check_tuned(replace(plan, target_batch=100), plan)
+    comparison._check_tuned(plan, plan)
 
 
 # How it is told.
@@ -182,9 +182,9 @@ def test_the_table_says_what_was_really_trained_and_what_is_unstable() -> None:
 def test_the_page_is_whole_in_every_form_and_escapes_the_users_words() -> None:
     nasty = replace(made_up(), workload=NASTY, environment={NASTY: NASTY}, left_out=(NASTY,))
     for suffix in (".html", ".md", ".csv"):
-        text = sheet.render(page.sheet(nasty), suffix)
+        text = table_page.render(page.sheet(nasty), suffix)
         assert "480, not 500" in text and "256.4" in text
-    elements, plain = (Elements(sheet.as_html(page.sheet(each))) for each in (nasty, made_up()))
+    elements, plain = (Elements(table_page.as_html(page.sheet(each))) for each in (nasty, made_up()))
     assert elements.tags == [*plain.tags] and "script" not in plain.tags and "img" not in elements.tags
     assert NASTY in "".join(elements.text)
     assert json.loads(page.as_json(made_up()))["candidates"][0]["unstable"] is True
@@ -194,7 +194,7 @@ def test_without_times_none_are_told() -> None:
     found = made_up()
     rows = tuple(replace(row, window_seconds=()) for row in found.rows)
     virtual = replace(found, rows=rows, plan=replace(found.plan, virtual=True, device="Virtual GPU"))
-    text, written = page.as_text(virtual), sheet.as_html(page.sheet(virtual))
+    text, written = page.as_text(virtual), table_page.as_html(page.sheet(virtual))
     assert (
         "computes nothing" in text and "real allocator on a virtual GPU" in text and "samples per second" not in written
     )

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from autoaccum.bench.figures import Figure, compare, figure_of, read_figure
-from autoaccum.report import sheet
+from autoaccum.reporting import table_page
+from autoaccum.tuning.compare.figures import Figure, compare, figure_of, read_figure
 from benchmarks import __main__ as command
 from benchmarks import parts, scaling
 
@@ -83,7 +83,7 @@ def test_the_page_has_tables_figures_what_changed_and_what_was_skipped() -> None
     old, new = run_of([1.0, 1.01, 1.02]), run_of([1.3, 1.4, 1.8])
     changes = command.changes_since(old, new)
     made = command.page(new, changes, "old.json", "python -m benchmarks --against old.json")
-    page, text = sheet.as_html(made), sheet.as_markdown(made)
+    page, text = table_page.as_html(made), table_page.as_markdown(made)
     for told in (page, text):
         assert "changed" in told and "+38.6 %" in told and "unstable" in told and "1 was skipped" in told
         assert "1 benchmark ran in 1 minute, " in told and "of 1 figure 1 is unstable" in told

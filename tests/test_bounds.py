@@ -57,7 +57,7 @@ def test_a_number_beyond_its_bounds_is_refused_before_anything_is_started(
     def started(*args: Any, **how: Any) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("autoaccum.child.call", started)
+    monkeypatch.setattr("autoaccum.processes.child.call", started)
     result = CliRunner().invoke(app, args)
     assert isinstance(result.exception, UsageError) and told in str(result.exception), result.output
 

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoaccum import nvml
 from autoaccum.budget import Budget, Term
-from autoaccum.budget_cuda import CONTEXT, FREE, HIDDEN, OTHERS, DeviceMemory, cuda_budget, shrunk_since
+from autoaccum.devices.cuda import nvml
+from autoaccum.devices.cuda.budget import CONTEXT, FREE, HIDDEN, OTHERS, DeviceMemory, cuda_budget, shrunk_since
+from autoaccum.devices.cuda.nvml import Process, Seen, see_device
+from autoaccum.devices.virtual import VirtualGpu, available, launch
 from autoaccum.errors import UsageError
-from autoaccum.nvml import Process, Seen, see_device
-from autoaccum.virtual import VirtualGpu, available, launch
 
 MIB, GIB = 2**20, 2**30
 HERE = Path(__file__).parent
@@ -398,8 +398,8 @@ def test_a_cpu_budget_can_shrink_too() -> None:
 
 LOOK = """
 import json, sys, torch
-from autoaccum.budget_cuda import read_cuda_budget, read_device, shrunk_since
-from autoaccum.virtual import control
+from autoaccum.devices.cuda.budget import read_cuda_budget, read_device, shrunk_since
+from autoaccum.devices.virtual import control
 """
 
 

@@ -23,10 +23,10 @@ from helpers_train import (
 from torch import nn
 
 from autoaccum import Plan, UsageError, Workload, fit_plan
-from autoaccum.record_cpu import record
-from autoaccum.recording import FIRST, LATER, live_peak
-from autoaccum.rng import put_rng, same_state, take_rng
-from autoaccum.step import open_parts, train_window
+from autoaccum.devices.cpu.recorder import record
+from autoaccum.simulation.recording import FIRST, LATER, live_peak
+from autoaccum.state.rng import put_rng, same_state, take_rng
+from autoaccum.window.step import open_parts, train_window
 
 SIZES = (7, 5, 4)
 Gradients = list[torch.Tensor]
@@ -146,7 +146,7 @@ def test_without_the_random_states_it_would_be_the_gradient_of_nothing(monkeypat
     model, batch = encoder(), vectors(16)
     rng = take_rng()
     want, _ = together(model, info_nce, batch, SIZES)
-    monkeypatch.setattr("autoaccum.cached.put_rng", lambda state: None)
+    monkeypatch.setattr("autoaccum.window.cached_representations.put_rng", lambda state: None)
     put_rng(rng)
     got, _ = cached(model, info_nce, batch, SIZES)
     assert distance(got, want) > 0.5

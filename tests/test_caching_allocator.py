@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoaccum import virtual
-from autoaccum.caching_allocator import CachingAllocator, CudaReplay, CudaRules, replay_cuda
-from autoaccum.cuda_rules import MiB, round_size, segment_bytes
-from autoaccum.cuda_start import CudaStart
+from autoaccum.devices import virtual
 from autoaccum.errors import UsageError
-from autoaccum.recording import Event, Phase
+from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator, CudaReplay, CudaRules, replay_cuda
+from autoaccum.simulation.cuda_allocator.settings import MiB, round_size, segment_bytes
+from autoaccum.simulation.cuda_allocator.snapshot import CudaStart
+from autoaccum.simulation.recording import Event, Phase
 
 CASES = Path(__file__).parent / "replay_cases.py"
 REASON = virtual.available()

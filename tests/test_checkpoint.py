@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from autoaccum import UsageError, Workload
-from autoaccum.checkpoint import _Sealed, plain, read_checkpoint, write_checkpoint
-from autoaccum.rng import as_plain, from_plain, put_rng, take_rng
-from autoaccum.train import train
+from autoaccum.runner.checkpoint import _Sealed, plain, read_checkpoint, write_checkpoint
+from autoaccum.runner.loop import train
+from autoaccum.state.rng import as_plain, from_plain, put_rng, take_rng
 
 
 def sealed(state: Any) -> bytes:

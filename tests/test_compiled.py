@@ -14,8 +14,8 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from autoaccum import Runner, Workload, fit_plan
-from autoaccum.compiled import is_compiled
 from autoaccum.process_memory import committed_bytes
+from autoaccum.window.compiled import is_compiled
 from autoaccum.workload import default_loss
 
 SAMPLES, WIDE = 117, 64

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Truth, recorded_programs, truths
 
-from autoaccum.composition import CATEGORIES, composition, whole
-from autoaccum.program import StepProgram, lift, window
-from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
-from autoaccum.size_rules import Rule
-from autoaccum.timeline import timeline
+from autoaccum.simulation.breakdown import CATEGORIES, composition, whole
+from autoaccum.simulation.program import StepProgram, lift, window
+from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.simulation.scaling import Rule
+from autoaccum.simulation.timeline import timeline
 
 RECORDED = {each.name: lift(each.recordings, each.prelude) for each in recorded_programs()}
 SPLITS = ((8,), (8, 8), (9, 9, 8))

@@ -19,9 +19,12 @@ import pytest
 import torch
 from torch import nn
 
-from autoaccum import fit_plan, restore, step, virtual
-from autoaccum.solve import balanced
-from autoaccum.split import tile
+from autoaccum import fit_plan
+from autoaccum.data.split import tile
+from autoaccum.devices import virtual
+from autoaccum.simulation.solver import balanced
+from autoaccum.state import snapshot
+from autoaccum.window import step
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import truth_cases, truth_plans, truth_search
@@ -142,7 +145,7 @@ def _seen(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def _bits(tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Where it lies, and its bits; not of small ones: a kernel, which does nothing here, joins them."""
-    bits = tensor.cpu().clone() if tensor.nbytes > restore._SMALL_BYTES else torch.zeros(0)
+    bits = tensor.cpu().clone() if tensor.nbytes > snapshot._SMALL_BYTES else torch.zeros(0)
     return tensor.data_ptr(), bits
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from autoaccum import Plan, Workload, fit_plan
-from autoaccum.wish import dataset_samples
+from autoaccum.planning.request import dataset_samples
 
 DATA = TensorDataset(torch.randn(300, 8), torch.zeros(300, dtype=torch.long))
 

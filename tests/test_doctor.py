@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from autoaccum import doctor, nvml, virtual
-from autoaccum.gpus import GPUS
-from autoaccum.virtual import VirtualGpu, available, launch
+from autoaccum.devices import virtual
+from autoaccum.devices.cuda import nvml
+from autoaccum.devices.cuda.gpu_specs import GPUS
+from autoaccum.devices.virtual import VirtualGpu, available, launch
+from autoaccum.planning import environment
 
 GIB = 2**30
 REASON = available()
@@ -72,7 +74,7 @@ def test_the_allocators_settings_as_it_read_them() -> None:
 
 
 def test_host_facts_need_no_gpu() -> None:
-    facts = doctor.host_facts()
+    facts = environment.host_facts()
     assert facts["NVML"] and facts["virtual GPU"]
     name = facts["host memory"].split("what binds is: ")[1]
     assert name in facts and " to use; " in facts["host memory"]
@@ -80,12 +82,12 @@ def test_host_facts_need_no_gpu() -> None:
 
 @usable
 def test_a_virtual_gpu_can_be_had() -> None:
-    assert doctor._virtual_gpu().startswith("can be had: python -m autoaccum.virtual")
+    assert environment._virtual_gpu().startswith("can be had: python -m autoaccum.devices.virtual")
 
 
 def test_a_virtual_gpu_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(virtual, "available", lambda: "There is no compiler.")
-    assert doctor._virtual_gpu() == "can't be had: There is no compiler."
+    assert environment._virtual_gpu() == "can't be had: There is no compiler."
 
 
 @pytest.mark.parametrize("limit", ["ulimit -d", "ulimit -v", "vm.overcommit_memory=2"])
@@ -94,8 +96,8 @@ def test_a_limit_of_the_host_that_binds(monkeypatch: pytest.MonkeyPatch, limit: 
     unlimited = resource.RLIM_INFINITY
     monkeypatch.setattr(virtual, "available", lambda: None)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (GIB if which == limited else unlimited, unlimited))
-    monkeypatch.setattr(doctor, "_overcommit", lambda: "2" if limited is None else "0")
-    assert doctor._virtual_gpu() == f"can't be had: {limit} may forbid the addresses that it reserves"
+    monkeypatch.setattr(environment, "_overcommit", lambda: "2" if limited is None else "0")
+    assert environment._virtual_gpu() == f"can't be had: {limit} may forbid the addresses that it reserves"
 
 
 def test_no_cuda_device_is_told_with_torchs_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,20 +108,20 @@ def test_no_cuda_device_is_told_with_torchs_reason(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    facts = doctor.torch_facts()
+    facts = environment.torch_facts()
     assert (facts["cuda devices"], facts["cuda"]) == (0, "not to be had: Found no NVIDIA driver.")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert doctor.torch_facts()["cuda"] == "not to be had: this build of torch has no CUDA"
+    assert environment.torch_facts()["cuda"] == "not to be had: this build of torch has no CUDA"
 
 
 def test_a_device_that_cannot_be_used_is_told_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autoaccum import budget_cuda
+    from autoaccum.devices.cuda import budget
 
     def read(index: int) -> None:
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
 
-    monkeypatch.setattr(budget_cuda, "read_device", read)
-    assert doctor._device_facts(3) == {"cuda:3": "can't be used: CUDA error: out of memory"}
+    monkeypatch.setattr(budget, "read_device", read)
+    assert environment._device_facts(3) == {"cuda:3": "can't be used: CUDA error: out of memory"}
 
 
 def test_nvml_without_a_driver_or_of_another_make(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from exact_cases import mlp
 from helpers_train import Capture, cut, distance, gradients, one_thread, vectors  # noqa: F401
 from torch import nn
 
-from autoaccum import Workload, step
+from autoaccum import Workload
+from autoaccum.window import step
 
 SIZES = (4, 4, 4)
 

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoaccum import answer, ends
-from autoaccum.approach import Guess
-from autoaccum.observe import Observed
-from autoaccum.outlook_cuda import MOST_ENDS, CudaOutlook
-from autoaccum.program import Step, StepProgram
-from autoaccum.recording import FIRST, Recording
-from autoaccum.size_rules import Rule
-from autoaccum.solve import Solution
+from autoaccum.planning import verify
+from autoaccum.planning.evidence import Observed
+from autoaccum.planning.predictor_cuda import MOST_ENDS, CudaOutlook
+from autoaccum.planning.schedule import Guess
+from autoaccum.simulation import saturation
+from autoaccum.simulation.program import Step, StepProgram
+from autoaccum.simulation.recording import FIRST, Recording
+from autoaccum.simulation.scaling import Rule
+from autoaccum.simulation.solver import Solution
 
 MiB = 1 << 20
 TILES = Rule(0, per_sample=MiB, unit=8 * MiB)
@@ -43,21 +44,21 @@ def sizes(found: StepProgram, n: int) -> list[int]:
     ],
 )
 def test_large_blocks_that_step_and_have_not_ended_may_end(rule: Rule, steps: bool) -> None:
-    assert ends.may_saturate(program(rule)) is steps
-    assert (ends.steps_until(program(rule), 200) > 0) is steps
-    assert (sizes(ends.ended(program(rule), 0), 1000) != [rule.at(1000)]) is steps
+    assert saturation.may_saturate(program(rule)) is steps
+    assert (saturation.steps_until(program(rule), 200) > 0) is steps
+    assert (sizes(saturation.ended(program(rule), 0), 1000) != [rule.at(1000)]) is steps
 
 
 @given(st.sampled_from([TILES, ROWS]), st.integers(0, 20), st.integers(1, 400))
 def test_an_end_is_so_many_steps_beyond_the_recording_and_changes_nothing_below(rule: Rule, steps: int, n: int) -> None:
     one = 8 * MiB if rule is TILES else 16 * MiB
-    assert sizes(ends.ended(program(rule), steps), n) == [min(rule.at(n), rule.at(100) + steps * one)]
+    assert sizes(saturation.ended(program(rule), steps), n) == [min(rule.at(n), rule.at(100) + steps * one)]
 
 
 @given(st.integers(101, 400))
 def test_with_as_many_steps_as_a_size_takes_nothing_has_ended(n: int) -> None:
     found = program(TILES, ROWS, Rule(3 * MiB))
-    assert sizes(ends.ended(found, ends.steps_until(found, n)), n) == sizes(found, n)
+    assert sizes(saturation.ended(found, saturation.steps_until(found, n)), n) == sizes(found, n)
 
 
 def outlook(of: StepProgram) -> CudaOutlook:
@@ -102,7 +103,7 @@ def test_where_a_little_more_does_not_fit_one_step_more_is_reckoned_with(
     seen = SimpleNamespace(
         wish=SimpleNamespace(samples=298, least=1), is_open=is_open, fits=lambda split: split[0] <= most
     )
-    monkeypatch.setattr(answer, "solve", lambda outlook: Solution((100, 99, 99), 1))
-    assert answer.guess(cast(Any, seen)) == Guess(100, at_least)
+    monkeypatch.setattr(verify, "solve", lambda outlook: Solution((100, 99, 99), 1))
+    assert verify.guess(cast(Any, seen)) == Guess(100, at_least)
     seen.wish.samples = None  # nothing is asked for but the largest
-    assert answer.guess(cast(Any, seen)) == Guess(100, 100)
+    assert verify.guess(cast(Any, seen)) == Guess(100, 100)

@@ -23,12 +23,16 @@ from exact_cases import CASES, CHANCE, COUNT, COUPLED, EXACT, Case, classes, mlp
 from helpers_train import Capture, base_plan, cut, distance, drained, gradients, mean_of, one_thread  # noqa: F401
 from torch import nn
 
-from autoaccum import LossTerms, Workload, exact, fit_plan, restore, step, virtual
-from autoaccum import gradients as engine
-from autoaccum.advice import percent
-from autoaccum.hard_batch import HARDNESSES, easy, harder, plain, uneven
-from autoaccum.held import modules_of
-from autoaccum.recheck import counts_differ, recheck
+from autoaccum import LossTerms, Workload, fit_plan
+from autoaccum.devices import virtual
+from autoaccum.exactness import check
+from autoaccum.exactness import compare as engine
+from autoaccum.exactness.advice import percent
+from autoaccum.exactness.recheck import counts_differ, recheck
+from autoaccum.exactness.test_batches import HARDNESSES, easy, harder, plain, uneven
+from autoaccum.state import snapshot
+from autoaccum.state.closures import modules_of
+from autoaccum.window import step
 
 SAMPLES = pytest.mark.parametrize("hard", [False, True], ids=["easy", "hard"])
 MSE = Case("mse", EXACT, lambda m, b: F.mse_loss(m(b[0]), b[1]), regression, mlp)
@@ -49,7 +53,7 @@ def test_every_loss_gets_its_verdict_and_none_is_called_exact_that_is_not(
 ) -> None:
     passes, backward = list[int](), torch.autograd.backward
     monkeypatch.setattr(torch.autograd, "backward", lambda *args, **how: (passes.append(1), backward(*args, **how)))
-    found = exact.check(work(case, hard), apart=False)
+    found = check.check(work(case, hard), apart=False)
     assert len(passes) <= (6 if found.exact else 12)
     assert found.kind == case.kind, found
     assert found.samples == 12
@@ -109,7 +113,7 @@ def test_six_small_passes_for_what_is_exact_and_three_more_to_tell_what_is_not(
         assert case.loss is not None
         return case.loss(m, b)
 
-    found = exact.check(Workload(model, case.sample(False), loss=loss, count=case.count), apart=False)
+    found = check.check(Workload(model, case.sample(False), loss=loss, count=case.count), apart=False)
     assert found.kind == case.kind
     # Three more for what is wrong; where targets were ignored, three that ask whether that is what is wrong.
     assert len(passes) == {"class weights": 9, "weight penalty in a sum": 6, "dice": 6}.get(name, 6)
@@ -151,15 +155,15 @@ def test_the_check_leaves_everything_bitwise_as_it_was(large: bool, monkeypatch:
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()])
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
-    before, sample = restore.take(model=model, optimizer=optimizer), copy.deepcopy(batch)
-    outside = restore.take(model=nn.ModuleList([head, criterion]))
+    before, sample = snapshot.take(model=model, optimizer=optimizer), copy.deepcopy(batch)
+    outside = snapshot.take(model=nn.ModuleList([head, criterion]))
 
     def loss(m: nn.Module, b: Any) -> torch.Tensor:
         out = criterion(head(m(b["ids"])), b.pop("y"))
         b["spare"].zero_()
         return out
 
-    found = exact.check(Workload(model, batch, loss=loss, optimizer=optimizer))
+    found = check.check(Workload(model, batch, loss=loss, optimizer=optimizer))
     assert found.kind != "unknown", found
     assert not before.differences() and not outside.differences()
     assert all(torch.equal(batch[name], sample[name]) for name in sample)
@@ -167,14 +171,14 @@ def test_the_check_leaves_everything_bitwise_as_it_was(large: bool, monkeypatch:
 
 def test_an_interrupt_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = Busy(), (torch.randint(11, (8, 4)), torch.randint(5, (8,)))
-    before = restore.take(model=model)
+    before = snapshot.take(model=model)
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.Tensor, "backward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        exact.check(Workload(model, batch))
+        check.check(Workload(model, batch))
     assert not before.differences()
 
 
@@ -188,7 +192,7 @@ def test_a_loss_with_single_precision_inside_is_judged_in_single_precision() -> 
         kept = b[1][b[1] != -100]
         return F.cross_entropy(m(b[0]), b[1], weight=weights, reduction="sum"), weights[kept].sum()
 
-    found = exact.check(Workload(mlp(), vectors(True), loss=loss))
+    found = check.check(Workload(mlp(), vectors(True), loss=loss))
     assert found.kind == EXACT and 1e-9 < found.error < 1e-5
 
 
@@ -197,7 +201,7 @@ def test_bf16_parameters_are_judged_in_single_or_double_precision(monkeypatch: p
     batch = tuple(leaf.bfloat16() for leaf in regression(False))
     for doubles in (1 << 20, 0):
         monkeypatch.setattr(engine, "DOUBLES", doubles)
-        found = exact.check(Workload(case.model().bfloat16(), batch, loss=case.loss))
+        found = check.check(Workload(case.model().bfloat16(), batch, loss=case.loss))
         assert found.kind == EXACT and found.error < 1e-6
 
 
@@ -209,7 +213,7 @@ def test_a_large_model_gets_the_same_verdict_from_a_part_of_its_gradient(
     monkeypatch.setattr(engine, "COPIES", 0)
     monkeypatch.setattr(engine, "ENTRIES", 60)
     monkeypatch.setattr(engine, "LEAST_ENTRIES", 8)
-    assert exact.check(work(named(name), True)).kind == named(name).kind
+    assert check.check(work(named(name), True)).kind == named(name).kind
 
 
 def test_weights_that_are_computed_from_others_are_no_obstacle() -> None:
@@ -219,7 +223,7 @@ def test_weights_that_are_computed_from_others_are_no_obstacle() -> None:
     model(torch.randn(2, 6))
     with pytest.raises(RuntimeError, match="deepcopy"):
         copy.deepcopy(model)
-    assert exact.check(Workload(model, vectors(True))).kind == EXACT
+    assert check.check(Workload(model, vectors(True))).kind == EXACT
 
 
 class Attentive(nn.Module):
@@ -240,14 +244,14 @@ class Attentive(nn.Module):
 def test_dropout_without_a_dropout_module_is_seen_and_switched_off() -> None:
     torch.manual_seed(0)
     sample = torch.randn(8, 4, 8), torch.randn(8, 8)
-    found = exact.check(Workload(Attentive(), sample, loss=MSE.loss))
+    found = check.check(Workload(Attentive(), sample, loss=MSE.loss))
     assert found.kind == CHANCE and "dropout off" in found.words and found.error < 1e-12
-    assert exact.check(Workload(Attentive(), sample, loss=lambda m, b: m(b[0]).std(0).mean())).kind == COUPLED
+    assert check.check(Workload(Attentive(), sample, loss=lambda m, b: m(b[0]).std(0).mean())).kind == COUPLED
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python", "NumPy"])
 def test_what_python_or_numpy_draw_is_seen(draw: Callable[[], float]) -> None:
-    found = exact.check(Workload(mlp(), regression(False), loss=lambda m, b: F.mse_loss(m(b[0]) * draw(), b[1])))
+    found = check.check(Workload(mlp(), regression(False), loss=lambda m, b: F.mse_loss(m(b[0]) * draw(), b[1])))
     assert found.kind == CHANCE and found.error < 1e-12
 
 
@@ -266,11 +270,11 @@ class Running(nn.Module):
 
 def test_a_module_that_changes_with_each_forward_is_named() -> None:
     model = mlp(Running())
-    found = exact.check(Workload(model, regression(False), loss=MSE.loss))
+    found = check.check(Workload(model, regression(False), loss=MSE.loss))
     assert found.kind == "changes with each forward" and found.module == "1 (Running)"
     assert torch.equal(model[1].scale, torch.ones(16))
     norm = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))  # iterates once in a window
-    assert exact.check(Workload(mlp(norm), regression(False), loss=MSE.loss)).kind == EXACT
+    assert check.check(Workload(mlp(norm), regression(False), loss=MSE.loss)).kind == EXACT
 
 
 @pytest.mark.parametrize("name", ["infonce", "dice", "barlow twins", "batch-hard", "vicreg"])
@@ -286,17 +290,17 @@ def test_a_loss_over_representations_is_exact_where_they_are_all_kept(name: str)
         work = replace(work, sample=(work.sample[0],), encode=lambda m, b: (m(b[0]),))
     if name == "vicreg":
         work = replace(work, sample=regression(True))
-    assert exact.check(work).kind == EXACT
-    assert exact.check(replace(work, model=mlp(nn.Dropout(0.3)))).kind == CHANCE
-    assert exact.check(replace(work, model=mlp(nn.BatchNorm1d(16)))).module == "1 (BatchNorm1d)"
+    assert check.check(work).kind == EXACT
+    assert check.check(replace(work, model=mlp(nn.Dropout(0.3)))).kind == CHANCE
+    assert check.check(replace(work, model=mlp(nn.BatchNorm1d(16)))).module == "1 (BatchNorm1d)"
 
 
 @pytest.mark.parametrize(("how", "kind"), [("frozen", EXACT), ("merged", COUPLED), ("per_micro_batch", COUPLED)])
 def test_batch_normalization_is_exact_where_it_is_frozen(how: str, kind: str) -> None:
-    found = exact.check(Workload(mlp(nn.BatchNorm1d(16)), vectors(True), batchnorm=how))
+    found = check.check(Workload(mlp(nn.BatchNorm1d(16)), vectors(True), batchnorm=how))
     assert found.kind == kind and (found.module is None) == (kind == EXACT)
     coupled = Workload(mlp(nn.BatchNorm1d(16)), vectors(True), loss=named("infonce").loss, batchnorm="frozen")
-    assert exact.check(coupled).module is None  # it is the loss that couples them
+    assert check.check(coupled).module is None  # it is the loss that couples them
 
 
 def test_a_term_given_apart_is_counted_once() -> None:
@@ -305,7 +309,7 @@ def test_a_term_given_apart_is_counted_once() -> None:
             F.mse_loss(m(b[0]), b[1], reduction="sum"), b[1].numel(), sum(p.norm() for p in m.parameters())
         )
 
-    assert exact.check(Workload(mlp(), regression(True), loss=loss)).kind == EXACT
+    assert check.check(Workload(mlp(), regression(True), loss=loss)).kind == EXACT
 
 
 def test_next_tokens_made_of_the_inputs_need_no_count() -> None:
@@ -318,14 +322,14 @@ def test_next_tokens_made_of_the_inputs_need_no_count() -> None:
         return F.cross_entropy(m(b)[:, :-1].flatten(0, 1), b[:, 1:].reshape(-1))
 
     ids = torch.randint(1, 5, (8, 6), generator=torch.Generator().manual_seed(0))
-    assert exact.check(Workload(named("count=").model(), ids, loss=plain)).kind == EXACT
-    made = exact.check(Workload(named("count=").model(), ids * 2, loss=loss))  # it can't be told what they are made of
+    assert check.check(Workload(named("count=").model(), ids, loss=plain)).kind == EXACT
+    made = check.check(Workload(named("count=").model(), ids * 2, loss=loss))  # it can't be told what they are made of
     assert made.kind == COUNT and "exact on data without ignored targets" in made.words and made.advice
 
 
 def test_the_innermost_of_nested_modules_is_named() -> None:
     block = nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), nn.Sequential(nn.BatchNorm1d(16), nn.ReLU()))
-    found = exact.check(Workload(mlp(block, nn.BatchNorm1d(16)), vectors(False)))
+    found = check.check(Workload(mlp(block, nn.BatchNorm1d(16)), vectors(False)))
     assert found.module == "1.1.0 (BatchNorm1d)"
 
 
@@ -343,8 +347,8 @@ class Images(nn.Module):
 
 def test_rows_of_flattened_positions_are_told_apart() -> None:
     sample = torch.randn(8, 3, 4), torch.randint(5, (8,))
-    assert exact.check(Workload(Images(nn.BatchNorm1d(16)), sample)).module == "norm (BatchNorm1d)"
-    assert exact.check(Workload(Images(nn.LayerNorm(16)), sample)).kind == EXACT
+    assert check.check(Workload(Images(nn.BatchNorm1d(16)), sample)).module == "norm (BatchNorm1d)"
+    assert check.check(Workload(Images(nn.LayerNorm(16)), sample)).kind == EXACT
 
 
 def test_a_compiled_model_is_judged_uncompiled() -> None:
@@ -355,8 +359,8 @@ def test_a_compiled_model_is_judged_uncompiled() -> None:
         return graph
 
     model = torch.compile(mlp(nn.BatchNorm1d(16)), backend=backend)
-    assert "BatchNorm1d" in (exact.check(Workload(model, vectors(False))).module or "")
-    assert exact.check(Workload(torch.compile(mlp(), backend=backend), vectors(False))).kind == EXACT
+    assert "BatchNorm1d" in (check.check(Workload(model, vectors(False))).module or "")
+    assert check.check(Workload(torch.compile(mlp(), backend=backend), vectors(False))).kind == EXACT
     assert not compiled
     model(vectors(False)[0])
     assert compiled
@@ -378,14 +382,14 @@ def test_labels_of_hugging_face_models_force_the_counted_form(kind: str) -> None
     ids = torch.randint(3, 60, (8, 12))
     batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
     naive = Workload(model, batch, loss=lambda m, b: m(**b).loss)
-    found = exact.check(naive)
+    found = check.check(naive)
     code = "batch['labels']" if kind == "bert" else "batch['labels'][:, 1:]"
     assert found.kind == COUNT and found.error > 0.05
     assert found.advice[-1] == f"Workload(..., count=lambda batch: ({code} != -100).sum())"
     told = re.search(r"count=(.*)\)$", found.advice[-1])
     assert told is not None
     for mended in (replace(naive, count=eval(told[1])), replace(naive, loss=None)):  # what it says to type; the default
-        found = exact.check(mended)
+        found = check.check(mended)
         assert found.kind == (CHANCE if kind != "llama" else EXACT) and found.error < 1e-6
 
 
@@ -407,7 +411,7 @@ def test_a_small_tensor_whose_gradient_is_all_wrong_shows() -> None:
     def loss(m: nn.Module, b: Any) -> torch.Tensor:
         return F.mse_loss(m(b[0]), b[1]) + 1e-7 * m.side(b[0]).std(0).mean()
 
-    found = exact.check(Workload(Heads(), regression(False), loss=loss))
+    found = check.check(Workload(Heads(), regression(False), loss=loss))
     assert found.kind == COUPLED and found.error < 1e-6 and str(found.worst_tensor).startswith("side.")
 
 
@@ -418,7 +422,7 @@ def test_a_loss_that_writes_into_its_batch_is_judged_by_fresh_copies() -> None:
 
     sample = tuple(leaf.double() for leaf in regression(False))
     before = copy.deepcopy(sample)
-    assert exact.check(Workload(mlp().double(), sample, loss=loss)).kind == EXACT
+    assert check.check(Workload(mlp().double(), sample, loss=loss)).kind == EXACT
     assert all(torch.equal(*pair) for pair in zip(sample, before, strict=True))
 
 
@@ -432,10 +436,10 @@ def test_what_a_mixture_of_experts_gets_wrong_shows_in_its_gate() -> None:
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
     ids = torch.randint(3, 60, (8, 12))
-    before = restore.take(model=model)
+    before = snapshot.take(model=model)
     count = lambda b: (b["labels"][:, 1:] != -100).sum()  # noqa: E731
     batch = {"input_ids": ids, "labels": ids.clone()}
-    found = exact.check(Workload(model, batch, loss=lambda m, b: m(**b).loss, count=count))
+    found = check.check(Workload(model, batch, loss=lambda m, b: m(**b).loss, count=count))
     assert found.kind == COUPLED and "gate" in str(found.worst_tensor)
     assert found.worst_tensor_error > 10 * found.error
     assert not before.differences()  # it adds hooks in its first forward
@@ -445,8 +449,8 @@ def test_what_a_mixture_of_experts_gets_wrong_shows_in_its_gate() -> None:
 
 
 def test_nothing_is_claimed_where_nothing_can_be_tested() -> None:
-    def told(loss: Callable[..., Any]) -> exact.Verdict:
-        found = exact.check(Workload(mlp(), vectors(False), loss=loss))
+    def told(loss: Callable[..., Any]) -> check.Verdict:
+        found = check.check(Workload(mlp(), vectors(False), loss=loss))
         assert found.kind == "unknown" and found.words.startswith("unknown: ") and found.advice and not found.exact
         return found
 
@@ -459,15 +463,16 @@ def test_nothing_is_claimed_where_nothing_can_be_tested() -> None:
 def test_with_too_few_parameters_least_squares_is_not_believed() -> None:
     model = nn.Linear(1, 1)
     batch = torch.linspace(-1, 2, 8)[:, None], torch.linspace(0, 1, 8)[:, None]
-    found = exact.check(Workload(model, batch, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]).sqrt()))
+    found = check.check(Workload(model, batch, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]).sqrt()))
     assert found.kind == "not exact" and "so few parameters" in found.words
-    assert exact.check(Workload(model, batch, loss=MSE.loss)).kind == EXACT
+    assert check.check(Workload(model, batch, loss=MSE.loss)).kind == EXACT
 
 
 @pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
 def test_on_a_virtual_gpu_the_verdict_is_unknown(tmp_path: Path) -> None:
     code = (
-        "import torch; from autoaccum import exact, Workload; m = torch.nn.Linear(4, 3).cuda();"
+        "import torch; from autoaccum.exactness import check as exact; from autoaccum import Workload;"
+        "m = torch.nn.Linear(4, 3).cuda();"
         "b = torch.ones(8, 4).cuda(), torch.zeros(8, dtype=torch.long).cuda();"
         "print(exact.check(Workload(m, b)).words)"
     )
@@ -485,10 +490,10 @@ def test_a_sample_of_one_row_is_not_repeated_but_varied() -> None:
     one = tuple(leaf[:1] for leaf in classes(False))
     trial = easy(plain(Workload(mlp(), one)))
     assert trial.rows == 8 and trial.made_up == 7 and len(trial.batch[0].unique(dim=0)) == 8
-    found = exact.check(Workload(mlp(), tuple(leaf[:2] for leaf in regression(False)), loss=named("rmse").loss))
+    found = check.check(Workload(mlp(), tuple(leaf[:2] for leaf in regression(False)), loss=named("rmse").loss))
     assert found.kind == COUNT and found.samples == 8
     equal = (torch.ones(8, 6), torch.ones(8, 5))
-    assert exact.check(Workload(mlp(), equal, loss=named("rmse").loss)).kind == COUNT
+    assert check.check(Workload(mlp(), equal, loss=named("rmse").loss)).kind == COUNT
 
 
 @pytest.mark.parametrize("rows", range(2, 17))
@@ -509,7 +514,7 @@ def test_eight_samples_a_few_at_a_time_where_no_more_fit(name: str, rows: int) -
         assert case.loss is not None
         return case.loss(m, b)
 
-    found = exact.check(
+    found = check.check(
         Workload(case.model(), case.sample(False), loss=loss, count=case.count), most_rows=rows, apart=False
     )
     assert found.kind == case.kind and max(drained(seen)) <= rows
@@ -517,14 +522,14 @@ def test_eight_samples_a_few_at_a_time_where_no_more_fit(name: str, rows: int) -
 
 
 def test_one_sample_at_a_time_tells_nothing() -> None:
-    found = exact.check(work(MSE), most_rows=1)
+    found = check.check(work(MSE), most_rows=1)
     assert found.kind == "unknown" and "2 samples at once" in found.words
 
 
 def test_batch_statistics_are_told_on_four_samples_and_not_on_three() -> None:
     norm = work(named("batchnorm"))
-    assert exact.check(norm, most_rows=4).module == "1 (BatchNorm1d)"
-    assert "4 samples at once" in exact.check(norm, most_rows=3).words
+    assert check.check(norm, most_rows=4).module == "1 (BatchNorm1d)"
+    assert "4 samples at once" in check.check(norm, most_rows=3).words
 
 
 def test_the_hard_batch_is_hard_and_leaves_the_easy_one_alone() -> None:
@@ -562,15 +567,15 @@ def test_a_plan_says_whether_it_is_exact_and_what_to_type_next() -> None:
     plan = fit_plan(work(case, True), target_batch=64, budget="4GiB", verify=False, max_micro_batch=32)
     assert plan.exactness.startswith("not exact: the loss averages over the class weights of batch[1]")
     assert "Workload(..., count=" in plan.notes[-1] and plan.exactness in plan.explain()
-    mended = exact.stamp(base_plan(), exact.check(work(named("count="))))
+    mended = check.stamp(base_plan(), check.check(work(named("count="))))
     assert mended.exactness == "exact (tested on 12 samples)"
 
 
 def test_a_plan_of_one_micro_batch_is_exact_whatever_the_loss() -> None:
     plan = replace(base_plan(), accumulation_steps=1)
-    told = exact.stamp(plan, exact.check(work(named("infonce"))))
+    told = check.stamp(plan, check.check(work(named("infonce"))))
     assert "one micro-batch is the whole batch" in " ".join(told.notes)
-    assert "one micro-batch" not in " ".join(exact.stamp(plan, exact.check(work(MSE))).notes)
+    assert "one micro-batch" not in " ".join(check.stamp(plan, check.check(work(MSE))).notes)
 
 
 def test_an_unchecked_plan_says_so() -> None:
@@ -615,7 +620,7 @@ def window(ignored: bool) -> tuple[list[Any], list[int]]:
 def test_a_real_window_whose_counts_differ_is_tested_again() -> None:
     case = named("ignore_index")
     parts = step.open_parts(work(case, optimizer=Capture))
-    before = restore.take(model=parts.model)
+    before = snapshot.take(model=parts.model)
     assert not counts_differ(*window(False)) and recheck(parts, *window(False)) is None
     assert counts_differ(*window(True))
     told = recheck(parts, *window(True))

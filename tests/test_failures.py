@@ -34,11 +34,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from autoaccum import UsageError, Workload
-from autoaccum.program import lift, plain_window
-from autoaccum.record_cpu import record
-from autoaccum.recording import FIRST, LATER, OPTIMIZER, Recording, live_peak
-from autoaccum.solve import share_of, split_within
-from autoaccum.step import Parts, open_parts, run_between, train_window
+from autoaccum.devices.cpu.recorder import record
+from autoaccum.simulation.program import lift, plain_window
+from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Recording, live_peak
+from autoaccum.simulation.solver import share_of, split_within
+from autoaccum.window.step import Parts, open_parts, run_between, train_window
 from autoaccum.workload import default_loss
 
 OVER_RANKS = {15, 16, 17, 18, 21, 22}

@@ -17,13 +17,14 @@ import pytest
 from strategies import made_up_plan
 from typer.testing import CliRunner
 
-from autoaccum import UsageError, child
+from autoaccum import UsageError
 from autoaccum.cli import app
-from autoaccum.files import check_output, write_whole
+from autoaccum.files.whole import check_output, write_whole
+from autoaccum.processes import child
 
 WRITER = """
 import sys, time
-from autoaccum.files import write_whole
+from autoaccum.files.whole import write_whole
 
 def content(file):
     file.write(b"half")
@@ -188,7 +189,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise AssertionError(f"{task} was begun")
 
     monkeypatch.setattr(child, "call", call)
-    monkeypatch.setattr("autoaccum.bench.compare.call", call)
+    monkeypatch.setattr("autoaccum.tuning.compare.comparison.call", call)
     monkeypatch.chdir(tmp_path)
     made_up_plan(workload="digits").save("plan.json")
 

@@ -13,8 +13,11 @@ from test_restore import CASES, Case, assert_as_before, busy, dump, loss, net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autoaccum import DoesNotFit, UsageError, Workload, answer, assemble, cpu, fit_plan, observe, step
+from autoaccum import DoesNotFit, UsageError, Workload, fit_plan
+from autoaccum.devices.cpu import device
+from autoaccum.planning import build_plan, evidence, verify
 from autoaccum.process_memory import committed_bytes
+from autoaccum.window import step
 
 BUDGET = "8GiB"
 
@@ -101,12 +104,12 @@ def test_an_error_in_any_micro_batch_leaves_no_trace(error: BaseException, call:
         (step, "optimizer_step"),
         (step, "run_between"),
         (step, "open_parts"),
-        (cpu, "record"),
-        (cpu, "read_budget"),
-        (cpu, "measure"),
-        (observe, "lift"),
-        (answer, "solve"),
-        (assemble, "plan"),
+        (device, "record"),
+        (device, "read_budget"),
+        (device, "measure"),
+        (evidence, "lift"),
+        (verify, "solve"),
+        (build_plan, "plan"),
     ],
 )
 def test_an_error_in_any_phase_leaves_no_trace(

@@ -14,8 +14,8 @@ import fuzz
 import pytest
 import torch
 
-from autoaccum.checkpoint import write_checkpoint
 from autoaccum.plan import Plan
+from autoaccum.runner.checkpoint import write_checkpoint
 
 SEEDS = 80
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoaccum.virtual import available
+from autoaccum.devices.virtual import available
 from tests import golden
 
 REASON = available()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from autoaccum import Plan
-from autoaccum.virtual import VirtualGpu, available, launch
+from autoaccum.devices.virtual import VirtualGpu, available, launch
 
 REASON = available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -43,7 +43,7 @@ import logging, sys
 import torch
 from torch import nn
 from autoaccum import Runner, Workload, fit_plan
-from autoaccum.virtual import control
+from autoaccum.devices.virtual import control
 
 logging.basicConfig(stream=sys.stdout)
 sample = torch.zeros(4, 512), torch.zeros(4, dtype=torch.long)

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
+from autoaccum.devices.cuda.gpu_specs import GPUS, LIBRARY_BYTES, Gpu, find_gpu, list_gpus, virtual_settings
+from autoaccum.devices.virtual import available, launch
 from autoaccum.errors import UsageError
-from autoaccum.gpus import GPUS, LIBRARY_BYTES, Gpu, find_gpu, list_gpus, virtual_settings
 from autoaccum.units import parse_bytes
-from autoaccum.virtual import available, launch
 
 MIB, GIB = 2**20, 2**30
 REASON = available()
@@ -109,7 +109,7 @@ def test_each_can_be_stood_in_for(gpu: Gpu) -> None:
 
 LOOK = """
 import json, torch
-from autoaccum.budget_cuda import read_cuda_budget
+from autoaccum.devices.cuda.budget import read_cuda_budget
 kind = torch.cuda.get_device_properties(0)
 seen = kind.name, kind.total_memory, f"{kind.major}.{kind.minor}", kind.multi_processor_count
 print(json.dumps([*seen, read_cuda_budget().bytes]))

@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 
-from autoaccum import virtual
+from autoaccum.devices import virtual
 from benchmarks import ground_truth
 from benchmarks.ground import models
 

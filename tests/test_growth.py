@@ -15,13 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoaccum import DoesNotFit, Plan, Workload, answer, cpu, drift, fit_plan, growth, observe, step, virtual
-from autoaccum.appended import keeper
-from autoaccum.held import holdings
+from autoaccum import DoesNotFit, Plan, Workload, fit_plan
+from autoaccum.devices import virtual
+from autoaccum.devices.cpu import device
+from autoaccum.planning import evidence, growth, verify
 from autoaccum.process_memory import committed_bytes
-from autoaccum.program import as_recorded, lift, plain_window, window_growth
-from autoaccum.recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording, live_peak
-from autoaccum.solve import Solution, smallest_steps
+from autoaccum.runner import peak_monitor
+from autoaccum.simulation.program import as_recorded, lift, plain_window, window_growth
+from autoaccum.simulation.recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording, live_peak
+from autoaccum.simulation.solver import Solution, smallest_steps
+from autoaccum.state.appended import keeper
+from autoaccum.state.closures import holdings
+from autoaccum.window import step
 
 MIB = 1 << 20
 CLASSES = 10_000
@@ -63,9 +68,9 @@ def remember(out: torch.Tensor) -> None:
     history.append(out)
 
 
-def subject_of(work: Workload) -> observe.Subject:
+def subject_of(work: Workload) -> evidence.Subject:
     held = holdings(work.model, loss=work.loss, between=work.between)
-    return observe.Subject(step.open_parts(work), work, cpu, 1 << 17, take_out=keeper(held))
+    return evidence.Subject(step.open_parts(work), work, device, 1 << 17, take_out=keeper(held))
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +167,7 @@ def test_a_plan_counts_what_windows_keep_and_says_so(growing: tuple[Plan, int]) 
 
 
 def test_the_warning_at_run_time_names_the_line(growing: tuple[Plan, int], caplog: pytest.LogCaptureFixture) -> None:
-    watch = drift.Watch(torch.device("cuda"), growing[0])
+    watch = peak_monitor.Watch(torch.device("cuda"), growing[0])
     peaks = iter([0, 2 * growing[0].predicted_peak_bytes])
     watch._peak_bytes = lambda: next(peaks)  # type: ignore[method-assign]
     watch.begin()
@@ -204,7 +209,7 @@ print(json.dumps([plan.method, plan.growth_bytes, plan.predicted_peak_bytes, pla
 @pytest.mark.slow
 @pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
 def test_on_a_gpu_three_windows_take_what_was_predicted() -> None:
-    command = [sys.executable, "-m", "autoaccum.virtual", "--memory", "4GiB", "--", sys.executable, "-c", GPU]
+    command = [sys.executable, "-m", "autoaccum.devices.virtual", "--memory", "4GiB", "--", sys.executable, "-c", GPU]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     method, grown, predicted, measured, left = json.loads(done.stdout)
@@ -310,7 +315,7 @@ class Trial:
 def test_a_prediction_far_from_what_held_is_asked_again(truth: float, steps: int) -> None:
     trial = Trial(truth)
     trial.usable_bytes = 1000 if truth <= 1 else 950  # above the prediction, and still within
-    found, measured = answer.solve_and_verify(trial, lambda: None, verify=True, compiles=False)  # type: ignore[arg-type]
+    found, measured = verify.solve_and_verify(trial, lambda: None, verify=True, compiles=False)  # type: ignore[arg-type]
     assert len(found.split) == steps and measured <= trial.usable_bytes
     assert bool(trial.remark) == (truth != 1.0)
 
@@ -318,5 +323,5 @@ def test_a_prediction_far_from_what_held_is_asked_again(truth: float, steps: int
 def test_where_fewer_steps_do_not_hold_the_ones_that_held_stay() -> None:
     trial = Trial(0.5)
     trial.confirms = lambda split, measured: None if split[0] <= 16 else "took too much"  # type: ignore[method-assign]
-    found, _ = answer.solve_and_verify(trial, lambda: None, verify=True, compiles=False)  # type: ignore[arg-type]
+    found, _ = verify.solve_and_verify(trial, lambda: None, verify=True, compiles=False)  # type: ignore[arg-type]
     assert len(found.split) == 4 and "Fewer steps were tried, and took too much" in trial.remark

@@ -19,10 +19,12 @@ from helpers_train import Capture, mlp, one_thread, plan_for, runner_for, seen, 
 from test_restore import frozen
 from torch import nn
 
-from autoaccum import OutOfMemory, Workload, exact, fit_plan, restore
-from autoaccum.batchnorm import find_norms
-from autoaccum.held import holdings
-from autoaccum.step import open_parts, train_window
+from autoaccum import OutOfMemory, Workload, fit_plan
+from autoaccum.exactness import check
+from autoaccum.state import snapshot
+from autoaccum.state.closures import holdings
+from autoaccum.window.norms import find_norms
+from autoaccum.window.step import open_parts, train_window
 from autoaccum.workload import default_loss
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -190,7 +192,7 @@ def test_what_a_loss_holds_is_put_back_after_windows(make: Callable[[], tuple[Lo
     parts = open_parts(work)
     with (
         pytest.raises(ArithmeticError) if fails else contextlib.nullcontext(),
-        restore.kept(model=model, optimizer=parts.optimizer, held=holdings(model, loss=failing)),
+        snapshot.kept(model=model, optimizer=parts.optimizer, held=holdings(model, loss=failing)),
     ):
         train_window(parts, [vectors(4), vectors(4)], [4, 4])
         assert state_of(held) != before
@@ -216,7 +218,7 @@ def test_an_out_of_memory_leaves_what_a_loss_holds_as_though_nothing_had_been(
 
         torch.manual_seed(0)
         runner = runner_for(Workload(mlp(), vectors(4), loss=short, optimizer=Capture), 8, micro)
-        with restore.kept(model=None, held=holdings(nn.Module(), loss=loss)):
+        with snapshot.kept(model=None, held=holdings(nn.Module(), loss=loss)):
             result = runner.step(vectors(8))
             assert result.retries == (micro == 8) and max(result.split) == 4
             after = state_of(held) if held is not None else None
@@ -276,7 +278,7 @@ def test_planning_leaves_what_functions_hold_to_the_bit(fails: str) -> None:
 def test_check_leaves_what_a_loss_holds_to_the_bit() -> None:
     loss = Centres()
     before = state_of(loss.state)
-    exact.check(Workload(mlp(), vectors(8), loss=loss))
+    check.check(Workload(mlp(), vectors(8), loss=loss))
     assert state_of(loss.state) == before
 
 
@@ -291,10 +293,10 @@ def test_what_is_too_large_to_be_copied_is_named_where_it_changed(monkeypatch: p
 
     model = mlp()
     needed = sum(t.nbytes for t in model.state_dict().values())
-    monkeypatch.setattr(restore, "_CHECKED_BYTES", 0)
-    monkeypatch.setattr(restore, "_available_bytes", lambda: needed + 16_000)  # the smaller ones fit in half of that
-    refused = pytest.raises(restore.RestoreError, match=r"moved.weight \(too large to be copied beforehand\)")
-    with refused, restore.kept(model=model, held=holdings(model, loss=loss)), torch.no_grad():
+    monkeypatch.setattr(snapshot, "_CHECKED_BYTES", 0)
+    monkeypatch.setattr(snapshot, "_available_bytes", lambda: needed + 16_000)  # the smaller ones fit in half of that
+    refused = pytest.raises(snapshot.RestoreError, match=r"moved.weight \(too large to be copied beforehand\)")
+    with refused, snapshot.kept(model=model, held=holdings(model, loss=loss)), torch.no_grad():
         moved.weight.add_(1)
         still[0].weight.add_(1)
     assert torch.equal(still[0].weight, normed()[0].weight)
@@ -327,7 +329,7 @@ def test_data_that_an_object_holds_is_neither_copied_nor_gone_through() -> None:
     held = holdings(model, loss=Trainer().loss)
     assert list(held.modules) == ["loss.net"]
     for storages in (True, False):
-        assert restore.host_bytes_needed(model=None, held=held, storages=storages) < 10_000
+        assert snapshot.host_bytes_needed(model=None, held=held, storages=storages) < 10_000
 
 
 def test_of_installed_packages_objects_only_tensors_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +348,7 @@ def test_of_installed_packages_objects_only_tensors_are_put_back(monkeypatch: py
     def loss(m: nn.Module, b: Any) -> Any:
         return m(b), average
 
-    with restore.kept(model=None, held=holdings(nn.Module(), loss=loss)):
+    with snapshot.kept(model=None, held=holdings(nn.Module(), loss=loss)):
         average.shadow[0].add_(1)
         average.queue.clear()
         average.calls += 1
@@ -361,7 +363,7 @@ def test_a_light_snapshot_of_what_is_held_is_quick() -> None:
         times = []
         for _ in range(30):
             start = time.perf_counter()
-            restore.take(model=nets[0], storages=False, **of)
+            snapshot.take(model=nets[0], storages=False, **of)
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
@@ -417,7 +419,7 @@ def test_what_a_module_of_the_loss_keeps_is_told_by_its_own_name(caplog: pytest.
         return default_loss(m, (centre(b[0]), b[1]))
 
     work = Workload(mlp(), vectors(12), loss=loss, optimizer=Capture)
-    verdict = exact.check(work)
+    verdict = check.check(work)
     assert verdict.module == "centre.0 (Counts)"
     assert "centre.get_submodule('0').eval()" in " ".join(verdict.advice)
     runner = runner_for(work, 8, 4)
@@ -426,7 +428,7 @@ def test_what_a_module_of_the_loss_keeps_is_told_by_its_own_name(caplog: pytest.
         runner.step(vectors(8))
     assert "history" not in caplog.text
 
-    alone = exact.check(Workload(Root(), vectors(12), optimizer=Capture))
+    alone = check.check(Workload(Root(), vectors(12), optimizer=Capture))
     assert "get_submodule" not in " ".join(alone.advice) and "the model (Root) changes" in alone.words
 
 

@@ -14,8 +14,8 @@ from helpers_train import FP32, IGNORED, NAIVE, Capture, cut, gradients, mean_of
 from torch import nn
 
 from autoaccum import Workload
-from autoaccum.hugging_face import Denominator
-from autoaccum.step import open_parts, train_window
+from autoaccum.window.hugging_face import Denominator
+from autoaccum.window.step import open_parts, train_window
 
 transformers = pytest.importorskip("transformers")
 

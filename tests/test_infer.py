@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum import UsageError
-from autoaccum.infer import infer_sample
+from autoaccum.data.infer_sample import infer_sample
 
 TINY = {
     "vocab_size": 50,

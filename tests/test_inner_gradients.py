@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from helpers_train import FP64, Capture, distance, drained, gradients, one_thread  # noqa: F401
 from torch import nn
 
-from autoaccum import Runner, Workload, counting, exact, fit_plan, record_cpu, step
-from autoaccum.recording import FIRST
+from autoaccum import Runner, Workload, fit_plan
+from autoaccum.devices.cpu import recorder
+from autoaccum.exactness import check
+from autoaccum.simulation.recording import FIRST
+from autoaccum.window import loss_count, step
 
 ROWS = 12
 
@@ -80,7 +83,7 @@ LOSSES = [mean_of_forces, sum_of_forces, penalty, by_backward]
 def test_the_window_has_the_gradient_of_the_whole_batch(loss: Callable[..., Any]) -> None:
     batch = sample()
     work = Workload(potential(), batch, loss=loss, optimizer=Capture)
-    assert exact.check(work, apart=False).kind == "exact"
+    assert check.check(work, apart=False).kind == "exact"
     plan = fit_plan(work, target_batch=ROWS, budget="4GiB", verify=False, max_micro_batch=5)
     assert plan.accumulation_steps == 3 and plan.exactness.startswith("exact (tested on")
     runner = Runner(work, plan)
@@ -98,7 +101,7 @@ def test_representations_that_are_gradients() -> None:
     """The first pass of `encode=` is without gradients, but where it takes some itself."""
     spread = lambda m, z: -z.std(0).log().sum()  # noqa: E731
     work = Workload(potential(), sample(), encode=forces, loss=spread, optimizer=Capture)
-    assert exact.check(work, apart=False).kind == "exact"
+    assert check.check(work, apart=False).kind == "exact"
     parts = step.open_parts(work)
     step.train_window(parts, [tuple(leaf[at : at + 4] for leaf in sample()) for at in (0, 4, 8)], [4, 4, 4])
     whole = gradients(potential(), lambda m, b: spread(m, forces(m, b)), sample())
@@ -119,7 +122,7 @@ def test_others_are_asked_without_gradients_and_nothing_moves() -> None:
         before = torch.get_rng_state()
         for _ in range(2):
             drained(asked)
-            assert counting.window_count(parts, pieces) in (8, 48)
+            assert loss_count.window_count(parts, pieces) in (8, 48)
         assert set(drained(asked)) == {wanted} and parts.takes_gradients is wanted
         assert parts.model.calls == 0 and torch.equal(torch.get_rng_state(), before)
         assert not any(leaf.requires_grad for piece in pieces for leaf in piece)
@@ -131,7 +134,7 @@ def test_an_error_of_the_losss_own_is_raised_as_it_is() -> None:
 
     parts = step.open_parts(Workload(potential(), sample(), loss=loss))
     with pytest.raises(ValueError, match="no such batch"):
-        counting.window_count(parts, [sample()] * 2)
+        loss_count.window_count(parts, [sample()] * 2)
 
 
 def test_asking_takes_less_memory_than_the_window_does() -> None:
@@ -143,7 +146,7 @@ def test_asking_takes_less_memory_than_the_window_does() -> None:
 
     def asking(on_phase: step.OnPhase) -> None:
         with on_phase(FIRST):
-            counting.window_count(parts, pieces)
+            loss_count.window_count(parts, pieces)
 
     def window(on_phase: step.OnPhase) -> None:
         step.train_window(replace(parts), pieces, [256, 256], on_phase=on_phase)
@@ -154,7 +157,7 @@ def test_asking_takes_less_memory_than_the_window_does() -> None:
 
 def _peak_bytes(run: Callable[[step.OnPhase], None]) -> int:
     held = peak = 0
-    for phase in record_cpu.record(run, micro_batch=1).phases:
+    for phase in recorder.record(run, micro_batch=1).phases:
         for event in phase.events:
             held += event.bytes
             peak = max(peak, held)

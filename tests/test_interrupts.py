@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_cli import TINY
 
-from autoaccum import child, interrupts
+from autoaccum.processes import child, interrupts
 
 SWALLOWS = """
 import os, signal, subprocess, sys, time
@@ -27,7 +27,7 @@ time.sleep(60)
 """
 DROPS = """
 import gc, os, signal, time, weakref
-from autoaccum import interrupts
+from autoaccum.processes import interrupts
 interrupts.watch(end_if_dropped=True)
 class Thing: pass
 def send(): os.kill(os.getpid(), signal.{name}); time.sleep(0.01)

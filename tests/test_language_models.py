@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from autoaccum.virtual import available
+from autoaccum.devices.virtual import available
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.language_models import CONTEXT_BYTES, FOUND, case, faults, outside

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from autoaccum import blame, child, standard_streams
 from autoaccum.errors import UsageError
-from autoaccum.source import load_workload
+from autoaccum.processes import child, error_origin, standard_streams
+from autoaccum.processes.workload_source import load_workload
 
 FILES = {
     "no_text": "class Bad(Exception):\n    def __str__(self):\n        1 / 0\ndef workload():\n    raise Bad\n",
@@ -64,20 +64,20 @@ def test_an_error_names_the_users_own_line(name: str, line: int, what: str, hint
 
 
 def test_what_has_no_line_is_said_without() -> None:
-    assert blame.explained(ValueError())[0] == "ValueError"
-    assert blame.explained(ValueError())[1] == ""
-    assert blame.explained(SystemExit())[0].endswith("sys.exit().")
+    assert error_origin.explained(ValueError())[0] == "ValueError"
+    assert error_origin.explained(ValueError())[1] == ""
+    assert error_origin.explained(SystemExit())[0].endswith("sys.exit().")
 
 
 def test_a_lack_of_room_is_told_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: dict[int, int] = {resource.RLIMIT_AS: 300 << 20, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
-    monkeypatch.setattr(blame.resource, "getrlimit", lambda which: (limits[which], limits[which]))
-    _, why, hint = blame.explained(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    monkeypatch.setattr(error_origin.resource, "getrlimit", lambda which: (limits[which], limits[which]))
+    _, why, hint = error_origin.explained(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
     assert "limited to 300.0 MiB (ulimit -v)" in why and "Raise that limit" in hint
-    assert "300.0 MiB" in blame.explained(MemoryError())[1]
-    assert "300.0 MiB" not in blame.explained(ImportError("no such thing"))[1]
+    assert "300.0 MiB" in error_origin.explained(MemoryError())[1]
+    assert "300.0 MiB" not in error_origin.explained(ImportError("no such thing"))[1]
     full = OSError(28, "No space left on device", "/cache/library.so")
-    assert "no room for /cache/library.so" in blame.explained(full)[1]
+    assert "no room for /cache/library.so" in error_origin.explained(full)[1]
 
 
 def with_pipe(work: Callable[[int], None]) -> int | None:
@@ -152,7 +152,7 @@ def test_whoever_reads_may_stop_and_streams_may_be_closed() -> None:
 def test_missing_streams_are_opened_for_processes_too() -> None:
     source = (
         "import os, subprocess, sys\nos.closerange(0, 3)\nsys.stdout = sys.stderr = None\n"
-        "from autoaccum import standard_streams\nstandard_streams.open_missing()\n"
+        "from autoaccum.processes import standard_streams\nstandard_streams.open_missing()\n"
         "print('x', file=sys.stderr)\n"
         "raise SystemExit(subprocess.call([sys.executable, '-c', 'import os; [os.fstat(n) for n in range(3)]']))"
     )
@@ -167,7 +167,7 @@ def test_a_foreign_study_is_refused_at_once(content: bytes, tmp_path: Path, monk
     def started(*args: Any, **how: Any) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("autoaccum.child.call", started)
+    monkeypatch.setattr("autoaccum.processes.child.call", started)
     (tmp_path / "study.db").write_bytes(content)
     with pytest.raises(UsageError, match="is no SQLite file"):
         tune("digits", target_batch=64, study=tmp_path / "study.db")

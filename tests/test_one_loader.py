@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from autoaccum import UsageError
-from autoaccum.source import load_workload, takes_device
-from autoaccum.virtual import VirtualGpu, available, environment
+from autoaccum.devices.virtual import VirtualGpu, available, environment
+from autoaccum.processes.workload_source import load_workload, takes_device
 
 REASON = available()
 MIB = 2**20
@@ -125,7 +125,7 @@ def test_run_on_cuda_holds_the_plans_limit_and_recovers_beyond_it(folder: Path, 
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")
 def test_a_lower_limit_of_the_users_stays_and_the_bytes_are_exact() -> None:
     source = (
-        "import torch\nfrom autoaccum.cuda import limit_reserved\n"
+        "import torch\nfrom autoaccum.devices.cuda.device import limit_reserved\n"
         "whole = torch.cuda.get_device_properties(0).total_memory\n"
         "def allowed(): return round(torch.cuda.get_per_process_memory_fraction() * whole)\n"
         "limit_reserved(2 * whole)\nprint(allowed() == whole)\n"

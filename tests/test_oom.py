@@ -40,9 +40,11 @@ from helpers_train import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autoaccum import OutOfMemory, Runner, Workload, budget, fit_plan, oom, restore
+from autoaccum import OutOfMemory, Runner, Workload, budget, fit_plan
 from autoaccum.budget import Term
-from autoaccum.rng import same_state, take_rng
+from autoaccum.devices import oom
+from autoaccum.state import snapshot
+from autoaccum.state.rng import same_state, take_rng
 from autoaccum.units import show_bytes
 from autoaccum.workload import default_loss
 
@@ -653,7 +655,7 @@ def test_batch_statistics_are_never_taken_of_a_single_sample() -> None:
 
 
 def test_running_out_while_the_snapshot_is_taken_is_recovered_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, taken, take = mlp(), list[int](), restore.take
+    model, taken, take = mlp(), list[int](), snapshot.take
     runner = runner_for(Workload(model, vectors(4), optimizer=Capture), 8, 4)
     want = gradients(model, default_loss, vectors(8))
 
@@ -663,7 +665,7 @@ def test_running_out_while_the_snapshot_is_taken_is_recovered_from(monkeypatch: 
             raise MemoryError
         return take(**how)
 
-    monkeypatch.setattr(restore, "take", short)
+    monkeypatch.setattr(snapshot, "take", short)
     result = runner.step(vectors(8))
     assert result.retries == 1
     assert distance(seen(runner)[-1], want) <= FP64

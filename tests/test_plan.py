@@ -17,7 +17,7 @@ from strategies import made_up_plan, plans
 
 import autoaccum
 from autoaccum.errors import PlanFileError, UsageError
-from autoaccum.files import write_whole
+from autoaccum.files.whole import write_whole
 from autoaccum.plan import SCHEMA_VERSION, Plan
 
 HERE = Path(__file__).parent

@@ -15,11 +15,11 @@ from helpers_train import Capture, cut, distance, gradients, mlp, one_thread, ru
 from torch import nn
 
 from autoaccum import NotFinite, UsageError, Workload, fit_plan
-from autoaccum.identity import fingerprint
-from autoaccum.precision import half_parameters, narrow, wide_gradients, wide_parameters, widening_bytes
-from autoaccum.record_cpu import record
-from autoaccum.recording import LATER, OPTIMIZER, live_peak
-from autoaccum.step import open_parts, train_window
+from autoaccum.devices.cpu.recorder import record
+from autoaccum.simulation.recording import LATER, OPTIMIZER, live_peak
+from autoaccum.window.fingerprint import fingerprint
+from autoaccum.window.fp32_accumulation import half_parameters, narrow, wide_gradients, wide_parameters, widening_bytes
+from autoaccum.window.step import open_parts, train_window
 from autoaccum.workload import default_loss
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

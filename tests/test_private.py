@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from autoaccum import UsageError
-from autoaccum.private import lock_file, private_folder, runtime_folder
+from autoaccum.devices.virtual import build
+from autoaccum.files.private import lock_file, private_folder, runtime_folder
 from autoaccum.tuning.kept import alone
-from autoaccum.virtual import build
 
 MODE = 0o777
 

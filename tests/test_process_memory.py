@@ -10,19 +10,15 @@ import time
 
 import pytest
 
-from autoaccum import cpu, process_memory
-from autoaccum.process_memory import (
-    PeakSampler,
-    available_bytes,
-    committed_bytes,
-    in_use_bytes,
-)
+from autoaccum import process_memory
+from autoaccum.devices.cpu import device
+from autoaccum.process_memory import PeakSampler, available_bytes, committed_bytes, in_use_bytes
 
 MIB = 2**20
 
 LIMITED = """
 import json, resource, torch
-from autoaccum import oom
+from autoaccum.devices import oom
 from autoaccum.process_memory import committed_bytes, data_limited, fix_mmap_threshold, limit_data
 
 fix_mmap_threshold()
@@ -120,9 +116,9 @@ def test_what_is_available_is_less_than_what_the_machine_has() -> None:
 
 def test_what_planning_holds_outside_of_malloc_is_no_part_of_a_fresh_process() -> None:
     before = process_memory.read_heap()
-    lean = cpu.read_base(before, before)
+    lean = device.read_base(before, before)
     with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
-        found = cpu.read_base(before, before)
+        found = device.read_base(before, before)
         assert len(held) == 64 * MIB
     assert 64 * MIB <= found.own_bytes - lean.own_bytes < 65 * MIB
     assert abs(found.bytes - lean.bytes) < MIB

@@ -9,9 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PRIMES, Recorded, Truth, recorded_programs, traced, truths
 
-from autoaccum.program import StepProgram, as_recorded, lift, window
-from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording, kept_blocks, live_peak, name_blocks
-from autoaccum.size_rules import Rule, size_rules
+from autoaccum.simulation.program import StepProgram, as_recorded, lift, window
+from autoaccum.simulation.recording import (
+    FIRST,
+    LATER,
+    OPTIMIZER,
+    Event,
+    Phase,
+    Recording,
+    kept_blocks,
+    live_peak,
+    name_blocks,
+)
+from autoaccum.simulation.scaling import Rule, size_rules
 
 RECORDED = recorded_programs()
 WINDOWS = (1, 2, 3, 7)

@@ -16,7 +16,7 @@ from helpers_train import mlp, plan_for, vectors
 from torch import nn
 
 from autoaccum import Runner, UsageError, Workload, fit_plan
-from autoaccum.exact import check
+from autoaccum.exactness.check import check
 from autoaccum.workload import default_loss
 
 TWO_RANKS = """
@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, sys.argv[3])
 from helpers_train import mlp, plan_for, vectors
 from autoaccum import Runner, UsageError, Workload, fit_plan
-from autoaccum.exact import check
+from autoaccum.exactness.check import check
 torch.set_num_threads(1)
 work = Workload(mlp(), vectors(4))
 plan = plan_for(work, 16, 4)

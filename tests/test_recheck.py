@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from helpers_train import one_thread  # noqa: F401
 from torch import nn
 
-from autoaccum import Workload, exact, record_cpu, restore, step
-from autoaccum.gradients import HALF_WITHIN, Twin, compare
-from autoaccum.recheck import counts_differ, recheck
-from autoaccum.recording import FIRST
+from autoaccum import Workload
+from autoaccum.devices.cpu import recorder
+from autoaccum.exactness import check
+from autoaccum.exactness.compare import HALF_WITHIN, Twin, compare
+from autoaccum.exactness.recheck import counts_differ, recheck
+from autoaccum.simulation.recording import FIRST
+from autoaccum.state import snapshot
+from autoaccum.window import step
 
 WIDE, CLASSES, LONG = 192, 256, 64
 
@@ -58,7 +62,7 @@ def pieces(rows: int) -> list[dict[str, torch.Tensor]]:
 
 def peak_bytes(run: Callable[[step.OnPhase], object]) -> int:
     held = peak = 0
-    for phase in record_cpu.record(run, micro_batch=1).phases:
+    for phase in recorder.record(run, micro_batch=1).phases:
         for event in phase.events:
             held += event.bytes
             peak = max(peak, held)
@@ -80,7 +84,7 @@ def test_the_second_look_stays_within_the_windows_own_peak(
     parts = step.open_parts(work)
     step.train_window(parts, batches, sizes)  # the optimizer's state is there, as in the middle of training
     parts.model.zero_grad(set_to_none=True)
-    before, told = restore.take(model=parts.model), []
+    before, told = snapshot.take(model=parts.model), []
 
     def look(on_phase: step.OnPhase) -> None:
         with on_phase(FIRST):
@@ -108,15 +112,15 @@ def test_rounding_in_half_precision_is_no_difference(dtype: torch.dtype) -> None
 
 
 def test_a_large_model_in_half_precision_is_judged_in_it_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoaccum.gradients.DOUBLES", 0)
+    monkeypatch.setattr("autoaccum.exactness.compare.DOUBLES", 0)
     torch.manual_seed(0)
     model, seen = Tagger().bfloat16(), set[torch.dtype]()
     model.out.register_forward_hook(lambda module, args, out: seen.add(module.weight.dtype))
     for room, dtype in ((None, torch.float32), (4 << 20, torch.bfloat16)):
         if room is not None:
-            monkeypatch.setattr("autoaccum.exact.room_bytes", lambda device, room=room: room)
+            monkeypatch.setattr("autoaccum.exactness.check.room_bytes", lambda device, room=room: room)
         for loss, kind in ((counted, "exact"), (mean, "wrong denominator")):
             seen.clear()
-            found = exact.check(Workload(model, pieces(8)[1], loss=loss), apart=False)
+            found = check.check(Workload(model, pieces(8)[1], loss=loss), apart=False)
             assert found.kind == kind and seen == {dtype}, found
             assert ("half precision" in " ".join(found.advice)) == (kind == "exact" and room is not None)

@@ -12,9 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from autoaccum import UsageError, Workload, cpu, fit_plan, forked, oom, step
-from autoaccum.record_cpu import record
-from autoaccum.recording import Recording
+from autoaccum import UsageError, Workload, fit_plan
+from autoaccum.devices import oom
+from autoaccum.devices.cpu import device
+from autoaccum.devices.cpu.recorder import record
+from autoaccum.processes import fork
+from autoaccum.simulation.recording import Recording
+from autoaccum.window import step
 
 OnPhase = Callable[[str], AbstractContextManager[Any]]
 PARENT = os.getpid()
@@ -108,7 +112,7 @@ def _raise(error: BaseException) -> None:
 def test_where_the_copy_cannot_do_it_the_error_says_why(
     monkeypatch: pytest.MonkeyPatch, what: Callable[[], object], told: str
 ) -> None:
-    monkeypatch.setattr(forked, "STUCK_SECONDS", 2.0)
+    monkeypatch.setattr(fork, "STUCK_SECONDS", 2.0)
     parts = make(_only_in_the_copy(what))
     with profiled(), pytest.raises(UsageError) as caught:
         record(window_of(parts), micro_batch=7)
@@ -127,26 +131,26 @@ def held_lock() -> threading.Lock:
 def test_out_of_memory_in_the_copy_is_out_of_memory_here() -> None:
     message = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
     with pytest.raises(MemoryError, match="99 bytes") as caught:
-        forked.in_copy(lambda: _raise(RuntimeError(message)))
+        fork.in_copy(lambda: _raise(RuntimeError(message)))
     assert oom.is_out_of_memory(caught.value)
 
 
 def test_a_copy_changes_nothing_here() -> None:
     numbers = [1]
-    assert forked.in_copy(lambda: numbers.append(2) or len(numbers)) == 2  # type: ignore[func-returns-value]
+    assert fork.in_copy(lambda: numbers.append(2) or len(numbers)) == 2  # type: ignore[func-returns-value]
     assert numbers == [1]
 
 
 def test_what_a_recording_does_not_show_is_the_graph_and_not_the_batch() -> None:
     """A chain of many small operations has many nodes; they are the same at any micro-batch."""
-    if cpu.prepare() is None:
+    if device.prepare() is None:
         pytest.skip("needs glibc")
     parts = {links: make(_chain(links)) for links in (20, 400)}
     found: dict[tuple[int, int], int] = {}
     for links, n in ((20, 7), (400, 7), (400, 61)):
         work = window_of(parts[links], n)
         recording = record(work, micro_batch=n)
-        found[links, n] = cpu.unrecorded_bytes(work, recording, 131072)
+        found[links, n] = device.unrecorded_bytes(work, recording, 131072)
     assert found[400, 7] > found[20, 7] + 380 * 200  # a node and its tensor take some hundred bytes
     assert found[400, 61] == pytest.approx(found[400, 7], rel=0.25)
 

@@ -19,10 +19,13 @@ import pytest
 import torch
 from torch import nn
 
-from autoaccum import Workload, cpu, exact, record_cpu, virtual
-from autoaccum.caching_allocator import CudaRules
-from autoaccum.nvml import see_device
+from autoaccum import Workload
+from autoaccum.devices import virtual
+from autoaccum.devices.cpu import device, recorder
+from autoaccum.devices.cuda.nvml import see_device
+from autoaccum.exactness import check
 from autoaccum.process_memory import PeakSampler
+from autoaccum.simulation.cuda_allocator.allocator import CudaRules
 
 KINETO = b"USDT:2026-11-28 04:08:40 32118:32118 SyncActivityProfilerHandler.cpp:39] profiler_start\n"
 
@@ -48,14 +51,14 @@ def stderr() -> Iterator[object]:
     ],
 )
 def test_only_kinetos_lines_are_left_out(stderr: object, written: bytes, left: bytes) -> None:
-    with record_cpu._quiet_stderr():
+    with recorder._quiet_stderr():
         os.write(2, written)
     os.lseek(2, 0, os.SEEK_SET)
     assert os.read(2, 1000) == left
 
 
 def test_a_recording_leaves_nothing_on_stderr(stderr: object) -> None:
-    record_cpu.record(lambda on_phase: None, micro_batch=1)
+    recorder.record(lambda on_phase: None, micro_batch=1)
     os.lseek(2, 0, os.SEEK_SET)
     assert b"profiler_st" not in os.read(2, 10_000)
 
@@ -66,10 +69,11 @@ def test_watching_is_no_part_of_the_kernels_share(monkeypatch: pytest.MonkeyPatc
         time.sleep(0.2)
     assert sum(sampler.own_seconds) > 0
     monkeypatch.setattr(
-        "autoaccum.cpu.resource.getrusage", lambda who: next(usage) if who == RUSAGE_SELF else usage_of(who)
+        "autoaccum.devices.cpu.device.resource.getrusage",
+        lambda who: next(usage) if who == RUSAGE_SELF else usage_of(who),
     )
     monkeypatch.setattr(PeakSampler, "own_seconds", (0.2, 0.8))
-    assert cpu.measure(lambda: None).system_share == pytest.approx(0.2)
+    assert device.measure(lambda: None).system_share == pytest.approx(0.2)
 
 
 def settings(**own: object) -> dict[str, object]:
@@ -97,8 +101,8 @@ def test_settings_are_read_as_the_allocator_has_them() -> None:
 ON_GPU = """
 import json, warnings, torch
 from torch import nn
-from autoaccum import Workload, cuda, step
-from autoaccum.identity import fingerprint
+from autoaccum import Workload; from autoaccum.devices.cuda import device as cuda; from autoaccum.window import step
+from autoaccum.window.fingerprint import fingerprint
 warnings.simplefilter("ignore")
 model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).cuda()
 parts = step.open_parts(Workload(model, (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))))
@@ -122,7 +126,17 @@ print(json.dumps(found))
 @pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
 def test_settings_that_changed_and_cudnns_benchmark_are_seen_on_a_gpu() -> None:
     env = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    command = [sys.executable, "-m", "autoaccum.virtual", "--memory", "4GiB", "--", sys.executable, "-c", ON_GPU]
+    command = [
+        sys.executable,
+        "-m",
+        "autoaccum.devices.virtual",
+        "--memory",
+        "4GiB",
+        "--",
+        sys.executable,
+        "-c",
+        ON_GPU,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     text = "expandable_segments:True,max_split_size_mb:64"
@@ -142,6 +156,6 @@ def test_an_error_that_is_survived_leaves_a_line_in_the_log(caplog: pytest.LogCa
     with caplog.at_level(logging.DEBUG, logger="autoaccum"):
         assert "driver on strike" in see_device("GPU-0", library=Broken()).note
         work = Workload(nn.Linear(2, 2), (torch.zeros(8, 2), torch.zeros(8, dtype=torch.long)), loss=loss)
-        assert "the test itself failed" in exact._check(work, 8).words
+        assert "the test itself failed" in check._check(work, 8).words
     assert "NVML failed: RuntimeError: driver on strike" in caplog.text
     assert 'raise LookupError("the user\'s own mistake")' in caplog.text  # with its traceback

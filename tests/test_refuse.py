@@ -25,10 +25,11 @@ from helpers_train import (
 )
 from torch import nn
 
-from autoaccum import OutOfMemory, Runner, UsageError, Workload, refuse
-from autoaccum.exact import check
-from autoaccum.own_counts import own_counts
-from autoaccum.step import open_parts
+from autoaccum import OutOfMemory, Runner, UsageError, Workload
+from autoaccum.exactness.check import check
+from autoaccum.runner import compatibility
+from autoaccum.runner.own_counts import own_counts
+from autoaccum.window.step import open_parts
 from autoaccum.workload import default_loss
 
 
@@ -395,26 +396,26 @@ def on_a_gpu(model: nn.Module) -> Any:
 def test_gradients_in_the_pool_of_a_cuda_graph_are_refused(make: Any, said: str) -> None:
     parts = on_a_gpu(make(mlp()))
     with pytest.raises(UsageError, match="4 micro-batches") as refused:
-        refuse.refuse(parts, 4)
+        compatibility.refuse(parts, 4)
     assert said in str(refused.value)
-    refuse.refuse(parts, 1)
+    compatibility.refuse(parts, 1)
     parts.device = torch.device("cpu")  # which has no graphs
-    refuse.refuse(parts, 4)
+    compatibility.refuse(parts, 4)
 
 
 def test_module_compile_with_cuda_graphs_is_refused() -> None:
     model = mlp()
     model.compile(mode="reduce-overhead")
     with pytest.raises(UsageError, match="compiled with CUDA graphs"):
-        refuse.refuse(on_a_gpu(model), 4)
+        compatibility.refuse(on_a_gpu(model), 4)
 
 
 @pytest.mark.parametrize("mode", [None, "default", "max-autotune-no-cudagraphs"])
 def test_compiling_without_cuda_graphs_is_not_refused(mode: str | None) -> None:
-    refuse.refuse(on_a_gpu(torch.compile(mlp(), mode=mode)), 4)
+    compatibility.refuse(on_a_gpu(torch.compile(mlp(), mode=mode)), 4)
     model = mlp()
     model.compile(mode=mode)
-    refuse.refuse(on_a_gpu(model), 4)
+    compatibility.refuse(on_a_gpu(model), 4)
 
 
 # --- what works ----------------------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoaccum import Workload, fit_plan, rehearsal
+from autoaccum import Workload, fit_plan
+from autoaccum.devices.virtual import VirtualGpu, available, launch
 from autoaccum.errors import DoesNotFit
-from autoaccum.virtual import VirtualGpu, available, launch
+from autoaccum.planning import rehearsal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.truth_cases import limit

@@ -25,14 +25,14 @@ from hypothesis import strategies as st
 from strategies import made_up_plan, recorded_programs
 
 from autoaccum import Plan, UsageError
-from autoaccum.allocator import CpuRules, replay
 from autoaccum.plan import PeakRow, TimedSize
-from autoaccum.program import lift, window
-from autoaccum.recording import Phase
-from autoaccum.report import frames, render, what_if
-from autoaccum.report.data import MOST_PLANS
-from autoaccum.report.kinds import Kind, measured
-from autoaccum.solve import CAPACITY_MARGIN, balanced, smallest_steps
+from autoaccum.reporting import frames, render, what_if
+from autoaccum.reporting.data import MOST_PLANS
+from autoaccum.reporting.kinds import Kind, measured
+from autoaccum.simulation.malloc import CpuRules, replay
+from autoaccum.simulation.program import lift, window
+from autoaccum.simulation.recording import Phase
+from autoaccum.simulation.solver import CAPACITY_MARGIN, balanced, smallest_steps
 
 MIB = 2**20
 BAD = "<script>alert(1)</script>"

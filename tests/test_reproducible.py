@@ -24,8 +24,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
 
 from autoaccum import Runner, Workload
-from autoaccum.rng import put_rng, same_state, take_rng
-from autoaccum.train import train
+from autoaccum.runner.loop import train
+from autoaccum.state.rng import put_rng, same_state, take_rng
 from autoaccum.workload import default_loss
 
 

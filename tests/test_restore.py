@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from autoaccum import restore
 from autoaccum.errors import RestoreError, UsageError
-from autoaccum.step import Parts, train_window
+from autoaccum.state import snapshot as restore
+from autoaccum.window.step import Parts, train_window
 
 
 @dataclass(eq=False)

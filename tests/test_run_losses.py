@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from autoaccum import AutoaccumError, Plan, Workload
 from autoaccum.cli import app
-from autoaccum.train import train
+from autoaccum.runner.loop import train
 
 WINDOWS = 4
 
@@ -39,7 +39,7 @@ def run(work: Workload, folder: Path, monkeypatch: pytest.MonkeyPatch, *args: st
     def call(task: str, asked: dict[str, Any], *, on_message: Any, env: Any = None) -> dict[str, Any]:
         return train(work, Plan.from_json(asked["plan"]), say=on_message)
 
-    monkeypatch.setattr("autoaccum.child.call", call)
+    monkeypatch.setattr("autoaccum.processes.child.call", call)
     return CliRunner().invoke(app, ["run", str(folder / "plan.json"), *args])
 
 

@@ -38,8 +38,9 @@ from helpers_train import (
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from autoaccum import BatchError, PlanMismatch, Runner, UsageError, Workload, drift, fit_plan
-from autoaccum.rng import same_state, take_rng
+from autoaccum import BatchError, PlanMismatch, Runner, UsageError, Workload, fit_plan
+from autoaccum.runner import peak_monitor
+from autoaccum.state.rng import same_state, take_rng
 from autoaccum.workload import default_loss
 
 
@@ -341,9 +342,9 @@ def test_a_window_that_takes_more_than_was_planned_is_told_once(
 ) -> None:
     runner = runner_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
     planned = runner.plan.predicted_peak_bytes
-    shared = drift.Watch._shared_bytes(runner._drift)
+    shared = peak_monitor.Watch._shared_bytes(runner._drift)
     peaks = iter([2 * planned, 2 * planned, 2 * planned, 3 * planned + shared])
-    monkeypatch.setattr(drift.Watch, "_peak_bytes", lambda self: next(peaks))
+    monkeypatch.setattr(peak_monitor.Watch, "_peak_bytes", lambda self: next(peaks))
     runner.step(vectors(8))
     assert "reckoned" not in caplog.text  # the peak is an older one: not of this window
     runner.step(vectors(8))
@@ -357,8 +358,8 @@ def test_shared_pages_are_not_held_against_a_plan(
     runner = runner_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
     planned = runner.plan.predicted_peak_bytes
     peaks = iter([0, int(1.01 * planned) + (1 << 30)])
-    monkeypatch.setattr(drift.Watch, "_peak_bytes", lambda self: next(peaks))
-    monkeypatch.setattr(drift.Watch, "_shared_bytes", lambda self: 1 << 30)
+    monkeypatch.setattr(peak_monitor.Watch, "_peak_bytes", lambda self: next(peaks))
+    monkeypatch.setattr(peak_monitor.Watch, "_shared_bytes", lambda self: 1 << 30)
     runner.step(vectors(8))
     assert "reckoned" not in caplog.text
 
@@ -368,7 +369,7 @@ def test_on_a_gpu_the_model_is_on_both_sides(caplog: pytest.LogCaptureFixture, b
     """What is reserved at the peak includes the model, and so does the plan's figure."""
     plan = plan_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
     planned = 1 << 30
-    watch = drift.Watch(
+    watch = peak_monitor.Watch(
         torch.device("cuda"), replace(plan, base_bytes=int(base_part * planned), predicted_peak_bytes=planned)
     )
     for peak, warned in ((planned, 0), (int(1.019 * planned), 0), (int(1.03 * planned), 1)):

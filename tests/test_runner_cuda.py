@@ -20,9 +20,12 @@ import pytest
 import torch
 from torch import nn
 
-from autoaccum import PlanMismatch, Runner, Workload, cuda, fit_plan, observe, step
-from autoaccum.recording import LATER
-from autoaccum.virtual import VirtualGpu, available, control, launch
+from autoaccum import PlanMismatch, Runner, Workload, fit_plan
+from autoaccum.devices.cuda import device
+from autoaccum.devices.virtual import VirtualGpu, available, control, launch
+from autoaccum.planning import evidence
+from autoaccum.simulation.recording import LATER
+from autoaccum.window import step
 
 REASON = available()
 MIB = 2**20
@@ -83,9 +86,9 @@ def copies_overlap() -> None:
     work = workload()
     pinned = tuple(leaf.pin_memory() for leaf in batch(TARGET))
     parts = step.open_parts(work)
-    subject = observe.Subject(parts, work, cuda, None)
-    observe.scout(subject, observe.Observed())
-    recording = observe.record_window(subject, MICRO, 3)
+    subject = evidence.Subject(parts, work, device, None)
+    evidence.scout(subject, evidence.Observed())
+    recording = evidence.record_window(subject, MICRO, 3)
     last = [phase for phase in recording.phases if phase.name == LATER][-1]
     side = [event for event in last.events if event.stream]
     assert len(side) == 4, "two leaves come, and the two of the micro-batch before go"

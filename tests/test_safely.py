@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from helpers_train import drained, one_thread  # noqa: F401
 from torch import nn
 
-from autoaccum import Workload, exact, fit_plan, forked, restore
-from autoaccum.uses import ANY, KEPT, MOVED, watched
+from autoaccum import Workload, fit_plan
+from autoaccum.exactness import check
+from autoaccum.exactness.value_uses import ANY, KEPT, MOVED, watched
+from autoaccum.processes import fork
+from autoaccum.state import snapshot
 
 ROWS, CPU, CUDA = 8, torch.device("cpu"), torch.device("cuda")
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -86,7 +89,7 @@ def test_what_is_not_checked_is_given_the_samples_own_rows_only(name: str, rows:
         given_to.put({key: leaf.clone() for key, leaf in b.items()})
         return loss(m, b)
 
-    exact.check(Workload(model(), sample, loss=watching), apart=False)
+    check.check(Workload(model(), sample, loss=watching), apart=False)
     seen = drained(given_to)
     assert len(seen) > 1
     for key in kept:
@@ -100,8 +103,8 @@ def test_what_is_not_checked_is_given_the_samples_own_rows_only(name: str, rows:
 
 
 def test_ctc_is_judged_and_not_broken() -> None:
-    assert exact.check(Workload(model(), speech(), loss=ctc)).words == "exact (tested on 8 samples)"
-    few = exact.check(Workload(model(), speech(3), loss=lambda m, b: ctc(m, b).sqrt()))
+    assert check.check(Workload(model(), speech(), loss=ctc)).words == "exact (tested on 8 samples)"
+    few = check.check(Workload(model(), speech(3), loss=lambda m, b: ctc(m, b).sqrt()))
     assert few.kind in ("wrong denominator", "not decomposable")
 
 
@@ -120,8 +123,8 @@ def leave(m: nn.Module, b: Any) -> torch.Tensor:
 @pytest.mark.parametrize(("loss", "how"), [(crash, "ended by SIGSEGV"), (leave, "exit code 3")])
 def test_a_crash_is_a_verdict(loss: Loss, how: str) -> None:
     net, sample = model(), (random(ROWS, 6), random(ROWS, 6))
-    before = restore.take(model=net)
-    found = exact.check(Workload(net, sample, loss=loss))
+    before = snapshot.take(model=net)
+    found = check.check(Workload(net, sample, loss=loss))
     assert found.kind == "unknown" and "the test crashed" in found.words and how in found.words and found.advice
     assert not before.differences()
     if loss is crash:
@@ -131,10 +134,10 @@ def test_a_crash_is_a_verdict(loss: Loss, how: str) -> None:
 
 
 def test_how_a_copy_ended_is_said() -> None:
-    with pytest.raises(forked.Died, match="SIGABRT"):
-        forked.in_copy(os.abort)
-    with pytest.raises(forked.ForkFailed, match="ZeroDivisionError"):
-        forked.in_copy(lambda: 1 // 0)
+    with pytest.raises(fork.Died, match="SIGABRT"):
+        fork.in_copy(os.abort)
+    with pytest.raises(fork.ForkFailed, match="ZeroDivisionError"):
+        fork.in_copy(lambda: 1 // 0)
 
 
 def freedoms(loss: Callable[[Any], Any], leaf: torch.Tensor) -> tuple[str, str]:

@@ -3,7 +3,7 @@ import importlib.util
 import pytest
 import torch
 
-from autoaccum import virtual
+from autoaccum.devices import virtual
 from benchmarks import search_cost, tables
 from benchmarks.peers import accounting, cases, finders, trials
 

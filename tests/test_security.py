@@ -15,10 +15,11 @@ import pytest
 from strategies import made_up_plan
 
 import autoaccum
-from autoaccum import UsageError, handed
-from autoaccum.child import call
-from autoaccum.source import check_source, load_function, module_name
-from autoaccum.tasks import TASKS
+from autoaccum import UsageError
+from autoaccum.cli.tasks import TASKS
+from autoaccum.processes import function_pipe
+from autoaccum.processes.child import call
+from autoaccum.processes.workload_source import check_source, load_function, module_name
 
 PACKAGE = Path(autoaccum.__file__).parent
 
@@ -59,22 +60,22 @@ def test_no_text_of_a_plan_or_an_option_is_unpickled(form: str, tmp_path: Path) 
 
 
 def test_nothing_means_a_function_that_was_not_handed_over() -> None:
-    assert handed.functions() == handed.Functions() and not handed.to_hand_on()
+    assert function_pipe.functions() == function_pipe.Functions() and not function_pipe.to_hand_on()
     with pytest.raises(UsageError, match="handed no workload"):
         load_function(None)
 
 
 def test_what_is_pickled_comes_through_a_pipe_and_back() -> None:
-    content = handed.pickled(handed.Functions(extra={"cut": max}))
+    content = function_pipe.pickled(function_pipe.Functions(extra={"cut": max}))
     reading, writing = os.pipe()
-    handed.send(content, writing)
+    function_pipe.send(content, writing)
     try:
-        handed.receive(reading)
-        assert handed.functions().extra == {"cut": max} and handed.functions().workload is None
+        function_pipe.receive(reading)
+        assert function_pipe.functions().extra == {"cut": max} and function_pipe.functions().workload is None
     finally:
-        handed._received = b""
+        function_pipe._received = b""
     with pytest.raises(UsageError, match=r"extra\['cut'\] can't be given to another process"):
-        handed.pickled(handed.Functions(extra={"cut": lambda workload, choice: workload}))
+        function_pipe.pickled(function_pipe.Functions(extra={"cut": lambda workload, choice: workload}))
 
 
 def test_only_these_unpickle_or_execute() -> None:

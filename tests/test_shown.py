@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from strategies import made_up_plan
 
 from autoaccum.budget import Budget, Term
-from autoaccum.child import _described
 from autoaccum.cli.terminal import show_error
 from autoaccum.errors import AutoaccumError
-from autoaccum.explain import explain, summary
+from autoaccum.files.escape import MOST, lines, one_line
 from autoaccum.plan import LeafForm, Plan
-from autoaccum.report import render
-from autoaccum.shown import MOST, lines, one_line
+from autoaccum.processes.child import _described
+from autoaccum.reporting import render
+from autoaccum.reporting.explain import explain, summary
 from autoaccum.tuning.result import MEASURED, Trial, Tuned
 from autoaccum.tuning.result import summary as of_trials
 

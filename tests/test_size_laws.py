@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoaccum.program import lift, window
-from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
-from autoaccum.size_laws import reduction_buffers
-from autoaccum.size_rules import Rule, size_rules
-from autoaccum.verified import without_state
+from autoaccum.simulation.from_verification import without_state
+from autoaccum.simulation.program import lift, window
+from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.simulation.scaling import Rule, size_rules
+from autoaccum.simulation.size_laws import reduction_buffers
 
 MiB = 1 << 20
 Size = Callable[[int], int]

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Recorded, Truth, random_truth, recorded_programs, truths
 
-from autoaccum.allocator import CpuRules, replay
-from autoaccum.program import StepProgram, lift, window
-from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording, live_peak
-from autoaccum.size_rules import Rule
-from autoaccum.solve import (
+from autoaccum.simulation.malloc import CpuRules, replay
+from autoaccum.simulation.program import StepProgram, lift, window
+from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording, live_peak
+from autoaccum.simulation.scaling import Rule
+from autoaccum.simulation.solver import (
     MOST_UNEVEN,
     Split,
     balanced,
@@ -379,7 +379,7 @@ def large_program(events: int = 10_000) -> StepProgram:
 def test_a_program_of_10000_events_is_solved_in_half_a_second(target: int, size: int) -> None:
     """Each window twice, fresh and here, by a short window with the same peak, as fit.py does it; and with a
     `later_floor`, which fit.py did not hand on when this was written: without it, the last case tests 900 splits."""
-    from autoaccum.observe import _representative
+    from autoaccum.planning.evidence import _representative
 
     program, rules = large_program(), CpuRules(131072)
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoaccum import tree
+from autoaccum.data import tree
+from autoaccum.data.split import batch_size, join, joinable, split, tile
 from autoaccum.errors import BatchError
-from autoaccum.split import batch_size, join, joinable, split, tile
 
 
 class Pair(NamedTuple):

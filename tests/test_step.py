@@ -37,9 +37,9 @@ from helpers_train import (
 from torch import nn
 
 from autoaccum import LossTerms, NotFinite, UsageError, Workload
-from autoaccum.rng import same_state, take_rng
-from autoaccum.solve import split_within
-from autoaccum.step import Parts, open_parts, train_window
+from autoaccum.simulation.solver import split_within
+from autoaccum.state.rng import same_state, take_rng
+from autoaccum.window.step import Parts, open_parts, train_window
 from autoaccum.workload import default_loss
 
 STEPS = (1, 2, 3, 5, 8, 64)

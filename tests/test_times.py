@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from strategies import made_up_plan
 from torch import nn
 
-from autoaccum import Plan, UsageError, Workload, cpu, fit_plan, times
-from autoaccum.knee import interval, knee, told
-from autoaccum.observe import Subject
+from autoaccum import Plan, UsageError, Workload, fit_plan
+from autoaccum.devices.cpu import device
 from autoaccum.plan import PeakRow, TimedSize
-from autoaccum.report import frames, what_if
-from autoaccum.step import open_parts
-from autoaccum.wish import read_wish, with_objective
+from autoaccum.planning import timing as times
+from autoaccum.planning.evidence import Subject
+from autoaccum.planning.request import read_wish, with_objective
+from autoaccum.reporting import frames, what_if
+from autoaccum.simulation.knee import interval, knee, told
+from autoaccum.window.step import open_parts
 
 MIB = 2**20
 
@@ -168,7 +170,7 @@ def flat_from(size: int) -> Callable[[int], float]:
 
 
 def rounds(work: Workload, sizes: list[int], samples: int, seconds: float = 100.0) -> dict[int, tuple[float, ...]]:
-    subject = Subject(open_parts(work), work, cpu, None)
+    subject = Subject(open_parts(work), work, device, None)
     found = times._rounds(subject, sizes, samples, seconds)
     return {n: tuple(each[n] for each in found) for n in found[0]} if found else {}
 

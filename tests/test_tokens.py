@@ -29,10 +29,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autoaccum import Plan, Runner, UsageError, Workload, fit_plan, tree
-from autoaccum.lengthen import at_longest
+from autoaccum import Plan, Runner, UsageError, Workload, fit_plan
+from autoaccum.data import tree
+from autoaccum.data.sample_length import at_longest
+from autoaccum.data.tokens import longest_first, most_rows, padded_tokens, split_by_tokens
 from autoaccum.process_memory import committed_bytes
-from autoaccum.tokens import longest_first, most_rows, padded_tokens, split_by_tokens
 
 LENGTHS = [int(n) for n in torch.randn(48, generator=torch.Generator().manual_seed(0)).exp().mul(6).clamp(1, 50)]
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoaccum import tree
+from autoaccum.data import tree
 from autoaccum.errors import BatchError
 
 

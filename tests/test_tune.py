@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from autoaccum import DoesNotFit, Plan, Runner, SearchSpace, UsageError, configure, tune
-from autoaccum.virtual import available
+from autoaccum.devices.virtual import available
 
 MIB = 1 << 20
 MINE = """

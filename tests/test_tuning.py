@@ -23,23 +23,12 @@ from strategies import made_up_plan
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autoaccum import (
-    NotConfirmed,
-    Plan,
-    PlanMismatch,
-    Runner,
-    SearchSpace,
-    UsageError,
-    Workload,
-    configure,
-    fit_plan,
-    step,
-)
+from autoaccum import NotConfirmed, Plan, PlanMismatch, Runner, SearchSpace, UsageError, Workload, configure, fit_plan
+from autoaccum.configuration import LARGEST, Configuration, allocator_settings
 from autoaccum.plan import PeakRow, window_peak_bytes
-from autoaccum.solve import CAPACITY_MARGIN, split_within
+from autoaccum.simulation.solver import CAPACITY_MARGIN, split_within
 from autoaccum.tuning import blocks, measure, session
 from autoaccum.tuning.apply import configured, implementations, plain
-from autoaccum.tuning.configuration import LARGEST, Configuration, allocator_settings
 from autoaccum.tuning.finals import LEADERS, NEAR, contenders, time_in_turn
 from autoaccum.tuning.kept import alone, open_study, read_trials
 from autoaccum.tuning.memory import Answer, Memory, answer_from
@@ -55,6 +44,7 @@ from autoaccum.tuning.space import (
 )
 from autoaccum.tuning.study import Search, pareto_numbers
 from autoaccum.tuning.turns import in_turn
+from autoaccum.window import step
 
 MIB = 1 << 20
 

@@ -18,8 +18,10 @@ import pytest
 import torch
 from strategies import made_up_plan
 
-from autoaccum import Runner, assemble, fit_plan, virtual
+from autoaccum import Runner, fit_plan
+from autoaccum.devices import virtual
 from autoaccum.plan import FEWEST_STEPS
+from autoaccum.planning import build_plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import truth_cases, truth_search
@@ -148,10 +150,12 @@ def an_outlook(fits: Any, most: int = 256) -> Any:
 def test_a_size_that_fits_beside_a_smaller_one_only_is_not_the_largest_that_fits() -> None:
     """As of a DenseNet-121 in 5 GiB: windows of 37 alone need a retry each time, 37 + 37 + 36 don't."""
     outlook = an_outlook(lambda split: max(split) <= 37 and set(split) != {37})
-    assert assemble._largest(outlook, (37, 37, 36)) == (36, False)
-    assert assemble._largest(outlook, (36, 36, 36)) == (36, False)
-    assert assemble._largest(an_outlook(lambda split: False), (37, 37, 37)) == (37, False), "the plan's own window fits"
-    assert assemble._largest(an_outlook(lambda split: max(split) <= 41), (37, 37, 36)) == (41, False)
+    assert build_plan._largest(outlook, (37, 37, 36)) == (36, False)
+    assert build_plan._largest(outlook, (36, 36, 36)) == (36, False)
+    assert build_plan._largest(an_outlook(lambda split: False), (37, 37, 37)) == (37, False), (
+        "the plan's own window fits"
+    )
+    assert build_plan._largest(an_outlook(lambda split: max(split) <= 41), (37, 37, 36)) == (41, False)
 
 
 def test_the_summary_says_that_the_largest_is_smaller_than_the_plans() -> None:
@@ -173,7 +177,7 @@ def test_the_summary_says_that_the_largest_is_smaller_than_the_plans() -> None:
 def test_why_a_step_fewer_does_not_fit_is_said_where_its_sizes_would(
     split: tuple[int, ...], largest: int, why: str | None
 ) -> None:
-    found = assemble._why_not_fewer(an_outlook(lambda split: False), split, largest)
+    found = build_plan._why_not_fewer(an_outlook(lambda split: False), split, largest)
     if why is None:
         assert found == {}
         return

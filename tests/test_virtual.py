@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from virtual_checks import GROUPS
 
+from autoaccum.devices.virtual import VirtualGpu, available, build, control, environment, launch, torch_build
+from autoaccum.devices.virtual.elf import read_symbols
 from autoaccum.errors import UsageError
-from autoaccum.virtual import VirtualGpu, available, build, control, environment, launch, torch_build
-from autoaccum.virtual.elf import read_symbols
 
 HERE = Path(__file__).parent
 REASON = available()
@@ -85,18 +85,19 @@ def test_a_built_library_is_used_again() -> None:
 
 @usable
 def test_nothing_imports_torch() -> None:
-    source = "import sys; from autoaccum.virtual import *; environment(VirtualGpu()); sys.exit('torch' in sys.modules)"
+    source = "import sys; from autoaccum.devices.virtual import *; environment(VirtualGpu())"
+    source += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
 
 
 def on_the_command_line(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "autoaccum.virtual", *words]
+    command = [sys.executable, "-m", "autoaccum.devices.virtual", *words]
     return subprocess.run(command, env=clean() | env, capture_output=True, text=True, check=False)
 
 
 @usable
 def test_command_line_becomes_the_command() -> None:
-    source = "from autoaccum.virtual.control import stats; print(stats().free_bytes); raise SystemExit(7)"
+    source = "from autoaccum.devices.virtual.control import stats; print(stats().free_bytes); raise SystemExit(7)"
     done = on_the_command_line("--memory", "2GiB", "--other", "25%", "--", sys.executable, "-c", source)
     assert (done.returncode, done.stdout) == (7, f"{3 * 2**29}\n")
 
@@ -172,7 +173,7 @@ def test_controls_say_when_there_is_no_virtual_gpu() -> None:
 
 @usable
 def test_two_builders_at_once(tmp_path: Path) -> None:
-    source = "from autoaccum.virtual import *; print(environment(VirtualGpu(), {})['LD_PRELOAD'])"
+    source = "from autoaccum.devices.virtual import *; print(environment(VirtualGpu(), {})['LD_PRELOAD'])"
     command, env = [sys.executable, "-c", source], clean() | {"XDG_CACHE_HOME": str(tmp_path / "with space")}
     both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     told = {process.communicate(timeout=120)[0] for process in both}

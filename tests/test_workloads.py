@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoaccum import UsageError, Workload, step, tree
-from autoaccum.source import load_workload
-from autoaccum.split import batch_size
-from autoaccum.workloads import BUILT_IN
+from autoaccum import UsageError, Workload
+from autoaccum.data import tree
+from autoaccum.data.split import batch_size
+from autoaccum.processes.examples import BUILT_IN
+from autoaccum.processes.workload_source import load_workload
+from autoaccum.window import step
 
 ROOT = Path(__file__).parent.parent
 

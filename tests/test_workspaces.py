@@ -20,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoaccum import Workload, fit_plan, step
-from autoaccum.caching_allocator import CudaRules
-from autoaccum.composition import WORKSPACES, composition
-from autoaccum.program import as_recorded
-from autoaccum.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
-from autoaccum.split import tile
-from autoaccum.training import by_hand, replay_training, training_of
-from autoaccum.verified import workspaces_given_back
-from autoaccum.virtual import VirtualGpu, available, launch
+from autoaccum import Workload, fit_plan
+from autoaccum.data.split import tile
+from autoaccum.devices.virtual import VirtualGpu, available, launch
+from autoaccum.simulation.breakdown import WORKSPACES, composition
+from autoaccum.simulation.cuda_allocator.allocator import CudaRules
+from autoaccum.simulation.from_verification import workspaces_given_back
+from autoaccum.simulation.program import as_recorded
+from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.simulation.training_run import by_hand, replay_training, training_of
+from autoaccum.window import step
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.truth_search import forked

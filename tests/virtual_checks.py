@@ -23,11 +23,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autoaccum.caching_allocator import CachingAllocator, CudaRules
+from autoaccum.devices.cuda.recorder import record
+from autoaccum.devices.virtual import VirtualGpu, control
 from autoaccum.errors import UsageError
-from autoaccum.record_cuda import record
-from autoaccum.recording import Event, Recording
-from autoaccum.virtual import VirtualGpu, control
+from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator, CudaRules
+from autoaccum.simulation.recording import Event, Recording
 
 MIB, GIB = 2**20, 2**30
 Check = Callable[[], None]

@@ -10,8 +10,8 @@ from typing import Any
 
 import typer
 
-from .. import interrupts, standard_streams
 from ..errors import AutoaccumError
+from ..processes import interrupts, standard_streams
 from . import bench, check, doctor, explain, plan, report, run, tune
 from .terminal import show_error
 

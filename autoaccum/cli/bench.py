@@ -9,8 +9,8 @@ import typer
 
 from ..bounds import check_count, check_samples
 from ..errors import UsageError
+from ..processes.examples import BUILT_IN, DEFAULT
 from ..units import check_memory
-from ..workloads import BUILT_IN, DEFAULT
 
 
 def bench(
@@ -29,12 +29,12 @@ def bench(
 ) -> None:
     """Train hand-picked sizes, halving until it fits, the plan and the tuned plan for a few windows each."""
     _check(target_batch, device, memory, headroom, malloc, windows, tune_trials, output, force)
-    from ..bench import page
-    from ..bench.compare import compare
-    from ..files import write_whole
+    from ..files.whole import write_whole
     from ..plan import Plan
-    from ..report import sheet
-    from ..source import check_source
+    from ..processes.workload_source import check_source
+    from ..reporting import table_page
+    from ..tuning.compare import page
+    from ..tuning.compare.comparison import compare
     from .terminal import progress
 
     check_source(workload)
@@ -47,7 +47,7 @@ def bench(
     print(page.as_json(found) if json else page.as_text(found), end="" if json else "\n")
     if output is not None:
         suffix = output.suffix.lower()
-        text = page.as_json(found) if suffix == ".json" else sheet.render(page.sheet(found), suffix)
+        text = page.as_json(found) if suffix == ".json" else table_page.render(page.sheet(found), suffix)
         write_whole(output, text.encode())
         print(f"wrote {output}", file=sys.stderr)
 
@@ -65,8 +65,8 @@ def _check(
     check_memory(memory, headroom)
     if output is None:
         return
-    from ..files import check_output
-    from ..report import check_suffix
+    from ..files.whole import check_output
+    from ..reporting import check_suffix
 
     check_suffix(output)
     check_output(output, force=force)

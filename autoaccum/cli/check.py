@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from ..json_text import to_json
-from ..shown import one_line
-from ..workloads import BUILT_IN, DEFAULT
+from ..files.escape import one_line
+from ..files.json_text import to_json
+from ..processes.examples import BUILT_IN, DEFAULT
 
 
 def check(
@@ -14,8 +14,8 @@ def check(
     json: bool = typer.Option(False, "--json", help="Print the verdict's JSON alone."),
 ) -> None:
     """Test whether accumulating gives the large batch's gradient. Exit code 1 where it doesn't, or isn't known."""
-    from ..child import call
-    from ..source import check_source
+    from ..processes.child import call
+    from ..processes.workload_source import check_source
     from .terminal import progress
 
     check_source(workload)

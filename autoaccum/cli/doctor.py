@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from ..json_text import to_json
-from ..shown import one_line
+from ..files.escape import one_line
+from ..files.json_text import to_json
 
 
 def doctor(
@@ -18,9 +18,9 @@ def doctor(
     if gpus:
         _list_gpus(json)
         return
-    from ..child import call
-    from ..doctor import host_facts
     from ..errors import AutoaccumError
+    from ..planning.environment import host_facts
+    from ..processes.child import call
 
     facts = host_facts()
     try:
@@ -36,7 +36,7 @@ def doctor(
 
 
 def _list_gpus(json: bool) -> None:
-    from ..gpus import GPUS, list_gpus
+    from ..devices.cuda.gpu_specs import GPUS, list_gpus
 
     if not json:
         print(list_gpus())

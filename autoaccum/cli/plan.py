@@ -8,10 +8,10 @@ import typer
 
 from ..bounds import check_samples, check_seconds
 from ..errors import UsageError
-from ..files import check_output
+from ..files.whole import check_output
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
+from ..processes.examples import BUILT_IN, DEFAULT
 from ..units import check_memory
-from ..workloads import BUILT_IN, DEFAULT
 
 
 def plan(
@@ -36,10 +36,10 @@ def plan(
     """Find the fewest accumulation steps that fit, and verify them."""
     _check(target_batch, max_micro_batch, timing, device, gpu, memory, headroom, output, force)
     _check_times(objective, target_batch, gpu, verify)
-    from ..child import call
+    from ..devices.virtual import planning_environment
     from ..plan import Plan
-    from ..source import check_source
-    from ..virtual import planning_environment
+    from ..processes.child import call
+    from ..processes.workload_source import check_source
     from .terminal import keep_plan, progress
 
     check_source(workload)
@@ -63,7 +63,7 @@ def plan(
     if json:
         print(found.to_json(), end="")
         return
-    from ..explain import summary
+    from ..reporting.explain import summary
 
     print(summary(found))
     told = output or "plan.json"

@@ -16,9 +16,9 @@ def report(
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
 ) -> None:
     """Make a page, or tables, of a plan. Needs no model and no GPU."""
-    from ..files import check_output
+    from ..files.whole import check_output
     from ..plan import Plan
-    from ..report import check_suffix, render, write
+    from ..reporting import check_suffix, render, write
 
     if output is not None:
         check_suffix(output)

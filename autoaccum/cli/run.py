@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..bounds import check_count, check_seconds
-from ..child import Say
 from ..errors import AutoaccumError, UsageError
-from ..files import check_output
-from ..interrupts import exit_code
-from ..json_text import to_json
+from ..files.json_text import to_json
+from ..files.whole import check_output
+from ..processes.child import Say
+from ..processes.interrupts import exit_code
 from ..units import show_bytes
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def run(
     json: bool = typer.Option(False, "--json", help="Print the result's JSON alone."),
 ) -> None:
     """Train a plan's workload, under the plan's own limit."""
-    from ..child import call
     from ..plan import Plan
-    from ..source import check_source
+    from ..processes.child import call
+    from ..processes.workload_source import check_source
 
     check_count("--epochs", epochs)
     check_count("--steps", steps, example=100)
@@ -76,7 +76,7 @@ def _environment(plan: Plan) -> dict[str, str] | None:
     """What a tuned plan needs to be set before torch is loaded; None for nothing."""
     if not plan.configuration.get("expandable_segments"):
         return None
-    from ..tuning.configuration import allocator_settings
+    from ..configuration import allocator_settings
 
     return {**os.environ, **allocator_settings(os.environ)}
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..child import Say
 from ..errors import AutoaccumError, UsageError
-from ..shown import lines, one_line
+from ..files.escape import lines, one_line
+from ..processes.child import Say
 
 if TYPE_CHECKING:
     from ..plan import Plan

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import UsageError
-from ..files import check_output
-from ..shown import one_line
-from ..workloads import BUILT_IN, DEFAULT
+from ..files.escape import one_line
+from ..files.whole import check_output
+from ..processes.examples import BUILT_IN, DEFAULT
 from .terminal import keep_plan
 
 if TYPE_CHECKING:
-    from ..child import Say
+    from ..processes.child import Say
     from ..tuning import Tuned
 
 
@@ -96,7 +96,7 @@ def _progress() -> Iterator[Say]:
 
 
 def _tell(found: Tuned, output: Path | None) -> None:
-    from ..explain import summary
+    from ..reporting.explain import summary
     from ..tuning.result import summary as of_trials
 
     print(found.table())

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bounds import MOST_SEED, check_count, check_samples, check_seconds
+from ..configuration import Configuration
 from ..errors import UsageError
 from ..units import check_memory
-from .configuration import Configuration
 from .result import Trial, Tuned
 from .space import SearchSpace
 
@@ -88,9 +88,9 @@ def tune(
         UsageError: An argument that can't be used, or a study that was made for something else.
         DoesNotFit: No configuration fits.
     """
-    from ..child import call
-    from ..handed import Functions, pickled
-    from ..source import check_source
+    from ..processes.child import call
+    from ..processes.function_pipe import Functions, pickled
+    from ..processes.workload_source import check_source
     from .session import read_tuned
 
     space = space or SearchSpace()

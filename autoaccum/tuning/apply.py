@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..configuration import AS_IT_IS, Configuration
 from ..errors import UsageError
-from ..parts import open_parts
 from ..plan import Plan
+from ..window.context import open_parts
 from ..workload import Workload
 from .blocks import Undo, checkpoint_blocks
-from .configuration import AS_IT_IS, Configuration
 
 Apply = Callable[[Workload, Any], Workload]  # a choice of the user's own: the workload, changed
 Extra = Mapping[str, Apply]

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from .. import loss_terms
-from .. import split as cutting
-from ..as_it_trains import as_it_trains
-from ..parts import forward, open_parts
+from ..data import split as cutting
+from ..window import loss_terms
+from ..window.context import forward, open_parts
+from ..window.isolated import as_it_trains
 from ..workload import Workload
 
 Undo = Callable[[], None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from .configuration import Configuration
+from ..configuration import Configuration
 from .kept import keep_turns, read_trials, turns_kept
 from .result import MEASURED, Trial, sentence
 from .study import Search

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..private import lock_file, runtime_folder
+from ..files.private import lock_file, runtime_folder
 from .memory import Memory
 from .result import FAILED, PRUNED, SECONDS, Trial
 

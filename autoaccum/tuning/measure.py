@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from .. import process_memory, step
-from .. import split as cutting
-from ..solve import Split, split_within
-from ..windows import Window, windows
+from .. import process_memory
+from ..data import split as cutting
+from ..data.windows import Window, windows
+from ..simulation.solver import Split, split_within
+from ..window import step
 from ..workload import Workload
 from .turns import WARM_UP
 

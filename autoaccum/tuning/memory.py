@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..configuration import LARGEST, Configuration
 from ..plan import PeakRow, Plan
-from ..report.what_if import Table, table_of
-from ..solve import CAPACITY_MARGIN, Split, split_within
+from ..reporting.what_if import Table, table_of
+from ..simulation.solver import CAPACITY_MARGIN, Split, split_within
 from ..units import show_bytes
-from .configuration import LARGEST, Configuration
 
 Recorded = dict[str, Any]  # as JSON: what a study keeps
 

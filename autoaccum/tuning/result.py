@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..json_text import to_json
+from ..configuration import Configuration, checkpointing_words
+from ..files.escape import one_line
+from ..files.json_text import to_json
 from ..plan import Plan, TimedSize
-from ..shown import one_line
 from ..units import show_bytes
-from .configuration import Configuration, checkpointing_words
 
 SCHEMA_VERSION = 1
 SECONDS, MEMORY = "seconds", "memory"

@@ -12,12 +12,12 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 from ..budget import read_cpu_budget
-from ..child import Say, call
+from ..configuration import Configuration, allocator_settings
+from ..devices.virtual import planning_environment
 from ..errors import NotConfirmed
-from ..handed import to_hand_on
 from ..plan import Plan
-from ..virtual import planning_environment
-from .configuration import Configuration, allocator_settings
+from ..processes.child import Say, call
+from ..processes.function_pipe import to_hand_on
 from .finals import time_in_turn
 from .kept import alone, open_study, read_trials
 from .memory import Memory, Recorded

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
+from ..configuration import IMPLEMENTATIONS, LARGEST, NAMES, Configuration, check_choice
 from ..errors import UsageError
-from .configuration import IMPLEMENTATIONS, LARGEST, NAMES, Configuration, check_choice
 
 LEAST_POWER, MOST_POWERS = 4, 6  # powers of two that are tried as micro-batches, beside the largest that fits
 PLAIN_TYPES = (str, int, float, bool)
@@ -91,7 +91,7 @@ def choices_for(
 
     Args:
         space: What was asked for.
-        facts: What a recording told of the workload (tasks.py).
+        facts: What a recording told of the workload (cli/tasks.py).
         target_batch: Samples in an optimizer step.
         on_cuda: Whether it is for a CUDA device.
         virtual: Whether that is a virtual GPU, on which nothing is computed.

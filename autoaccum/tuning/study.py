@@ -24,10 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .. import interrupts
+from ..configuration import Configuration
 from ..errors import AutoaccumError, DoesNotFit
+from ..processes import interrupts
 from ..units import show_bytes
-from .configuration import Configuration
 from .kept import read_trials, tell
 from .memory import Answer, Memory
 from .result import FAILED, MEASURED, MEMORY, PRUNED, RANKED, SAME, SECONDS, Trial, sentence

@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from .. import handed
-from ..child import Say
+from ..configuration import Configuration
 from ..errors import AutoaccumError, DoesNotFit
 from ..plan import Plan
-from .configuration import Configuration
+from ..processes import function_pipe
+from ..processes.child import Say
 
 
 def record(
@@ -77,9 +77,9 @@ def _plan(
     gpu: str | None,
     max_micro_batch: int | None = None,
 ) -> Plan:
-    from ..fit import plan_in, setting_for
-    from ..source import load_workload
-    from ..wish import read_wish
+    from ..planning.fit import plan_in, setting_for
+    from ..planning.request import read_wish
+    from ..processes.workload_source import load_workload
     from ..workload import Workload
 
     stack = ExitStack()  # never left: the process ends with what was configured
@@ -92,8 +92,8 @@ def _plan(
         say({"say": text})
 
     if device == "cuda":
-        from ..gpus import find_gpu
-        from ..on_gpu import plan_on_gpu
+        from ..devices.cuda.gpu_specs import find_gpu
+        from ..planning.new_process import plan_on_gpu
 
         return plan_on_gpu(
             source, gpu=find_gpu(gpu) if gpu is not None else None, target_batch=target_batch, memory=memory,
@@ -108,7 +108,7 @@ def _plan(
 
 
 def _changed(stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, facts: dict[str, Any]) -> Any:
-    from ..infer import infer_sample
+    from ..data.infer_sample import infer_sample
     from .apply import configured
 
     if workload.sample is None:
@@ -116,7 +116,7 @@ def _changed(stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, 
     if values is None:
         facts |= facts_of(workload)
         return workload
-    return stack.enter_context(configured(workload, Configuration.from_values(values), handed.functions().extra))
+    return stack.enter_context(configured(workload, Configuration.from_values(values), function_pipe.functions().extra))
 
 
 def _checkpointing_differs(
@@ -125,7 +125,7 @@ def _checkpointing_differs(
     """Why checkpointing isn't to be had for this model; tested where there is something to compute with."""
     if values is None or not values.get("checkpointing") or asked["gpu"] is not None:
         return None
-    from ..source import load_workload
+    from ..processes.workload_source import load_workload
     from .blocks import gradient_differs
 
     found = _changed(ExitStack(), load_workload(source, asked["device"]), {**values, "checkpointing": 0}, {})
@@ -139,15 +139,15 @@ def facts_of(workload: Any) -> dict[str, Any]:
     """What the choices depend on."""
     import torch
 
-    from .. import batchnorm
-    from ..identity import fingerprint
-    from ..parts import open_parts
+    from ..window import norms
+    from ..window.context import open_parts
+    from ..window.fingerprint import fingerprint
     from .apply import implementations, plain
     from .blocks import find_blocks
 
     parts = open_parts(replace(workload, scheduler=None))
     blocks = find_blocks(workload.model)
-    merges = blocks is not None and workload.batchnorm == batchnorm.MERGED and bool(parts.norms)
+    merges = blocks is not None and workload.batchnorm == norms.MERGED and bool(parts.norms)
     return {
         "plain": plain(workload).values(),
         "optimizer": type(parts.optimizer).__name__,
@@ -156,6 +156,6 @@ def facts_of(workload: Any) -> dict[str, Any]:
         "merges": merges,
         "images": any(tensor.dim() == 4 for tensor in workload.model.parameters()),
         "loader": callable(workload.loader) or isinstance(workload.loader, torch.utils.data.DataLoader),
-        "least": batchnorm.least_micro_batch(parts.norms, workload.batchnorm),
+        "least": norms.least_micro_batch(parts.norms, workload.batchnorm),
         "fingerprint": {k: v for k, v in fingerprint(parts).items() if k in ("model", "loss", "optimizer")},
     }

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .. import handed
-from ..forked import ForkFailed, in_copy
-from .configuration import Configuration, allocator_settings
+from ..configuration import Configuration, allocator_settings
+from ..processes import function_pipe
+from ..processes.fork import ForkFailed, in_copy
 from .memory import Answer
 from .study import Timer, Turns
 
@@ -72,9 +72,9 @@ def turns(training: Training, say: Callable[[str], None]) -> Turns:
 
 def _made(training: Training, configuration: Configuration, answer: Answer) -> Workload:
     """The configured workload, in a process that was made for it and is settled for it."""
-    from ..child import die_with_parent
     from ..process_memory import MMAP_THRESHOLD_BYTES
-    from ..source import load_workload
+    from ..processes.child import die_with_parent
+    from ..processes.workload_source import load_workload
     from .apply import configure
     from .measure import settle
 
@@ -89,4 +89,4 @@ def _made(training: Training, configuration: Configuration, answer: Answer) -> W
     made = load_workload(training.workload, training.device)
     if on_cuda:
         made.model.to("cuda")
-    return configure(made, configuration, handed.functions().extra)
+    return configure(made, configuration, function_pipe.functions().extra)

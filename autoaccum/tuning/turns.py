@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from ..forked import ForkFailed, wait_for_word
+from ..processes.fork import ForkFailed, wait_for_word
 
 Key = TypeVar("Key", bound=Hashable)
 Windows = Iterator[float]  # seconds of one window after the other

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum import Workload
-from autoaccum.virtual import VirtualGpu
+from autoaccum.devices.virtual import VirtualGpu
 
 from ..models import Block
 

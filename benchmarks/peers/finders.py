@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoaccum import Workload, step
+from autoaccum import Workload
+from autoaccum.window import step
 
 from .accounting import watch
 from .cases import CASES, Case

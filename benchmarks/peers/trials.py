@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from autoaccum.virtual import environment
+from autoaccum.devices.virtual import environment
 
 from .accounting import LOG, cost_of
 from .cases import CASES, made
@@ -84,9 +84,9 @@ def train_afresh(name: str, n: int, less: float = 0.0, by_lightning: bool = Fals
     """Whether windows of n samples a micro-batch train here, and how often the cache was given back in each."""
     import torch
 
-    from autoaccum import oom
-    from autoaccum.step import open_parts
-    from autoaccum.virtual import control
+    from autoaccum.devices import oom
+    from autoaccum.devices.virtual import control
+    from autoaccum.window.step import open_parts
 
     from . import finders
 
@@ -117,7 +117,7 @@ def search(name: str, finder: str) -> dict[str, Any]:
     """One finder's search, in this process."""
     import torch
 
-    from autoaccum.step import open_parts
+    from autoaccum.window.step import open_parts
 
     from . import accounting, finders
 

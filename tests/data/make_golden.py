@@ -19,8 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoaccum import cpu, cuda, observe, step, virtual
-from autoaccum.outlook import bytes_per_sample
+from autoaccum.devices import virtual
+from autoaccum.devices.cpu import device as cpu
+from autoaccum.devices.cuda import device as cuda
+from autoaccum.planning import evidence
+from autoaccum.planning.predictor import bytes_per_sample
+from autoaccum.window import step
 from autoaccum.workload import Workload
 from tests.golden import FOLDER, flat, flat_recording
 
@@ -91,11 +95,11 @@ def record(name: str, device: Any) -> dict[str, Any]:
     work = make()
     work.model.to(device.name)
     threshold = device.prepare("fixed")
-    subject = observe.Subject(step.open_parts(work), work, device, threshold, before=device.read_heap())
-    observed = observe.Observed()
-    observe.scout(subject, observed)
+    subject = evidence.Subject(step.open_parts(work), work, device, threshold, before=device.read_heap())
+    observed = evidence.Observed()
+    evidence.scout(subject, observed)
     for n in sizes:
-        observe.add(subject, observed, n)
+        evidence.add(subject, observed, n)
     assert observed.first_step is not None and observed.doubt is None
     subject.parts.model.zero_grad(set_to_none=True)
     found: dict[str, Any] = {

@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoaccum import cpu, observe, step
-from autoaccum.recording import Event, Recording
+from autoaccum.devices.cpu import device
+from autoaccum.planning import evidence
+from autoaccum.simulation.recording import Event, Recording
+from autoaccum.window import step
 from autoaccum.workload import Workload
 
 MODELS, PRIMES = 200, (5, 7, 11, 13)
@@ -119,10 +121,10 @@ def record(seed: int) -> dict[str, Any]:
     sample = (torch.randn(4, LENGTH, width), torch.randint(CLASSES, (4,)))
     work = Workload(Classifier(kinds, width), sample, optimizer=optimizer)
     parts = step.open_parts(work)
-    subject = observe.Subject(parts, work, cpu, None)
-    observed = observe.Observed()
-    observe.scout(subject, observed)
-    recordings = [observe.record_window(subject, n) for n in sorted(rng.sample(PRIMES, 2))]
+    subject = evidence.Subject(parts, work, device, None)
+    observed = evidence.Observed()
+    evidence.scout(subject, observed)
+    recordings = [evidence.record_window(subject, n) for n in sorted(rng.sample(PRIMES, 2))]
     return {
         "name": f"{' '.join(kinds)}, width {width}, {type(parts.optimizer).__name__}",
         "prelude": numbers(observed.prelude),

@@ -1,0 +1,143 @@
+"""A configuration: what is chosen beside the split, and what of it changes memory or numbers. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .bounds import MOST_SAMPLES
+from .errors import UsageError
+from .workload import PRECISIONS
+
+AS_IT_IS = "as it is"
+LARGEST = "largest"  # the largest micro-batch that fits: the fewest accumulation steps
+IMPLEMENTATIONS = ("loop", "foreach", "fused")
+NO_MEMORY = ("micro_batch", "loader_workers")  # what needs no recording of its own
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How an effective batch is trained, beside what is trained.
+
+    Attributes:
+        precision: "fp32", "bf16" or "fp16" autocast; "as it is" leaves the workload's.
+        checkpointing: 0: none; n: the activations of every n-th block are dropped and computed again in backward.
+        channels_last: Whether weights of convolutions, and so images, are laid out with their channels last.
+        optimizer: How the optimizer's step is implemented: "loop", "foreach" or "fused"; "as it is" leaves it.
+        expandable_segments: The CUDA caching allocator's setting.
+        compile: Whether the model is compiled (`torch.compile`).
+        loader_workers: Processes that load data; None leaves the workload's.
+        micro_batch: The largest micro-batch, or "largest": the largest that fits.
+        extra: Choices of the user's own, by name.
+    """
+
+    precision: str = AS_IT_IS
+    checkpointing: int = 0
+    channels_last: bool = False
+    optimizer: str = AS_IT_IS
+    expandable_segments: bool = False
+    compile: bool = False
+    loader_workers: int | None = None
+    micro_batch: int | str = LARGEST
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Configuration:
+        """Out of a flat mapping: names that aren't of this class are the user's own.
+
+        Raises:
+            UsageError: A value that can't be.
+        """
+        own = {name: value for name, value in values.items() if name in NAMES}
+        extra = {name: value for name, value in values.items() if name not in NAMES}
+        for name, value in own.items():
+            check_choice(name, value)
+        return cls(**own, extra=extra)
+
+    def values(self) -> dict[str, Any]:
+        """As a flat mapping, for JSON and for `from_values`."""
+        own = asdict(self)
+        own.pop("extra")
+        return {**own, **self.extra}
+
+    def of_memory(self) -> dict[str, Any]:
+        """The choices that change what a micro-batch of a given size takes."""
+        return {name: value for name, value in self.values().items() if name not in NO_MEMORY}
+
+    def words(self) -> dict[str, str]:
+        """Every choice for a person, by name, but for the micro-batch; what is as usual is left out."""
+        told = {
+            "precision": "" if self.precision == AS_IT_IS else self.precision,
+            "checkpointing": checkpointing_words(self.checkpointing) if self.checkpointing else "",
+            "channels_last": "channels last" if self.channels_last else "",
+            "optimizer": "" if self.optimizer == AS_IT_IS else f"{self.optimizer} optimizer",
+            "expandable_segments": "expandable segments" if self.expandable_segments else "",
+            "compile": "compiled" if self.compile else "",
+            "loader_workers": "" if self.loader_workers is None else f"{self.loader_workers} loader workers",
+        }
+        extra = {name: f"{name} {value}" for name, value in self.extra.items()}
+        return {name: text for name, text in (told | extra).items() if text}
+
+    def sentence(self) -> str:
+        """The same in one line."""
+        return ", ".join(self.words().values()) or "as the workload is"
+
+    def numerics(self, plain: Configuration) -> dict[str, str]:
+        """What of it changes numbers, compared with the plain one: by name, and how."""
+        changed = {
+            "precision": f"autocast in {self.precision}: other numbers, not only another rounding",
+            "optimizer": f"the {self.optimizer} optimizer: the same formula, its operations rounded in another order",
+            "channels_last": "channels last: other kernels, so sums are rounded in another order",
+            "compile": "compiled: fused kernels, so results are rounded in another order",
+            **{name: "your own choice: what it changes isn't known" for name in self.extra},
+        }
+        mine, others = self.values(), plain.values()
+        return {name: text for name, text in changed.items() if mine.get(name) != others.get(name)}
+
+
+NAMES = tuple(each.name for each in fields(Configuration) if each.name != "extra")
+
+
+def checkpointing_words(every: int) -> str:
+    """0, 1, 2, 3, ... for a person."""
+    if every == 0:
+        return "no checkpointing"
+    return "checkpointing every block" if every == 1 else f"checkpointing every {ordinal(every)} block"
+
+
+def ordinal(n: int) -> str:
+    """2 as 2nd."""
+    return f"{n}{'th' if 10 < n % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
+
+
+def check_choice(name: str, value: Any) -> None:
+    """Refuses what a configuration can't have.
+
+    Raises:
+        UsageError: Names what it could be.
+    """
+    number = isinstance(value, int) and not isinstance(value, bool)
+    allowed: dict[str, tuple[bool, str]] = {
+        "precision": (value in (*PRECISIONS, AS_IT_IS), ", ".join(PRECISIONS)),
+        "checkpointing": (number and value >= 0, "0 for none, 1 for every block, n for every n-th"),
+        "optimizer": (value in (*IMPLEMENTATIONS, AS_IT_IS), ", ".join(IMPLEMENTATIONS)),
+        "micro_batch": (
+            value == LARGEST or (number and 1 <= value <= MOST_SAMPLES),
+            f"a number of samples, or {LARGEST!r}",
+        ),
+        "loader_workers": (value is None or (number and value >= 0), "a number of processes"),
+        **{
+            flag: (isinstance(value, bool), "yes or no") for flag in ("channels_last", "expandable_segments", "compile")
+        },
+    }
+    holds, could = allowed[name]
+    if not holds:
+        raise UsageError(f"{name} can't be {value!r}.", hint=f"It is one of: {could}.")
+
+
+def allocator_settings(present: Mapping[str, str]) -> dict[str, str]:
+    """The caching allocator's variable with expandable segments, whatever else it says kept."""
+    name = "PYTORCH_ALLOC_CONF" if present.get("PYTORCH_ALLOC_CONF") else "PYTORCH_CUDA_ALLOC_CONF"
+    others = [part for part in present.get(name, "").split(",") if part and not part.startswith("expandable_segments")]
+    return {name: ",".join([*others, "expandable_segments:True"])}

@@ -1,0 +1,1 @@
+"""Cut batches and loaders into windows of micro-batches."""

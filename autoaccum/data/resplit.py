@@ -1,0 +1,108 @@
+"""Windows as they arrive: the samples that are really there, and the same ones in smaller pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+
+from ..errors import BatchError, OutOfMemory
+from ..workload import Batch
+from . import split as cutting
+from . import tree
+from .windows import Window
+
+Names = Mapping[str, Collection[str]]
+Sizes = tuple[int, ...]
+
+
+def counted(window: Window, names: Names) -> Window:
+    """The window with the samples that are really there: a collate function may have left some out, or all.
+
+    Args:
+        window: As it was loaded.
+        names: `shared` and `per_sample`, as for `split.batch_size`.
+
+    Raises:
+        BatchError: There is no sample left.
+    """
+    found = [(piece, _rows(piece, size, names)) for piece, size in zip(window.pieces, window.sizes, strict=True)]
+    there = [(piece, size) for piece, size in found if size]
+    if not there:
+        raise BatchError(
+            f"A window of {sum(window.sizes)} samples has no sample left after its collate function.",
+            hint="Leave out samples in the sampler or in the dataset, where the window is filled up by others.",
+        )
+    return Window(tuple(piece for piece, _ in there), tuple(size for _, size in there))
+
+
+def _rows(piece: Batch, planned: int, names: Names) -> int:
+    try:
+        return cutting.batch_size(piece, **names)
+    except BatchError:
+        tensors = [leaf for _, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        if tensors and not any(map(len, tensors)):
+            return 0  # emptied: as a mean it would be 0 / 0
+        return planned  # packed by its collate function: it can be trained, only not counted or cut
+
+
+def recut(window: Window, split_of: Callable[[int], Sizes], micro_batch: int, names: Names, *, joins: bool) -> Window:
+    """The same samples in smaller pieces: the pieces are all that is left of the batch, so they are cut again.
+
+    A packed piece can't be, and stays.
+
+    Args:
+        window: The window.
+        split_of: Sizes of the pieces of so many samples.
+        micro_batch: The largest wanted.
+        names: As for `counted`.
+        joins: Whether to join the pieces first where one can't be cut small enough by itself, at the price of a copy
+            of the window: batch statistics keep a piece of three samples from being cut.
+    """
+    smaller = window
+    for index in reversed(range(len(window.pieces))):
+        smaller = cut_one(smaller, index, split_of(window.sizes[index]), names)
+    if joins and max(smaller.sizes) > micro_batch:
+        return _recut_joined(window, split_of, names) or smaller
+    return smaller
+
+
+def cut_one(window: Window, index: int, sizes: Sizes, names: Names) -> Window:
+    """The window with one of its pieces cut; as it is where that can't be."""
+    try:
+        pieces = cutting.split(window.pieces[index], sizes, **names)
+    except BatchError:
+        return window
+    return Window(
+        (*window.pieces[:index], *pieces, *window.pieces[index + 1 :]),
+        (*window.sizes[:index], *sizes, *window.sizes[index + 1 :]),
+    )
+
+
+def _recut_joined(window: Window, split_of: Callable[[int], Sizes], names: Names) -> Window | None:
+    sizes = split_of(sum(window.sizes))
+    try:
+        joined = cutting.join(window.pieces, **names)
+        return None if joined is None else Window(tuple(cutting.split(joined, sizes, **names)), sizes)
+    except BatchError:
+        return None
+
+
+def versions(window: Window) -> list[int]:
+    """How often each tensor of the window was written to in place, as autograd counts it."""
+    return [
+        leaf._version
+        for piece in window.pieces
+        for _, leaf in tree.leaves(piece)
+        if isinstance(leaf, torch.Tensor) and not leaf.is_inference()
+    ]
+
+
+def refuse_changed(window: Window, before: list[int], failure: str) -> None:
+    """A loss that writes into its batch has spoilt what a repetition needs."""
+    if versions(window) != before:
+        raise OutOfMemory(
+            f"Out of memory in a window whose loss changes its batch in place ({failure}).",
+            "The samples aren't what they were, so the window can't be repeated; nothing was trained by it.",
+            "Let the loss work on copies: batch = batch.clone()",
+        )

@@ -1,0 +1,1 @@
+"""Record, measure and limit memory on each kind of device."""

@@ -1,0 +1,1 @@
+"""Record and measure memory on the CPU."""

@@ -1,0 +1,141 @@
+"""Records a window on the CPU: the allocation events of torch's profiler, in order, by phase."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+
+from ...errors import UsageError
+from ...processes.fork import ForkFailed, in_copy
+from ...simulation.recording import Event, Phase, Recording, name_blocks
+from ...window.step import OnPhase
+
+T = TypeVar("T")
+
+_MARK = "autoaccum:"
+_KINETOS = re.compile(rb"^[A-Z]+:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \d+:\d+ .*\n?", re.MULTILINE)  # Logger.cpp of kineto
+
+
+def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
+    """Records what a run of `step.train_window` allocates.
+
+    A process has room for one profiler. Where the user's own is on, a forked copy of the process records; what the run
+    changes it changes here as well, as the copy's changes are lost.
+
+    Args:
+        run: Called with the `on_phase` to hand on.
+        micro_batch: Samples in each micro-batch of the run.
+
+    Returns:
+        The recording; what happens outside of phases is left out.
+
+    Raises:
+        UsageError: The user's profiler is on, and a copy of the process can't run the window.
+    """
+    if not profiler_is_on():
+        return _record(run, micro_batch)
+    recording = apart(lambda: _record(run, micro_batch))
+    run(lambda name: contextlib.nullcontext())
+    return recording
+
+
+def profiler_is_on() -> bool:
+    """Whether the user's profiler watches this thread."""
+    return bool(torch._C._autograd._profiler_enabled())
+
+
+def apart(work: Callable[[], T]) -> T:
+    """Does what the user's profiler would be in the way of, in a copy of the process without it.
+
+    Raises:
+        UsageError: The copy can't do it.
+    """
+    try:
+        return in_copy(work)
+    except ForkFailed as error:
+        raise UsageError(
+            f"torch's profiler is on, and a forked copy of the process could not record ({error}).",
+            "A process has room for one profiler, so a copy without it records.",
+            "Plan before the profiler starts, or in a process of its own: autoaccum plan --workload FILE.py:FUNCTION",
+        ) from None
+
+
+def _record(run: Callable[[OnPhase], None], micro_batch: int) -> Recording:
+    started = time.perf_counter()
+    # Kineto writes lines of its own to the descriptor behind stderr when it starts and stops.
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _quiet_stderr():
+        profiler.start()
+    try:
+        run(_mark)
+    finally:
+        with _quiet_stderr():
+            profiler.stop()
+    seconds = time.perf_counter() - started
+    phases = _phases(profiler)
+    passes = sum(phase.name in ("first", "later") for phase in phases)
+    return Recording(micro_batch, phases, passes, seconds)
+
+
+def _mark(name: str) -> AbstractContextManager[Any]:
+    return torch.profiler.record_function(_MARK + name)
+
+
+def _phases(profiler: torch.profiler.profile) -> tuple[Phase, ...]:
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    raw: list[tuple[int, int, int]] = []
+    spans: list[tuple[int, int, str]] = []
+    todo = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        node = todo.pop()
+        todo.extend(node.children)
+        if node.tag.name == "Allocation":
+            fields: Any = node.extra_fields
+            if fields.device.type == "cpu" and fields.alloc_size:
+                raw.append((node.start_time_ns, fields.ptr, fields.alloc_size))
+        elif node.name.startswith(_MARK):
+            spans.append((node.start_time_ns, node.end_time_ns, node.name.removeprefix(_MARK)))
+    raw.sort(key=lambda entry: entry[0])
+    events = name_blocks((address, size, 0) for _, address, size in raw)
+    return _cut(events, [entry[0] for entry in raw], sorted(spans))
+
+
+def _cut(events: list[Event], times: list[int], spans: list[tuple[int, int, str]]) -> tuple[Phase, ...]:
+    """Sorts the events into phases; what is freed right after a phase ended still counts as its."""
+    phases: list[list[Event]] = [[] for _ in spans]
+    for event, moment in zip(events, times, strict=True):
+        index = next((i for i in reversed(range(len(spans))) if spans[i][0] <= moment), None)
+        if index is not None and (moment <= spans[index][1] or event.bytes < 0):
+            phases[index].append(event)
+    return tuple(Phase(name, tuple(found)) for (_, _, name), found in zip(spans, phases, strict=True))
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Leaves Kineto's lines out of what is written to descriptor 2 for a moment.
+
+    The descriptor is the whole process's, so whatever else other threads write there meanwhile is written afterwards.
+    """
+    try:
+        kept = os.dup(2)
+    except OSError:  # no stderr at all
+        yield
+        return
+    with os.fdopen(kept, "wb", closefd=True) as real, tempfile.TemporaryFile() as meanwhile:
+        os.dup2(meanwhile.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(real.fileno(), 2)
+            meanwhile.seek(0)
+            with contextlib.suppress(OSError):  # stderr may be full, or closed at its other end
+                real.write(_KINETOS.sub(b"", meanwhile.read()))
+                real.flush()

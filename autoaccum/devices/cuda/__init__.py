@@ -1,0 +1,1 @@
+"""Record and measure memory on a CUDA device."""

@@ -1,0 +1,304 @@
+"""Real GPUs by name: what the driver says of each, so that a virtual GPU can stand in for it. No torch here.
+
+Total memory is CUDA's (`cudaMemGetInfo`, `torch.cuda.get_device_properties`), which is what the caching allocator
+meets; nvidia-smi's is larger by what the driver keeps for itself. It differs from driver to driver by up to 1 %; what
+stands here is on the low side of what was found. A figure's source is beside it: a thread, or words to search for.
+
+Context: PyTorch's out-of-memory message says what this process holds and what of it torch allocated and reserved; the
+rest is its context, with the kernels and libraries loaded by then. What stands here is the largest that was found of
+runs on one device, without NCCL; the messages round to 10 MiB. Library memory comes on top, as a reserve: no public
+figure tells it apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from ...errors import UsageError
+from ...units import parse_bytes, show_bytes
+from ..virtual import VirtualGpu
+
+_MIB = 2**20
+# BERT's training on an H100 held 1219 to 1221 MiB beyond what torch reserves for it on the virtual GPU, whatever the
+# batch (docs/ground-truth.md). That was by the first version of NVML's memory info, which counts the driver's own as
+# used (docs.nvidia.com/deploy/nvml-api, nvmlMemory_t): 81559 MiB less CUDA's 81079. So 741 MiB, 75 more than
+# out-of-memory messages there tell; whisper's and ResNet-50's, with cuDNN, 15 to 17 more than that. Rounded up.
+LIBRARY_BYTES = 128 * _MIB
+_LIBRARY = "derived: H100, BERT and whisper training (mila-iqia/milabench, config/scaling), less context; rounded up"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a GPU's figures come from; "derived: ..." where nobody told them.
+
+    Attributes:
+        total: Of the total memory.
+        processor: Of compute capability and multiprocessors.
+        context: Of the context.
+        library: Of the libraries.
+    """
+
+    total: str
+    processor: str
+    context: str
+    library: str = _LIBRARY
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A real GPU.
+
+    Attributes:
+        name: As in `--gpu a100-40gb`.
+        device_name: As the driver says it.
+        total_bytes: What CUDA says it has.
+        capability: Like "8.0".
+        multiprocessors: How many.
+        context_bytes: What a process holds there outside of torch's allocator.
+        library_bytes: Kept for libraries beyond that.
+        sources: Where each of these comes from.
+    """
+
+    name: str
+    device_name: str
+    total_bytes: int
+    capability: str
+    multiprocessors: int
+    context_bytes: int
+    library_bytes: int
+    sources: Sources
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What torch's allocator may come to reserve where nobody else uses the GPU."""
+        return self.total_bytes - self.context_bytes - self.library_bytes
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name: this table's, or the driver's, however it is spelled.
+
+    Raises:
+        UsageError: There is none, or several.
+    """
+    wanted = _spelled(name)
+    for gpu in GPUS:
+        if wanted in (gpu.name, _spelled(gpu.device_name)):
+            return gpu
+    names = [gpu.name for gpu in GPUS]
+    near = [known for known in names if wanted and wanted in known]
+    near = near or difflib.get_close_matches(wanted, names, n=4, cutoff=0.5)
+    why = f"Near it are: {', '.join(near)}." if near else "Nothing in the table is near it."
+    example = near[0] if near else "a100-40gb"
+    raise UsageError(
+        f"No GPU is known as {name!r}.",
+        why,
+        f"Name one like --gpu {example}; `autoaccum doctor --gpus` lists all of them.",
+    )
+
+
+def virtual_settings(gpu: Gpu, *, devices: int = 1) -> VirtualGpu:
+    """The virtual GPU that stands in for it, alone on its machine, with libraries loaded from the start.
+
+    Convolutions have the workspace that real ones showed (docs/ground-truth.md).
+    """
+    return VirtualGpu(
+        memory_bytes=gpu.total_bytes,
+        context_bytes=gpu.context_bytes + gpu.library_bytes,
+        devices=devices,
+        compute_capability=gpu.capability,
+        multiprocessors=gpu.multiprocessors,
+        name=gpu.device_name,
+        convolution_workspace="transposed",
+    )
+
+
+def list_gpus() -> str:
+    """The table as text, with its sources."""
+    lines = []
+    for gpu in GPUS:
+        sources = gpu.sources
+        lines += [
+            f"{gpu.name:<16}{gpu.device_name}: {show_bytes(gpu.total_bytes)}, compute capability {gpu.capability},"
+            f" {gpu.multiprocessors} multiprocessors, context {show_bytes(gpu.context_bytes)},"
+            f" libraries {show_bytes(gpu.library_bytes)}",
+            f"    memory: {sources.total}",
+            f"    processor: {sources.processor}",
+            f"    context: {sources.context}",
+            f"    libraries: {sources.library}",
+        ]
+    return "\n".join(lines)
+
+
+def _spelled(name: str) -> str:
+    """`NVIDIA GeForce RTX 4090` -> rtx-4090."""
+    words = re.split(r"[\s_-]+", name.strip().lower())
+    return "-".join(word for word in words if word not in ("", "nvidia", "tesla", "geforce"))
+
+
+@dataclass(frozen=True)
+class _Message:
+    """What an out-of-memory message told: held by the process, allocated by torch, reserved but unallocated."""
+
+    in_use: str
+    allocated: str
+    idle: str
+    where: str = ""  # a thread; left out, its three sizes are words to search for
+
+    @property
+    def context_bytes(self) -> int:
+        return parse_bytes(self.in_use) - parse_bytes(self.allocated) - parse_bytes(self.idle)
+
+    def __str__(self) -> str:
+        sizes = f"{self.in_use} memory in use - {self.allocated} allocated - {self.idle} reserved but unallocated"
+        return f"out-of-memory message: {sizes}" + (f"; {self.where}" if self.where else "")
+
+
+def _gpu(
+    name: str,
+    device_name: str,
+    total_bytes: int,
+    capability: str,
+    multiprocessors: int,
+    message: _Message,
+    total: str,
+    processor: str,
+    *,
+    of: str = "",
+) -> Gpu:
+    """A row; `of` says whose the message is where it isn't this GPU's own."""
+    sources = Sources(total, processor, f"derived: {of}; {message}" if of else str(message))
+    sizes = message.context_bytes, LIBRARY_BYTES
+    return Gpu(name, device_name, total_bytes, capability, multiprocessors, *sizes, sources)
+
+
+_ISSUE = "https://github.com/{}/issues/{}".format
+_PULL = "https://github.com/{}/pull/{}".format
+_QUERY = "deviceQuery: '{}'".format
+_PROPERTIES = "get_device_properties: '{}'".format
+_CAPACITY = "out-of-memory message: 'total capacity of {}'".format
+
+_H100 = _Message("72.18 GiB", "36.69 GiB", "34.84 GiB", "gpu-burn there: 81079 - 80484 MB = 595")
+_H200 = _Message("139.60 GiB", "138.14 GiB", "824.86 MiB")
+_B200 = _Message("168.34 GiB", "167.64 GiB", "4.62 MiB", "stas00/ml-engineering, debug")
+_A100 = _Message("39.12 GiB", "25.48 GiB", "13.11 GiB", "with 80 GB: 78.93, 76.28, 2.14 GiB")
+_L40S = _Message("44.43 GiB", "43.68 GiB", "251.29 MiB", "less in " + _ISSUE("stepfun-ai/Step-Video-T2V", 8))
+_L4 = _Message("21.92 GiB", "21.56 GiB", "113.98 MiB")
+_A10G = _Message("17.50 GiB", "17.00 GiB", "8.36 MiB")
+_A40 = _Message("44.17 GiB", "43.36 GiB", "396.27 MiB")
+_A6000 = _Message("46.43 GiB", "45.61 GiB", "509.17 MiB")
+_T4 = _Message("14.55 GiB", "14.29 GiB", "119.36 MiB", "less in " + _ISSUE("Zheng-Chong/CatVTON", 133))
+_V100 = _Message("31.72 GiB", "29.66 GiB", "1.68 GiB", "with 16 GB: 15.75, 14.89 GiB, 497.13 MiB")
+_P100 = _Message("15.77 GiB", "15.44 GiB", "20.58 MiB")
+_RTX_5090 = _Message("31.34 GiB", "30.74 GiB", "19.41 MiB", _ISSUE("Wan-Video/Wan2.1", 465))
+_RTX_4090 = _Message("14.56 GiB", "13.86 GiB", "213.20 MiB", _ISSUE("3DTopia/Phidias-Diffusion", 8))
+_RTX_3090 = _Message("20.88 GiB", "20.51 GiB", "32.26 MiB")
+
+GPUS = (
+    _gpu(
+        "h100-80gb", "NVIDIA H100 80GB HBM3", 85_017_755_648, "9.0", 132, _H100,
+        _QUERY("81079 MBytes (85017755648 bytes)") + ", driver of CUDA 13.0",
+        _PROPERTIES("name='NVIDIA H100 80GB HBM3', major=9, minor=0, total_memory=81089MB, multi_processor_count=132"),
+    ),
+    _gpu(
+        "h100-pcie-80gb", "NVIDIA H100 PCIe", 81_008 * _MIB, "9.0", 114, _H100,
+        _PROPERTIES("name='NVIDIA H100 PCIe', major=9, minor=0, total_memory=81008MB, multi_processor_count=114"),
+        _PROPERTIES("name='NVIDIA H100 PCIe', major=9, minor=0, total_memory=81008MB, multi_processor_count=114"),
+        of="h100-80gb's, which has more multiprocessors",
+    ),
+    _gpu(
+        "h200", "NVIDIA H200", 143_156 * _MIB, "9.0", 132, _H200,
+        _PROPERTIES("name='NVIDIA H200', major=9, minor=0, total_memory=143156MB, multi_processor_count=132"),
+        _PROPERTIES("name='NVIDIA H200', major=9, minor=0, total_memory=143156MB, multi_processor_count=132"),
+    ),
+    _gpu(
+        "gh200", "NVIDIA GH200 120GB", 101_468_602_368, "9.0", 132, _H200,
+        _QUERY("96768 MBytes (101468602368 bytes)") + ", driver of CUDA 12.9 (GH200 480GB has 97280)",
+        _QUERY('"NVIDIA GH200 120GB" ... (132) Multiprocessors'),
+        of="h200's, of the same architecture",
+    ),
+    _gpu(
+        "b200", "NVIDIA B200", 182_631 * _MIB, "10.0", 148, _B200,
+        _PULL("pytorch/ao", 4002) + ": 178.35 GB; get_device_properties: 'total_memory=182631MB'",
+        _PULL("pytorch/ao", 4002),
+    ),
+    _gpu(
+        "a100-40gb", "NVIDIA A100-SXM4-40GB", 42_298_834_944, "8.0", 108, _A100,
+        _PULL("bottlerocket-os/bottlerocket", 3873) + ": deviceQuery, driver of CUDA 12.2",
+        _PULL("bottlerocket-os/bottlerocket", 3873),
+    ),
+    _gpu(
+        "a100-80gb", "NVIDIA A100-SXM4-80GB", 81_049 * _MIB, "8.0", 108, _A100,
+        _ISSUE("ekondis/mixbench", 47) + " (PCIe); SXM4: " + _QUERY("81051 MBytes (84987740160 bytes)"),
+        _QUERY('"NVIDIA A100-SXM4-80GB" ... (108) Multiprocessors'),
+        of="a100-40gb's, larger than its own",
+    ),
+    _gpu(
+        "l40s", "NVIDIA L40S", 47_576_711_168, "8.9", 142, _L40S,
+        _QUERY("45373 MBytes (47576711168 bytes)") + ", driver of CUDA 12.4",
+        _PROPERTIES("name='NVIDIA L40S', major=8, minor=9, total_memory=45589MB, multi_processor_count=142"),
+    ),
+    _gpu(
+        "l4", "NVIDIA L4", 23_612_293_120, "8.9", 58, _L4,
+        _QUERY("22518 MBytes (23612293120 bytes)") + ", driver of CUDA 12.0",
+        _QUERY('"NVIDIA L4" ... (58) Multiprocessors'),
+    ),
+    _gpu(
+        "a10g", "NVIDIA A10G", 22_513 * _MIB, "8.6", 80, _A10G,
+        _CAPACITY("21.99 GiB") + " (get_device_properties under newer drivers: 22587MB)",
+        _PROPERTIES("name='NVIDIA A10G', major=8, minor=6, total_memory=22587MB, multi_processor_count=80"),
+    ),
+    _gpu(
+        "a10", "NVIDIA A10", 23_609_475_072, "8.6", 72, _A10G,
+        _QUERY("22516 MBytes (23609475072 bytes)") + ", driver of CUDA 12.2",
+        _PULL("karpathy/llm.c", 621),
+        of=f"a10g's, of the same chip (less in {_ISSUE('zai-org/CogVLM', 236)})",
+    ),
+    _gpu(
+        "a40", "NVIDIA A40", 45_399 * _MIB, "8.6", 84, _A40,
+        _CAPACITY("44.34 GiB") + "; 45416 MiB in " + _ISSUE("pyscf/gpu4pyscf", 304),
+        _ISSUE("pyscf/gpu4pyscf", 304),
+    ),
+    _gpu(
+        "a6000", "NVIDIA RTX A6000", 48_665 * _MIB, "8.6", 84, _A6000,
+        _CAPACITY("47.53 GiB"),
+        _PROPERTIES("name='NVIDIA RTX A6000', major=8, minor=6, total_memory=48676MB, multi_processor_count=84"),
+    ),
+    _gpu(
+        "t4", "Tesla T4", 14_909 * _MIB, "7.5", 40, _T4,
+        _ISSUE("Zheng-Chong/CatVTON", 133) + ": 14.56 GiB; deviceQuery: '14918 MBytes (15642329088 bytes)'",
+        _ISSUE("NVIDIA/DALI", 1813),
+    ),
+    _gpu(
+        "v100-16gb", "Tesla V100-SXM2-16GB", 16_928_342_016, "7.0", 80, _V100,
+        _QUERY("16144 MBytes (16928342016 bytes)") + ", driver of CUDA 12.4",
+        _QUERY('"Tesla V100-SXM2-16GB" ... (080) Multiprocessors'),
+        of="v100-32gb's, larger than its own",
+    ),
+    _gpu(
+        "v100-32gb", "Tesla V100-SXM2-32GB", 32_486 * _MIB, "7.0", 80, _V100,
+        _CAPACITY("31.73 GiB"),
+        _QUERY('"Tesla V100-SXM2-32GB" ... (080) Multiprocessors'),
+    ),
+    _gpu(
+        "p100", "Tesla P100-PCIE-16GB", 17_066_885_120, "6.0", 56, _P100,
+        _QUERY("16276 MBytes (17066885120 bytes)"),
+        _PROPERTIES("name='Tesla P100-PCIE-16GB', major=6, minor=0, total_memory=16280MB, multi_processor_count=56"),
+    ),
+    _gpu(
+        "rtx-5090", "NVIDIA GeForce RTX 5090", 33_677_180_928, "12.0", 170, _RTX_5090,
+        _ISSUE("aikitoria/open-gpu-kernel-modules", 1) + ": deviceQuery, driver of CUDA 12.8",
+        _ISSUE("NVIDIA/nccl", 1637),
+    ),
+    _gpu(
+        "rtx-4090", "NVIDIA GeForce RTX 4090", 25_250_627_584, "8.9", 128, _RTX_4090,
+        _QUERY("24081 MBytes (25250627584 bytes)") + ", driver of CUDA 13.0",
+        _QUERY('"NVIDIA GeForce RTX 4090" ... (128) Multiprocessors'),
+    ),
+    _gpu(
+        "rtx-3090", "NVIDIA GeForce RTX 3090", 24_131 * _MIB, "8.6", 82, _RTX_3090,
+        _CAPACITY("23.57 GiB"),
+        _QUERY('"NVIDIA GeForce RTX 3090" ... (082) Multiprocessors'),
+    ),
+)  # fmt: skip

@@ -1,0 +1,21 @@
+"""A GPU that isn't there: an unmodified CUDA build of PyTorch runs on it, and its memory is counted.
+
+    gpu = VirtualGpu(memory_bytes=4 * 2**30)
+    launch([sys.executable, "train.py"], gpu).wait()
+
+or `python -m autoaccum.devices.virtual --memory 4GiB -- python train.py`. What is real and what is faked:
+docs/virtual-gpu.md. A process on it reaches its controls through `autoaccum.devices.virtual.control`.
+"""
+
+from __future__ import annotations
+
+from .build import reason_against
+from .gpu import VirtualGpu
+from .launch import environment, launch, planning_environment
+
+__all__ = ["VirtualGpu", "available", "environment", "launch", "planning_environment"]
+
+
+def available() -> str | None:
+    """None where a virtual GPU can be had, else the reason in words, for `pytest.mark.skipif`. Nothing is compiled."""
+    return reason_against()

@@ -1,0 +1,109 @@
+"""What a virtual GPU is like, as a value and as the settings that its library reads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ...errors import UsageError
+from ...units import parse_bytes, show_bytes
+
+PREFIX = "AUTOACCUM_GPU_"
+TRANSPOSED = "transposed"
+MOST_DEVICES = 8  # source/gpu.h
+Copies = Literal["tensors", "all", "zero"]
+Addresses = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class VirtualGpu:
+    """A GPU that computes nothing and counts memory.
+
+    Attributes:
+        memory_bytes: Of each device.
+        context_bytes: Taken from a device by this process's context, once it uses the device.
+        other_bytes: Taken by another process (pid 1 in NVML) from the start.
+        devices: How many there are.
+        compute_capability: Like "8.0"; PyTorch chooses kernels and workspaces by it.
+        multiprocessors: How many; PyTorch sizes some scratch memory by it.
+        name: The devices' name.
+        convolution_workspace: What each convolution asks for: a size ("64MiB"), a multiple of its tensors' bytes
+            ("0.5x"), "transposed" for copies of its tensors with channels last where cuDNN makes them, or None for
+            nothing.
+        convolution_fallback: Whether a convolution can also do without its workspace.
+        copies: "tensors": copies are real, but reads of up to 16 bytes (losses, counts) give 0; "all": those too are
+            real; "zero": nothing is copied, and every read gives 0.
+        addresses: "up": later memory lies above earlier memory; "down": below, as on a GPU under Linux. It
+            counts for torch 2.6's allocator and not for 2.14's.
+
+    Raises:
+        UsageError: There is no such GPU.
+    """
+
+    memory_bytes: int = 16 * 2**30
+    context_bytes: int = 512 * 2**20
+    other_bytes: int = 0
+    devices: int = 1
+    compute_capability: str = "8.0"
+    multiprocessors: int = 108
+    name: str = "Virtual GPU"
+    convolution_workspace: str | None = None
+    convolution_fallback: bool = True
+    copies: Copies = "tensors"
+    addresses: Addresses = "up"
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes <= 0 or self.context_bytes < 0 or self.other_bytes < 0:
+            raise _refused("memory", f"{self.memory_bytes} bytes", "Sizes are not negative, and memory is more than 0.")
+        if self.context_bytes + self.other_bytes >= self.memory_bytes:
+            taken = show_bytes(self.context_bytes + self.other_bytes)
+            why = f"Its context and the other process take {taken} of it."
+            raise _refused("memory", show_bytes(self.memory_bytes), why)
+        if not 1 <= self.devices <= MOST_DEVICES:
+            raise _refused("number of devices", self.devices, f"It is 1 to {MOST_DEVICES}.")
+        if not re.fullmatch(r"\d{1,2}\.\d", self.compute_capability):
+            raise _refused("compute capability", self.compute_capability, "It looks like 8.0.")
+        if not 1 <= self.multiprocessors <= 2**16:
+            raise _refused("number of multiprocessors", self.multiprocessors, "It is 1 to 65536.")
+        if not 1 <= len(self.name.encode()) < 256 or "\0" in self.name:
+            raise _refused("name", repr(self.name), "It is 1 to 255 bytes.")
+        if self.copies not in get_args(Copies):
+            raise _refused("mode of copying", self.copies, f"It is one of: {', '.join(get_args(Copies))}.")
+        if self.addresses not in get_args(Addresses):
+            raise _refused("direction of addresses", self.addresses, "It is up or down.")
+        _workspace(self.convolution_workspace)
+
+    def settings(self) -> dict[str, str]:
+        """The environment variables that the library reads; all of them, so that none is left from elsewhere."""
+        told = {
+            "MEMORY": self.memory_bytes,
+            "CONTEXT": self.context_bytes,
+            "OTHER": self.other_bytes,
+            "DEVICES": self.devices,
+            "COMPUTE_CAPABILITY": self.compute_capability,
+            "MULTIPROCESSORS": self.multiprocessors,
+            "NAME": self.name,
+            "CONVOLUTION_WORKSPACE": _workspace(self.convolution_workspace),
+            "CONVOLUTION_FALLBACK": int(self.convolution_fallback),
+            "COPIES": self.copies,
+            "ADDRESSES": self.addresses,
+        }
+        return {PREFIX + key: str(value) for key, value in told.items()}
+
+
+def _refused(what: str, value: object, why: str) -> UsageError:
+    return UsageError(f"A virtual GPU can't have a {what} of {value}.", why, "Give another value.")
+
+
+def _workspace(text: str | None) -> str:
+    """A number of bytes, a factor like 0.5x or "transposed", as the library reads it."""
+    if text is None:
+        return "0"
+    if text == TRANSPOSED:
+        return text
+    if re.fullmatch(r"\d{1,6}(\.\d{1,6})?x", text):
+        return text
+    if re.fullmatch(r"0+", text):
+        return "0"
+    return str(parse_bytes(text, what="a convolution's workspace (a size, a multiple like 0.5x, or transposed)"))

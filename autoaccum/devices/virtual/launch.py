@@ -1,0 +1,78 @@
+"""Starts processes on a virtual GPU. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import UsageError
+from .build import built_library
+from .gpu import VirtualGpu
+
+ANY_AMOUNT_BYTES = 1 << 41  # more than any one GPU has
+
+
+def environment(gpu: VirtualGpu, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment in which a process finds that GPU; its library is compiled first if need be.
+
+    Args:
+        gpu: What it is like.
+        base: The environment to start from; left out: this process's.
+
+    Raises:
+        UsageError: The library can't be had; why, in words.
+    """
+    library = built_library()
+    told = dict(os.environ if base is None else base)
+    told |= gpu.settings()
+    told["LD_LIBRARY_PATH"] = _put_first(str(library.parent), told.get("LD_LIBRARY_PATH", ""))
+    told["LD_PRELOAD"] = _put_first(_preloaded(library), told.get("LD_PRELOAD", ""))
+    # An autograd thread that waits for the process's end (source/ending.c) isn't waited for: torch's limit, in seconds
+    told.setdefault("TORCH_AUTOGRAD_SHUTDOWN_WAIT_LIMIT", "0.5")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        told.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")  # Triton compiles its launcher against it, on any GPU
+    return told
+
+
+def planning_environment(name: str | None, base: Mapping[str, str] | None = None) -> dict[str, str] | None:
+    """That of a virtual GPU which stands in for a named real one, with any amount of memory and no copies.
+
+    Args:
+        name: As in `--gpu`; None for no virtual GPU.
+        base: The environment to start from; left out: this process's.
+
+    Returns:
+        None where no GPU is named and none was given.
+    """
+    if name is None:
+        return None if base is None else dict(base)
+    from dataclasses import replace
+
+    from ..cuda.gpu_specs import find_gpu, virtual_settings
+
+    return environment(replace(virtual_settings(find_gpu(name)), memory_bytes=ANY_AMOUNT_BYTES, copies="zero"), base)
+
+
+def launch(command: Sequence[str], gpu: VirtualGpu, **popen_kwargs: Any) -> subprocess.Popen[Any]:
+    """Starts a command on that GPU; `env` among the keywords of `subprocess.Popen` is the environment to start from."""
+    told = environment(gpu, popen_kwargs.pop("env", None))
+    return subprocess.Popen(list(command), env=told, **popen_kwargs)
+
+
+def _put_first(entry: str, path: str) -> str:
+    return ":".join([entry, *(other for other in path.split(":") if other and other != entry)])
+
+
+def _preloaded(library: Path) -> str:
+    """The loader splits LD_PRELOAD at spaces and colons; its bare name is found along LD_LIBRARY_PATH."""
+    if ":" in str(library) or ";" in str(library):
+        raise UsageError(
+            f"The virtual GPU's library can't be loaded from {library.parent}.",
+            "The loader takes a colon or a semicolon for the end of a folder's name.",
+            "Name another folder: XDG_CACHE_HOME=DIR",
+        )
+    return library.name if " " in str(library) else str(library)

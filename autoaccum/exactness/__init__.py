@@ -1,0 +1,1 @@
+"""Test whether accumulated gradients equal the large batch's."""

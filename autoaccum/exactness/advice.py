@@ -1,0 +1,278 @@
+"""A verdict in words: what is wrong, why, and what to type next.
+
+A count that is proposed was tried first: with it, the parts' gradients add up to the whole batch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data import tree
+from ..workload import IGNORED, Batch
+from . import test_batches
+from .determinism import ClassLoss, Draws
+
+if TYPE_CHECKING:
+    from .arrangements import Tried
+
+UNIGNORED = "exact on data without ignored targets"
+AGREES_WITHIN = 1e-3  # of its weights: what a proposed count gives, and what least squares found
+
+
+@dataclass(frozen=True)
+class Count:
+    """Something that a loss may average over.
+
+    Attributes:
+        what: In words.
+        code: As a Python expression of `batch`.
+        of: The same as a function.
+    """
+
+    what: str
+    code: str
+    of: Callable[[Batch], float]
+
+
+def ignorable(draws: Draws, batch: Batch) -> dict[str, int]:
+    """Paths of the leaves that cross-entropy takes for classes, and the class that it leaves out."""
+    leaves = dict(tree.leaves(batch))
+    named = [path for path in test_batches.target_paths(batch) if not leaves[path].is_floating_point()]
+    found: dict[str, int] = {}
+    for call in draws.class_losses:
+        for path in [call.path] if call.path is not None else named:
+            found.setdefault(path, call.ignore_index)
+    return found
+
+
+def untested_targets(tried: Tried) -> str | None:
+    """In words, the cross-entropy that averages and was not tested with ignored classes; None where there is none.
+
+    Classes that are a leaf of the batch were tried, and where that failed the model doesn't take them. What is left are
+    classes that the loss makes of something; in-batch negatives have the sample's own place, which is never ignored.
+    """
+    if tried.found.is_pair or tried.counted or tried.trial.ignored:
+        return None
+    calls = [call for call in tried.found.draws.class_losses if call.averages and _may_be_ignored(tried, call)]
+    averaging = [call for call in calls if not _are_places(call.targets)]
+    if not averaging:
+        return None
+    return f"its cross-entropy averages over classes other than {averaging[0].ignore_index}"
+
+
+def _may_be_ignored(tried: Tried, call: ClassLoss) -> bool:
+    """Whether its classes may be ignored in other data, and weren't tried so: too few rows, or no value is invented."""
+    if call.path is None:
+        return True
+    uses, few = tried.look.uses, tried.trial.rows < test_batches.FEWEST_TO_IGNORE
+    unsafe = not uses.invents(call.path, tried.device)
+    return (few or unsafe) and not uses.indexes(call.path)
+
+
+def _are_places(targets: torch.Tensor) -> bool:
+    return targets.dim() == 1 and torch.equal(targets, torch.arange(len(targets)).to(targets))
+
+
+def for_untested() -> tuple[str, ...]:
+    """What to do where ignored classes could not be tried."""
+    return (
+        "The loss calls a cross-entropy that averages over the classes it doesn't ignore. Where these are in the batch "
+        "couldn't be told, so it wasn't tested with some ignored.",
+        "Return (sum, count) with reduction='sum', or give Workload(..., count=lambda batch: ...).",
+    )
+
+
+def of(
+    kind: str, tried: Tried, weights: Sequence[float], module: str | None, place: str | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """The words and the advice of a verdict that isn't exact.
+
+    Args:
+        kind: The verdict's kind.
+        tried: What was found.
+        weights: Those that the parts should have had.
+        module: The module that it comes from, for a person.
+        place: That module as an expression of the user's code; None where it can't be switched by itself.
+    """
+    found = tried.found
+    name, worst = found.worst()
+    off = f"off by {percent(found.error())} on {tried.trial.rows} samples"
+    seen = f"{off} ({name}: {percent(worst)})"
+    if tried.trial.hardness:
+        seen += f", with {' and '.join(tried.trial.hardness)}"
+    if kind == "sum":
+        return f"not exact: the loss is a sum, and micro-batches are weighted as means; {off}", _of_sum(seen)
+    if kind == "wrong denominator":
+        return _of_count(tried, weights, off, seen)
+    if kind == "additive term":
+        words = f"not exact: a term that doesn't depend on the samples is counted for each micro-batch; {off}"
+        return words, _of_term(seen)
+    if kind == "not exact":
+        words = f"not exact: {off}; with so few parameters it can't be told why"
+        return words, (f"{seen}.", "Return (sum, count) from the loss if it averages over something else than samples.")
+    if kind == "changes with each forward":
+        return f"not exact: {module} changes with each forward; {off}", _of_state(str(module), place, seen)
+    if module is not None:
+        return f"not exact: in {module} samples depend on one another; {off}", _of_module(module, seen)
+    return f"not exact: the loss couples samples across micro-batches; {off}", _of_coupling(seen)
+
+
+def _of_sum(seen: str) -> tuple[str, ...]:
+    return (
+        f"The parts' gradients add up to the whole's with weights of 1, not of samples/all: {seen}.",
+        "Return (sum, count) from the loss, with the number of samples as the count: its gradient is the mean's, which "
+        "is the sum's divided by the samples of the window. Raise the learning rate as many times if it was tuned for "
+        "the sum.",
+    )
+
+
+def _of_count(tried: Tried, weights: Sequence[float], off: str, seen: str) -> tuple[str, tuple[str, ...]]:
+    given = ", ".join(f"{size / tried.trial.rows:.3f}" for size in tried.found.sizes)
+    if tried.found.is_pair:
+        words = f"not exact: the (sum, count) that the loss returns is not a sum and its count; {off}"
+        return words, (
+            f"What it returns, added up over micro-batches, is not what the whole batch returns: {seen}.",
+            "The first must be a sum (reduction='sum'), the second what a mean would have divided it by.",
+        )
+    proposed = next(_fitting(tried, weights), None)
+    if proposed is None:
+        wanted = ", ".join(f"{weight:.3f}" for weight in weights)
+        over = "what count= gives" if tried.counted else "samples"
+        return f"not exact: the loss doesn't average over {over}; {off}", (
+            f"The parts' gradients add up to the whole's, but with the weights {wanted}; by samples it would be "
+            f"{given}: {seen}.",
+            "Return (sum, count) from the loss: what it adds up, and what it divides by. A function of a mean (a root, "
+            "a logarithm) has no count: only all samples in one micro-batch train it exactly.",
+        )
+    words = f"not exact: the loss averages over {proposed.what}, not over samples; {off}"
+    if tried.exact_unignored:
+        words = f"{UNIGNORED}; {words.replace(':', ' where some are:', 1)}"
+    return words, (
+        f"It averages over {proposed.what}, and micro-batches are weighted by "
+        f"{'what count= gives' if tried.counted else 'samples'}: {seen}.",
+        f"Workload(..., count=lambda batch: {proposed.code})",
+    )
+
+
+def _of_term(seen: str) -> tuple[str, ...]:
+    return (
+        f"A weight penalty, say, is part of the sum that is returned, and k micro-batches count it k times: {seen}.",
+        "Give it apart, so that it is counted once: return autoaccum.LossTerms(sum, count, extra=term).",
+    )
+
+
+def _of_module(module: str, seen: str) -> tuple[str, ...]:
+    kind = module.partition(" (")[2]
+    told = f"What {module} gives for a sample depends on the others in its micro-batch: {seen}."
+    if "BatchNorm" in kind:
+        return told, (
+            "Workload(..., batchnorm='frozen') is exact, and so are GroupNorm and LayerNorm in its place. Otherwise "
+            "each micro-batch is normalized by itself, which trains, but isn't the large batch."
+        )
+    return told, (
+        "Only samples in one micro-batch meet there. Train with one accumulation step, or have it see each sample by "
+        "itself."
+    )
+
+
+def _of_state(module: str, place: str | None, seen: str) -> tuple[str, ...]:
+    still = f"keep it still in between: {place}.eval() after model.train(), and" if place else "take it out of forward:"
+    return (
+        f"{module} keeps something that each forward changes, so a micro-batch sees what those before it left: {seen}.",
+        f"Where that is wanted once per optimizer step, {still} move it once a step.",
+    )
+
+
+def _of_coupling(seen: str) -> tuple[str, ...]:
+    return (
+        f"No weights of the micro-batches give the whole batch's gradient: {seen}. The loss compares samples "
+        "(in-batch negatives, triplets, ranks), or is a ratio or a statistic of the whole batch.",
+        "If it is a function of each sample's representation, Workload(..., encode=lambda model, batch: ..., "
+        "loss=lambda model, representations: ...) is exact, for one more forward. Else train with one step.",
+    )
+
+
+def _fitting(tried: Tried, weights: Sequence[float]) -> Iterator[Count]:
+    """The counts whose shares are the weights that were found."""
+    pieces = tried.trial.pieces(tried.found.sizes)
+    for count in _candidates(tried):
+        try:
+            values = [float(count.of(piece)) for piece in pieces]
+        except (RuntimeError, IndexError, TypeError):
+            continue
+        total = sum(values)
+        if total > 0 and all(
+            abs(value / total - weight) <= AGREES_WITHIN for value, weight in zip(values, weights, strict=True)
+        ):
+            yield count
+
+
+def _candidates(tried: Tried) -> Iterator[Count]:
+    batch, calls = tried.trial.batch, tried.found.draws.class_losses
+    leaves = dict(tree.leaves(batch))
+    ignored = ignorable(tried.found.draws, batch)
+    for path in dict.fromkeys([*ignored, *tried.trial.ignored]):
+        out = ignored.get(path, IGNORED)
+        yield _targets(path, out)
+        if leaves[path].dim() == 2:
+            yield _targets(path, out, shifted=True)
+        for weights in _weights(calls):
+            yield _weighted(path, out, weights)
+    for path in test_batches.mask_paths(batch):
+        yield Count(f"the ones of {path}", f"{path}.sum()", lambda b, p=path: _leaf(b, p).sum())  # type: ignore[misc]
+        yield Count(f"the zeros of {path}", f"({path} == 0).sum()", lambda b, p=path: (_leaf(b, p) == 0).sum())  # type: ignore[misc]
+        yield Count(
+            f"the ones of {path} but the first of each sample",
+            f"{path}[:, 1:].sum()",
+            lambda b, p=path: _leaf(b, p)[:, 1:].sum(),  # type: ignore[misc]
+        )
+    for path in (*test_batches.length_paths(batch), *test_batches.weight_paths(batch)):
+        yield Count(f"the sum of {path}", f"{path}.sum()", lambda b, p=path: _leaf(b, p).sum())  # type: ignore[misc]
+    rows = next((path for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+    if rows is not None:
+        yield Count("samples", f"len({rows})", lambda b: len(_leaf(b, rows)))
+
+
+def _targets(path: str, out: int, *, shifted: bool = False) -> Count:
+    cut = "[:, 1:]" if shifted else ""
+    what = f"the classes in {path}{' but the first of each sample' * shifted} that aren't {out}"
+
+    def count(batch: Batch) -> Any:
+        leaf = _leaf(batch, path)
+        return ((leaf[:, 1:] if shifted else leaf) != out).sum()
+
+    return Count(what, f"({path}{cut} != {out}).sum()", count)
+
+
+def _weighted(path: str, out: int, weights: torch.Tensor) -> Count:
+    """The sum of the class weights of the classes that aren't ignored."""
+
+    def count(batch: Batch) -> Any:
+        leaf = _leaf(batch, path).cpu()
+        return weights[leaf[leaf != out]].sum()
+
+    code = f"class_weights[{path}[{path} != {out}]].sum()"
+    return Count(f"the class weights of {path}", code, count)
+
+
+def _weights(calls: Sequence[ClassLoss]) -> Iterator[torch.Tensor]:
+    weights = next((call.weights for call in calls if call.weights is not None), None)
+    if weights is not None:
+        yield weights.detach().double().cpu()
+
+
+def _leaf(batch: Batch, path: str) -> Any:
+    return dict(tree.leaves(batch))[path]
+
+
+def percent(error: float) -> str:
+    """A relative error for a person."""
+    if error == float("inf"):
+        return "anything (not finite)"
+    if error < 0.001:
+        return f"{100 * error:.1g}%"
+    return f"{error:.1%}" if error < 0.1 else f"{error:.0%}" if error < 10 else f"{error:.0f} times"

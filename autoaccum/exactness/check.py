@@ -1,0 +1,303 @@
+"""The verdict: is the gradient that the Runner adds up the large batch's?
+
+    sample        the workload's own rows, made hard                  exactness/test_batches.py
+    arrangements  in which they have to agree                         exactness/arrangements.py
+    gradients     of a window of uneven parts and of the whole        exactness/compare.py, by step.train_window
+    verdict       from their difference, and from what of it least squares explains
+    advice        what is wrong and what to type next                 exactness/advice.py
+
+A verdict is about the samples that were tried. Where it is `exact` the words say how many these were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..devices.oom import drop_frames, room_bytes
+from ..devices.virtual.control import is_virtual
+from ..plan import Plan
+from ..process_memory import available_bytes
+from ..processes import crash_guard
+from ..window import norms as batchnorm
+from ..window.context import forward, held_in_window
+from ..window.isolated import as_it_trains
+from ..window.process_groups import refuse_ranks
+from ..workload import Workload
+from . import advice, arrangements, compare, coupling, test_batches
+from .arrangements import Tried, Untestable
+from .compare import HALF_WITHIN, Gradients, Twin
+from .recheck import counts_differ, recheck
+
+log = logging.getLogger("autoaccum")
+
+FEW_ENTRIES = 8  # entries of the gradient for each part: with fewer, least squares explains anything
+
+EXACT, CHANCE, SUM, COUNT = "exact", "same distribution", "sum", "wrong denominator"
+TERM, COUPLED, STATEFUL = "additive term", "not decomposable", "changes with each forward"
+INEXACT, UNKNOWN = "not exact", "unknown"
+UNIGNORED = advice.UNIGNORED
+
+__all__ = ["Verdict", "check", "counts_differ", "for_plan", "recheck", "stamp", "unknown"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a window's gradient is that of one whole batch, and why not.
+
+    Attributes:
+        kind: "exact"; "same distribution": exact but for what is drawn at random; "sum": micro-batches would have to be
+            added, not averaged; "wrong denominator": they would have to be weighted by something else than samples;
+            "additive term": a term that doesn't depend on the samples is counted for each micro-batch; "not
+            decomposable": no weights would do; "changes with each forward": what a forward leaves in a module changes
+            the gradient of the next one; "not exact": there are too few parameters to tell which of these;
+            "unknown": it could not be tested.
+        words: The same for a person, in one line.
+        error: Relative L2 distance of the window's gradient from the whole batch's, on the worst batch that was tried;
+            NaN where it is unknown.
+        worst_tensor: The parameter whose gradient was furthest off.
+        worst_tensor_error: By how much, relative to itself.
+        samples: Samples tested on.
+        module: The module where output rows depend on other samples, where there is one.
+        advice: What is wrong, why, and what to type next; empty where it is exact.
+    """
+
+    kind: str
+    words: str
+    error: float
+    worst_tensor: str | None
+    worst_tensor_error: float
+    samples: int
+    module: str | None = None
+    advice: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether accumulating gives the large batch's gradient, up to rounding and random draws."""
+        return self.kind in (EXACT, CHANCE)
+
+
+def check(
+    workload: Workload,
+    *,
+    most_rows: int = test_batches.MOST_ROWS,
+    progress: Callable[[str], None] = lambda text: None,
+    apart: bool = True,
+) -> Verdict:
+    """Tests on the sample, made as hard as the loss takes it, whether accumulating gives the large batch's gradient.
+
+    Two arrangements of it have to agree before that is said: classes sorted, and another mix with outputs further
+    apart. That costs six passes forward and backward of 8 to 16 samples, of fewer at once where fewer fit; where
+    something is wrong, three to six more to tell what. Besides, a forward that looks at what the loss calls, and one
+    for each part where a `(sum, count)` loss has no `count=`. The model is left bitwise as it was.
+
+    Args:
+        workload: What is trained. Its sample is needed.
+        most_rows: Samples that fit at once, in the precision of the test.
+        progress: Called with what is being done.
+        apart: Whether to test in a copy of this process, where that is possible: what crashes there is a verdict.
+
+    Raises:
+        UsageError: The workload is of several ranks.
+    """
+    refuse_ranks(workload)
+    if next(workload.model.parameters()).device.type != "cpu" and is_virtual():
+        return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
+    if most_rows < test_batches.FEWEST_ROWS:
+        return unknown(f"it takes {test_batches.FEWEST_ROWS} samples at once to test", "autoaccum check takes them.")
+    progress("testing whether the gradient is the large batch's")
+    if not apart:
+        return _check(workload, most_rows)
+    try:
+        return crash_guard.run(lambda: _check(workload, most_rows))
+    except crash_guard.Crashed as crash:
+        return unknown(
+            f"the test crashed ({crash})",
+            "It ran in a copy of this process, on parts of the sample: does loss(model, part) run?",
+        )
+
+
+def _check(workload: Workload, most_rows: int) -> Verdict:
+    with as_it_trains(workload.model, held_in_window(workload), everything=True):
+        try:
+            twin, tried = _tried(workload, most_rows)
+            if not tried[-1].holds:
+                return _verdict(workload, twin, tried[-1])
+        except Untestable as error:
+            return unknown(str(error), "Give a sample of real data: a batch whose loss is finite and not at its best.")
+        except Exception as error:  # whatever the user's code raises: a plan is a plan without a verdict, too
+            log.debug("the test of exactness failed", exc_info=True)
+            return unknown(
+                f"the test itself failed ({drop_frames(error)})", "Does one step run on the sample? loss(model, sample)"
+            )
+    return _holds(tried, settled=workload.encode is not None)
+
+
+def for_plan(plan: Plan, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Plan:
+    """The plan with a verdict, found on no more samples than fit it."""
+    return stamp(plan, check(workload, most_rows=_rows_at_once(plan, workload), progress=progress))
+
+
+def _rows_at_once(plan: Plan, workload: Workload) -> int:
+    """Samples that fit at once in the precision of the test, where that is: in the plan's budget, or on the host."""
+    least, most = plan.peaks[0], plan.peaks[-1]
+    more = most.micro_batch - least.micro_batch
+    each = (most.first_bytes - least.first_bytes) / more if more else least.first_bytes / least.micro_batch
+    small = _is_small(workload)
+    if small and plan.device != "cpu":  # tested in double precision on the host, of which half is left alone
+        fit = int((available_bytes() or 0) / 2 / max(each, 1))
+    else:
+        room = plan.budget_bytes - plan.base_bytes - least.first_bytes
+        fit = max(least.micro_batch + int(room / max(each, 1)), plan.micro_batch)
+    if small or workload.precision is not None or _is_half(workload.model):
+        fit //= 2  # double precision, or single in place of half: a sample takes twice what it takes in the plan
+    return min(
+        fit, test_batches.MOST_ROWS if small else test_batches.LEAST_ROWS
+    )  # each further one costs as much again
+
+
+def stamp(plan: Plan, verdict: Verdict) -> Plan:
+    """The plan with the verdict's words, and its advice among the notes."""
+    notes = verdict.advice
+    if plan.accumulation_steps == 1 and not verdict.exact and verdict.kind != UNKNOWN:
+        notes = ("This plan's one micro-batch is the whole batch, so that its gradient is exact all the same.", *notes)
+    return replace(plan, exactness=verdict.words, notes=(*plan.notes, *notes))
+
+
+def unknown(why: str, *told: str) -> Verdict:
+    """The verdict where nothing could be tested."""
+    nan = float("nan")
+    return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=told)
+
+
+def _tried(workload: Workload, most_rows: int) -> tuple[Twin, list[Tried]]:
+    """In double precision on the CPU; where the model is large, or can't do that, in its own."""
+    if _is_small(workload):
+        with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, Untestable):
+            twin = Twin(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
+            return twin, arrangements.tried(workload, twin, most_rows)
+    # Where there is no room for more, on views, and in half precision if that is the model's.
+    parameters = list(workload.model.parameters())
+    single = sum(4 * p.numel() for p in parameters)  # copies in single precision, and their gradients as well
+    has_room = 2 * single < room_bytes(parameters[0].device)
+    twin = Twin(workload.model, workload.loss, alias=not has_room, widens=has_room)
+    return twin, arrangements.tried(workload, twin, most_rows)
+
+
+def _is_half(model: torch.nn.Module) -> bool:
+    return any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
+
+
+def _is_small(workload: Workload) -> bool:
+    """Whether it is tested in double precision."""
+    return sum(p.numel() for p in workload.model.parameters()) <= compare.DOUBLES
+
+
+def _holds(tried: Sequence[Tried], *, settled: bool) -> Verdict:
+    """Exact; `settled` where the loss isn't averaged over micro-batches at all."""
+    first = tried[0]
+    rows = first.sample.rows if len(tried) < 2 or first.sample.rows >= test_batches.LEAST_ROWS else _rows(tried)
+    found = max((each.found for each in tried), key=Gradients.error)
+    blind = advice.untested_targets(first)
+    if blind is not None and not settled:
+        words = f"{UNIGNORED} (tested on {rows} samples); not exact where some are: {blind}"
+        return Verdict(COUNT, words, found.error(), *found.worst(), rows, advice=advice.for_untested())
+    made = f"{first.trial.made_up} of the {rows} samples tested on were made of the sample's own."
+    notes: tuple[str, ...] = (made,) if first.trial.made_up else ()
+    if first.trial.hardness is None:
+        notes += ("The loss takes no batch but one like the sample, so nothing harder was tested.",)
+    if first.within >= HALF_WITHIN[torch.float16]:
+        notes += ("Memory was short, so it was tested in half precision, where only what is off by percents is seen.",)
+    if any(each.found.chance for each in tried):
+        names = {name for each in tried for name in each.found.draws.replaced | each.found.draws.kept}
+        drawn = ", ".join(sorted(names)) or "Python's or NumPy's draws"
+        words = f"same distribution (exact with {drawn} off, tested on {rows} samples)"
+        return Verdict(CHANCE, words, found.error(), *found.worst(), rows, advice=notes)
+    return Verdict(EXACT, f"exact (tested on {rows} samples)", found.error(), *found.worst(), rows, advice=notes)
+
+
+def _rows(tried: Sequence[Tried]) -> int:
+    return sum(each.sample.rows for each in tried)
+
+
+def _verdict(workload: Workload, twin: Twin, pair: Tried) -> Verdict:
+    """Why the window's gradient isn't the whole batch's."""
+    with arrangements.as_tried(twin, pair):
+        tried = arrangements.closer(workload, twin, pair)
+        kind, weights = _kind(tried, pair)
+        found, rows = tried.found, tried.trial.rows
+        if kind in (COUPLED, INEXACT) and found.draws.kept:
+            drawn = ", ".join(sorted(found.draws.kept))
+            return unknown(
+                f"the loss draws random numbers by {drawn}, which can't be switched off", "Switch it off to test."
+            )
+        module = _coupling(workload, twin, tried) if kind in (COUPLED, INEXACT) else None
+        if module is None and kind == COUPLED and _remembers(workload, twin, tried):
+            kind, module = STATEFUL, twin.moving_module()
+        place = twin.moving_place() if kind == STATEFUL else None
+    if kind == COUNT and not found.is_pair:
+        tried = replace(tried, exact_unignored=arrangements.holds_unignored(workload, twin, tried))
+    words, told = advice.of(kind, tried, weights, module, place)
+    return Verdict(kind, words, found.error(), *found.worst(), rows, module, told)
+
+
+def _kind(tried: Tried, pair: Tried) -> tuple[str, list[float]]:
+    """What least squares says of the parts, and the weights that they should have had, relative to each other."""
+    found = tried.found
+    if found.columns.shape[1] < FEW_ENTRIES * len(found.sizes):
+        return INEXACT, []
+    if not bool(found.columns.isfinite().all()):
+        return COUPLED, []
+    factors, residual = found.fit()
+    if residual > tried.within or found.error() <= tried.within:  # the latter: a single tensor is off, and only it
+        return (TERM if found.is_pair and _is_term(tried, pair) else COUPLED), []
+    own = [size / sum(found.sizes) for size in found.sizes]
+    weights = [factor * share for factor, share in zip(factors, own, strict=True)]
+    if not found.is_pair and all(abs(weight - 1) <= min(100 * tried.within, 0.1) for weight in weights):
+        return SUM, weights
+    return COUNT, factors if found.is_pair else weights
+
+
+def _is_term(tried: Tried, pair: Tried) -> bool:
+    """Whether what is too much is one and the same for each micro-batch after the first.
+
+    With sums s and a term t, three parts give s1 + s2 + s3 + 3t, the whole s1 + s2 + s3 + t: twice t too much. The
+    first two as one part must then be t less than apart.
+    """
+    found = tried.found
+    if len(found.sizes) == len(pair.found.sizes):
+        return False
+    excess = found.window - found.whole
+    joined = torch.stack([pair.found.columns[0], excess])
+    factors, residual = compare.fit(joined, found.columns[0] + found.columns[1])
+    return residual <= tried.within * 10 and abs(factors[1] - 0.5) <= 0.01
+
+
+def _remembers(workload: Workload, twin: Twin, tried: Tried) -> bool:
+    """Whether the second part's gradient is another one where no first part came before it."""
+    if twin.moving_module() is None:
+        return False
+    sizes = tried.found.sizes
+    piece = tried.trial.pieces(sizes)[1]
+    alone = twin.window(lambda: arrangements.parts_of(workload), [piece], [sizes[1]]).gradient
+    return compare.fit(alone[None], tried.found.columns[1])[1] > tried.within
+
+
+def _coupling(workload: Workload, twin: Twin, tried: Tried) -> str | None:
+    """The module where samples mix, if one does; a model that doesn't bear being watched names none."""
+    trial, batch = tried.trial, twin.cast(tried.trial.batch)
+    parts = replace(arrangements.parts_of(workload), device=next(iter(twin.copies.values())).device)
+    norms = batchnorm.Window(parts.norms, parts.batchnorm, 1)
+
+    def fresh_forward(piece: Any) -> None:
+        with norms.entered():
+            twin.run(lambda: forward(parts, piece))
+
+    with contextlib.suppress(Exception):
+        return coupling.coupling_module(workload.model, fresh_forward, batch, trial.names)
+    return None

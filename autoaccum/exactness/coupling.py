@@ -1,0 +1,127 @@
+"""Which module's output rows depend on other samples: batch statistics, in-batch negatives, a mean over the batch.
+
+Two forwards, the second with some samples exchanged for others. What a module gives for the samples that stayed must
+stay too; the first module where it doesn't is the one to name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import split as cutting
+from ..data import tree
+from ..state.rng import put_rng, take_rng
+from ..workload import Batch
+from .determinism import without_chance
+
+MOST_ROWS = 7  # a number that is rarely also the length of something else
+MOVED = 1e-5  # of an output's largest value: another order of additions moves it by 1e-7
+
+
+@dataclass
+class _Trace:
+    """What the modules were given and gave for the samples that stayed, call by call."""
+
+    rows: int
+    stay: int
+    calls: list[tuple[str, list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
+
+    def kept(self, values: Any) -> list[torch.Tensor]:
+        """The parts of all tensors that belong to the samples that stayed."""
+        tensors = [leaf for _, leaf in tree.leaves(values) if isinstance(leaf, torch.Tensor)]
+        found = [self._rows(tensor) for tensor in tensors if tensor.is_floating_point()]
+        return [rows.detach().clone() for rows in found if rows is not None]
+
+    def _rows(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Those of (samples, ...), of (samples * positions, ...), or of (positions, samples, ...); else None."""
+        if tensor.dim() and len(tensor) and len(tensor) % self.rows == 0:
+            return tensor[: self.stay * (len(tensor) // self.rows)]
+        if tensor.dim() > 1 and tensor.shape[1] == self.rows:
+            return tensor[:, : self.stay]
+        return None
+
+
+def coupling_module(
+    model: nn.Module, forward: Callable[[Batch], object], batch: Batch, names: dict[str, Collection[str]]
+) -> str | None:
+    """The first module whose output for some samples moves when others are exchanged.
+
+    Args:
+        model: The model, in the mode in which it trains.
+        forward: What calls it with a batch, each time from the same buffers.
+        batch: At least 4 different samples.
+        names: `shared` and `per_sample`, as `split` takes them.
+
+    Returns:
+        Its name and class, such as `features.1 (BatchNorm2d)`; None where none does.
+    """
+    samples = cutting.batch_size(batch, **names)
+    if samples < 4:
+        return None
+    rows = min(MOST_ROWS, samples - 1)
+    stay = rows // 2
+    kept, others, spare = cutting.split(batch, [stay, rows - stay, samples - rows], **names)
+    exchanged = cutting.tile(spare, rows - stay, **names)
+    one, two = (cutting.join([kept, rest], **names) for rest in (others, exchanged))
+    if one is None or two is None:
+        return None
+    start = take_rng()
+    traces = []
+    for joined in (one, two):
+        put_rng(start)
+        traces.append(_trace(model, forward, joined, rows, stay))
+    return _first_moved(*traces)
+
+
+def _trace(model: nn.Module, forward: Callable[[Batch], object], batch: Batch, rows: int, stay: int) -> _Trace:
+    trace, handles, open_calls = _Trace(rows, stay), [], list[list[torch.Tensor]]()
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(_before(trace, open_calls), with_kwargs=True))
+        handles.append(module.register_forward_hook(_after(trace, open_calls, f"{name or 'the model'}", module)))
+    try:
+        with without_chance():  # with gradients: a loss may take some itself
+            forward(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace
+
+
+def _before(trace: _Trace, open_calls: list[list[torch.Tensor]]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        open_calls.append(trace.kept((args, dict(kwargs))))
+
+    return hook
+
+
+def _after(trace: _Trace, open_calls: list[list[torch.Tensor]], name: str, module: nn.Module) -> Callable[..., None]:
+    told = f"{name} ({type(module).__name__})"
+
+    def hook(module: nn.Module, args: Any, out: Any) -> None:
+        trace.calls.append((told, open_calls.pop(), trace.kept(out)))
+
+    return hook
+
+
+def _first_moved(one: _Trace, two: _Trace) -> str | None:
+    """The first module that was given the same for the samples that stayed, and gave something else.
+
+    Calls are listed as they end, so the innermost comes first. Where a module was already given something else, the
+    one around it did that between its modules.
+    """
+    for (name, given, gave), (other, given_too, gave_too) in zip(one.calls, two.calls, strict=False):
+        if name != other:
+            return None  # it takes another way for other samples
+        if _moved(gave, gave_too) and not _moved(given, given_too):
+            return name
+    return None
+
+
+def _moved(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+    pairs = zip(one, two, strict=False)
+    return any(a.shape == b.shape and bool(((a - b).abs() > MOVED * a.abs().max()).any()) for a, b in pairs)

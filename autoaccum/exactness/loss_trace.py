@@ -1,0 +1,86 @@
+"""A look at one forward: what the loss calls, what reads the batch, and how far apart the outputs lie.
+
+A margin, a hinge or a threshold makes no difference while all samples lie on one side of it, as they do with the small
+outputs of a model at the start of its training. So a gradient is also tested with outputs that are spread as a trained
+model's, by a larger last layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import tree
+from .determinism import Draws
+from .value_uses import Uses
+
+SPREAD = 3.0  # standard deviation of the outputs: logits of a classifier that is sure of its classes
+MOST_LARGER = 64.0  # times the last layer is made larger at most
+MOST_COLUMNS = 1 << 12  # of the outputs of a sample that are looked at
+MOST_ENTRIES = 1 << 24  # of a layer that is copied for that: 64 MiB in single precision
+
+
+@dataclass(eq=False)
+class Look:
+    """What a forward showed.
+
+    Attributes:
+        draws: What was drawn at random, and the calls of cross-entropy.
+        uses: Which operators read the batch.
+        layer: The last module with parameters of its own that was called, and is small enough to be copied.
+        spread: The standard deviation over samples of what it gave, on average; NaN where it gave nothing.
+        outputs: What it gave, of shape (samples, columns), cut off where it is long; None where rows are no samples.
+        wanted: The standard deviation that is wanted.
+    """
+
+    draws: Draws = field(default_factory=Draws)
+    uses: Uses = field(default_factory=Uses)
+    layer: nn.Module | None = None
+    spread: float = float("nan")
+    outputs: torch.Tensor | None = None
+    wanted: float = SPREAD
+
+    @property
+    def larger(self) -> float:
+        """How many times larger the last layer has to be; 1 where the outputs are as wide already, or unknown."""
+        if self.layer is None or not 0 < self.spread < self.wanted:
+            return 1.0
+        return min(self.wanted / self.spread, MOST_LARGER)
+
+    def keys(self, seed: int | None = None) -> torch.Tensor | None:
+        """A number for each sample by which outputs differ: their mean, or how far they lie in some direction."""
+        if self.outputs is None or seed is None:
+            return None if self.outputs is None else self.outputs.mean(1)
+        direction = torch.randn(self.outputs.shape[1], generator=torch.Generator().manual_seed(seed))
+        return self.outputs.cpu() @ direction
+
+
+@contextlib.contextmanager
+def watching_layers(model: nn.Module, look: Look, rows: int) -> Iterator[None]:
+    """Notes the last layer that is called, and what it gives."""
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        given = [leaf for _, leaf in tree.leaves(out) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        if not given or not given[0].numel():
+            return
+        first = given[0].detach()
+        are_rows = first.dim() and len(first) % rows == 0
+        by_sample = first.reshape(rows, -1)[:, :MOST_COLUMNS].float() if are_rows else first.reshape(-1, 1).float()
+        look.layer, look.spread = module, float(by_sample.std(0).mean())
+        look.outputs = by_sample if are_rows else None
+
+    handles = [
+        module.register_forward_hook(after)
+        for module in model.modules()
+        if 0 < sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad) <= MOST_ENTRIES
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

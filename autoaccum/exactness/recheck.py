@@ -1,0 +1,118 @@
+"""The second look: at the first real window whose micro-batches count differently, as the sample may not have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..data import split as cutting
+from ..data import tree
+from ..devices.oom import drop_frames
+from ..devices.virtual.control import is_virtual
+from ..errors import AutoaccumError
+from ..window.isolated import as_it_trains
+from ..window.step import Parts
+from ..workload import IGNORED, Batch
+from . import compare, test_batches
+from .compare import Twin
+
+ENTRIES = 1 << 16  # of the gradient that are compared: half a MiB in double precision; of small models fewer
+
+Names = dict[str, Any]
+
+
+def counts_differ(pieces: Sequence[Batch], sizes: Sequence[int]) -> bool:
+    """Whether the micro-batches of a window count something differently for each sample: labels, lengths, padding.
+
+    A cheap look at the batch alone, for when to `recheck`.
+    """
+    return len(pieces) > 1 and len({_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)}) > 1
+
+
+def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
+    """What of a micro-batch could be counted: ignored labels, ones of masks, shapes; for each sample."""
+    found: list[Any] = []
+    masks = set(test_batches.mask_paths(piece))
+    for path, leaf in tree.leaves(piece):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        found.append(tuple(leaf.shape[1:]))
+        if path in masks:
+            found.append(round(float(leaf.sum()) / size, 6))
+        elif not leaf.is_floating_point() and leaf.dtype is not torch.bool:
+            found.append(round(float((leaf == IGNORED).sum()) / size, 6))
+    return tuple(found)
+
+
+def recheck(parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: Names | None = None) -> str | None:
+    """Tests on a few rows of a real window whether its gradient is that of one batch.
+
+    For the first window whose `counts_differ`. Takes no more memory than the window itself, since it comes in the
+    middle of training: half as many samples as the largest micro-batch has (two of two or three), on views of the
+    parameters, in their own precision. In half precision only what is off by percents is seen. The model, its gradients
+    and random states are left as they were.
+
+    Args:
+        parts: What is trained, between two windows.
+        pieces: The window's micro-batches.
+        sizes: Samples in each.
+        names: `shared` and `per_sample`, as `split` takes them.
+
+    Returns:
+        What to warn of; None where the gradients agree, or where this window can't tell.
+    """
+    if parts.device.type != "cpu" and is_virtual():
+        return None
+    rows = _few_rows(pieces, sizes, _most_rows(max(sizes), autocasts=parts.autocast_dtype is not None), names or {})
+    if rows is None:
+        return None
+    whole, parted, counts = rows
+    with as_it_trains(parts.model, parts.held):
+        try:
+            entries = min(ENTRIES, sum(p.numel() for p in parts.model.parameters()) // 128)
+            twin = Twin(parts.model, parts.loss, alias=True, widens=False, entries=entries)
+            found = compare.compare(twin, lambda: parts, whole, parted, counts)
+        except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AutoaccumError) as error:
+            drop_frames(error)
+            return None
+    if not found.finite or found.agrees(twin.within):
+        return None
+    name, worst = found.worst()
+    return (
+        f"The gradient of this window's micro-batches is not that of one batch: off by {found.error():.2g} "
+        f"on {sum(counts)} of its samples ({name}: {worst:.2g}). Its micro-batches count differently, and "
+        "the sample didn't show it. Return (sum, count) from the loss, or give count=: autoaccum check tells more."
+    )
+
+
+def _most_rows(micro_batch: int, *, autocasts: bool) -> int:
+    """Samples that take no more than a micro-batch does; without autocast, as the test is, each may take twice."""
+    if autocasts or micro_batch > 3:
+        return micro_batch // 2
+    return min(micro_batch, 2)
+
+
+def _few_rows(
+    pieces: Sequence[Batch], sizes: Sequence[int], most: int, names: Names
+) -> tuple[Batch, list[Batch], tuple[int, ...]] | None:
+    """A few rows of two unlike micro-batches: as one batch, and as two parts. None where there are none."""
+    counts = [_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
+    other = next((index for index, count in enumerate(counts) if count != counts[0]), None)
+    if other is None or most < 2:
+        return None
+    second = max(1, most // 3)
+    wanted = (most - second, second)
+    taken = tuple(min(number, sizes[index]) for number, index in zip(wanted, (0, other), strict=True))
+    try:
+        parted = [
+            cutting.split(pieces[index], [number, sizes[index] - number], **names)[0]
+            if number < sizes[index]
+            else pieces[index]
+            for number, index in zip(taken, (0, other), strict=True)
+        ]
+        whole = cutting.join(parted, **names)
+    except AutoaccumError:
+        return None
+    return None if whole is None else (whole, parted, taken)

@@ -1,0 +1,1 @@
+"""Plan a workload: record, predict, solve, verify."""

@@ -1,0 +1,161 @@
+"""The facts that a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+from ..units import show_bytes
+
+_PACKAGES = ("autoaccum", "torch", "numpy", "nvidia-ml-py", "optuna", "pandas", "pydantic", "typer", "transformers")
+_SETTINGS = (
+    *("OMP_NUM_THREADS", "MALLOC_", "PYTORCH_", "GLIBC_TUNABLES", "LD_PRELOAD"),
+    *("CUDA_", "CUBLAS", "NVIDIA_VISIBLE_DEVICES", "AUTOACCUM_GPU_"),
+)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages, of Python and of the system, and how many processors there are; no torch needed."""
+    facts: dict[str, str] = {}
+    for name in _PACKAGES:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = "not installed"
+    facts["python"] = platform.python_version()
+    facts["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}"
+    facts["processors"] = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable"
+    return facts
+
+
+def host_facts() -> dict[str, Any]:
+    """Versions, machine, limits, what NVML shows, and settings; no torch needed."""
+    from ..budget import read_cpu_budget
+    from ..devices.cuda import nvml
+
+    facts: dict[str, Any] = dict(versions())
+    host = read_cpu_budget()
+    for term in host.terms:
+        facts[term.name] = f"{show_bytes(term.bytes)}: {term.why}"
+    facts["host memory"] = f"{show_bytes(host.bytes)} to use; what binds is: {host.binds}"
+    for name, limit in (("data limit", resource.RLIMIT_DATA), ("address space limit", resource.RLIMIT_AS)):
+        soft, _ = resource.getrlimit(limit)
+        facts.setdefault(name, "none" if soft == resource.RLIM_INFINITY else show_bytes(soft))
+    facts["NVML"] = nvml.describe().removeprefix("NVML ")
+    facts["virtual GPU"] = _virtual_gpu()
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(_SETTINGS):
+            facts[name] = value
+    return facts
+
+
+def _virtual_gpu() -> str:
+    """Whether one can be had here."""
+    from ..devices import virtual
+    from ..devices.virtual import control
+
+    if control.is_virtual():
+        return "this process runs on one"
+    reason = virtual.available()
+    if reason is not None:
+        return f"can't be had: {reason}"
+    limits = {"ulimit -d": resource.RLIMIT_DATA, "ulimit -v": resource.RLIMIT_AS}
+    binding = [name for name, limit in limits.items() if resource.getrlimit(limit)[0] != resource.RLIM_INFINITY]
+    if _overcommit() == "2":
+        binding.append("vm.overcommit_memory=2")
+    if binding:  # source/memory.c: it reserves addresses for 66 times the device's memory
+        return f"can't be had: {' and '.join(binding)} may forbid the addresses that it reserves"
+    return "can be had: python -m autoaccum.devices.virtual --memory 4GiB -- COMMAND"
+
+
+def _overcommit() -> str:
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip()
+    except OSError:
+        return ""
+
+
+def torch_facts() -> dict[str, Any]:
+    """What torch says of itself, its devices and its caches."""
+    import torch
+
+    from .. import process_memory
+
+    facts: dict[str, Any] = {
+        "torch build": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
+        "torch threads": torch.get_num_threads(),
+        "torch after import": f"{show_bytes(process_memory.committed_bytes())} committed",
+        "fixed mmap threshold": "available" if process_memory.fix_mmap_threshold() else "not with this C library",
+        "mkldnn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+    }
+    reason = _reason_against_cuda()
+    facts["cuda devices"] = 0 if reason else torch.cuda.device_count()
+    if reason:
+        facts["cuda"] = reason
+        return facts
+    for index in range(torch.cuda.device_count()):
+        facts |= _device_facts(index)
+    facts["cuda allocator"] = _allocator()
+    return facts
+
+
+def _reason_against_cuda() -> str:
+    """Why torch has no CUDA device; "" where it has."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "not to be had: this build of torch has no CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:  # RuntimeError, AssertionError, torch's own: whatever it is is what a report is about
+        return f"not to be had: {_first_line(error)}"
+    return "" if torch.cuda.device_count() else "not to be had: no device is visible"
+
+
+def _device_facts(index: int) -> dict[str, Any]:
+    """One device: what it is, what is free and who has the rest, as a plan would count it."""
+    import torch
+
+    from ..devices.cuda.budget import cuda_budget, read_device
+    from ..errors import UsageError
+
+    name = f"cuda:{index}"
+    try:
+        found = read_device(index)
+        kind = torch.cuda.get_device_properties(index)
+    except Exception as error:
+        return {name: f"can't be used: {_first_line(error)}"}
+    facts: dict[str, Any] = {
+        name: f"{kind.name}, {show_bytes(found.free_bytes)} of {show_bytes(found.total_bytes)} free",
+        f"{name} capability": f"{kind.major}.{kind.minor}, {kind.multi_processor_count} multiprocessors",
+        f"{name} UUID": found.seen.uuid or str(kind.uuid),
+        f"{name} in NVML": found.seen.note or f"number {found.seen.index}",
+    }
+    try:
+        budget = cuda_budget(found)
+    except UsageError as error:
+        return facts | {f"{name} to use": f"nothing: {error.what}"}
+    facts |= {f"{name} {term.name}": f"{show_bytes(term.bytes)}: {term.why}" for term in budget.terms}
+    facts[f"{name} to use"] = f"{show_bytes(budget.bytes)} for torch to reserve; what binds is: {budget.binds}"
+    return facts
+
+
+def _allocator() -> str:
+    """The caching allocator's settings as it read them: an environment variable that it ignored doesn't count."""
+    import torch
+
+    settings = dict(torch.cuda.memory._snapshot().get("allocator_settings", {}))
+    settings.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    divisions = set(settings.get("roundup_power2_divisions", {}).values())
+    if len(divisions) == 1:  # the same for every size
+        settings["roundup_power2_divisions"] = divisions.pop()
+    told = ", ".join(f"{name}={value}" for name, value in settings.items())
+    return f"{torch.cuda.get_allocator_backend()}: {told}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,311 @@
+"""fit_plan: from a workload to a plan. The page to read first.
+
+    record   the window at small sizes              planning/schedule.py, planning/evidence.py, devices/cpu/recorder.py,
+    devices/cuda/recorder.py lift     its sizes, as functions of the batch   simulation/program.py replay   any window
+    by the allocator's rules    simulation/malloc.py, simulation/cuda_allocator/allocator.py solve    for the fewest
+    steps that fit          simulation/solver.py verify   by running that window for real        planning/verify.py
+    (compiled, where it is: window/compiled.py) time     smaller ones, for the knee             planning/timing.py,
+    simulation/knee.py check    that its gradient is the large batch's exactness/check.py
+
+On the way the model is really trained, so all of it is put back afterwards (state/snapshot.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..data.infer_sample import infer_sample
+from ..data.sample_length import at_longest
+from ..devices import oom
+from ..devices.cpu import device as cpu
+from ..devices.virtual.control import is_virtual
+from ..errors import UsageError
+from ..exactness import check as exact
+from ..plan import FASTEST, FEWEST_STEPS, Plan
+from ..simulation.recording import Event
+from ..state import snapshot as restore
+from ..state.appended import keeper
+from ..state.closures import Holdings, holdings
+from ..window import compiled, step
+from ..window.process_groups import refuse_ranks
+from ..window.trained_parameters import told_of_left_out
+from ..workload import Workload
+from . import build_plan, predictor_cpu, schedule
+from . import verify as answer
+from .evidence import SCOUT, Observed, Subject
+from .predictor import Outlook, bytes_per_sample
+from .request import SEARCH_LIMIT, Wish, read_wish, with_objective
+
+MALLOCS = ("fixed", "default")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where planning takes place.
+
+    Attributes:
+        device: The device module.
+        look: Makes the outlook on it.
+        build: The model's blocks as a fresh process makes them, where that was seen.
+        keep: Whether everything has to be put back; not so in a process that ends with the plan.
+        progress: Called with what is being done.
+        subject: The kind of subject: how its batches are made.
+    """
+
+    device: ModuleType
+    look: Callable[..., Outlook]
+    build: tuple[Event, ...] | None = None
+    keep: bool = True
+    progress: Callable[[str], None] = lambda text: None
+    subject: type[Subject] = Subject
+
+
+def fit_plan(
+    workload: Workload | torch.nn.Module,
+    sample: Any = None,
+    *,
+    target_batch: int | None = None,
+    device: str | torch.device | None = None,
+    budget: str | int | None = None,
+    headroom: str | int | None = None,
+    max_micro_batch: int | None = None,
+    min_micro_batch: int | None = None,
+    verify: bool = True,
+    check: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+    elsewhere: bool = False,
+    malloc: str = "fixed",
+    objective: str = FEWEST_STEPS,
+    timing_seconds: float | None = None,
+    progress: Callable[[str], None] | None = None,
+    **how: Any,
+) -> Plan:
+    """Finds the fewest accumulation steps whose window fits, and checks them by running one.
+
+    Afterwards parameters, buffers, optimizer, gradients, modes, random states and plain attributes are bitwise as
+    before, also after an exception or Ctrl-C. On the CPU one thing stays: malloc's mmap threshold is fixed, which the
+    plan holds for (see `Plan.mmap_threshold_bytes`).
+
+    Args:
+        workload: What is trained; or the model alone, with the rest of `Workload`'s arguments beside it.
+        sample: A small batch of real data, where a model is given. Left out, it is inferred where the model tells.
+        target_batch: Samples in an optimizer step, over all ranks. Left out: one micro-batch, the largest that fits.
+        device: Where to train; left out, where the model is.
+        budget: What the whole process may use, in bytes or like "2GiB". Left out: what the machine has free.
+        headroom: Bytes or percent of that to keep free.
+        max_micro_batch: The largest micro-batch allowed.
+        min_micro_batch: The smallest allowed. Left out: 2 where the model takes batch statistics, else 1.
+        verify: Whether to run the plan's window for real.
+        check: Whether to test on the sample that the window's gradient is the large batch's (see `Plan.exactness`).
+        rank: This process's rank.
+        world_size: Ranks that share the target.
+        elsewhere: Whether another process will train, so that what planning leaves behind in this one doesn't matter.
+        malloc: On the CPU. "fixed": blocks from 128 KiB on become mappings, so that memory can be predicted to a
+            percent, at the price of fresh pages; "default": the C library's own way, faster, and a quarter is kept
+            free for its fragmentation.
+        objective: "fewest-steps", the largest micro-batches; or "fastest", the smallest whose optimizer step takes at
+            most 1 % longer than the fastest one's: as fast as any, and memory to spare.
+        timing_seconds: How long smaller micro-batches may be timed for that; 0 for not at all. Left out: 15 % of
+            planning and 3 s at most, or 30 s where the fastest is sought.
+        progress: Called with what is being done.
+        **how: `Workload`'s own arguments, where a model is given.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UsageError: An argument that can't be used.
+        DoesNotFit: Not even the smallest micro-batch fits.
+    """
+    started = time.perf_counter()
+    workload, assumed = _as_workload(workload, sample, how)
+    wish = read_wish(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
+    setting = _setting(workload.model, device)
+    virtual = setting.device.name == "cuda" and is_virtual()
+    wish = with_objective(wish, objective, timing_seconds, verify=verify, virtual=virtual)
+    if malloc not in MALLOCS:
+        raise UsageError(f"malloc {malloc!r} is not known.", hint="Use malloc='fixed' or malloc='default'.")
+    if elsewhere:
+        wish = replace(wish, histories=("fresh",))
+    if progress is not None:
+        setting = replace(setting, progress=progress)
+    plan = plan_in(setting, workload, wish, assumed=assumed, verify=verify, check=check, malloc=malloc)
+    return replace(plan, seconds=time.perf_counter() - started)
+
+
+def plan_in(
+    setting: Setting,
+    workload: Workload,
+    wish: Wish,
+    *,
+    assumed: str = "",
+    verify: bool = True,
+    check: bool = True,
+    malloc: str = "fixed",
+) -> Plan:
+    """Records, solves and verifies in a setting; what `fit_plan` does once it knows what is asked for."""
+    refuse_ranks(workload)  # before anything is run: its collectives would wait for ranks that don't plan
+    started, threshold = time.perf_counter(), setting.device.prepare(malloc)
+    sample, lengthened = at_longest(workload)
+    longest = replace(workload, sample=sample)
+    held = _held(workload)
+    with _as_it_was(workload, held) if setting.keep else contextlib.nullcontext() as snapshot:
+        parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
+        parts.window_samples = wish.samples
+        left_out = told_of_left_out(parts.model, parts.optimizer)
+        subject = setting.subject(parts, longest, setting.device, threshold, setting.progress, setting.build)
+        subject = replace(subject, take_out=keeper(held))
+
+        def start_over() -> None:
+            subject.take_out()
+            if snapshot is not None:
+                snapshot.restore()
+            _make_ready(parts, owns_optimizer=parts.optimizer is not workload.optimizer)
+            setting.device.clean()
+
+        start_over()
+        subject = replace(subject, before=setting.device.read_heap())
+        compiles = verify and compiled.runs_compiled(parts)
+        outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles)
+        solution, measured = answer.solve_and_verify(outlook, start_over, verify=verify, compiles=compiles)
+        timed = answer.time_smaller(outlook, solution, measured, time.perf_counter() - started, start_over)
+        if wish.objective == FASTEST:
+            solution, measured = answer.fastest(outlook, solution, measured, timed, start_over)
+        rows = answer.try_short(outlook, solution, start_over) if measured is not None and not compiles else None
+        plan = build_plan.plan(outlook, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
+        if check:
+            start_over()
+            plan = exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
+        start_over()  # what the plan says of this process holds for it as it was when it was read, its cache empty
+        return plan
+
+
+def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str]:
+    """The workload, and what was assumed where no sample was given."""
+    if not isinstance(workload, Workload):
+        if not isinstance(workload, torch.nn.Module):
+            raise UsageError(
+                f"fit_plan was given {type(workload).__name__}, neither a Workload nor a torch.nn.Module.",
+                hint="fit_plan(Workload(model, sample, ...), target_batch=512) or fit_plan(model, sample, ...)",
+            )
+        try:
+            workload = Workload(workload, sample, **how)
+        except TypeError as error:
+            raise UsageError(
+                f"{error}.".replace("Workload.__init__()", "fit_plan"), hint="See help(Workload)."
+            ) from None
+    elif sample is not None or how:
+        given = ", ".join(["sample"] * (sample is not None) + list(how))
+        raise UsageError(f"{given}: given beside a Workload.", hint="Give it to the Workload itself.")
+    if workload.sample is not None:
+        return workload, ""
+    inferred, assumed = infer_sample(workload.model)
+    return replace(workload, sample=inferred), f"Assumed, as no sample was given: {assumed}."
+
+
+def _setting(model: torch.nn.Module, device: str | torch.device | None) -> Setting:
+    here = next(model.parameters()).device
+    wanted = torch.device(device) if device is not None else here
+    if wanted.type != here.type:
+        raise UsageError(f"The model is on {here}, not on {wanted}.", hint=f"Move it first: model.to({str(wanted)!r})")
+    return setting_for(here)
+
+
+def setting_for(device: torch.device) -> Setting:
+    """Where planning for that kind of device takes place.
+
+    Raises:
+        UsageError: It is neither a CPU nor a CUDA device.
+    """
+    if device.type == "cpu":
+        return Setting(cpu, predictor_cpu.look)
+    if device.type == "cuda":
+        from ..devices.cuda import device as cuda
+        from . import predictor_cuda
+
+        return Setting(cuda, predictor_cuda.look)
+    raise UsageError(
+        f"Planning for {device.type} is not there: it is for the CPU and for CUDA.",
+        hint="Plan with the model on one of these.",
+    )
+
+
+def _held(workload: Workload) -> Holdings:
+    """What the workload's functions hold."""
+    functions = {name: getattr(workload, name) for name in ("loss", "encode", "count", "between", "metric")}
+    return holdings(workload.model, **functions)
+
+
+@contextlib.contextmanager
+def _as_it_was(workload: Workload, held: Holdings) -> Iterator[restore.Snapshot]:
+    """Puts back, whatever happens, all that training changes."""
+    optimizer, scheduler = workload.optimizer, workload.scheduler
+    with restore.kept(
+        model=workload.model,
+        optimizer=optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,
+        scaler=workload.scaler,
+        scheduler=scheduler if hasattr(scheduler, "step") else None,
+        held=held,
+    ) as snapshot:
+        yield snapshot
+
+
+def _make_ready(parts: step.Parts, *, owns_optimizer: bool) -> None:
+    """Train mode, no gradients, and no state in an optimizer that was made for the occasion."""
+    if not parts.model.training:
+        parts.model.train()
+    parts.model.zero_grad(set_to_none=True)
+    parts.optimizer.zero_grad(set_to_none=True)
+    if owns_optimizer:
+        parts.optimizer.state.clear()
+
+
+def _look(
+    setting: Setting,
+    subject: Subject,
+    wish: Wish,
+    snapshot_bytes: int,
+    start_over: Callable[[], None],
+    *,
+    compiles: bool,
+) -> Outlook:
+    """Records until the answer is predicted, compiles at its sizes, then reads what there is to be used."""
+    sample_bytes = bytes_per_sample(subject)
+
+    def outlook(observed: Observed, state_bytes: int) -> Outlook:
+        return setting.look(subject, wish, observed, sample_bytes, snapshot_bytes + state_bytes)
+
+    def chosen(observed: Observed) -> schedule.Guess:
+        now = outlook(observed, observed.state_bytes)  # in the middle of planning: what is here now is of no account
+        return answer.guess(replace(now, wish=replace(wish, histories=("fresh",))))
+
+    def allowed(observed: Observed, n: int) -> bool:
+        too_many = n > begin and begin < SCOUT  # the next larger one was rehearsed in vain
+        return not too_many and outlook(observed, observed.state_bytes).is_sure_to_fit(n)
+
+    observed, begin = Observed(), SCOUT
+    try:
+        if setting.device.name == "cuda":
+            from .rehearsal import samples_to_begin_with  # CUDA's rules aren't loaded for a CPU
+
+            begin = samples_to_begin_with(subject, min(wish.least, SCOUT), start_over)
+        schedule.approach(subject, observed, chosen, allowed, wish.least, begin)
+    except (RuntimeError, MemoryError) as error:
+        if not oom.is_out_of_memory(error):
+            raise
+        failure = oom.drop_frames(error)
+        raise build_plan.ran_out(outlook(Observed(), 0), failure) from None
+    if observed.doubt is not None:
+        schedule.bracket(subject, observed, allowed, min(wish.most, SEARCH_LIMIT))
+    start_over()
+    if compiles:
+        answer.compile_at_answer(outlook(observed, state_bytes=0), start_over)
+    return outlook(observed, state_bytes=0)

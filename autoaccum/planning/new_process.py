@@ -1,0 +1,116 @@
+"""Planning in a process that is thrown away: on this machine's GPU, or on a virtual one that stands in for another.
+
+The workload's function is called with the allocator's history on, so the build of the model is known as a fresh process
+makes it; and nothing has to be put back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from ..data import tree
+from ..devices.cuda import device as cuda
+from ..devices.cuda.gpu_specs import Gpu
+from ..devices.virtual.control import is_virtual
+from ..errors import UsageError
+from ..plan import FEWEST_STEPS, Plan
+from ..processes.workload_source import load_workload
+from ..simulation.recording import Event, name_blocks
+from ..workload import Workload
+from . import predictor_cuda, predictor_virtual
+from .evidence import Subject
+from .fit import Setting, plan_in
+from .request import read_wish, with_objective
+
+_EVENTS = {"alloc": 1, "free_completed": -1}
+
+
+def plan_on_gpu(
+    source: str | None,
+    *,
+    gpu: Gpu | None,
+    target_batch: int | None,
+    memory: str | None,
+    headroom: str | None,
+    max_micro_batch: int | None,
+    verify: bool,
+    progress: Callable[[str], None],
+    objective: str = FEWEST_STEPS,
+    timing_seconds: float | None = None,
+    change: Callable[[Workload], Workload] = lambda workload: workload,
+    sizes: tuple[int, ...] = (),
+    check: bool = True,
+) -> Plan:
+    """Plans a workload in this process, on the GPU that it sees.
+
+    Args:
+        source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was handed.
+        gpu: The GPU that a virtual one stands in for; None for a real one.
+        target_batch: Samples in an optimizer step.
+        memory: What the whole process may use on the device.
+        headroom: How much of it to keep free.
+        max_micro_batch: The largest micro-batch allowed.
+        verify: Whether to run the plan's window.
+        progress: Called with what is being done.
+        objective: "fewest-steps" or "fastest".
+        timing_seconds: How long smaller micro-batches may be timed.
+        change: Called with the workload before its model is moved to the device.
+        sizes: Micro-batches that the plan's table of peaks has to have.
+        check: Whether to test that the window's gradient is the large batch's.
+
+    Raises:
+        UsageError: There is no GPU, or the workload can't be used.
+        DoesNotFit: Not even the smallest micro-batch fits.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "torch sees no CUDA device here.",
+            f"It is torch {torch.__version__}, built for CUDA {torch.version.cuda or 'not at all'}.",
+            "Name a GPU to plan for without having one: --gpu a100-40gb. `autoaccum doctor` says what is there.",
+        )
+    started = time.perf_counter()
+    device = torch.device("cuda", torch.cuda.current_device())
+    workload, build = build_on(source, device, virtual=gpu is not None, change=change)
+    wish = read_wish(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
+    wish = with_objective(wish, objective, timing_seconds, verify=verify, virtual=gpu is not None or is_virtual())
+    wish = replace(wish, histories=("fresh",), sizes=sizes)
+    look = predictor_cuda.look if gpu is None else partial(predictor_virtual.look, gpu=gpu)
+    subject = Subject if gpu is None else predictor_virtual.EmptySubject
+    setting = Setting(cuda, look, build, keep=False, progress=progress, subject=subject)
+    plan = plan_in(setting, workload, wish, verify=verify, check=check)
+    return replace(plan, seconds=time.perf_counter() - started)
+
+
+def build_on(
+    source: str | None,
+    device: torch.device,
+    *,
+    virtual: bool,
+    change: Callable[[Workload], Workload] = lambda workload: workload,
+) -> tuple[Workload, tuple[Event, ...]]:
+    """Calls a workload's function and moves what it made to the device.
+
+    On a virtual GPU its tensors are made there at once: a model far larger than this machine's memory costs nothing
+    there. Their values are meaningless, so a function that looks at values may fail; it is called anew on the CPU then.
+
+    Returns:
+        The workload, its sample on the host; and what the allocator did meanwhile.
+    """
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.memory._record_memory_history("all", context=None)
+    try:
+        workload = change(load_workload(source, "cuda", made_there=virtual))
+        workload.model.to(device)
+        torch.cuda.synchronize(device)
+        trace = torch.cuda.memory._snapshot()["device_traces"][device.index or 0]
+    finally:
+        torch.cuda.memory._record_memory_history(None)
+    kept = [entry for entry in trace if entry["action"] in _EVENTS]
+    events = name_blocks((e["addr"], _EVENTS[e["action"]] * e["size"], e["stream"]) for e in kept)
+    sample = tree.to_device(workload.sample, torch.device("cpu"))
+    return replace(workload, sample=sample), tuple(events)

@@ -1,0 +1,293 @@
+"""The outlook on the CPU: committed bytes of the process, its own samples among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .. import process_memory
+from ..devices.cpu import device
+from ..plan import PeakRow
+from ..simulation.malloc import EMPTY, Replay, Start
+from ..simulation.recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Phase, live_peak
+from ..simulation.solver import Split, balanced
+from . import evidence
+from .evidence import Observed, Subject
+from .growth import WINDOWS
+from .predictor import AGREES_WITHIN, RAN_OUT, Outlook, verified_part
+from .request import Wish
+
+DEFAULT_MALLOC_SLACK = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
+
+
+@dataclass
+class CpuOutlook(Outlook):
+    """What is there to be used, and what is known so far.
+
+    Attributes:
+        fresh: The holes in a fresh process's heap, which the base includes.
+        start: Those in this one's.
+        own_bytes: What planning itself has in this one.
+        present_bytes: What this one would have now if malloc kept nothing of what is freed; None where it is glibc's,
+            which says what it keeps.
+    """
+
+    fresh: Start = EMPTY
+    start: Start = EMPTY
+    own_bytes: int = 0
+    present_bytes: int | None = None
+    _least_kept_bytes: int | None = field(default=None, init=False)
+
+    def data_bytes(self, samples: int) -> int:
+        """The samples of a window lie in the same memory until their step is done."""
+        return device.data_bytes(samples * self.sample_bytes)
+
+    def peak_bytes(self, split: Split, history: str) -> int:
+        """Base, data, what the windows before it keep, and what the window makes malloc take."""
+        held = self.base_bytes + self.data_bytes(sum(split)) + self.kept_bytes(split)
+        if history == "fresh":
+            return held + self._window(split, self.fresh).peak_bytes
+        inside = self.own_bytes + self.start.heap_free_bytes - self.fresh.heap_free_bytes
+        return held + inside + self._window(split, self.start).peak_bytes
+
+    def kept_bytes(self, split: Split) -> int:
+        """What the windows before the one whose peak is promised have kept."""
+        return (WINDOWS - 1) * self.growth_bytes(split)
+
+    def _window(self, split: Split, start: Start) -> Replay:
+        """The replay of a window; of a compiled one, with the share that was measured."""
+        found, share = evidence.peak_of(self.subject, self.observed, split, start), self.compiled_share
+        if share == 1:
+            return found
+        phases = tuple(replace(phase, bytes=int(share * phase.bytes)) for phase in found.phases)
+        return replace(found, peak_bytes=int(share * found.peak_bytes), phases=phases)
+
+    def fits(self, split: Split) -> bool:
+        """Whether the worse history's peak is within what is usable."""
+        try:
+            return self.worst_bytes(split) <= self.usable_bytes
+        except LookupError:
+            return False
+
+    def floor(self, n: int) -> int:
+        """What is alive at once in a first micro-batch."""
+        return self._floor(n, later=False)
+
+    def later_floor(self, n: int) -> int:
+        """What is alive at once in a later one."""
+        return self._floor(n, later=True)
+
+    def _floor(self, n: int, *, later: bool) -> int:
+        data = self.data_bytes(self.wish.samples or n)
+        base = self.base_bytes - self.fresh.heap_free_bytes  # which small blocks may fill
+        window = min(1.0, self.compiled_share) * evidence.floor_of(self.observed, n, later=later)
+        return base + int((1 + self.slack) * (data + window)) + self._least_kept(n)
+
+    def _least_kept(self, n: int) -> int:
+        """What any window of as many samples keeps at least: it follows samples and steps, so one end has the least."""
+        if self.observed.growth is None:
+            return 0
+        if self._least_kept_bytes is None:
+            samples = self.wish.samples or 1
+            ends = (samples,), balanced(samples, samples // self.wish.least)
+            self._least_kept_bytes = min(self.kept_bytes(split) for split in ends)
+        return self._least_kept_bytes
+
+    def phases(self, split: Split) -> dict[str, int]:
+        """By the replay of that window."""
+        held = self.base_bytes + self.data_bytes(sum(split))
+        window = self._window(split, self.fresh)
+        return {phase.name: held + phase.bytes for phase in window.phases if phase.name in PHASE_TITLES}
+
+    def row(self, n: int) -> PeakRow:
+        """By the replay of two micro-batches."""
+        window = self._window((n, n), self.fresh)
+        peaks = {phase.name: phase.bytes for phase in window.phases}
+        return PeakRow(n, peaks[FIRST], peaks[LATER], peaks[OPTIMIZER], peaks.get(BETWEEN, 0))
+
+    @property
+    def base_words(self) -> str:
+        """What the base is."""
+        return "the process before training"
+
+    def own_fields(self, split: Split, largest: int) -> dict[str, Any]:
+        """The device's name."""
+        return {"device": device.name}
+
+    def measured_fields(self, measured: device.Measured, split: Split) -> dict[str, Any]:
+        """What the verified windows took, and the samples that the rest of a whole window adds."""
+        verified = verified_part(split)
+        rest = self.data_bytes(sum(split)) - self.data_bytes(sum(verified))
+        ran = verified[0] + 2 * sum(verified)
+        if self.observed.growth is not None:
+            rest = self.worst_bytes(split) - self.worst_bytes(verified) + self._not_kept_yet(verified)
+            rest += self.leaked_bytes if "here" in self.wish.histories else 0
+        return {
+            "measured_peak_bytes": self.base_bytes + measured.increment_bytes + rest,
+            "resident_peak_bytes": measured.resident_bytes,
+            "fresh_pages_share": measured.system_share,
+            "window_seconds": measured.seconds * sum(split) / ran,
+        }
+
+    def reasons(self, split: Split) -> dict[str, str]:
+        """In committed bytes."""
+        return {
+            "base_bytes": "committed by this process before training: interpreter, libraries, the model",
+            "data_bytes": (
+                f"{sum(split)} samples of {self.sample_bytes:,} bytes, kept until their optimizer step is done"
+            ),
+            "predicted_peak_bytes": (
+                f"the replay of this window; {self.observed.unrecorded_bytes:,} bytes of it are objects that no "
+                "recording shows (autograd's graph above all), measured in a small window"
+            ),
+            "history_bytes": self._history_words(split),
+            "budget_bytes": f"the tightest of the limits ({self.budget.binds}) less the headroom",
+        }
+
+    def _history_words(self, split: Split) -> str:
+        own = self.own_bytes - self.leaked_bytes
+        told = (
+            f"planning's own objects and threads in this process ({own:,} bytes), and holes in its heap that large "
+            "blocks can't use"
+        )
+        if self.observed.growth is None:
+            return told
+        return (
+            f"what the {WINDOWS - 1} windows before keep ({self.kept_bytes(split):,} bytes); what planning's own "
+            f"windows left ({self.leaked_bytes:,} bytes); {told}"
+        )
+
+    def notes(self, split: Split) -> list[str]:
+        """Of the default malloc."""
+        if self.subject.mmap_threshold_bytes is not None:
+            return []
+        whose = process_memory.malloc_name()
+        if whose != "glibc":
+            return [
+                f"malloc is {whose}, not the C library's: it keeps freed memory in its own way, which no recording "
+                f"shows, so {self.slack:.0%} of what training takes is added on top. For a prediction within a percent "
+                "plan and train without it (LD_PRELOAD)."
+            ]
+        return [
+            f"malloc is left at its default: {self.slack:.0%} of what training takes is reckoned on top, "
+            "for its fragmentation."
+        ]
+
+    def measure(self, train: Callable[..., None], split: Split) -> device.Measured:
+        """Its first micro-batch alone, then two windows."""
+
+        def work() -> None:
+            for sizes in (split[:1], split, split):
+                train(sizes)
+
+        found = device.measure(work)
+        if self.present_bytes is None:
+            return found
+        return replace(found, increment_bytes=found.base_bytes + found.increment_bytes - self.present_bytes)
+
+    def confirms(self, split: Split, measured: device.Measured) -> str | None:
+        """Within 2 % of the whole; where each size stands for itself, that it fits is all there is to know."""
+        predicted = self._predicted_increment(split)
+        allowed = AGREES_WITHIN * (self.base_bytes + predicted) + self.slack * predicted
+        if abs(measured.increment_bytes - predicted) <= allowed:
+            return None
+        told_apart = self.observed.doubt is None and self.compiled_share == 1 and not self.is_rough
+        if not told_apart and self.holds(measured):
+            return None
+        return f"took {measured.increment_bytes:,} bytes, not {predicted:,}"
+
+    def compared(self, split: Split, measured: device.Measured) -> tuple[int, int]:
+        """Both with the base."""
+        return self.base_bytes + self._predicted_increment(split), self.base_bytes + measured.increment_bytes
+
+    @property
+    def is_rough(self) -> bool:
+        """With another malloc than glibc's, which keeps what it likes."""
+        return self.present_bytes is not None
+
+    def holds(self, measured: device.Measured) -> bool:
+        """By what it added to the process."""
+        return self.base_bytes + measured.increment_bytes <= self.usable_bytes
+
+    def _predicted_increment(self, split: Split) -> int:
+        """What a window should add to this process as it is."""
+        present = self.base_bytes + self.own_bytes - self.fresh.heap_free_bytes + self.start.heap_free_bytes
+        return self.peak_bytes(split, "here") - present - self._not_kept_yet(split)
+
+    def _not_kept_yet(self, split: Split) -> int:
+        """What a verification's windows keep less than as many whole ones: its first has one micro-batch."""
+        return self.growth_bytes(split) - self.growth_bytes(split[:1])
+
+    def compare_compiled(self, split: Split, measured: device.Measured | None) -> None:
+        """By what the window itself took; its samples and the process take the same."""
+        if measured is None:
+            self.compiled_share *= RAN_OUT
+            return
+        window = self._window(split, self.start).peak_bytes
+        took = window + measured.increment_bytes - self._predicted_increment(split)
+        self.compiled_share *= max(took, window // 10) / window
+
+
+def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CpuOutlook:
+    """Reads what there is now; `own_bytes` are planning's own, and the optimizer state's that is there already."""
+    if process_memory.malloc_name() != "glibc":
+        return _with_another_malloc(subject, wish, observed, sample_bytes, own_bytes)
+    base = device.read_base(subject.before, observed.after_first)
+    leaked = _leaked(subject, observed)
+    budget = device.read_budget(wish.budget, wish.headroom)
+    slack = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
+    base_bytes, own = base.bytes - own_bytes - leaked, base.own_bytes + leaked
+    return CpuOutlook(
+        subject,
+        wish,
+        observed,
+        base_bytes,
+        budget,
+        sample_bytes,
+        slack,
+        base.fresh,
+        base.here,
+        own,
+        leaked_bytes=leaked,
+    )
+
+
+def _with_another_malloc(
+    subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int
+) -> CpuOutlook:
+    """Where nothing says what malloc keeps of freed blocks.
+
+    What it keeps serves again, so it is part of no base: of what the process has after its first window, all that the
+    window had at once may be kept.
+    """
+    before: int = subject.before.outside_bytes
+    base_bytes = before - own_bytes + evidence.state_held(subject.parts)
+    if observed.after_first is not None:
+        kept = live_peak([Phase(evidence.PRELUDE, observed.prelude)])
+        base_bytes += max(0, observed.after_first.outside_bytes - kept - before)
+    budget = device.read_budget(wish.budget, wish.headroom)
+    return CpuOutlook(
+        subject,
+        wish,
+        observed,
+        base_bytes,
+        budget,
+        sample_bytes,
+        DEFAULT_MALLOC_SLACK,
+        present_bytes=base_bytes + own_bytes,
+    )
+
+
+def _leaked(subject: Subject, observed: Observed) -> int:
+    """What planning's windows have left behind: all that malloc has handed out more than after the first of them.
+
+    Planning's own objects are part of it. A process that trains begins without either.
+    """
+    first, then = observed.first_step, observed.after_first
+    if observed.growth is None or observed.growth.undone or first is None:
+        return 0
+    now = device.read_heap().in_use_bytes - evidence.state_held(subject.parts)
+    by_first: int = evidence.growth_of(subject, observed, (first.micro_batch,) * subject.device.SCOUT_STEPS)
+    since: int = now - (then.in_use_bytes - observed.state_at_first_bytes)
+    return max(0, since) + by_first

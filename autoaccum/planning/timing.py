@@ -1,0 +1,199 @@
+"""Times an optimizer step at smaller micro-batches than the plan's own, on a device where time is real.
+
+In rounds: one window of micro-batches of all the sizes, one of each, and one optimizer step. A round times every size
+in the same mood of the machine, for about twice the largest's samples; what an optimizer step of all the plan's samples
+takes at each size is put together from that.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from ..devices import oom
+from ..plan import FASTEST, TimedSize
+from ..simulation.solver import Split, split_within
+from ..window import compiled, step
+from .evidence import Subject
+from .predictor import Outlook
+from .request import Wish
+
+log = logging.getLogger("autoaccum")
+
+SHARE, MOST_SECONDS = 0.15, 3.0  # of planning so far, and no more than that
+FASTEST_SECONDS = 30.0  # where the choice hangs on it
+OVER = 2.0  # times what is allowed, for what nothing is known without
+ROUNDS_THAT_TELL = 6  # the median's interval needs as many (knee.interval)
+MOST_SIZES, MOST_ROUNDS = 8, 15
+
+
+@dataclass(frozen=True)
+class Times:
+    """What timing came to.
+
+    Attributes:
+        sizes: What was timed, ascending; empty where nothing was.
+        why: What it was measured on and how, or why it wasn't.
+    """
+
+    sizes: tuple[TimedSize, ...]
+    why: str
+
+
+def allowed_seconds(wish: Wish, planning_seconds: float) -> float:
+    """How long timing may take, after planning for so long."""
+    if wish.timing_seconds is not None:
+        return wish.timing_seconds
+    return FASTEST_SECONDS if wish.objective == FASTEST else min(MOST_SECONDS, SHARE * planning_seconds)
+
+
+def time_sizes(
+    outlook: Outlook, split: Split, step_seconds: float | None, allowed_seconds: float, start_over: Callable[[], None]
+) -> Times:
+    """Times optimizer steps of the split's samples at its own micro-batch and at smaller ones.
+
+    Args:
+        outlook: What is known; its subject is trained.
+        split: The plan's.
+        step_seconds: What a step takes by its verification; None where nothing was run, or time isn't real.
+        allowed_seconds: How long it may take; 0 for not at all.
+        start_over: Puts back what training changed.
+    """
+    if step_seconds is None:
+        return Times((), "not timed: nothing was run for real, or on a device whose time is none")
+    if outlook.wish.samples is None:
+        return Times((), "not timed: without a target, steps of different micro-batches aren't of the same samples")
+    if outlook.subject.parts.encode is not None:
+        return Times((), "not timed: a loss over representations takes passes of its own for each window")
+    if compiled.runs_compiled(outlook.subject.parts):
+        return Times((), "not timed: each size of a compiled model is compiled anew, which takes longer than it tells")
+    sizes = candidate_sizes(split, outlook.wish.least, lambda found: outlook.fits(found))
+    if allowed_seconds == 0 or len(sizes) < 2:
+        return Times((), "not timed: not asked for" if len(sizes) > 1 else "not timed: there is no smaller size")
+    needed = step_seconds * (sum(sizes) + sizes[0]) / sum(split)
+    asked = outlook.wish.timing_seconds is not None or outlook.wish.objective == FASTEST
+    if (1 if asked else ROUNDS_THAT_TELL) * needed > OVER * allowed_seconds:
+        enough = math.ceil(ROUNDS_THAT_TELL * needed)
+        return Times((), f"not timed: to tell 1 % would take about {enough} s (--timing {enough} allows it)")
+    start_over()
+    outlook.subject.say(f"timing micro-batches of {', '.join(map(str, sizes))}")
+    started = time.perf_counter()
+    rounds = _rounds(outlook.subject, sizes, sum(split), allowed_seconds)
+    if not rounds:
+        return Times((), "not timed: smaller micro-batches than the plan's can't be run")
+    return Times(_medians(rounds), _told(outlook.subject, rounds, time.perf_counter() - started))
+
+
+def candidate_sizes(split: Split, least: int, fits: Callable[[Split], bool] = lambda split: True) -> tuple[int, ...]:
+    """The largest micro-batch of a split, and those of the splits into powers of two up to two thirds of it."""
+    samples, largest = sum(split), split[0]
+    powers = [1 << p for p in range(largest.bit_length()) if least <= 1 << p <= 2 * largest / 3][1 - MOST_SIZES :]
+    splits = [split_within(samples, n, least) for n in powers]
+    return tuple(sorted({largest, *(found[0] for found in splits if found[0] < largest and fits(found))}))
+
+
+def _rounds(subject: Subject, sizes: Sequence[int], samples: int, allowed_seconds: float) -> list[dict[int, float]]:
+    """Seconds of an optimizer step by size, round by round; sizes that can't be run are left out of all.
+
+    The first round loads what loads lazily: it is dropped where others follow.
+    """
+    rounds: list[dict[int, float]] = []
+    left, started = list(sizes), time.perf_counter()
+    while len(rounds) <= MOST_ROUNDS:
+        found, failed = _try_round(subject, left, samples)
+        if found is None:
+            if failed is None or len(left) <= 2:
+                return []
+            left.remove(failed)
+            continue
+        rounds.append(found)
+        spent = time.perf_counter() - started
+        if spent + spent / len(rounds) > allowed_seconds:
+            break
+    rounds = rounds[1:] or rounds
+    return [{n: found[n] for n in left} for found in rounds]
+
+
+def _try_round(subject: Subject, sizes: Sequence[int], samples: int) -> tuple[dict[int, float] | None, int | None]:
+    """A round; or None, and the size that can't be run: a model may fail on one sample, for all that is known."""
+    watch = Stopwatch(subject.parts.device)
+    order = [min(sizes), *sorted((n for n in sizes if n < samples), reverse=True)]
+    try:
+        return _round(subject, watch, order, sizes, samples), None
+    except Exception as error:
+        log.debug("a round of timing failed", exc_info=True)
+        told = oom.drop_frames(error)
+    oom.collect()
+    failed = order[len(watch.seconds)] if len(watch.seconds) < len(order) else None
+    subject.say(f"{failed} samples can't be timed: {told}")
+    subject.parts.model.zero_grad(set_to_none=True)
+    subject.parts.optimizer.zero_grad(set_to_none=True)
+    return None, failed if failed != max(sizes) else None
+
+
+def _round(
+    subject: Subject, watch: Stopwatch, order: list[int], sizes: Sequence[int], samples: int
+) -> dict[int, float]:
+    """One of each size, the largest first but for a small one that makes the gradients.
+
+    A step has one first micro-batch, later ones and an optimizer step. What the window does outside of these (counting
+    what a loss averages over) is shared out by samples. A micro-batch that is the whole batch is a window of its own.
+    """
+    pieces = [subject.tile(n) for n in order]
+    started = time.perf_counter()
+    step.train_window(subject.parts, pieces, order, on_phase=watch.phase)
+    whole = time.perf_counter() - started
+    first, *later, optimizer = watch.seconds
+    rest = (whole - sum(watch.seconds)) * samples / sum(order)
+    # Of the same size, but it makes the gradients: where it took less, something else kept the machine meanwhile
+    once = rest + optimizer + max(0.0, first - later[-1])
+    found = {n: once + seconds * samples / n for n, seconds in zip(order[1:], later, strict=True)}
+    if samples in sizes:
+        alone, started = [subject.tile(samples)], time.perf_counter()
+        with watch.phase(""):
+            step.train_window(subject.parts, alone, [samples])
+        found[samples] = time.perf_counter() - started
+    return found
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of each phase that was finished, in order; what a GPU is still at belongs to its phase."""
+
+    device: torch.device
+    seconds: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times one phase."""
+        self._settle()
+        started = time.perf_counter()
+        yield
+        self._settle()
+        self.seconds.append(time.perf_counter() - started)
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _medians(rounds: list[dict[int, float]]) -> tuple[TimedSize, ...]:
+    by_size = {n: tuple(found[n] for found in rounds) for n in sorted(rounds[0])}
+    return tuple(TimedSize(n, statistics.median(each), len(each), each) for n, each in by_size.items())
+
+
+def _told(subject: Subject, rounds: list[dict[int, float]], seconds: float) -> str:
+    on = "this GPU" if subject.parts.device.type == "cuda" else f"this CPU with {torch.get_num_threads()} threads"
+    threshold = subject.mmap_threshold_bytes
+    malloc = f", blocks from {threshold:,} bytes on mapped" if threshold is not None else ""
+    return (
+        f"measured on {on}{malloc}: {len(rounds)} round{'s' * (len(rounds) > 1)} of one micro-batch of each size in "
+        f"turn, {seconds:.1f} s in all"
+    )

@@ -1,0 +1,1 @@
+"""Run child processes and load the user's code."""

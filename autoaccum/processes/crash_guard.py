@@ -1,0 +1,50 @@
+"""Runs a test where its crash is an answer, and not the end of the process.
+
+A loss may reach native code that doesn't check what it is given. A copy of this process can crash in its place. With
+CUDA there is none: a copied process can't use the device, nor can autograd there once it has threads for one. Then the
+test runs here, and all that protects it is that nothing but the sample's own values is tried where an operator doesn't
+check them (see `uses`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from .fork import Died, ForkFailed, in_copy
+
+T = TypeVar("T")
+
+
+class Crashed(Exception):
+    """The copy was ended by a signal, or by itself; says how."""
+
+
+def run(work: Callable[[], T]) -> T:
+    """Runs `work` in a copy of this process where that is possible, and else here.
+
+    Args:
+        work: What it changes may be lost. Its result has to pickle.
+
+    Raises:
+        Crashed: The copy crashed.
+    """
+    if sys.platform != "linux" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return work()
+    importlib.import_module("torch._dynamo")  # optimizers do: here once, and not in each copy again
+    try:
+        return in_copy(lambda: _able(work))
+    except Died as death:
+        raise Crashed(str(death)) from None
+    except ForkFailed:  # it raised, or the copy can't compute: what it is, is said here
+        return work()
+
+
+def _able(work: Callable[[], T]) -> T:
+    """Runs it after a backward, which fails in a copy of a process where autograd has threads of its own."""
+    torch.autograd.backward(torch.zeros(1, requires_grad=True).sum())
+    return work()

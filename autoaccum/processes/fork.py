@@ -1,0 +1,149 @@
+"""Runs a function in a copy of this process: with its model and all its state, and without its profiler.
+
+A fork copies one thread only. OpenMP's pool and torch's profiler belong to the thread that made them (libgomp keeps
+the pool, torch the profiler's state, per thread), so the copy does its work in a thread of its own: it has its own
+pool, and no profiler. In the forking thread itself the first OpenMP region would wait for ever for workers that weren't
+copied.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .child import die_with_parent
+
+T = TypeVar("T")
+
+STUCK_SECONDS = 60.0  # a copy that uses no processor time for so long waits for a thread that wasn't copied
+
+
+class ForkFailed(Exception):
+    """The copy ended without an answer; says why."""
+
+
+class Died(ForkFailed):
+    """The copy was ended by a signal, or ended itself; says how."""
+
+
+def in_copy(work: Callable[[], T], *, own_thread: bool = True) -> T:
+    """Runs `work` in a forked copy of this process.
+
+    Args:
+        work: What it changes is changed in the copy only. Its result has to pickle.
+        own_thread: False only where this thread has computed nothing yet: the copy then works as a fresh process would.
+
+    Returns:
+        Its result.
+
+    Raises:
+        ForkFailed: It raised something that isn't a lack of memory, or the copy hung.
+        Died: The copy crashed.
+        MemoryError: It ran out of memory, in the words of the error that it got there.
+    """
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what this module takes care of
+        child = os.fork()
+    if not child:
+        _be_the_copy(work, reading, writing, own_thread)
+    os.close(writing)
+    try:
+        kind, answer = _answer(child, reading)
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)  # it has answered, or never will
+        _, status = os.waitpid(child, 0)
+    if kind == "result":
+        result: T = answer
+        return result
+    if kind == "memory":
+        raise MemoryError(answer)
+    if kind == "died":
+        raise Died(_ending(status))
+    raise ForkFailed(answer)
+
+
+def _ending(status: int) -> str:
+    """How a process ended, by what `waitpid` says; the signal sent to one that has ended already changes nothing."""
+    if os.WIFSIGNALED(status):
+        return f"it was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"it ended itself with exit code {os.waitstatus_to_exitcode(status)}"
+
+
+def _be_the_copy(work: Callable[[], Any], reading: int, writing: int, own_thread: bool) -> None:
+    """The copy's side; never returns, or it would go on with the caller's program."""
+    try:
+        die_with_parent()
+        os.close(reading)
+        said: list[tuple[str, Any]] = []
+        if own_thread:
+            thread = threading.Thread(target=lambda: said.append(_attempt(work)))
+            thread.start()
+            thread.join()
+        else:
+            said.append(_attempt(work))
+        with os.fdopen(writing, "wb") as pipe:
+            pickle.dump(said[0], pipe)
+    finally:
+        os._exit(0)
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[str, Any]:
+    from ..devices.oom import is_out_of_memory
+
+    try:
+        result = work()
+        pickle.dumps(result)
+        return "result", result
+    except BaseException as error:
+        if is_out_of_memory(error):
+            return "memory", str(error)
+        return "failed", f"{type(error).__name__}: {error}"
+
+
+def _answer(child: int, reading: int) -> tuple[str, Any]:
+    """Reads what the copy says, as long as it says or does something."""
+    told = bytearray()
+    while True:
+        wait_for_word(child, reading)
+        part = os.read(reading, 1 << 20)
+        if not part:
+            break
+        told += part
+    if not told:
+        return "died", ""
+    kind, answer = pickle.loads(told)
+    return kind, answer
+
+
+def wait_for_word(child: int, reading: int) -> None:
+    """Waits until a copy has said something or ended.
+
+    Raises:
+        ForkFailed: It does nothing.
+    """
+    used, since = -1, time.monotonic()
+    while not select.select([reading], [], [], 0.5)[0]:
+        now_used = _processor_ticks(child)
+        if now_used != used:
+            used, since = now_used, time.monotonic()
+        elif time.monotonic() - since > STUCK_SECONDS:
+            raise ForkFailed(f"it did nothing for {STUCK_SECONDS:.0f} s")
+
+
+def _processor_ticks(child: int) -> int:
+    """Processor time of the copy, in the kernel's ticks (proc(5), /proc/pid/stat: utime, stime)."""
+    try:
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    except (OSError, IndexError, ValueError):
+        return -1

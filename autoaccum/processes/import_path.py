@@ -1,0 +1,42 @@
+"""Where modules are imported from: never from the folder that a command happens to run in.
+
+A `random.py` there would otherwise be what torch gets for `import random`. Only the folder of a workload's file becomes
+importable, in the process that loads it, and after everything that is installed: its modules never stand in for others.
+Imported before anything else of autoaccum's, so it imports nothing that Python hasn't loaded by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 2))  # noqa: PTH100, PTH118, PTH120  pathlib isn't loaded yet
+
+
+def leave_current_folder() -> None:
+    """Drops the current folder, which `python -m autoaccum` puts first.
+
+    A no-op for every other way to come here: the `autoaccum` script, a program of the user's, `python -P`.
+    """
+    words = sys.orig_argv
+    module = next((after if word == "-m" else word[2:] for word, after in _pairs(words) if word.startswith("-m")), "")
+    if sys.argv[:1] != ["-m"] or sys.flags.safe_path or module.partition(".")[0] != "autoaccum":
+        return
+    first = sys.path.pop(0)
+    if first == ROOT:  # a checkout: behind the standard library it does no harm
+        sys.path.append(first)
+
+
+def _pairs(words: list[str]) -> list[tuple[str, str]]:
+    return list(zip(words[1:], [*words[2:], ""], strict=False))
+
+
+def add_folders(folders: list[str]) -> None:
+    """Makes modules importable from folders of the user's, for as long as this process lives.
+
+    They come last: a name that the standard library or an installed package has stays theirs. They stay, since a
+    workload imports more while it trains, and a loader's processes import it anew.
+    """
+    for folder in map(os.path.abspath, folders):
+        if folder not in sys.path:
+            sys.path.append(folder)

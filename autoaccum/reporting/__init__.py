@@ -1,0 +1,78 @@
+"""Reports of a plan: data as pandas frames first, then a page, Markdown, CSV or JSON. Needs no model, GPU or torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from ..plan import Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUFFIXES = (".html", ".md", ".csv", ".json")
+
+
+def frames(plan: Plan) -> dict[str, pd.DataFrame]:
+    """The plan's figures as pandas frames; see `data.frames`, which says what each holds."""
+    from . import data
+
+    return data.frames(plan)
+
+
+def render(plan: Plan, suffix: str = ".html") -> str:
+    """The report's text.
+
+    Args:
+        plan: Any plan.
+        suffix: ".html", ".md", ".csv" or ".json".
+
+    Raises:
+        UsageError: Another suffix.
+    """
+    return _renderer(suffix)(plan)
+
+
+def write(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Writes the report in the form that the file's suffix names, whole or not at all.
+
+    Raises:
+        UsageError: Another suffix, or a file that can't be written.
+    """
+    from ..files.whole import write_whole
+
+    write_whole(path, render(plan, check_suffix(path)).encode())
+
+
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """The path's suffix.
+
+    Raises:
+        UsageError: It is none of a report's.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(
+            f"{os.fspath(path)!r} doesn't end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.",
+            "A report's form is told by the file's suffix.",
+            "autoaccum report plan.json -o report.html",
+        )
+    return suffix
+
+
+def _renderer(suffix: str) -> Callable[[Plan], str]:
+    check_suffix(f"report{suffix}")
+    if suffix == ".html":
+        from . import page
+
+        return page.render
+    if suffix == ".md":
+        from . import markdown
+
+        return markdown.render
+    from . import tables
+
+    return tables.as_csv if suffix == ".csv" else tables.as_json

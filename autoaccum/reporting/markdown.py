@@ -1,0 +1,94 @@
+"""The report as Markdown, for an issue or a README. No torch here."""
+
+from __future__ import annotations
+
+import re
+
+from ..files.escape import one_line
+from ..plan import Plan
+from ..units import show_bytes
+from . import words
+from .data import Rows, frames
+from .page import around_chosen
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&@])")
+
+
+def render(plan: Plan) -> str:
+    """The report as Markdown; texts of the user's are escaped."""
+    data: dict[str, Rows] = {name: frame.to_dict("records") for name, frame in frames(plan).items()}
+    parts = [f"# {escape(words.title(plan))}: autoaccum report", escape(words.answer(plan))]
+    figures = [
+        [row["figure"], _told(row["value"], row["unit"]), row["kind"].value, row["why"]] for row in data["figures"]
+    ]
+    parts.append(table(["figure", "value", "kind", "why"], figures))
+    parts += [escape(words.fewer(plan)), escape(words.bytes_note(plan))]
+    if data["composition"]:
+        parts += ["## What lives at the peak (predicted)", _composition(plan)]
+    parts += ["## Time per optimizer step", escape(words.knee_told(plan))]
+    if data["times"]:
+        parts.append(_times(data["times"]))
+    if data["plans"]:
+        parts += [f"## Plans for {plan.target_batch:,} samples (predicted)", _plans(around_chosen(data["plans"]))]
+    budget = [[row["limit"], show_bytes(row["bytes"]), row["why"]] for row in data["budget"]]
+    parts += ["## Budget (given)", table(["limit", "size", "why"], budget)]
+    recordings = [
+        [
+            row["micro_batch"],
+            show_bytes(row["measured_bytes"]),
+            _told(row["predicted_bytes"], "bytes"),
+            row["kind"].value,
+        ]
+        for row in data["recordings"]
+    ]
+    parts += ["## Recordings", table(["samples", "recorded", "predicted before", "kind"], recordings)]
+    facts = [[row["name"], row["value"]] for row in data["environment"]]
+    parts += ["## Environment", table(["name", "value"], [*facts, ["exactness", plan.exactness]])]
+    if plan.notes:
+        parts += ["## Notes", "\n".join(f"- {escape(note)}" for note in plan.notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(text: object) -> str:
+    """Text as Markdown shows it, whatever it holds: one line, no markup, no HTML."""
+    return _SPECIAL.sub(r"\\\1", one_line(" ".join(str(text).split())))
+
+
+def _composition(plan: Plan) -> str:
+    names = list(dict.fromkeys(name for parts in plan.composition.values() for name in parts))
+    rows = [
+        [words.category(plan, name), *(_told(parts.get(name), "bytes") for parts in plan.composition.values())]
+        for name in names
+    ]
+    rows.append(["in all", *(show_bytes(sum(parts.values())) for parts in plan.composition.values())])
+    return table(["held by", *map(words.phase, plan.composition)], rows)
+
+
+def _times(rows: Rows) -> str:
+    shown = [
+        [row["micro_batch"], f"{row['step_seconds']:.4g}", f"{row['low_seconds']:.4g} to {row['high_seconds']:.4g}",
+         f"{100 * (row['ratio'] - 1):+.1f} %", row["kind"].value]
+        for row in rows
+    ]  # fmt: skip
+    return table(["micro-batch", "seconds per step", "range of the rounds", "over the fastest", "kind"], shown)
+
+
+def _plans(rows: Rows) -> str:
+    shown = [
+        [row["accumulation_steps"], row["split"], show_bytes(row["peak_bytes"]), show_bytes(row["free_bytes"]),
+         "chosen" if row["chosen"] else words.number(row["fits"]), words.number(row["step_seconds"])]
+        for row in rows
+    ]  # fmt: skip
+    return table(["steps", "micro-batches", "peak", "free", "fits", "seconds"], shown)
+
+
+def _told(value: object, unit: str) -> str:
+    if unit == "bytes":
+        return show_bytes(value) if isinstance(value, int) else words.NONE
+    return f"{words.number(value)} {unit}".strip()
+
+
+def table(head: list[str], rows: list[list[object]] | list[list[str]]) -> str:
+    """A table; its cells are escaped."""
+    lines = [[escape(cell) for cell in head], ["---"] * len(head), *([escape(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,44 @@
+"""The report's figures for other programs: JSON, and one tidy CSV. No torch here."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from .. import __version__
+from ..files.escape import one_line
+from ..files.json_text import to_json
+from ..plan import Plan
+from . import words
+from .data import frames
+
+COLUMNS = ("table", "row", "column", "value", "kind")
+
+
+def as_json(plan: Plan) -> str:
+    """Every frame as a list of objects, with the answer in words."""
+    tables = {name: frame.to_dict("records") for name, frame in frames(plan).items()}
+    report = {"kind": "autoaccum report", "schema_version": 1, "autoaccum": __version__}
+    report |= {"title": words.title(plan), "answer": words.answer(plan), "tables": tables}
+    return to_json(report, indent=1) + "\n"
+
+
+def as_csv(plan: Plan) -> str:
+    """Every figure of every frame in a line of its own: table, row, column, value, kind."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, frame in frames(plan).items():
+        for index, row in enumerate(frame.to_dict("records")):
+            kind = row.pop("kind", "")
+            writer.writerows((name, index, column, cell(value), kind) for column, value in row.items())
+    return out.getvalue()
+
+
+def cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula is quoted, so that a name can't run anything there."""
+    if not isinstance(value, str):
+        return value
+    quote = "'" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else ""
+    return quote + one_line(value)

@@ -1,0 +1,97 @@
+"""What a report says in words: the answer in one sentence, and labels. No torch here."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..plan import FASTEST, Plan
+from ..simulation.knee import told
+from ..simulation.recording import PHASE_TITLES
+from ..units import show_bytes
+from .kinds import byte_word, cached_word, measured
+
+NONE = "\u2013"
+
+
+def title(plan: Plan) -> str:
+    """What the report is about."""
+    return plan.workload or plan.fingerprint.get("model", "a workload").split(" ")[0]
+
+
+def answer(plan: Plan) -> str:
+    """The plan in one sentence."""
+    parts = [f"{count} micro-batch{'es' * (count > 1)} of {size:,}" for size, count in Counter(plan.split).items()]
+    ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
+    real = ""
+    if plan.measured_peak_bytes is not None:
+        by_the = "by the " if plan.virtual else ""
+        real = f", {show_bytes(plan.measured_peak_bytes)} {by_the}{measured(plan)}"
+    return (
+        f"To train {plan.target_batch:,} samples per optimizer step within {show_bytes(plan.budget.bytes)}, accumulate "
+        f"{' and '.join(parts)}{ranks}: the peak is {show_bytes(plan.predicted_peak_bytes)} predicted{real}."
+    )
+
+
+def knee_told(plan: Plan) -> str:
+    """The time of an optimizer step and where larger micro-batches stop being faster, as far as it was measured."""
+    found = told(plan)
+    if found is not None:
+        return f"The knee: {found}."
+    if plan.window_seconds is None:
+        return "No time was measured."
+    return (
+        f"{plan.window_seconds:.3g} s per optimizer step at the chosen size, reckoned from the verification "
+        f"({measured(plan)}). Other sizes were {plan.reasons.get('times', 'not timed')}, so no knee is known."
+    )
+
+
+def fewer(plan: Plan) -> str:
+    """What one accumulation step fewer would need."""
+    needed = plan.fewer_steps_need()
+    if plan.accumulation_steps == 1:
+        return "One step is the least there is."
+    if "fewer_steps" in plan.reasons:
+        return f"{plan.reasons['fewer_steps']}."
+    steps = plan.accumulation_steps - 1
+    if needed is None:
+        return f"{steps} accumulation step{'s' * (steps > 1)} would need micro-batches beyond the table."
+    size, total = needed
+    over = total - plan.budget.bytes
+    if over <= 0 and plan.objective == FASTEST:
+        return f"{steps} step{'s' * (steps > 1)} would fit too, and the fastest was sought: see the time below."
+    left = f"{show_bytes(over)} over the budget" if over > 0 else f"only {show_bytes(-over)} under the budget"
+    return (
+        f"{steps} step{'s' * (steps > 1)} would need micro-batches of up to {size} and {show_bytes(total)}, {left}; "
+        "a plan keeps 2 % free."
+    )
+
+
+def phase(name: str) -> str:
+    """A phase's title."""
+    return PHASE_TITLES.get(name, name)
+
+
+def category(plan: Plan, name: str) -> str:
+    """A category's title on the plan's device."""
+    if name == "process" and plan.on_cuda:
+        return "rest of the base"
+    return cached_word(plan) if name == "cached" else name
+
+
+def bytes_note(plan: Plan) -> str:
+    """What a byte is in this plan."""
+    what = "what a memory limit limits" if plan.device == "cpu" else "what the caching allocator holds"
+    return f"Bytes are {byte_word(plan)} bytes: {what}."
+
+
+def number(value: object) -> str:
+    """A figure of a table as it is read: whole numbers with separators, times to three digits."""
+    if value is None or value != value:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)

@@ -1,0 +1,1 @@
+"""Train with a plan, and recover from running out of memory."""

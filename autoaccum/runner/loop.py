@@ -1,0 +1,248 @@
+"""`autoaccum run`: epochs of a workload with its plan, resumable from a checkpoint at a window's end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.windows import loader_length
+from ..devices.virtual.control import is_virtual
+from ..errors import UsageError
+from ..plan import Plan
+from ..process_memory import committed_bytes
+from ..processes import interrupts
+from ..processes.child import FINISHES
+from ..state.rng import as_plain, from_plain, put_rng, take_rng
+from ..workload import Batch, Workload
+from .checkpoint import plain, read_checkpoint, unusable, write_checkpoint
+from .runner import Runner, StepResult
+
+# What taking over a state that is no state of this workload's raises, torch's and the workload's own classes included.
+_UNFIT = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+def train(
+    workload: Workload,
+    plan: Plan,
+    *,
+    say: Callable[[dict[str, Any]], None],
+    epochs: int = 1,
+    steps: int | None = None,
+    checkpoint: str | None = None,
+    checkpoint_seconds: float = 30.0,
+) -> dict[str, Any]:
+    """Trains whole windows; stops at the end of one when interrupted.
+
+    Args:
+        workload: What is trained; must have a loader.
+        plan: Its plan.
+        say: Called after each window with its figures.
+        epochs: Passes over the loader.
+        steps: Optimizer steps at most, those before a resume included.
+        checkpoint: File to resume from, where it exists, and to write.
+        checkpoint_seconds: How often to write it; it is always written at the end.
+
+    Returns:
+        Optimizer steps, samples and the last loss; whether it was interrupted; the checkpoint that was written.
+    """
+    if workload.loader is None:
+        raise UsageError(
+            f"The workload {workload.name} has no loader, so there is nothing to train on.",
+            hint="Return Workload(..., loader=DataLoader(dataset, ...)), or a function that makes one.",
+        )
+    runner = Runner(workload, plan)
+    place = _Place()
+    if checkpoint is not None:
+        plain(runner.state_dict(), "the checkpoint")  # what it can't hold is said before the first window
+        if Path(checkpoint).exists():
+            _resume(Path(checkpoint), runner, place, plan)
+    saved, last, odd = time.monotonic(), {"loss": None}, _Odd()
+    length = loader_length(_loader(workload), runner.samples, least=runner.least)
+    with _interrupts(say) as interrupted:
+        enough = steps is not None and runner.number >= steps
+        for result in () if enough else _windows(runner, workload, place, epochs):
+            last = _figures(result, runner, place, length, plan)
+            odd.see(result, place, say)
+            say({"step": last})
+            if interrupted() is not None or (steps is not None and runner.number >= steps):
+                break
+            if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
+                _save(checkpoint, runner, place, plan)
+                saved = time.monotonic()
+        if checkpoint is not None:
+            _save(checkpoint, runner, place, plan)
+        number = interrupted()
+        ended = {"steps": runner.number, "samples": place.samples, "interrupted": number is not None, "signal": number}
+        return {**last, **ended, **odd.figures(), "checkpoint": checkpoint}
+
+
+class _Odd:
+    """Windows whose loss is not finite. On a virtual GPU there are none: values mean nothing there."""
+
+    def __init__(self) -> None:
+        self._counts = not is_virtual()
+        self._first: dict[str, int] | None = None
+        self._windows = 0
+
+    def see(self, result: StepResult, place: _Place, say: Callable[[dict[str, Any]], None]) -> None:
+        """Counts a window, and says the first that isn't finite."""
+        loss = float(result.loss)
+        if math.isfinite(loss) or not self._counts:
+            return
+        self._windows += 1
+        if self._first is None:
+            self._first = {"epoch": place.epoch + 1, "window": place.windows}
+            told = f"epoch {place.epoch + 1}, window {place.windows}: the loss is {loss}; training goes on"
+            say({"warning": told})
+
+    def figures(self) -> dict[str, Any]:
+        """How many there were, and which was the first."""
+        return {"nonfinite_windows": self._windows, "first_nonfinite": self._first}
+
+
+_COUNTS, _RNG = ("epoch", "windows", "samples"), ("rng_at_epoch", "rng_now")
+
+
+class _Place:
+    """Where training is: the epoch, its windows done, and the random states that reproduce its order."""
+
+    def __init__(self) -> None:
+        self.epoch = self.windows = self.samples = 0
+        self.rng_at_epoch: dict[str, Any] | None = None
+        self.rng_now: dict[str, Any] | None = None
+        self.order_at_epoch: list[torch.Tensor] = []
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, in tensors and plain values."""
+        rng = {name: None if (each := getattr(self, name)) is None else as_plain(each) for name in _RNG}
+        return {name: getattr(self, name) for name in _COUNTS} | rng | {"order_at_epoch": self.order_at_epoch}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Puts back what `state` gave.
+
+        Raises:
+            ValueError: It is something else, in a way that can be seen.
+            RuntimeError, TypeError, LookupError: So do generators that are given it.
+        """
+        counts, order = {name: state[name] for name in _COUNTS}, state["order_at_epoch"]
+        if not all(type(each) is int and each >= 0 for each in counts.values()):
+            raise ValueError(f"counts of {counts}")
+        if type(order) is not list or not all(isinstance(each, torch.Tensor) for each in order):
+            raise ValueError("the loader's generators have no such states")
+        for each in order:
+            torch.Generator().set_state(each)
+        found = {name: None if state[name] is None else from_plain(dict(state[name])) for name in _RNG}
+        before = take_rng()
+        try:
+            for states in found.values():
+                put_rng(states or {})
+        finally:
+            put_rng(before)
+        vars(self).update(counts | found | {"order_at_epoch": order})
+
+
+def _windows(runner: Runner, workload: Workload, place: _Place, epochs: int) -> Iterator[StepResult]:
+    """Every window of the epochs that are left; an epoch begun before a resume is entered where it was left."""
+    while place.epoch < epochs:
+        skip, rng = place.windows, place.rng_now
+        loader = _loader(workload)
+        generators = _generators(loader)
+        if place.rng_at_epoch is None:
+            place.rng_at_epoch = take_rng()
+            place.order_at_epoch = [generator.get_state() for generator in generators]
+        else:  # the loader draws its order from these
+            put_rng(place.rng_at_epoch)
+            if len(generators) != len(place.order_at_epoch):
+                raise UsageError(
+                    f"The checkpoint has {len(place.order_at_epoch)} generators of the loader; the loader has "
+                    f"{len(generators)}.",
+                    "An epoch is gone on with in its own order, which the loader's generators draw.",
+                    "Give the loader the generator that it had, or start over without the checkpoint.",
+                )
+            for generator, state in zip(generators, place.order_at_epoch, strict=True):
+                generator.set_state(state)
+        for result in runner.epoch(loader, skip=skip, rng=rng if skip else None):
+            place.windows += 1
+            place.samples += result.samples
+            place.rng_now = take_rng()
+            yield result
+        place.epoch, place.windows, place.rng_at_epoch = place.epoch + 1, 0, None
+
+
+def _loader(workload: Workload) -> Iterable[Batch]:
+    loader = workload.loader
+    return loader() if callable(loader) else loader  # type: ignore[return-value]
+
+
+def _generators(loader: Iterable[Batch]) -> list[torch.Generator]:
+    """The generators that a DataLoader and its sampler draw their order from, beside the global one."""
+    holders = loader, getattr(loader, "sampler", None)
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
+def _figures(result: StepResult, runner: Runner, place: _Place, length: int | None, plan: Plan) -> dict[str, Any]:
+    return {
+        "number": result.number,
+        "epoch": place.epoch,
+        "window": place.windows,
+        "windows": length,
+        "loss": float(result.loss),
+        "held_bytes": torch.cuda.memory_reserved() if plan.on_cuda else committed_bytes(),
+        "samples": result.samples,
+        "micro_batch": max(result.split),
+        "accumulation_steps": len(result.split),
+        "retries": result.retries,
+    }
+
+
+def _save(path: str, runner: Runner, place: _Place, plan: Plan) -> None:
+    write_checkpoint(path, {"runner": runner.state_dict(), "place": place.state(), "for": _made_for(plan)})
+
+
+def _resume(path: Path, runner: Runner, place: _Place, plan: Plan) -> None:
+    state = read_checkpoint(path)
+    for name in ("runner", "place", "for"):
+        if not isinstance(state.get(name), dict):
+            raise unusable(path, f"it holds no {name!r}" if name not in state else f"its {name!r} is no mapping")
+    numbers = {name: state["runner"].get(name) for name in ("number", "micro_batch")}
+    if not all(type(each) is int and each >= 0 for each in numbers.values()) or not numbers["micro_batch"]:
+        raise unusable(path, f"it says {', '.join(f'{name} {each!r}' for name, each in numbers.items())}")
+    made_for, here = state["for"], _made_for(plan)
+    if made_for != here:
+        told = "; ".join(f"{k}: {made_for.get(k)} there, {here[k]} here" for k in here if made_for.get(k) != here[k])
+        raise UsageError(
+            f"The checkpoint {str(path)!r} is of another training ({told}).",
+            "It counts windows of its own size, and holds the state of its own model and optimizer.",
+            "Go on with a plan for the same target, or name another --checkpoint.",
+        )
+    try:
+        place.load_state(state["place"])
+        runner.load_state_dict(state["runner"])
+    except _UNFIT as error:
+        raise unusable(path, f"its state isn't this workload's ({type(error).__name__}: {error})") from error
+
+
+def _made_for(plan: Plan) -> dict[str, str]:
+    """What a checkpoint can't be taken over to another of; versions and the micro-batch may change."""
+    parts = {name: plan.fingerprint[name] for name in ("model", "optimizer")}
+    return parts | {"target batch": str(plan.target_batch), "world size": str(plan.world_size)}
+
+
+@contextmanager
+def _interrupts(say: Callable[[dict[str, Any]], None]) -> Iterator[Callable[[], int | None]]:
+    """The first signal asks to stop at the window's end, the second stops at once; gives the first one's number."""
+
+    def handle(number: int, frame: object) -> None:
+        if not interrupts.is_repeated(number) and interrupts.received_more_than_one():
+            raise interrupts.Interrupted(number)
+
+    with interrupts.handled_by(handle):
+        say({FINISHES: True})
+        yield interrupts.received

@@ -1,0 +1,1 @@
+"""Compute a window's peak memory from recordings. No torch here."""

@@ -1,0 +1,195 @@
+"""What lives at the peak of each phase of a window: gradients, optimizer state, activations, temporaries.
+
+A recording knows blocks, not tensors, so each is told by when it is born and when it dies. That needs no look into the
+model and holds for a program of any device. No torch here.
+
+    workspaces       cuBLAS's, given back at the end of a phase; or
+                     born in the first micro-batch and freed by nothing, no later one making the like: a library's own,
+                     which recordings of a CUDA device show anew each time; it is there from the start
+    optimizer state  left behind by the first optimizer step, before the window, but for these
+    gradients        born in the first micro-batch, freed by the optimizer step
+    data             the first blocks of a micro-batch, where they have the sizes of its samples' tensors
+    activations      born before the turn from forward to backward and freed after it; and what a micro-batch leaves
+                     behind for the next one (a module's last output)
+    temporaries      all else that is alive for part of a phase
+
+The turn is where backward begins. `loss.backward()` first makes a gradient of the loss, which is a scalar, and soon
+after that the first parameter's gradient; so the turn is the last block of a scalar's size before the first gradient.
+A later micro-batch has its turn at the same allocation, counted from its beginning: up to there it does the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from .program import Step, StepProgram, made_for_good, window
+from .recording import FIRST, LATER, OPTIMIZER, Phase, kept_blocks
+from .solver import Split
+
+PROCESS, PARAMETERS, WORKSPACES, STATE, GRADIENTS, ACTIVATIONS, TEMPORARIES, DATA, CACHED = CATEGORIES = (
+    "process",
+    "parameters",
+    "workspaces",
+    "optimizer state",
+    "gradients",
+    "activations",
+    "temporaries",
+    "data",
+    "cached",
+)
+SCALAR_BYTES = 8  # the loss, in the widest type there is
+_Place = tuple[int, int]  # index of the phase, index of the event in it
+
+
+def composition(program: StepProgram, split: Split, *, inputs: Sequence[int] = ()) -> dict[str, dict[str, int]]:
+    """What is alive at the highest instant of each phase, by category.
+
+    Args:
+        program: The step program.
+        split: Samples in each micro-batch of the window.
+        inputs: Bytes per sample of the tensors that each micro-batch first moves to the device; empty where it doesn't.
+
+    Returns:
+        By phase's name, requested bytes by category, those of nothing left out. Phases of one name are one, the
+        highest instant of all of them. Their sum is the most that is alive at once in that phase.
+    """
+    workspaces = made_for_good(program)
+    names = {step.block for step in workspaces}
+    steady = tuple(step for step in program.phases[FIRST] if step.block not in names)
+    program = replace(program, phases={**program.phases, FIRST: steady})
+    phases = window(program, split)
+    kinds = _kinds(program, phases, split, inputs)
+    now = dict.fromkeys(CATEGORIES, 0)
+    now[WORKSPACES] = sum(step.rule.at(split[0]) for step in workspaces if step.rule is not None)
+    now[STATE] = _state_bytes(program, workspaces)
+    live = now[WORKSPACES] + now[STATE]
+    highest: dict[str, int] = {}
+    found: dict[str, dict[str, int]] = {}
+    for phase in phases:
+        if live > highest.get(phase.name, -1):
+            highest[phase.name], found[phase.name] = live, dict(now)
+        for block, size, _ in phase.events:
+            now[kinds[block]] += size
+            live += size
+            if live > highest[phase.name]:
+                highest[phase.name], found[phase.name] = live, dict(now)
+    return {name: {kind: size for kind, size in parts.items() if size} for name, parts in found.items()}
+
+
+def whole(
+    parts: Mapping[str, Mapping[str, int]],
+    phases: Mapping[str, int],
+    *,
+    base_bytes: int,
+    parameter_bytes: int,
+    data_bytes: int,
+) -> dict[str, dict[str, int]]:
+    """The same for the whole process: with its base, and with what the allocator takes beyond what is alive.
+
+    Args:
+        parts: From `composition`.
+        phases: The peak of each phase, base and data included.
+        base_bytes: What the process takes before it trains, its parameters included.
+        parameter_bytes: Parameters and buffers.
+        data_bytes: The window's samples, where they are held outside of the recording.
+
+    Returns:
+        By phase's name, bytes by category in the order of `CATEGORIES`; they sum to the phase's peak.
+    """
+    found = {}
+    for name, peak in phases.items():
+        held = dict.fromkeys(CATEGORIES, 0) | dict(parts.get(name, {}))
+        held[PARAMETERS] = min(parameter_bytes, base_bytes)
+        held[PROCESS] = base_bytes - held[PARAMETERS]
+        held[DATA] += data_bytes
+        held[CACHED] = peak - sum(held.values())
+        found[name] = {kind: held[kind] for kind in CATEGORIES if held[kind]}
+    return found
+
+
+def _state_bytes(program: StepProgram, workspaces: Sequence[Step]) -> int:
+    """What the first window leaves behind, without the workspaces that it shows too."""
+    known = Counter(step.rule.at(program.recorded_at) for step in workspaces if step.rule is not None)
+    kept = Counter(event.bytes for event in kept_blocks(program.prelude))
+    return sum(size * times for size, times in (kept - known).items())
+
+
+def _kinds(program: StepProgram, phases: Sequence[Phase], split: Split, inputs: Sequence[int]) -> dict[int, str]:
+    """The category of every block of the window, by the rules above."""
+    births, deaths = _lives(phases)
+    gradients = {
+        block
+        for block, (phase, _) in births.items()
+        if phases[phase].name == FIRST and block in deaths and phases[deaths[block][0]].name == OPTIMIZER
+    }
+    turns = _turns(phases, gradients, len(program.leftover))
+    kinds = {}
+    for block, born in births.items():
+        dies = deaths.get(block)
+        if block in gradients:
+            kinds[block] = GRADIENTS
+        elif phases[born[0]].name not in (FIRST, LATER):
+            kinds[block] = TEMPORARIES
+        elif dies is None or dies[0] != born[0]:
+            kinds[block] = ACTIVATIONS  # left behind for the next micro-batch
+        else:
+            kinds[block] = ACTIVATIONS if born[1] < turns[born[0]] <= dies[1] else TEMPORARIES
+    kinds.update(dict.fromkeys(_workspaces(program, phases), WORKSPACES))
+    kinds.update(dict.fromkeys(_data_blocks(phases, split, inputs, len(program.leftover)), DATA))
+    return kinds
+
+
+def _workspaces(program: StepProgram, phases: Sequence[Phase]) -> Iterator[int]:
+    """The blocks of a written window that are cuBLAS's workspaces: told by their places among a phase's allocations."""
+    for phase in phases:
+        steps = [step for step in program.phases[phase.name] if step.rule is not None]
+        made = [event.block for event in phase.events if event.bytes > 0]
+        made = made[len(made) - len(steps) :]  # after what was there before
+        yield from (block for step, block in zip(steps, made, strict=True) if step.block in program.workspaces)
+
+
+def _lives(phases: Sequence[Phase]) -> tuple[dict[int, _Place], dict[int, _Place]]:
+    """Where each block is born, and where it dies if it does."""
+    births: dict[int, _Place] = {}
+    deaths: dict[int, _Place] = {}
+    for phase, each in enumerate(phases):
+        for index, event in enumerate(each.events):
+            (births if event.bytes > 0 else deaths)[event.block] = (phase, index)
+    return births, deaths
+
+
+def _turns(phases: Sequence[Phase], gradients: set[int], leftover: int) -> list[int]:
+    """For each phase the index of the event where backward begins; 0 where it has no such."""
+    first = phases[0].events
+    allocations = [(index, event) for index, event in enumerate(first) if event.bytes > 0][leftover:]
+    turn = 0  # which allocation of a micro-batch it is
+    for count, (_, event) in enumerate(allocations):
+        if event.bytes <= SCALAR_BYTES:
+            turn = count
+        elif event.block in gradients:
+            turn = turn or count
+            break
+    else:
+        return [0] * len(phases)
+    return [_allocation(phase, turn + (leftover if index == 0 else 0)) for index, phase in enumerate(phases)]
+
+
+def _allocation(phase: Phase, number: int) -> int:
+    """The index of the event that is the phase's allocation of that number; 0 where it has fewer."""
+    indices = [index for index, event in enumerate(phase.events) if event.bytes > 0]
+    return indices[number] if number < len(indices) else 0
+
+
+def _data_blocks(phases: Sequence[Phase], split: Split, inputs: Sequence[int], leftover: int) -> list[int]:
+    """The leading blocks of each micro-batch, as long as they have the sizes of its tensors one after the other."""
+    found = []
+    micro_batches = (phase for phase in phases if phase.name in (FIRST, LATER))
+    for phase, n in zip(micro_batches, split, strict=True):
+        made = [event for event in phase.events if event.bytes > 0][leftover if phase.name == FIRST else 0 :]
+        for event, sample_bytes in zip(made, inputs, strict=False):
+            if event.bytes != sample_bytes * n:
+                break
+            found.append(event.block)
+    return found

@@ -1,0 +1,1 @@
+"""Simulate PyTorch's CUDA caching allocator. No torch here."""

@@ -1,0 +1,448 @@
+"""PyTorch's CUDA caching allocator, without CUDA and without torch.
+
+Read from c10/cuda/CUDACachingAllocator.cpp (2025), held against torch 2.14's on a virtual GPU; the name of the function
+stands beside each rule. What is not modelled: private pools (CUDA graphs, `MemPool`), calls of `empty_cache` within a
+phase, and the ages of what a snapshot shows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..malloc import PhasePeak
+from ..recording import Phase
+from .blocks import ADDRESS_BITS, ENDLESS, Block, Pool, expand, load, unmap
+from .settings import MIN_BLOCK, SMALL, SMALL_SEGMENT, CudaRules, round_size, segment_bytes
+from .snapshot import EMPTY, CudaSegment, CudaStart
+
+__all__ = ["EMPTY", "CachingAllocator", "CudaReplay", "CudaRules", "CudaStart", "PhaseResult", "replay_cuda"]
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """What one phase came to, in the allocator's own statistics.
+
+    Attributes:
+        name: The phase's.
+        peak_reserved_bytes: `max_memory_reserved`, were it reset when the phase began.
+        peak_allocated_bytes: `max_memory_allocated` likewise: whole blocks, their slack included.
+        retries: `num_alloc_retries`: how often the cache was given back to make room.
+        out_of_memory: Whether it ran out, and the phase ended there.
+    """
+
+    name: str
+    peak_reserved_bytes: int
+    peak_allocated_bytes: int
+    retries: int
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True)
+class CudaReplay:
+    """What a replay came to, in the allocator's own statistics.
+
+    Attributes:
+        peak_reserved_bytes: `max_memory_reserved`.
+        peak_allocated_bytes: `max_memory_allocated`: whole blocks, their slack included.
+        retries: `num_alloc_retries`: how often the cache was given back to make room, by phase in order of its parts.
+        phases: Highest reserved bytes in each phase, phases of one name together.
+        out_of_memory: Index of the phase in which it ran out; None where it did not.
+    """
+
+    peak_reserved_bytes: int
+    peak_allocated_bytes: int
+    retries: tuple[int, ...]
+    phases: tuple[PhasePeak, ...]
+    out_of_memory: int | None = None
+
+
+class _OutOfMemory(Exception):
+    pass
+
+
+class CachingAllocator:
+    """The allocator of one device, as it is after the phases that were run so far.
+
+    Args:
+        rules: Its settings and the capacity.
+        start: What it holds before the first event.
+
+    Attributes:
+        reserved_bytes: `memory_reserved` now.
+        allocated_bytes: `memory_allocated` now.
+        retries: `num_alloc_retries` since the start.
+        out_of_memory: Whether it ran out: it runs no more phases then.
+    """
+
+    def __init__(self, rules: CudaRules, start: CudaStart = EMPTY) -> None:
+        self.rules = rules
+        self.reserved_bytes = start.reserved_bytes
+        self.allocated_bytes = start.allocated_bytes
+        self.retries = 0
+        self.out_of_memory = False
+        self._peak_reserved = self._peak_allocated = 0
+        self._live: dict[int, Block] = {}
+        self._held: dict[int, Block] = {}  # given back, and in use by another stream (record_stream)
+        self._large: dict[int, Pool] = {}  # by stream
+        self._small: dict[int, Pool] = {}
+        self._wanted: dict[int, tuple[int, int, dict[int, Pool], int]] = {}  # by requested bytes: see _want
+        self._collects = rules.allowed_bytes is not None and rules.garbage_collection_threshold > 0
+        self._searches = 0  # get_free_blocks_call_count, of large blocks
+        expandable = rules.expandable_segments or any(segment.expandable for segment in start.segments)
+        self._looks_further = expandable or self._collects or rules.max_split_size_bytes is not None
+        span = ENDLESS if rules.device_bytes is None else rules.device_bytes + rules.device_bytes // 8
+        self._spans = {page: -(-span // page) * page for page in (SMALL_SEGMENT, rules.large_segment_bytes)}
+        # Of free blocks of one size the one in the oldest segment is taken (registration_counter, in torch 2.14's
+        # library; measured), within a segment the lowest: so new segments lie above all others here. Of a start's
+        # segments the age isn't known; their addresses stand for it.
+        self._next_address = max((s.address + s.bytes for s in start.segments), default=-2 * ENDLESS) + 2 * ENDLESS
+        for segment in start.segments:
+            if not segment.private:
+                self._load(segment)
+
+    def run(self, phase: Phase) -> PhaseResult:
+        """Runs one phase, reading only allocations, frees, sizes and streams.
+
+        An event of no bytes says that its block was given back while another stream still uses it; its free follows.
+        Live blocks of the start are named by their addresses, negative, as in the recording that began there. A free of
+        a block that is not there is passed over.
+
+        Raises:
+            ValueError: Where an earlier phase ran out of memory.
+        """
+        if self.out_of_memory:
+            raise ValueError("This allocator ran out of memory in an earlier phase: start again with a new one.")
+        before, self._peak_reserved, self._peak_allocated = self.retries, self.reserved_bytes, self.allocated_bytes
+        live, malloc, free = self._live, self._malloc, self._free
+        try:
+            for name, size, stream in phase.events:
+                if size > 0:
+                    live[name] = malloc(size, stream)
+                    continue
+                block = live.pop(name, None)
+                if block is not None:
+                    self.allocated_bytes -= block.size
+                    if size:
+                        free(block)
+                    else:
+                        self._held[name] = block
+                elif name in self._held:
+                    free(self._held.pop(name))
+        except _OutOfMemory:
+            self.out_of_memory = True
+        return PhaseResult(
+            phase.name, self._peak_reserved, self._peak_allocated, self.retries - before, self.out_of_memory
+        )
+
+    def state_key(self, names: Iterable[int] = ()) -> tuple[object, ...]:
+        """Equal for two moments of one allocator if it behaves the same from then on.
+
+        It says in which order the segments stand, which blocks each is cut into, and which of those are free; of live
+        blocks not whose they are. Two moments with equal keys go on alike if the blocks that are freed later lie at the
+        same places: give their names, in the same order of roles, to have that in the key. What is the same again need
+        not be the same as one step ago: two blocks that replace each other take turns, and the key with them.
+
+        Args:
+            names: Live blocks by name; a name that isn't live stands for nothing.
+        """
+        layout: list[int] = []
+        places: dict[Block, int] = {}
+        for pools in (self._small, self._large):
+            for stream in sorted(pools):
+                pool = pools[stream]
+                layout += (-1, stream)
+                for address in sorted(pool.heads):
+                    layout.append(-2)
+                    block: Block | None = pool.heads[address]
+                    while block is not None:
+                        places[block] = len(layout)
+                        layout.append(block.size << 3 | block.free << 2 | block.mapped << 1 | (block.page > 0))
+                        block = block.after
+        named = tuple(places[self._live[name]] if name in self._live else -1 for name in names)
+        held = tuple(sorted(places[block] for block in self._held.values()))
+        return tuple(layout), named, held, self._ages() if self._collects else ()
+
+    # -- malloc and free
+
+    def _want(self, requested: int) -> tuple[int, int, dict[int, Pool], int]:
+        """The rounded size, the least key that will do, whose pools, and the least rest that is split off."""
+        rules = self.rules
+        size = round_size(requested, rules.roundup_power2_divisions)
+        small, limit = size <= SMALL, rules.max_split_size_bytes  # get_pool
+        if small or rules.expandable_segments:  # should_split
+            least_rest = MIN_BLOCK
+        else:
+            least_rest = SMALL + 1 if limit is None or size < limit else ENDLESS
+        found = size, size << ADDRESS_BITS, self._small if small else self._large, least_rest
+        self._wanted[requested] = found
+        return found
+
+    def _malloc(self, requested: int, stream: int) -> Block:
+        """malloc: the smallest free block that is large enough, ties by oldest segment; else a new segment."""
+        size, least_key, pools, least_rest = self._wanted.get(requested) or self._want(requested)
+        pool = pools.get(stream) or self._new_pool(stream, small=pools is self._small)
+        keys = pool.keys
+        index = bisect_left(keys, least_key)
+        if self._looks_further:
+            index = self._choice(pool, index, size)
+        if index < len(keys):
+            block = pool.blocks.pop(keys[index])
+            block.free = False
+        else:
+            block = self._new_block(pool, size)
+            index = -1
+        rest = block.size - size
+        if rest >= least_rest:  # alloc_found_block: the rest goes back
+            self._split(block, size, index)
+        elif index >= 0:
+            del keys[index]
+        self.allocated_bytes = allocated = self.allocated_bytes + block.size
+        if allocated > self._peak_allocated:
+            self._peak_allocated = allocated
+        return block
+
+    def _split(self, block: Block, size: int, index: int) -> None:
+        """Cuts a block, whose key stands at `index` of its pool's (-1 for nowhere): the rest takes its place."""
+        pool = block.pool
+        keys = pool.keys
+        address = block.address + size
+        after = Block(pool, address, block.size - size, block, block.page, block.base)
+        following = block.after
+        if following is not None:
+            after.after = following
+            following.before = after
+        block.after, block.size = after, size
+        after.key = key = after.size << ADDRESS_BITS | address
+        after.born, after.free = self._searches, True
+        pool.blocks[key] = after
+        if index < 0:
+            insort(keys, key)
+        elif index == 0 or keys[index - 1] < key:
+            keys[index] = key
+        else:
+            del keys[index]
+            insort(keys, key, 0, index)
+
+    def _free(self, block: Block) -> None:
+        """free_block: merges with free neighbours (try_merge_blocks), and goes back to its pool."""
+        pool = block.pool
+        keys, old = pool.keys, None
+        before, after = block.before, block.after
+        if before is not None and before.free:
+            old = before.key
+            del pool.blocks[old]
+            before.size += block.size
+            before.after = after
+            if after is not None:
+                after.before = before
+            block = before
+        if after is not None and after.free:
+            if old is not None:
+                del keys[bisect_left(keys, old)]
+            old = after.key
+            del pool.blocks[old]
+            block.size += after.size
+            block.after = following = after.after
+            if following is not None:
+                following.before = block
+        block.key = key = block.size << ADDRESS_BITS | block.address
+        block.born, block.free = self._searches, True
+        pool.blocks[key] = block
+        if old is None:
+            insort(keys, key)
+            return
+        index = bisect_left(keys, old)
+        if index + 1 == len(keys) or keys[index + 1] > key:
+            keys[index] = key
+        else:
+            del keys[index]
+            insort(keys, key, index)
+
+    def _choice(self, pool: Pool, index: int, size: int) -> int:
+        """get_free_block, from the best fit on: which block is taken, by index; the pool's length for none."""
+        keys, blocks, limit = pool.keys, pool.blocks, self.rules.max_split_size_bytes
+        if self._collects and not pool.small:
+            self._searches += 1
+        none = len(keys)
+        if index == none:
+            return none
+        if self.rules.expandable_segments:
+            # A block that can grow counts as large as it can get: the next larger is taken if it can't get as large.
+            while blocks[keys[index]].page and index + 1 < none:
+                if _expandable_size(blocks[keys[index + 1]]) >= _expandable_size(blocks[keys[index]]):
+                    break
+                index += 1
+        else:
+            while index < none and blocks[keys[index]].page:
+                index += 1
+            if index == none:
+                return none
+        if limit is not None:
+            found = keys[index] >> ADDRESS_BITS
+            if size < limit <= found:
+                return none
+            if size >= limit and found >= size + self.rules.max_non_split_rounding_bytes:
+                return none
+        return index
+
+    # -- memory from the driver, and back
+
+    def _new_block(self, pool: Pool, size: int) -> Block:
+        """malloc, where no free block will do: alloc_block, with what is done before it gives up."""
+        if self._collects:
+            self._collect()
+        block = self._alloc_block(pool, size)
+        if block is None and self._release_oversize(pool, size):
+            block = self._alloc_block(pool, size)
+        if block is None:
+            self._release_cached()
+            self.retries += 1
+            block = self._alloc_block(pool, size)
+        if block is None:
+            raise _OutOfMemory
+        return block
+
+    def _alloc_block(self, pool: Pool, size: int) -> Block | None:
+        rules = self.rules
+        total = segment_bytes(size, rules.large_segment_bytes)
+        if rules.allowed_bytes is not None and self.reserved_bytes + total > rules.allowed_bytes:
+            return None
+        if rules.expandable_segments:
+            page = SMALL_SEGMENT if pool.small else rules.large_segment_bytes
+            return expand(pool, size, page, self._spans[page], self._take)
+        if not self._take(total):
+            return None
+        block = Block(pool, self._next_address, total)
+        self._next_address += total
+        pool.heads[block.address] = block
+        return block
+
+    def _take(self, size: int) -> bool:
+        """cudaMalloc, cuMemCreate: whether the driver has that many bytes left."""
+        reserved, capacity = self.reserved_bytes + size, self.rules.capacity_bytes
+        if capacity is not None and reserved > capacity:
+            return False
+        self.reserved_bytes = reserved
+        if reserved > self._peak_reserved:
+            self._peak_reserved = reserved
+        return True
+
+    def _give_back(self, block: Block) -> None:
+        """release_block."""
+        block.pool.take_out(block)
+        del block.pool.heads[block.address]
+        self.reserved_bytes -= block.size
+
+    def _collect(self) -> None:
+        """garbage_collect_cached_blocks: above the threshold, unused large segments older than the average go."""
+        most = int(self.rules.garbage_collection_threshold * (self.rules.allowed_bytes or 0))
+        target = self.reserved_bytes - most
+        unused = [
+            block for pool in self._large.values() for block in pool.blocks.values() if block.is_whole_segment()
+        ]  # fmt: skip
+        unused = [block for block in unused if not block.page]
+        ages = {block: self._searches - block.born for block in unused}
+        reclaimed = 0
+        while reclaimed < target and ages:
+            average = sum(ages.values()) / len(ages)
+            old = [block for block, age in ages.items() if age >= average]
+            for block in old:
+                reclaimed += block.size
+                del ages[block]
+                self._give_back(block)
+
+    def _release_oversize(self, pool: Pool, size: int) -> bool:
+        """release_available_cached_blocks, with a maximum split size: one block that is enough, or the largest.
+
+        Returns:
+            Whether it was enough; where not, what it gave back stays given back.
+        """
+        limit = self.rules.max_split_size_bytes
+        if limit is None or self.rules.expandable_segments:
+            return False
+        needed, released = max(size, limit), 0
+        enough = bisect_left(pool.keys, needed << ADDRESS_BITS)
+        for key in pool.keys[enough : enough + 1] or pool.keys[::-1]:
+            block = pool.blocks[key]
+            if released >= needed or block.size < limit:
+                break
+            released += block.size
+            self._give_back(block)
+        return released >= needed
+
+    def _release_cached(self) -> None:
+        """release_cached_blocks: waits for what other streams use, then gives back every page that is free."""
+        for block in self._held.values():  # synchronize_and_free_events
+            self._free(block)
+        self._held.clear()
+        for pools in (self._large, self._small):
+            for pool in pools.values():
+                free = [pool.blocks[key] for key in pool.keys]
+                for block in free:
+                    if not block.page and block.is_whole_segment():
+                        self._give_back(block)
+                for block in free:
+                    if block.page:
+                        self.reserved_bytes -= unmap(block)
+
+    # -- state
+
+    def _new_pool(self, stream: int, *, small: bool) -> Pool:
+        pool = Pool(stream, small)
+        (self._small if small else self._large)[stream] = pool
+        return pool
+
+    def _load(self, segment: CudaSegment) -> None:
+        """Puts a segment of the start where it belongs."""
+        pools = self._small if segment.small else self._large
+        pool = pools.get(segment.stream) or self._new_pool(segment.stream, small=segment.small)
+        page = (SMALL_SEGMENT if segment.small else self.rules.large_segment_bytes) if segment.expandable else 0
+        sizes = [block.bytes for block in segment.blocks]
+        for block, (_, state) in zip(
+            load(pool, segment.address, sizes, page, self._spans[page] if page else 0), segment.blocks, strict=True
+        ):
+            if state == "free":
+                pool.put_in(block)
+            elif state == "held":
+                self._held[-block.address] = block
+            else:
+                self._live[-block.address] = block
+
+    def _ages(self) -> tuple[int, ...]:
+        keyed = (
+            pool.blocks[key] for stream in sorted(self._large) for pool in [self._large[stream]] for key in pool.keys
+        )
+        return tuple(self._searches - block.born for block in keyed)
+
+
+def _expandable_size(block: Block) -> int:
+    after = block.after
+    return block.size if after is None or after.mapped else block.size + after.size
+
+
+def replay_cuda(phases: Iterable[Phase], rules: CudaRules, start: CudaStart = EMPTY) -> CudaReplay:
+    """Runs phases through the allocator, reading only allocations, frees, sizes and streams.
+
+    Args:
+        phases: In order. A free of a block that they didn't allocate is passed over.
+        rules: The allocator's settings and the capacity.
+        start: What it holds before the first event.
+    """
+    allocator = CachingAllocator(rules, start)
+    results: list[PhaseResult] = []
+    by_phase: dict[str, int] = {}
+    for phase in phases:
+        result = allocator.run(phase)
+        results.append(result)
+        by_phase[phase.name] = max(by_phase.get(phase.name, 0), result.peak_reserved_bytes)
+        if result.out_of_memory:
+            break
+    return CudaReplay(
+        peak_reserved_bytes=max((result.peak_reserved_bytes for result in results), default=allocator.reserved_bytes),
+        peak_allocated_bytes=max((result.peak_allocated_bytes for result in results), default=0),
+        retries=tuple(result.retries for result in results),
+        phases=tuple(PhasePeak(name, size) for name, size in by_phase.items()),
+        out_of_memory=len(results) - 1 if allocator.out_of_memory else None,
+    )

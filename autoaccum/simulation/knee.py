@@ -1,0 +1,174 @@
+"""Where larger micro-batches stop being faster, and how sure that is. No torch here.
+
+The knee is the smallest micro-batch whose optimizer step takes at most 1 % longer than the fastest one's. Times are
+noisy, and 1 % is little, so sizes are compared round by round (each round times all of them in turn, so that the
+machine's moods hit all alike), and the median of the ratios comes with an interval. What the interval doesn't decide is
+said to be undecided.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..plan import Plan, TimedSize
+from ..units import show_bytes
+
+WITHIN = 0.01
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One size against the fastest.
+
+    Attributes:
+        timed: The size.
+        ratio: Its time over the fastest's: the median over the rounds.
+        low: Where that median begins, with 95 %; None where there are too few rounds to say.
+        high: Where it ends.
+    """
+
+    timed: TimedSize
+    ratio: float
+    low: float | None
+    high: float | None
+
+    def is_within(self, within: float) -> bool:
+        """Whether it surely takes at most that part longer."""
+        return self.high is not None and self.high <= 1 + within
+
+    def is_beyond(self, within: float) -> bool:
+        """Whether it surely takes longer than that."""
+        return self.low is not None and self.low > 1 + within
+
+
+@dataclass(frozen=True)
+class Knee:
+    """What the times say.
+
+    Attributes:
+        timed: The smallest size within 1 % of the fastest, by the medians.
+        fastest: The fastest size, by the medians.
+        compared: Every size against it, ascending.
+        candidates: The sizes that may be the knee, by the intervals; one where it is sure.
+        rounds: How often each was timed.
+    """
+
+    timed: TimedSize
+    fastest: TimedSize
+    compared: tuple[Compared, ...]
+    candidates: tuple[int, ...]
+    rounds: int
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the rounds decide which size it is."""
+        return self.candidates == (self.timed.micro_batch,) and self.compared[0].low is not None
+
+
+def knee(times: Sequence[TimedSize], within: float = WITHIN) -> Knee | None:
+    """The smallest micro-batch whose optimizer step takes at most that part longer than the fastest; None of none."""
+    if not times:
+        return None
+    ordered = sorted(times, key=lambda timed: timed.micro_batch)
+    fastest = min(ordered, key=lambda timed: timed.step_seconds)
+    compared = tuple(_compare(timed, fastest) for timed in ordered)
+    found = next(each for each in compared if each.ratio <= 1 + within)
+    candidates = []
+    for each in compared:
+        if not each.is_beyond(within):
+            candidates.append(each.timed.micro_batch)
+        if each.is_within(within):
+            break
+    return Knee(found.timed, fastest, compared, tuple(candidates), min(timed.windows for timed in ordered))
+
+
+def _compare(timed: TimedSize, fastest: TimedSize) -> Compared:
+    pairs = list(zip(timed.round_seconds, fastest.round_seconds, strict=False))
+    if not pairs:
+        return Compared(timed, timed.step_seconds / fastest.step_seconds, None, None)
+    ratios = [own / best for own, best in pairs]
+    low, high = interval(ratios) or (None, None)
+    return Compared(timed, statistics.median(ratios), low, high)
+
+
+def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """Between which of the values the median lies with that confidence, whatever the distribution.
+
+    The median is below the j-th smallest of n values with the probability that fewer than j of n coins show heads
+    (order statistics; Conover, Practical Nonparametric Statistics, 3.2).
+
+    Returns:
+        The tightest such pair; None where even the lowest and the highest don't give it (fewer than 6 values for 95 %).
+    """
+    ordered, n = sorted(values), len(values)
+    below, least = 0.0, 0
+    for j in range(1, n // 2 + 1):
+        below += math.comb(n, j - 1) / 2**n  # fewer than j heads
+        if 2 * below > 1 - confidence:
+            break
+        least = j
+    return (ordered[least - 1], ordered[n - least]) if least else None
+
+
+def freed_bytes(plan: Plan, micro_batch: int) -> int | None:
+    """What the plan's peak would be lower with micro-batches of that size, predicted; None beyond its table."""
+    rows = {row.micro_batch: row for row in plan.peaks}
+    if micro_batch not in rows or plan.micro_batch not in rows:
+        return None
+    samples = sum(plan.split)
+    own, other = (rows[n].peak_bytes(-(-samples // n)) for n in (plan.micro_batch, micro_batch))
+    return int((1 + plan.slack) * (own - other))
+
+
+def told(plan: Plan) -> str | None:
+    """The knee in one line; None where no sizes were timed."""
+    found = knee(plan.times)
+    if found is None:
+        return None
+    size, rounds = found.timed.micro_batch, f"{found.rounds} round{'s' * (found.rounds > 1)}"
+    if not found.is_sure:
+        what = _undecided(found, rounds)
+    elif size == found.fastest.micro_batch:
+        what = f"{size}, which is the fastest; smaller ones timed take over 1 % longer ({rounds})"
+    else:
+        own = next(each for each in found.compared if each.timed is found.timed)
+        assert own.low is not None and own.high is not None
+        what = (
+            f"{size} is the smallest micro-batch within 1 % of the fastest, {found.fastest.micro_batch}: "
+            f"{_percent(own.ratio)}, between {_percent(own.low)} and {_percent(own.high)} with 95 % ({rounds})"
+        )
+    return what + _freed(plan, size)
+
+
+def _undecided(found: Knee, rounds: str) -> str:
+    size = found.timed.micro_batch
+    if not all(each.timed.round_seconds for each in found.compared):
+        return f"{size} by medians, but the sizes were not timed in turn, so 1 % can't be told"
+    if all(each.low is None for each in found.compared):
+        return f"{size} by {rounds} of timing, too few to tell 1 %"
+    if len(found.candidates) == len(found.compared):
+        return f"no difference that could be measured between {_listed(found.candidates)} ({rounds})"
+    others = _listed([n for n in found.candidates if n != size])
+    return f"{size} by the medians of {rounds}; noise leaves {others} possible"
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    told = [f"{n:,}" for n in sizes]
+    return f"{', '.join(told[:-1])} and {told[-1]}" if len(told) > 1 else told[0]
+
+
+def _freed(plan: Plan, size: int) -> str:
+    if size == plan.micro_batch:
+        return ""
+    freed = freed_bytes(plan, size)
+    if freed is None or freed <= 0:
+        return ""
+    return f"; {size} would free {show_bytes(freed)} (predicted)"
+
+
+def _percent(ratio: float) -> str:
+    return f"{round(100 * (ratio - 1), 1) or 0.0:+.1f} %"  # no -0.0

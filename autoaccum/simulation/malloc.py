@@ -1,0 +1,149 @@
+"""replay(phases, rules, start): what a window makes an allocator take from the system.
+
+The CPU's allocator is the C library's malloc. Its rules here, from glibc 2.36's malloc.c, with a fixed mmap threshold:
+a request of at least the threshold is a mapping of its own, rounded up to pages, given back to the system when it is
+freed (sysmalloc_mmap, munmap_chunk); a smaller one lives in the heap, which grows to the most that was ever alive in it
+and keeps that. No pools, no splits. (Where the heap has a hole of at least the threshold, malloc uses that instead of a
+mapping; the rules leave that out.) No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..process_memory import PAGE_BYTES
+from .recording import FIRST, LATER, Phase
+
+ALIGNMENT_BYTES = 64  # c10's alloc_cpu (impl_alloc_cpu.cpp): posix_memalign(&data, gAlignment, nbytes)
+CHUNK_STEP_BYTES = 16
+# glibc's malloc.c: a chunk is its bytes and a header of 8, rounded up to 16 (checked_request2size). To align one, it
+# asks itself for chunk + 64 + MINSIZE, 32 (_int_memalign), with a header of 8 and rounded up to 16 again. A mapping
+# takes 8 more (sysmalloc_mmap: ALIGN_UP (nb + SIZE_SZ, pagesize)). Rounded up to pages in the end, that comes to the
+# same as adding the most that all of this can add: 8 + 64 + 32 + 8 + 8, and 16.
+MAPPING_OVERHEAD_BYTES = ALIGNMENT_BYTES + 32 + 3 * 8 + CHUNK_STEP_BYTES
+
+
+@dataclass(frozen=True)
+class CpuRules:
+    """How the C library's malloc takes memory from the system.
+
+    Attributes:
+        mmap_threshold_bytes: Requests from here on are mappings of their own; None counts requested bytes only, which
+            is what can be said of glibc's default, whose threshold moves.
+        unrecorded_bytes: Small blocks of a micro-batch that no recording shows, autograd's nodes above all. They are
+            in the heap from its begin to its end.
+    """
+
+    mmap_threshold_bytes: int | None
+    unrecorded_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is there before the first event.
+
+    Attributes:
+        heap_free_bytes: Free bytes inside the heap, which small blocks fill before it grows.
+    """
+
+    heap_free_bytes: int = 0
+
+
+EMPTY = Start()
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """The highest a phase got, in bytes above the start."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay came to.
+
+    Attributes:
+        peak_bytes: The most that was taken from the system at once, above the start.
+        live_bytes: The most that was alive at once, as requested: no allocator can do with less.
+        phases: The peak of each phase, in order, phases of one name together.
+    """
+
+    peak_bytes: int
+    live_bytes: int
+    phases: tuple[PhasePeak, ...]
+
+
+def replay(phases: Iterable[Phase], rules: CpuRules, start: Start = EMPTY) -> Replay:
+    """Runs the phases' events through the allocator's rules.
+
+    Args:
+        phases: What is allocated and freed, in order.
+        rules: The allocator.
+        start: The state it is in before the first event.
+    """
+    threshold = rules.mmap_threshold_bytes
+    mapped = heap = heap_top = live = live_peak = peak = 0
+    free, smallest = start.heap_free_bytes, None if threshold is None else smallest_mapping(threshold)
+    by_phase: dict[str, int] = {}
+    for phase in phases:
+        phase_peak = by_phase.get(phase.name, 0)
+        unrecorded = rules.unrecorded_bytes if phase.name in (FIRST, LATER) else 0
+        heap, heap_top = heap + unrecorded, max(heap_top, heap + unrecorded)
+        for _, size, _ in phase.events:
+            live += size
+            if smallest is None:
+                mapped += size
+            elif size >= smallest:
+                mapped += -(-(size + MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES  # mapping_bytes, in line
+            elif size <= -smallest:
+                mapped -= -((size - MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES
+            elif size > 0:
+                heap += size + ALIGNMENT_BYTES
+                if heap > heap_top:
+                    heap_top = heap
+            else:
+                heap += size - ALIGNMENT_BYTES
+            if size > 0:
+                taken = mapped + heap_top - free if heap_top > free else mapped
+                if taken > phase_peak:
+                    phase_peak = taken
+                if live > live_peak:
+                    live_peak = live
+        heap -= unrecorded
+        by_phase[phase.name] = phase_peak
+        peak = max(peak, phase_peak)
+    names = tuple(PhasePeak(name, size) for name, size in by_phase.items())
+    return Replay(peak, live_peak, names)
+
+
+def smallest_mapping(threshold_bytes: int) -> int:
+    """The smallest request that becomes a mapping of its own, where no free chunk of the heap is as large.
+
+    glibc's malloc.c, sysmalloc: `nb >= mp_.mmap_threshold`, nb being what _int_memalign asks for: without the last 8.
+    """
+    nb = -(-threshold_bytes // CHUNK_STEP_BYTES) * CHUNK_STEP_BYTES
+    return nb + 1 - MAPPING_OVERHEAD_BYTES
+
+
+def mapping_bytes(size: int) -> int:
+    """What a request that becomes a mapping of its own takes, whole pages."""
+    return -(-(size + MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES
+
+
+def in_use_peaks(phases: Iterable[Phase], threshold_bytes: int) -> dict[str, int]:
+    """The most that malloc has handed out at once in each phase, above the start, its own overheads included.
+
+    What `mallinfo2` would say (uordblks + hblkhd) if there were no blocks but the recorded ones.
+    """
+    smallest, in_use = smallest_mapping(threshold_bytes), 0
+    peaks: dict[str, int] = {}
+    for phase in phases:
+        peaks.setdefault(phase.name, 0)
+        for _, size, _ in phase.events:
+            taken = mapping_bytes(abs(size)) if abs(size) >= smallest else abs(size) + ALIGNMENT_BYTES
+            in_use += taken if size > 0 else -taken
+            peaks[phase.name] = max(peaks[phase.name], in_use)
+    return peaks

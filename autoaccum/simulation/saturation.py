@@ -1,0 +1,66 @@
+"""What grows in steps comes to an end somewhere: a device runs only so many blocks of threads at once.
+
+Beyond the last recording nobody knows where. Another end isn't on the safe side by being higher: smaller blocks leave
+other gaps. So what has to be sure is asked of every end there may be. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .program import Step, StepProgram
+from .recording import Recording
+from .scaling import Rule
+
+LARGE = 1 << 20  # smaller blocks share segments of 2 MiB (CUDACachingAllocator.cpp: kSmallSize)
+
+
+def may_saturate(program: StepProgram) -> bool:
+    """Whether there are large blocks that step with the size: only a recording nearer the answer tells how far."""
+    return any(_is_open(rule, program.recorded_at) for rule in _rules(program))
+
+
+def foresaw(program: StepProgram, recording: Recording) -> bool:
+    """Whether a program has every large block of a recording, of its very size."""
+    return all(
+        Counter(size for event in phase.events if (size := event.bytes) > LARGE)
+        == Counter(
+            size
+            for each in program.phases.get(phase.name, ())
+            if each.rule and (size := each.rule.at(recording.micro_batch)) > LARGE
+        )
+        for phase in recording.phases
+    )
+
+
+def steps_until(program: StepProgram, n: int) -> int:
+    """The most steps that any large block takes from the recorded size to n; 0 where none steps."""
+    at = program.recorded_at
+    return max(((rule.at(n) - rule.at(at)) // _step(rule) for rule in _rules(program) if _is_open(rule, at)), default=0)
+
+
+def ended(program: StepProgram, steps: int) -> StepProgram:
+    """The program in which large blocks take that many steps more than was recorded, and no further one."""
+    at = program.recorded_at
+
+    def end(step: Step) -> Step:
+        if step.rule is None or not _is_open(step.rule, at):
+            return step
+        return step._replace(rule=step.rule._replace(most=step.rule.at(at) + steps * _step(step.rule)))
+
+    return replace(program, phases={name: tuple(map(end, phase)) for name, phase in program.phases.items()})
+
+
+def _rules(program: StepProgram) -> Iterator[Rule]:
+    return (step.rule for phase in program.phases.values() for step in phase if step.rule is not None)
+
+
+def _is_open(rule: Rule, n: int) -> bool:
+    return rule.may_saturate and rule.at(n) > LARGE
+
+
+def _step(rule: Rule) -> int:
+    """Bytes that one step adds."""
+    return rule.unit if rule.unit > 1 else max(1, rule.per_sample // rule.divisor)

@@ -1,0 +1,53 @@
+"""What is alive through a window, thinned out to what a picture can show. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from ..plan import TimelinePart
+from .program import StepProgram, window
+from .recording import FIRST, LATER, Phase, kept_blocks
+from .solver import Split
+
+MICRO_BATCHES = 3  # a fourth repeats the third
+POINTS = 360
+
+
+def timeline(program: StepProgram, split: Split, points: int = POINTS) -> tuple[TimelinePart, ...]:
+    """The bytes that are alive above the base, as requested, through a window of the split's first micro-batches.
+
+    Each phase gets as many points as the others: an optimizer step has many events and little to show. A point is the
+    highest of its stretch, so that no peak is thinned away.
+
+    Args:
+        program: The step program.
+        split: Samples in each micro-batch.
+        points: How many points there are at most.
+    """
+    split = split[:MICRO_BATCHES]
+    phases = window(program, split)
+    live = sum(event.bytes for event in kept_blocks(program.prelude))
+    sizes = iter(split)
+    parts, size = [], split[0]
+    for phase in phases:
+        size = next(sizes) if phase.name in (FIRST, LATER) else size
+        levels = _levels(phase, live)
+        live = levels[-1]
+        parts.append(TimelinePart(phase.name, size, len(phase.events), _thinned(levels, points // len(phases))))
+    return tuple(parts)
+
+
+def _levels(phase: Phase, live: int) -> list[int]:
+    """What is alive at the phase's beginning and after each of its events."""
+    levels = [live]
+    for event in phase.events:
+        levels.append(levels[-1] + event.bytes)
+    return levels
+
+
+def _thinned(levels: Sequence[int], points: int) -> tuple[int, ...]:
+    """The highest of each of that many stretches of equal length; all of them where they are as few."""
+    points = min(points, len(levels))
+    edges = [len(levels) * i // points for i in range(points + 1)]
+    return tuple(max(levels[low:high]) for low, high in pairwise(edges))

@@ -1,0 +1,337 @@
+"""A whole training run out of a step program: the build, the first window, and windows until they repeat themselves.
+
+A caching allocator remembers: what a window finds depends on those before it. So windows are replayed one after the
+other from the build on, until the allocator is after one window as it was before it, or a few have passed. No torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from .cuda_allocator.allocator import EMPTY, CachingAllocator, CudaRules, CudaStart
+from .program import Score, Step, StepProgram, Writer, left_behind, made_for_good, score
+from .recording import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+
+MOST_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two stand for those to come
+
+
+@dataclass(frozen=True)
+class Once:
+    """A block that the first micro-batch of all makes and nobody frees: a library's workspace, a scaler's scale.
+
+    Attributes:
+        after: Other allocations of that micro-batch before it.
+        bytes: Its size.
+        stream: Its stream.
+    """
+
+    after: int
+    bytes: int
+    stream: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """A step program, and what happens once before windows are alike.
+
+    Attributes:
+        program: The step program, without what its first micro-batch makes for good: libraries' workspaces, which each
+            recording shows anew since they are cleared before it.
+        first: The first micro-batch of all, with these.
+        once: What else it makes for good, as the very first window showed.
+        build: The blocks of the model, in the order in which they come to be.
+        optimizer: The first optimizer step, which makes the optimizer's state, as recorded.
+        gradients: The blocks of the first micro-batch that it frees: its own name of each, and the program's.
+        state_bytes: What is there for good from the first window on, beside the model.
+    """
+
+    program: StepProgram
+    first: Score
+    once: tuple[Once, ...]
+    build: tuple[Event, ...]
+    optimizer: tuple[Event, ...]
+    gradients: Mapping[int, int]
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class TrainingReplay:
+    """What a replayed training run came to.
+
+    Attributes:
+        peak_reserved_bytes: The most that was reserved.
+        peak_allocated_bytes: The most that was handed out.
+        phases: The most that was reserved in each phase, the same phase of all windows together.
+        retries: How often the cache was given back to make room, by window.
+        out_of_memory: The phase in which it ran out; None where it did not.
+    """
+
+    peak_reserved_bytes: int
+    peak_allocated_bytes: int
+    phases: Mapping[str, int]
+    retries: tuple[int, ...]
+    out_of_memory: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """It never ran out, and needs no retries once windows repeat themselves: each stalls the GPU."""
+        return self.out_of_memory is None and not any(self.retries[2:])
+
+
+def training_of(program: StepProgram, first_step: Recording, build: tuple[Event, ...]) -> Training:
+    """Puts together what was recorded.
+
+    Args:
+        program: The step program.
+        first_step: The very first window, of small micro-batches.
+        build: The model's blocks in the order in which a fresh process makes them.
+    """
+    events = {phase.name: phase.events for phase in first_step.phases}
+    freed = {event.block for phase in first_step.phases for event in phase.events if event.bytes <= 0}
+    workspaces = made_for_good(program)
+    once = _made_once(events[FIRST], freed, program, workspaces, first_step.micro_batch)
+    optimizer = events[OPTIMIZER]
+    state = [event.bytes for event in optimizer if event.bytes > 0 and event.block not in freed]
+    state += [block.bytes for block in once]
+    state += [step.rule.at(1) for step in workspaces if step.rule is not None]
+    names = {step.block for step in workspaces}
+    steady = tuple(step for step in program.phases[FIRST] if step.block not in names)
+    return Training(
+        replace(program, phases={**program.phases, FIRST: steady}),
+        program.scores[FIRST],
+        once,
+        build,
+        optimizer,
+        _gradients(events[FIRST], freed, program),
+        sum(state),
+    )
+
+
+def by_hand(training: Training) -> Training:
+    """The same in a loop written by hand, in which cuBLAS keeps its workspaces from the first micro-batch on."""
+    program = training.program
+    if not program.workspaces:
+        return training  # made for good already, if at all: its first micro-batch has them, and its program hasn't
+    first = (s for s in program.phases[FIRST] if s.rule is not None or s.block not in program.workspaces)
+    others = {
+        name: tuple(step for step in phase if step.block not in program.workspaces)
+        for name, phase in program.phases.items()
+    }
+    return replace(training, program=replace(program, phases=others), first=score(tuple(first)))
+
+
+def _made_once(
+    first: Sequence[Event], freed: set[int], program: StepProgram, workspaces: Sequence[Step], n: int
+) -> tuple[Once, ...]:
+    """What the very first micro-batch, of n samples, keeps for good beside the workspaces that the program shows."""
+    made = [event for event in first if event.bytes > 0]
+    kept = [(index, event) for index, event in enumerate(made) if event.block not in freed]
+    others = [event.bytes for event in made if event.block in freed]
+    known = Counter(step.rule.at(program.recorded_at) for step in workspaces if step.rule is not None)
+    plain = [step.rule for step in program.phases[FIRST] if step.rule is not None and step not in workspaces]
+    sizes = [rule.at(n) for rule in plain]
+    return tuple(
+        Once(_place(index - place, others, sizes), event.bytes, event.stream)
+        for place, (index, event) in enumerate(kept)
+        if not _taken(known, event.bytes)
+    )
+
+
+def _taken(counts: Counter[int], size: int) -> bool:
+    """Whether there is one of that size left, which is taken then."""
+    there = counts[size] > 0
+    counts[size] -= there
+    return there
+
+
+def _gradients(first: Sequence[Event], freed: set[int], program: StepProgram) -> dict[int, int]:
+    """Pairs the blocks that both first micro-batches leave to be freed: the i-th of a size with the i-th."""
+    freed_here = {event.block for event in first if event.bytes <= 0}
+    own: dict[int, list[int]] = {}
+    for event in first:
+        if event.bytes > 0 and event.block in freed and event.block not in freed_here:
+            own.setdefault(event.bytes, []).append(event.block)
+    theirs = left_behind(program.phases[FIRST], program.recorded_at)
+    return {
+        block: partner
+        for size, blocks in own.items()
+        for block, partner in zip(blocks, theirs.get(size, []), strict=False)
+    }
+
+
+def replay_training(
+    training: Training,
+    split: Sequence[int],
+    rules: CudaRules,
+    *,
+    start: CudaStart = EMPTY,
+    windows: int = MOST_WINDOWS,
+    stops_at_retry: bool = False,
+) -> TrainingReplay:
+    """Trains window after window of one split on a model of the allocator.
+
+    Args:
+        training: What is trained; its build is left out where the start holds the model.
+        split: Samples in each micro-batch of a window.
+        rules: The allocator and its capacity.
+        start: What it holds before.
+        windows: The most windows to replay.
+        stops_at_retry: Whether the first retry ends it, since that is all that is to be known.
+    """
+    allocator = CachingAllocator(rules, start)
+    run = _Run(allocator, _Writer(training))
+    if training.build and start == EMPTY:
+        run.phase(Phase(BUILD, training.build))
+    before = None
+    for index in range(windows):
+        run.window(split, first=index == 0)
+        after = run.state() if run.out_of_memory is None else None
+        if run.out_of_memory is not None or (index >= 2 and after == before):
+            break
+        if run.retries[-1] and (stops_at_retry or index >= 2):  # it doesn't fit: see TrainingReplay.fits
+            break
+        before = after
+    return TrainingReplay(
+        max(run.phases.values(), default=allocator.reserved_bytes),
+        run.peak_allocated_bytes,
+        run.phases,
+        tuple(run.retries),
+        run.out_of_memory,
+    )
+
+
+class _Run:
+    """An allocator at work on phases, and what came of it so far."""
+
+    def __init__(self, allocator: CachingAllocator, writer: _Writer) -> None:
+        self.allocator, self.writer = allocator, writer
+        self.phases: dict[str, int] = {}
+        self.retries: list[int] = []
+        self.peak_allocated_bytes = 0
+        self.out_of_memory: str | None = None
+
+    def phase(self, phase: Phase) -> None:
+        result = self.allocator.run(phase)
+        self.phases[phase.name] = max(self.phases.get(phase.name, 0), result.peak_reserved_bytes)
+        self.peak_allocated_bytes = max(self.peak_allocated_bytes, result.peak_allocated_bytes)
+        if self.retries:
+            self.retries[-1] += result.retries
+        if result.out_of_memory:
+            self.out_of_memory = phase.name
+
+    def window(self, split: Sequence[int], *, first: bool) -> None:
+        self.retries.append(0)
+        for phase in self._phases(split, first):
+            self.phase(phase)
+            if self.out_of_memory is not None:
+                return
+
+    def state(self) -> object:
+        """Equal for two moments from which on the same phases come to the same."""
+        live = self.writer.live
+        return self.allocator.state_key(event.block for role in sorted(live) for event in live[role])
+
+    def _phases(self, split: Sequence[int], first: bool) -> Iterator[Phase]:
+        writer = self.writer
+        yield writer.first_of_all(split[0]) if first else writer.first(split[0], split[-1])
+        yield from self._later(split)
+        yield writer.first_optimizer_step() if first else writer.phase(OPTIMIZER, split[-1])
+        if BETWEEN in writer.program.phases:
+            yield writer.phase(BETWEEN, split[-1])
+
+    def _later(self, split: Sequence[int]) -> Iterator[Phase]:
+        """The later micro-batches. Where one leaves the allocator as it found it, those like it would do just so."""
+        if self.writer.program.later_growth_bytes > 0:
+            for size, run in groupby(split[1:]):
+                yield from self.writer.later(size, len(list(run)))
+            return
+        known: tuple[int, object] | None = None
+        index = 1
+        while index < len(split):
+            size = split[index]
+            yield self.writer.phase(LATER, size)
+            last = len(split) - 1 - list(reversed(split)).index(size)
+            if self.writer.program.later_growth_bytes == 0 and last > index:  # it may be negative
+                state = size, self.state()
+                if state == known:
+                    index = last
+                known = state
+            index += 1
+
+
+class _Writer(Writer):
+    """Writes windows one after the other; the first of them with what happens once."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training.program)
+        self.training = training
+        self.names = max([self.names, *(event.block for event in training.build)])
+
+    def first_of_all(self, n: int) -> Phase:
+        """The very first micro-batch, with the blocks that are made once put where they were made."""
+        events: list[Event] = []
+        waiting = list(self.training.once)
+        made = 0
+        for event in self.written(FIRST, self.training.first, n).events:
+            allocates = event[1] > 0  # a plain tuple
+            while allocates and waiting and made >= waiting[0].after:
+                events.append(self._once(waiting.pop(0)))
+            made += allocates
+            events.append(event)
+        return Phase(FIRST, (*events, *map(self._once, waiting)))
+
+    def first(self, n: int, last: int) -> Phase:
+        """The first micro-batch of a window that isn't the first; `last` was the size of the one before it."""
+        for block, rule, stream in self.program.leftover:
+            assert rule is not None
+            size = rule.at(last)
+            for copies in self.live.values():
+                found = next((event for event in copies if event.bytes == size and event.stream == stream), None)
+                if found is not None:
+                    copies.remove(found)
+                    self.live[block] = [found]
+                    break
+        return self.phase(FIRST, n)
+
+    def first_optimizer_step(self) -> Phase:
+        """The optimizer step that makes the state, as recorded; then all that any other one would free is freed."""
+        events: list[Event] = []
+        own: dict[int, Event] = {}
+        for block, size, stream in self.training.optimizer:
+            if size > 0:
+                self.names += 1
+                own[block] = Event(self.names, size, stream)
+                events.append(own[block])
+            elif block in own:
+                events.append(_free(own.pop(block)))
+            elif block in self.training.gradients:
+                events += map(_free, self.freed(self.training.gradients[block], all_copies=True))
+        for step in self.program.phases[OPTIMIZER]:
+            if step.rule is None and step.block in self.live:
+                events += map(_free, self.freed(step.block, all_copies=True))
+        return Phase(OPTIMIZER, tuple(events))
+
+    def _once(self, block: Once) -> Event:
+        self.names += 1
+        return Event(self.names, block.bytes, block.stream)
+
+
+def _place(after: int, recorded: Sequence[int], sizes: Sequence[int]) -> int:
+    """How many allocations of the program come before what came after so many of the very first micro-batch.
+
+    As many, where both begin alike up to there; as many from the end, where both end alike from there on; else in
+    proportion.
+    """
+    if len(recorded) == len(sizes) or tuple(sizes[:after]) == tuple(recorded[:after]):
+        return after
+    rest = len(recorded) - after
+    if tuple(sizes[len(sizes) - rest :]) == tuple(recorded[after:]):
+        return len(sizes) - rest
+    return round(after * len(sizes) / len(recorded))
+
+
+def _free(event: Event) -> Event:
+    return Event(event.block, -event.bytes, event.stream)

@@ -1,0 +1,1 @@
+"""Snapshot and restore everything that a training step changes."""

@@ -1,0 +1,181 @@
+"""Trains one candidate for a few windows in this process, which may use the budget and no more.
+
+Windows are made of the workload's sample, so that what is timed is training and not a loader.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...data import split as cutting
+from ...devices import oom
+from ...devices.cuda.device import limit_reserved
+from ...devices.virtual.control import is_virtual
+from ...plan import Plan
+from ...process_memory import PeakSampler, limit_data, trim
+from ...processes.child import Say
+from ...runner.runner import Runner
+from ...window import step
+from ...workload import Workload
+
+ENOUGH_SECONDS, LEAST_WINDOWS = 30.0, 2
+
+
+def run(
+    *,
+    say: Say,
+    workload: str,
+    limit_bytes: int,
+    windows: int,
+    target_batch: int,
+    micro_batch: int,
+    steps: int,
+    halves: bool,
+    plan: str | None,
+    device: str,
+) -> dict[str, Any]:
+    """Trains a candidate; returns `candidates.Trained`'s fields, without its name and what the caller knows."""
+    from ...processes.workload_source import load_workload
+
+    read = Plan.from_json(plan) if plan is not None else None
+    loaded = _with_sample(load_workload(workload, device))
+    loaded.model.to(device)
+    _limit(limit_bytes, device)
+    watch = Watch(torch.device(device))
+    loop = _by_plan(loaded, read) if read is not None else _plain(loaded)
+    started, ooms, size, failure = time.perf_counter(), 0, micro_batch, ""
+    while True:
+        sizes = (size,) * (target_batch // size if halves else steps)
+        say({"say": f"{len(sizes)} micro-batches of {size}"})
+        try:
+            found = _timed(loop, target_batch if read is not None else sum(sizes), sizes, windows, watch)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not oom.is_out_of_memory(error):
+                raise
+            failure = oom.drop_frames(error)
+        ooms += 1
+        oom.collect()
+        trim()
+        if not halves or size == 1:
+            told = f"ran out of memory ({failure})"
+            return {"micro_batch": size, "steps": len(sizes), "effective_batch": 0, "ooms": ooms, "why": told} | {
+                "peak_bytes": watch.peak_bytes,
+                "search_seconds": time.perf_counter() - started,
+            }
+        size //= 2
+    trained: tuple[int, ...] = found["split"]
+    return {
+        "micro_batch": max(trained),
+        "steps": len(trained),
+        "effective_batch": sum(trained),
+        "window_seconds": [] if device == "cuda" and is_virtual() else found["seconds"],
+        "ooms": ooms + found["retries"],
+        "search_seconds": found["began"] - started,
+        "peak_bytes": watch.peak_bytes,
+    }
+
+
+Loop = Callable[[int, tuple[int, ...]], tuple[tuple[int, ...], int]]
+
+
+def _timed(loop: Loop, samples: int, sizes: tuple[int, ...], windows: int, watch: Watch) -> dict[str, Any]:
+    """A first window, watched; then timed ones, nothing watching; then a last one, watched."""
+    began, retries = time.perf_counter(), 0
+    seconds: list[float] = []
+    with watch.watching():
+        split, again = loop(samples, sizes)
+    retries += again
+    while len(seconds) < windows and not (len(seconds) >= LEAST_WINDOWS and sum(seconds) > ENOUGH_SECONDS):
+        watch.settle()
+        started = time.perf_counter()
+        split, again = loop(samples, sizes)
+        watch.settle()
+        seconds.append(time.perf_counter() - started)
+        retries += again
+    with watch.watching():
+        split, again = loop(samples, sizes)
+    return {"split": split, "seconds": seconds, "retries": retries + again, "began": began}
+
+
+def _plain(workload: Workload) -> Loop:
+    """Equal micro-batches and an optimizer step, as a plain loop has them; nothing is cut or caught."""
+    parts = step.open_parts(workload)
+    parts.model.train()
+
+    def loop(samples: int, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        pieces = [_tile(workload, size) for size in sizes]
+        parts.model.zero_grad(set_to_none=True)
+        step.train_window(parts, pieces, sizes)
+        return sizes, 0
+
+    return loop
+
+
+def _by_plan(workload: Workload, plan: Plan) -> Loop:
+    """The Runner with a plan."""
+    if getattr(plan, "configuration", None):
+        workload = importlib.import_module("autoaccum.tuning.apply").configure(workload, plan)
+    runner = Runner(workload, plan)
+
+    def loop(samples: int, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        result = runner.step(_tile(workload, samples))
+        return result.split, result.retries
+
+    return loop
+
+
+def _tile(workload: Workload, samples: int) -> Any:
+    return cutting.tile(workload.sample, samples, shared=workload.shared, per_sample=workload.per_sample)
+
+
+def _with_sample(workload: Workload) -> Workload:
+    if workload.sample is not None:
+        return workload
+    from ...data.infer_sample import infer_sample
+
+    return replace(workload, sample=infer_sample(workload.model)[0])
+
+
+def _limit(limit_bytes: int, device: str) -> None:
+    """What goes over it is refused for real: by the kernel, or by the caching allocator."""
+    if device == "cpu":
+        limit_data(limit_bytes)
+        return
+    limit_reserved(limit_bytes)
+
+
+class Watch:
+    """The peak of what is watched: committed bytes of the process, or reserved bytes of the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self.peak_bytes = 0
+
+    @contextmanager
+    def watching(self) -> Any:
+        """Watches, also where what is watched fails."""
+        if self._on_cuda:
+            try:
+                yield
+            finally:
+                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_reserved())
+            return
+        sampler = PeakSampler()
+        try:
+            with sampler:
+                yield
+        finally:
+            self.peak_bytes = max(self.peak_bytes, sampler.committed_peak_bytes)
+
+    def settle(self) -> None:
+        """Waits for what a GPU is still at."""
+        if self._on_cuda:
+            torch.cuda.synchronize()

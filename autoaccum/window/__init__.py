@@ -1,0 +1,1 @@
+"""Train one window: micro-batches, their weights, the optimizer step."""

@@ -1,0 +1,54 @@
+"""Compiled models: recorded, asked and judged as they were written; verified and trained compiled.
+
+torch.compile makes a graph for the first batch size it sees, and one for all others (or one for each, with
+dynamic=False, until it silently gives up at eight). Planning runs many sizes that training never will, so none of
+these is compiled: only the two sizes of the plan's own window are, when it is verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..devices.virtual.control import is_virtual
+
+if TYPE_CHECKING:
+    from .context import Parts
+
+
+def is_compiled(model: nn.Module, loss: Any = None) -> bool:
+    """Whether torch.compile or Module.compile was called on a model, on a module in it, or on its loss."""
+    if hasattr(loss, "_torchdynamo_orig_callable"):
+        return True
+    marks = "_orig_mod", "_compiled_call_impl"
+    return any(getattr(module, mark, None) is not None for module in model.modules() for mark in marks)
+
+
+def runs_compiled(parts: Parts) -> bool:
+    """Whether its windows run compiled for real: a virtual GPU runs nothing that a compiler makes."""
+    return is_compiled(parts.model, parts.loss) and not _on_virtual_gpu(parts)
+
+
+def as_trained(parts: Parts) -> AbstractContextManager[None]:
+    """Around a window that is run for real while planning."""
+    return uncompiled() if _on_virtual_gpu(parts) else contextlib.nullcontext()
+
+
+def _on_virtual_gpu(parts: Parts) -> bool:
+    return parts.device.type == "cuda" and is_virtual()
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Whatever was compiled runs as it was written, and nothing is compiled, while this is entered."""
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and loading it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

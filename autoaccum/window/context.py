@@ -1,0 +1,159 @@
+"""What a window works on: a workload whose optimizer and scheduler exist, and its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.prefetch import Copies
+from ..errors import UsageError
+from ..state.closures import Holdings, holdings
+from ..workload import Batch, Loss, Workload, class_count, default_loss, is_pair
+from . import loss_terms
+from .hugging_face import Denominator
+from .norms import Norms, check_choice, find_norms
+from .process_groups import refuse_ranks
+from .step_arguments import refuse_closure, wants_metric
+from .trained_parameters import refuse_foreign
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(eq=False)
+class Parts:
+    """A workload whose optimizer and scheduler exist: what a window works on.
+
+    Attributes:
+        wants_metric: Whether the scheduler's step is given a figure: `metric`'s, or the window's loss.
+        steps_taken: Optimizer steps so far.
+        held: What the loss and the other functions of a window hold, beside the model.
+        norms: The modules whose forward is about more than its own sample, of the model and of what the loss holds.
+        counts_by_forward: Found out by the first window: the loss is a `(sum, count)` pair and no `count=` was given,
+            so that each window of several micro-batches first counts by a forward pass without gradients.
+        takes_gradients: Found out by the first window: the loss, or what encodes for it, takes gradients itself, so
+            that it can't be asked without.
+        denominator: Found out by the first window: what a Hugging Face model's own loss averages over.
+        asked_for_denominator: Whether it was looked for.
+        keeps_workspaces: Whether cuBLAS keeps its workspaces between micro-batches; else they are given back.
+        has_begun: Whether a window was trained already; before the first, what is cached is given back.
+        pins_memory: Whether the workload's loader pins memory, so that copies to a GPU can overlap with computing.
+        copies: Brings micro-batches to the device.
+        window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
+            for. Only a loss over all its representations asks.
+    """
+
+    model: nn.Module
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    scaler: Any = None
+    scheduler: Any = None
+    clip_grad_norm: float | None = None
+    count: Callable[[Batch], Any] | None = None
+    accumulate: str = "fp32"
+    between: Callable[[nn.Module], object] | None = None
+    autocast_dtype: torch.dtype | None = None
+    encode: Callable[[nn.Module, Batch], Any] | None = None
+    batchnorm: str | None = None
+    on_nonfinite: str | None = None
+    metric: Callable[[nn.Module], Any] | None = None
+    wants_metric: bool = False
+    steps_taken: int = 0
+    held: Holdings = field(default_factory=Holdings)
+    norms: Norms = field(default_factory=Norms)
+    counts_by_forward: bool = False
+    loss_is_mean: bool = False
+    takes_gradients: bool = False
+    denominator: Denominator | None = None
+    asked_for_denominator: bool = False
+    keeps_workspaces: bool = False
+    has_begun: bool = False
+    window_samples: int | None = None
+    configuration: str | None = None
+    pins_memory: bool = False
+    copies: Copies = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.copies = Copies(self.device, ahead=self.pins_memory)
+
+
+def open_parts(workload: Workload) -> Parts:
+    """Makes the optimizer and the scheduler of a workload where it names functions for them.
+
+    Raises:
+        UsageError: It can't be trained.
+    """
+    refuse_ranks(workload)
+    model = workload.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = workload.optimizer
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(trained)
+    elif not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer(trained)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"optimizer= gave {type(optimizer).__name__}, not a torch.optim.Optimizer.",
+            hint="Give an optimizer, or a function of the parameters: optimizer=lambda p: torch.optim.SGD(p, lr=0.1).",
+        )
+    refuse_closure(optimizer)
+    held = held_in_window(workload)
+    refuse_foreign(model, held, optimizer)
+    norms = find_norms(model, held.modules)
+    check_choice(norms, workload.batchnorm, model)
+    scheduler = workload.scheduler
+    if scheduler is not None and not hasattr(scheduler, "step"):
+        scheduler = scheduler(optimizer)
+    return Parts(
+        model=model,
+        loss=workload.loss or default_loss,
+        optimizer=optimizer,
+        device=trained[0].device,
+        scaler=workload.scaler,
+        scheduler=scheduler,
+        metric=workload.metric,
+        wants_metric=scheduler is not None and wants_metric(scheduler),
+        clip_grad_norm=workload.clip_grad_norm,
+        count=workload.count or (class_count if workload.loss is None and is_pair(workload.sample) else None),
+        accumulate=workload.accumulate,
+        between=workload.between,
+        autocast_dtype=_DTYPES.get(workload.precision or ""),
+        encode=workload.encode,
+        batchnorm=workload.batchnorm,
+        on_nonfinite=workload.on_nonfinite,
+        held=held,
+        norms=norms,
+        configuration=workload.configuration,
+        pins_memory=bool(getattr(workload.loader, "pin_memory", False)),
+    )
+
+
+def held_in_window(workload: Workload) -> Holdings:
+    """What the functions hold that a window calls."""
+    return holdings(workload.model, loss=workload.loss, encode=workload.encode, count=workload.count)
+
+
+def forward(parts: Parts, piece: Batch, more: dict[str, Any] | None = None) -> Any:
+    """The loss of one piece, checked; `more` are keywords for a model that brings its own."""
+    with autocast(parts):
+        batch = parts.copies.bring(piece)
+        if parts.encode is not None:
+            batch = parts.encode(parts.model, batch)
+        return loss_terms.check(parts.loss(parts.model, {**batch, **more} if more else batch))
+
+
+def autocast(parts: Parts) -> AbstractContextManager[Any]:
+    """The workload's precision, around a forward."""
+    return torch.autocast(parts.device.type, dtype=parts.autocast_dtype, enabled=parts.autocast_dtype is not None)
+
+
+def encode(parts: Parts, piece: Batch) -> Any:
+    """The representations of one piece."""
+    assert parts.encode is not None
+    with autocast(parts):
+        return parts.encode(parts.model, parts.copies.bring(piece))

@@ -1,0 +1,130 @@
+"""What a plan is for: the form of a batch, and what model, optimizer and device it was made with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..data import tree
+from ..errors import BatchError, PlanMismatch
+from ..plan import LeafForm
+from .step import Parts
+
+Signature = tuple[LeafForm, ...]
+
+
+def signature(batch: Any) -> Signature:
+    """The form of a batch: every tensor's place, dtype and trailing shape."""
+    return tuple(
+        LeafForm(path, str(leaf.dtype), tuple(leaf.shape[1:]))
+        for path, leaf in tree.leaves(batch)
+        if isinstance(leaf, torch.Tensor)
+    )
+
+
+def check_signature(batch: Any, planned: Signature) -> None:
+    """Refuses a micro-batch that could need more memory than the plan knows.
+
+    A trailing dimension may be shorter than planned (a padded sequence), never longer.
+
+    Raises:
+        BatchError: Another structure or dtype, or a longer dimension.
+    """
+    found = signature(batch)
+    if [leaf.path for leaf in found] != [leaf.path for leaf in planned]:
+        raise BatchError(
+            f"The batch holds {_names(found)}; the plan was made for {_names(planned)}.",
+            "Another structure needs other memory, and maybe another model.",
+            "Plan again with a sample like this batch.",
+        )
+    for leaf, plan in zip(found, planned, strict=True):
+        same_rank = len(leaf.trailing_shape) == len(plan.trailing_shape)
+        fits = same_rank and all(a <= b for a, b in zip(leaf.trailing_shape, plan.trailing_shape, strict=True))
+        if leaf.dtype != plan.dtype or not fits:
+            raise BatchError(
+                f"{leaf.path} is {leaf.dtype} of {leaf.trailing_shape} a sample; "
+                f"the plan knows {plan.dtype} of at most {plan.trailing_shape}.",
+                "It could need more memory than was planned, so it is refused before its forward.",
+                "Plan again with a sample of the longest data there is.",
+            )
+
+
+def _names(form: Signature) -> str:
+    return ", ".join(leaf.path for leaf in form) or "no tensors"
+
+
+def fingerprint(parts: Parts) -> dict[str, str]:
+    """What a plan depends on: each entry is compared by the Runner, and named where it differs."""
+    optimizer = parts.optimizer
+    group = optimizer.param_groups[0]
+    flags = [name for name in ("foreach", "fused", "amsgrad", "momentum", "capturable") if group.get(name)]
+    device = parts.device
+    cuda = device.type == "cuda"
+    return {
+        "model": f"{type(parts.model).__name__} {_digest(_structure(parts.model))}",
+        "loss": getattr(parts.loss, "__qualname__", type(parts.loss).__name__),
+        "optimizer": " ".join([type(optimizer).__name__, *flags]),
+        "precision": str(parts.autocast_dtype or "as the model is"),
+        "window": _window_words(parts),
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        **(_cuda_words() if cuda else {}),
+        **({"configuration": parts.configuration} if parts.configuration is not None else {}),
+        "torch": torch.__version__,
+        "autoaccum": __version__,
+    }
+
+
+def _window_words(parts: Parts) -> str:
+    """What else a window does that takes memory."""
+    does = {
+        "clips": parts.clip_grad_norm is not None,
+        "scales": parts.scaler is not None,
+        "encodes apart": parts.encode is not None,
+        "runs between windows": parts.between is not None,
+        "takes a metric": parts.metric is not None,
+        "copies ahead": parts.copies.ahead,
+        f"batchnorm {parts.batchnorm}": parts.batchnorm is not None,
+        "adds up as parameters": parts.accumulate != "fp32",
+    }
+    return ", ".join(word for word, true in does.items() if true) or "plain"
+
+
+def _cuda_words() -> dict[str, str]:
+    """How the allocator is set, whether by the environment or since; and whether cuDNN tries its algorithms."""
+    from ..devices.cuda.device import allocator_settings
+
+    text = allocator_settings().get("PYTORCH_CUDA_ALLOC_CONF") or "as it comes"
+    return {"allocator": text, **({"cudnn": "benchmark"} if torch.backends.cudnn.benchmark else {})}
+
+
+def check_fingerprint(found: Mapping[str, str], planned: Mapping[str, str]) -> None:
+    """Refuses a plan that was made for something else.
+
+    Raises:
+        PlanMismatch: Names every entry that differs.
+    """
+    differing = [name for name in {**planned, **found} if found.get(name) != planned.get(name)]
+    if differing:
+        told = "; ".join(f"{name}: planned {planned.get(name)!r}, here {found.get(name)!r}" for name in differing)
+        raise PlanMismatch(
+            f"The plan was made for something else ({told}).",
+            "Its memory would be another one.",
+            "Plan again: autoaccum plan, or fit_plan(workload).",
+        )
+
+
+def _structure(model: torch.nn.Module) -> str:
+    modules = [f"{name}:{type(module).__qualname__}" for name, module in model.named_modules()]
+    tensors = [
+        f"{name}:{tuple(p.shape)}:{p.dtype}:{p.requires_grad}"
+        for name, p in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    ]
+    return "\n".join(modules + tensors)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

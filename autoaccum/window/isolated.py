@@ -1,0 +1,50 @@
+"""A model as the Runner trains it, for a while, and afterwards as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..state import snapshot
+from ..state.closures import Holdings
+from .compiled import uncompiled
+
+
+@contextlib.contextmanager
+def as_it_trains(model: nn.Module, held: Holdings, *, everything: bool = False) -> Iterator[None]:
+    """In train mode and not compiled; puts back random states, buffers, attributes and hooks, but no parameters.
+
+    Args:
+        model: The model.
+        held: What the loss holds; put back alike.
+        everything: Whether to put back all of what it holds, however large, which copies it once more.
+    """
+    with contextlib.ExitStack() as stack:
+        if everything:
+            stack.enter_context(snapshot.kept(model=None, held=held))
+        stack.enter_context(snapshot.kept(model=model, held=held, storages=False))
+        for root in (model, *held.modules.values()):
+            stack.enter_context(_hooks_kept(root))
+        stack.enter_context(uncompiled())
+        if not model.training:
+            model.train()
+        yield
+
+
+@contextlib.contextmanager
+def _hooks_kept(model: nn.Module) -> Iterator[None]:
+    """Takes away the hooks that a forward added: Hugging Face models add some to capture their router's outputs."""
+    kept = [
+        (hooks, dict(hooks))
+        for module in model.modules()
+        for name, hooks in vars(module).items()
+        if name.endswith("_hooks") and isinstance(hooks, dict)
+    ]
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            for number in [number for number in hooks if number not in before]:
+                del hooks[number]

@@ -1,0 +1,134 @@
+"""What a window's loss is divided by, known before its first backward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from ..data import split as cutting
+from ..data import tree
+from ..devices.cuda import workspaces
+from ..devices.oom import drop_frames, is_out_of_memory
+from ..errors import BatchError
+from ..state import snapshot
+from ..state.rng import put_rng, take_rng
+from ..workload import Batch, default_loss
+from .compiled import uncompiled
+from .context import Parts, autocast, forward
+from .hugging_face import Denominator, can_tell, find_denominator, has_labels
+from .loss_terms import count_of
+
+Asked = TypeVar("Asked")
+
+
+def window_count(parts: Parts, pieces: Sequence[Batch]) -> Any:
+    """What the loss counts in the whole window, known before its first backward.
+
+    Returns:
+        The count, 0 where nothing counts; None where the loss is a mean over samples, or where the window is one
+        piece whose loss brings its own count.
+    """
+    if not parts.asked_for_denominator and parts.loss is default_loss and has_labels(pieces[0]) and not parts.count:
+        telling = next((piece for piece in pieces if can_tell(piece)), None)
+        if telling is None:
+            return 0  # all labels are ignored
+        few = _few(telling)
+        _ask_for_denominator(parts, few if can_tell(few) else telling)
+    if parts.count is not None:
+        return sum(parts.count(piece) for piece in pieces)
+    if len(pieces) < 2 or parts.encode is not None:
+        return None
+    if not (parts.counts_by_forward or _is_pair(parts, pieces[0])):
+        return None
+    return asked(parts, lambda: sum(_value(count_of(forward(parts, _copy(piece)))) for piece in pieces))
+
+
+def _ask_for_denominator(parts: Parts, piece: Batch) -> None:
+    """Asks a model that brings its own loss what that averages over; once."""
+
+    def find() -> Denominator | None:
+        rng, batch = take_rng(), tree.to_device(piece, parts.device)
+
+        def ask(more: dict[str, Any]) -> Any:
+            put_rng(rng)
+            with autocast(parts):
+                return parts.model(**{**batch, **more})
+
+        return find_denominator(ask, batch)
+
+    parts.denominator = asked(parts, find)
+    workspaces.give_back(parts.device)  # what asking left there would decide where the window's large blocks lie
+    parts.asked_for_denominator = True
+    if parts.denominator is not None:
+        parts.count = parts.denominator.count
+
+
+def _is_pair(parts: Parts, piece: Batch) -> bool:
+    """Whether the loss returns `(sum, count)`; asked once, of one micro-batch, and remembered."""
+    if parts.loss_is_mean:
+        return False
+    few = _few(piece)
+    parts.counts_by_forward = asked(parts, lambda: count_of(forward(parts, _copy(few))) is not None)
+    workspaces.give_back(parts.device)
+    parts.loss_is_mean = not parts.counts_by_forward
+    return parts.counts_by_forward
+
+
+def asked(parts: Parts, ask: Callable[[], Asked], *, keeps: bool = False) -> Asked:
+    """Asks without gradients, which takes least memory; with, where the loss takes some itself (forces, penalties).
+
+    A graph of one micro-batch's forward is then there before the window's first, which has as large a one and gradients
+    beside it, and is gone again before that begins.
+
+    Args:
+        parts: What is trained.
+        ask: Runs its forward.
+        keeps: Whether what the forward moves (random states, buffers) stays as it leaves it.
+    """
+    if not parts.takes_gradients:
+        before = snapshot.take(model=parts.model, storages=False) if keeps else None
+        try:
+            with contextlib.nullcontext() if keeps else _untouched(parts), torch.no_grad():
+                return ask()
+        except Exception as error:
+            if is_out_of_memory(error) or not _misses_gradients(error):
+                raise
+            drop_frames(error)
+        parts.takes_gradients = True  # where that isn't it, the same is raised again
+        if before is not None:
+            before.restore()
+    with contextlib.nullcontext() if keeps else _untouched(parts), torch.enable_grad():
+        return ask()
+
+
+def _misses_gradients(error: Exception) -> bool:
+    """Whether an error may come of gradients that aren't there: from torch.autograd, or what code makes of a None."""
+    said = isinstance(error, RuntimeError) and "grad" in str(error)
+    return said or isinstance(error, (AssertionError, AttributeError, TypeError))
+
+
+def _value(count: Any) -> Any:
+    return count.detach() if isinstance(count, torch.Tensor) else count
+
+
+def _few(piece: Batch) -> Batch:
+    """Two samples of it, where it can be cut: a forward that only asks should take less memory than one that trains."""
+    try:
+        return cutting.tile(piece, min(2, cutting.batch_size(piece)))
+    except BatchError:
+        return piece
+
+
+def _copy(piece: Batch) -> Batch:
+    """A loss may write into its batch; a forward that only counts must not spoil it for the real one."""
+    return tree.map_leaves(piece, lambda _, leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
+
+
+@contextlib.contextmanager
+def _untouched(parts: Parts) -> Iterator[None]:
+    """Puts back the random state and the buffers, which a forward that only counts must not move; compiles nothing."""
+    with snapshot.kept(model=parts.model, held=parts.held, storages=False), uncompiled():
+        yield

@@ -1,0 +1,159 @@
+"""What a loss may return, and what it adds to a window of several micro-batches.
+
+A mean over samples; a sum and what it is to be divided by; and terms that come on top of either, a penalty on the
+weights or a mixture of experts' auxiliary loss, which belong to the window once and not once per micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerms:
+    """A loss whose parts are weighted differently when its batch is cut into micro-batches.
+
+    The whole batch's loss is `sum / count + extra`. In a window of several micro-batches the sums are divided by the
+    count of the whole window, and each `extra` by its micro-batch's share of the samples: a term that is the same in
+    every micro-batch counts once.
+
+    A term that depends on the batch, as a load-balancing loss does, is then the samples' mean of the micro-batches'
+    terms. That is not the term of the whole batch unless it is itself a mean over samples.
+
+    Attributes:
+        sum: The sum over the batch, a scalar tensor.
+        count: What the batch's sum is to be divided by; needs no gradient.
+        extra: What is added, undivided: a scalar tensor, or 0.
+    """
+
+    sum: torch.Tensor
+    count: torch.Tensor | float
+    extra: torch.Tensor | float = 0.0
+
+
+_HINT = "Return the mean over the batch as a scalar tensor, or (sum, count): return F.cross_entropy(model(x), y)."
+
+
+def check(out: Any) -> Any:
+    """What a loss returned, where it is a mean, a `(sum, count)` pair or `LossTerms`.
+
+    A tuple is one of these and nothing else: `(loss, logits)` would be divided by its logits without a word.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    _check_form(out)
+    _check_mean(out.sum if isinstance(out, LossTerms) else out[0] if isinstance(out, tuple) else out)
+    return out
+
+
+@contextlib.contextmanager
+def graph_is_there() -> Iterator[None]:
+    """Around a backward: says what it means that the loss has no graph, or that it is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad and does not have a grad_fn" in str(error):
+            raise UsageError(
+                "The loss returned a tensor without a gradient, so nothing would be trained.",
+                "Something cut it off from the model: .item(), .detach(), .data, torch.no_grad(), torch.tensor(...) "
+                "or argmax.",
+                "Return what is computed from the model's output; to log it, detach a copy.",
+            ) from error
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise UsageError(
+            "The loss was backpropagated before, or is made of what an earlier micro-batch computed.",
+            "Each micro-batch's backward frees its graph, and the window runs it itself.",
+            "Leave .backward() out of the loss, and detach what it keeps from one call to the next.",
+        ) from error
+
+
+def _check_mean(loss: Any) -> None:
+    """Refuses what is no scalar tensor."""
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1:
+            raise UsageError(
+                f"The loss returned a tensor of shape {tuple(loss.shape)}, not a scalar.",
+                "A window's loss is one number; reduction='none' gives one for each element.",
+                "Return its .mean(), or (losses.sum(), losses.numel()) where micro-batches may hold different numbers.",
+            )
+        return
+    if loss is None:
+        raise UsageError("The loss returned None.", "A function without a return gives that.", _HINT)
+    if isinstance(loss, (int, float)) or not hasattr(loss, "loss"):
+        shown = f" ({loss!r})" if isinstance(loss, (int, float)) else ""
+        cut = "A number has no gradient: .item() or float() cut it off from the model." if shown else ""
+        raise UsageError(f"The loss returned a {type(loss).__name__}{shown}, not a tensor.", cut, _HINT)
+    raise UsageError(f"The loss returned a {type(loss).__name__}, not a tensor.", "", "Return its .loss.")
+
+
+def _check_form(out: Any) -> None:
+    """Refuses a tuple that is neither a pair nor terms."""
+    numbers: tuple[Any, ...] = (out.sum, out.count, out.extra) if isinstance(out, LossTerms) else out
+    if not isinstance(numbers, tuple):
+        return
+    if (
+        (len(numbers) != 2 and out is numbers)
+        or not all(map(_is_number, numbers))
+        or getattr(numbers[1], "requires_grad", False)
+    ):
+        told = ", ".join(f"{tuple(p.shape)}" if isinstance(p, torch.Tensor) else type(p).__name__ for p in numbers)
+        raise UsageError(
+            f"The loss returned a tuple of {len(numbers)} ({told}), which is not (sum, count).",
+            "A tuple is taken for the sum over the batch and what it is to be divided by.",
+            "Return the mean alone as a scalar, (sum, count) with a count that needs no gradient, "
+            "or autoaccum.LossTerms(sum, count, extra) where something is added to it.",
+        )
+
+
+def count_of(out: Any) -> Any:
+    """What a loss counted; None where it is a mean."""
+    if isinstance(out, LossTerms):
+        return out.count
+    return out[1] if isinstance(out, tuple) else None
+
+
+def whole(out: Any) -> torch.Tensor:
+    """The loss of a window that is this one batch, a scalar."""
+    if isinstance(out, LossTerms):
+        return cast(torch.Tensor, out.sum / nonzero(out.count) + out.extra)
+    loss: torch.Tensor = out[0] / nonzero(out[1]) if isinstance(out, tuple) else out
+    return loss
+
+
+def part(out: Any, share: float, count: Any, total: Any) -> torch.Tensor:
+    """What one micro-batch adds to its window's loss, a scalar.
+
+    Args:
+        out: What the loss returned.
+        share: The micro-batch's part of the window's samples.
+        count: What a mean averages over in this micro-batch, where `count=` told, more than nothing; None weights a
+            mean by samples.
+        total: What the window counts; None where nothing is counted.
+    """
+    if isinstance(out, LossTerms):
+        return cast(torch.Tensor, out.sum / total + out.extra * share)
+    if isinstance(out, tuple):
+        pair: torch.Tensor = out[0] / total
+        return pair
+    if count is None:
+        mean: torch.Tensor = out * share
+        return mean
+    return cast(torch.Tensor, out * count / total)  # in this order: two integers divided would be a float32
+
+
+def nonzero(count: Any) -> Any:
+    """The count, or 1 where nothing is counted: the sum is 0 then, and 0 / 0 would poison the gradient."""
+    return torch.where(count == 0, 1, count) if isinstance(count, torch.Tensor) else count or 1
+
+
+def _is_number(part: Any) -> bool:
+    return isinstance(part, (int, float)) or (isinstance(part, torch.Tensor) and part.numel() == 1)

@@ -1,0 +1,122 @@
+"""The end of a window: unscale, clip, step, clear and schedule, each once."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..errors import NotFinite
+from . import fp32_accumulation
+from .step_arguments import closure_needed, is_for_want_of_a_closure
+
+if TYPE_CHECKING:
+    from .context import Parts
+
+log = logging.getLogger("autoaccum")
+
+
+def optimizer_step(
+    parts: Parts, wide: fp32_accumulation.Parameters, *, counts_nothing: bool, loss: torch.Tensor
+) -> tuple[torch.Tensor | None, bool]:
+    """Clips, steps and clears once.
+
+    Args:
+        parts: What is trained; its gradients are the window's.
+        wide: Parameters whose gradients are in fp32 and are to be cast for the optimizer.
+        counts_nothing: No sample of the window counts: parameters, optimizer and scheduler stay as they are.
+        loss: The window's, detached: what a scheduler gets that asks for a metric, where the workload gives none.
+
+    Returns:
+        The norm before clipping, None where nothing is clipped; and whether the step was taken.
+
+    Raises:
+        NotFinite: A gradient isn't finite, and the workload says `on_nonfinite="raise"`.
+    """
+    if counts_nothing:
+        _clear(parts)
+        return None, False
+    grad_norm = _clip(parts, wide)
+    finite = parts.on_nonfinite is None or parts.scaler is not None or _is_finite(parts, grad_norm)
+    fp32_accumulation.narrow(wide)
+    stepped = finite or parts.on_nonfinite == "warn"
+    if parts.scaler is not None:
+        stepped = finite = _scaled_step(parts)
+    elif stepped:
+        _step(parts)
+    parts.steps_taken += stepped  # before anything else can fail: it was taken
+    _clear(parts)
+    if stepped:
+        _schedule(parts, loss)
+    if not finite and parts.on_nonfinite is not None:
+        _tell(parts, grad_norm)
+    return grad_norm, stepped
+
+
+def _step(parts: Parts) -> None:
+    try:
+        parts.optimizer.step()
+    except Exception as error:
+        if is_for_want_of_a_closure(parts.optimizer, error):
+            raise closure_needed(parts.optimizer) from error
+        raise
+
+
+def _schedule(parts: Parts, loss: torch.Tensor) -> None:
+    """Steps the scheduler; the metric is taken without one, too, as planning has to see what memory that needs."""
+    metric = parts.metric(parts.model) if parts.metric is not None else loss
+    if parts.scheduler is None:
+        return
+    if not parts.wants_metric:
+        parts.scheduler.step()
+    elif metric is not None:  # a metric that is taken now and then has nothing to say in between
+        parts.scheduler.step(float(metric))
+
+
+def _clip(parts: Parts, wide: fp32_accumulation.Parameters) -> torch.Tensor | None:
+    if parts.scaler is not None and (parts.clip_grad_norm is not None or wide):
+        parts.scaler.unscale_(parts.optimizer)  # before clipping, and before small numbers are cast
+    if parts.clip_grad_norm is None:
+        return None
+    return nn.utils.clip_grad_norm_(_trained(parts), parts.clip_grad_norm)
+
+
+def _trained(parts: Parts) -> list[torch.Tensor]:
+    return [p for group in parts.optimizer.param_groups for p in group["params"]]
+
+
+def _is_finite(parts: Parts, grad_norm: torch.Tensor | None) -> bool:
+    """Whether every gradient is: their norm tells, in one pass and one wait for the device."""
+    if grad_norm is None:
+        grad_norm = nn.utils.get_total_norm([p.grad for p in _trained(parts) if p.grad is not None])
+    return bool(torch.isfinite(grad_norm))
+
+
+def _scaled_step(parts: Parts) -> bool:
+    """One step and one update of the scaler; False where it found a gradient that isn't finite."""
+    scale = parts.scaler.get_scale()
+    parts.scaler.step(parts.optimizer)
+    parts.scaler.update()
+    return bool(parts.scaler.get_scale() >= scale)
+
+
+def _clear(parts: Parts) -> None:
+    parts.optimizer.zero_grad(set_to_none=True)
+    parts.model.zero_grad(set_to_none=True)  # what requires a gradient and is in no group would add up for ever
+
+
+def _tell(parts: Parts, grad_norm: torch.Tensor | None) -> None:
+    if parts.on_nonfinite == "raise":
+        raise NotFinite(
+            "A window's gradient isn't finite.",
+            "Its optimizer step was not taken: parameters, optimizer and scheduler are as they were before it.",
+            "Look at its samples, lower the learning rate or clip_grad_norm=; on_nonfinite='skip' passes over it.",
+        )
+    what = "was taken all the same" if parts.on_nonfinite == "warn" and parts.scaler is None else "was skipped"
+    log.warning("A window's gradient isn't finite (norm %s); its optimizer step %s.", _shown(grad_norm), what)
+
+
+def _shown(grad_norm: torch.Tensor | None) -> str:
+    return "not known" if grad_norm is None else f"{float(grad_norm)}"

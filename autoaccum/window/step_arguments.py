@@ -1,0 +1,89 @@
+"""What an optimizer's and a scheduler's `step` call for, read off them before any window is run."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+
+_METRICS = ("metrics", "metric")  # ReduceLROnPlateau's own name, and what others call theirs
+
+
+def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer whose step runs forward and backward itself (LBFGS, sharpness-aware minimization).
+
+    Raises:
+        UsageError: Its `step` doesn't work without a closure, by its signature or by its source.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and (closure.default is inspect.Parameter.empty or _insists(type(optimizer).step)):
+        raise closure_needed(optimizer)
+
+
+def closure_needed(optimizer: torch.optim.Optimizer) -> UsageError:
+    """The refusal of an optimizer that calls for a closure."""
+    return UsageError(
+        f"{type(optimizer).__name__} calls for a closure: it runs forward and backward itself, several times.",
+        "A window's micro-batches are run once, and then the optimizer steps with their gradient.",
+        "Use an optimizer whose step() works without a closure: torch.optim.AdamW, SGD, Muon.",
+    )
+
+
+def is_for_want_of_a_closure(optimizer: torch.optim.Optimizer, error: Exception) -> bool:
+    """Whether an error of a step without a closure says that it needs one."""
+    if "closure" not in inspect.signature(optimizer.step).parameters:
+        return False
+    said = f"{type(error).__name__} {error}".lower()
+    return "closure" in said or (isinstance(error, TypeError) and "'nonetype' object is not callable" in said)
+
+
+def wants_metric(scheduler: Any) -> bool:
+    """Whether a scheduler's step is to be given a figure of how training goes, as ReduceLROnPlateau's is.
+
+    Raises:
+        UsageError: It is to be given something else.
+    """
+    needed = [
+        p.name
+        for p in inspect.signature(scheduler.step).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if not needed or (len(needed) == 1 and needed[0] in _METRICS):
+        return bool(needed)
+    raise UsageError(
+        f"{type(scheduler).__name__}.step is to be given {' and '.join(needed)}, which a window doesn't know.",
+        "A scheduler is stepped once per optimizer step, with nothing or with a metric.",
+        "Give an object whose step() counts by itself, or step this one in between=, by a counter of your own.",
+    )
+
+
+def _insists(step: Callable[..., Any]) -> bool:
+    """Whether the source of a step raises where its closure is None: by an assert, or by an `if` of its own."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(step))))
+    except (OSError, SyntaxError, TypeError):  # made without a file
+        return False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert) and _compares(node.test, ast.IsNot):
+            return True
+        if isinstance(node, ast.If) and _compares(node.test, ast.Is) and isinstance(node.body[0], ast.Raise):
+            return True
+    return False
+
+
+def _compares(test: ast.expr, how: type[ast.cmpop]) -> bool:
+    """Whether it is `closure is None`, or `closure is not None`."""
+    return (
+        isinstance(test, ast.Compare)
+        and isinstance(test.left, ast.Name)
+        and test.left.id == "closure"
+        and isinstance(test.ops[0], how)
+        and isinstance(test.comparators[0], ast.Constant)
+        and test.comparators[0].value is None
+    )

@@ -1,0 +1,61 @@
+"""Whether the optimizer trains the model: refused where it has no tensor of it, said where it has some only."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from ..state.closures import Holdings
+from ..units import show_bytes
+
+_SHOWN = 3  # names in a note
+
+
+def refuse_foreign(model: nn.Module, held: Holdings, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer that has no tensor of the model, and none of what the loss holds: it would train nothing.
+
+    Raises:
+        UsageError: It is over other tensors.
+    """
+    theirs = _tensors(optimizer)
+    own = {id(p) for p in model.parameters() if p.requires_grad}
+    beside = {id(p) for p in held.parameters.values()} | {id(thing) for _, thing in held.things}
+    if any(id(p) in own or id(p) in beside for p in theirs):
+        return
+    name, of = type(optimizer).__name__, type(model).__name__
+    shapes = [tuple(p.shape) for p in theirs]
+    if shapes and shapes == [tuple(p.shape) for p in model.parameters() if p.requires_grad]:
+        why = (
+            "They have the same shapes: it was made for this model before that was copied, loaded anew, wrapped or "
+            "converted, or for a twin of it."
+        )
+    else:
+        why = "It is over another model's tensors, so that this one's gradients would be computed and dropped."
+    raise UsageError(
+        f"{name} has {len(theirs)} tensors, and none of the {len(own)} of {of} that require a gradient: "
+        "training would change nothing.",
+        why,
+        "Make it when the model is as it will be trained, or let the Workload make it: "
+        f"optimizer=lambda parameters: torch.optim.{name}(parameters, ...).",
+    )
+
+
+def told_of_left_out(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """What to say of tensors that require a gradient and are in no group of the optimizer; empty where all are."""
+    theirs = {id(p) for p in _tensors(optimizer)}
+    wanted = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    left = [(name, p) for name, p in wanted if id(p) not in theirs]
+    if not left:
+        return ""
+    shown = ", ".join(name for name, _ in left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
+    return (
+        f"{type(optimizer).__name__} has {len(wanted) - len(left)} of the model's {len(wanted)} tensors that require a "
+        f"gradient. The other {len(left)} ({shown}) get gradients ({show_bytes(sum(p.nbytes for _, p in left))}) and "
+        "are never changed by it: if they are to stay as they are, requires_grad_(False) spares that memory; "
+        "if not, give it all of model.parameters()."
+    )
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
