@@ -106,6 +106,14 @@ def checkpointing_words(every: int) -> str:
     return "checkpointing every block" if every == 1 else f"checkpointing every {ordinal(every)} block"
 
 
+def sentence(values: Mapping[str, Any]) -> str:
+    """A configuration in one line, what is plain included, but for its micro-batch."""
+    configuration = Configuration.from_values(values)
+    words = configuration.words()
+    words.setdefault("checkpointing", checkpointing_words(0))
+    return ", ".join(words.values())
+
+
 def ordinal(n: int) -> str:
     """2 as 2nd."""
     return f"{n}{'th' if 10 < n % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"

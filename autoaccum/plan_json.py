@@ -15,8 +15,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from .errors import PlanFileError, UsageError
+from .phases import PHASE_TITLES
 from .plan import KIND, OBJECTIVES, SCHEMA_VERSION, Plan
-from .simulation.recording import PHASE_TITLES
 
 PLAN_AGAIN = "Plan again: autoaccum plan --target-batch N -o plan.json"
 MOST_FILE_BYTES = 1 << 26  # a million micro-batches take an eighth of it

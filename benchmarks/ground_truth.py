@@ -24,7 +24,8 @@ from typing import Any
 import pandas
 
 from autoaccum.devices import virtual
-from autoaccum.devices.cuda.gpu_specs import Gpu, find_gpu, virtual_settings
+from autoaccum.devices.cuda.gpu_specs import Gpu, find_gpu
+from autoaccum.devices.virtual.stand_in import virtual_settings
 
 from .tables import of_frame
 

@@ -1,6 +1,6 @@
 """Host time that recording adds to each allocation and each free.
 
-    python -m autoaccum.devices.virtual -- python -m benchmarks.record_cost
+    autoaccum virtual-gpu -- python -m benchmarks.record_cost
 
 The allocator's own work is real on a virtual GPU; there, and on a real one, it is host time that is measured.
 """

@@ -3,7 +3,7 @@
 A program, not a test. Each model is recorded with room; then that log is replayed at capacities between what is alive
 and what is reserved, where the real run has to give blocks back or runs out of memory.
 
-    python -m autoaccum.devices.virtual --memory 16GiB -- python tests/replay_cases.py [CASES [SETTINGS [PARTS]]]
+    autoaccum virtual-gpu --memory 16GiB -- python tests/replay_cases.py [CASES [SETTINGS [PARTS]]]
 
 Each chooses by number, like 0,3,5; left out, all. A line of JSON for each run.
 """
@@ -31,6 +31,8 @@ from autoaccum.simulation.cuda_allocator.settings import CudaRules as Rules
 from autoaccum.simulation.cuda_allocator.settings import MiB
 from autoaccum.simulation.recording import Recording
 from autoaccum.window import step
+
+from .phases import OnPhase
 
 sys.path.insert(0, __file__.rsplit("/tests/", 1)[0])
 from benchmarks.models import Block, Recurrent, ViT
@@ -203,7 +205,7 @@ def surroundings() -> list[torch.Tensor]:
     return held
 
 
-def train(case: tuple[str, str, str], on_phase: step.OnPhase) -> None:
+def train(case: tuple[str, str, str], on_phase: OnPhase) -> None:
     """Builds, and trains three windows of two micro-batches, the second one smaller by one."""
     model, optimizer, precision = case
     make, batch, n = MODELS[model]
@@ -237,7 +239,7 @@ def one(case: tuple[str, str, str], setting: Setting, capacity: int | None = Non
     torch.backends.cudnn.enabled = case[0] != "lstm"
     failed = []
 
-    def run(on_phase: step.OnPhase) -> None:
+    def run(on_phase: OnPhase) -> None:
         try:
             train(case, on_phase)
         except RuntimeError as error:

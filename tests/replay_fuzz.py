@@ -1,6 +1,6 @@
 """Random allocations and frees on a virtual GPU, and beside each the replay's own count. Prints what differs first.
 
-    python -m autoaccum.devices.virtual --memory 2GiB --context 0 -- python tests/replay_fuzz.py SEEDS [SETTINGS]
+    autoaccum virtual-gpu --memory 2GiB --context 0 -- python tests/replay_fuzz.py SEEDS [SETTINGS]
 
 A line of JSON for each setting, with how often memory ran short.
 """

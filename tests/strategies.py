@@ -17,9 +17,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from autoaccum.budget import Budget, Term
+from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.plan import LeafForm, PeakRow, Plan, RecordingNote, TimedSize, TimelinePart
 from autoaccum.simulation.program import Step, StepProgram
-from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.simulation.recording import Event, Phase, Recording
 from autoaccum.simulation.scaling import Rule
 
 PRIMES = (5, 7, 11, 13)

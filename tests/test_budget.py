@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from autoaccum import budget
-from autoaccum.budget import Budget, Term, read_cpu_budget
+from autoaccum.budget import Budget, Term
+from autoaccum.devices.cpu import budget
+from autoaccum.devices.cpu.budget import read_cpu_budget
 from autoaccum.errors import UsageError
 
 MIB, GIB = 2**20, 2**30
@@ -80,7 +81,7 @@ def in_a_child(limit: str, size: int) -> dict[str, Any]:
     code = (
         "import json, resource, sys\n"
         f"resource.setrlimit(resource.{limit}, ({size}, {size}))\n"
-        "from autoaccum.budget import read_cpu_budget, committed_bytes, _address_space_bytes\n"
+        "from autoaccum.devices.cpu.budget import read_cpu_budget, committed_bytes, _address_space_bytes\n"
         "found = read_cpu_budget()\n"
         "print(json.dumps({'binds': found.binds, 'bytes': found.bytes, 'limit': found.limit_bytes,\n"
         "    'files': _address_space_bytes() - committed_bytes(), 'why': {t.name: t.why for t in found.terms}}))\n"

@@ -24,7 +24,8 @@ from torch import nn
 
 from autoaccum import Plan, UsageError, Workload, fit_plan
 from autoaccum.devices.cpu.recorder import record
-from autoaccum.simulation.recording import FIRST, LATER, live_peak
+from autoaccum.phases import FIRST, LATER
+from autoaccum.simulation.recording import live_peak
 from autoaccum.state.rng import put_rng, same_state, take_rng
 from autoaccum.window.step import open_parts, train_window
 

@@ -324,4 +324,8 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
             "--sampler", "--seed", "--study", "--target-batch", "--timeout", "--trials", "--vary", "--workers",
             "--workload",
         ],
+        "virtual-gpu": [
+            "--addresses", "--compute-capability", "--context", "--convolution-fallback", "--convolution-workspace",
+            "--copies", "--devices", "--memory", "--multiprocessors", "--name", "--other", "--trace",
+        ],
     }  # fmt: skip

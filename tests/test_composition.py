@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Truth, recorded_programs, truths
 
+from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.simulation.breakdown import CATEGORIES, composition, whole
 from autoaccum.simulation.program import StepProgram, lift, window
-from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.simulation.recording import Event, Phase, Recording
 from autoaccum.simulation.scaling import Rule
 from autoaccum.simulation.timeline import timeline
 

@@ -82,7 +82,7 @@ def test_host_facts_need_no_gpu() -> None:
 
 @usable
 def test_a_virtual_gpu_can_be_had() -> None:
-    assert environment._virtual_gpu().startswith("can be had: python -m autoaccum.devices.virtual")
+    assert environment._virtual_gpu().startswith("can be had: autoaccum virtual-gpu")
 
 
 def test_a_virtual_gpu_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoaccum.phases import FIRST
 from autoaccum.planning import verify
 from autoaccum.planning.evidence import Observed
 from autoaccum.planning.predictor_cuda import MOST_ENDS, CudaOutlook
 from autoaccum.planning.schedule import Guess
 from autoaccum.simulation import saturation
 from autoaccum.simulation.program import Step, StepProgram
-from autoaccum.simulation.recording import FIRST, Recording
+from autoaccum.simulation.recording import Recording
 from autoaccum.simulation.scaling import Rule
 from autoaccum.simulation.solver import Solution
 

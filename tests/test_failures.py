@@ -35,8 +35,9 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from autoaccum import UsageError, Workload
 from autoaccum.devices.cpu.recorder import record
+from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.simulation.program import lift, plain_window
-from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Recording, live_peak
+from autoaccum.simulation.recording import Recording, live_peak
 from autoaccum.simulation.solver import share_of, split_within
 from autoaccum.window.step import Parts, open_parts, run_between, train_window
 from autoaccum.workload import default_loss

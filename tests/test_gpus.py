@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from autoaccum.devices.cuda.gpu_specs import GPUS, LIBRARY_BYTES, Gpu, find_gpu, list_gpus, virtual_settings
+from autoaccum.devices.cuda.gpu_specs import GPUS, LIBRARY_BYTES, Gpu, find_gpu, list_gpus
 from autoaccum.devices.virtual import available, launch
+from autoaccum.devices.virtual.stand_in import virtual_settings
 from autoaccum.errors import UsageError
 from autoaccum.units import parse_bytes
 

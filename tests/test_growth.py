@@ -18,11 +18,12 @@ from torch import nn
 from autoaccum import DoesNotFit, Plan, Workload, fit_plan
 from autoaccum.devices import virtual
 from autoaccum.devices.cpu import device
+from autoaccum.phases import BETWEEN, FIRST, LATER, OPTIMIZER
 from autoaccum.planning import evidence, growth, verify
 from autoaccum.process_memory import committed_bytes
 from autoaccum.runner import peak_monitor
 from autoaccum.simulation.program import as_recorded, lift, plain_window, window_growth
-from autoaccum.simulation.recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording, live_peak
+from autoaccum.simulation.recording import Event, Phase, Recording, live_peak
 from autoaccum.simulation.solver import Solution, smallest_steps
 from autoaccum.state.appended import keeper
 from autoaccum.state.closures import holdings
@@ -209,7 +210,7 @@ print(json.dumps([plan.method, plan.growth_bytes, plan.predicted_peak_bytes, pla
 @pytest.mark.slow
 @pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
 def test_on_a_gpu_three_windows_take_what_was_predicted() -> None:
-    command = [sys.executable, "-m", "autoaccum.devices.virtual", "--memory", "4GiB", "--", sys.executable, "-c", GPU]
+    command = [sys.executable, "-m", "autoaccum", "virtual-gpu", "--memory", "4GiB", "--", sys.executable, "-c", GPU]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     method, grown, predicted, measured, left = json.loads(done.stdout)

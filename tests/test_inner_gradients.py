@@ -17,8 +17,10 @@ from torch import nn
 from autoaccum import Runner, Workload, fit_plan
 from autoaccum.devices.cpu import recorder
 from autoaccum.exactness import check
-from autoaccum.simulation.recording import FIRST
+from autoaccum.phases import FIRST
 from autoaccum.window import loss_count, step
+
+from .phases import OnPhase
 
 ROWS = 12
 
@@ -144,18 +146,18 @@ def test_asking_takes_less_memory_than_the_window_does() -> None:
     pieces = [sample(256), sample(256)]
     step.train_window(parts, pieces, [256, 256])  # settles what is asked once, and makes the optimizer's state
 
-    def asking(on_phase: step.OnPhase) -> None:
+    def asking(on_phase: OnPhase) -> None:
         with on_phase(FIRST):
             loss_count.window_count(parts, pieces)
 
-    def window(on_phase: step.OnPhase) -> None:
+    def window(on_phase: OnPhase) -> None:
         step.train_window(replace(parts), pieces, [256, 256], on_phase=on_phase)
 
     ask, whole = (_peak_bytes(run) for run in (asking, window))
     assert 0 < ask <= whole
 
 
-def _peak_bytes(run: Callable[[step.OnPhase], None]) -> int:
+def _peak_bytes(run: Callable[[OnPhase], None]) -> int:
     held = peak = 0
     for phase in recorder.record(run, micro_batch=1).phases:
         for event in phase.events:

@@ -16,7 +16,8 @@ from torch import nn
 
 from autoaccum import NotFinite, UsageError, Workload, fit_plan
 from autoaccum.devices.cpu.recorder import record
-from autoaccum.simulation.recording import LATER, OPTIMIZER, live_peak
+from autoaccum.phases import LATER, OPTIMIZER
+from autoaccum.simulation.recording import live_peak
 from autoaccum.window.fingerprint import fingerprint
 from autoaccum.window.fp32_accumulation import half_parameters, narrow, wide_gradients, wide_parameters, widening_bytes
 from autoaccum.window.step import open_parts, train_window

@@ -9,18 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PRIMES, Recorded, Truth, recorded_programs, traced, truths
 
+from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.simulation.program import StepProgram, as_recorded, lift, window
-from autoaccum.simulation.recording import (
-    FIRST,
-    LATER,
-    OPTIMIZER,
-    Event,
-    Phase,
-    Recording,
-    kept_blocks,
-    live_peak,
-    name_blocks,
-)
+from autoaccum.simulation.recording import Event, Phase, Recording, kept_blocks, live_peak, name_blocks
 from autoaccum.simulation.scaling import Rule, size_rules
 
 RECORDED = recorded_programs()

@@ -16,9 +16,11 @@ from autoaccum.devices.cpu import recorder
 from autoaccum.exactness import check
 from autoaccum.exactness.compare import HALF_WITHIN, Twin, compare
 from autoaccum.exactness.recheck import counts_differ, recheck
-from autoaccum.simulation.recording import FIRST
+from autoaccum.phases import FIRST
 from autoaccum.state import snapshot
 from autoaccum.window import step
+
+from .phases import OnPhase
 
 WIDE, CLASSES, LONG = 192, 256, 64
 
@@ -60,7 +62,7 @@ def pieces(rows: int) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def peak_bytes(run: Callable[[step.OnPhase], object]) -> int:
+def peak_bytes(run: Callable[[OnPhase], object]) -> int:
     held = peak = 0
     for phase in recorder.record(run, micro_batch=1).phases:
         for event in phase.events:
@@ -86,7 +88,7 @@ def test_the_second_look_stays_within_the_windows_own_peak(
     parts.model.zero_grad(set_to_none=True)
     before, told = snapshot.take(model=parts.model), []
 
-    def look(on_phase: step.OnPhase) -> None:
+    def look(on_phase: OnPhase) -> None:
         with on_phase(FIRST):
             told.append(recheck(parts, batches, sizes))
 

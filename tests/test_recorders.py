@@ -129,7 +129,8 @@ def test_settings_that_changed_and_cudnns_benchmark_are_seen_on_a_gpu() -> None:
     command = [
         sys.executable,
         "-m",
-        "autoaccum.devices.virtual",
+        "autoaccum",
+        "virtual-gpu",
         "--memory",
         "4GiB",
         "--",

@@ -23,8 +23,8 @@ from torch import nn
 from autoaccum import PlanMismatch, Runner, Workload, fit_plan
 from autoaccum.devices.cuda import device
 from autoaccum.devices.virtual import VirtualGpu, available, control, launch
+from autoaccum.phases import LATER
 from autoaccum.planning import evidence
-from autoaccum.simulation.recording import LATER
 from autoaccum.window import step
 
 REASON = available()

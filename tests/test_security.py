@@ -16,7 +16,7 @@ from strategies import made_up_plan
 
 import autoaccum
 from autoaccum import UsageError
-from autoaccum.cli.tasks import TASKS
+from autoaccum.cli import tasks
 from autoaccum.processes import function_pipe
 from autoaccum.processes.child import call
 from autoaccum.processes.workload_source import check_source, load_function, module_name
@@ -49,9 +49,9 @@ def test_no_text_of_a_plan_or_an_option_is_unpickled(form: str, tmp_path: Path) 
     for attempt in (
         lambda: check_source(text),
         lambda: load_function(text),
-        lambda: TASKS["run"](say=print, plan=plan.to_json(), epochs=1, steps=None, checkpoint=None,
+        lambda: tasks.run(say=print, plan=plan.to_json(), epochs=1, steps=None, checkpoint=None,
                              checkpoint_seconds=30.0),
-        lambda: TASKS["check"](say=print, workload=text),
+        lambda: tasks.check(say=print, workload=text),
         lambda: autoaccum.tune(text, target_batch=8),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=r"neither a built-in workload|There is no file"):

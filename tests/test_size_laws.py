@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.simulation.from_verification import without_state
 from autoaccum.simulation.program import lift, window
-from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.simulation.recording import Event, Phase, Recording
 from autoaccum.simulation.scaling import Rule, size_rules
 from autoaccum.simulation.size_laws import reduction_buffers
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Recorded, Truth, random_truth, recorded_programs, truths
 
+from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.simulation.malloc import CpuRules, replay
 from autoaccum.simulation.program import StepProgram, lift, window
-from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording, live_peak
+from autoaccum.simulation.recording import Event, Phase, Recording, live_peak
 from autoaccum.simulation.scaling import Rule
 from autoaccum.simulation.solver import (
     MOST_UNEVEN,

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from strategies import recorded_programs
 
+from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.simulation.from_verification import as_recording, well_apart
 from autoaccum.simulation.program import StepProgram, lift, window
-from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording, name_blocks
+from autoaccum.simulation.recording import Event, Phase, Recording, name_blocks
 
 PROGRAMS = [lift(each.recordings, each.prelude) for each in recorded_programs()]
 ALIKE = [program for program in PROGRAMS if not program.later_growth_bytes]  # a third micro-batch leaves nothing more

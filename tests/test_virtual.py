@@ -91,7 +91,7 @@ def test_nothing_imports_torch() -> None:
 
 
 def on_the_command_line(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "autoaccum.devices.virtual", *words]
+    command = [sys.executable, "-m", "autoaccum", "virtual-gpu", *words]
     return subprocess.run(command, env=clean() | env, capture_output=True, text=True, check=False)
 
 
@@ -126,7 +126,7 @@ def test_a_setting_that_cannot_be_read_ends_the_process(setting: str) -> None:
     [
         (["--memory", "much", "--", "true"], "'much' is not an amount of memory"),
         (["--context", "17GiB", "--", "true"], "take 17.00 GiB of it"),
-        (["--memory", "4GiB"], "name the command to run, after --"),
+        (["--memory", "4GiB"], "There is no command to run."),
     ],
 )
 def test_command_line_refuses(words: list[str], told: str) -> None:
@@ -137,7 +137,7 @@ def test_command_line_refuses(words: list[str], told: str) -> None:
 @usable
 def test_command_line_says_what_cannot_be_run() -> None:
     done = on_the_command_line("--", "/no/such/command")
-    assert done.returncode == 127 and "'/no/such/command' can't be run" in done.stderr
+    assert done.returncode == 127 and "'/no/such/command' cannot be run" in done.stderr
 
 
 @pytest.mark.parametrize(

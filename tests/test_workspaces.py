@@ -23,11 +23,12 @@ from torch import nn
 from autoaccum import Workload, fit_plan
 from autoaccum.data.split import tile
 from autoaccum.devices.virtual import VirtualGpu, available, launch
+from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.simulation.breakdown import WORKSPACES, composition
 from autoaccum.simulation.cuda_allocator.allocator import CudaRules
 from autoaccum.simulation.from_verification import workspaces_given_back
 from autoaccum.simulation.program import as_recorded
-from autoaccum.simulation.recording import FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.simulation.recording import Event, Phase, Recording
 from autoaccum.simulation.training_run import by_hand, replay_training, training_of
 from autoaccum.window import step
 

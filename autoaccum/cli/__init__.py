@@ -1,4 +1,4 @@
-"""The command line: results on stdout, everything else on stderr."""
+"""Define the command line: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from ..errors import AutoaccumError
 from ..processes import interrupts, standard_streams
-from . import bench, check, doctor, explain, plan, report, run, tune
+from . import bench, check, doctor, explain, plan, report, run, tune, virtual_gpu
 from .terminal import show_error
 
 app = typer.Typer(
@@ -34,6 +34,8 @@ app.command("tune")(tune.tune)
 app.command("report")(report.report)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
+# What stands after the command to run is that command's own.
+app.command("virtual-gpu", context_settings={"allow_interspersed_args": False})(virtual_gpu.virtual_gpu)
 
 
 @app.callback(invoke_without_command=True)

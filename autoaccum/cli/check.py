@@ -20,7 +20,7 @@ def check(
 
     check_source(workload)
     with progress("checking") as say:
-        verdict = call("check", {"workload": workload}, on_message=say)
+        verdict = call("cli.tasks:check", {"workload": workload}, on_message=say)
     if json:
         print(to_json(verdict, indent=2))
     else:

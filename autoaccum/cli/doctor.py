@@ -24,7 +24,7 @@ def doctor(
 
     facts = host_facts()
     try:
-        facts |= call("doctor", {})
+        facts |= call("cli.tasks:doctor", {})
     except AutoaccumError as error:  # that torch doesn't load is what a report is about
         facts["torch"] = f"does not load: {error.what}"
     if json:

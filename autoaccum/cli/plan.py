@@ -57,7 +57,9 @@ def plan(
         "timing_seconds": timing,
     }
     with progress("planning") as say:
-        found = Plan.from_json(call("plan", arguments, on_message=say, env=planning_environment(gpu))["plan"])
+        found = Plan.from_json(
+            call("planning.tasks:plan", arguments, on_message=say, env=planning_environment(gpu))["plan"]
+        )
     if output is not None:
         keep_plan(found, output)
     if json:

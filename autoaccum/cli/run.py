@@ -60,7 +60,7 @@ def run(
         "checkpoint_seconds": checkpoint_seconds,
     }
     with _shown(read, json=json) as say:
-        result = call("run", arguments, on_message=say, env=_environment(read))
+        result = call("cli.tasks:run", arguments, on_message=say, env=_environment(read))
     _tell(result, json=json)
     if result["interrupted"]:
         raise typer.Exit(exit_code(result["signal"]))

@@ -1,54 +1,14 @@
-"""What runs in a child process of the command line: planning and training a workload."""
+"""What commands run in a child process: training, the exactness test, what torch says of itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from ..errors import UsageError
-from ..plan import FEWEST_STEPS, Plan
+from ..plan import Plan
 from ..process_memory import limit_data
 from ..processes.child import Say
 from ..units import show_bytes
-
-
-def plan(
-    *,
-    say: Say,
-    workload: str,
-    target_batch: int | None,
-    memory: str | None,
-    headroom: str | None,
-    max_micro_batch: int | None,
-    verify: bool,
-    malloc: str,
-    device: str = "cpu",
-    gpu: str | None = None,
-    objective: str = FEWEST_STEPS,
-    timing_seconds: float | None = None,
-) -> dict[str, Any]:
-    """Plans a workload; returns the plan's JSON."""
-    say({"say": "loading torch and the workload"})
-    asked: dict[str, Any] = {
-        "target_batch": target_batch,
-        "headroom": headroom,
-        "max_micro_batch": max_micro_batch,
-        "verify": verify,
-        "progress": lambda text: say({"say": text}),
-        "objective": objective,
-        "timing_seconds": timing_seconds,
-    }
-    if device == "cuda":
-        from ..devices.cuda.gpu_specs import find_gpu
-        from ..planning.new_process import plan_on_gpu
-
-        found = plan_on_gpu(workload, gpu=find_gpu(gpu) if gpu is not None else None, memory=memory, **asked)
-        return {"plan": found.to_json()}
-    from ..planning.fit import fit_plan
-    from ..processes.workload_source import load_workload
-
-    found = fit_plan(load_workload(workload), budget=memory, malloc=malloc, elsewhere=True, **asked)
-    return {"plan": found.to_json()}
 
 
 def run(
@@ -118,45 +78,3 @@ def doctor(*, say: Say) -> dict[str, Any]:
     from ..planning.environment import torch_facts
 
     return torch_facts()
-
-
-def bench(*, say: Say, **asked: Any) -> dict[str, Any]:
-    """Trains one candidate of a comparison for a few windows."""
-    say({"say": "loading torch and the workload"})
-    from ..tuning.compare.trial import run
-
-    return run(say=say, **asked)
-
-
-def tune(*, say: Say, **asked: Any) -> dict[str, Any]:
-    """Searches configurations; returns what was found, as JSON."""
-    say({"say": "loading torch and the workload"})
-    from ..tuning.session import tune
-
-    return tune(say=say, **asked)
-
-
-def tuning_record(*, say: Say, **asked: Any) -> dict[str, Any]:
-    """Records one configuration; returns what it takes at every micro-batch."""
-    from ..tuning.tasks import record
-
-    return record(say=say, **asked)
-
-
-def tuning_plan(*, say: Say, **asked: Any) -> dict[str, Any]:
-    """Plans a tuned workload; returns the plan's JSON."""
-    from ..tuning.tasks import plan
-
-    return plan(say=say, **asked)
-
-
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    "plan": plan,
-    "run": run,
-    "check": check,
-    "doctor": doctor,
-    "bench": bench,
-    "tune": tune,
-    "tuning_record": tuning_record,
-    "tuning_plan": tuning_plan,
-}

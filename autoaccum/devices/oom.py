@@ -7,8 +7,8 @@ import traceback
 
 import torch
 
-from ..budget import read_cpu_budget
 from ..process_memory import committed_bytes
+from .cpu.budget import read_cpu_budget
 
 # What libraries say when they couldn't get memory: c10/core/impl/alloc_cpu.cpp; cuBLAS's and cuDNN's handles.
 _CPU = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")

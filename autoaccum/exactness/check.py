@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..devices.oom import drop_frames, room_bytes
+from ..devices.oom import drop_frames, is_out_of_memory, room_bytes
 from ..devices.virtual.control import is_virtual
 from ..plan import Plan
 from ..process_memory import available_bytes
@@ -114,7 +114,7 @@ def check(
     if not apart:
         return _check(workload, most_rows)
     try:
-        return crash_guard.run(lambda: _check(workload, most_rows))
+        return crash_guard.run(lambda: _check(workload, most_rows), is_out_of_memory)
     except crash_guard.Crashed as crash:
         return unknown(
             f"the test crashed ({crash})",

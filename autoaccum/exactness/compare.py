@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..data import tree
-from ..simulation.recording import FIRST, LATER
+from ..phases import FIRST, LATER
 from ..state.closures import holdings
 from ..state.rng import put_rng, same_state, take_rng
 from ..window import step

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DoesNotFit
+from ..phases import PHASE_TITLES, PHASES
 from ..plan import FASTEST, PeakRow, Plan
 from ..simulation import breakdown
 from ..simulation.knee import knee
-from ..simulation.recording import PHASE_TITLES, PHASES
 from ..simulation.solver import Solution, Split, balanced, is_even, largest_micro_batch
 from ..simulation.timeline import timeline
 from ..units import show_bytes

@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 def host_facts() -> dict[str, Any]:
     """Versions, machine, limits, what NVML shows, and settings; no torch needed."""
-    from ..budget import read_cpu_budget
+    from ..devices.cpu.budget import read_cpu_budget
     from ..devices.cuda import nvml
 
     facts: dict[str, Any] = dict(versions())
@@ -69,7 +69,7 @@ def _virtual_gpu() -> str:
         binding.append("vm.overcommit_memory=2")
     if binding:  # source/memory.c: it reserves addresses for 66 times the device's memory
         return f"can't be had: {' and '.join(binding)} may forbid the addresses that it reserves"
-    return "can be had: python -m autoaccum.devices.virtual --memory 4GiB -- COMMAND"
+    return "can be had: autoaccum virtual-gpu --memory 4GiB -- COMMAND"
 
 
 def _overcommit() -> str:

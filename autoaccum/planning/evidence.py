@@ -15,12 +15,13 @@ import torch
 
 from ..data import split as cutting
 from ..devices import oom
+from ..phases import OPTIMIZER, OnPhase
 from ..plan import RecordingNote
 from ..process_memory import PAGE_BYTES
 from ..simulation.from_verification import without_state
 from ..simulation.malloc import Replay, Start
 from ..simulation.program import StepProgram, as_recorded, lift, plain_window, window_growth
-from ..simulation.recording import OPTIMIZER, Event, Phase, Recording, kept_blocks, live_peak
+from ..simulation.recording import Event, Phase, Recording, kept_blocks, live_peak
 from ..simulation.solver import Split
 from ..window import step
 from ..window.compiled import uncompiled
@@ -125,11 +126,11 @@ def record_window(subject: Subject, n: int, steps: int = 2) -> Recording:
     return recording
 
 
-def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[step.OnPhase], None]:
+def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[OnPhase], None]:
     """Runs one window of `steps` micro-batches of n samples, and what comes after it."""
     piece = subject.tile(n)
 
-    def run(on_phase: step.OnPhase) -> None:
+    def run(on_phase: OnPhase) -> None:
         with uncompiled():
             step.train_window(subject.parts, [piece] * steps, (n,) * steps, on_phase=on_phase)
             step.run_between(subject.parts, on_phase=on_phase)

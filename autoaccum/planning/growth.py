@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..devices import oom
-from ..simulation.recording import FIRST, LATER, PHASE_TITLES
+from ..phases import FIRST, LATER, PHASE_TITLES
 from ..units import show_bytes
 from ..window import step
 from ..window.compiled import uncompiled

@@ -8,9 +8,10 @@ from typing import Any
 
 from .. import process_memory
 from ..devices.cpu import device
+from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from ..plan import PeakRow
 from ..simulation.malloc import EMPTY, Replay, Start
-from ..simulation.recording import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES, Phase, live_peak
+from ..simulation.recording import Phase, live_peak
 from ..simulation.solver import Split, balanced
 from . import evidence
 from .evidence import Observed, Subject

@@ -10,22 +10,13 @@ import torch
 
 from ..devices.cuda import device
 from ..devices.virtual.control import is_virtual
+from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from ..plan import PeakRow
 from ..simulation import saturation
 from ..simulation.cuda_allocator.allocator import EMPTY, CudaRules, CudaStart
 from ..simulation.from_verification import as_recording, well_apart, workspaces_given_back
 from ..simulation.program import StepProgram, as_recorded, plain_window
-from ..simulation.recording import (
-    BETWEEN,
-    FIRST,
-    LATER,
-    OPTIMIZER,
-    PHASE_TITLES,
-    Event,
-    Recording,
-    kept_blocks,
-    live_peak,
-)
+from ..simulation.recording import Event, Recording, kept_blocks, live_peak
 from ..simulation.solver import CAPACITY_MARGIN, Split, largest_micro_batch
 from ..simulation.training_run import MOST_WINDOWS, Training, TrainingReplay, by_hand, replay_training, training_of
 from ..units import show_bytes

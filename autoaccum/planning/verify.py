@@ -13,6 +13,7 @@ from ..data.sample_length import shortened
 from ..data.tokens import most_rows
 from ..devices import oom
 from ..errors import DoesNotFit, NotConfirmed, UsageError
+from ..phases import OnPhase
 from ..simulation.knee import knee
 from ..simulation.solver import Solution, Split, balanced, largest_micro_batch, smallest_steps
 from ..window import compiled, step
@@ -236,7 +237,7 @@ def fastest(
 def _trainer(subject: Subject) -> Callable[..., None]:
     """Trains one window of a split, as the Runner would."""
 
-    def train(sizes: Split, on_phase: step.OnPhase | None = None) -> None:
+    def train(sizes: Split, on_phase: OnPhase | None = None) -> None:
         pieces = [subject.tile(size) for size in sizes]
         with compiled.as_trained(subject.parts):
             step.train_window(subject.parts, pieces, sizes, on_phase=on_phase)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import importlib
 import json
 import logging
 import os
@@ -62,7 +63,7 @@ def call(
     """Runs a task in a child process and waits for it.
 
     Args:
-        task: A name in `tasks.TASKS`.
+        task: MODULE:FUNCTION within autoaccum; it takes `say` and its arguments as keywords.
         arguments: Its keyword arguments, JSON.
         on_message: Called with what it says on the way.
         env: Its environment; left out, this process's.
@@ -208,6 +209,7 @@ class _Asked:
 
 
 def _died(task: str, code: int, workload: str | None = None) -> AutoaccumError:
+    task = task.partition(":")[2]
     whose = f"the code of {workload}" if workload else "code of the workload's"
     if code == CLOSED:
         return AutoaccumError(
@@ -255,6 +257,12 @@ def _described(error: BaseException) -> dict[str, Any]:
     return told | {"class": "AutoaccumError", "what": what, "why": why, "hint": hint}
 
 
+def _task(name: str) -> Callable[..., dict[str, Any]]:
+    module, _, function = name.partition(":")
+    task: Callable[..., dict[str, Any]] = getattr(importlib.import_module(f"autoaccum.{module}"), function)
+    return task
+
+
 def main(argv: list[str]) -> int:
     """The child's side: TASK, the descriptors to answer on and to be handed functions by; JSON arguments on stdin."""
     global _in_child
@@ -285,9 +293,7 @@ def main(argv: list[str]) -> int:
         send(message)
 
     try:
-        from ..cli.tasks import TASKS
-
-        result = TASKS[task](say=say, **json.loads(arguments))
+        result = _task(task)(say=say, **json.loads(arguments))
         if not result.get("interrupted"):
             interrupts.raise_if_received()
         send({"result": result})

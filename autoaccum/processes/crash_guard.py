@@ -24,11 +24,12 @@ class Crashed(Exception):
     """The copy was ended by a signal, or by itself; says how."""
 
 
-def run(work: Callable[[], T]) -> T:
+def run(work: Callable[[], T], is_out_of_memory: Callable[[BaseException], bool]) -> T:
     """Runs `work` in a copy of this process where that is possible, and else here.
 
     Args:
         work: What it changes may be lost. Its result has to pickle.
+        is_out_of_memory: As for `fork.in_copy`.
 
     Raises:
         Crashed: The copy crashed.
@@ -37,7 +38,7 @@ def run(work: Callable[[], T]) -> T:
         return work()
     importlib.import_module("torch._dynamo")  # optimizers do: here once, and not in each copy again
     try:
-        return in_copy(lambda: _able(work))
+        return in_copy(lambda: _able(work), is_out_of_memory=is_out_of_memory)
     except Died as death:
         raise Crashed(str(death)) from None
     except ForkFailed:  # it raised, or the copy can't compute: what it is, is said here

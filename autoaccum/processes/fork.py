@@ -34,11 +34,21 @@ class Died(ForkFailed):
     """The copy was ended by a signal, or ended itself; says how."""
 
 
-def in_copy(work: Callable[[], T], *, own_thread: bool = True) -> T:
+def _is_memory_error(error: BaseException) -> bool:
+    return isinstance(error, MemoryError)
+
+
+def in_copy(
+    work: Callable[[], T],
+    *,
+    own_thread: bool = True,
+    is_out_of_memory: Callable[[BaseException], bool] = _is_memory_error,
+) -> T:
     """Runs `work` in a forked copy of this process.
 
     Args:
         work: What it changes is changed in the copy only. Its result has to pickle.
+        is_out_of_memory: Asked in the copy of an error that ended the work (devices/oom.py has the whole rule).
         own_thread: False only where this thread has computed nothing yet: the copy then works as a fresh process would.
 
     Returns:
@@ -54,7 +64,7 @@ def in_copy(work: Callable[[], T], *, own_thread: bool = True) -> T:
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what this module takes care of
         child = os.fork()
     if not child:
-        _be_the_copy(work, reading, writing, own_thread)
+        _be_the_copy(lambda: _attempt(work, is_out_of_memory), reading, writing, own_thread)
     os.close(writing)
     try:
         kind, answer = _answer(child, reading)
@@ -79,27 +89,25 @@ def _ending(status: int) -> str:
     return f"it ended itself with exit code {os.waitstatus_to_exitcode(status)}"
 
 
-def _be_the_copy(work: Callable[[], Any], reading: int, writing: int, own_thread: bool) -> None:
+def _be_the_copy(attempt: Callable[[], tuple[str, Any]], reading: int, writing: int, own_thread: bool) -> None:
     """The copy's side; never returns, or it would go on with the caller's program."""
     try:
         die_with_parent()
         os.close(reading)
         said: list[tuple[str, Any]] = []
         if own_thread:
-            thread = threading.Thread(target=lambda: said.append(_attempt(work)))
+            thread = threading.Thread(target=lambda: said.append(attempt()))
             thread.start()
             thread.join()
         else:
-            said.append(_attempt(work))
+            said.append(attempt())
         with os.fdopen(writing, "wb") as pipe:
             pickle.dump(said[0], pipe)
     finally:
         os._exit(0)
 
 
-def _attempt(work: Callable[[], Any]) -> tuple[str, Any]:
-    from ..devices.oom import is_out_of_memory
-
+def _attempt(work: Callable[[], Any], is_out_of_memory: Callable[[BaseException], bool]) -> tuple[str, Any]:
     try:
         result = work()
         pickle.dumps(result)

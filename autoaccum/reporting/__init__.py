@@ -1,4 +1,4 @@
-"""Reports of a plan: data as pandas frames first, then a page, Markdown, CSV or JSON. Needs no model, GPU or torch."""
+"""Turn a plan into text, HTML, Markdown, CSV or JSON. No torch."""
 
 from __future__ import annotations
 

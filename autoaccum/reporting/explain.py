@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from ..files.escape import one_line
+from ..phases import PHASE_TITLES
 from ..plan import FASTEST, Plan
 from ..simulation import knee
-from ..simulation.recording import PHASE_TITLES
 from ..units import show_bytes
 
 
@@ -68,7 +68,7 @@ def _split(plan: Plan) -> str:
 
 
 def _tuned(plan: Plan) -> str:
-    from ..tuning.result import sentence
+    from ..configuration import sentence
 
     return f"{sentence(plan.configuration)}: {plan.reasons.get('configuration', 'no reason was kept')}"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..phases import PHASE_TITLES
 from ..plan import FASTEST, Plan
 from ..simulation.knee import told
-from ..simulation.recording import PHASE_TITLES
 from ..units import show_bytes
 from .kinds import byte_word, cached_word, measured
 

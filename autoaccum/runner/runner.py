@@ -21,8 +21,8 @@ from ..devices import oom
 from ..devices.cuda import workspaces
 from ..errors import BatchError, OutOfMemory, UsageError
 from ..exactness.recheck import counts_differ, recheck
+from ..phases import FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from ..plan import Plan
-from ..simulation.recording import FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from ..simulation.solver import CAPACITY_MARGIN, is_even, repeated_within, share_of, split_within
 from ..state import snapshot
 from ..state.rng import put_rng

@@ -24,8 +24,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ..phases import FIRST, LATER, OPTIMIZER
 from .program import Step, StepProgram, made_for_good, window
-from .recording import FIRST, LATER, OPTIMIZER, Phase, kept_blocks
+from .recording import Phase, kept_blocks
 from .solver import Split
 
 PROCESS, PARAMETERS, WORKSPACES, STATE, GRADIENTS, ACTIVATIONS, TEMPORARIES, DATA, CACHED = CATEGORIES = (

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from ..phases import LATER, OPTIMIZER
 from .cuda_allocator.settings import SMALL_SEGMENT
 from .program import course
-from .recording import LATER, OPTIMIZER, Event, Phase, Recording, kept_blocks
+from .recording import Event, Phase, Recording, kept_blocks
 from .solver import Split
 
 APART = 0.75  # of the larger one, for a smaller recording to be no close one

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..phases import FIRST, LATER
 from ..process_memory import PAGE_BYTES
-from .recording import FIRST, LATER, Phase
+from .recording import Phase
 
 ALIGNMENT_BYTES = 64  # c10's alloc_cpu (impl_alloc_cpu.cpp): posix_memalign(&data, gAlignment, nbytes)
 CHUNK_STEP_BYTES = 16

@@ -14,7 +14,8 @@ from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
-from .recording import BETWEEN, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER
+from .recording import Event, Phase, Recording
 from .scaling import Rule, proportional, reduction_buffers, saturating, size_rules
 
 WRITTEN_OUT = 16  # micro-batches of a run of equal ones that each leave something behind; of a longer run, as many

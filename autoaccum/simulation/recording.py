@@ -12,16 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from .cuda_allocator.snapshot import CudaStart
 
-BUILD, FIRST, LATER, OPTIMIZER, BETWEEN = "build", "first", "later", "optimizer", "between"
-PHASES = (FIRST, LATER, OPTIMIZER, BETWEEN)
-PHASE_TITLES = {
-    BUILD: "build",
-    FIRST: "first micro-batch",
-    LATER: "later micro-batch",
-    OPTIMIZER: "optimizer step",
-    BETWEEN: "between windows",
-}
-
 
 class Event(NamedTuple):
     """One block handed out (`bytes` > 0, as requested) or taken back (`bytes` < 0).

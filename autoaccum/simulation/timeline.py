@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from ..phases import FIRST, LATER
 from ..plan import TimelinePart
 from .program import StepProgram, window
-from .recording import FIRST, LATER, Phase, kept_blocks
+from .recording import Phase, kept_blocks
 from .solver import Split
 
 MICRO_BATCHES = 3  # a fourth repeats the third

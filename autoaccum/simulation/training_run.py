@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from ..phases import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER
 from .cuda_allocator.allocator import EMPTY, CachingAllocator, CudaRules, CudaStart
 from .program import Score, Step, StepProgram, Writer, left_behind, made_for_good, score
-from .recording import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from .recording import Event, Phase, Recording
 
 MOST_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two stand for those to come
 

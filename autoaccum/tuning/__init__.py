@@ -1,4 +1,4 @@
-"""Tuning: what bf16, checkpointing, another layout or a fused optimizer would buy, at the same effective batch.
+"""Search configurations at a fixed effective batch.
 
     configuration.py  what is chosen beside the split          space.py    what is chosen from
     apply.py          a workload as a configuration says       blocks.py   checkpointing of repeated blocks
@@ -118,7 +118,7 @@ def tune(
         "workers": workers,
         "seed": seed,
     }
-    return read_tuned(call("tune", asked, on_message=progress, functions=functions)["tuned"])
+    return read_tuned(call("tuning.session:tune", asked, on_message=progress, functions=functions)["tuned"])
 
 
 def _source_of(function: Any) -> str | None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from ..configuration import Configuration
+from ..configuration import Configuration, sentence
 from .kept import keep_turns, read_trials, turns_kept
-from .result import MEASURED, Trial, sentence
+from .result import MEASURED, Trial
 from .study import Search
 from .turns import FEWEST, WARM_UP
 

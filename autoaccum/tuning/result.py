@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..configuration import Configuration, checkpointing_words
+from ..configuration import sentence
 from ..files.escape import one_line
 from ..files.json_text import to_json
 from ..plan import Plan, TimedSize
@@ -154,14 +154,6 @@ class Tuned:
             f"{rank:>4}  {seconds:>12}  {show_bytes(trial.peak_bytes or 0):>10}  {split:>14}  "
             f"{sentence(trial.configuration)}{marks}"
         )
-
-
-def sentence(values: Mapping[str, Any]) -> str:
-    """A configuration in one line, what is plain included, but for its micro-batch."""
-    configuration = Configuration.from_values(values)
-    words = configuration.words()
-    words.setdefault("checkpointing", checkpointing_words(0))
-    return ", ".join(words.values())
 
 
 def with_configuration(plan: Plan, winner: Trial, ranking: str, trials: tuple[Trial, ...], windows: str) -> Plan:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
 
-from ..budget import read_cpu_budget
 from ..configuration import Configuration, allocator_settings
+from ..devices.cpu.budget import read_cpu_budget
 from ..devices.virtual import planning_environment
 from ..errors import NotConfirmed
 from ..plan import Plan
@@ -50,6 +50,7 @@ def tune(
     Returns:
         `Tuned` as JSON.
     """
+    say({"say": "loading torch and the workload"})
     import torch  # noqa: F401  copies of this process then have it
 
     started = time.monotonic()
@@ -137,7 +138,7 @@ def _record(
     env = environment(configuration, asked["gpu"])
     with lock():
         said = _said(say, "recording")
-        return call("tuning_record", arguments, on_message=said, env=env, functions=to_hand_on())
+        return call("tuning.tasks:record", arguments, on_message=said, env=env, functions=to_hand_on())
 
 
 def environment(configuration: Configuration | None, gpu: str | None) -> dict[str, str] | None:
@@ -212,7 +213,7 @@ def _confirmed(
         }  # fmt: skip
         env, said = environment(configuration, asked["gpu"]), _said(say, "planning the winner")
         try:
-            found = call("tuning_plan", arguments, on_message=said, env=env, functions=to_hand_on())
+            found = call("tuning.tasks:plan", arguments, on_message=said, env=env, functions=to_hand_on())
         except NotConfirmed as error:
             refused[trial.number] = error.what
         else:

@@ -24,13 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..configuration import Configuration
+from ..configuration import Configuration, sentence
 from ..errors import AutoaccumError, DoesNotFit
 from ..processes import interrupts
 from ..units import show_bytes
 from .kept import read_trials, tell
 from .memory import Answer, Memory
-from .result import FAILED, MEASURED, MEMORY, PRUNED, RANKED, SAME, SECONDS, Trial, sentence
+from .result import FAILED, MEASURED, MEMORY, PRUNED, RANKED, SAME, SECONDS, Trial
 from .space import Choices, Values, combinations, neighbours, size_of
 
 if TYPE_CHECKING:

@@ -36,6 +36,7 @@ class Training:
 
 def timer(training: Training) -> Timer:
     """Times a configuration by itself, in a copy of this process."""
+    from ..devices.oom import is_out_of_memory
 
     def timed(configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
         def work() -> list[float]:
@@ -45,7 +46,7 @@ def timer(training: Training) -> Timer:
             return timed_windows(made, answer.split, best=best, from_loader=training.from_loader)
 
         try:
-            return in_copy(work, own_thread=False)
+            return in_copy(work, own_thread=False, is_out_of_memory=is_out_of_memory)
         except ForkFailed as error:
             raise RuntimeError(str(error)) from None
 

@@ -7,7 +7,7 @@ memory that is recorded, so nothing records a copy of it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..devices.cuda import workspaces
-from ..simulation.recording import BETWEEN, FIRST, LATER, OPTIMIZER
+from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, OnPhase
 from ..workload import Batch
 from . import cached_representations, fp32_accumulation, loss_terms
 from . import norms as batchnorm
@@ -23,9 +23,7 @@ from .context import Parts, autocast, encode, forward, open_parts
 from .loss_count import asked, window_count
 from .optimizer_step import optimizer_step
 
-__all__ = ["OnPhase", "Parts", "WindowResult", "forward", "open_parts", "run_between", "train_window"]
-
-OnPhase = Callable[[str], AbstractContextManager[Any]]
+__all__ = ["Parts", "WindowResult", "forward", "open_parts", "run_between", "train_window"]
 
 
 @dataclass(frozen=True)

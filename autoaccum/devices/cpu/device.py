@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ... import process_memory
-from ...budget import Budget, read_cpu_budget
+from ...budget import Budget
 from ...errors import UsageError
+from ...phases import FIRST, LATER, OnPhase
 from ...process_memory import Heap, read_heap
 from ...simulation.malloc import CpuRules, Replay, Start, in_use_peaks, mapping_bytes, replay
-from ...simulation.recording import FIRST, LATER, Phase, Recording
-from ...window.step import OnPhase
+from ...simulation.recording import Phase, Recording
+from .budget import read_cpu_budget
 from .recorder import apart, profiler_is_on, record
 
 __all__ = [

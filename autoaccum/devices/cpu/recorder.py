@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import torch
 
 from ...errors import UsageError
+from ...phases import OnPhase
 from ...processes.fork import ForkFailed, in_copy
 from ...simulation.recording import Event, Phase, Recording, name_blocks
-from ...window.step import OnPhase
+from ..oom import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ def apart(work: Callable[[], T]) -> T:
         UsageError: The copy can't do it.
     """
     try:
-        return in_copy(work)
+        return in_copy(work, is_out_of_memory=is_out_of_memory)
     except ForkFailed as error:
         raise UsageError(
             f"torch's profiler is on, and a forked copy of the process could not record ({error}).",

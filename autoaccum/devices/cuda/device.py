@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from ...errors import UsageError
+from ...phases import BUILD, OnPhase
 from ...simulation.cuda_allocator.allocator import CudaRules, CudaStart, replay_cuda
 from ...simulation.malloc import Replay, Start
-from ...simulation.recording import BUILD, Event, Phase, Recording, live_peak
+from ...simulation.recording import Event, Phase, Recording, live_peak
 from ...simulation.solver import Split
-from ...window.step import OnPhase
 from . import recorder
 from .budget import read_cuda_budget as read_budget
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from ...errors import UsageError
 from ...units import parse_bytes, show_bytes
-from ..virtual import VirtualGpu
 
 _MIB = 2**20
 # BERT's training on an H100 held 1219 to 1221 MiB beyond what torch reserves for it on the virtual GPU, whatever the
@@ -95,22 +94,6 @@ def find_gpu(name: str) -> Gpu:
         f"No GPU is known as {name!r}.",
         why,
         f"Name one like --gpu {example}; `autoaccum doctor --gpus` lists all of them.",
-    )
-
-
-def virtual_settings(gpu: Gpu, *, devices: int = 1) -> VirtualGpu:
-    """The virtual GPU that stands in for it, alone on its machine, with libraries loaded from the start.
-
-    Convolutions have the workspace that real ones showed (docs/ground-truth.md).
-    """
-    return VirtualGpu(
-        memory_bytes=gpu.total_bytes,
-        context_bytes=gpu.context_bytes + gpu.library_bytes,
-        devices=devices,
-        compute_capability=gpu.capability,
-        multiprocessors=gpu.multiprocessors,
-        name=gpu.device_name,
-        convolution_workspace="transposed",
     )
 
 

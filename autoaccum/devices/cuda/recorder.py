@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ...errors import UsageError
+from ...phases import FIRST, LATER
 from ...simulation.cuda_allocator.snapshot import CudaStart
-from ...simulation.recording import FIRST, LATER, Event, Phase, Recording, name_blocks
+from ...simulation.recording import Event, Phase, Recording, name_blocks
 from .workspaces import WORKSPACES, metadata
 
 _MARKS = itertools.count()  # each recording marks its events with a number of its own: older ones may be in the ring

@@ -1,9 +1,9 @@
-"""A GPU that isn't there: an unmodified CUDA build of PyTorch runs on it, and its memory is counted.
+"""Run an unmodified CUDA build of PyTorch on a virtual GPU.
 
     gpu = VirtualGpu(memory_bytes=4 * 2**30)
     launch([sys.executable, "train.py"], gpu).wait()
 
-or `python -m autoaccum.devices.virtual --memory 4GiB -- python train.py`. What is real and what is faked:
+or `autoaccum virtual-gpu --memory 4GiB -- python train.py`. What is real and what is faked:
 docs/virtual-gpu.md. A process on it reaches its controls through `autoaccum.devices.virtual.control`.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from .build import reason_against
 from .gpu import VirtualGpu
-from .launch import environment, launch, planning_environment
+from .launch import environment, launch
+from .stand_in import planning_environment
 
 __all__ = ["VirtualGpu", "available", "environment", "launch", "planning_environment"]
 

@@ -73,7 +73,7 @@ def _loaded() -> ctypes.CDLL:
         raise UsageError(
             "This process doesn't run on a virtual GPU.",
             "Its library isn't preloaded.",
-            "Start it with: python -m autoaccum.devices.virtual -- COMMAND",
+            "Start it with: autoaccum virtual-gpu -- COMMAND",
         )
     return ctypes.CDLL(None)
 

@@ -13,8 +13,6 @@ from ...errors import UsageError
 from .build import built_library
 from .gpu import VirtualGpu
 
-ANY_AMOUNT_BYTES = 1 << 41  # more than any one GPU has
-
 
 def environment(gpu: VirtualGpu, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment in which a process finds that GPU; its library is compiled first if need be.
@@ -36,25 +34,6 @@ def environment(gpu: VirtualGpu, base: Mapping[str, str] | None = None) -> dict[
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         told.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")  # Triton compiles its launcher against it, on any GPU
     return told
-
-
-def planning_environment(name: str | None, base: Mapping[str, str] | None = None) -> dict[str, str] | None:
-    """That of a virtual GPU which stands in for a named real one, with any amount of memory and no copies.
-
-    Args:
-        name: As in `--gpu`; None for no virtual GPU.
-        base: The environment to start from; left out: this process's.
-
-    Returns:
-        None where no GPU is named and none was given.
-    """
-    if name is None:
-        return None if base is None else dict(base)
-    from dataclasses import replace
-
-    from ..cuda.gpu_specs import find_gpu, virtual_settings
-
-    return environment(replace(virtual_settings(find_gpu(name)), memory_bytes=ANY_AMOUNT_BYTES, copies="zero"), base)
 
 
 def launch(command: Sequence[str], gpu: VirtualGpu, **popen_kwargs: Any) -> subprocess.Popen[Any]:

@@ -1,4 +1,4 @@
-"""The workloads that come along: real models on real data, without a download."""
+"""Provide the built-in workloads."""
 
 from __future__ import annotations
 

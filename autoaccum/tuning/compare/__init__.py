@@ -1,4 +1,4 @@
-"""What a plan is worth on the user's own model: candidates, each trained for a few windows under the budget.
+"""Compare a plan with what people use today.
 
     candidates.py  what is compared                     trial.py   trains one, in a child process
     compare.py     plans, trains all, one after another  page.py    the results as a table and as a page

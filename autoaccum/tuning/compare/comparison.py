@@ -53,7 +53,7 @@ def compare(
     _say(say, "planning")
     plan = Plan.from_json(
         call(
-            "plan",
+            "planning.tasks:plan",
             asked | {"target_batch": target_batch, "max_micro_batch": None, "verify": True, "timing_seconds": 0},
             on_message=say,
         )["plan"]
@@ -110,7 +110,7 @@ def _train(candidate: Candidate, plan: Plan, asked: dict[str, Any], windows: int
         "halves": candidate.halves, "plan": None if own is None else own.to_json(),
     }  # fmt: skip
     try:
-        told = call("bench", arguments, on_message=say)
+        told = call("tuning.compare.trial:run", arguments, on_message=say)
     except AutoaccumError as error:
         ooms = int(type(error).__name__ == "OutOfMemory")
         return Trained(candidate.name, candidate.micro_batch, candidate.steps, 0, ooms=ooms, why=error.what, **known)

@@ -42,6 +42,7 @@ def run(
     device: str,
 ) -> dict[str, Any]:
     """Trains a candidate; returns `candidates.Trained`'s fields, without its name and what the caller knows."""
+    say({"say": "loading torch and the workload"})
     from ...processes.workload_source import load_workload
 
     read = Plan.from_json(plan) if plan is not None else None
