@@ -8,7 +8,7 @@ DEFAULT_HEADROOM = "10%"  # of what the machine has free, where nobody named a l
 
 
 @dataclass(frozen=True)
-class Term:
+class BudgetItem:
     """One number of a budget and where it comes from."""
 
     name: str
@@ -31,5 +31,5 @@ class Budget:
     bytes: int
     limit_bytes: int
     headroom_bytes: int
-    terms: tuple[Term, ...]
+    terms: tuple[BudgetItem, ...]
     binds: str

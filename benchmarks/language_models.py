@@ -34,7 +34,7 @@ from autoaccum.data import tree
 from autoaccum.data.split import tile
 from autoaccum.devices import virtual
 from autoaccum.errors import DoesNotFit
-from autoaccum.planning.evidence import SCOUT
+from autoaccum.planning.observe import SCOUT
 from autoaccum.planning.predictor_virtual import EmptySubject
 from autoaccum.simulation.solver import CAPACITY_MARGIN
 from autoaccum.window import step
@@ -194,16 +194,16 @@ def planned(of: Case, model: torch.nn.Module) -> dict[str, Any]:
 def trained(of: Case, model: torch.nn.Module, split: Sequence[int], keeps: bool, *, by_hand: bool) -> dict[str, Any]:
     """What windows of a split come to in a fresh process."""
     work = workload(of, model.cuda())
-    parts = step.open_parts(work)
-    parts.keeps_workspaces = keeps
+    context = step.open_context(work)
+    context.keeps_workspaces = keeps
     if by_hand:
         pieces = [tile(work.sample, size) for size in split]
         for _ in range(WINDOWS):
-            _loop(parts, pieces)
+            _loop(context, pieces)
     else:
-        subject = EmptySubject(parts, work, None, None)  # type: ignore[arg-type]
+        subject = EmptySubject(context, work, None, None)  # type: ignore[arg-type]
         for _ in range(WINDOWS):
-            step.train_window(parts, [subject.tile(size) for size in split], split)
+            step.train_window(context, [subject.tile(size) for size in split], split)
     return {
         "reserved": torch.cuda.max_memory_reserved(),
         "ooms": count("num_ooms"),
@@ -211,17 +211,17 @@ def trained(of: Case, model: torch.nn.Module, split: Sequence[int], keeps: bool,
     }
 
 
-def _loop(parts: step.Parts, pieces: Sequence[Any]) -> None:
+def _loop(context: step.TrainingContext, pieces: Sequence[Any]) -> None:
     """A window as it is written by hand."""
     for piece in pieces:
-        batch = tree.to_device(piece, parts.device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=parts.autocast_dtype is not None):
-            loss = parts.loss(parts.model, batch)
+        batch = tree.to_device(piece, context.device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=context.autocast_dtype is not None):
+            loss = context.loss(context.model, batch)
         (loss / len(pieces)).backward()
-    if parts.clip_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), parts.clip_grad_norm)
-    parts.optimizer.step()
-    parts.optimizer.zero_grad()
+    if context.clip_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(context.model.parameters(), context.clip_grad_norm)
+    context.optimizer.step()
+    context.optimizer.zero_grad()
 
 
 def row(of: Case) -> dict[str, Any]:

@@ -257,8 +257,8 @@ def by_autoaccum(case: Case, how: str | None) -> Done:
     runner = Runner(work, plan)
     for _ in runner.epoch(loader):
         pass
-    assert isinstance(runner.parts.optimizer, Capture)
-    return Done(runner.parts.optimizer.seen, verdict.words)
+    assert isinstance(runner.context.optimizer, Capture)
+    return Done(runner.context.optimizer.seen, verdict.words)
 
 
 def _counted_loss(case: Case) -> Callable[[nn.Module, Batch], Any]:

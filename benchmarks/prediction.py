@@ -45,7 +45,7 @@ def measure(name: str, n: int) -> dict[str, Any]:
     device.clean()
     before = device.read_heap()
     measured = device.measure(lambda: _train(subject, n))
-    subject.parts.optimizer.state.clear()
+    subject.context.optimizer.state.clear()
     device.clean()
     return {
         "base": device.read_base(before).bytes,
@@ -73,13 +73,13 @@ def limited(name: str, n: int, limit_bytes: int) -> dict[str, Any]:
 
 def _subject(name: str) -> Any:
     from autoaccum.devices.cpu import device
-    from autoaccum.planning.evidence import Subject
+    from autoaccum.planning.observe import RecordingTarget
     from autoaccum.window import step
 
     from .models import make
 
     workload = make(name)
-    return Subject(step.open_parts(workload), workload, device, device.prepare())
+    return RecordingTarget(step.open_context(workload), workload, device, device.prepare())
 
 
 def _train(subject: Any, n: int) -> None:
@@ -87,7 +87,7 @@ def _train(subject: Any, n: int) -> None:
     from autoaccum.window import step
 
     for steps in (1, STEPS, STEPS):
-        step.train_window(subject.parts, [subject.tile(n) for _ in range(steps)], (n,) * steps)
+        step.train_window(subject.context, [subject.tile(n) for _ in range(steps)], (n,) * steps)
 
 
 def _in_process(*arguments: object) -> dict[str, Any]:

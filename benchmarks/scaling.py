@@ -134,22 +134,26 @@ def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> l
     from autoaccum.devices.cpu import device
     from autoaccum.planning import predictor_cpu
     from autoaccum.planning import verify as answer
-    from autoaccum.planning.request import read_wish
+    from autoaccum.planning.request import read_request
 
     from .speed import recorded_program
 
-    workload, subject, observed, budget = recorded_program(blocks)
+    workload, subject, evidence, budget = recorded_program(blocks)
     rows = []
     for target in targets:
         device.clean()  # as planning does before it reads the base
-        outlook = predictor_cpu.look(
-            subject, read_wish(workload, target, budget, None, None, None, 0, 1), observed, sample_bytes=0, own_bytes=0
+        predictor = predictor_cpu.look(
+            subject,
+            read_request(workload, target, budget, None, None, None, 0, 1),
+            evidence,
+            sample_bytes=0,
+            own_bytes=0,
         )
         seconds = []
         for _ in range(repeats):
-            observed._replays.clear()
+            evidence._replays.clear()
             started = time.perf_counter()
-            solution = answer.solve(outlook)
+            solution = answer.solve(predictor)
             seconds.append(time.perf_counter() - started)
         assert solution is not None and sum(solution.split) == target
         row = {"steps": len(solution.split), "micro-batch": solution.split[0], "splits tried": solution.tried}

@@ -55,7 +55,7 @@ def alternate(name: str, samples: int, steps: int, windows: int = WINDOWS) -> di
             if kind == "runner":
                 runner.step(batch)
             else:
-                tutorial_loop(runner.parts.model, runner.parts.optimizer, pieces)
+                tutorial_loop(runner.context.model, runner.context.optimizer, pieces)
             seconds[kind].append(time.perf_counter() - started)
     pairs = zip(seconds["runner"][WARM_UP:], seconds["loop"][WARM_UP:], strict=True)
     return {kind: statistics.median(times[WARM_UP:]) for kind, times in seconds.items()} | {
@@ -72,12 +72,12 @@ def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) 
     from .models import make
 
     workload = make(name)
-    parts = step.open_parts(workload)
+    context = step.open_context(workload)
     pieces = split.split(split.tile(workload.sample, samples), balanced(samples, steps))
     seconds = []
     for _ in range(WARM_UP + windows):
         started = time.perf_counter()
-        tutorial_loop(parts.model, parts.optimizer, pieces)
+        tutorial_loop(context.model, context.optimizer, pieces)
         seconds.append(time.perf_counter() - started)
     return {"loop": statistics.median(seconds[WARM_UP:])}
 
@@ -86,7 +86,7 @@ def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
     """A workload, its subject, what was observed of it, and a budget for some samples; 24 blocks: 10,000 events."""
     from autoaccum import Workload
     from autoaccum.devices.cpu import device
-    from autoaccum.planning import evidence, schedule
+    from autoaccum.planning import observe, schedule
     from autoaccum.window import step
 
     from .models import Block
@@ -97,26 +97,28 @@ def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
     model = nn.Sequential(*[Block(32, 2) for _ in range(blocks)])
     sample = torch.randn(2, 16, 32), torch.randn(2, 16, 32)
     workload = Workload(model, sample, loss=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
-    subject = evidence.Subject(step.open_parts(workload), workload, device, device.prepare(), before=device.read_heap())
-    observed = evidence.Observed()
-    schedule.approach(subject, observed, lambda found: schedule.Guess(0, 0), lambda found, n: True)
+    subject = observe.RecordingTarget(
+        step.open_context(workload), workload, device, device.prepare(), before=device.read_heap()
+    )
+    evidence = observe.Evidence()
+    schedule.approach(subject, evidence, lambda found: schedule.Guess(0, 0), lambda found, n: True)
     device.clean()
-    return workload, subject, observed, device.read_base(subject.before).bytes + 200 * 2**20
+    return workload, subject, evidence, device.read_base(subject.before).bytes + 200 * 2**20
 
 
 def solving() -> dict[str, Any]:
     """Seconds to solve for a recorded program of 10,000 events or more."""
     from autoaccum.planning import predictor_cpu, verify
-    from autoaccum.planning.request import read_wish
+    from autoaccum.planning.request import read_request
 
-    workload, subject, observed, budget = recorded_program()
-    events = sum(len(steps) for steps in observed.program().phases.values())
-    wish = read_wish(workload, 512, budget, None, None, None, 0, 1)
-    outlook = predictor_cpu.look(subject, wish, observed, sample_bytes=4096, own_bytes=0)
+    workload, subject, evidence, budget = recorded_program()
+    events = sum(len(steps) for steps in evidence.program().phases.values())
+    request = read_request(workload, 512, budget, None, None, None, 0, 1)
+    predictor = predictor_cpu.look(subject, request, evidence, sample_bytes=4096, own_bytes=0)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        solution = verify.solve(outlook)
+        solution = verify.solve(predictor)
         seconds.append(time.perf_counter() - started)
     assert solution is not None
     median, low, high = statistics.median(seconds), min(seconds), max(seconds)

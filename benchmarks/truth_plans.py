@@ -34,20 +34,20 @@ def counted() -> Iterator[dict[str, int]]:
     inner, verify = step.train_window, answer._run_for_real
     verifying = False
 
-    def train_window(parts: Any, pieces: Any, sizes: Sequence[int], **how: Any) -> Any:
+    def train_window(context: Any, pieces: Any, sizes: Sequence[int], **how: Any) -> Any:
         if verifying:
             found["verified samples"] += sum(sizes)
         else:
             found["passes"] += len(sizes)
             found["samples"] += sum(sizes)
-        return inner(parts, pieces, sizes, **how)
+        return inner(context, pieces, sizes, **how)
 
-    def run_for_real(outlook: Any, split: Split) -> Any:
+    def run_for_real(predictor: Any, split: Split) -> Any:
         nonlocal verifying
         verifying = True
         found["verifications"] += 1
         try:
-            return verify(outlook, split)
+            return verify(predictor, split)
         finally:
             verifying = False
 
@@ -66,7 +66,7 @@ def only_the_plan() -> Iterator[None]:
     """
     setting_for, table = fit.setting_for, build_plan._table
     fit.setting_for = lambda device: replace(setting_for(device), subject=EmptySubject)
-    build_plan._table = lambda outlook, split, largest: ()
+    build_plan._table = lambda predictor, split, largest: ()
     try:
         yield
     finally:
@@ -87,9 +87,9 @@ def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bo
     limit(case.capacity_bytes)
     work = workload(case, truth.model.cuda(), truth.batch)
     if state:
-        parts = step.open_parts(work)
-        work = replace(work, optimizer=parts.optimizer)
-        step.train_window(parts, [cutting.tile(work.sample, 2)], (2,))
+        context = step.open_context(work)
+        work = replace(work, optimizer=context.optimizer)
+        step.train_window(context, [cutting.tile(work.sample, 2)], (2,))
     started, reserved = time.perf_counter(), torch.cuda.memory_reserved()
     try:
         with counted() as counts, only_the_plan():
@@ -100,9 +100,9 @@ def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bo
     ooms, left = count("num_ooms"), torch.cuda.memory_reserved()
     if less:
         control.set_other(0, control.stats(0).other_bytes + case.capacity_bytes - truth.usable_bytes)
-    parts = step.open_parts(work)
-    parts.keeps_workspaces = plan.keeps_workspaces
-    here = train(work, parts, plan.split)
+    context = step.open_context(work)
+    context.keeps_workspaces = plan.keeps_workspaces
+    here = train(work, context, plan.split)
     return {
         "split": plan.split,
         "largest": plan.largest_micro_batch,

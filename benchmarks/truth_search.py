@@ -71,17 +71,17 @@ class Tried:
         return not self.ooms and not any(self.retries)
 
 
-def train(work: Workload, parts: step.Parts, split: Split, windows: int = MOST_WINDOWS) -> Tried:
+def train(work: Workload, context: step.TrainingContext, split: Split, windows: int = MOST_WINDOWS) -> Tried:
     """Trains windows until they are done, or it is clear that the split doesn't fit."""
     retries: list[int] = []
     before = count("num_ooms")
     torch.cuda.reset_peak_memory_stats()
-    subject = EmptySubject(parts, work, device, None)
+    subject = EmptySubject(context, work, device, None)
     pieces = {size: subject.tile(size) for size in set(split)}
     for index in range(windows):
         retried = count("num_alloc_retries")
         try:
-            step.train_window(parts, [pieces[size] for size in split], split)
+            step.train_window(context, [pieces[size] for size in split], split)
         except RuntimeError as error:
             if not oom.is_out_of_memory(error):
                 raise
@@ -133,9 +133,9 @@ class Truth:
             torch._C._accelerator_setAllocatorSettings(settings)
         limit(capacity_bytes)
         work = workload(self.case, self.model.cuda(), self.batch)
-        parts = step.open_parts(work)
-        parts.keeps_workspaces = kept
-        found = train(work, parts, split, windows)
+        context = step.open_context(work)
+        context.keeps_workspaces = kept
+        found = train(work, context, split, windows)
         return found.ooms, found.retries, found.peak_bytes, found.live_bytes
 
     @property

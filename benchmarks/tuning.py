@@ -84,14 +84,14 @@ def alternate(model: str, contenders: dict[str, dict[str, Any]], windows: int = 
     for name, contender in contenders.items():
         workload = configure(getattr(tuned_models, model)(), Configuration.from_values(contender["configuration"]))
         pieces = {size: split.tile(workload.sample, size) for size in set(contender["split"])}
-        ready[name] = step.open_parts(workload), [pieces[size] for size in contender["split"]], contender["split"]
+        ready[name] = step.open_context(workload), [pieces[size] for size in contender["split"]], contender["split"]
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     names = list(ready)
     for number in range(WARM_UP + windows):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            parts, batches, sizes = ready[name]
+            context, batches, sizes = ready[name]
             started = time.perf_counter()
-            step.train_window(parts, batches, sizes)
+            step.train_window(context, batches, sizes)
             seconds[name].append(time.perf_counter() - started)
     return {name: times[WARM_UP:] for name, times in seconds.items()}
 

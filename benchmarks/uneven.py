@@ -21,7 +21,7 @@ from autoaccum import fit_plan
 from autoaccum.devices import virtual
 from autoaccum.devices.virtual.control import is_virtual
 from autoaccum.planning import build_plan, verify
-from autoaccum.planning.predictor_cuda import CudaOutlook
+from autoaccum.planning.predictor_cuda import CudaPredictor
 from autoaccum.simulation import solver
 from autoaccum.simulation.solver import Solution, largest_micro_batch
 
@@ -79,10 +79,10 @@ def counted(case: Case) -> list[float]:
     """Asks one model all questions; what `Count` holds, in its order."""
     found = Count()
 
-    def ask(outlook: CudaOutlook, *_: object, **__: object) -> None:
+    def ask(predictor: CudaPredictor, *_: object, **__: object) -> None:
         for index in range(CAPACITIES):
             capacity = int(case.capacity_bytes * (1 - 0.025 * index))
-            _ask_all(replace(outlook, budget=replace(outlook.budget, bytes=capacity)), found)
+            _ask_all(replace(predictor, budget=replace(predictor.budget, bytes=capacity)), found)
         raise _Recorded
 
     limit(case.capacity_bytes)
@@ -93,12 +93,12 @@ def counted(case: Case) -> list[float]:
     return list(vars(found).values())
 
 
-def _ask_all(outlook: CudaOutlook, found: Count) -> None:
+def _ask_all(predictor: CudaPredictor, found: Count) -> None:
     largest = largest_micro_batch(
-        outlook.fits_surely, outlook.later_floor, budget_bytes=outlook.usable_bytes, most=MOST
+        predictor.fits_surely, predictor.later_floor, budget_bytes=predictor.usable_bytes, most=MOST
     )
     for target in sorted({max(2, int(largest * load)) for load in LOADS if largest}):
-        asked = replace(outlook, wish=replace(outlook.wish, samples=target, target_batch=target, most=target))
+        asked = replace(predictor, request=replace(predictor.request, samples=target, target_batch=target, most=target))
         with mock.patch.object(solver, "uneven", lambda *_, **__: iter(())):
             balanced = verify.solve(asked)
         started = time.process_time()  # the balanced splits are remembered: what is left are the others

@@ -23,22 +23,23 @@ from unittest import mock
 
 import torch
 
-from autoaccum.budget import Budget, Term
+from autoaccum.budget import Budget, BudgetItem
 from autoaccum.devices.cpu import device as cpu
 from autoaccum.devices.cuda import device as cuda
 from autoaccum.errors import DoesNotFit
+from autoaccum.phases import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER
 from autoaccum.plan import Plan, RecordingNote, TimedSize
 from autoaccum.planning import build_plan, verify
-from autoaccum.planning.evidence import Observed, Subject
-from autoaccum.planning.predictor_cpu import DEFAULT_MALLOC_SLACK, CpuOutlook
-from autoaccum.planning.predictor_cuda import CudaOutlook
-from autoaccum.planning.request import Wish
+from autoaccum.planning.observe import Evidence, RecordingTarget
+from autoaccum.planning.predictor_cpu import DEFAULT_MALLOC_SLACK, CpuPredictor
+from autoaccum.planning.predictor_cuda import CudaPredictor
+from autoaccum.planning.request import PlanRequest
 from autoaccum.planning.timing import Times
 from autoaccum.simulation.breakdown import CATEGORIES
 from autoaccum.simulation.cuda_allocator.allocator import CudaRules
-from autoaccum.simulation.cuda_allocator.snapshot import CudaBlock, CudaSegment, CudaStart
-from autoaccum.simulation.malloc import Start
-from autoaccum.simulation.recording import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER, Event, Phase, Recording
+from autoaccum.simulation.cuda_allocator.snapshot import AllocatorState, CudaBlock, CudaSegment
+from autoaccum.simulation.malloc import HeapState
+from autoaccum.simulation.recording import Event, Phase, Recording
 from autoaccum.window import step
 from autoaccum.workload import Workload
 
@@ -78,9 +79,9 @@ def read_recording(data: Flat) -> Recording:
     return Recording(data["micro_batch"], phases, data["passes"], seconds=1.0, workspaces=kept)
 
 
-def read_start(segments: list[list[Any]]) -> CudaStart:
+def read_start(segments: list[list[Any]]) -> AllocatorState:
     """What a caching allocator held when its model had been recorded."""
-    return CudaStart(tuple(CudaSegment(*s[:5], tuple(CudaBlock(*block) for block in s[5])) for s in segments))
+    return AllocatorState(tuple(CudaSegment(*s[:5], tuple(CudaBlock(*block) for block in s[5])) for s in segments))
 
 
 def read_source(name: str) -> Flat:
@@ -164,14 +165,14 @@ def questions() -> Iterator[Question]:
 # -- answers
 
 
-def observed_of(data: Flat, setting: str) -> Observed:
+def observed_of(data: Flat, setting: str) -> Evidence:
     """What was recorded, as planning knows it; for one setting, since replays are remembered there."""
     first = read_recording(data["first_step"])
-    observed = Observed(first_step=first, prelude=tuple(event for phase in first.phases for event in phase.events))
-    observed.know(map(read_recording, data["recordings"]))
-    observed.notes = [RecordingNote(n, passes, 1.0, took, said) for n, passes, took, said in data["notes"]]
-    observed.unrecorded_bytes = 0 if setting == "default" else data["unrecorded_bytes"]
-    return observed
+    evidence = Evidence(first_step=first, prelude=tuple(event for phase in first.phases for event in phase.events))
+    evidence.know(map(read_recording, data["recordings"]))
+    evidence.notes = [RecordingNote(n, passes, 1.0, took, said) for n, passes, took, said in data["notes"]]
+    evidence.unrecorded_bytes = 0 if setting == "default" else data["unrecorded_bytes"]
+    return evidence
 
 
 class Plain(torch.optim.Optimizer):
@@ -181,46 +182,48 @@ class Plain(torch.optim.Optimizer):
         self.param_groups, self.state = [{"params": list(parameters)}], {}
 
 
-def subject_of(data: Flat, setting: str) -> Subject:
+def subject_of(data: Flat, setting: str) -> RecordingTarget:
     """A stand-in for what was recorded: a model of one tensor with as many bytes, and a sample of any form."""
     model = torch.nn.Module()
     model.weight = torch.nn.Parameter(torch.empty(data["parameter_bytes"] // 4, device="meta"))
     sample = torch.zeros(2, 1), torch.zeros(2, 1)
     work = Workload(torch.nn.Linear(1, 1), sample, optimizer=Plain)
-    parts = replace(step.open_parts(work), model=model, device=torch.device(data["device"]))
+    context = replace(step.open_context(work), model=model, device=torch.device(data["device"]))
     threshold = data["mmap_threshold_bytes"] if setting != "default" else None
-    return Subject(parts, work, cpu if data["device"] == "cpu" else cuda, threshold)
+    return RecordingTarget(context, work, cpu if data["device"] == "cpu" else cuda, threshold)
 
 
-def outlook_of(question: Question, data: Flat, observed: Observed) -> CpuOutlook | CudaOutlook:
+def outlook_of(question: Question, data: Flat, evidence: Evidence) -> CpuPredictor | CudaPredictor:
     """What planning knows when it solves."""
     setting, base, total = question.setting, data["base_bytes"], data["base_bytes"] + question.room * MiB
-    budget = Budget(total, total, 0, (Term("asked", total, "you named it"), Term("headroom", 0, "none")), "asked")
+    budget = Budget(
+        total, total, 0, (BudgetItem("asked", total, "you named it"), BudgetItem("headroom", 0, "none")), "asked"
+    )
     most = min(question.most, question.target or question.most)
-    wish = Wish(question.target, question.target, 1, None, None, question.least, most)
+    request = PlanRequest(question.target, question.target, 1, None, None, question.least, most)
     subject = subject_of(data, setting)
     if data["device"] == "cpu":
         slack = DEFAULT_MALLOC_SLACK if setting == "default" else 0.0
-        fresh, here = map(Start, data["holes"])
+        fresh, here = map(HeapState, data["holes"])
         sample = data["sample_bytes"]
-        return CpuOutlook(subject, wish, observed, base, budget, sample, slack, fresh, here, data["own_bytes"])
+        return CpuPredictor(subject, request, evidence, base, budget, sample, slack, fresh, here, data["own_bytes"])
     rules = CudaRules.from_settings(setting, device_bytes=2 * total)
     start, build = read_start(data["start"]), read_events(data["build"])
-    return CudaOutlook(subject, wish, observed, base, budget, data["sample_bytes"], 0.0, build, start, rules)
+    return CudaPredictor(subject, request, evidence, base, budget, data["sample_bytes"], 0.0, build, start, rules)
 
 
-def plan_of(question: Question, data: Flat, observed: Observed) -> Plan:
+def plan_of(question: Question, data: Flat, evidence: Evidence) -> Plan:
     """The plan that answers a question.
 
     Raises:
         DoesNotFit: Nothing does.
     """
-    outlook = outlook_of(question, data, observed)
-    solution, _ = verify.solve_and_verify(outlook, lambda: None, verify=False, compiles=False)
+    predictor = outlook_of(question, data, evidence)
+    solution, _ = verify.solve_and_verify(predictor, lambda: None, verify=False, compiles=False)
     measured, timed = None, Times((), "not timed")
     if question.measured:
-        took = outlook.peak_bytes(solution.split, "here")
-        on_cpu = {"increment_bytes": took - outlook.base_bytes, "resident_bytes": took // 2, "system_share": 0.25}
+        took = predictor.peak_bytes(solution.split, "here")
+        on_cpu = {"increment_bytes": took - predictor.base_bytes, "resident_bytes": took // 2, "system_share": 0.25}
         measured = SimpleNamespace(
             peak_bytes=took, allocated_bytes=took - MiB, retries=(0, 0, 0), seconds=2.5, recording=None, **on_cpu
         )
@@ -229,7 +232,7 @@ def plan_of(question: Question, data: Flat, observed: Observed) -> Plan:
         timed = Times(tuple(TimedSize(n, 1 + 1 / n, 6, (1 + 1 / n,) * 6) for n in sizes), "made up")
     named = mock.patch.object(torch.cuda, "get_device_name", lambda device: "a GPU")
     with named, mock.patch.object(torch.cuda.memory, "_snapshot", dict):
-        plan = build_plan.plan(outlook, solution, measured, outlook.subject.workload, [], timed)
+        plan = build_plan.plan(predictor, solution, measured, predictor.subject.workload, [], timed)
     return replace(plan, environment={}, fingerprint={})
 
 
@@ -238,7 +241,7 @@ def answers() -> tuple[Flat, Flat]:
     numbers: Flat = {}
     words: Flat = {}
     sources = {name: read_source(name) for name in ("mlp", "transformer", "llama", "cnn")}
-    known: dict[tuple[str, str], Observed] = {}
+    known: dict[tuple[str, str], Evidence] = {}
     for question in questions():
         data = sources[question.source]
         key = question.source, question.setting
@@ -287,8 +290,8 @@ def numbers_of(plan: Plan) -> Flat:
             for row in plan.peaks
         },
         "composition": {
-            PHASE_NAMES[name]: {KIND_NAMES[kind]: size for kind, size in parts.items()}
-            for name, parts in plan.composition.items()
+            PHASE_NAMES[name]: {KIND_NAMES[kind]: size for kind, size in context.items()}
+            for name, context in plan.composition.items()
         },
         "timeline": [[PHASE_NAMES[p.phase], p.micro_batch, p.events, list(p.bytes)] for p in plan.timeline],
         "recordings": [[n.micro_batch, n.passes, n.measured_bytes, n.predicted_bytes] for n in plan.recordings],

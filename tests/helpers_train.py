@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from autoaccum import Plan, Runner, Workload, fit_plan
 from autoaccum.simulation.solver import split_within
 from autoaccum.window.fingerprint import fingerprint, signature
-from autoaccum.window.step import open_parts
+from autoaccum.window.step import open_context
 
 FP64, FP32 = 1e-12, 1e-5  # relative L2 of a gradient against one whole batch's
 NAIVE = 0.05  # what the usual mistakes differ by at least, in the cases chosen here
@@ -160,10 +160,10 @@ def gradients(model: nn.Module, loss: Callable[[nn.Module, Any], Any], batch: An
     return [p.grad for p in twin.parameters() if p.grad is not None]
 
 
-def mean_of(parts: Sequence[Gradients], weights: Sequence[float] | None = None) -> Gradients:
+def mean_of(context: Sequence[Gradients], weights: Sequence[float] | None = None) -> Gradients:
     """The weighted sum of gradients; the plain mean where no weights are given: the usual mistake."""
-    factors = weights or [1 / len(parts)] * len(parts)
-    return [sum(w * g for w, g in zip(factors, column, strict=True)) for column in zip(*parts, strict=True)]
+    factors = weights or [1 / len(context)] * len(context)
+    return [sum(w * g for w, g in zip(factors, column, strict=True)) for column in zip(*context, strict=True)]
 
 
 def distance(got: Gradients, want: Gradients) -> float:
@@ -195,7 +195,7 @@ def plan_for(work: Workload, target: int, micro_batch: int) -> Plan:
         accumulation_steps=len(split),
         split=split,
         signature=signature(work.sample),
-        fingerprint=fingerprint(open_parts(replace(work, scheduler=None))),
+        fingerprint=fingerprint(open_context(replace(work, scheduler=None))),
     )
 
 
@@ -207,7 +207,7 @@ def runner_for(work: Workload, target: int, micro_batch: int) -> Runner:
 
 def seen(runner: Runner) -> list[Gradients]:
     """The gradients that each optimizer step was given."""
-    optimizer = runner.parts.optimizer
+    optimizer = runner.context.optimizer
     assert isinstance(optimizer, Capture)
     return optimizer.seen
 

@@ -211,16 +211,16 @@ def train(case: tuple[str, str, str], on_phase: OnPhase) -> None:
     make, batch, n = MODELS[model]
     with on_phase("build"):
         built = make().cuda()
-        parts = step.open_parts(
+        context = step.open_context(
             Workload(
                 built, batch(2), optimizer=OPTIMIZERS[optimizer], precision=precision,
                 scaler=torch.amp.GradScaler("cuda") if precision == "fp16" else None, clip_grad_norm=1.0,
             )
         )  # fmt: skip
-        parts.loss_is_mean = True
-        parts.asked_for_denominator = parts.has_begun = True  # or the cache would be given back, in no event
+        context.loss_is_mean = True
+        context.asked_for_denominator = context.has_begun = True  # or the cache would be given back, in no event
     for _ in range(3):
-        step.train_window(parts, split.split(batch(2 * n - 1), (n, n - 1)), (n, n - 1), on_phase=on_phase)
+        step.train_window(context, split.split(batch(2 * n - 1), (n, n - 1)), (n, n - 1), on_phase=on_phase)
 
 
 def set_settings(text: str) -> None:

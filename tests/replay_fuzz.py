@@ -18,7 +18,7 @@ import torch
 from autoaccum.devices.virtual import control
 from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator, CudaRules
 from autoaccum.simulation.cuda_allocator.settings import MiB
-from autoaccum.simulation.cuda_allocator.snapshot import CudaStart
+from autoaccum.simulation.cuda_allocator.snapshot import AllocatorState
 from autoaccum.simulation.recording import Event, Phase
 
 SETTINGS = [
@@ -94,7 +94,7 @@ def one(seed: int, setting: str) -> dict[str, int]:
     name, ran_out, retries, begun = 0, 0, figures()[2], rng.random() < 0.5 and "garbage" not in setting
     for place in range(EVENTS):
         if place == 50 and begun:  # go on from a snapshot
-            found = CudaStart.from_snapshot(torch.cuda.memory_snapshot())
+            found = AllocatorState.from_snapshot(torch.cuda.memory_snapshot())
             allocator, retries = CachingAllocator(rules, found), figures()[2]
             live = [(Event(-real.tensors[e.block].data_ptr(), e.bytes, e.stream), side) for e, side in live]
             real.tensors = {-tensor.data_ptr(): tensor for tensor in real.tensors.values()}

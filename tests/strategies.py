@@ -16,7 +16,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from autoaccum.budget import Budget, Term
+from autoaccum.budget import Budget, BudgetItem
 from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.plan import LeafForm, PeakRow, Plan, RecordingNote, TimedSize, TimelinePart
 from autoaccum.simulation.program import Step, StepProgram
@@ -224,7 +224,7 @@ def made_up_plan(**changes: Any) -> Plan:
             2000 * mib,
             2100 * mib,
             100 * mib,
-            (Term("asked", 2100 * mib, "you named it"), Term("headroom", 1, "5%")),
+            (BudgetItem("asked", 2100 * mib, "you named it"), BudgetItem("headroom", 1, "5%")),
             "asked",
         ),
         "base_bytes": 300 * mib,
@@ -309,7 +309,7 @@ def plans(draw: st.DrawFn) -> Plan:
     binds = draw(st.text())
     measured = draw(st.none() | size)
     budget = Budget(
-        draw(size), draw(size), draw(st.integers(0, 2**62)), (Term(binds, draw(size), draw(st.text())),), binds
+        draw(size), draw(size), draw(st.integers(0, 2**62)), (BudgetItem(binds, draw(size), draw(st.text())),), binds
     )
     return made_up_plan(
         target_batch=share * ranks + draw(st.integers(1 - ranks, ranks - 1)),

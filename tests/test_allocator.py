@@ -14,7 +14,7 @@ from autoaccum.simulation.malloc import (
     ALIGNMENT_BYTES,
     MAPPING_OVERHEAD_BYTES,
     CpuRules,
-    Start,
+    HeapState,
     in_use_peaks,
     mapping_bytes,
     replay,
@@ -111,7 +111,7 @@ def test_free_bytes_of_the_heap_are_used_first_and_no_more_than_there_are(
     truth: Truth, split: list[int], rules: CpuRules, free: int
 ) -> None:
     phases = window(truth.program(), split)
-    empty, holes = replay(phases, rules), replay(phases, rules, Start(free))
+    empty, holes = replay(phases, rules), replay(phases, rules, HeapState(free))
     assert empty.peak_bytes - free <= holes.peak_bytes <= empty.peak_bytes
     if rules.mmap_threshold_bytes is None:
         assert holes.peak_bytes == empty.peak_bytes
@@ -175,7 +175,7 @@ def test_unrecorded_blocks_are_in_the_heap_during_micro_batches_only(
 
 def test_unrecorded_blocks_fill_holes_like_any_small_block() -> None:
     phases = [Phase("first", (Event(1, 2**20),))]
-    peaks = [replay(phases, CpuRules(THRESHOLD, 5000), Start(free)).peak_bytes for free in (0, 2000, 5000, 9000)]
+    peaks = [replay(phases, CpuRules(THRESHOLD, 5000), HeapState(free)).peak_bytes for free in (0, 2000, 5000, 9000)]
     assert peaks == [mapping_bytes(2**20) + above for above in (5000, 3000, 0, 0)]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from autoaccum import LossTerms, Workload, fit_plan
 from autoaccum.exactness import arrangements, check, test_batches
-from autoaccum.exactness.compare import Twin
+from autoaccum.exactness.compare import FunctionalCopy
 from autoaccum.plan import PeakRow
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -162,7 +162,7 @@ def test_where_samples_meet_without_a_trace_in_the_gradient_more_is_tried() -> N
     """Only there: it takes three passes for each further arrangement."""
     for name, depends in (("a maximum that cancels out", True), ("hinge", False), ("a penalty apart", False)):
         work = Workload(classifier(), sample("mixed"), loss=HONEST[name])
-        found = arrangements.tried(work, Twin(work.model, work.loss, dtype=torch.float64), 16)
+        found = arrangements.tried(work, FunctionalCopy(work.model, work.loss, dtype=torch.float64), 16)
         assert any(each.found.depends for each in found) == depends
         assert len(found) == 2 + len(arrangements.SPREADS) * depends and found[-1].holds
 
@@ -188,7 +188,7 @@ def test_balanced_class_weights_are_off_where_the_classes_are_not_balanced() -> 
 
 def test_arrangements_differ_in_order_counts_and_spread_of_outputs() -> None:
     work = Workload(classifier(), sample("alternating"), loss=focal)
-    twin = Twin(work.model, focal, dtype=torch.float64)
+    twin = FunctionalCopy(work.model, focal, dtype=torch.float64)
     one, two = arrangements.tried(work, twin, 16)
     assert one.trial.rows == 16 and one.trial.batch[1].bincount().tolist() == [8, 8]
     assert one.trial.batch[1].tolist() == sorted(one.trial.batch[1].tolist()) != two.trial.batch[1].tolist()

@@ -104,7 +104,7 @@ def test_batches_that_cannot_be_cut_are_passed_over_too(on_bad_batch: str) -> No
 def test_a_window_of_bad_batches_only_is_left_out_whole(caplog: pytest.LogCaptureFixture) -> None:
     batches = [pad(SAMPLES[:8]), pad(SAMPLES[8:16], 9), pad(SAMPLES[12:20])]
     trained = runner()
-    before = copy.deepcopy(trained.parts.model.state_dict())
+    before = copy.deepcopy(trained.context.model.state_dict())
     assert [result.number for result in trained.epoch(batches, on_bad_batch="skip")] == [1, 2]
     assert "A window is left out" in caplog.text and before.keys()
     # After a resume, as many windows are passed over as were trained: the bad one isn't one of them.

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autoaccum import OutOfMemory, UsageError, Workload
 from autoaccum.window import norms
-from autoaccum.window.step import open_parts, train_window
+from autoaccum.window.step import open_context, train_window
 from autoaccum.workload import default_loss
 
 SIZES = (7, 5, 4)
@@ -50,9 +50,9 @@ def norm_of(model: nn.Module) -> Any:
 
 
 def train(model: nn.Module, batch: Any, sizes: tuple[int, ...], how: str | None, **more: Any) -> list[torch.Tensor]:
-    parts = open_parts(Workload(model, batch, optimizer=Capture, batchnorm=how, **more))
-    train_window(parts, list(cut(batch, sizes)), sizes)
-    return parts.optimizer.seen[-1]  # type: ignore[attr-defined,no-any-return]
+    context = open_context(Workload(model, batch, optimizer=Capture, batchnorm=how, **more))
+    train_window(context, list(cut(batch, sizes)), sizes)
+    return context.optimizer.seen[-1]  # type: ignore[attr-defined,no-any-return]
 
 
 def whole_statistics(model: nn.Module, batch: Any) -> Any:
@@ -141,9 +141,9 @@ def test_images_are_merged_by_their_pixels() -> None:
     assert relative(norm_of(model).running_var, want.running_var) <= FP64
 
 
-def short_once(parts: Any, at: int, where: str = "forward") -> list[int]:
+def short_once(context: Any, at: int, where: str = "forward") -> list[int]:
     """Makes a Runner's loss run out of memory once, at a micro-batch; returns the sizes that were given."""
-    given, inner = list[int](), parts.loss
+    given, inner = list[int](), context.loss
 
     def loss(model: nn.Module, batch: Any) -> Any:
         out = inner(model, batch)
@@ -153,8 +153,8 @@ def short_once(parts: Any, at: int, where: str = "forward") -> list[int]:
                 raise torch.OutOfMemoryError("short")
         return out
 
-    parts.loss = loss
-    parts.loss_is_mean = True
+    context.loss = loss
+    context.loss_is_mean = True
     return given
 
 
@@ -163,7 +163,7 @@ def test_after_a_recovered_out_of_memory_statistics_are_of_the_window_once(at: i
     model, batch = normed(nn.BatchNorm1d(8)), vectors(16)
     want = whole_statistics(model, batch)
     runner = runner_for(Workload(model, vectors(4), optimizer=Capture, batchnorm="merged", loss=default_loss), 16, 4)
-    short_once(runner.parts, at)
+    short_once(runner.context, at)
     assert runner.step(batch).retries == 1
     found = norm_of(model)
     assert int(found.num_batches_tracked) == 1
@@ -235,11 +235,11 @@ def test_no_micro_batch_of_one_sample_where_batch_statistics_are_taken(how: str 
     model = normed(nn.BatchNorm1d(8))
     work = Workload(model, vectors(4), batchnorm=how, loss=default_loss, optimizer=Capture)
     runner = runner_for(work, 12, 3)
-    given = short_once(runner.parts, 1)
+    given = short_once(runner.context, 1)
     assert runner.step(vectors(12)).split == (2,) * 6  # no piece of 3 could be cut by itself
     assert given == [3, 3] + [2] * 6
     assert runner.step(vectors(9)).split == (3, 2, 2, 2)
-    runner.parts.loss = lambda m, b: (_ for _ in ()).throw(torch.OutOfMemoryError("short"))
+    runner.context.loss = lambda m, b: (_ for _ in ()).throw(torch.OutOfMemoryError("short"))
     with pytest.raises(OutOfMemory):
         runner.step(vectors(4))
     assert min(given) == 2
@@ -259,7 +259,7 @@ def test_frozen_statistics_allow_micro_batches_of_one_sample() -> None:
 )
 def test_what_cannot_be_had_is_refused_by_name(layer: Callable[[], nn.Module], how: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        open_parts(Workload(normed(layer()), vectors(4), batchnorm=how))
+        open_context(Workload(normed(layer()), vectors(4), batchnorm=how))
 
 
 def test_synchronized_statistics_are_merged_in_one_process_and_refused_over_ranks(
@@ -271,13 +271,13 @@ def test_synchronized_statistics_are_merged_in_one_process_and_refused_over_rank
     assert relative(norm_of(model).running_var, want.running_var) <= FP64
     monkeypatch.setattr(norms, "ranks_here", lambda: 2)
     with pytest.raises(UsageError, match="1 takes its statistics over 2 ranks"):
-        open_parts(Workload(model, batch, batchnorm="merged"))
-    open_parts(Workload(model, batch, batchnorm="frozen"))
+        open_context(Workload(model, batch, batchnorm="merged"))
+    open_context(Workload(model, batch, batchnorm="frozen"))
 
 
 def test_merging_with_a_compiled_model_is_refused() -> None:
     with pytest.raises(UsageError, match="compiled"):
-        open_parts(Workload(torch.compile(normed(nn.BatchNorm1d(8))), vectors(4), batchnorm="merged"))
+        open_context(Workload(torch.compile(normed(nn.BatchNorm1d(8))), vectors(4), batchnorm="merged"))
 
 
 def instances(model: Any, batch: Any) -> torch.Tensor:
@@ -347,7 +347,7 @@ def test_after_an_out_of_memory_the_gradient_is_that_of_the_smaller_plan() -> No
     work = Workload(first, vectors(4), optimizer=Capture, batchnorm="merged", loss=default_loss)
     second = copy.deepcopy(first)
     runner = runner_for(work, 16, 4)
-    short_once(runner.parts, 1)
+    short_once(runner.context, 1)
     result = runner.step(batch)
     want = train(second, batch, result.split, "merged")
     assert all(torch.equal(a, b) for a, b in zip(seen(runner)[-1], want, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from autoaccum.budget import Budget, Term
+from autoaccum.budget import Budget, BudgetItem
 from autoaccum.devices.cpu import budget
 from autoaccum.devices.cpu.budget import read_cpu_budget
 from autoaccum.errors import UsageError
@@ -22,7 +22,7 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the limits that are found."""
 
     def set_limits(**limits: int) -> None:
-        found = [Term(name, size, f"why {name}") for name, size in limits.items()]
+        found = [BudgetItem(name, size, f"why {name}") for name, size in limits.items()]
         monkeypatch.setattr(budget, "_limits", lambda: list(found))
 
     return set_limits
@@ -61,7 +61,7 @@ def test_a_headroom_is_bytes_or_a_part_of_the_limit(
     only(available=1000)
     found = read_cpu_budget(memory, headroom)
     assert (found.headroom_bytes, found.bytes) == (kept, 1000 - kept)
-    assert found.terms[-1] == Term("headroom", kept, f"you asked for {headroom}")
+    assert found.terms[-1] == BudgetItem("headroom", kept, f"you asked for {headroom}")
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoaccum.budget import Budget, Term
+from autoaccum.budget import Budget, BudgetItem
 from autoaccum.devices.cuda import nvml
 from autoaccum.devices.cuda.budget import CONTEXT, FREE, HIDDEN, OTHERS, DeviceMemory, cuda_budget, shrunk_since
-from autoaccum.devices.cuda.nvml import Process, Seen, see_device
+from autoaccum.devices.cuda.nvml import NvmlInfo, Process, see_device
 from autoaccum.devices.virtual import VirtualGpu, available, launch
 from autoaccum.errors import UsageError
 
@@ -29,7 +29,12 @@ REASON = available()
 usable = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 OWN = Process(7, "python", 3 * GIB)  # 2.5 GiB reserved and half a GiB of context
 ALONE = DeviceMemory(
-    16 * GIB, 13 * GIB, reserved_bytes=5 * GIB // 2, active_bytes=2 * GIB, seen=Seen("GPU-a", processes=(OWN,)), pid=7
+    16 * GIB,
+    13 * GIB,
+    reserved_bytes=5 * GIB // 2,
+    active_bytes=2 * GIB,
+    seen=NvmlInfo("GPU-a", processes=(OWN,)),
+    pid=7,
 )
 
 
@@ -38,7 +43,7 @@ def shared(*others: Process, free_bytes: int = 13 * GIB) -> DeviceMemory:
     return replace(ALONE, free_bytes=free_bytes, seen=replace(ALONE.seen, processes=(OWN, *others)))
 
 
-def terms(found: Budget) -> dict[str, Term]:
+def terms(found: Budget) -> dict[str, BudgetItem]:
     return {term.name: term for term in found.terms}
 
 
@@ -99,7 +104,7 @@ def test_the_device_binds_where_its_headroom_leaves_less_than_the_fraction() -> 
 def test_others_may_come_to_twice_what_they_hold() -> None:
     found = cuda_budget(shared(Process(9, "notebook", 500 * MIB), free_bytes=13 * GIB - 500 * MIB))
     assert found.headroom_bytes == 500 * MIB and found.limit_bytes == 31 * GIB // 2 - 500 * MIB
-    assert terms(found)[OTHERS] == Term(OTHERS, 500 * MIB, "500.0 MiB of notebook (pid 9)")
+    assert terms(found)[OTHERS] == BudgetItem(OTHERS, 500 * MIB, "500.0 MiB of notebook (pid 9)")
 
 
 def test_for_others_no_more_than_a_tenth_is_kept() -> None:
@@ -130,14 +135,14 @@ def test_a_device_that_others_have_filled() -> None:
 
 
 def test_in_a_container_nobody_can_be_told_apart() -> None:
-    hidden = replace(ALONE, seen=Seen("GPU-a"))
+    hidden = replace(ALONE, seen=NvmlInfo("GPU-a"))
     found = cuda_budget(hidden)
     assert terms(found)[CONTEXT].bytes == GIB // 2 and "doesn't list this process" in terms(found)[CONTEXT].why
     assert found.headroom_bytes == GIB // 2  # it may all be another's
 
 
 def test_without_nvml_the_reason_stands_in_the_budget() -> None:
-    found = cuda_budget(replace(ALONE, seen=Seen(note="NVML can't be asked: no permission")))
+    found = cuda_budget(replace(ALONE, seen=NvmlInfo(note="NVML can't be asked: no permission")))
     assert terms(found)[OTHERS].why == "NVML can't be asked: no permission"
     assert "no permission" in terms(found)[CONTEXT].why
 
@@ -150,7 +155,7 @@ def test_a_process_whose_bytes_nvml_does_not_say() -> None:
 
 def test_nvmls_bytes_are_not_more_than_what_is_taken() -> None:
     """NVML can count what a process shares with others."""
-    device = replace(ALONE, seen=Seen("GPU-a", processes=(replace(OWN, bytes=9 * GIB),)))
+    device = replace(ALONE, seen=NvmlInfo("GPU-a", processes=(replace(OWN, bytes=9 * GIB),)))
     assert device.context_bytes == GIB // 2 and device.hidden_bytes == 0
 
 
@@ -164,7 +169,7 @@ def test_the_parts_add_up_to_the_device(total: int, parts: list[int], listed: bo
     free, active, idle, context, others = (part % (total // 5 + 1) for part in parts)
     processes = [Process(9, "x", others)] * shown + [Process(7, "python", active + idle + context)] * listed
     rest = total - free - active - idle - context - others
-    seen = Seen("GPU-a", processes=tuple(processes))
+    seen = NvmlInfo("GPU-a", processes=tuple(processes))
     device = DeviceMemory(total, free, active + idle, active, seen=seen, pid=7)
     budget = cuda_budget(device, headroom=0) if free + active + idle else None
     if budget is None:
@@ -232,7 +237,7 @@ class Library:
         return [SimpleNamespace(pid=2, usedGpuMemory=25)] if handle == "GPU-bbbb" else []
 
 
-def held(seen: Seen) -> dict[int, int | None]:
+def held(seen: NvmlInfo) -> dict[int, int | None]:
     return {process.pid: process.bytes for process in seen.processes}
 
 
@@ -377,7 +382,7 @@ def test_libraries_that_a_fresh_process_has_yet_to_load_are_counted() -> None:
         free_bytes=15 * GIB + 700 * MIB,
         reserved_bytes=0,
         active_bytes=0,
-        seen=Seen("GPU-a", processes=(Process(7, "python", 212 * MIB), Process(9, "x", 112 * MIB))),
+        seen=NvmlInfo("GPU-a", processes=(Process(7, "python", 212 * MIB), Process(9, "x", 112 * MIB))),
     )
     told = shrunk_since(cuda_budget(ALONE), cuda_budget(fresh))
     assert told is not None and "only 15.39 GiB can be had now" in told
@@ -389,7 +394,9 @@ def test_a_limit_that_was_set_since_is_named() -> None:
 
 
 def test_a_cpu_budget_can_shrink_too() -> None:
-    budgets = [Budget(n - 10, n, 10, (Term("available", n, "MemAvailable"),), "available") for n in (2 * GIB, GIB)]
+    budgets = [
+        Budget(n - 10, n, 10, (BudgetItem("available", n, "MemAvailable"),), "available") for n in (2 * GIB, GIB)
+    ]
     assert "MemAvailable" in (shrunk_since(*budgets) or "")
     assert shrunk_since(*reversed(budgets)) is None
 

@@ -27,7 +27,7 @@ from autoaccum.devices.cpu.recorder import record
 from autoaccum.phases import FIRST, LATER
 from autoaccum.simulation.recording import live_peak
 from autoaccum.state.rng import put_rng, same_state, take_rng
-from autoaccum.window.step import open_parts, train_window
+from autoaccum.window.step import open_context, train_window
 
 SIZES = (7, 5, 4)
 Gradients = list[torch.Tensor]
@@ -121,9 +121,9 @@ class Filled(Capture):
 
 
 def cached(model: nn.Module, loss: Any, batch: Any, sizes: tuple[int, ...], **more: Any) -> tuple[Gradients, Any]:
-    parts = open_parts(Workload(model, batch, encode=encode_pair, loss=loss, optimizer=Filled, **more))
-    result = train_window(parts, list(cut(batch, sizes)), sizes)
-    return parts.optimizer.seen[-1], result  # type: ignore[attr-defined]
+    context = open_context(Workload(model, batch, encode=encode_pair, loss=loss, optimizer=Filled, **more))
+    result = train_window(context, list(cut(batch, sizes)), sizes)
+    return context.optimizer.seen[-1], result  # type: ignore[attr-defined]
 
 
 @EVERY_LOSS
@@ -220,18 +220,18 @@ def test_an_out_of_memory_starts_the_window_over(at: str) -> None:
     assert result.retries >= 1
     put_rng(rng)
     want, _ = together(model, info_nce, batch, result.split)
-    assert distance(runner.parts.optimizer.seen[-1], want) <= FP64  # type: ignore[attr-defined]
+    assert distance(runner.context.optimizer.seen[-1], want) <= FP64  # type: ignore[attr-defined]
 
 
 def test_representations_are_in_the_recorded_window() -> None:
     wide = nn.Linear(6, 4096).double()
-    parts = open_parts(
+    context = open_context(
         Workload(wide, vectors(7), encode=lambda m, b: m(b[0]), loss=lambda m, z: (z.T @ z).tanh().mean())
     )
     batch = vectors(7)
 
     def run(on_phase: Any) -> None:
-        train_window(parts, [batch, batch], (7, 7), on_phase=on_phase)
+        train_window(context, [batch, batch], (7, 7), on_phase=on_phase)
 
     recorded = record(run, micro_batch=7)
     first = next(phase for phase in recorded.phases if phase.name == FIRST)
@@ -248,32 +248,32 @@ def test_a_short_window_that_stands_for_a_longer_one_takes_its_loss(n: int) -> N
         shapes.append(z.shape)
         return (z @ z.T).tanh().mean()
 
-    def peak(parts: Any, steps: int) -> int:
+    def peak(context: Any, steps: int) -> int:
         pieces = [vectors(n)] * steps
-        recorded = record(lambda on: train_window(parts, pieces, (n,) * steps, on_phase=on), micro_batch=n)
+        recorded = record(lambda on: train_window(context, pieces, (n,) * steps, on_phase=on), micro_batch=n)
         return live_peak(phase for phase in recorded.phases if phase.name == FIRST)
 
-    def parts_of() -> Any:
+    def context_of() -> Any:
         model = nn.Linear(6, 512).double()
-        parts = open_parts(Workload(model, vectors(7), encode=lambda m, b: m(b[0]), loss=loss))
-        train_window(parts, [vectors(n)], (n,))
-        return parts
+        context = open_context(Workload(model, vectors(7), encode=lambda m, b: m(b[0]), loss=loss))
+        train_window(context, [vectors(n)], (n,))
+        return context
 
-    short, long = parts_of(), parts_of()
+    short, long = context_of(), context_of()
     short.window_samples = samples
     states = 13 * torch.get_rng_state().nbytes  # of the micro-batches that there are not
     assert peak(short, 2) == pytest.approx(peak(long, 15) - states, rel=1e-3)
     assert shapes[2] == (samples, 512)
-    assert peak(parts_of(), 2) < 0.5 * peak(long, 15)  # which is why
+    assert peak(context_of(), 2) < 0.5 * peak(long, 15)  # which is why
 
 
 def test_representations_that_cannot_be_joined_are_refused() -> None:
     def ragged(model: Any, batch: Any) -> Any:
         return model.body(batch[0])[:, : len(batch[0])]
 
-    parts = open_parts(Workload(encoder(), vectors(6), encode=ragged, loss=lambda m, z: z.sum()))
+    context = open_context(Workload(encoder(), vectors(6), encode=ragged, loss=lambda m, z: z.sum()))
     with pytest.raises(UsageError, match="can't be joined"):
-        train_window(parts, list(cut(vectors(6), (4, 2))), (4, 2))
+        train_window(context, list(cut(vectors(6), (4, 2))), (4, 2))
 
 
 def test_encode_without_a_loss_is_refused() -> None:
@@ -307,10 +307,10 @@ def test_a_mixture_of_experts_auxiliary_loss_is_exact_over_router_logits() -> No
 
     twin = copy.deepcopy(model)
     twin(**batch).loss.backward()
-    parts = open_parts(Workload(model, batch, encode=encode, loss=loss, optimizer=Filled))
-    train_window(parts, list(cut(batch, (3, 3, 2))), (3, 3, 2))
+    context = open_context(Workload(model, batch, encode=encode, loss=loss, optimizer=Filled))
+    train_window(context, list(cut(batch, (3, 3, 2))), (3, 3, 2))
     want = [torch.zeros_like(p) if p.grad is None else p.grad for p in twin.parameters()]
-    assert distance(parts.optimizer.seen[-1], want) <= 1e-5  # type: ignore[attr-defined]
+    assert distance(context.optimizer.seen[-1], want) <= 1e-5  # type: ignore[attr-defined]
 
 
 def test_all_representations_are_in_the_plans_prediction() -> None:
@@ -327,9 +327,9 @@ def test_all_representations_are_in_the_plans_prediction() -> None:
         return work, fit_plan(work, **how, verify=False)
 
     work, plan = planned(8192)
-    parts, pieces = open_parts(work), [vectors(256, torch.float32)] * 32
-    train_window(parts, pieces[:1], (256,))  # the optimizer's state
-    whole = record(lambda on: train_window(parts, pieces, (256,) * 32, on_phase=on), micro_batch=256)
+    context, pieces = open_context(work), [vectors(256, torch.float32)] * 32
+    train_window(context, pieces[:1], (256,))  # the optimizer's state
+    whole = record(lambda on: train_window(context, pieces, (256,) * 32, on_phase=on), micro_batch=256)
     increment = plan.predicted_peak_bytes - plan.base_bytes
     assert abs((increment - plan.data_bytes) / live_peak(whole.phases) - 1) < 0.03
     _, short = planned(1024)

@@ -23,7 +23,7 @@ from autoaccum.devices import virtual
 from autoaccum.errors import UsageError
 from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator, CudaReplay, CudaRules, replay_cuda
 from autoaccum.simulation.cuda_allocator.settings import MiB, round_size, segment_bytes
-from autoaccum.simulation.cuda_allocator.snapshot import CudaStart
+from autoaccum.simulation.cuda_allocator.snapshot import AllocatorState
 from autoaccum.simulation.recording import Event, Phase
 
 CASES = Path(__file__).parent / "replay_cases.py"
@@ -102,8 +102,8 @@ def phase(*sizes: int, stream: int = 0) -> list[Phase]:
     return [Phase("first", tuple(events))]
 
 
-def reserved(events: list[Phase], rules: CudaRules, start: CudaStart | None = None) -> int:
-    return replay_cuda(events, rules, start or CudaStart()).phases[-1].bytes
+def reserved(events: list[Phase], rules: CudaRules, start: AllocatorState | None = None) -> int:
+    return replay_cuda(events, rules, start or AllocatorState()).phases[-1].bytes
 
 
 def walked(allocator: CachingAllocator) -> list[Any]:
@@ -316,7 +316,7 @@ def snapshot(*segments: tuple[int, bool, list[tuple[int, str]]], **more: Any) ->
 
 
 def test_a_start_is_used_before_anything_is_asked_of_the_driver() -> None:
-    start = CudaStart.from_snapshot(
+    start = AllocatorState.from_snapshot(
         snapshot(
             (100, False, [(15 * MiB, "active_allocated"), (25 * MiB, "inactive")]),
             (8, True, [(512, "active_allocated"), (2 * MiB - 512, "inactive")]),
@@ -334,7 +334,7 @@ def test_a_start_is_used_before_anything_is_asked_of_the_driver() -> None:
 
 
 def test_a_private_pool_of_the_start_is_reserved_and_left_alone() -> None:
-    start = CudaStart.from_snapshot(
+    start = AllocatorState.from_snapshot(
         snapshot((0, False, [(30 * MiB, "inactive"), (30 * MiB, "active_allocated")]), segment_pool_id=(0, 1))
     )
     assert reserved(phase(30 * MiB), CudaRules(), start) == 90 * MiB
@@ -343,14 +343,14 @@ def test_a_private_pool_of_the_start_is_reserved_and_left_alone() -> None:
 
 
 def test_what_the_start_holds_for_another_stream_is_free_when_there_is_no_room() -> None:
-    start = CudaStart.from_snapshot(snapshot((0, False, [(30 * MiB, "active_pending_free")])))
+    start = AllocatorState.from_snapshot(snapshot((0, False, [(30 * MiB, "active_pending_free")])))
     assert reserved(phase(30 * MiB), CudaRules(), start) == 60 * MiB
     assert reserved(phase(30 * MiB), CudaRules(capacity_bytes=50 * MiB), start) == 30 * MiB
 
 
 def test_ranges_of_an_expandable_segment_are_one_segment_with_gaps() -> None:
     blocks = [(20 * MiB, "active_allocated")]
-    start = CudaStart.from_snapshot(snapshot((100, False, blocks), (160, False, blocks), is_expandable=True))
+    start = AllocatorState.from_snapshot(snapshot((100, False, blocks), (160, False, blocks), is_expandable=True))
     allocator = CachingAllocator(EXPANDABLE, start)
     walked_before = len(allocator._large[0].unmapped)
     allocator.run(phase(35 * MiB)[0])  # fits the 40 MiB between them

@@ -158,10 +158,10 @@ def _same(one: Any, other: Any) -> bool:
 def _changed(of: truth_search.Truth, target: int, *, state: bool) -> list[str]:
     truth_cases.limit(of.case.capacity_bytes)
     work = truth_cases.workload(of.case, of.model.cuda().eval(), of.batch)
-    parts = step.open_parts(work)
-    work = replace(work, optimizer=parts.optimizer)
+    context = step.open_context(work)
+    work = replace(work, optimizer=context.optimizer)
     if state:
-        step.train_window(parts, [tile(work.sample, 2)], (2,))
+        step.train_window(context, [tile(work.sample, 2)], (2,))
     return changed(work, partial(fit_plan, work, target_batch=target, headroom=0))
 
 

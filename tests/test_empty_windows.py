@@ -19,16 +19,16 @@ SIZES = (4, 4, 4)
 @pytest.mark.parametrize("sizes", [SIZES, (12,)], ids=str)
 def test_the_loss_of_a_window_in_which_nothing_counts_is_zero_and_no_nan(sizes: tuple[int, ...]) -> None:
     x, y = vectors(12)
-    parts = step.open_parts(Workload(mlp().double(), (x, y), optimizer=Capture))
-    result = step.train_window(parts, list(cut((x, torch.full_like(y, -100)), sizes)), sizes)
+    context = step.open_context(Workload(mlp().double(), (x, y), optimizer=Capture))
+    result = step.train_window(context, list(cut((x, torch.full_like(y, -100)), sizes)), sizes)
     assert float(result.loss) == 0 and not result.stepped
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 4, 4, 4)], ids=str)
 def test_a_window_whose_sizes_and_pieces_differ_in_number_is_no_window(sizes: tuple[int, ...]) -> None:
-    parts = step.open_parts(Workload(mlp().double(), vectors(12), optimizer=Capture))
+    context = step.open_context(Workload(mlp().double(), vectors(12), optimizer=Capture))
     with pytest.raises(ValueError, match="zip"):
-        step.train_window(parts, list(cut(vectors(12), SIZES)), sizes)
+        step.train_window(context, list(cut(vectors(12), SIZES)), sizes)
 
 
 def test_a_pair_that_counts_nothing_in_the_whole_window_is_a_loss_of_zero() -> None:
@@ -37,9 +37,9 @@ def test_a_pair_that_counts_nothing_in_the_whole_window_is_a_loss_of_zero() -> N
     def loss(m: nn.Module, b: Any) -> Any:
         return (m(b[0]) ** 2).mean(-1).mul(b[1]).sum(), b[1].sum()
 
-    parts = step.open_parts(Workload(mlp().double(), (x, y), loss=loss, optimizer=Capture))
+    context = step.open_context(Workload(mlp().double(), (x, y), loss=loss, optimizer=Capture))
     nothing = torch.zeros(12, dtype=x.dtype)
-    result = step.train_window(parts, list(cut((x, nothing), SIZES)), SIZES)
+    result = step.train_window(context, list(cut((x, nothing), SIZES)), SIZES)
     assert float(result.loss) == 0 and not result.stepped
 
 
@@ -51,7 +51,7 @@ def test_a_hand_written_mean_of_nothing_poisons_no_window() -> None:
         return ((m(b["x"]) ** 2).mean(-1) * b["mask"]).sum() / b["mask"].sum()
 
     model = mlp().double()
-    parts = step.open_parts(Workload(model, batch, loss=loss, count=lambda b: b["mask"].sum(), optimizer=Capture))
-    step.train_window(parts, list(cut(batch, SIZES)), SIZES)
-    assert isinstance(parts.optimizer, Capture)
-    assert distance(parts.optimizer.seen[-1], gradients(model, loss, batch)) < 1e-12
+    context = step.open_context(Workload(model, batch, loss=loss, count=lambda b: b["mask"].sum(), optimizer=Capture))
+    step.train_window(context, list(cut(batch, SIZES)), SIZES)
+    assert isinstance(context.optimizer, Capture)
+    assert distance(context.optimizer.seen[-1], gradients(model, loss, batch)) < 1e-12

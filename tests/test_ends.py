@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from autoaccum.phases import FIRST
 from autoaccum.planning import verify
-from autoaccum.planning.evidence import Observed
-from autoaccum.planning.predictor_cuda import MOST_ENDS, CudaOutlook
+from autoaccum.planning.observe import Evidence
+from autoaccum.planning.predictor_cuda import MOST_ENDS, CudaPredictor
 from autoaccum.planning.schedule import Guess
 from autoaccum.simulation import saturation
 from autoaccum.simulation.program import Step, StepProgram
@@ -62,11 +62,11 @@ def test_with_as_many_steps_as_a_size_takes_nothing_has_ended(n: int) -> None:
     assert sizes(saturation.ended(found, saturation.steps_until(found, n)), n) == sizes(found, n)
 
 
-def outlook(of: StepProgram) -> CudaOutlook:
+def predictor(of: StepProgram) -> CudaPredictor:
     recordings = [Recording(n, (), 2, 0.0) for n in (50, of.recorded_at)]
-    observed = Observed(recordings=recordings, _program=of)
+    evidence = Evidence(recordings=recordings, _program=of)
     none = cast(Any, None)
-    return CudaOutlook(none, none, observed, 0, none, 0)
+    return CudaPredictor(none, none, evidence, 0, none, 0)
 
 
 @pytest.mark.parametrize(("n", "asked"), [(100, 1), (104, 1), (105, 2), (130, 1 + 4), (1000, 1 + MOST_ENDS)])
@@ -75,12 +75,12 @@ def test_every_end_between_the_last_recording_and_a_size_is_asked(
 ) -> None:
     seen: list[list[int]] = []
 
-    def fits(self: CudaOutlook, split: tuple[int, ...]) -> bool:
-        seen.append(sizes(self.observed.program(), split[0]))
+    def fits(self: CudaPredictor, split: tuple[int, ...]) -> bool:
+        seen.append(sizes(self.evidence.program(), split[0]))
         return True
 
-    monkeypatch.setattr(CudaOutlook, "fits", fits)
-    assert outlook(program(TILES)).fits_surely((n, n))
+    monkeypatch.setattr(CudaPredictor, "fits", fits)
+    assert predictor(program(TILES)).fits_surely((n, n))
     assert len(seen) == asked == len(set(map(tuple, seen)))
     assert seen[0] == [TILES.at(n)]
 
@@ -90,8 +90,8 @@ def test_a_size_that_one_end_leaves_no_room_for_is_not_sure_to_fit(
     monkeypatch: pytest.MonkeyPatch, refusing: int
 ) -> None:
     calls = iter(range(100))
-    monkeypatch.setattr(CudaOutlook, "fits", lambda self, split: next(calls) != refusing)
-    assert not outlook(program(TILES)).fits_surely((130, 130))
+    monkeypatch.setattr(CudaPredictor, "fits", lambda self, split: next(calls) != refusing)
+    assert not predictor(program(TILES)).fits_surely((130, 130))
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_where_a_little_more_does_not_fit_one_step_more_is_reckoned_with(
     monkeypatch: pytest.MonkeyPatch, most: int, is_open: bool, at_least: int
 ) -> None:
     seen = SimpleNamespace(
-        wish=SimpleNamespace(samples=298, least=1), is_open=is_open, fits=lambda split: split[0] <= most
+        request=SimpleNamespace(samples=298, least=1), is_open=is_open, fits=lambda split: split[0] <= most
     )
-    monkeypatch.setattr(verify, "solve", lambda outlook: Solution((100, 99, 99), 1))
+    monkeypatch.setattr(verify, "solve", lambda predictor: Solution((100, 99, 99), 1))
     assert verify.guess(cast(Any, seen)) == Guess(100, at_least)
-    seen.wish.samples = None  # nothing is asked for but the largest
+    seen.request.samples = None  # nothing is asked for but the largest
     assert verify.guess(cast(Any, seen)) == Guess(100, 100)

@@ -76,7 +76,7 @@ def test_the_verdicts_are_those_of_plain_autograd(case: Case) -> None:
         model, batch = model.double(), to_double(batch)
     loss = case.loss or (lambda m, b: F.cross_entropy(m(b[0]), b[1]))
     pieces = list(cut(batch, sizes))
-    whole, parts = gradients(model, loss, batch), [gradients(model, loss, piece) for piece in pieces]
+    whole, context = gradients(model, loss, batch), [gradients(model, loss, piece) for piece in pieces]
     outs = [loss(model, piece) for piece in pieces]
     counts = [float(out[1]) if isinstance(out, tuple) else float(size) for out, size in zip(outs, sizes, strict=True)]
     if case.count is not None:
@@ -84,7 +84,7 @@ def test_the_verdicts_are_those_of_plain_autograd(case: Case) -> None:
     if case.loss is None:
         counts = [float((piece[1] != -100).sum()) for piece in pieces]
     total = float(loss(model, batch)[1]) if isinstance(outs[0], tuple) else sum(counts)
-    off = distance(mean_of(parts, [count / total for count in counts]), whole)
+    off = distance(mean_of(context, [count / total for count in counts]), whole)
     assert off < (1e-5 if single else 1e-12) if case.kind == EXACT else off > 1e-3
 
 
@@ -619,13 +619,13 @@ def window(ignored: bool) -> tuple[list[Any], list[int]]:
 
 def test_a_real_window_whose_counts_differ_is_tested_again() -> None:
     case = named("ignore_index")
-    parts = step.open_parts(work(case, optimizer=Capture))
-    before = snapshot.take(model=parts.model)
-    assert not counts_differ(*window(False)) and recheck(parts, *window(False)) is None
+    context = step.open_context(work(case, optimizer=Capture))
+    before = snapshot.take(model=context.model)
+    assert not counts_differ(*window(False)) and recheck(context, *window(False)) is None
     assert counts_differ(*window(True))
-    told = recheck(parts, *window(True))
+    told = recheck(context, *window(True))
     assert told is not None and "not that of one batch" in told and "on 3 of its samples" in told
-    counted = step.open_parts(work(named("count="), optimizer=Capture))
+    counted = step.open_context(work(named("count="), optimizer=Capture))
     assert recheck(counted, *window(True)) is None
     assert not before.differences()
 
@@ -634,12 +634,12 @@ def test_testing_again_takes_views_of_the_parameters_and_at_most_half_a_micro_ba
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case, seen = named("ignore_index"), queue.SimpleQueue[Any]()
-    parts = step.open_parts(work(case, optimizer=Capture))
-    own = {p.data_ptr() for p in parts.model.parameters()}
+    context = step.open_context(work(case, optimizer=Capture))
+    own = {p.data_ptr() for p in context.model.parameters()}
 
     def loss(m: nn.Module, b: Any) -> Any:
         seen.put((len(b["ids"]), {p.data_ptr() for p in m.parameters()}))
         return case.loss(m, b)  # type: ignore[misc]
 
-    assert recheck(replace(parts, loss=loss), *window(True)) is not None
+    assert recheck(replace(context, loss=loss), *window(True)) is not None
     assert all(rows <= 3 and addresses == own for rows, addresses in drained(seen))

@@ -39,7 +39,7 @@ from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.simulation.program import lift, plain_window
 from autoaccum.simulation.recording import Recording, live_peak
 from autoaccum.simulation.solver import share_of, split_within
-from autoaccum.window.step import Parts, open_parts, run_between, train_window
+from autoaccum.window.step import TrainingContext, open_context, run_between, train_window
 from autoaccum.workload import default_loss
 
 OVER_RANKS = {15, 16, 17, 18, 21, 22}
@@ -98,10 +98,10 @@ def test_a_tail_window_is_not_divided_by_the_configured_steps(rest: int) -> None
 
 def test_one_sample_left_over_weighs_one_sample() -> None:
     model, batch = mlp(), vectors(65)
-    parts = open_parts(Workload(model, batch, optimizer=Capture))
-    train_window(parts, list(cut(batch, (64, 1))), (64, 1))
+    context = open_context(Workload(model, batch, optimizer=Capture))
+    train_window(context, list(cut(batch, (64, 1))), (64, 1))
     want = gradients(model, default_loss, batch)
-    assert distance(parts.optimizer.seen[-1], want) <= FP64  # type: ignore[attr-defined]
+    assert distance(context.optimizer.seen[-1], want) <= FP64  # type: ignore[attr-defined]
     assert distance(mean_of([gradients(model, default_loss, piece) for piece in cut(batch, (64, 1))]), want) > 0.5
 
 
@@ -120,7 +120,7 @@ def test_the_effective_batch_is_kept_whatever_the_ranks_and_the_memory() -> None
 
 def test_bf16_gradients_of_64_micro_batches_are_their_fp32_sum() -> None:
     model, batch, sizes = mlp(torch.bfloat16), vectors(64, torch.bfloat16), (1,) * 64
-    parts = open_parts(Workload(model, batch, optimizer=Capture))
+    context = open_context(Workload(model, batch, optimizer=Capture))
     pieces, added = list(cut(batch, sizes)), list[list[torch.Tensor]]()
 
     def before_the_step(name: str) -> Any:
@@ -128,7 +128,7 @@ def test_bf16_gradients_of_64_micro_batches_are_their_fp32_sum() -> None:
             added.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         return torch.autograd.profiler.record_function(name)
 
-    train_window(parts, pieces, sizes, on_phase=before_the_step)
+    train_window(context, pieces, sizes, on_phase=before_the_step)
     micro = [[g.float() for g in gradients(model, lambda m, b: default_loss(m, b) / 64, piece)] for piece in pieces]
     want = [sum(column) for column in zip(*micro, strict=True)]
     assert all(g.dtype is torch.float32 for g in added[-1])
@@ -145,10 +145,10 @@ def test_bf16_gradients_of_64_micro_batches_are_their_fp32_sum() -> None:
 
 def test_a_window_of_256_micro_batches_grows_by_nothing() -> None:
     """A loss that is added up with its graph keeps every micro-batch's activations."""
-    parts = open_parts(Workload(mlp(), vectors(2), optimizer=torch.optim.AdamW))
+    context = open_context(Workload(mlp(), vectors(2), optimizer=torch.optim.AdamW))
     pieces = [vectors(2)] * 256
-    train_window(parts, pieces[:2], (2, 2))
-    phases = record(lambda on: train_window(parts, pieces, (2,) * 256, on_phase=on), micro_batch=2).phases
+    train_window(context, pieces[:2], (2, 2))
+    phases = record(lambda on: train_window(context, pieces, (2,) * 256, on_phase=on), micro_batch=2).phases
     left = [sum(event.bytes for event in phase.events) for phase in phases if phase.name == LATER]
     assert len(left) == 255 and not any(left)
 
@@ -194,22 +194,22 @@ def test_the_peak_is_not_that_of_the_first_micro_batch(name: str) -> None:
     shape, optimizer, more = CONFIGURATIONS[name]
     width, n, out = shape.get("width", 64), 61, shape.get("out", 10)
 
-    def parts_of() -> Parts:
+    def context_of() -> TrainingContext:
         torch.manual_seed(0)
         model = Body(**{"width": width, "depth": 4, "out": out, **shape})
         how = {key: value(model) if key == "between" else value for key, value in more.items()}
-        return open_parts(Workload(model, None, loss=default_loss, optimizer=optimizer, **how))
+        return open_context(Workload(model, None, loss=default_loss, optimizer=optimizer, **how))
 
-    def recorded(parts: Parts, size: int, steps: int) -> Recording:
+    def recorded(context: TrainingContext, size: int, steps: int) -> Recording:
         pieces = [(torch.randn(size, width), torch.arange(size) % out)] * steps
 
         def run(on_phase: Any) -> None:
-            train_window(parts, pieces, (size,) * steps, on_phase=on_phase)
-            run_between(parts, on_phase=on_phase)
+            train_window(context, pieces, (size,) * steps, on_phase=on_phase)
+            run_between(context, on_phase=on_phase)
 
         return record(run, micro_batch=size)
 
-    real, small = parts_of(), parts_of()
+    real, small = context_of(), context_of()
     first, _, third = (recorded(real, n, 3) for _ in range(3))
     truth = live_peak(third.phases)
     prelude = [event for phase in recorded(small, 2, 1).phases for event in phase.events]
@@ -236,7 +236,7 @@ def test_a_checkpoint_in_the_middle_of_a_window_is_refused() -> None:
     with pytest.raises(UsageError, match="middle of a window"):
         runner.step(vectors(16))
     assert not taken
-    runner.parts.loss = default_loss
+    runner.context.loss = default_loss
     runner.step(vectors(16))
     assert runner.state_dict()["number"] == 1
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autoaccum import DoesNotFit, UsageError, Workload, fit_plan
 from autoaccum.devices.cpu import device
-from autoaccum.planning import build_plan, evidence, verify
+from autoaccum.planning import build_plan, observe, verify
 from autoaccum.process_memory import committed_bytes
 from autoaccum.window import step
 
@@ -103,11 +103,11 @@ def test_an_error_in_any_micro_batch_leaves_no_trace(error: BaseException, call:
     [
         (step, "optimizer_step"),
         (step, "run_between"),
-        (step, "open_parts"),
+        (step, "open_context"),
         (device, "record"),
         (device, "read_budget"),
         (device, "measure"),
-        (evidence, "lift"),
+        (observe, "lift"),
         (verify, "solve"),
         (build_plan, "plan"),
     ],

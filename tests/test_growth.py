@@ -19,7 +19,7 @@ from autoaccum import DoesNotFit, Plan, Workload, fit_plan
 from autoaccum.devices import virtual
 from autoaccum.devices.cpu import device
 from autoaccum.phases import BETWEEN, FIRST, LATER, OPTIMIZER
-from autoaccum.planning import evidence, growth, verify
+from autoaccum.planning import growth, observe, verify
 from autoaccum.process_memory import committed_bytes
 from autoaccum.runner import peak_monitor
 from autoaccum.simulation.program import as_recorded, lift, plain_window, window_growth
@@ -69,9 +69,9 @@ def remember(out: torch.Tensor) -> None:
     history.append(out)
 
 
-def subject_of(work: Workload) -> evidence.Subject:
+def subject_of(work: Workload) -> observe.RecordingTarget:
     held = holdings(work.model, loss=work.loss, between=work.between)
-    return evidence.Subject(step.open_parts(work), work, device, 1 << 17, take_out=keeper(held))
+    return observe.RecordingTarget(step.open_context(work), work, device, 1 << 17, take_out=keeper(held))
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def test_a_plan_counts_what_windows_keep_and_says_so(growing: tuple[Plan, int]) 
 
 
 def test_the_warning_at_run_time_names_the_line(growing: tuple[Plan, int], caplog: pytest.LogCaptureFixture) -> None:
-    watch = peak_monitor.Watch(torch.device("cuda"), growing[0])
+    watch = peak_monitor.PeakMonitor(torch.device("cuda"), growing[0])
     peaks = iter([0, 2 * growing[0].predicted_peak_bytes])
     watch._peak_bytes = lambda: next(peaks)  # type: ignore[method-assign]
     watch.begin()
@@ -270,9 +270,9 @@ class Trial:
 
     def __init__(self, truth: float) -> None:
         self.truth, self.share, self.remark, self.ran = truth, 1.0, "", list[tuple[int, ...]]()
-        self.wish = SimpleNamespace(samples=64, least=1, most=64)
+        self.request = SimpleNamespace(samples=64, least=1, most=64)
         self.usable_bytes, self.compiled_share = 1000, 1.0
-        self.observed = SimpleNamespace(doubt="bracketed")
+        self.evidence = SimpleNamespace(doubt="bracketed")
         self.subject, self.is_rough = SimpleNamespace(say=lambda text: None), False
 
     def fits(self, split: tuple[int, ...]) -> bool:

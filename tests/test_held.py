@@ -24,7 +24,7 @@ from autoaccum.exactness import check
 from autoaccum.state import snapshot
 from autoaccum.state.closures import holdings
 from autoaccum.window.norms import find_norms
-from autoaccum.window.step import open_parts, train_window
+from autoaccum.window.step import open_context, train_window
 from autoaccum.workload import default_loss
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -189,12 +189,12 @@ def test_what_a_loss_holds_is_put_back_after_windows(make: Callable[[], tuple[Lo
         return out
 
     work = Workload(model, vectors(4), loss=failing)
-    parts = open_parts(work)
+    context = open_context(work)
     with (
         pytest.raises(ArithmeticError) if fails else contextlib.nullcontext(),
-        snapshot.kept(model=model, optimizer=parts.optimizer, held=holdings(model, loss=failing)),
+        snapshot.kept(model=model, optimizer=context.optimizer, held=holdings(model, loss=failing)),
     ):
-        train_window(parts, [vectors(4), vectors(4)], [4, 4])
+        train_window(context, [vectors(4), vectors(4)], [4, 4])
         assert state_of(held) != before
     assert state_of(held) == before
 
@@ -385,8 +385,8 @@ def test_batch_statistics_of_what_a_loss_holds_follow_the_same_rules(caplog: pyt
     model = mlp()
     loss: Loss = lambda m, b: default_loss(m, b) + net(b[0]).square().mean()  # noqa: E731
     work = Workload(model, vectors(4), loss=loss, optimizer=Capture, batchnorm="merged")
-    parts = open_parts(work)
-    assert list(parts.norms.batch) == ["net.1"] and len(parts.norms.spectral) == 1
+    context = open_context(work)
+    assert list(context.norms.batch) == ["net.1"] and len(context.norms.spectral) == 1
     whole = runner_for(work, 8, 8)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     whole.step(vectors(8))
@@ -399,7 +399,7 @@ def test_batch_statistics_of_what_a_loss_holds_follow_the_same_rules(caplog: pyt
         torch.testing.assert_close(value, wanted[name], rtol=1e-12, atol=1e-12)
     assert "net.1" in caplog.text
     net.eval()
-    assert not find_norms(model, parts.held.modules).batch
+    assert not find_norms(model, context.held.modules).batch
 
 
 def test_what_a_module_of_the_loss_keeps_is_told_by_its_own_name(caplog: pytest.LogCaptureFixture) -> None:

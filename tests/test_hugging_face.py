@@ -15,7 +15,7 @@ from torch import nn
 
 from autoaccum import Workload
 from autoaccum.window.hugging_face import Denominator
-from autoaccum.window.step import open_parts, train_window
+from autoaccum.window.step import open_context, train_window
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,10 +68,10 @@ def whole_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
 
 
 def window_of(model: nn.Module, batch: Any, sizes: tuple[int, ...]) -> tuple[Any, Any]:
-    parts = open_parts(Workload(model, batch, optimizer=Capture))
-    parts.optimizer = FilledCapture(list(model.parameters()))
-    result = train_window(parts, list(cut(batch, sizes)), sizes)
-    return parts, result
+    context = open_context(Workload(model, batch, optimizer=Capture))
+    context.optimizer = FilledCapture(list(model.parameters()))
+    result = train_window(context, list(cut(batch, sizes)), sizes)
+    return context, result
 
 
 def distance(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
@@ -105,10 +105,10 @@ MODELS = {
 def test_ragged_labels_give_the_gradient_of_the_whole_batch(name: str) -> None:
     model, batch, sizes = made(name), ragged(name), (5, 5, 4, 2)
     want = gradients(model, whole_loss, batch)
-    parts, result = window_of(copy.deepcopy(model), batch, sizes)
-    assert distance(parts.optimizer.seen[-1], want) <= FP32
+    context, result = window_of(copy.deepcopy(model), batch, sizes)
+    assert distance(context.optimizer.seen[-1], want) <= FP32
     assert float(result.loss) == pytest.approx(float(whole_loss(model, batch).detach()), rel=1e-5)
-    assert parts.denominator == MODELS[name]
+    assert context.denominator == MODELS[name]
     naive = mean_of([gradients(model, whole_loss, piece) for piece in cut(batch, sizes)], [s / 16 for s in sizes])
     assert distance(naive, want) > NAIVE
 
@@ -118,9 +118,9 @@ def test_a_micro_batch_whose_labels_are_all_ignored_adds_nothing(name: str) -> N
     model, batch = made(name), ragged(name)
     batch["labels"][:4] = IGNORED  # the first, which the model can't be asked with
     want = gradients(model, whole_loss, batch)
-    parts, result = window_of(copy.deepcopy(model), batch, (4,) * 4)
+    context, result = window_of(copy.deepcopy(model), batch, (4,) * 4)
     assert bool(result.loss.isfinite())
-    assert distance(parts.optimizer.seen[-1], want) <= FP32
+    assert distance(context.optimizer.seen[-1], want) <= FP32
 
 
 @pytest.mark.parametrize("sizes", [(16,), (8, 8)], ids=["k = 1", "k = 2"])
@@ -128,13 +128,13 @@ def test_a_micro_batch_whose_labels_are_all_ignored_adds_nothing(name: str) -> N
 def test_a_window_whose_labels_are_all_ignored_takes_no_step(name: str, sizes: tuple[int, ...]) -> None:
     model, batch = copy.deepcopy(made(name)), ragged(name)
     empty = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
-    parts = open_parts(Workload(model, batch))
+    context = open_context(Workload(model, batch))
     for asked in (False, True):
         before = copy.deepcopy(model.state_dict())
-        assert not train_window(parts, list(cut(empty, sizes)), sizes).stepped
+        assert not train_window(context, list(cut(empty, sizes)), sizes).stepped
         assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-        assert parts.asked_for_denominator == asked
-        assert train_window(parts, list(cut(batch, sizes)), sizes).stepped
+        assert context.asked_for_denominator == asked
+        assert train_window(context, list(cut(batch, sizes)), sizes).stepped
 
 
 def test_a_mixture_of_experts_auxiliary_loss_counts_once() -> None:
@@ -149,8 +149,8 @@ def test_a_mixture_of_experts_auxiliary_loss_counts_once() -> None:
     reached = {name for name, p in _with_gradients(model, auxiliary, pieces[0])}
     padded = [_padded(names, reached, each, model) for each in routed]
     want = mean_of([main, *padded], [1, *(size / 16 for size in sizes)])
-    parts, _ = window_of(copy.deepcopy(model), batch, sizes)
-    assert distance(parts.optimizer.seen[-1], want) <= FP32
+    context, _ = window_of(copy.deepcopy(model), batch, sizes)
+    assert distance(context.optimizer.seen[-1], want) <= FP32
     gates = [index for index, name in enumerate(names) if "gate.weight" in name and "mlp" in name]
     wrong = mean_of([main, *padded], [1.0] * 5)  # the usual mistake: once per micro-batch
     assert gates and distance([wrong[i] for i in gates], [want[i] for i in gates]) > 1
@@ -170,8 +170,8 @@ def _padded(names: list[str], reached: set[str], found: list[torch.Tensor], mode
 def test_dropout_does_not_keep_a_model_from_answering() -> None:
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     model, batch = transformers.GPT2LMHeadModel(config).train(), ragged("gpt2")
-    parts, _ = window_of(model, batch, (8, 8))
-    assert parts.denominator == MODELS["gpt2"]
+    context, _ = window_of(model, batch, (8, 8))
+    assert context.denominator == MODELS["gpt2"]
 
 
 def test_regression_is_weighted_by_samples() -> None:
@@ -180,9 +180,9 @@ def test_regression_is_weighted_by_samples() -> None:
     model = transformers.BertForSequenceClassification(config).train()
     batch = {**ragged("bert"), "labels": torch.linspace(-1, 2, 16)}
     want = gradients(model, whole_loss, batch)
-    parts, _ = window_of(copy.deepcopy(model), batch, (10, 6))
-    assert not parts.asked_for_denominator
-    assert distance(parts.optimizer.seen[-1], want) <= FP32
+    context, _ = window_of(copy.deepcopy(model), batch, (10, 6))
+    assert not context.asked_for_denominator
+    assert distance(context.optimizer.seen[-1], want) <= FP32
 
 
 class Odd(nn.Module):
@@ -200,5 +200,5 @@ class Odd(nn.Module):
 def test_a_loss_of_its_own_kind_is_asked_once_and_weighted_by_samples() -> None:
     torch.manual_seed(0)
     model, batch = Odd().double(), {"x": torch.randn(8, 6).double(), "labels": torch.arange(8) % 5}
-    parts, _ = window_of(model, batch, (4, 4))
-    assert parts.asked_for_denominator and parts.denominator is None and parts.count is None
+    context, _ = window_of(model, batch, (4, 4))
+    assert context.asked_for_denominator and context.denominator is None and context.count is None

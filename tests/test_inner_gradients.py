@@ -95,7 +95,7 @@ def test_the_window_has_the_gradient_of_the_whole_batch(loss: Callable[..., Any]
         out = loss(m, b)
         return out[0] / out[1] if isinstance(out, tuple) else out
 
-    [found] = runner.parts.optimizer.seen
+    [found] = runner.context.optimizer.seen
     assert distance(found, gradients(potential(), whole, sample())) < FP64
 
 
@@ -104,11 +104,11 @@ def test_representations_that_are_gradients() -> None:
     spread = lambda m, z: -z.std(0).log().sum()  # noqa: E731
     work = Workload(potential(), sample(), encode=forces, loss=spread, optimizer=Capture)
     assert check.check(work, apart=False).kind == "exact"
-    parts = step.open_parts(work)
-    step.train_window(parts, [tuple(leaf[at : at + 4] for leaf in sample()) for at in (0, 4, 8)], [4, 4, 4])
+    context = step.open_context(work)
+    step.train_window(context, [tuple(leaf[at : at + 4] for leaf in sample()) for at in (0, 4, 8)], [4, 4, 4])
     whole = gradients(potential(), lambda m, b: spread(m, forces(m, b)), sample())
-    assert distance(parts.optimizer.seen[0], whole) < FP64
-    assert parts.model.calls == 3  # once for each micro-batch; the attempt without gradients is undone
+    assert distance(context.optimizer.seen[0], whole) < FP64
+    assert context.model.calls == 3  # once for each micro-batch; the attempt without gradients is undone
 
 
 def test_others_are_asked_without_gradients_and_nothing_moves() -> None:
@@ -119,14 +119,14 @@ def test_others_are_asked_without_gradients_and_nothing_moves() -> None:
         return inner(m, b)
 
     for inner, wanted in ((lambda m, b: (m(b[0]).sum(), len(b[0])), False), (sum_of_forces, True)):
-        parts = step.open_parts(Workload(potential(), sample(), loss=functools.partial(loss, inner=inner)))
+        context = step.open_context(Workload(potential(), sample(), loss=functools.partial(loss, inner=inner)))
         pieces = [tuple(leaf[:4] for leaf in sample())] * 2
         before = torch.get_rng_state()
         for _ in range(2):
             drained(asked)
-            assert loss_count.window_count(parts, pieces) in (8, 48)
-        assert set(drained(asked)) == {wanted} and parts.takes_gradients is wanted
-        assert parts.model.calls == 0 and torch.equal(torch.get_rng_state(), before)
+            assert loss_count.window_count(context, pieces) in (8, 48)
+        assert set(drained(asked)) == {wanted} and context.takes_gradients is wanted
+        assert context.model.calls == 0 and torch.equal(torch.get_rng_state(), before)
         assert not any(leaf.requires_grad for piece in pieces for leaf in piece)
 
 
@@ -134,24 +134,24 @@ def test_an_error_of_the_losss_own_is_raised_as_it_is() -> None:
     def loss(m: nn.Module, b: Any) -> Any:
         raise ValueError("no such batch")
 
-    parts = step.open_parts(Workload(potential(), sample(), loss=loss))
+    context = step.open_context(Workload(potential(), sample(), loss=loss))
     with pytest.raises(ValueError, match="no such batch"):
-        loss_count.window_count(parts, [sample()] * 2)
+        loss_count.window_count(context, [sample()] * 2)
 
 
 def test_asking_takes_less_memory_than_the_window_does() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)).double()
-    parts = step.open_parts(Workload(model, sample(), loss=sum_of_forces))
+    context = step.open_context(Workload(model, sample(), loss=sum_of_forces))
     pieces = [sample(256), sample(256)]
-    step.train_window(parts, pieces, [256, 256])  # settles what is asked once, and makes the optimizer's state
+    step.train_window(context, pieces, [256, 256])  # settles what is asked once, and makes the optimizer's state
 
     def asking(on_phase: OnPhase) -> None:
         with on_phase(FIRST):
-            loss_count.window_count(parts, pieces)
+            loss_count.window_count(context, pieces)
 
     def window(on_phase: OnPhase) -> None:
-        step.train_window(replace(parts), pieces, [256, 256], on_phase=on_phase)
+        step.train_window(replace(context), pieces, [256, 256], on_phase=on_phase)
 
     ask, whole = (_peak_bytes(run) for run in (asking, window))
     assert 0 < ask <= whole

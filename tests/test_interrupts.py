@@ -149,7 +149,7 @@ def test_a_process_that_waits_for_a_child_has_the_signal_handled_by_its_own_hand
     try:
         timer.start()
         with pytest.raises(interrupts.Interrupted):
-            child.call("doctor", {})
+            child.call("cli.tasks:doctor", {})
         assert seen == [number] and signal.getsignal(number) is own
     finally:
         timer.join()

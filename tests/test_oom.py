@@ -40,9 +40,10 @@ from helpers_train import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autoaccum import OutOfMemory, Runner, Workload, budget, fit_plan
-from autoaccum.budget import Term
+from autoaccum import OutOfMemory, Runner, Workload, fit_plan
+from autoaccum.budget import BudgetItem
 from autoaccum.devices import oom
+from autoaccum.devices.cpu import budget
 from autoaccum.state import snapshot
 from autoaccum.state.rng import same_state, take_rng
 from autoaccum.units import show_bytes
@@ -196,8 +197,8 @@ def test_running_out_anywhere_changes_nothing_but_the_micro_batch(
     assert all(torch.equal(a, b) for a, b in zip(seen(runner)[0], seen(smaller)[0], strict=True))
     assert torch.equal(result.loss, expected.loss)
     assert same_state(take_rng(), random_state)
-    assert same_tensors(state_of(runner.parts.model), state_of(smaller.parts.model))
-    for one, other in zip(runner.parts.model.modules(), smaller.parts.model.modules(), strict=True):
+    assert same_tensors(state_of(runner.context.model), state_of(smaller.context.model))
+    for one, other in zip(runner.context.model.modules(), smaller.context.model.modules(), strict=True):
         if isinstance(one, Calls) and isinstance(other, Calls):
             assert (one.calls, one.sizes) == (other.calls, other.sizes) == (8, [2] * 8)
     assert len(seen(runner)) == 1
@@ -330,7 +331,7 @@ def test_running_out_with_single_samples_raises_with_the_plans_numbers(kind: str
     fault = Fault()
     fault.most = 0
     runner = faulty_runner(fault, kind)
-    before, random_state = state_of(runner.parts.model), take_rng()
+    before, random_state = state_of(runner.context.model), take_rng()
     with pytest.raises(OutOfMemory) as raised:
         runner.step(vectors(16))
     text = str(raised.value)
@@ -338,9 +339,9 @@ def test_running_out_with_single_samples_raises_with_the_plans_numbers(kind: str
     assert f"{show_bytes(runner.plan.predicted_peak_bytes)} for a micro-batch of 4" in text
     assert "--target-batch 16" in text
     assert raised.value.__context__ is None  # which would hold the activations
-    assert same_tensors(state_of(runner.parts.model), before)
+    assert same_tensors(state_of(runner.context.model), before)
     assert same_state(take_rng(), random_state)
-    assert all(p.grad is None for p in runner.parts.model.parameters())
+    assert all(p.grad is None for p in runner.context.model.parameters())
     assert seen(runner) == []
     assert runner.number == 0
 
@@ -513,7 +514,7 @@ def test_what_is_said_for_other_reasons_too_counts_only_where_memory_is_short(
 
 @pytest.mark.parametrize(("used", "short"), [(100, False), (700, False), (800, True), (1100, True)])
 def test_memory_is_short_near_the_tightest_limit(used: int, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = [Term("data limit", 1000, ""), Term("available", 9000, "")]
+    limits = [BudgetItem("data limit", 1000, ""), BudgetItem("available", 9000, "")]
     monkeypatch.setattr(budget, "_limits", lambda: limits)
     monkeypatch.setattr(oom, "committed_bytes", lambda: used)
     assert oom.cpu_is_short() == short
@@ -647,8 +648,8 @@ def test_batch_statistics_are_never_taken_of_a_single_sample() -> None:
     plan = fit_plan(work, target_batch=5, budget="4GiB", max_micro_batch=4, verify=False)
     assert plan.split == (3, 2) and plan.smallest_micro_batch == 2
     runner = Runner(work, plan)
-    runner.parts.loss = short
-    runner.parts.loss_is_mean = True
+    runner.context.loss = short
+    runner.context.loss_is_mean = True
     with pytest.raises(OutOfMemory, match="micro-batch of 3"):  # 5 samples in micro-batches of two or more: 3 and 2
         runner.step(vectors(5))
     assert seen == [3, 3] or seen == [3]
@@ -677,7 +678,7 @@ def test_a_window_whose_loss_spoils_its_batch_is_not_repeated() -> None:
         raise torch.OutOfMemoryError("short")
 
     runner = runner_for(Workload(mlp(), vectors(4)), 8, 4)
-    runner.parts.loss, runner.parts.loss_is_mean = loss, True
+    runner.context.loss, runner.context.loss_is_mean = loss, True
     with pytest.raises(OutOfMemory, match="changes its batch in place"):
         runner.step(vectors(8))
 
@@ -689,6 +690,6 @@ def test_counting_does_not_spoil_a_batch_that_the_loss_writes_to() -> None:
 
     runner = runner_for(Workload(mlp(), vectors(4), loss=loss, optimizer=Capture), 8, 4)
     doubled = vectors(8)[0] * 2, vectors(8)[1]
-    want = gradients(runner.parts.model, default_loss, doubled)
+    want = gradients(runner.context.model, default_loss, doubled)
     runner.step(vectors(8))
     assert distance(seen(runner)[-1], want) < FP64

@@ -21,7 +21,11 @@ from autoaccum.files.whole import write_whole
 from autoaccum.plan import SCHEMA_VERSION, Plan
 
 HERE = Path(__file__).parent
-PURE = ("solve", "program", "allocator", "recording", "plan", "budget", "units", "files", "errors", "explain")
+PURE = (
+    "simulation.solver", "simulation.program", "simulation.malloc", "simulation.cuda_allocator.allocator",
+    "simulation.recording", "plan", "plan_json", "budget", "units", "files.whole", "errors", "reporting.explain",
+    "reporting.page",
+)  # fmt: skip
 
 
 def refused(text: str) -> PlanFileError:

@@ -20,7 +20,7 @@ from autoaccum.phases import LATER, OPTIMIZER
 from autoaccum.simulation.recording import live_peak
 from autoaccum.window.fingerprint import fingerprint
 from autoaccum.window.fp32_accumulation import half_parameters, narrow, wide_gradients, wide_parameters, widening_bytes
-from autoaccum.window.step import open_parts, train_window
+from autoaccum.window.step import open_context, train_window
 from autoaccum.workload import default_loss
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -53,10 +53,10 @@ class Dtypes(Capture):
 def test_a_thousand_ones_come_to_a_thousand(dtype: torch.dtype) -> None:
     model = Ones(dtype)
     batch = {"x": torch.ones(1000, 1, dtype=dtype)}
-    parts = open_parts(Workload(model, batch, loss=total, count=lambda b: 0.001, optimizer=Dtypes))
-    train_window(parts, list(cut(batch, (1,) * 1000)), (1,) * 1000)
-    assert parts.optimizer.seen[-1][0].tolist() == [1000.0] * 3  # type: ignore[attr-defined]
-    assert parts.optimizer.dtypes == {dtype}  # type: ignore[attr-defined]
+    context = open_context(Workload(model, batch, loss=total, count=lambda b: 0.001, optimizer=Dtypes))
+    train_window(context, list(cut(batch, (1,) * 1000)), (1,) * 1000)
+    assert context.optimizer.seen[-1][0].tolist() == [1000.0] * 3  # type: ignore[attr-defined]
+    assert context.optimizer.dtypes == {dtype}  # type: ignore[attr-defined]
     if dtype is torch.bfloat16:  # the usual mistake
         for _ in range(1000):
             model(batch["x"][:1]).backward()
@@ -66,7 +66,7 @@ def test_a_thousand_ones_come_to_a_thousand(dtype: torch.dtype) -> None:
 @HALVES
 def test_the_sum_is_that_of_the_micro_batches_in_fp32(dtype: torch.dtype) -> None:
     model, batch = mlp(dtype), vectors(64, dtype)
-    parts = open_parts(Workload(model, batch, optimizer=Capture))
+    context = open_context(Workload(model, batch, optimizer=Capture))
     pieces = list(cut(batch, (1,) * 64))
 
     def micro(piece: Any) -> list[torch.Tensor]:
@@ -74,9 +74,9 @@ def test_the_sum_is_that_of_the_micro_batches_in_fp32(dtype: torch.dtype) -> Non
 
     want = [sum(column) for column in zip(*map(micro, pieces), strict=True)]
     norms = []
-    parts.optimizer.register_step_pre_hook(lambda *_: norms.append(1))
-    train_window(parts, pieces, (1,) * 64)
-    got = parts.optimizer.seen[-1]  # type: ignore[attr-defined]
+    context.optimizer.register_step_pre_hook(lambda *_: norms.append(1))
+    train_window(context, pieces, (1,) * 64)
+    got = context.optimizer.seen[-1]  # type: ignore[attr-defined]
     exact = [w.to(dtype) for w in want]
     assert all(g.dtype == dtype for g in got)
     assert distance(got, exact) <= 2e-3  # one rounding of a sum, which may fall to either side
@@ -88,9 +88,9 @@ def test_sums_in_the_parameters_own_precision_are_a_plain_loops(dtype: torch.dty
     pieces = list(cut(batch, (4,) * 16))
     found = {}
     for accumulate in ("fp32", "as_parameters"):
-        parts = open_parts(Workload(model, batch, optimizer=Capture, accumulate=accumulate))
-        train_window(parts, pieces, (4,) * 16)
-        found[accumulate] = parts.optimizer.seen[-1]  # type: ignore[attr-defined]
+        context = open_context(Workload(model, batch, optimizer=Capture, accumulate=accumulate))
+        train_window(context, pieces, (4,) * 16)
+        found[accumulate] = context.optimizer.seen[-1]  # type: ignore[attr-defined]
     for piece in pieces:
         (default_loss(model, piece) / 16).backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(found["as_parameters"], model.parameters(), strict=True))
@@ -101,7 +101,7 @@ def test_how_sums_are_kept_is_checked_and_part_of_the_fingerprint() -> None:
     model, batch = mlp(torch.bfloat16), vectors(8, torch.bfloat16)
     with pytest.raises(UsageError, match="accumulate 'bf16' is not known"):
         Workload(model, batch, accumulate="bf16")
-    plain, wide = (open_parts(Workload(model, batch, accumulate=each)) for each in ("as_parameters", "fp32"))
+    plain, wide = (open_context(Workload(model, batch, accumulate=each)) for each in ("as_parameters", "fp32"))
     assert fingerprint(plain)["window"] == "adds up as parameters"
     assert fingerprint(wide)["window"] == "plain"
 
@@ -123,19 +123,19 @@ def test_clipping_is_done_in_fp32_before_the_cast(dtype: torch.dtype, monkeypatc
     monkeypatch.setattr(
         nn.utils, "clip_grad_norm_", lambda ps, *a: (seen.extend(p.grad.dtype for p in ps), clip(ps, *a))[1]
     )
-    parts = open_parts(Workload(mlp(dtype), vectors(8, dtype), clip_grad_norm=1e-3, optimizer=Dtypes))
-    train_window(parts, list(cut(vectors(8, dtype), (4, 4))), (4, 4))
+    context = open_context(Workload(mlp(dtype), vectors(8, dtype), clip_grad_norm=1e-3, optimizer=Dtypes))
+    train_window(context, list(cut(vectors(8, dtype), (4, 4))), (4, 4))
     assert set(seen) == {torch.float32}
-    assert parts.optimizer.dtypes == {dtype}  # type: ignore[attr-defined]
+    assert context.optimizer.dtypes == {dtype}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD], ids=["AdamW", "SGD"])
 def test_optimizers_take_them_and_the_parameters_are_as_before(make: Any) -> None:
     model = mlp(torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
-    parts = open_parts(Workload(model, vectors(8, torch.bfloat16), optimizer=lambda p: make(p, lr=0.1)))
+    context = open_context(Workload(model, vectors(8, torch.bfloat16), optimizer=lambda p: make(p, lr=0.1)))
     for sizes in ((4, 4), (8,), (3, 3, 2)):
-        train_window(parts, list(cut(vectors(8, torch.bfloat16), sizes)), sizes)
+        train_window(context, list(cut(vectors(8, torch.bfloat16), sizes)), sizes)
     assert all(p.grad_dtype == p.dtype == torch.bfloat16 and p.grad is None for p in model.parameters())
     assert not any(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
@@ -155,9 +155,9 @@ def test_an_error_leaves_parameters_with_gradients_of_their_own_dtype(where: str
     calls: list[int] = []
     model = mlp(torch.bfloat16)
     batch = vectors(8, torch.bfloat16)
-    parts = open_parts(Workload(model, batch, loss=loss, optimizer=Failing if where == "optimizer" else Capture))
+    context = open_context(Workload(model, batch, loss=loss, optimizer=Failing if where == "optimizer" else Capture))
     with pytest.raises(KeyError):
-        train_window(parts, list(cut(batch, (3, 3, 2))), (3, 3, 2))
+        train_window(context, list(cut(batch, (3, 3, 2))), (3, 3, 2))
     assert all(p.grad_dtype == torch.bfloat16 for p in model.parameters())
 
 
@@ -182,9 +182,9 @@ def test_what_was_not_cast_is_dropped() -> None:
 
 
 def test_autocast_leaves_fp32_parameters_as_they_are() -> None:
-    parts = open_parts(Workload(mlp(torch.float32), vectors(8, torch.float32), precision="bf16", optimizer=Dtypes))
-    train_window(parts, list(cut(vectors(8, torch.float32), (4, 4))), (4, 4))
-    assert parts.optimizer.dtypes == {torch.float32}  # type: ignore[attr-defined]
+    context = open_context(Workload(mlp(torch.float32), vectors(8, torch.float32), precision="bf16", optimizer=Dtypes))
+    train_window(context, list(cut(vectors(8, torch.float32), (4, 4))), (4, 4))
+    assert context.optimizer.dtypes == {torch.float32}  # type: ignore[attr-defined]
 
 
 def test_the_memory_of_fp32_gradients_is_in_the_recorded_window() -> None:
@@ -197,14 +197,14 @@ def test_the_memory_of_fp32_gradients_is_in_the_recorded_window() -> None:
             return self.layer(x).float().pow(2).mean()
 
     parameters = 512 * 512
-    parts = open_parts(Workload(Wide(), None, loss=lambda m, b: m(b["x"]), optimizer=Capture))
+    context = open_context(Workload(Wide(), None, loss=lambda m, b: m(b["x"]), optimizer=Capture))
     batch = {"x": torch.ones(3, 512, dtype=torch.bfloat16)}
 
     def run(on_phase: Any) -> None:
-        train_window(parts, [batch, batch], (3, 3), on_phase=on_phase)
+        train_window(context, [batch, batch], (3, 3), on_phase=on_phase)
 
     run(None)
-    parts.optimizer.seen.clear()  # type: ignore[attr-defined]
+    context.optimizer.seen.clear()  # type: ignore[attr-defined]
     recorded = record(run, micro_batch=3)
     peaks = {phase.name: live_peak(recorded.phases[: i + 1]) for i, phase in enumerate(recorded.phases)}
     later = peaks[LATER]
@@ -216,10 +216,10 @@ def test_the_memory_of_fp32_gradients_is_in_the_recorded_window() -> None:
 @HALVES
 def test_a_scaler_with_half_precision_parameters(dtype: torch.dtype) -> None:
     model, batch = mlp(dtype), vectors(16, dtype)
-    plain = open_parts(Workload(copy.deepcopy(model), batch, optimizer=Capture))
+    plain = open_context(Workload(copy.deepcopy(model), batch, optimizer=Capture))
     train_window(plain, list(cut(batch, (4,) * 4)), (4,) * 4)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
-    scaled = open_parts(Workload(model, batch, optimizer=Capture, scaler=scaler))
+    scaled = open_context(Workload(model, batch, optimizer=Capture, scaler=scaler))
     train_window(scaled, list(cut(batch, (4,) * 4)), (4,) * 4)
     assert distance(scaled.optimizer.seen[-1], plain.optimizer.seen[-1]) <= 2e-2  # type: ignore[attr-defined]
 

@@ -14,7 +14,7 @@ from torch import nn
 from autoaccum import Workload
 from autoaccum.devices.cpu import recorder
 from autoaccum.exactness import check
-from autoaccum.exactness.compare import HALF_WITHIN, Twin, compare
+from autoaccum.exactness.compare import HALF_WITHIN, FunctionalCopy, compare
 from autoaccum.exactness.recheck import counts_differ, recheck
 from autoaccum.phases import FIRST
 from autoaccum.state import snapshot
@@ -83,19 +83,19 @@ def test_the_second_look_stays_within_the_windows_own_peak(
     batches, sizes = pieces(rows), [rows, rows]
     momentum = lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)  # noqa: E731
     work = Workload(Tagger().to(dtype), batches[0], loss=mean, precision=precision, optimizer=momentum)
-    parts = step.open_parts(work)
-    step.train_window(parts, batches, sizes)  # the optimizer's state is there, as in the middle of training
-    parts.model.zero_grad(set_to_none=True)
-    before, told = snapshot.take(model=parts.model), []
+    context = step.open_context(work)
+    step.train_window(context, batches, sizes)  # the optimizer's state is there, as in the middle of training
+    context.model.zero_grad(set_to_none=True)
+    before, told = snapshot.take(model=context.model), []
 
     def look(on_phase: OnPhase) -> None:
         with on_phase(FIRST):
-            told.append(recheck(parts, batches, sizes))
+            told.append(recheck(context, batches, sizes))
 
     assert counts_differ(batches, sizes)
     looked = peak_bytes(look)
     assert not before.differences()
-    window = peak_bytes(lambda on_phase: step.train_window(parts, batches, sizes, on_phase=on_phase))
+    window = peak_bytes(lambda on_phase: step.train_window(context, batches, sizes, on_phase=on_phase))
     assert looked <= window, f"{looked / 2**20:.1f} MiB over {window / 2**20:.1f}"
     if precision is None or rows >= 4:  # without autocast two samples may take more than a micro-batch of two or three
         assert told[0] is not None and "not that of one batch" in told[0]
@@ -105,11 +105,11 @@ def test_the_second_look_stays_within_the_windows_own_peak(
 def test_rounding_in_half_precision_is_no_difference(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     batches, sizes = pieces(4), (4, 4)
-    parts = step.open_parts(Workload(Tagger().to(dtype), batches[0], loss=counted))
-    assert recheck(parts, batches, sizes) is None
-    twin = Twin(parts.model, counted, widens=False)
+    context = step.open_context(Workload(Tagger().to(dtype), batches[0], loss=counted))
+    assert recheck(context, batches, sizes) is None
+    twin = FunctionalCopy(context.model, counted, widens=False)
     whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    found = compare(twin, lambda: parts, whole, batches, sizes)
+    found = compare(twin, lambda: context, whole, batches, sizes)
     assert 0 < found.error() < twin.within / 5 == HALF_WITHIN[dtype] / 5 and found.agrees(twin.within)
 
 

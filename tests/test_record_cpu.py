@@ -24,18 +24,18 @@ OnPhase = Callable[[str], AbstractContextManager[Any]]
 PARENT = os.getpid()
 
 
-def make(loss: Any = None) -> step.Parts:
+def make(loss: Any = None) -> step.TrainingContext:
     torch.manual_seed(0)
     layers = nn.Linear(64, 300), nn.Dropout(0.3), nn.ReLU(), nn.Linear(300, 10)
     sample = torch.randn(7, 64), torch.randint(10, (7,))
     optimizer = lambda p: torch.optim.AdamW(p)  # noqa: E731
-    return step.open_parts(Workload(nn.Sequential(*layers), sample, loss=loss, optimizer=optimizer))
+    return step.open_context(Workload(nn.Sequential(*layers), sample, loss=loss, optimizer=optimizer))
 
 
-def window_of(parts: step.Parts, n: int = 7) -> Callable[[OnPhase], None]:
+def window_of(context: step.TrainingContext, n: int = 7) -> Callable[[OnPhase], None]:
     torch.manual_seed(1)
     piece = torch.randn(n, 64), torch.randint(10, (n,))
-    return lambda on_phase: void(step.train_window(parts, [piece] * 2, (n, n), on_phase=on_phase))
+    return lambda on_phase: void(step.train_window(context, [piece] * 2, (n, n), on_phase=on_phase))
 
 
 def void(_: object) -> None:
@@ -68,11 +68,11 @@ def test_with_the_users_profiler_on_the_same_is_recorded_and_the_same_is_trained
 
 def test_a_second_recording_finds_the_state_that_the_first_one_made() -> None:
     """The copy's optimizer state is lost with it: the window is run here as well."""
-    parts = make()
+    context = make()
     with profiled():
-        first, second = (record(window_of(parts), micro_batch=7) for _ in range(2))
+        first, second = (record(window_of(context), micro_batch=7) for _ in range(2))
     grown = [sum(sum(events) for _, events in sizes(each)) for each in (first, second)]
-    state = 2 * sum(p.nbytes for p in parts.model.parameters())
+    state = 2 * sum(p.nbytes for p in context.model.parameters())
     assert grown[0] == pytest.approx(state, rel=0.01) and abs(grown[1]) < 100
 
 
@@ -113,9 +113,9 @@ def test_where_the_copy_cannot_do_it_the_error_says_why(
     monkeypatch: pytest.MonkeyPatch, what: Callable[[], object], told: str
 ) -> None:
     monkeypatch.setattr(fork, "STUCK_SECONDS", 2.0)
-    parts = make(_only_in_the_copy(what))
+    context = make(_only_in_the_copy(what))
     with profiled(), pytest.raises(UsageError) as caught:
-        record(window_of(parts), micro_batch=7)
+        record(window_of(context), micro_batch=7)
     assert told in caught.value.what and "autoaccum plan" in caught.value.hint
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)  # nobody is left behind
@@ -131,7 +131,7 @@ def held_lock() -> threading.Lock:
 def test_out_of_memory_in_the_copy_is_out_of_memory_here() -> None:
     message = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
     with pytest.raises(MemoryError, match="99 bytes") as caught:
-        fork.in_copy(lambda: _raise(RuntimeError(message)))
+        fork.in_copy(lambda: _raise(RuntimeError(message)), is_out_of_memory=oom.is_out_of_memory)
     assert oom.is_out_of_memory(caught.value)
 
 
@@ -145,10 +145,10 @@ def test_what_a_recording_does_not_show_is_the_graph_and_not_the_batch() -> None
     """A chain of many small operations has many nodes; they are the same at any micro-batch."""
     if device.prepare() is None:
         pytest.skip("needs glibc")
-    parts = {links: make(_chain(links)) for links in (20, 400)}
+    context = {links: make(_chain(links)) for links in (20, 400)}
     found: dict[tuple[int, int], int] = {}
     for links, n in ((20, 7), (400, 7), (400, 61)):
-        work = window_of(parts[links], n)
+        work = window_of(context[links], n)
         recording = record(work, micro_batch=n)
         found[links, n] = device.unrecorded_bytes(work, recording, 131072)
     assert found[400, 7] > found[20, 7] + 380 * 200  # a node and its tensor take some hundred bytes

@@ -105,7 +105,7 @@ from autoaccum import Workload; from autoaccum.devices.cuda import device as cud
 from autoaccum.window.fingerprint import fingerprint
 warnings.simplefilter("ignore")
 model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).cuda()
-parts = step.open_parts(Workload(model, (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))))
+parts = step.open_context(Workload(model, (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))))
 found = [cuda.rules().expandable_segments, fingerprint(parts)["allocator"]]
 torch.cuda.memory._set_allocator_settings("expandable_segments:True,max_split_size_mb:64")
 rules = cuda.rules()

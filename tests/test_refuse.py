@@ -29,7 +29,7 @@ from autoaccum import OutOfMemory, Runner, UsageError, Workload
 from autoaccum.exactness.check import check
 from autoaccum.runner import compatibility
 from autoaccum.runner.own_counts import own_counts
-from autoaccum.window.step import open_parts
+from autoaccum.window.step import open_context
 from autoaccum.workload import default_loss
 
 
@@ -143,7 +143,7 @@ def test_out_of_memory_with_an_optimizer_in_backward_is_not_repeated() -> None:
     model = mlp()
     runner = runner_for(Workload(model, vectors(2), optimizer=Capture), 16, 16)
     tutorial(model)
-    runner.parts.loss = loss
+    runner.context.loss = loss
     with pytest.raises(OutOfMemory, match="steps the optimizer in backward"):
         runner.step(vectors(16))
 
@@ -377,9 +377,9 @@ def graphed(model: nn.Module) -> nn.Module:
 
 
 def on_a_gpu(model: nn.Module) -> Any:
-    parts = open_parts(Workload(model, vectors(2)))
-    parts.device = torch.device("cuda", 0)
-    return parts
+    context = open_context(Workload(model, vectors(2)))
+    context.device = torch.device("cuda", 0)
+    return context
 
 
 @pytest.mark.parametrize(
@@ -394,13 +394,13 @@ def on_a_gpu(model: nn.Module) -> Any:
     ids=["graphed", "reduce-overhead", "max-autotune", "option", "inner"],
 )
 def test_gradients_in_the_pool_of_a_cuda_graph_are_refused(make: Any, said: str) -> None:
-    parts = on_a_gpu(make(mlp()))
+    context = on_a_gpu(make(mlp()))
     with pytest.raises(UsageError, match="4 micro-batches") as refused:
-        compatibility.refuse(parts, 4)
+        compatibility.refuse(context, 4)
     assert said in str(refused.value)
-    compatibility.refuse(parts, 1)
-    parts.device = torch.device("cpu")  # which has no graphs
-    compatibility.refuse(parts, 4)
+    compatibility.refuse(context, 1)
+    context.device = torch.device("cpu")  # which has no graphs
+    compatibility.refuse(context, 4)
 
 
 def test_module_compile_with_cuda_graphs_is_refused() -> None:
@@ -502,7 +502,7 @@ def test_peft_works() -> None:
     runner.step(batch)
     assert len(seen(runner)[-1]) == len(want) == 8
     assert distance(seen(runner)[-1], want) <= FP32
-    assert runner.parts.denominator is not None and runner.parts.denominator.shifted
+    assert runner.context.denominator is not None and runner.context.denominator.shifted
 
 
 def test_a_parameter_that_a_window_does_not_reach_has_no_gradient() -> None:

@@ -48,7 +48,7 @@ def work_for(model: nn.Module, **more: Any) -> Workload:
 
 def short_at(runner: Runner, at: int) -> None:
     """Runs out of memory once, in the forward of that micro-batch, counted over all windows."""
-    calls, inner = list[int](), runner.parts.loss
+    calls, inner = list[int](), runner.context.loss
 
     def loss(model: nn.Module, batch: Any) -> Any:
         out = inner(model, batch)
@@ -58,7 +58,7 @@ def short_at(runner: Runner, at: int) -> None:
                 raise torch.OutOfMemoryError("short")
         return out
 
-    runner.parts.loss, runner.parts.loss_is_mean = loss, True
+    runner.context.loss, runner.context.loss_is_mean = loss, True
 
 
 @pytest.mark.parametrize("how", [None, "merged"])
@@ -136,9 +136,9 @@ def test_averages_schedulers_and_metrics_come_once_per_window() -> None:
     short_at(runner, 2)  # a window that starts over is still one
     for result in runner.epoch([vectors(24), vectors(18)]):  # windows of 16, 16, 10
         metrics.append(float(result.loss))
-        assert int(average.inner.n_averaged) == result.number == runner.parts.scheduler.last_epoch == len(metrics)
+        assert int(average.inner.n_averaged) == result.number == runner.context.scheduler.last_epoch == len(metrics)
     assert len(metrics) == 3
-    assert runner.parts.optimizer.param_groups[0]["lr"] == 0.5**3
+    assert runner.context.optimizer.param_groups[0]["lr"] == 0.5**3
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 
 from autoaccum.errors import RestoreError, UsageError
 from autoaccum.state import snapshot as restore
-from autoaccum.window.step import Parts, train_window
+from autoaccum.window.step import TrainingContext, train_window
 
 
 @dataclass(eq=False)
@@ -43,12 +43,14 @@ class Case:
     def train(self, windows: int = 2) -> None:
         self.model.train()
         self.model.zero_grad(set_to_none=True)
-        parts = Parts(self.model, loss, self.optimizer, torch.device("cpu"), self.scaler, self.scheduler, self.clip)
+        context = TrainingContext(
+            self.model, loss, self.optimizer, torch.device("cpu"), self.scaler, self.scheduler, self.clip
+        )
         for _ in range(windows):
             inputs = torch.randint(0, 8, (6, 8)) if self.ids else torch.randn(6, 8)
             batch = inputs, torch.randint(0, 4, (6,))
             pieces = [tuple(t[a:b] for t in batch) for a, b in ((0, 4), (4, 6))]
-            train_window(parts, pieces, [4, 2])
+            train_window(context, pieces, [4, 2])
 
 
 def loss(model: nn.Module, batch: Any) -> torch.Tensor:

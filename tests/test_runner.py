@@ -342,9 +342,9 @@ def test_a_window_that_takes_more_than_was_planned_is_told_once(
 ) -> None:
     runner = runner_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
     planned = runner.plan.predicted_peak_bytes
-    shared = peak_monitor.Watch._shared_bytes(runner._drift)
+    shared = peak_monitor.PeakMonitor._shared_bytes(runner._drift)
     peaks = iter([2 * planned, 2 * planned, 2 * planned, 3 * planned + shared])
-    monkeypatch.setattr(peak_monitor.Watch, "_peak_bytes", lambda self: next(peaks))
+    monkeypatch.setattr(peak_monitor.PeakMonitor, "_peak_bytes", lambda self: next(peaks))
     runner.step(vectors(8))
     assert "reckoned" not in caplog.text  # the peak is an older one: not of this window
     runner.step(vectors(8))
@@ -358,8 +358,8 @@ def test_shared_pages_are_not_held_against_a_plan(
     runner = runner_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
     planned = runner.plan.predicted_peak_bytes
     peaks = iter([0, int(1.01 * planned) + (1 << 30)])
-    monkeypatch.setattr(peak_monitor.Watch, "_peak_bytes", lambda self: next(peaks))
-    monkeypatch.setattr(peak_monitor.Watch, "_shared_bytes", lambda self: 1 << 30)
+    monkeypatch.setattr(peak_monitor.PeakMonitor, "_peak_bytes", lambda self: next(peaks))
+    monkeypatch.setattr(peak_monitor.PeakMonitor, "_shared_bytes", lambda self: 1 << 30)
     runner.step(vectors(8))
     assert "reckoned" not in caplog.text
 
@@ -369,7 +369,7 @@ def test_on_a_gpu_the_model_is_on_both_sides(caplog: pytest.LogCaptureFixture, b
     """What is reserved at the peak includes the model, and so does the plan's figure."""
     plan = plan_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
     planned = 1 << 30
-    watch = peak_monitor.Watch(
+    watch = peak_monitor.PeakMonitor(
         torch.device("cuda"), replace(plan, base_bytes=int(base_part * planned), predicted_peak_bytes=planned)
     )
     for peak, warned in ((planned, 0), (int(1.019 * planned), 0), (int(1.03 * planned), 1)):
@@ -419,29 +419,29 @@ def test_a_checkpoint_goes_on_as_though_nothing_had_happened() -> None:
     torch.save(first.state_dict(), file)
     file.seek(0)
     second = trained(scale=4.0)
-    assert not same_tensors(state_of(first.parts.model), state_of(second.parts.model))
+    assert not same_tensors(state_of(first.context.model), state_of(second.context.model))
     second.load_state_dict(torch.load(file))
     assert (second.number, second.micro_batch) == (2, 3)
     for batch in batches[2:]:
         ones, others = first.step(batch), second.step(batch)
         assert (ones.number, ones.split) == (others.number, others.split)
         assert torch.equal(ones.loss, others.loss)
-    assert same_tensors(state_of(first.parts.model), state_of(second.parts.model))
+    assert same_tensors(state_of(first.context.model), state_of(second.context.model))
     for part in ("scheduler", "scaler"):
-        assert getattr(first.parts, part).state_dict() == getattr(second.parts, part).state_dict()
-    one, other = (runner.parts.optimizer.state_dict()["param_groups"] for runner in (first, second))
+        assert getattr(first.context, part).state_dict() == getattr(second.context, part).state_dict()
+    one, other = (runner.context.optimizer.state_dict()["param_groups"] for runner in (first, second))
     assert one == other
 
 
 @pytest.mark.parametrize("part", ["scheduler", "scaler"])
 def test_a_checkpoint_of_another_workload_is_refused(part: str) -> None:
     runner = trained()
-    before = state_of(runner.parts.model)
+    before = state_of(runner.context.model)
     state = copy.deepcopy(trained().state_dict())
     state[part] = None
     with pytest.raises(UsageError, match=part):
         runner.load_state_dict(state)
-    assert same_tensors(state_of(runner.parts.model), before)
+    assert same_tensors(state_of(runner.context.model), before)
 
 
 def test_what_runs_between_windows_has_run_when_its_window_is_handed_out() -> None:

@@ -24,7 +24,7 @@ from autoaccum import PlanMismatch, Runner, Workload, fit_plan
 from autoaccum.devices.cuda import device
 from autoaccum.devices.virtual import VirtualGpu, available, control, launch
 from autoaccum.phases import LATER
-from autoaccum.planning import evidence
+from autoaccum.planning import observe
 from autoaccum.window import step
 
 REASON = available()
@@ -85,10 +85,10 @@ def copies_overlap() -> None:
     """On a stream of their own, ordered by events, within the planned peak; a plain copy on the CPU."""
     work = workload()
     pinned = tuple(leaf.pin_memory() for leaf in batch(TARGET))
-    parts = step.open_parts(work)
-    subject = evidence.Subject(parts, work, device, None)
-    evidence.scout(subject, evidence.Observed())
-    recording = evidence.record_window(subject, MICRO, 3)
+    context = step.open_context(work)
+    subject = observe.RecordingTarget(context, work, device, None)
+    observe.scout(subject, observe.Evidence())
+    recording = observe.record_window(subject, MICRO, 3)
     last = [phase for phase in recording.phases if phase.name == LATER][-1]
     side = [event for event in last.events if event.stream]
     assert len(side) == 4, "two leaves come, and the two of the micro-batch before go"
@@ -127,7 +127,7 @@ def copies_overlap() -> None:
         Runner(plain, plan)
     orders.clear()
     Runner(plain, plan_for(plain)).step(pinned)
-    assert not step.open_parts(plain).copies.ahead
+    assert not step.open_context(plain).copies.ahead
 
 
 class Fault:
@@ -172,13 +172,13 @@ def everything_is_recovered_from() -> None:
     for place in PLACES:
         runner = Runner(work, plan)
         runner.step(batch(TARGET))
-        bring = runner.parts.copies.bring
+        bring = runner.context.copies.bring
 
         def noted(piece: Any, bring: Any = bring) -> Any:
             at_start.append(torch.cuda.memory_allocated())
             return bring(piece)
 
-        runner.parts.copies.bring = noted  # type: ignore[method-assign]
+        runner.context.copies.bring = noted  # type: ignore[method-assign]
         fault.forwards, fault.at = 0, place
         fault.alive.clear()
         at_start.clear()

@@ -90,8 +90,8 @@ def test_only_these_unpickle_or_execute() -> None:
                     found.add((path.name, name))
                 if name == "torch.load" and not weights_only:
                     found.add((path.name, name))
-    pipes = {("handed.py", "pickle.loads"), ("forked.py", "pickle.loads")}
-    assert found == pipes | {("source.py", "spec.loader.exec_module")}
+    pipes = {("function_pipe.py", "pickle.loads"), ("fork.py", "pickle.loads")}
+    assert found == pipes | {("workload_source.py", "spec.loader.exec_module")}
 
 
 # --- the current folder --------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def executed(folder: Path) -> str:
 
 def test_no_module_of_the_current_folder_stands_in_for_another(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trap)
-    assert "torch threads" in call("doctor", {})
+    assert "torch threads" in call("cli.tasks:doctor", {})
     assert executed(trap) == ""
 
 

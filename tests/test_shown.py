@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import made_up_plan
 
-from autoaccum.budget import Budget, Term
+from autoaccum.budget import Budget, BudgetItem
 from autoaccum.cli.terminal import show_error
 from autoaccum.errors import AutoaccumError
 from autoaccum.files.escape import MOST, lines, one_line
@@ -20,7 +20,7 @@ from autoaccum.plan import LeafForm, Plan
 from autoaccum.processes.child import _described
 from autoaccum.reporting import render
 from autoaccum.reporting.explain import explain, summary
-from autoaccum.tuning.result import MEASURED, Trial, Tuned
+from autoaccum.tuning.result import MEASURED, Trial, TuningResult
 from autoaccum.tuning.result import summary as of_trials
 
 EVIL = "x\x1b[2K\x07\r\nexactness   forged (tested on 8 samples)\u202eexe\u2066\u200b\ud800\x9b2K"
@@ -65,7 +65,7 @@ PLACES: dict[str, Callable[[], Plan]] = {
     "workload": lambda: made_up_plan(workload=EVIL),
     "reasons": lambda: made_up_plan(reasons=dict.fromkeys(made_up_plan().reasons, EVIL) | {"times": EVIL}),
     "names": lambda: made_up_plan(fingerprint={EVIL: EVIL}, environment={EVIL + "!": EVIL}),
-    "budget": lambda: made_up_plan(budget=Budget(2**31, 2**31, 0, (Term(EVIL, 2**31, EVIL),), EVIL)),
+    "budget": lambda: made_up_plan(budget=Budget(2**31, 2**31, 0, (BudgetItem(EVIL, 2**31, EVIL),), EVIL)),
     "signature": lambda: made_up_plan(signature=(LeafForm(EVIL, EVIL, ()),)),
     "composition": lambda: made_up_plan(composition={EVIL: {EVIL: 1}}),
     "configuration": lambda: made_up_plan(configuration={EVIL: EVIL, "precision": "bf16"}),
@@ -90,7 +90,7 @@ def test_no_text_of_a_plan_forges_a_line_or_reaches_the_terminal(place: str, for
 
 def test_nor_does_one_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
     best = Trial(0, MEASURED, {"own": EVIL}, 8, 1, 0.5, 3, 100, EVIL, {"own": EVIL})
-    tuned = Tuned(made_up_plan(), (best, replace(best, state="failed", number=1)), "seconds", 4, (EVIL,), 0, 1.0)
+    tuned = TuningResult(made_up_plan(), (best, replace(best, state="failed", number=1)), "seconds", 4, (EVIL,), 0, 1.0)
     for told in (tuned.table(), of_trials(tuned), tuned.to_json()):
         assert not unseen(told) and FORGED not in told
 

@@ -39,7 +39,7 @@ from torch import nn
 from autoaccum import LossTerms, NotFinite, UsageError, Workload
 from autoaccum.simulation.solver import split_within
 from autoaccum.state.rng import same_state, take_rng
-from autoaccum.window.step import Parts, open_parts, train_window
+from autoaccum.window.step import TrainingContext, open_context, train_window
 from autoaccum.workload import default_loss
 
 STEPS = (1, 2, 3, 5, 8, 64)
@@ -58,10 +58,10 @@ def pair_sum(model: nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
 
 
-def window_of(parts: Parts, batch: Any, sizes: tuple[int, ...]) -> list[torch.Tensor]:
-    train_window(parts, list(cut(batch, sizes)), sizes)
-    assert isinstance(parts.optimizer, Capture)
-    return parts.optimizer.seen[-1]
+def window_of(context: TrainingContext, batch: Any, sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    train_window(context, list(cut(batch, sizes)), sizes)
+    assert isinstance(context.optimizer, Capture)
+    return context.optimizer.seen[-1]
 
 
 @DTYPES
@@ -87,7 +87,7 @@ def test_a_smaller_last_micro_batch_weighs_what_it_holds(loss: Callable[..., Any
     model, batch = mlp(), vectors(sum(sizes))
     want = gradients(model, loss, batch)
     naive = mean_of([gradients(model, loss, piece) for piece in cut(batch, sizes)])
-    got = window_of(open_parts(Workload(model, loss=loss, optimizer=Capture)), batch, sizes)
+    got = window_of(open_context(Workload(model, loss=loss, optimizer=Capture)), batch, sizes)
     assert distance(got, want) <= FP64
     assert distance(naive, want) > NAIVE
 
@@ -120,7 +120,7 @@ def test_a_micro_batch_that_counts_nothing_adds_nothing_and_no_nan(given: bool) 
     model, batch = tagger(), ragged()
     batch["labels"][8:16] = IGNORED
     count = token_count if given else None
-    got = window_of(open_parts(Workload(model, loss=token_sum, optimizer=Capture, count=count)), batch, (8,) * 8)
+    got = window_of(open_context(Workload(model, loss=token_sum, optimizer=Capture, count=count)), batch, (8,) * 8)
     assert all(bool(g.isfinite().all()) for g in got)
     assert distance(got, gradients(model, token_sum, batch)) <= FP64
 
@@ -151,23 +151,23 @@ def test_a_window_in_which_nothing_counts_leaves_everything_bit_equal(
         scaler=None,
         clip_grad_norm=1.0,
     )
-    parts = open_parts(work)
-    assert train_window(parts, list(cut(batch, sizes)), sizes).stepped  # there is momentum now
-    before, state = state_of(model), copy.deepcopy(parts.optimizer.state_dict())
+    context = open_context(work)
+    assert train_window(context, list(cut(batch, sizes)), sizes).stepped  # there is momentum now
+    before, state = state_of(model), copy.deepcopy(context.optimizer.state_dict())
     batch["labels"][:] = IGNORED
-    result = train_window(parts, list(cut(batch, sizes)), sizes)
+    result = train_window(context, list(cut(batch, sizes)), sizes)
     assert not result.stepped
     assert same_tensors(state_of(model), before)
-    assert str(parts.optimizer.state_dict()) == str(state)
-    assert parts.scheduler.last_epoch == 1
+    assert str(context.optimizer.state_dict()) == str(state)
+    assert context.scheduler.last_epoch == 1
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_mean_of_nothing_in_one_micro_batch_adds_nothing() -> None:
     model, batch = tagger(), ragged(16)
     batch["labels"][4:8] = IGNORED
-    parts = open_parts(Workload(model, loss=masked_mean, count=token_count, optimizer=Capture))
-    result = train_window(parts, list(cut(batch, (4,) * 4)), (4,) * 4)
+    context = open_context(Workload(model, loss=masked_mean, count=token_count, optimizer=Capture))
+    result = train_window(context, list(cut(batch, (4,) * 4)), (4,) * 4)
     assert bool(result.loss.isfinite())
     assert result.stepped
 
@@ -194,16 +194,16 @@ def test_a_penalty_given_apart_counts_once(sizes: tuple[int, ...], given: bool) 
     model, batch = tagger(), ragged(16)
     want = gradients(model, whole, batch)
     count = token_count if given else None
-    parts = open_parts(Workload(model, loss=penalized, count=count, optimizer=Capture))
-    result = train_window(parts, list(cut(batch, sizes)), sizes)
-    assert distance(parts.optimizer.seen[-1], want) <= FP64  # type: ignore[attr-defined]
+    context = open_context(Workload(model, loss=penalized, count=count, optimizer=Capture))
+    result = train_window(context, list(cut(batch, sizes)), sizes)
+    assert distance(context.optimizer.seen[-1], want) <= FP64  # type: ignore[attr-defined]
     assert float(result.loss) == pytest.approx(float(whole(model, batch).detach()), rel=1e-12)
     if len(sizes) == 8:  # the usual mistake: the sum is divided by the window's count, the penalty isn't
         counted = int(token_count(batch))
-        parts_of = [
+        context_of = [
             gradients(model, lambda m, b: token_sum(m, b)[0] / counted + penalty(m), p) for p in cut(batch, sizes)
         ]
-        assert distance(mean_of(parts_of, [1.0] * 8), want) > NAIVE
+        assert distance(mean_of(context_of, [1.0] * 8), want) > NAIVE
 
 
 def test_a_term_of_each_micro_batch_is_weighted_by_samples() -> None:
@@ -217,13 +217,13 @@ def test_a_term_of_each_micro_batch_is_weighted_by_samples() -> None:
     model, batch, sizes = mlp(), vectors(16), (10, 6)
     aux = [gradients(model, lambda m, b: spread(m(b[0])), piece) for piece in cut(batch, sizes)]
     want = mean_of([gradients(model, default_loss, batch), *aux], [1, 10 / 16, 6 / 16])
-    got = window_of(open_parts(Workload(model, loss=loss, optimizer=Capture)), batch, sizes)
+    got = window_of(open_context(Workload(model, loss=loss, optimizer=Capture)), batch, sizes)
     assert distance(got, want) <= FP64
 
 
 def watched(
     loss: Callable[..., Any], count: Callable[..., Any] | None = None, model: nn.Module | None = None
-) -> tuple[Parts, list[str]]:
+) -> tuple[TrainingContext, list[str]]:
     """Parts whose forwards, backwards, counts and steps write down their order."""
     model, events = model or tagger(), []
 
@@ -238,15 +238,15 @@ def watched(
         return count(batch)
 
     model.register_forward_hook(forward)
-    parts = open_parts(Workload(model, loss=loss, optimizer=Capture, count=counted if count else None))
-    parts.optimizer.register_step_post_hook(lambda *_: events.append("step"))
-    return parts, events
+    context = open_context(Workload(model, loss=loss, optimizer=Capture, count=counted if count else None))
+    context.optimizer.register_step_post_hook(lambda *_: events.append("step"))
+    return context, events
 
 
 def test_the_count_of_the_window_is_known_before_its_first_backward() -> None:
-    parts, events = watched(token_sum)
+    context, events = watched(token_sum)
     for first in (True, False):
-        window_of(parts, ragged(16), (4, 4, 4, 4))
+        window_of(context, ragged(16), (4, 4, 4, 4))
         before = events[: events.index("forward")]
         assert before.count("counting forward") == 4 + first  # the very first asks whether it is a pair
         assert events[len(before) :] == ["forward", "backward"] * 4 + ["step"]
@@ -254,21 +254,21 @@ def test_the_count_of_the_window_is_known_before_its_first_backward() -> None:
 
 
 def test_count_spares_the_counting_forward() -> None:
-    parts, events = watched(token_sum, token_count)
-    window_of(parts, ragged(16), (4, 4, 4, 4))
+    context, events = watched(token_sum, token_count)
+    window_of(context, ragged(16), (4, 4, 4, 4))
     assert events == ["count"] * 4 + ["forward", "backward"] * 4 + ["step"]
 
 
 def test_a_window_of_one_micro_batch_brings_its_own_count() -> None:
-    parts, events = watched(token_sum)
-    window_of(parts, ragged(16), (16,))
+    context, events = watched(token_sum)
+    window_of(context, ragged(16), (16,))
     assert events == ["forward", "backward", "step"]
 
 
 def test_a_mean_is_asked_once_whether_it_is_a_pair_and_never_counted() -> None:
-    parts, events = watched(default_loss, model=mlp())
+    context, events = watched(default_loss, model=mlp())
     for extra in (1, 0):
-        window_of(parts, vectors(16), (4, 4, 4, 4))
+        window_of(context, vectors(16), (4, 4, 4, 4))
         assert events == ["counting forward"] * extra + ["forward", "backward"] * 4 + ["step"]
         events.clear()
 
@@ -300,9 +300,9 @@ def test_the_counting_forward_leaves_random_state_and_buffers_untouched() -> Non
     found = []
     for count in (None, token_count):
         model = copy.deepcopy(first)
-        parts = open_parts(Workload(model, loss=token_sum, optimizer=Capture, count=count))
+        context = open_context(Workload(model, loss=token_sum, optimizer=Capture, count=count))
         torch.manual_seed(5)
-        got = [window_of(parts, ragged(16), (4, 4, 4, 4)) for _ in range(2)]
+        got = [window_of(context, ragged(16), (4, 4, 4, 4)) for _ in range(2)]
         found.append(([g for grads in got for g in grads], state_of(model), model.calls, take_rng()))
     (ones, buffers, calls, rng), (others, other_buffers, other_calls, other_rng) = found
     assert all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
@@ -316,7 +316,7 @@ def test_a_loss_may_take_its_batch_apart() -> None:
         return token_sum(model, {"ids": batch.pop("ids"), "labels": batch.pop("labels")})
 
     model = tagger()
-    got = window_of(open_parts(Workload(model, loss=popping, optimizer=Capture)), ragged(16), (4, 4, 4, 4))
+    got = window_of(open_context(Workload(model, loss=popping, optimizer=Capture)), ragged(16), (4, 4, 4, 4))
     assert distance(got, gradients(model, token_sum, ragged(16))) <= FP64
 
 
@@ -375,11 +375,11 @@ def test_scheduler_clipping_step_and_between_come_once_per_window(monkeypatch: p
         between=lambda model: count("between"),
     )
     runner = runner_for(work, 16, 4)
-    runner.parts.optimizer.register_step_post_hook(lambda *_: count("optimizer"))
+    runner.context.optimizer.register_step_post_hook(lambda *_: count("optimizer"))
     results = list(runner.epoch([vectors(24), vectors(18)]))  # 16, 16, 10
     assert [result.samples for result in results] == [16, 16, 10]
     assert count.calls == dict.fromkeys(["clip", "optimizer", "schedule", "between"], 3)
-    assert runner.parts.optimizer.param_groups[0]["lr"] == 0.5**3
+    assert runner.context.optimizer.param_groups[0]["lr"] == 0.5**3
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -439,7 +439,7 @@ def test_inf_in_one_micro_batch_leaves_parameters_and_schedule_as_they_were(clip
     result = runner.step(batch)
     assert not result.stepped
     assert same_tensors(state_of(model), before)
-    assert runner.parts.scaler.get_scale() == 2.0**9
+    assert runner.context.scaler.get_scale() == 2.0**9
     assert count.calls == dict.fromkeys(["unscale", "step", "update"], 1)
     assert all(p.grad is None for p in model.parameters())
     assert runner.step(vectors(16, dtype)).stepped  # and the next one trains
@@ -470,7 +470,7 @@ def test_what_happens_to_a_gradient_that_is_not_finite_is_the_users_choice(
         assert runner.step(batch).stepped == (choice != "skip")
     untouched = choice in ("skip", "raise")
     assert same_tensors(state_of(model), before) == untouched
-    assert runner.parts.scheduler.last_epoch == int(not untouched)
+    assert runner.context.scheduler.last_epoch == int(not untouched)
     assert ("isn't finite" in caplog.text) == (choice in ("skip", "warn"))
     assert all(p.grad is None for p in model.parameters())
     if untouched:
@@ -492,7 +492,7 @@ def test_a_scaler_and_a_choice_for_what_is_not_finite_go_together() -> None:
 def test_what_is_in_no_group_of_the_optimizer_adds_up_nowhere(sizes: tuple[int, ...]) -> None:
     model = mlp()
     optimizer = Capture(list(model.parameters())[:2])
-    window_of(open_parts(Workload(model, optimizer=optimizer)), vectors(4), sizes)
+    window_of(open_context(Workload(model, optimizer=optimizer)), vectors(4), sizes)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -502,10 +502,10 @@ def test_the_default_loss_weighs_micro_batches_by_the_classes_that_are_not_ignor
     classes[5] = -100
     model = mlp()
     want = gradients(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), (inputs, classes))
-    parts = open_parts(Workload(model, (inputs, classes), optimizer=Capture))
+    context = open_context(Workload(model, (inputs, classes), optimizer=Capture))
     pieces = list(cut((inputs, classes), (3, 3, 2)))  # nothing counts in the first
-    train_window(parts, pieces, (3, 3, 2))
-    assert distance(parts.optimizer.seen[-1], want) <= FP64
+    train_window(context, pieces, (3, 3, 2))
+    assert distance(context.optimizer.seen[-1], want) <= FP64
     naive = mean_of([gradients(model, default_loss, piece) for piece in pieces], [3 / 8, 3 / 8, 2 / 8])
     assert distance(naive, want) > 0.05
 
@@ -520,9 +520,9 @@ def test_a_mean_is_weighted_by_the_count_that_is_given() -> None:
 
     want = gradients(model, loss, (inputs, classes))
     work = Workload(model, (inputs, classes), loss=loss, count=lambda b: weights[b[1]].sum(), optimizer=Capture)
-    parts = open_parts(work)
-    train_window(parts, list(cut((inputs, classes), (5, 3))), (5, 3))
-    assert distance(parts.optimizer.seen[-1], want) <= FP64
+    context = open_context(work)
+    train_window(context, list(cut((inputs, classes), (5, 3))), (5, 3))
+    assert distance(context.optimizer.seen[-1], want) <= FP64
 
 
 @pytest.mark.parametrize("sizes", [(8,), (4, 4)])
@@ -533,6 +533,6 @@ def test_a_tuple_that_is_no_sum_and_count_is_refused(sizes: tuple[int, ...], ext
         mean = F.cross_entropy(logits, b[1])
         return (mean, logits) if extra == "logits" else (mean, len(logits), 1)
 
-    parts = open_parts(Workload(mlp(), vectors(8), loss=loss, optimizer=Capture))
+    context = open_context(Workload(mlp(), vectors(8), loss=loss, optimizer=Capture))
     with pytest.raises(UsageError, match=r"not \(sum, count\)"):
-        train_window(parts, list(cut(vectors(8), sizes)), sizes)
+        train_window(context, list(cut(vectors(8), sizes)), sizes)

@@ -23,11 +23,11 @@ from autoaccum import Plan, UsageError, Workload, fit_plan
 from autoaccum.devices.cpu import device
 from autoaccum.plan import PeakRow, TimedSize
 from autoaccum.planning import timing as times
-from autoaccum.planning.evidence import Subject
-from autoaccum.planning.request import read_wish, with_objective
+from autoaccum.planning.observe import RecordingTarget
+from autoaccum.planning.request import read_request, with_objective
 from autoaccum.reporting import frames, what_if
 from autoaccum.simulation.knee import interval, knee, told
-from autoaccum.window.step import open_parts
+from autoaccum.window.step import open_context
 
 MIB = 2**20
 
@@ -49,7 +49,7 @@ def test_a_hiccup_of_the_machine_makes_no_step_of_negative_seconds(
 ) -> None:
     """A round's first micro-batch, later ones and optimizer step; the last is as large as the first."""
     watch = times.Stopwatch(torch.device("cpu"), list(seconds))
-    subject: Any = SimpleNamespace(tile=lambda n: None, parts=None)
+    subject: Any = SimpleNamespace(tile=lambda n: None, context=None)
     clock = iter([0.0, sum(seconds)])
     monkeypatch.setattr(times, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(times.step, "train_window", lambda *args, **how: None)
@@ -170,7 +170,7 @@ def flat_from(size: int) -> Callable[[int], float]:
 
 
 def rounds(work: Workload, sizes: list[int], samples: int, seconds: float = 100.0) -> dict[int, tuple[float, ...]]:
-    subject = Subject(open_parts(work), work, device, None)
+    subject = RecordingTarget(open_context(work), work, device, None)
     found = times._rounds(subject, sizes, samples, seconds)
     return {n: tuple(each[n] for each in found) for n in found[0]} if found else {}
 
@@ -249,10 +249,10 @@ def test_a_plan_keeps_to_the_fewest_steps_and_tells_the_knee_or_why_it_has_none(
 
 def test_what_has_no_times_is_refused_for_fastest_and_never_timed() -> None:
     work, _ = workload(flat_from(1), [0.0])
-    wish = read_wish(work, 64, None, None, None, None, 0, 1)
+    request = read_request(work, 64, None, None, None, None, 0, 1)
     for changes in ({"virtual": True}, {"verify": False}):
         with pytest.raises(UsageError, match="no times"):
-            with_objective(wish, "fastest", None, **({"virtual": False, "verify": True} | changes))
+            with_objective(request, "fastest", None, **({"virtual": False, "verify": True} | changes))
     with pytest.raises(UsageError, match="no times"):
         fit_plan(work, objective="fastest")
     with pytest.raises(UsageError, match="not known"):

@@ -32,7 +32,7 @@ from autoaccum.tuning.apply import configured, implementations, plain
 from autoaccum.tuning.finals import LEADERS, NEAR, contenders, time_in_turn
 from autoaccum.tuning.kept import alone, open_study, read_trials
 from autoaccum.tuning.memory import Answer, Memory, answer_from
-from autoaccum.tuning.result import Trial, Tuned, ranked, summary
+from autoaccum.tuning.result import Trial, TuningResult, ranked, summary
 from autoaccum.tuning.space import (
     choices_for,
     combinations,
@@ -132,12 +132,12 @@ def test_the_gradient_under_checkpointing_is_the_plain_one_bit_for_bit(every: in
 
     def trained(every: int) -> tuple[dict[str, torch.Tensor], int]:
         other = replace(work, model=copy.deepcopy(work.model), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-        parts = step.open_parts(other)
+        context = step.open_context(other)
         pieces = [tuple(leaf[:3] for leaf in work.sample), tuple(leaf[3:] for leaf in work.sample)]
         torch.manual_seed(2)
         with blocks.checkpointed(other.model, every):
             forwards = count_forwards(other.model)
-            step.train_window(parts, pieces, (3, 3))
+            step.train_window(context, pieces, (3, 3))
         return other.model.state_dict(), forwards[0]
 
     one, plain_forwards = trained(0)
@@ -236,7 +236,7 @@ def test_channels_last_gives_the_same_gradient_up_to_rounding() -> None:
 def test_an_optimizer_gets_the_implementation_and_the_same_step(how: str) -> None:
     work = workload()
     with configured(work, Configuration(optimizer=how)) as changed:
-        optimizer = step.open_parts(changed).optimizer
+        optimizer = step.open_context(changed).optimizer
         group = optimizer.param_groups[0]
         assert (bool(group["foreach"]), bool(group["fused"])) == (how == "foreach", how == "fused")
         assert plain(changed).optimizer == how
@@ -254,12 +254,12 @@ def test_what_an_optimizer_has_no_implementation_for_is_refused_in_words() -> No
             super().__init__(parameters, {"lr": 0.1})
 
     work = workload(optimizer=Own)
-    assert implementations(step.open_parts(work).optimizer) == ()
+    assert implementations(step.open_context(work).optimizer) == ()
     with (
         pytest.raises(UsageError, match="Own has no 'fused' implementation"),
         configured(work, replace(ALL, loader_workers=None)) as changed,
     ):
-        step.open_parts(changed)
+        step.open_context(changed)
     model = Net(Block)
     optimizer = torch.optim.AdamW(model.parameters())
     for p in model.parameters():
@@ -736,7 +736,7 @@ def test_a_lucky_one_falls_back_in_turn_with_others_and_who_was_unlucky_wins() -
     assert (best.configuration["precision"], best.configuration["optimizer"], best.turns) == ("bf16", "fused", 7)
     assert best.step_seconds == pytest.approx(1.1 * 0.7 * 1.48)
     assert trials[0].turns == 7 and trials[0].step_seconds == pytest.approx(1.1 * 1.2 * 1.48)  # what is gained is fair
-    tuned = Tuned(made_up_plan(), tuple(trials), "seconds", size_of(SMALL), plain=0)
+    tuned = TuningResult(made_up_plan(), tuple(trials), "seconds", size_of(SMALL), plain=0)
     told = summary(tuned)
     assert "measured; those that led and the plain one in turn, 7 rounds of 4" in told and "1.71 times as fast" in told
     assert tuned.table().count("(in turn)") == 4
@@ -856,7 +856,7 @@ def test_the_table_and_the_summary_tell_ranks_reasons_and_what_changes_numbers()
     found = search(Machine(), trials=20)
     found.run()
     trials = tuple(read_trials(found.study))
-    tuned = Tuned(made_up_plan(), trials, "seconds", size_of(GRID), ("left out: a thing",), plain=0)
+    tuned = TuningResult(made_up_plan(), trials, "seconds", size_of(GRID), ("left out: a thing",), plain=0)
     table = tuned.table().splitlines()
     assert table[1].split()[0] == "1" and f"{tuned.best.step_seconds:.4g}" in table[1]
     assert sum("(plain)" in line for line in table) == 1 and sum("pruned: " in line for line in table) >= 1
@@ -887,7 +887,7 @@ def test_windows_are_timed_after_two_that_do_not_count_and_a_hopeless_one_is_lef
     clock = [0.0]
     trained: list[tuple[int, ...]] = []
 
-    def train(parts: Any, pieces: Any, sizes: tuple[int, ...]) -> None:
+    def train(context: Any, pieces: Any, sizes: tuple[int, ...]) -> None:
         trained.append(tuple(sizes))
         assert [len(piece[0]) for piece in pieces] == list(sizes)
         clock[0] += 9.0 if len(trained) <= 2 else 0.25

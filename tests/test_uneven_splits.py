@@ -138,8 +138,8 @@ def test_the_runner_cuts_a_tail_as_it_was_planned(found: dict[str, Any]) -> None
 def an_outlook(fits: Any, most: int = 256) -> Any:
     """As much of an outlook as is asked for the largest micro-batch and for why not fewer steps."""
     return SimpleNamespace(
-        wish=SimpleNamespace(samples=most, most=most, objective=FEWEST_STEPS),
-        observed=SimpleNamespace(recordings=[SimpleNamespace(micro_batch=31)], doubt=None),
+        request=SimpleNamespace(samples=most, most=most, objective=FEWEST_STEPS),
+        evidence=SimpleNamespace(recordings=[SimpleNamespace(micro_batch=31)], doubt=None),
         fits_surely=fits,
         later_floor=lambda n: n,
         usable_bytes=60,
@@ -149,9 +149,9 @@ def an_outlook(fits: Any, most: int = 256) -> Any:
 
 def test_a_size_that_fits_beside_a_smaller_one_only_is_not_the_largest_that_fits() -> None:
     """As of a DenseNet-121 in 5 GiB: windows of 37 alone need a retry each time, 37 + 37 + 36 don't."""
-    outlook = an_outlook(lambda split: max(split) <= 37 and set(split) != {37})
-    assert build_plan._largest(outlook, (37, 37, 36)) == (36, False)
-    assert build_plan._largest(outlook, (36, 36, 36)) == (36, False)
+    predictor = an_outlook(lambda split: max(split) <= 37 and set(split) != {37})
+    assert build_plan._largest(predictor, (37, 37, 36)) == (36, False)
+    assert build_plan._largest(predictor, (36, 36, 36)) == (36, False)
     assert build_plan._largest(an_outlook(lambda split: False), (37, 37, 37)) == (37, False), (
         "the plan's own window fits"
     )

@@ -194,14 +194,14 @@ def test_a_plateau_scheduler_is_fed_with_the_windows_loss_as_a_plain_loop_would(
         optimizer.step()
         scheduler.step(loss.detach())
         assert abs(float(result.loss) - float(loss.detach())) < FP64 * float(loss.detach())
-        assert runner.parts.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+        assert runner.context.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert optimizer.param_groups[0]["lr"] < 1
     state = runner.state_dict()
     again = runner_for(
         Workload(mlp(), vectors(4), optimizer=lambda p: torch.optim.SGD(p, lr=2.0), scheduler=plateau), 16, 4
     )
     again.load_state_dict(state)
-    assert again.parts.scheduler.best == runner.parts.scheduler.best and again.number == 6
+    assert again.context.scheduler.best == runner.context.scheduler.best and again.number == 6
 
 
 def test_a_metric_comes_in_the_losss_place_and_may_come_now_and_then() -> None:
@@ -211,7 +211,7 @@ def test_a_metric_comes_in_the_losss_place_and_may_come_now_and_then() -> None:
     rates = []
     for _ in range(4):
         runner.step(vectors(16))
-        rates.append(runner.parts.optimizer.param_groups[0]["lr"])
+        rates.append(runner.context.optimizer.param_groups[0]["lr"])
     assert rates == [0.1, 0.1, 0.05, 0.025]
     measured = list[int]()
     planned(mlp(), metric=lambda model: measured.append(1) or 1.0)  # type: ignore[func-returns-value]
@@ -240,7 +240,7 @@ def test_steps_are_counted_when_they_were_taken() -> None:
         with pytest.raises(ArithmeticError):
             runner.step(vectors(8))
         assert runner.number == number == len(seen(runner))
-        assert all(p.grad is None for p in runner.parts.model.parameters())
+        assert all(p.grad is None for p in runner.context.model.parameters())
 
     def between(model: nn.Module) -> None:
         raise ArithmeticError
@@ -293,8 +293,8 @@ def test_without_batch_statistics_the_last_window_has_its_one_sample() -> None:
 
 def test_a_sample_that_nothing_can_be_joined_with_is_a_bad_batch() -> None:
     runner = runner_for(Workload(normed(), vectors(4), optimizer=Capture), 8, 4)
-    before = copy.deepcopy(runner.parts.model.state_dict())
+    before = copy.deepcopy(runner.context.model.state_dict())
     with pytest.raises(BatchError, match="more than 1 value per channel"):
         list(runner.epoch([vectors(1)]))
     assert runner.number == 0
-    assert all(torch.equal(v, before[k]) for k, v in runner.parts.model.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in runner.context.model.state_dict().items())

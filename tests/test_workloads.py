@@ -30,8 +30,8 @@ def test_a_built_in_is_the_same_each_time_and_its_loss_falls(name: str) -> None:
     assert [leaf.shape[1:] for _, leaf in tree.leaves(batch)] == [
         leaf.shape[1:] for _, leaf in tree.leaves(work.sample)
     ]
-    parts = step.open_parts(work)
-    losses = [float(step.train_window(parts, [batch], [batch_size(batch)]).loss) for _ in range(8)]
+    context = step.open_context(work)
+    losses = [float(step.train_window(context, [batch], [batch_size(batch)]).loss) for _ in range(8)]
     assert losses[-1] < 0.95 * losses[0]
 
 

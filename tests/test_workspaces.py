@@ -67,20 +67,20 @@ def workload(precision: str | None = "bf16") -> Workload:
 def trained(history: str, n: int) -> dict[str, int]:
     """What four windows of two micro-batches take after something else was run in the process, or by another loop."""
     work = workload()
-    parts = step.open_parts(work)
+    context = step.open_context(work)
     piece = tile(work.sample, n)
     if history == "evaluated":
         with torch.no_grad():
             loss(work.model, tree_to(tile(work.sample, n // 2)))
     if history == "asked":
-        parts.loss_is_mean = True  # as if it had been: so a window of the others' asks once more than this one's
+        context.loss_is_mean = True  # as if it had been: so a window of the others' asks once more than this one's
     torch.cuda.reset_peak_memory_stats()
     for _ in range(4):
         if history == "loop":
-            loop(parts, [piece] * 2)
+            loop(context, [piece] * 2)
         else:
-            step.train_window(parts, [piece] * 2, (n, n))
-    state = [value for each in parts.optimizer.state.values() for value in each.values() if value.is_cuda]
+            step.train_window(context, [piece] * 2, (n, n))
+    state = [value for each in context.optimizer.state.values() for value in each.values() if value.is_cuda]
     held = sum(block.untyped_storage().nbytes() for block in [*work.model.parameters(), *state])
     return {"reserved": torch.cuda.max_memory_reserved(), "left": torch.cuda.memory_allocated() - held}
 
@@ -89,14 +89,14 @@ def tree_to(batch: Any) -> Any:
     return tuple(leaf.cuda() for leaf in batch)
 
 
-def loop(parts: step.Parts, pieces: list[Any]) -> None:
+def loop(context: step.TrainingContext, pieces: list[Any]) -> None:
     for piece in pieces:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            found = loss(parts.model, tree_to(piece))
+            found = loss(context.model, tree_to(piece))
         (found / len(pieces)).backward()
-    nn.utils.clip_grad_norm_(parts.model.parameters(), 1.0)
-    parts.optimizer.step()
-    parts.optimizer.zero_grad()
+    nn.utils.clip_grad_norm_(context.model.parameters(), 1.0)
+    context.optimizer.step()
+    context.optimizer.zero_grad()
 
 
 def planned(n: int) -> dict[str, Any]:
@@ -104,10 +104,10 @@ def planned(n: int) -> dict[str, Any]:
     plan = fit_plan(work, target_batch=2 * n, max_micro_batch=n, check=False)
     fields = ("predicted_peak_bytes", "predicted_here_bytes", "measured_peak_bytes", "by_hand_peak_bytes", "split")
     found = {name: getattr(plan, name) for name in fields}
-    parts = step.open_parts(work)
+    context = step.open_context(work)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
-        step.train_window(parts, [tile(work.sample, n)] * 2, (n, n))
+        step.train_window(context, [tile(work.sample, n)] * 2, (n, n))
     return found | {"after planning": torch.cuda.max_memory_reserved(), "text": plan.explain()}
 
 
@@ -234,7 +234,7 @@ def test_a_workspace_is_neither_activation_nor_temporary() -> None:
         for phase in recording.phases
     )
     found = composition(as_recorded(replace(recording, phases=phases)), (7, 7))
-    assert [parts.get(WORKSPACES) for parts in found.values()] == [8 * MIB, 8 * MIB, None]
+    assert [context.get(WORKSPACES) for context in found.values()] == [8 * MIB, 8 * MIB, None]
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from .terminal import keep_plan
 
 if TYPE_CHECKING:
     from ..processes.child import Say
-    from ..tuning import Tuned
+    from ..tuning import TuningResult
 
 
 def tune(
@@ -95,7 +95,7 @@ def _progress() -> Iterator[Say]:
         yield say
 
 
-def _tell(found: Tuned, output: Path | None) -> None:
+def _tell(found: TuningResult, output: Path | None) -> None:
     from ..reporting.explain import summary
     from ..tuning.result import summary as of_trials
 

@@ -14,10 +14,10 @@ import torch
 from ..data import tree
 from ..workload import IGNORED, Batch
 from . import test_batches
-from .determinism import ClassLoss, Draws
+from .determinism import ClassLoss, RandomOps
 
 if TYPE_CHECKING:
-    from .arrangements import Tried
+    from .arrangements import CheckCase
 
 UNIGNORED = "exact on data without ignored targets"
 AGREES_WITHIN = 1e-3  # of its weights: what a proposed count gives, and what least squares found
@@ -38,7 +38,7 @@ class Count:
     of: Callable[[Batch], float]
 
 
-def ignorable(draws: Draws, batch: Batch) -> dict[str, int]:
+def ignorable(draws: RandomOps, batch: Batch) -> dict[str, int]:
     """Paths of the leaves that cross-entropy takes for classes, and the class that it leaves out."""
     leaves = dict(tree.leaves(batch))
     named = [path for path in test_batches.target_paths(batch) if not leaves[path].is_floating_point()]
@@ -49,7 +49,7 @@ def ignorable(draws: Draws, batch: Batch) -> dict[str, int]:
     return found
 
 
-def untested_targets(tried: Tried) -> str | None:
+def untested_targets(tried: CheckCase) -> str | None:
     """In words, the cross-entropy that averages and was not tested with ignored classes; None where there is none.
 
     Classes that are a leaf of the batch were tried, and where that failed the model doesn't take them. What is left are
@@ -64,7 +64,7 @@ def untested_targets(tried: Tried) -> str | None:
     return f"its cross-entropy averages over classes other than {averaging[0].ignore_index}"
 
 
-def _may_be_ignored(tried: Tried, call: ClassLoss) -> bool:
+def _may_be_ignored(tried: CheckCase, call: ClassLoss) -> bool:
     """Whether its classes may be ignored in other data, and weren't tried so: too few rows, or no value is invented."""
     if call.path is None:
         return True
@@ -87,7 +87,7 @@ def for_untested() -> tuple[str, ...]:
 
 
 def of(
-    kind: str, tried: Tried, weights: Sequence[float], module: str | None, place: str | None = None
+    kind: str, tried: CheckCase, weights: Sequence[float], module: str | None, place: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
     """The words and the advice of a verdict that isn't exact.
 
@@ -130,7 +130,7 @@ def _of_sum(seen: str) -> tuple[str, ...]:
     )
 
 
-def _of_count(tried: Tried, weights: Sequence[float], off: str, seen: str) -> tuple[str, tuple[str, ...]]:
+def _of_count(tried: CheckCase, weights: Sequence[float], off: str, seen: str) -> tuple[str, tuple[str, ...]]:
     given = ", ".join(f"{size / tried.trial.rows:.3f}" for size in tried.found.sizes)
     if tried.found.is_pair:
         words = f"not exact: the (sum, count) that the loss returns is not a sum and its count; {off}"
@@ -196,7 +196,7 @@ def _of_coupling(seen: str) -> tuple[str, ...]:
     )
 
 
-def _fitting(tried: Tried, weights: Sequence[float]) -> Iterator[Count]:
+def _fitting(tried: CheckCase, weights: Sequence[float]) -> Iterator[Count]:
     """The counts whose shares are the weights that were found."""
     pieces = tried.trial.pieces(tried.found.sizes)
     for count in _candidates(tried):
@@ -211,7 +211,7 @@ def _fitting(tried: Tried, weights: Sequence[float]) -> Iterator[Count]:
             yield count
 
 
-def _candidates(tried: Tried) -> Iterator[Count]:
+def _candidates(tried: CheckCase) -> Iterator[Count]:
     batch, calls = tried.trial.batch, tried.found.draws.class_losses
     leaves = dict(tree.leaves(batch))
     ignored = ignorable(tried.found.draws, batch)

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import AutoaccumError
-from ..window.context import Parts, open_parts
+from ..window.context import TrainingContext, open_context
 from ..window.norms import find_norms, least_micro_batch
 from ..workload import Workload
 from . import advice, compare, test_batches
-from .compare import Gradients, Twin
+from .compare import FunctionalCopy, Gradients
 from .loss_trace import Look
-from .test_batches import IGNORING, SORTED, WIDE, Trial
+from .test_batches import IGNORING, SORTED, WIDE, TestBatch
 
 SPREADS = (1.0, 2.0, 4.0, 2.0, 4.0, 8.0)  # of the outputs, where samples meet in the loss
 WIDER = 10  # times as far may gradients be off for rounding where the last layer is larger
@@ -34,7 +34,7 @@ class Untestable(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Tried:
+class CheckCase:
     """A batch and what it gave.
 
     Attributes:
@@ -49,8 +49,8 @@ class Tried:
         exact_unignored: Whether the gradient is the whole batch's where no target is ignored, which was tried.
     """
 
-    trial: Trial
-    sample: Trial
+    trial: TestBatch
+    sample: TestBatch
     found: Gradients
     within: float
     counted: bool
@@ -70,7 +70,7 @@ class _Bench:
     """What arrangements are tried with."""
 
     workload: Workload
-    twin: Twin
+    twin: FunctionalCopy
     look: Look
 
     @property
@@ -81,7 +81,7 @@ class _Bench:
         return self.look.uses.freedom(path, self.device)
 
 
-def tried(workload: Workload, twin: Twin, most_rows: int) -> list[Tried]:
+def tried(workload: Workload, twin: FunctionalCopy, most_rows: int) -> list[CheckCase]:
     """What each arrangement gave, up to the first in which the gradients differ.
 
     Args:
@@ -98,13 +98,13 @@ def tried(workload: Workload, twin: Twin, most_rows: int) -> list[Tried]:
     plain = test_batches.plain(workload, most_rows, least)
     together = plain.rows <= most_rows
     first = plain if together else test_batches.groups(plain, most_rows, least)[0]
-    bench = _Bench(workload, twin, twin.look(lambda: parts_of(workload), first.batch, first.rows))
+    bench = _Bench(workload, twin, twin.look(lambda: context_of(workload), first.batch, first.rows))
     easy = test_batches.easy(plain, bench.freedom)
     if together:
         samples = [easy, test_batches.other_mix(easy, bench.look.keys())]
     else:
         samples = test_batches.groups(easy, most_rows, least)
-    found: list[Tried] = []
+    found: list[CheckCase] = []
     for index, sample in enumerate(samples):
         if not index:
             found.append(_hardest(bench, sample))
@@ -117,18 +117,18 @@ def tried(workload: Workload, twin: Twin, most_rows: int) -> list[Tried]:
     return found
 
 
-def closer(workload: Workload, twin: Twin, seen: Tried) -> Tried:
+def closer(workload: Workload, twin: FunctionalCopy, seen: CheckCase) -> CheckCase:
     """The same batch in three parts, where it has enough rows: three tell more of what is wrong than two."""
     sizes = seen.trial.sizes
     if len(sizes) == len(seen.found.sizes):
         return seen
     found = compare.compare(
-        twin, lambda: parts_of(workload), seen.trial.batch, seen.trial.pieces(), sizes, seen.found.one
+        twin, lambda: context_of(workload), seen.trial.batch, seen.trial.pieces(), sizes, seen.found.one
     )
     return seen if found.agrees(seen.within) else replace(seen, found=found)
 
 
-def holds_unignored(workload: Workload, twin: Twin, seen: Tried) -> bool:
+def holds_unignored(workload: Workload, twin: FunctionalCopy, seen: CheckCase) -> bool:
     """Whether the gradient is the whole batch's where no target is ignored."""
     if not seen.trial.ignored or seen.trial.hardness is None or _has_ignored(seen):
         return False
@@ -141,17 +141,17 @@ def holds_unignored(workload: Workload, twin: Twin, seen: Tried) -> bool:
 
 
 @contextlib.contextmanager
-def as_tried(twin: Twin, seen: Tried) -> Iterator[None]:
+def as_tried(twin: FunctionalCopy, seen: CheckCase) -> Iterator[None]:
     """The model as it was in an arrangement."""
     with twin.wider(seen.look) if seen.wide else contextlib.nullcontext():
         yield
 
 
-def parts_of(workload: Workload) -> Parts:
+def context_of(workload: Workload) -> TrainingContext:
     """The workload's parts, without what would change them or belongs to a device."""
     plain = replace(
         workload,
-        optimizer=compare.Capture,
+        optimizer=compare.GradientRecorder,
         precision=None,
         on_nonfinite=None,
         scaler=None,
@@ -160,16 +160,16 @@ def parts_of(workload: Workload) -> Parts:
         between=None,
         metric=None,
     )
-    return open_parts(plain)
+    return open_context(plain)
 
 
-def _hardest(bench: _Bench, easy: Trial) -> Tried:
+def _hardest(bench: _Bench, easy: TestBatch) -> CheckCase:
     """The hardest batch that the loss takes; the sample as it is where it takes no other."""
     found = _first(bench, easy, test_batches.HARDNESSES, wide=False)
     return found if found is not None else _try(bench, easy, easy)
 
 
-def _otherwise(bench: _Bench, easy: Trial, known: Sequence[str] | None, *, mixed: bool) -> Tried | None:
+def _otherwise(bench: _Bench, easy: TestBatch, known: Sequence[str] | None, *, mixed: bool) -> CheckCase | None:
     """Another arrangement, as hard as the loss takes it; None where it takes none, which the first has shown enough.
 
     Args:
@@ -190,7 +190,7 @@ def _otherwise(bench: _Bench, easy: Trial, known: Sequence[str] | None, *, mixed
     return None
 
 
-def _more(bench: _Bench, easy: Trial, rows: int, least: int, known: Sequence[str] | None) -> Iterator[Tried]:
+def _more(bench: _Bench, easy: TestBatch, rows: int, least: int, known: Sequence[str] | None) -> Iterator[CheckCase]:
     """Further arrangements, up to the first that differs, for where samples meet though gradients don't show it.
 
     Args:
@@ -212,7 +212,7 @@ def _more(bench: _Bench, easy: Trial, rows: int, least: int, known: Sequence[str
                 return
 
 
-def _first(bench: _Bench, easy: Trial, hardnesses: Sequence[tuple[str, ...]], *, wide: bool) -> Tried | None:
+def _first(bench: _Bench, easy: TestBatch, hardnesses: Sequence[tuple[str, ...]], *, wide: bool) -> CheckCase | None:
     """The first of these that the loss takes."""
     ignorable = _ignorable(bench, easy)
     for hardness in hardnesses:
@@ -228,23 +228,23 @@ def _first(bench: _Bench, easy: Trial, hardnesses: Sequence[tuple[str, ...]], *,
     return None
 
 
-def _ignorable(bench: _Bench, easy: Trial) -> dict[str, int]:
+def _ignorable(bench: _Bench, easy: TestBatch) -> dict[str, int]:
     return advice.ignorable(bench.look.draws, easy.batch)
 
 
-def _try(bench: _Bench, trial: Trial, sample: Trial, times: int = 1) -> Tried:
+def _try(bench: _Bench, trial: TestBatch, sample: TestBatch, times: int = 1) -> CheckCase:
     if test_batches.all_alike(trial.batch, trial.names):
         raise Untestable("its samples are all alike, and can't be altered safely")
     found = compare.compare(
-        bench.twin, lambda: parts_of(bench.workload), trial.batch, trial.pieces(trial.pair), trial.pair
+        bench.twin, lambda: context_of(bench.workload), trial.batch, trial.pieces(trial.pair), trial.pair
     )
     if not found.finite:
         raise Untestable("the gradient of the sample is zero or not finite")
     within = bench.twin.within * times
-    return Tried(trial, sample, found, within, bench.workload.count is not None, bench.look, bench.device)
+    return CheckCase(trial, sample, found, within, bench.workload.count is not None, bench.look, bench.device)
 
 
-def _has_ignored(seen: Tried) -> bool:
+def _has_ignored(seen: CheckCase) -> bool:
     """Whether the sample has ignored targets of its own."""
     return any(
         bool((test_batches.leaf_of(seen.sample.batch, path) == out).any())

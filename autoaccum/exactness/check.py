@@ -30,8 +30,8 @@ from ..window.isolated import as_it_trains
 from ..window.process_groups import refuse_ranks
 from ..workload import Workload
 from . import advice, arrangements, compare, coupling, test_batches
-from .arrangements import Tried, Untestable
-from .compare import HALF_WITHIN, Gradients, Twin
+from .arrangements import CheckCase, Untestable
+from .compare import HALF_WITHIN, FunctionalCopy, Gradients
 from .recheck import counts_differ, recheck
 
 log = logging.getLogger("autoaccum")
@@ -175,17 +175,17 @@ def unknown(why: str, *told: str) -> Verdict:
     return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=told)
 
 
-def _tried(workload: Workload, most_rows: int) -> tuple[Twin, list[Tried]]:
+def _tried(workload: Workload, most_rows: int) -> tuple[FunctionalCopy, list[CheckCase]]:
     """In double precision on the CPU; where the model is large, or can't do that, in its own."""
     if _is_small(workload):
         with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, Untestable):
-            twin = Twin(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
+            twin = FunctionalCopy(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
             return twin, arrangements.tried(workload, twin, most_rows)
     # Where there is no room for more, on views, and in half precision if that is the model's.
     parameters = list(workload.model.parameters())
     single = sum(4 * p.numel() for p in parameters)  # copies in single precision, and their gradients as well
     has_room = 2 * single < room_bytes(parameters[0].device)
-    twin = Twin(workload.model, workload.loss, alias=not has_room, widens=has_room)
+    twin = FunctionalCopy(workload.model, workload.loss, alias=not has_room, widens=has_room)
     return twin, arrangements.tried(workload, twin, most_rows)
 
 
@@ -198,7 +198,7 @@ def _is_small(workload: Workload) -> bool:
     return sum(p.numel() for p in workload.model.parameters()) <= compare.DOUBLES
 
 
-def _holds(tried: Sequence[Tried], *, settled: bool) -> Verdict:
+def _holds(tried: Sequence[CheckCase], *, settled: bool) -> Verdict:
     """Exact; `settled` where the loss isn't averaged over micro-batches at all."""
     first = tried[0]
     rows = first.sample.rows if len(tried) < 2 or first.sample.rows >= test_batches.LEAST_ROWS else _rows(tried)
@@ -221,11 +221,11 @@ def _holds(tried: Sequence[Tried], *, settled: bool) -> Verdict:
     return Verdict(EXACT, f"exact (tested on {rows} samples)", found.error(), *found.worst(), rows, advice=notes)
 
 
-def _rows(tried: Sequence[Tried]) -> int:
+def _rows(tried: Sequence[CheckCase]) -> int:
     return sum(each.sample.rows for each in tried)
 
 
-def _verdict(workload: Workload, twin: Twin, pair: Tried) -> Verdict:
+def _verdict(workload: Workload, twin: FunctionalCopy, pair: CheckCase) -> Verdict:
     """Why the window's gradient isn't the whole batch's."""
     with arrangements.as_tried(twin, pair):
         tried = arrangements.closer(workload, twin, pair)
@@ -246,7 +246,7 @@ def _verdict(workload: Workload, twin: Twin, pair: Tried) -> Verdict:
     return Verdict(kind, words, found.error(), *found.worst(), rows, module, told)
 
 
-def _kind(tried: Tried, pair: Tried) -> tuple[str, list[float]]:
+def _kind(tried: CheckCase, pair: CheckCase) -> tuple[str, list[float]]:
     """What least squares says of the parts, and the weights that they should have had, relative to each other."""
     found = tried.found
     if found.columns.shape[1] < FEW_ENTRIES * len(found.sizes):
@@ -263,7 +263,7 @@ def _kind(tried: Tried, pair: Tried) -> tuple[str, list[float]]:
     return COUNT, factors if found.is_pair else weights
 
 
-def _is_term(tried: Tried, pair: Tried) -> bool:
+def _is_term(tried: CheckCase, pair: CheckCase) -> bool:
     """Whether what is too much is one and the same for each micro-batch after the first.
 
     With sums s and a term t, three parts give s1 + s2 + s3 + 3t, the whole s1 + s2 + s3 + t: twice t too much. The
@@ -278,20 +278,20 @@ def _is_term(tried: Tried, pair: Tried) -> bool:
     return residual <= tried.within * 10 and abs(factors[1] - 0.5) <= 0.01
 
 
-def _remembers(workload: Workload, twin: Twin, tried: Tried) -> bool:
+def _remembers(workload: Workload, twin: FunctionalCopy, tried: CheckCase) -> bool:
     """Whether the second part's gradient is another one where no first part came before it."""
     if twin.moving_module() is None:
         return False
     sizes = tried.found.sizes
     piece = tried.trial.pieces(sizes)[1]
-    alone = twin.window(lambda: arrangements.parts_of(workload), [piece], [sizes[1]]).gradient
+    alone = twin.window(lambda: arrangements.context_of(workload), [piece], [sizes[1]]).gradient
     return compare.fit(alone[None], tried.found.columns[1])[1] > tried.within
 
 
-def _coupling(workload: Workload, twin: Twin, tried: Tried) -> str | None:
+def _coupling(workload: Workload, twin: FunctionalCopy, tried: CheckCase) -> str | None:
     """The module where samples mix, if one does; a model that doesn't bear being watched names none."""
     trial, batch = tried.trial, twin.cast(tried.trial.batch)
-    parts = replace(arrangements.parts_of(workload), device=next(iter(twin.copies.values())).device)
+    parts = replace(arrangements.context_of(workload), device=next(iter(twin.copies.values())).device)
     norms = batchnorm.Window(parts.norms, parts.batchnorm, 1)
 
     def fresh_forward(piece: Any) -> None:

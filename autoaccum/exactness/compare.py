@@ -22,9 +22,9 @@ from ..state.closures import holdings
 from ..state.rng import put_rng, same_state, take_rng
 from ..window import step
 from ..window.loss_terms import count_of
-from ..window.step import Parts
+from ..window.step import TrainingContext
 from ..workload import Batch, default_loss
-from .determinism import ClassLoss, Draws, without_chance
+from .determinism import ClassLoss, RandomOps, without_chance
 from .loss_trace import Look, watching_layers
 from .row_trace import RowTrace, differ
 from .test_batches import target_paths
@@ -46,7 +46,7 @@ WORST_WITHIN = 10  # times as far may the worst single tensor be off
 
 THE_MODEL = "the model"
 
-MakeParts = Callable[[], Parts]
+MakeParts = Callable[[], TrainingContext]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Gradients:
     columns: torch.Tensor
     sizes: tuple[int, ...]
     places: tuple[tuple[str, int], ...]
-    draws: Draws
+    draws: RandomOps
     chance: bool
     is_pair: bool
     one: Passes
@@ -113,7 +113,7 @@ class Gradients:
         return fit(self.columns, self.whole)
 
 
-class Capture(torch.optim.Optimizer):
+class GradientRecorder(torch.optim.Optimizer):
     """An optimizer whose step keeps the gradient and changes nothing."""
 
     def __init__(self, params: Iterable[torch.Tensor]) -> None:
@@ -136,7 +136,7 @@ class _Inside(nn.Module):
         return work()
 
 
-class Twin:
+class FunctionalCopy:
     """A model, and the modules of its loss, on copies of their parameters and buffers.
 
     Args:
@@ -175,7 +175,7 @@ class Twin:
             self.copies[name] = nn.Parameter(copied, requires_grad=p.requires_grad)
         self.buffers = {name: self._cast(b.detach()).clone() for name, b in self.outside.named_buffers()}
         self.moved: set[str] = set()
-        self._parts: Parts | None = None
+        self._parts: TrainingContext | None = None
         self._is_pair = False
         self._trace: RowTrace | None = None
         self._start = take_rng()  # every part of every window draws from here on: Python's and NumPy's draws are alike
@@ -213,13 +213,13 @@ class Twin:
         batch, look = self.cast(batch), Look()
 
         def forward() -> None:
-            parts = self._made(make_parts)
+            context = self._made(make_parts)
             put_rng(self._start)
             # With gradients: a loss may take some itself, by torch.autograd.grad.
             watching = watching_layers(self.model, look, rows)
             with watching, without_chance() as look.draws, watched(batch) as look.uses:
-                step.forward(parts, batch)
-            parts.counts_by_forward, parts.loss_is_mean = self._is_pair, not self._is_pair
+                step.forward(context, batch)
+            context.counts_by_forward, context.loss_is_mean = self._is_pair, not self._is_pair
 
         self.run(forward)
         look.draws.class_losses = [_placed(call, batch) for call in look.draws.class_losses]
@@ -231,30 +231,30 @@ class Twin:
         layer = list(look.layer.parameters(recurse=False)) if look.layer is not None else []
         own = {id(p) for p in layer if p.dim() > 1} or {id(p) for p in layer}  # a larger bias would move all alike
         names = [name for name, p in self.outside.named_parameters() if id(p) in own and name in self.copies]
-        before, parts = {name: self.copies[name] for name in names}, self._parts
-        if look.larger == 1.0 or parts is None:
+        before, context = {name: self.copies[name] for name in names}, self._parts
+        if look.larger == 1.0 or context is None:
             yield
             return
         for name, copied in before.items():
             larger = copied.detach() * look.larger
             self.copies[name] = nn.Parameter(larger, requires_grad=copied.requires_grad)
-        self._parts = replace(parts, optimizer=Capture([self.copies[name] for name in self.trained]))
+        self._parts = replace(context, optimizer=GradientRecorder([self.copies[name] for name in self.trained]))
         try:
             yield
         finally:
             self.copies |= before
-            self._parts = parts
+            self._parts = context
 
-    def _made(self, make_parts: MakeParts) -> Parts:
+    def _made(self, make_parts: MakeParts) -> TrainingContext:
         if self._parts is None:  # once: what its first window finds out about the loss holds for the others
             self._parts = self._opened(make_parts, [self.copies[name] for name in self.trained])
         return self._parts
 
     def _window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
         trained, cumulative = [self.copies[name] for name in self.trained], list[torch.Tensor]()
-        parts = self._made(make_parts)
-        optimizer = parts.optimizer
-        assert isinstance(optimizer, Capture)
+        context = self._made(make_parts)
+        optimizer = context.optimizer
+        assert isinstance(optimizer, GradientRecorder)
 
         @contextmanager
         def phase(name: str) -> Iterator[None]:
@@ -265,7 +265,7 @@ class Twin:
                 cumulative.append(self._read([p.grad for p in trained]))
 
         with without_chance() as draws:
-            step.train_window(parts, pieces, sizes, on_phase=phase)
+            step.train_window(context, pieces, sizes, on_phase=phase)
         draws.class_losses = [_placed(call, pieces[0]) for call in draws.class_losses]
         gradient, optimizer.seen = self._read(optimizer.seen), []  # or it would lie beside the next window's
         for p in trained:
@@ -279,7 +279,7 @@ class Twin:
             self._trace,
         )
 
-    def _opened(self, make_parts: MakeParts, trained: list[torch.Tensor]) -> Parts:
+    def _opened(self, make_parts: MakeParts, trained: list[torch.Tensor]) -> TrainingContext:
         """The parts, with an optimizer that only looks, and nothing of a scaler or a precision."""
         made = make_parts()
         inner = made.loss
@@ -294,7 +294,7 @@ class Twin:
         return replace(
             made,
             loss=inner if inner is default_loss else loss,  # the step knows the default one by its identity
-            optimizer=Capture(trained),
+            optimizer=GradientRecorder(trained),
             device=trained[0].device,
             scaler=None,
             scheduler=None,
@@ -363,14 +363,14 @@ class Passes:
 
     gradient: torch.Tensor
     cumulative: torch.Tensor
-    draws: Draws
+    draws: RandomOps
     chance: bool
     is_pair: bool
     trace: RowTrace | None = None
 
 
 def compare(
-    twin: Twin,
+    twin: FunctionalCopy,
     make_parts: MakeParts,
     whole: Batch,
     pieces: Sequence[Batch],

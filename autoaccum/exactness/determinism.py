@@ -43,7 +43,7 @@ class ClassLoss:
 
 
 @dataclass
-class Draws:
+class RandomOps:
     """What was seen on the way.
 
     Attributes:
@@ -58,9 +58,9 @@ class Draws:
 
 
 @contextmanager
-def without_chance() -> Iterator[Draws]:
+def without_chance() -> Iterator[RandomOps]:
     """Until it is left, nothing that torch draws on the CPU differs between samples, nor dropout anywhere."""
-    draws = Draws()
+    draws = RandomOps()
     with ExitStack() as stack:
         stack.enter_context(_Constants(draws))
         stack.enter_context(_Functions(draws))
@@ -70,7 +70,7 @@ def without_chance() -> Iterator[Draws]:
 class _Functions(TorchFunctionMode):
     """Functions of torch.nn.functional, before they reach a device."""
 
-    def __init__(self, draws: Draws) -> None:
+    def __init__(self, draws: RandomOps) -> None:
         super().__init__()
         self.draws = draws
 
@@ -117,7 +117,7 @@ class _Functions(TorchFunctionMode):
 class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Random operators, as they reach a device: dropout in attention or in an LSTM ends in one of them, too."""
 
-    def __init__(self, draws: Draws) -> None:
+    def __init__(self, draws: RandomOps) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws = draws
 

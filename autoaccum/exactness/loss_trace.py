@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..data import tree
-from .determinism import Draws
+from .determinism import RandomOps
 from .value_uses import Uses
 
 SPREAD = 3.0  # standard deviation of the outputs: logits of a classifier that is sure of its classes
@@ -38,7 +38,7 @@ class Look:
         wanted: The standard deviation that is wanted.
     """
 
-    draws: Draws = field(default_factory=Draws)
+    draws: RandomOps = field(default_factory=RandomOps)
     uses: Uses = field(default_factory=Uses)
     layer: nn.Module | None = None
     spread: float = float("nan")

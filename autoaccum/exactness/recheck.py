@@ -13,10 +13,10 @@ from ..devices.oom import drop_frames
 from ..devices.virtual.control import is_virtual
 from ..errors import AutoaccumError
 from ..window.isolated import as_it_trains
-from ..window.step import Parts
+from ..window.step import TrainingContext
 from ..workload import IGNORED, Batch
 from . import compare, test_batches
-from .compare import Twin
+from .compare import FunctionalCopy
 
 ENTRIES = 1 << 16  # of the gradient that are compared: half a MiB in double precision; of small models fewer
 
@@ -46,7 +46,9 @@ def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def recheck(parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: Names | None = None) -> str | None:
+def recheck(
+    context: TrainingContext, pieces: Sequence[Batch], sizes: Sequence[int], names: Names | None = None
+) -> str | None:
     """Tests on a few rows of a real window whether its gradient is that of one batch.
 
     For the first window whose `counts_differ`. Takes no more memory than the window itself, since it comes in the
@@ -55,7 +57,7 @@ def recheck(parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: 
     and random states are left as they were.
 
     Args:
-        parts: What is trained, between two windows.
+        context: What is trained, between two windows.
         pieces: The window's micro-batches.
         sizes: Samples in each.
         names: `shared` and `per_sample`, as `split` takes them.
@@ -63,17 +65,17 @@ def recheck(parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], names: 
     Returns:
         What to warn of; None where the gradients agree, or where this window can't tell.
     """
-    if parts.device.type != "cpu" and is_virtual():
+    if context.device.type != "cpu" and is_virtual():
         return None
-    rows = _few_rows(pieces, sizes, _most_rows(max(sizes), autocasts=parts.autocast_dtype is not None), names or {})
+    rows = _few_rows(pieces, sizes, _most_rows(max(sizes), autocasts=context.autocast_dtype is not None), names or {})
     if rows is None:
         return None
     whole, parted, counts = rows
-    with as_it_trains(parts.model, parts.held):
+    with as_it_trains(context.model, context.held):
         try:
-            entries = min(ENTRIES, sum(p.numel() for p in parts.model.parameters()) // 128)
-            twin = Twin(parts.model, parts.loss, alias=True, widens=False, entries=entries)
-            found = compare.compare(twin, lambda: parts, whole, parted, counts)
+            entries = min(ENTRIES, sum(p.numel() for p in context.model.parameters()) // 128)
+            twin = FunctionalCopy(context.model, context.loss, alias=True, widens=False, entries=entries)
+            found = compare.compare(twin, lambda: context, whole, parted, counts)
         except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AutoaccumError) as error:
             drop_frames(error)
             return None

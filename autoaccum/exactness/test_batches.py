@@ -46,7 +46,7 @@ MIXED, WIDE = "another mix of the samples", "outputs that lie wide apart"
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class TestBatch:
     """A batch to test on.
 
     Attributes:
@@ -99,7 +99,7 @@ def any_value(path: str) -> str:
     return ANY
 
 
-def plain(workload: Workload, most: int = MOST_ROWS, least: int = 1) -> Trial:
+def plain(workload: Workload, most: int = MOST_ROWS, least: int = 1) -> TestBatch:
     """The sample's own rows: as many as fit at once, but at least eight; where it has fewer, they are repeated.
 
     Args:
@@ -112,7 +112,7 @@ def plain(workload: Workload, most: int = MOST_ROWS, least: int = 1) -> Trial:
     rows = min(max(own, LEAST_ROWS), MOST_ROWS, max(most, LEAST_ROWS))
     taken = _spread(workload.sample, own, rows) if own > rows else [row % own for row in range(rows)]
     batch = cutting.select(workload.sample, taken, **names)
-    return Trial(batch, uneven(rows, least), max(0, rows - own), names=names)
+    return TestBatch(batch, uneven(rows, least), max(0, rows - own), names=names)
 
 
 def _spread(batch: Batch, own: int, rows: int) -> list[int]:
@@ -122,7 +122,7 @@ def _spread(batch: Batch, own: int, rows: int) -> list[int]:
     return sorted(order[(2 * number + 1) * own // (2 * rows)] for number in range(rows))
 
 
-def easy(plain: Trial, freedom: Freedom = any_value) -> Trial:
+def easy(plain: TestBatch, freedom: Freedom = any_value) -> TestBatch:
     """The same, with rows that differ where they were repeated."""
     if not plain.made_up:
         return plain
@@ -131,7 +131,7 @@ def easy(plain: Trial, freedom: Freedom = any_value) -> Trial:
     return replace(plain, batch=batch)
 
 
-def other_mix(trial: Trial, keys: torch.Tensor | None) -> Trial:
+def other_mix(trial: TestBatch, keys: torch.Tensor | None) -> TestBatch:
     """The rows in another order and with other numbers of each class: some stand in for those of the first.
 
     Args:
@@ -155,13 +155,13 @@ def other_mix(trial: Trial, keys: torch.Tensor | None) -> Trial:
     return replace(mixed, sizes=(mixed.rows - last - middle, middle, last))
 
 
-def groups(trial: Trial, most: int, least: int = 1) -> list[Trial]:
+def groups(trial: TestBatch, most: int, least: int = 1) -> list[TestBatch]:
     """The batch in as many as it takes for each to fit at once; rows go round, so that neighbours are apart."""
     number = -(-trial.rows // most)
     return [taken(trial, range(trial.rows)[first::number], least) for first in range(number)]
 
 
-def taken(trial: Trial, rows: Sequence[int], least: int = 1) -> Trial:
+def taken(trial: TestBatch, rows: Sequence[int], least: int = 1) -> TestBatch:
     """Some of a batch's rows."""
     batch = cutting.select(trial.batch, rows, **trial.names)
     return replace(trial, batch=batch, sizes=uneven(len(rows), least))
@@ -179,8 +179,8 @@ def all_alike(batch: Batch, names: dict[str, Collection[str]]) -> bool:
 
 
 def harder(
-    easy: Trial, hardness: tuple[str, ...], ignorable: dict[str, int], freedom: Freedom = any_value, seed: int = 2
-) -> Trial:
+    easy: TestBatch, hardness: tuple[str, ...], ignorable: dict[str, int], freedom: Freedom = any_value, seed: int = 2
+) -> TestBatch:
     """The same batch, made hard.
 
     Args:
@@ -350,7 +350,7 @@ def _behind(leaf: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def _ignoring(
-    batch: Batch, easy: Trial, lengths: torch.Tensor, chosen: dict[str, int], generator: torch.Generator
+    batch: Batch, easy: TestBatch, lengths: torch.Tensor, chosen: dict[str, int], generator: torch.Generator
 ) -> tuple[Batch, tuple[str, ...]]:
     """Ignores a third of the targets, more of them in the first part, but never all of a part."""
     done = []

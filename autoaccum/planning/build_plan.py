@@ -17,10 +17,10 @@ from ..units import show_bytes
 from ..window import compiled, fp32_accumulation
 from ..window.fingerprint import fingerprint, signature
 from ..workload import Workload
-from . import evidence
+from . import observe
 from .environment import versions
 from .growth import told
-from .predictor import Outlook
+from .predictor import MemoryPredictor
 from .request import dataset_note
 from .timing import Times
 
@@ -35,7 +35,7 @@ UNVERIFIED: dict[str, Any] = {
 
 
 def plan(
-    outlook: Outlook,
+    predictor: MemoryPredictor,
     solution: Solution,
     measured: Any,
     workload: Workload,
@@ -44,55 +44,57 @@ def plan(
     most_rows: int | None = None,
 ) -> Plan:
     """The plan of a solution, as it stands before everything is put back."""
-    wish, observed, split = outlook.wish, outlook.observed, solution.split
-    fresh = outlook.peak_bytes(split, "fresh")
-    phases = dict(outlook.phases(split))
-    history = max(outlook.peak_bytes(split, name) for name in wish.histories) - (fresh - outlook.kept_bytes(split))
-    growth = outlook.growth_bytes(split)
+    request, evidence, split = predictor.request, predictor.evidence, solution.split
+    fresh = predictor.peak_bytes(split, "fresh")
+    phases = dict(predictor.phases(split))
+    history = max(predictor.peak_bytes(split, name) for name in request.histories) - (
+        fresh - predictor.kept_bytes(split)
+    )
+    growth = predictor.growth_bytes(split)
     binding = max((name for name in phases if name in PHASES), key=lambda name: phases[name])
-    largest, capped = _largest(outlook, split)
+    largest, capped = _largest(predictor, split)
     return Plan(
-        target_batch=wish.target_batch or split[0] * wish.world_size,
-        world_size=wish.world_size,
+        target_batch=request.target_batch or split[0] * request.world_size,
+        world_size=request.world_size,
         micro_batch=split[0],
         accumulation_steps=len(split),
         split=split,
         largest_micro_batch=largest,
         largest_is_capped=capped,
-        budget=outlook.budget,
-        base_bytes=outlook.base_bytes,
-        data_bytes=outlook.data_bytes(sum(split)),
+        budget=predictor.budget,
+        base_bytes=predictor.base_bytes,
+        data_bytes=predictor.data_bytes(sum(split)),
         history_bytes=history,
-        predicted_peak_bytes=outlook.worst_bytes(split),
+        predicted_peak_bytes=predictor.worst_bytes(split),
         phases=phases,
-        binds=f"{PHASE_TITLES[binding]}, {'here' if history > outlook.kept_bytes(split) else 'fresh'}",
+        binds=f"{PHASE_TITLES[binding]}, {'here' if history > predictor.kept_bytes(split) else 'fresh'}",
         exactness="unchecked",
-        peaks=_table(outlook, split, {largest, *(size.micro_batch for size in timed.sizes)}),
+        peaks=_table(predictor, split, {largest, *(size.micro_batch for size in timed.sizes)}),
         signature=signature(workload.sample),
-        fingerprint=fingerprint(outlook.subject.parts),
-        method=observed.method,
-        mmap_threshold_bytes=outlook.subject.mmap_threshold_bytes,
-        recordings=tuple(observed.notes),
-        reasons=_reasons(outlook, split, measured, timed, largest),
+        fingerprint=fingerprint(predictor.subject.context),
+        method=evidence.method,
+        mmap_threshold_bytes=predictor.subject.mmap_threshold_bytes,
+        recordings=tuple(evidence.notes),
+        reasons=_reasons(predictor, split, measured, timed, largest),
         notes=_notes(
-            outlook, split, [*assumed, dataset_note(wish, split[0]), _tokens_note(workload, split, most_rows)]
+            predictor, split, [*assumed, dataset_note(request, split[0]), _tokens_note(workload, split, most_rows)]
         ),
-        slack=outlook.slack,
-        smallest_micro_batch=wish.least,
+        slack=predictor.slack,
+        smallest_micro_batch=request.least,
         workload=workload.name,
-        sample_bytes=outlook.sample_bytes,
-        max_micro_batch=wish.most if wish.is_bounded else None,
+        sample_bytes=predictor.sample_bytes,
+        max_micro_batch=request.most if request.is_bounded else None,
         max_tokens=token_budget(workload, split[0]),
         most_rows=most_rows,
-        composition=_composition(outlook, split, phases),
-        timeline=timeline(*evidence.window_of(observed, split)),
+        composition=_composition(predictor, split, phases),
+        timeline=timeline(*observe.window_of(evidence, split)),
         times=timed.sizes,
-        objective=wish.objective,
+        objective=request.objective,
         environment=versions(),
         growth_bytes=growth,
-        growth_where=told(observed.growth) if observed.growth is not None and growth else "",
-        **outlook.own_fields(split, largest),
-        **(outlook.measured_fields(measured, split) if measured is not None else UNVERIFIED),
+        growth_where=told(evidence.growth) if evidence.growth is not None and growth else "",
+        **predictor.own_fields(split, largest),
+        **(predictor.measured_fields(measured, split) if measured is not None else UNVERIFIED),
     )
 
 
@@ -103,66 +105,68 @@ def token_budget(workload: Workload, micro_batch: int) -> int | None:
     return min(workload.max_tokens, micro_batch * max(workload.lengths))
 
 
-def _composition(outlook: Outlook, split: Split, phases: dict[str, int]) -> dict[str, dict[str, int]]:
+def _composition(predictor: MemoryPredictor, split: Split, phases: dict[str, int]) -> dict[str, dict[str, int]]:
     """What lives at the peak of each phase of the plan's window."""
-    model = outlook.subject.parts.model
+    model = predictor.subject.context.model
     return breakdown.whole(
-        breakdown.composition(*evidence.window_of(outlook.observed, split)),
+        breakdown.composition(*observe.window_of(predictor.evidence, split)),
         phases,
-        base_bytes=outlook.base_bytes,
+        base_bytes=predictor.base_bytes,
         parameter_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        data_bytes=outlook.data_bytes(sum(split)),
+        data_bytes=predictor.data_bytes(sum(split)),
     )
 
 
-def _largest(outlook: Outlook, split: Split) -> tuple[int, bool]:
-    wish, observed = outlook.wish, outlook.observed
-    recorded = observed.recordings[-1].micro_batch
-    most = recorded if observed.doubt else max(split[0], wish.most if wish.samples else split[0])
+def _largest(predictor: MemoryPredictor, split: Split) -> tuple[int, bool]:
+    request, evidence = predictor.request, predictor.evidence
+    recorded = evidence.recordings[-1].micro_batch
+    most = recorded if evidence.doubt else max(split[0], request.most if request.samples else split[0])
     if len(split) == 1:
-        return split[0], wish.samples is not None or split[0] == wish.dataset_samples
-    size = largest_micro_batch(outlook.fits_surely, outlook.later_floor, budget_bytes=outlook.usable_bytes, most=most)
+        return split[0], request.samples is not None or split[0] == request.dataset_samples
+    size = largest_micro_batch(
+        predictor.fits_surely, predictor.later_floor, budget_bytes=predictor.usable_bytes, most=most
+    )
     # 37 + 37 + 36 says nothing of windows of 37 alone: these may need a retry each time.
     own = split[-1] if split[0] - split[-1] == 1 else split[0]
     return max(size, own), size >= most
 
 
-def _table(outlook: Outlook, split: Split, known: set[int]) -> tuple[PeakRow, ...]:
+def _table(predictor: MemoryPredictor, split: Split, known: set[int]) -> tuple[PeakRow, ...]:
     """Peaks at every size up to twice the largest known; or at a grid, there, and at the next numbers of steps."""
     samples = sum(split)
-    count = TABLE_ROWS if outlook.subject.parts.device.type == "cpu" else TABLE_ROWS_CUDA
+    count = TABLE_ROWS if predictor.subject.context.device.type == "cpu" else TABLE_ROWS_CUDA
     neighbours = {-(-samples // k) for k in range(max(1, len(split) - 1), min(samples, 4 * len(split)) + 1)}
-    needed = {1, outlook.wish.least, *split, *known, *outlook.wish.sizes, *sorted(neighbours)[-count // 2 :]}
+    needed = {1, predictor.request.least, *split, *known, *predictor.request.sizes, *sorted(neighbours)[-count // 2 :]}
     most = max(2 * max(known), *needed)
     sizes = needed | {round(1 + (most - 1) * part / (count - 1)) for part in range(count)}
     rows = []
     for size in sorted(sizes):
         try:
-            rows.append(outlook.row(size))
+            rows.append(predictor.row(size))
         except LookupError:
             break
     return tuple(rows)
 
 
-def _reasons(outlook: Outlook, split: Split, measured: Any, timed: Times, largest: int) -> dict[str, str]:
+def _reasons(predictor: MemoryPredictor, split: Split, measured: Any, timed: Times, largest: int) -> dict[str, str]:
     samples, steps = sum(split), len(split)
     reasons = {
         "accumulation_steps": (
             f"all {samples} samples fit at once"
             if steps == 1
-            else f"the fewest that micro-batches of at most {outlook.wish.most} allow"
-            if steps == -(-samples // outlook.wish.most)
-            else f"the fewest whose own window fits {outlook.border_words}{_why_uneven(outlook, split)}"
+            else f"the fewest that micro-batches of at most {predictor.request.most} allow"
+            if steps == -(-samples // predictor.request.most)
+            else f"the fewest whose own window fits {predictor.border_words}{_why_uneven(predictor, split)}"
         ),
         "split": f"{samples} samples in {steps} micro-batches"
         + (" whose sizes differ by at most one, largest first" if is_even(split) else ": one size and the rest"),
-        "largest_micro_batch": f"the largest of which a window of several fits {outlook.border_words}",
-        "slack": f"{outlook.slack:.0%} of what training takes, for the fragmentation of malloc's default",
-        "budget_bytes": f"the tightest of the limits ({outlook.budget.binds}) less the headroom",
+        "largest_micro_batch": f"the largest of which a window of several fits {predictor.border_words}",
+        "slack": f"{predictor.slack:.0%} of what training takes, for the fragmentation of malloc's default",
+        "budget_bytes": f"the tightest of the limits ({predictor.budget.binds}) less the headroom",
     }
-    reasons |= outlook.reasons(split) | _why_not_fewer(outlook, split, largest)
-    reasons["method"] = outlook.observed.doubt or (
-        "a step program lifted from recordings at " + ", ".join(str(n.micro_batch) for n in outlook.observed.notes)
+    reasons |= predictor.reasons(split) | _why_not_fewer(predictor, split, largest)
+    reasons["method"] = predictor.evidence.doubt or (
+        "a step program lifted from recordings at " + ", ".join(str(n.micro_batch) for n in predictor.evidence.notes)
     )
     reasons["measured_peak_bytes"] = (
         "not verified: nothing was run at this size"
@@ -171,7 +175,7 @@ def _reasons(outlook: Outlook, split: Split, measured: Any, timed: Times, larges
     )
     reasons["times"] = timed.why
     found = knee(timed.sizes)
-    if outlook.wish.objective == FASTEST and found is not None:
+    if predictor.request.objective == FASTEST and found is not None:
         most = max(size.micro_batch for size in timed.sizes)
         told = "" if found.is_sure else ", by medians that don't decide it"
         others = f"; {-(-samples // most)} steps of up to {most} fit too" if split[0] < most else ""
@@ -181,21 +185,21 @@ def _reasons(outlook: Outlook, split: Split, measured: Any, timed: Times, larges
     return reasons
 
 
-def _why_uneven(outlook: Outlook, split: Split) -> str:
+def _why_uneven(predictor: MemoryPredictor, split: Split) -> str:
     """What is wrong with the balanced split of as many steps, where another was taken."""
     even = balanced(sum(split), len(split))
-    return "" if is_even(split) else f"; {split[0]} is repeated, since {_counted(even)} {outlook.misses(even)}"
+    return "" if is_even(split) else f"; {split[0]} is repeated, since {_counted(even)} {predictor.misses(even)}"
 
 
-def _why_not_fewer(outlook: Outlook, split: Split, largest: int) -> dict[str, str]:
+def _why_not_fewer(predictor: MemoryPredictor, split: Split, largest: int) -> dict[str, str]:
     """Why no window of a step fewer fits, though micro-batches as large as its own do: its sizes don't say so then."""
     samples, steps = sum(split), len(split) - 1
-    if not steps or outlook.wish.objective == FASTEST or outlook.observed.doubt is not None:
+    if not steps or predictor.request.objective == FASTEST or predictor.evidence.doubt is not None:
         return {}
     even = balanced(samples, steps)
-    if even[0] > min(largest, outlook.wish.most):
+    if even[0] > min(largest, predictor.request.most):
         return {}
-    told = f"{steps} step{'s don' if steps > 1 else ' doesn'}'t fit: {_counted(even)} {outlook.misses(even)}"
+    told = f"{steps} step{'s don' if steps > 1 else ' doesn'}'t fit: {_counted(even)} {predictor.misses(even)}"
     return {"fewer_steps": told + (", and neither does a larger size, repeated, with the rest" if steps > 1 else "")}
 
 
@@ -203,25 +207,25 @@ def _counted(split: Split) -> str:
     return " and ".join(f"{count} of {size}" for size, count in Counter(split).items())
 
 
-def _notes(outlook: Outlook, split: Split, assumed: Sequence[str]) -> tuple[str, ...]:
+def _notes(predictor: MemoryPredictor, split: Split, assumed: Sequence[str]) -> tuple[str, ...]:
     notes = [text for text in assumed if text]
-    if outlook.observed.doubt is not None:
-        notes.append(f"Bracketed: {outlook.observed.doubt}.")
-    if compiled.is_compiled(outlook.subject.parts.model, outlook.subject.parts.loss):
-        notes.append(_compiled_note(outlook))
-    notes += [outlook.remark] if outlook.remark else []
-    notes += _growth_notes(outlook, split)
-    notes += outlook.notes(split)
-    return tuple(text for text in (*notes, _sums_note(outlook, split)) if text)
+    if predictor.evidence.doubt is not None:
+        notes.append(f"Bracketed: {predictor.evidence.doubt}.")
+    if compiled.is_compiled(predictor.subject.context.model, predictor.subject.context.loss):
+        notes.append(_compiled_note(predictor))
+    notes += [predictor.remark] if predictor.remark else []
+    notes += _growth_notes(predictor, split)
+    notes += predictor.notes(split)
+    return tuple(text for text in (*notes, _sums_note(predictor, split)) if text)
 
 
-def _sums_note(outlook: Outlook, split: Split) -> str:
+def _sums_note(predictor: MemoryPredictor, split: Split) -> str:
     """How gradients of half-precision parameters add up, and what that takes."""
-    parts = outlook.subject.parts
-    more = fp32_accumulation.widening_bytes(parts.model.parameters())
+    context = predictor.subject.context
+    more = fp32_accumulation.widening_bytes(context.model.parameters())
     if len(split) < 2 or not more:
         return ""
-    if parts.accumulate == "fp32":
+    if context.accumulate == "fp32":
         return (
             f"Gradients of half-precision parameters add up in fp32: {show_bytes(more)} more than a plain loop"
             " while micro-batches run. accumulate='as_parameters' of the workload does without, and loses what is"
@@ -233,16 +237,16 @@ def _sums_note(outlook: Outlook, split: Split) -> str:
     )
 
 
-def _growth_notes(outlook: Outlook, split: Split) -> list[str]:
+def _growth_notes(predictor: MemoryPredictor, split: Split) -> list[str]:
     """What outlives each window, by which line, and how many windows that leaves."""
-    found, growth = outlook.observed.growth, outlook.growth_bytes(split)
+    found, growth = predictor.evidence.growth, predictor.growth_bytes(split)
     if found is None or not growth:
         return []
-    left = max(0, outlook.budget.bytes - outlook.worst_bytes(split)) // growth
+    left = max(0, predictor.budget.bytes - predictor.worst_bytes(split)) // growth
     planning = (
         " What planning's own windows appended was taken out again."
         if found.undone
-        else f" Planning's own windows left {show_bytes(outlook.leaked_bytes)} behind, which it can't find to free."
+        else f" Planning's own windows left {show_bytes(predictor.leaked_bytes)} behind, which it can't find to free."
     )
     return [
         f"Memory grows: each window keeps {show_bytes(growth)} more than the one before, allocated at {told(found)}. "
@@ -259,30 +263,30 @@ def _tokens_note(workload: Workload, split: Split, most_rows: int | None) -> str
     return f"For the longest samples; {tried}, and no micro-batch has more than {tokens:,} padded tokens."
 
 
-def _compiled_note(outlook: Outlook) -> str:
-    if not compiled.runs_compiled(outlook.subject.parts):
+def _compiled_note(predictor: MemoryPredictor) -> str:
+    if not compiled.runs_compiled(predictor.subject.context):
         return "Planned as it was written, not compiled: what a compiler makes runs on no virtual GPU."
-    share = outlook.compiled_share
+    share = predictor.compiled_share
     told = "" if share == 1 else f" Compiled it takes {share:.0%} of that, which the figures here include."
     return f"Recorded as it was written; its own window's sizes alone are run compiled.{told}"
 
 
-def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> DoesNotFit:
+def does_not_fit(predictor: MemoryPredictor, split: Split, needed_bytes: int | None) -> DoesNotFit:
     """Not even the smallest window fits: by how much, and what would help.
 
     Args:
-        outlook: What is known.
+        predictor: What is known.
         split: The smallest window.
         needed_bytes: The smallest budget that it fits; None where that isn't known, since nothing so small was seen.
     """
-    budget = outlook.budget
+    budget = predictor.budget
     missing = max(1, needed_bytes - budget.bytes) if needed_bytes is not None else 0
-    state = outlook.observed.state_bytes
+    state = predictor.evidence.state_bytes
     helps = (
-        *(outlook.helps(needed_bytes) if needed_bytes is not None else ()),
-        _larger_budget(outlook, needed_bytes),
+        *(predictor.helps(needed_bytes) if needed_bytes is not None else ()),
+        _larger_budget(predictor, needed_bytes),
         f"an optimizer without state (this one's is {show_bytes(state)})" if state and state > missing / 4 else None,
-        _keeping_less(outlook, split),
+        _keeping_less(predictor, split),
         "activation checkpointing, shorter samples, or a smaller model",
     )
     all_told = ", ".join(text for text in helps if text)
@@ -294,16 +298,16 @@ def does_not_fit(outlook: Outlook, split: Split, needed_bytes: int | None) -> Do
     )
     return DoesNotFit(
         f"Not even a micro-batch of {split[0]} fits: {needs}",
-        f"{show_bytes(outlook.base_bytes)} of it are {outlook.base_words}; the limit that binds is {budget.binds}.",
+        f"{show_bytes(predictor.base_bytes)} of it are {predictor.base_words}; the limit that binds is {budget.binds}.",
         f"What would help: {all_told}.",
         missing_bytes=missing,
     )
 
 
-def _keeping_less(outlook: Outlook, split: Split) -> str | None:
+def _keeping_less(predictor: MemoryPredictor, split: Split) -> str | None:
     """What outlives a window, where that is a part of why nothing fits."""
-    found = outlook.observed.growth
-    growth = outlook.growth_bytes(split) if found is not None else 0
+    found = predictor.evidence.growth
+    growth = predictor.growth_bytes(split) if found is not None else 0
     return (
         f"keeping less than {show_bytes(growth)} of each window (allocated at {told(found)})"
         if found and growth
@@ -311,22 +315,22 @@ def _keeping_less(outlook: Outlook, split: Split) -> str | None:
     )
 
 
-def ran_out(outlook: Outlook, failure: str) -> DoesNotFit:
+def ran_out(predictor: MemoryPredictor, failure: str) -> DoesNotFit:
     """The very first windows, of a few samples, would run out of memory, or did so for real."""
-    budget = outlook.budget
+    budget = predictor.budget
     return DoesNotFit(
         f"Memory is too short for a few samples ({failure}); the budget is {show_bytes(budget.bytes)}.",
-        f"{show_bytes(outlook.base_bytes)} are {outlook.base_words}; the limit that binds is {budget.binds}.",
-        f"What would help: {_larger_budget(outlook, None)}, a leaner optimizer, or a smaller model.",
+        f"{show_bytes(predictor.base_bytes)} are {predictor.base_words}; the limit that binds is {budget.binds}.",
+        f"What would help: {_larger_budget(predictor, None)}, a leaner optimizer, or a smaller model.",
         missing_bytes=1,
     )
 
 
-def _larger_budget(outlook: Outlook, needed_bytes: int | None) -> str | None:
-    budget = outlook.budget
+def _larger_budget(predictor: MemoryPredictor, needed_bytes: int | None) -> str | None:
+    budget = predictor.budget
     if budget.binds != "asked":
         return f"a higher limit ({budget.binds})"
     if needed_bytes is None:
         return "a larger budget (--memory)"
-    outside = outlook.budget.limit_bytes - outlook.budget.bytes  # headroom, and on a GPU what torch doesn't see
+    outside = predictor.budget.limit_bytes - predictor.budget.bytes  # headroom, and on a GPU what torch doesn't see
     return f"a budget of {show_bytes(int(needed_bytes * 1.001) + outside).replace(' ', '')} (--memory)"

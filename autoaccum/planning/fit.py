@@ -1,6 +1,6 @@
 """fit_plan: from a workload to a plan. The page to read first.
 
-    record   the window at small sizes              planning/schedule.py, planning/evidence.py, devices/cpu/recorder.py,
+    record   the window at small sizes              planning/schedule.py, planning/observe.py, devices/cpu/recorder.py,
     devices/cuda/recorder.py lift     its sizes, as functions of the batch   simulation/program.py replay   any window
     by the allocator's rules    simulation/malloc.py, simulation/cuda_allocator/allocator.py solve    for the fewest
     steps that fit          simulation/solver.py verify   by running that window for real        planning/verify.py
@@ -39,15 +39,15 @@ from ..window.trained_parameters import told_of_left_out
 from ..workload import Workload
 from . import build_plan, predictor_cpu, schedule
 from . import verify as answer
-from .evidence import SCOUT, Observed, Subject
-from .predictor import Outlook, bytes_per_sample
-from .request import SEARCH_LIMIT, Wish, read_wish, with_objective
+from .observe import SCOUT, Evidence, RecordingTarget
+from .predictor import MemoryPredictor, bytes_per_sample
+from .request import SEARCH_LIMIT, PlanRequest, read_request, with_objective
 
 MALLOCS = ("fixed", "default")
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlanningEnvironment:
     """Where planning takes place.
 
     Attributes:
@@ -60,11 +60,11 @@ class Setting:
     """
 
     device: ModuleType
-    look: Callable[..., Outlook]
+    look: Callable[..., MemoryPredictor]
     build: tuple[Event, ...] | None = None
     keep: bool = True
     progress: Callable[[str], None] = lambda text: None
-    subject: type[Subject] = Subject
+    subject: type[RecordingTarget] = RecordingTarget
 
 
 def fit_plan(
@@ -127,24 +127,24 @@ def fit_plan(
     """
     started = time.perf_counter()
     workload, assumed = _as_workload(workload, sample, how)
-    wish = read_wish(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
+    request = read_request(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
     setting = _setting(workload.model, device)
     virtual = setting.device.name == "cuda" and is_virtual()
-    wish = with_objective(wish, objective, timing_seconds, verify=verify, virtual=virtual)
+    request = with_objective(request, objective, timing_seconds, verify=verify, virtual=virtual)
     if malloc not in MALLOCS:
         raise UsageError(f"malloc {malloc!r} is not known.", hint="Use malloc='fixed' or malloc='default'.")
     if elsewhere:
-        wish = replace(wish, histories=("fresh",))
+        request = replace(request, histories=("fresh",))
     if progress is not None:
         setting = replace(setting, progress=progress)
-    plan = plan_in(setting, workload, wish, assumed=assumed, verify=verify, check=check, malloc=malloc)
+    plan = plan_in(setting, workload, request, assumed=assumed, verify=verify, check=check, malloc=malloc)
     return replace(plan, seconds=time.perf_counter() - started)
 
 
 def plan_in(
-    setting: Setting,
+    setting: PlanningEnvironment,
     workload: Workload,
-    wish: Wish,
+    request: PlanRequest,
     *,
     assumed: str = "",
     verify: bool = True,
@@ -158,29 +158,31 @@ def plan_in(
     longest = replace(workload, sample=sample)
     held = _held(workload)
     with _as_it_was(workload, held) if setting.keep else contextlib.nullcontext() as snapshot:
-        parts = step.open_parts(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
-        parts.window_samples = wish.samples
-        left_out = told_of_left_out(parts.model, parts.optimizer)
-        subject = setting.subject(parts, longest, setting.device, threshold, setting.progress, setting.build)
+        context = step.open_context(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
+        context.window_samples = request.samples
+        left_out = told_of_left_out(context.model, context.optimizer)
+        subject = setting.subject(context, longest, setting.device, threshold, setting.progress, setting.build)
         subject = replace(subject, take_out=keeper(held))
 
         def start_over() -> None:
             subject.take_out()
             if snapshot is not None:
                 snapshot.restore()
-            _make_ready(parts, owns_optimizer=parts.optimizer is not workload.optimizer)
+            _make_ready(context, owns_optimizer=context.optimizer is not workload.optimizer)
             setting.device.clean()
 
         start_over()
         subject = replace(subject, before=setting.device.read_heap())
-        compiles = verify and compiled.runs_compiled(parts)
-        outlook = _look(setting, subject, wish, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles)
-        solution, measured = answer.solve_and_verify(outlook, start_over, verify=verify, compiles=compiles)
-        timed = answer.time_smaller(outlook, solution, measured, time.perf_counter() - started, start_over)
-        if wish.objective == FASTEST:
-            solution, measured = answer.fastest(outlook, solution, measured, timed, start_over)
-        rows = answer.try_short(outlook, solution, start_over) if measured is not None and not compiles else None
-        plan = build_plan.plan(outlook, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
+        compiles = verify and compiled.runs_compiled(context)
+        predictor = _look(
+            setting, subject, request, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles
+        )
+        solution, measured = answer.solve_and_verify(predictor, start_over, verify=verify, compiles=compiles)
+        timed = answer.time_smaller(predictor, solution, measured, time.perf_counter() - started, start_over)
+        if request.objective == FASTEST:
+            solution, measured = answer.fastest(predictor, solution, measured, timed, start_over)
+        rows = answer.try_short(predictor, solution, start_over) if measured is not None and not compiles else None
+        plan = build_plan.plan(predictor, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
         if check:
             start_over()
             plan = exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
@@ -211,7 +213,7 @@ def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workl
     return replace(workload, sample=inferred), f"Assumed, as no sample was given: {assumed}."
 
 
-def _setting(model: torch.nn.Module, device: str | torch.device | None) -> Setting:
+def _setting(model: torch.nn.Module, device: str | torch.device | None) -> PlanningEnvironment:
     here = next(model.parameters()).device
     wanted = torch.device(device) if device is not None else here
     if wanted.type != here.type:
@@ -219,19 +221,19 @@ def _setting(model: torch.nn.Module, device: str | torch.device | None) -> Setti
     return setting_for(here)
 
 
-def setting_for(device: torch.device) -> Setting:
+def setting_for(device: torch.device) -> PlanningEnvironment:
     """Where planning for that kind of device takes place.
 
     Raises:
         UsageError: It is neither a CPU nor a CUDA device.
     """
     if device.type == "cpu":
-        return Setting(cpu, predictor_cpu.look)
+        return PlanningEnvironment(cpu, predictor_cpu.look)
     if device.type == "cuda":
         from ..devices.cuda import device as cuda
         from . import predictor_cuda
 
-        return Setting(cuda, predictor_cuda.look)
+        return PlanningEnvironment(cuda, predictor_cuda.look)
     raise UsageError(
         f"Planning for {device.type} is not there: it is for the CPU and for CUDA.",
         hint="Plan with the model on one of these.",
@@ -258,54 +260,54 @@ def _as_it_was(workload: Workload, held: Holdings) -> Iterator[restore.Snapshot]
         yield snapshot
 
 
-def _make_ready(parts: step.Parts, *, owns_optimizer: bool) -> None:
+def _make_ready(context: step.TrainingContext, *, owns_optimizer: bool) -> None:
     """Train mode, no gradients, and no state in an optimizer that was made for the occasion."""
-    if not parts.model.training:
-        parts.model.train()
-    parts.model.zero_grad(set_to_none=True)
-    parts.optimizer.zero_grad(set_to_none=True)
+    if not context.model.training:
+        context.model.train()
+    context.model.zero_grad(set_to_none=True)
+    context.optimizer.zero_grad(set_to_none=True)
     if owns_optimizer:
-        parts.optimizer.state.clear()
+        context.optimizer.state.clear()
 
 
 def _look(
-    setting: Setting,
-    subject: Subject,
-    wish: Wish,
+    setting: PlanningEnvironment,
+    subject: RecordingTarget,
+    request: PlanRequest,
     snapshot_bytes: int,
     start_over: Callable[[], None],
     *,
     compiles: bool,
-) -> Outlook:
+) -> MemoryPredictor:
     """Records until the answer is predicted, compiles at its sizes, then reads what there is to be used."""
     sample_bytes = bytes_per_sample(subject)
 
-    def outlook(observed: Observed, state_bytes: int) -> Outlook:
-        return setting.look(subject, wish, observed, sample_bytes, snapshot_bytes + state_bytes)
+    def predictor(evidence: Evidence, state_bytes: int) -> MemoryPredictor:
+        return setting.look(subject, request, evidence, sample_bytes, snapshot_bytes + state_bytes)
 
-    def chosen(observed: Observed) -> schedule.Guess:
-        now = outlook(observed, observed.state_bytes)  # in the middle of planning: what is here now is of no account
-        return answer.guess(replace(now, wish=replace(wish, histories=("fresh",))))
+    def chosen(evidence: Evidence) -> schedule.Guess:
+        now = predictor(evidence, evidence.state_bytes)  # in the middle of planning: what is here now is of no account
+        return answer.guess(replace(now, request=replace(request, histories=("fresh",))))
 
-    def allowed(observed: Observed, n: int) -> bool:
+    def allowed(evidence: Evidence, n: int) -> bool:
         too_many = n > begin and begin < SCOUT  # the next larger one was rehearsed in vain
-        return not too_many and outlook(observed, observed.state_bytes).is_sure_to_fit(n)
+        return not too_many and predictor(evidence, evidence.state_bytes).is_sure_to_fit(n)
 
-    observed, begin = Observed(), SCOUT
+    evidence, begin = Evidence(), SCOUT
     try:
         if setting.device.name == "cuda":
             from .rehearsal import samples_to_begin_with  # CUDA's rules aren't loaded for a CPU
 
-            begin = samples_to_begin_with(subject, min(wish.least, SCOUT), start_over)
-        schedule.approach(subject, observed, chosen, allowed, wish.least, begin)
+            begin = samples_to_begin_with(subject, min(request.least, SCOUT), start_over)
+        schedule.approach(subject, evidence, chosen, allowed, request.least, begin)
     except (RuntimeError, MemoryError) as error:
         if not oom.is_out_of_memory(error):
             raise
         failure = oom.drop_frames(error)
-        raise build_plan.ran_out(outlook(Observed(), 0), failure) from None
-    if observed.doubt is not None:
-        schedule.bracket(subject, observed, allowed, min(wish.most, SEARCH_LIMIT))
+        raise build_plan.ran_out(predictor(Evidence(), 0), failure) from None
+    if evidence.doubt is not None:
+        schedule.bracket(subject, evidence, allowed, min(request.most, SEARCH_LIMIT))
     start_over()
     if compiles:
-        answer.compile_at_answer(outlook(observed, state_bytes=0), start_over)
-    return outlook(observed, state_bytes=0)
+        answer.compile_at_answer(predictor(evidence, state_bytes=0), start_over)
+    return predictor(evidence, state_bytes=0)

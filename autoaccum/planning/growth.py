@@ -29,7 +29,7 @@ from ..window.compiled import uncompiled
 
 if TYPE_CHECKING:
     from ..plan import Plan
-    from .evidence import Subject
+    from .observe import RecordingTarget
 
 log = logging.getLogger("autoaccum")
 
@@ -77,7 +77,7 @@ class Growth:
         return sum(site.bytes for site in self.sites)
 
 
-def probe(subject: Subject, n: int) -> Growth | None:
+def probe(subject: RecordingTarget, n: int) -> Growth | None:
     """Trains three windows of two micro-batches of n samples and sees what outlives them.
 
     Returns:
@@ -89,9 +89,9 @@ def probe(subject: Subject, n: int) -> Growth | None:
     try:
         with uncompiled(), watch:
             for _ in range(WINDOWS):
-                step.train_window(subject.parts, [piece] * 2, (n, n), on_phase=watch.on_phase)
-                step.run_between(subject.parts, on_phase=watch.on_phase)
-                alive.append(watch.alive(subject.parts))
+                step.train_window(subject.context, [piece] * 2, (n, n), on_phase=watch.on_phase)
+                step.run_between(subject.context, on_phase=watch.on_phase)
+                alive.append(watch.alive(subject.context))
     except (RuntimeError, MemoryError) as error:
         if oom.is_out_of_memory(error):
             raise
@@ -103,16 +103,16 @@ def probe(subject: Subject, n: int) -> Growth | None:
     if not sites:
         return None
     subject.take_out()
-    left = watch.alive(subject.parts)
+    left = watch.alive(subject.context)
     undone = sum(left[site.where, site.phase] for site in sites) < sum(site.bytes for site in sites)
     return Growth(tuple(sorted(sites, key=lambda site: -site.bytes)), undone)
 
 
-def _state(parts: step.Parts) -> set[int]:
+def _state(context: step.TrainingContext) -> set[int]:
     """The storages that training keeps by design: parameters, buffers, gradients, optimizer state."""
-    tensors: list[Any] = [*parts.model.parameters(), *parts.model.buffers()]
-    tensors += [tensor.grad for tensor in parts.model.parameters()]
-    tensors += [value for state in parts.optimizer.state.values() for value in state.values()]
+    tensors: list[Any] = [*context.model.parameters(), *context.model.buffers()]
+    tensors += [tensor.grad for tensor in context.model.parameters()]
+    tensors += [value for state in context.optimizer.state.values() for value in state.values()]
     return {StorageWeakRef(t.untyped_storage()).cdata for t in tensors if isinstance(t, torch.Tensor)}  # type: ignore[no-untyped-call]
 
 
@@ -146,9 +146,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is None or known[0].expired():  # type: ignore[no-untyped-call]
             self.made[ref.cdata] = ref, Site(_users_line(), self.phase, storage.nbytes())
 
-    def alive(self, parts: step.Parts) -> Counter[tuple[str, str]]:
+    def alive(self, context: step.TrainingContext) -> Counter[tuple[str, str]]:
         """By line and phase: bytes made so far that are there now, but for what training keeps by design."""
-        state, found = _state(parts), Counter[tuple[str, str]]()
+        state, found = _state(context), Counter[tuple[str, str]]()
         for address, (ref, site) in self.made.items():
             if address not in state and not ref.expired():  # type: ignore[no-untyped-call]
                 found[site.where, site.phase] += site.bytes

@@ -23,9 +23,9 @@ from ..processes.workload_source import load_workload
 from ..simulation.recording import Event, name_blocks
 from ..workload import Workload
 from . import predictor_cuda, predictor_virtual
-from .evidence import Subject
-from .fit import Setting, plan_in
-from .request import read_wish, with_objective
+from .fit import PlanningEnvironment, plan_in
+from .observe import RecordingTarget
+from .request import read_request, with_objective
 
 _EVENTS = {"alloc": 1, "free_completed": -1}
 
@@ -76,13 +76,13 @@ def plan_on_gpu(
     started = time.perf_counter()
     device = torch.device("cuda", torch.cuda.current_device())
     workload, build = build_on(source, device, virtual=gpu is not None, change=change)
-    wish = read_wish(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
-    wish = with_objective(wish, objective, timing_seconds, verify=verify, virtual=gpu is not None or is_virtual())
-    wish = replace(wish, histories=("fresh",), sizes=sizes)
+    request = read_request(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
+    request = with_objective(request, objective, timing_seconds, verify=verify, virtual=gpu is not None or is_virtual())
+    request = replace(request, histories=("fresh",), sizes=sizes)
     look = predictor_cuda.look if gpu is None else partial(predictor_virtual.look, gpu=gpu)
-    subject = Subject if gpu is None else predictor_virtual.EmptySubject
-    setting = Setting(cuda, look, build, keep=False, progress=progress, subject=subject)
-    plan = plan_in(setting, workload, wish, verify=verify, check=check)
+    subject = RecordingTarget if gpu is None else predictor_virtual.EmptySubject
+    setting = PlanningEnvironment(cuda, look, build, keep=False, progress=progress, subject=subject)
+    plan = plan_in(setting, workload, request, verify=verify, check=check)
     return replace(plan, seconds=time.perf_counter() - started)
 
 

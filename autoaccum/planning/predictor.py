@@ -18,9 +18,9 @@ from ..plan import PeakRow
 from ..simulation.recording import Phase, kept_blocks, live_peak
 from ..simulation.solver import CAPACITY_MARGIN, Solution, Split, is_even
 from ..units import show_bytes
-from . import evidence
-from .evidence import Observed, Subject
-from .request import Wish
+from . import observe
+from .observe import Evidence, RecordingTarget
+from .request import PlanRequest
 
 VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
 RAN_OUT = 1.25  # times as much as was thought, where a compiled window ran out of memory
@@ -29,13 +29,13 @@ AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more t
 
 
 @dataclass
-class Outlook(ABC):
+class MemoryPredictor(ABC):
     """What is there to be used, and what is known so far.
 
     Attributes:
         subject: What is planned.
-        wish: What is asked for.
-        observed: What was recorded.
+        request: What is asked for.
+        evidence: What was recorded.
         base_bytes: What is taken before training begins.
         budget: What training may use.
         sample_bytes: What one sample more adds to a batch.
@@ -45,9 +45,9 @@ class Outlook(ABC):
         remark: What verifying came to, where that has to be said.
     """
 
-    subject: Subject
-    wish: Wish
-    observed: Observed
+    subject: RecordingTarget
+    request: PlanRequest
+    evidence: Evidence
     base_bytes: int
     budget: Budget
     sample_bytes: int
@@ -75,7 +75,7 @@ class Outlook(ABC):
 
     def growth_bytes(self, split: Split) -> int:
         """What each window keeps for ever."""
-        return evidence.growth_of(self.subject, self.observed, split)
+        return observe.growth_of(self.subject, self.evidence, split)
 
     def kept_bytes(self, split: Split) -> int:
         """What a peak has of windows before it, and its phases don't."""
@@ -150,7 +150,7 @@ class Outlook(ABC):
 
     def forget(self) -> None:
         """Drops what was reckoned from recordings that have been added to."""
-        self.observed.memo.clear()
+        self.evidence.memo.clear()
 
     @abstractmethod
     def confirms(self, split: Split, measured: Any) -> str | None:
@@ -162,7 +162,7 @@ class Outlook(ABC):
 
     def far_off(self, split: Split, measured: Any) -> str | None:
         """Whether the prediction was far from a verification that held, where each size stands for itself; in words."""
-        if self.observed.doubt is None and not self.is_rough:
+        if self.evidence.doubt is None and not self.is_rough:
             return None
         predicted, took = self.compared(split, measured)
         if abs(predicted - took) <= FAR_OFF * took:
@@ -211,7 +211,7 @@ class Outlook(ABC):
 
     def worst_bytes(self, split: Split) -> int:
         """What the process comes to in the worse of the histories that the plan is for."""
-        worst = max(self.peak_bytes(split, history) for history in self.wish.histories)
+        worst = max(self.peak_bytes(split, history) for history in self.request.histories)
         return worst + int(self.slack * (worst - self.base_bytes))
 
     def needed_bytes(self, split: Split) -> int:
@@ -224,25 +224,25 @@ class Outlook(ABC):
 
     def is_sure_to_fit(self, n: int) -> bool:
         """Whether recording at n can't go over the budget, by the most pessimistic of what is known."""
-        observed = self.observed
+        evidence = self.evidence
         room = self.usable_bytes - self.base_bytes - self.data_bytes(2 * n) - self.leaked_bytes
-        if observed.recordings and observed.has_program:
-            return evidence.peak_of(self.subject, observed, (n, n)).peak_bytes <= room
-        gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)
-        steady = gradients + observed.state_bytes  # it is there whatever the batch
-        if observed.recordings:
-            known, peak = observed.recordings[-1].micro_batch, observed.notes[-1].measured_bytes
+        if evidence.recordings and evidence.has_program:
+            return observe.peak_of(self.subject, evidence, (n, n)).peak_bytes <= room
+        gradients = sum(p.nbytes for p in self.subject.context.model.parameters() if p.requires_grad)
+        steady = gradients + evidence.state_bytes  # it is there whatever the batch
+        if evidence.recordings:
+            known, peak = evidence.recordings[-1].micro_batch, evidence.notes[-1].measured_bytes
         else:
             # The first step makes gradients and state itself: only what comes on top of them is of the batch.
-            kept = {event.block for event in kept_blocks(observed.prelude)}
-            passing = tuple(event for event in observed.prelude if event.block not in kept)
-            known = observed.first_step.micro_batch if observed.first_step is not None else evidence.SCOUT
-            peak = steady + max(0, live_peak([Phase(evidence.PRELUDE, passing)]) - gradients)
+            kept = {event.block for event in kept_blocks(evidence.prelude)}
+            passing = tuple(event for event in evidence.prelude if event.block not in kept)
+            known = evidence.first_step.micro_batch if evidence.first_step is not None else observe.SCOUT
+            peak = steady + max(0, live_peak([Phase(observe.PRELUDE, passing)]) - gradients)
         scaling = max(peak - steady, peak // 10)  # all the rest growing with the batch is the worst there is
         return peak + scaling * max(0, n - known) // known <= room
 
 
-def bytes_per_sample(subject: Subject) -> int:
+def bytes_per_sample(subject: RecordingTarget) -> int:
     """What one sample more adds to a batch; what all samples share adds nothing."""
     one, two = (
         sum(leaf.nbytes for _, leaf in tree.leaves(subject.tile(n)) if isinstance(leaf, torch.Tensor)) for n in (1, 2)

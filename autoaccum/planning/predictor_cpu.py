@@ -10,20 +10,20 @@ from .. import process_memory
 from ..devices.cpu import device
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from ..plan import PeakRow
-from ..simulation.malloc import EMPTY, Replay, Start
+from ..simulation.malloc import EMPTY, HeapState, Replay
 from ..simulation.recording import Phase, live_peak
 from ..simulation.solver import Split, balanced
-from . import evidence
-from .evidence import Observed, Subject
+from . import observe
 from .growth import WINDOWS
-from .predictor import AGREES_WITHIN, RAN_OUT, Outlook, verified_part
-from .request import Wish
+from .observe import Evidence, RecordingTarget
+from .predictor import AGREES_WITHIN, RAN_OUT, MemoryPredictor, verified_part
+from .request import PlanRequest
 
 DEFAULT_MALLOC_SLACK = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
 
 
 @dataclass
-class CpuOutlook(Outlook):
+class CpuPredictor(MemoryPredictor):
     """What is there to be used, and what is known so far.
 
     Attributes:
@@ -34,8 +34,8 @@ class CpuOutlook(Outlook):
             which says what it keeps.
     """
 
-    fresh: Start = EMPTY
-    start: Start = EMPTY
+    fresh: HeapState = EMPTY
+    start: HeapState = EMPTY
     own_bytes: int = 0
     present_bytes: int | None = None
     _least_kept_bytes: int | None = field(default=None, init=False)
@@ -56,9 +56,9 @@ class CpuOutlook(Outlook):
         """What the windows before the one whose peak is promised have kept."""
         return (WINDOWS - 1) * self.growth_bytes(split)
 
-    def _window(self, split: Split, start: Start) -> Replay:
+    def _window(self, split: Split, start: HeapState) -> Replay:
         """The replay of a window; of a compiled one, with the share that was measured."""
-        found, share = evidence.peak_of(self.subject, self.observed, split, start), self.compiled_share
+        found, share = observe.peak_of(self.subject, self.evidence, split, start), self.compiled_share
         if share == 1:
             return found
         phases = tuple(replace(phase, bytes=int(share * phase.bytes)) for phase in found.phases)
@@ -80,18 +80,18 @@ class CpuOutlook(Outlook):
         return self._floor(n, later=True)
 
     def _floor(self, n: int, *, later: bool) -> int:
-        data = self.data_bytes(self.wish.samples or n)
+        data = self.data_bytes(self.request.samples or n)
         base = self.base_bytes - self.fresh.heap_free_bytes  # which small blocks may fill
-        window = min(1.0, self.compiled_share) * evidence.floor_of(self.observed, n, later=later)
+        window = min(1.0, self.compiled_share) * observe.floor_of(self.evidence, n, later=later)
         return base + int((1 + self.slack) * (data + window)) + self._least_kept(n)
 
     def _least_kept(self, n: int) -> int:
         """What any window of as many samples keeps at least: it follows samples and steps, so one end has the least."""
-        if self.observed.growth is None:
+        if self.evidence.growth is None:
             return 0
         if self._least_kept_bytes is None:
-            samples = self.wish.samples or 1
-            ends = (samples,), balanced(samples, samples // self.wish.least)
+            samples = self.request.samples or 1
+            ends = (samples,), balanced(samples, samples // self.request.least)
             self._least_kept_bytes = min(self.kept_bytes(split) for split in ends)
         return self._least_kept_bytes
 
@@ -121,9 +121,9 @@ class CpuOutlook(Outlook):
         verified = verified_part(split)
         rest = self.data_bytes(sum(split)) - self.data_bytes(sum(verified))
         ran = verified[0] + 2 * sum(verified)
-        if self.observed.growth is not None:
+        if self.evidence.growth is not None:
             rest = self.worst_bytes(split) - self.worst_bytes(verified) + self._not_kept_yet(verified)
-            rest += self.leaked_bytes if "here" in self.wish.histories else 0
+            rest += self.leaked_bytes if "here" in self.request.histories else 0
         return {
             "measured_peak_bytes": self.base_bytes + measured.increment_bytes + rest,
             "resident_peak_bytes": measured.resident_bytes,
@@ -139,7 +139,7 @@ class CpuOutlook(Outlook):
                 f"{sum(split)} samples of {self.sample_bytes:,} bytes, kept until their optimizer step is done"
             ),
             "predicted_peak_bytes": (
-                f"the replay of this window; {self.observed.unrecorded_bytes:,} bytes of it are objects that no "
+                f"the replay of this window; {self.evidence.unrecorded_bytes:,} bytes of it are objects that no "
                 "recording shows (autograd's graph above all), measured in a small window"
             ),
             "history_bytes": self._history_words(split),
@@ -152,7 +152,7 @@ class CpuOutlook(Outlook):
             f"planning's own objects and threads in this process ({own:,} bytes), and holes in its heap that large "
             "blocks can't use"
         )
-        if self.observed.growth is None:
+        if self.evidence.growth is None:
             return told
         return (
             f"what the {WINDOWS - 1} windows before keep ({self.kept_bytes(split):,} bytes); what planning's own "
@@ -193,7 +193,7 @@ class CpuOutlook(Outlook):
         allowed = AGREES_WITHIN * (self.base_bytes + predicted) + self.slack * predicted
         if abs(measured.increment_bytes - predicted) <= allowed:
             return None
-        told_apart = self.observed.doubt is None and self.compiled_share == 1 and not self.is_rough
+        told_apart = self.evidence.doubt is None and self.compiled_share == 1 and not self.is_rough
         if not told_apart and self.holds(measured):
             return None
         return f"took {measured.increment_bytes:,} bytes, not {predicted:,}"
@@ -230,19 +230,21 @@ class CpuOutlook(Outlook):
         self.compiled_share *= max(took, window // 10) / window
 
 
-def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CpuOutlook:
+def look(
+    subject: RecordingTarget, request: PlanRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
+) -> CpuPredictor:
     """Reads what there is now; `own_bytes` are planning's own, and the optimizer state's that is there already."""
     if process_memory.malloc_name() != "glibc":
-        return _with_another_malloc(subject, wish, observed, sample_bytes, own_bytes)
-    base = device.read_base(subject.before, observed.after_first)
-    leaked = _leaked(subject, observed)
-    budget = device.read_budget(wish.budget, wish.headroom)
+        return _with_another_malloc(subject, request, evidence, sample_bytes, own_bytes)
+    base = device.read_base(subject.before, evidence.after_first)
+    leaked = _leaked(subject, evidence)
+    budget = device.read_budget(request.budget, request.headroom)
     slack = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
     base_bytes, own = base.bytes - own_bytes - leaked, base.own_bytes + leaked
-    return CpuOutlook(
+    return CpuPredictor(
         subject,
-        wish,
-        observed,
+        request,
+        evidence,
         base_bytes,
         budget,
         sample_bytes,
@@ -255,23 +257,23 @@ def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, ow
 
 
 def _with_another_malloc(
-    subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int
-) -> CpuOutlook:
+    subject: RecordingTarget, request: PlanRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
+) -> CpuPredictor:
     """Where nothing says what malloc keeps of freed blocks.
 
     What it keeps serves again, so it is part of no base: of what the process has after its first window, all that the
     window had at once may be kept.
     """
     before: int = subject.before.outside_bytes
-    base_bytes = before - own_bytes + evidence.state_held(subject.parts)
-    if observed.after_first is not None:
-        kept = live_peak([Phase(evidence.PRELUDE, observed.prelude)])
-        base_bytes += max(0, observed.after_first.outside_bytes - kept - before)
-    budget = device.read_budget(wish.budget, wish.headroom)
-    return CpuOutlook(
+    base_bytes = before - own_bytes + observe.state_held(subject.context)
+    if evidence.after_first is not None:
+        kept = live_peak([Phase(observe.PRELUDE, evidence.prelude)])
+        base_bytes += max(0, evidence.after_first.outside_bytes - kept - before)
+    budget = device.read_budget(request.budget, request.headroom)
+    return CpuPredictor(
         subject,
-        wish,
-        observed,
+        request,
+        evidence,
         base_bytes,
         budget,
         sample_bytes,
@@ -280,15 +282,15 @@ def _with_another_malloc(
     )
 
 
-def _leaked(subject: Subject, observed: Observed) -> int:
+def _leaked(subject: RecordingTarget, evidence: Evidence) -> int:
     """What planning's windows have left behind: all that malloc has handed out more than after the first of them.
 
     Planning's own objects are part of it. A process that trains begins without either.
     """
-    first, then = observed.first_step, observed.after_first
-    if observed.growth is None or observed.growth.undone or first is None:
+    first, then = evidence.first_step, evidence.after_first
+    if evidence.growth is None or evidence.growth.undone or first is None:
         return 0
-    now = device.read_heap().in_use_bytes - evidence.state_held(subject.parts)
-    by_first: int = evidence.growth_of(subject, observed, (first.micro_batch,) * subject.device.SCOUT_STEPS)
-    since: int = now - (then.in_use_bytes - observed.state_at_first_bytes)
+    now = device.read_heap().in_use_bytes - observe.state_held(subject.context)
+    by_first: int = observe.growth_of(subject, evidence, (first.micro_batch,) * subject.device.SCOUT_STEPS)
+    since: int = now - (then.in_use_bytes - evidence.state_at_first_bytes)
     return max(0, since) + by_first

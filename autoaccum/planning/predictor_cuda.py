@@ -13,7 +13,7 @@ from ..devices.virtual.control import is_virtual
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from ..plan import PeakRow
 from ..simulation import saturation
-from ..simulation.cuda_allocator.allocator import EMPTY, CudaRules, CudaStart
+from ..simulation.cuda_allocator.allocator import EMPTY, AllocatorState, CudaRules
 from ..simulation.from_verification import as_recording, well_apart, workspaces_given_back
 from ..simulation.program import StepProgram, as_recorded, plain_window
 from ..simulation.recording import Event, Recording, kept_blocks, live_peak
@@ -21,11 +21,11 @@ from ..simulation.solver import CAPACITY_MARGIN, Split, largest_micro_batch
 from ..simulation.training_run import MOST_WINDOWS, Training, TrainingReplay, by_hand, replay_training, training_of
 from ..units import show_bytes
 from ..window import fp32_accumulation
-from . import evidence
-from .evidence import Observed, Subject
+from . import observe
 from .growth import WINDOWS
-from .predictor import AGREES_WITHIN, RAN_OUT, Outlook, verified_part
-from .request import Wish
+from .observe import Evidence, RecordingTarget
+from .predictor import AGREES_WITHIN, RAN_OUT, MemoryPredictor, verified_part
+from .request import PlanRequest
 
 HERE = "here"
 MOST_REMEMBERED = 4096  # replays
@@ -34,7 +34,7 @@ _Key = tuple[Split, str, int | None, bool, bool, bool]
 
 
 @dataclass
-class CudaOutlook(Outlook):
+class CudaPredictor(MemoryPredictor):
     """What is there to be used, and what is known so far.
 
     Attributes:
@@ -44,12 +44,12 @@ class CudaOutlook(Outlook):
     """
 
     build: tuple[Event, ...] = ()
-    start: CudaStart = EMPTY
+    start: AllocatorState = EMPTY
     settings: CudaRules = field(default_factory=CudaRules)
     _replays: dict[_Key, TrainingReplay] = field(default_factory=dict)
     _floors: dict[tuple[int, bool], int] = field(default_factory=dict)
     _trainings: dict[int, Training] = field(default_factory=dict)
-    _ended: dict[int, CudaOutlook] = field(default_factory=dict, init=False)
+    _ended: dict[int, CudaPredictor] = field(default_factory=dict, init=False)
     _kept: dict[Split, bool] = field(default_factory=dict, init=False)
 
     def data_bytes(self, samples: int) -> int:
@@ -64,7 +64,7 @@ class CudaOutlook(Outlook):
             return False
 
     def _fits(self, split: Split, kept: bool) -> bool:
-        return all(self._fits_in(split, history, kept) for history in self.wish.histories)
+        return all(self._fits_in(split, history, kept) for history in self.request.histories)
 
     def _fits_in(self, split: Split, history: str, kept: bool) -> bool:
         tight = self.replayed(split, history, self._as_written(self.usable_bytes), kept=kept)
@@ -97,22 +97,22 @@ class CudaOutlook(Outlook):
         return measured.kept == self.keeps(split)
 
     def _most(self, split: Split, kept: bool) -> int:
-        return max(self._peak(split, history, kept) for history in self.wish.histories)
+        return max(self._peak(split, history, kept) for history in self.request.histories)
 
     def fits_surely(self, split: Split) -> bool:
         """Whether it fits wherever what grows in steps comes to its end."""
-        return all(outlook.fits(split) for outlook in self._with_every_end(split[0]))
+        return all(predictor.fits(split) for predictor in self._with_every_end(split[0]))
 
-    def _with_every_end(self, n: int) -> Iterator[CudaOutlook]:
+    def _with_every_end(self, n: int) -> Iterator[CudaPredictor]:
         """This one, and where n is more than was recorded, those in which what steps ends in between."""
         yield self
-        if not self.observed.has_program:
+        if not self.evidence.has_program:
             return
-        program = self.observed.program()
+        program = self.evidence.program()
         for steps in range(min(MOST_ENDS, saturation.steps_until(program, n)) if n > program.recorded_at else 0):
             if steps not in self._ended:
-                observed = replace(self.observed, _program=saturation.ended(program, steps), memo={}, _replays={})
-                self._ended[steps] = replace(self, observed=observed, _replays={}, _floors={}, _trainings={})
+                evidence = replace(self.evidence, _program=saturation.ended(program, steps), memo={}, _replays={})
+                self._ended[steps] = replace(self, evidence=evidence, _replays={}, _floors={}, _trainings={})
             yield self._ended[steps]
 
     def _as_written(self, capacity_bytes: int) -> int:
@@ -129,12 +129,12 @@ class CudaOutlook(Outlook):
 
     def is_sure_to_fit(self, n: int) -> bool:
         """By the allocator's rules once there is a program, a retry now and then included; before, pessimistically."""
-        if self.observed.recordings and self.observed.has_program:
+        if self.evidence.recordings and self.evidence.has_program:
             room = self.usable_bytes - self.leaked_bytes
             unlimited = self.replayed((n, n), "fresh", None).peak_reserved_bytes <= room
             return unlimited or self.replayed((n, n), "fresh", room).out_of_memory is None
-        scouted = self.observed.scouted
-        if self.observed.recordings or scouted is None or n <= scouted.micro_batch:
+        scouted = self.evidence.scouted
+        if self.evidence.recordings or scouted is None or n <= scouted.micro_batch:
             return super().is_sure_to_fit(n)
         steady = self._static_bytes()
         there = self.replayed((scouted.micro_batch,) * 2, "fresh", None).peak_reserved_bytes
@@ -157,7 +157,7 @@ class CudaOutlook(Outlook):
         """
         expandable = self.settings.expandable_segments if expandable is None else expandable
         key = split, history, capacity_bytes, kept, expandable, stops_at_retry
-        known = self._replays if history == HERE else self.observed.memo
+        known = self._replays if history == HERE else self.evidence.memo
         if key not in known:
             training, sizes = self._training(split)
             found = replay_training(
@@ -165,7 +165,7 @@ class CudaOutlook(Outlook):
                 sizes,
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
                 start=self.start if history == HERE else EMPTY,
-                windows=MOST_WINDOWS if self.observed.growth is None else WINDOWS,
+                windows=MOST_WINDOWS if self.evidence.growth is None else WINDOWS,
                 stops_at_retry=stops_at_retry,
             )
             if len(known) > MOST_REMEMBERED:
@@ -174,19 +174,19 @@ class CudaOutlook(Outlook):
         return known[key]
 
     def _training(self, split: Split) -> tuple[Training, Split]:
-        observed = self.observed
-        if observed.has_program:
-            return self._made(0, observed.program), split
-        recording = next((each for each in observed.known if each.micro_batch >= split[0]), None)
+        evidence = self.evidence
+        if evidence.has_program:
+            return self._made(0, evidence.program), split
+        recording = next((each for each in evidence.known if each.micro_batch >= split[0]), None)
         if recording is None:
             raise LookupError(f"nothing was recorded at {split[0]} samples or more")
         size = recording.micro_batch
-        return self._made(size, lambda: as_recorded(recording, observed.prelude)), (size,) * len(split)
+        return self._made(size, lambda: as_recorded(recording, evidence.prelude)), (size,) * len(split)
 
     def _made(self, key: int, program: Callable[[], StepProgram]) -> Training:
         if key not in self._trainings:
-            assert self.observed.first_step is not None
-            self._trainings[key] = training_of(program(), self.observed.first_step, self.build)
+            assert self.evidence.first_step is not None
+            self._trainings[key] = training_of(program(), self.evidence.first_step, self.build)
         return self._trainings[key]
 
     def peak_bytes(self, split: Split, history: str) -> int:
@@ -203,7 +203,10 @@ class CudaOutlook(Outlook):
 
     def needed_bytes(self, split: Split) -> int:
         """The smallest budget that the window fits; below what it takes without a limit, since a retry makes room."""
-        low, high = 0, max(self.replayed(split, history, None).peak_reserved_bytes for history in self.wish.histories)
+        low, high = (
+            0,
+            max(self.replayed(split, history, None).peak_reserved_bytes for history in self.request.histories),
+        )
         high = int(high / (1 - CAPACITY_MARGIN)) + 1
         while high - low > 2 << 20:
             middle = (low + high) // 2
@@ -213,7 +216,7 @@ class CudaOutlook(Outlook):
 
     def misses(self, split: Split) -> str:
         """What it would take without a limit, and where it fails within what may be used."""
-        kept, histories = self.keeps(split), self.wish.histories
+        kept, histories = self.keeps(split), self.request.histories
         needed = max(self.replayed(split, history, None, kept=kept).peak_reserved_bytes for history in histories)
         told = f"would need {show_bytes(self._as_compiled(needed))}"
         for capacity in (self.usable_bytes, self.budget.bytes):
@@ -239,8 +242,8 @@ class CudaOutlook(Outlook):
 
     def _static_bytes(self) -> int:
         """Parameters, buffers, gradients and optimizer state."""
-        gradients = sum(p.nbytes for p in self.subject.parts.model.parameters() if p.requires_grad)
-        return sum(event.bytes for event in self.build) + gradients + self.observed.state_bytes
+        gradients = sum(p.nbytes for p in self.subject.context.model.parameters() if p.requires_grad)
+        return sum(event.bytes for event in self.build) + gradients + self.evidence.state_bytes
 
     def floor(self, n: int) -> int:
         """What is alive at once in a first micro-batch of a window that isn't the first."""
@@ -256,7 +259,7 @@ class CudaOutlook(Outlook):
         return self._floors[n, later]
 
     def _floor_of(self, n: int, *, later: bool) -> int:
-        if self.observed.doubt is not None or self.observed.first_step is None:
+        if self.evidence.doubt is not None or self.evidence.first_step is None:
             return 0
         training, split = self._training((n, n) if later else (n,))
         held = sum(event.bytes for event in self.build) + training.state_bytes
@@ -288,9 +291,9 @@ class CudaOutlook(Outlook):
 
     def own_fields(self, split: Split, largest: int) -> dict[str, Any]:
         """The GPU, the retries, and what other settings of the allocator would allow."""
-        limited = self.replayed(split, self.wish.histories[0], self.budget.bytes, kept=self.keeps(split))
+        limited = self.replayed(split, self.request.histories[0], self.budget.bytes, kept=self.keeps(split))
         return {
-            "device": torch.cuda.get_device_name(self.subject.parts.device),
+            "device": torch.cuda.get_device_name(self.subject.context.device),
             "virtual": is_virtual(),
             "retries": limited.retries,
             "predicted_here_bytes": self.peak_bytes(split, HERE),
@@ -302,27 +305,27 @@ class CudaOutlook(Outlook):
 
     def _sums_wide(self, split: Split) -> bool:
         """Whether the window's gradients add up in a wider precision than a plain loop's."""
-        parts = self.subject.parts
-        return bool(fp32_accumulation.wide_parameters(parts.model.parameters(), parts.accumulate, len(split)))
+        context = self.subject.context
+        return bool(fp32_accumulation.wide_parameters(context.model.parameters(), context.accumulate, len(split)))
 
     def _largest(self, most: int | None, *, expandable: bool | None) -> int | None:
         """The largest micro-batch that never makes the allocator give its cache back.
 
         Expandable segments are set before a process begins, so that only a fresh one can have them.
         """
-        if self.observed.doubt is not None:
+        if self.evidence.doubt is not None:
             return None
-        histories = self.wish.histories if expandable is None else ("fresh",)
+        histories = self.request.histories if expandable is None else ("fresh",)
 
         def fits(split: Split) -> bool:
             found = (
-                outlook.replayed(split, history, self.usable_bytes, expandable=expandable, stops_at_retry=True)
-                for outlook in self._with_every_end(split[0])
+                predictor.replayed(split, history, self.usable_bytes, expandable=expandable, stops_at_retry=True)
+                for predictor in self._with_every_end(split[0])
                 for history in histories
             )
             return all(each.out_of_memory is None and not any(each.retries) for each in found)
 
-        reach = most or self.wish.most
+        reach = most or self.request.most
         return largest_micro_batch(fits, self.later_floor, budget_bytes=self.usable_bytes, most=reach) or None
 
     def measured_fields(self, measured: device.Measured, split: Split) -> dict[str, Any]:
@@ -348,7 +351,7 @@ class CudaOutlook(Outlook):
     def notes(self, split: Split) -> list[str]:
         """Of retries, and of what a virtual GPU can't know."""
         notes = []
-        retries = self.replayed(split, self.wish.histories[0], self.budget.bytes, kept=self.keeps(split)).retries
+        retries = self.replayed(split, self.request.histories[0], self.budget.bytes, kept=self.keeps(split)).retries
         if any(retries):
             notes.append(
                 f"The allocator runs full in the first windows and gives its cache back ({sum(retries)} in all), which "
@@ -374,12 +377,12 @@ class CudaOutlook(Outlook):
 
     def measure(self, train: Callable[..., None], split: Split) -> device.Measured:
         """Three windows: the first of all, and two that follow."""
-        parts = self.subject.parts
-        parts.keeps_workspaces = kept = self.keeps(split)
+        context = self.subject.context
+        context.keeps_workspaces = kept = self.keeps(split)
         try:
-            return replace(device.measure(train, [split] * 3, parts.device), kept=kept)
+            return replace(device.measure(train, [split] * 3, context.device), kept=kept)
         finally:
-            parts.keeps_workspaces = False  # recordings tell both: what is given back can be left where it is
+            context.keeps_workspaces = False  # recordings tell both: what is given back can be left where it is
 
     def forget(self) -> None:
         """Drops what was replayed."""
@@ -396,7 +399,7 @@ class CudaOutlook(Outlook):
         Compiled windows are predicted by a ratio; and without a program, by the next larger size that was recorded.
         """
         expected = self.replayed(split, HERE, self.budget.bytes, kept=measured.kept)
-        if (self.compiled_share != 1 or self.observed.doubt is not None) and self.holds(measured):
+        if (self.compiled_share != 1 or self.evidence.doubt is not None) and self.holds(measured):
             return None
         retries = expected.retries[: len(measured.retries)]
         if measured.retries != retries:
@@ -417,17 +420,17 @@ class CudaOutlook(Outlook):
     @property
     def is_open(self) -> bool:
         """Whether a large block steps with the size at the largest recording."""
-        return self.observed.has_program and saturation.may_saturate(self.observed.program())
+        return self.evidence.has_program and saturation.may_saturate(self.evidence.program())
 
     def teaches(self, split: Split, measured: device.Measured) -> bool:
         """Whether it has large blocks that weren't foreseen, or some that step and may end."""
         found = self._as_recording(split, measured)
-        return found is not None and (self.is_open or not saturation.foresaw(self.observed.program(), found))
+        return found is not None and (self.is_open or not saturation.foresaw(self.evidence.program(), found))
 
     def _as_recording(self, split: Split, measured: device.Measured | None) -> Recording | None:
-        if measured is None or measured.recording is None or not self.observed.has_program:
+        if measured is None or measured.recording is None or not self.evidence.has_program:
             return None
-        recordings = self.observed.recordings
+        recordings = self.evidence.recordings
         found = as_recording(measured.recording, split, recordings)
         if found is not None and measured.kept and recordings and recordings[-1].workspaces:
             return workspaces_given_back(found, recordings[-1])  # to be of a kind with the recordings that it joins
@@ -435,15 +438,15 @@ class CudaOutlook(Outlook):
 
     def learns(self, split: Split, measured: device.Measured | None) -> bool:
         """By the verified window's recording, where that explains what was measured."""
-        observed, found = self.observed, self._as_recording(split, measured)
+        evidence, found = self.evidence, self._as_recording(split, measured)
         if found is None or measured is None:
             return False
-        before = list(observed.recordings)
-        observed.know([*well_apart(before, found.micro_batch), found])
+        before = list(evidence.recordings)
+        evidence.know([*well_apart(before, found.micro_batch), found])
         self.forget()
         explained = self.confirms(split, measured) is None
         if not explained:
-            observed.know(before)
+            evidence.know(before)
             self.forget()
         return explained
 
@@ -456,23 +459,25 @@ class CudaOutlook(Outlook):
         self.compiled_share = max(measured.peak_bytes - self.base_bytes, expected // 10) / expected
 
 
-def look(subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int) -> CudaOutlook:
+def look(
+    subject: RecordingTarget, request: PlanRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
+) -> CudaPredictor:
     """Reads what there is now."""
-    parts = subject.parts
-    resumed = observed.first_step is not None and not _makes_state(observed.first_step)
-    build = subject.build or device.model_blocks(parts.model, parts.optimizer if resumed else None)
+    context = subject.context
+    resumed = evidence.first_step is not None and not _makes_state(evidence.first_step)
+    build = subject.build or device.model_blocks(context.model, context.optimizer if resumed else None)
     settings = device.rules()
-    budget = device.read_budget(parts.device, wish.budget, wish.headroom)
+    budget = device.read_budget(context.device, request.budget, request.headroom)
     base = device.reserved_by(build, settings)
-    start = device.read_start(parts.device)
+    start = device.read_start(context.device)
     leaked = 0
     if (
-        observed.growth is not None and not observed.growth.undone
+        evidence.growth is not None and not evidence.growth.undone
     ):  # what is there beside the model and its state: planning's own windows left it
-        state = evidence.state_held(parts)
+        state = observe.state_held(context)
         leaked = max(0, start.allocated_bytes - sum(event.bytes for event in kept_blocks(build)) - state)
-    return CudaOutlook(
-        subject, wish, observed, base, budget, sample_bytes, 0.0, build, start, settings, leaked_bytes=leaked
+    return CudaPredictor(
+        subject, request, evidence, base, budget, sample_bytes, 0.0, build, start, settings, leaked_bytes=leaked
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..budget import Budget, Term
+from ..budget import Budget, BudgetItem
 from ..data import tree
 from ..devices import oom
 from ..devices.cuda import device
@@ -24,14 +24,14 @@ from ..simulation.cuda_allocator.allocator import EMPTY
 from ..simulation.solver import Solution, Split, balanced
 from ..units import parse_bytes, parse_part, show_bytes
 from ..workload import Batch
-from .evidence import Observed, Subject
+from .observe import Evidence, RecordingTarget
 from .predictor import VERIFIED_STEPS
-from .predictor_cuda import CudaOutlook
-from .request import Wish
+from .predictor_cuda import CudaPredictor
+from .request import PlanRequest
 
 
 @dataclass(frozen=True)
-class EmptySubject(Subject):
+class EmptySubject(RecordingTarget):
     """A subject whose batches are never written to: nothing reads them there, and pages nobody touched cost nothing."""
 
     def tile(self, n: int) -> Batch:
@@ -49,7 +49,7 @@ class EmptySubject(Subject):
 
 
 @dataclass
-class VirtualOutlook(CudaOutlook):
+class VirtualGpuPredictor(CudaPredictor):
     """As on a CUDA device, but for what a device without a limit allows."""
 
     def is_sure_to_fit(self, n: int) -> bool:
@@ -68,7 +68,7 @@ class VirtualOutlook(CudaOutlook):
         samples = sum(solution.split)
         while len(solution.split) > 1:
             fewer = balanced(samples, len(solution.split) - 1)
-            if fewer[0] > self.wish.most or self.floor(fewer[0]) > self.usable_bytes:
+            if fewer[0] > self.request.most or self.floor(fewer[0]) > self.usable_bytes:
                 break
             found = self._tried(fewer[:VERIFIED_STEPS], train, start_over)
             if found is None:
@@ -115,11 +115,15 @@ def budget_of(gpu: Gpu, memory: str | int | None, headroom: str | int | None) ->
         UsageError: A size can't be read, or leaves nothing.
     """
     outside = gpu.context_bytes + gpu.library_bytes
-    total = Term("device", gpu.total_bytes - outside, f"{show_bytes(gpu.total_bytes)}, less context and libraries")
+    total = BudgetItem(
+        "device", gpu.total_bytes - outside, f"{show_bytes(gpu.total_bytes)}, less context and libraries"
+    )
     limits = [total]
     if memory is not None:
         asked = parse_bytes(memory, what="an amount of memory")
-        limits.append(Term("asked", asked - outside, f"you named {show_bytes(asked)}, context and libraries included"))
+        limits.append(
+            BudgetItem("asked", asked - outside, f"you named {show_bytes(asked)}, context and libraries included")
+        )
     tightest = min(limits, key=lambda term: term.bytes)
     kept = parse_part(headroom, max(1, tightest.bytes), what="a headroom") or 0 if headroom is not None else 0
     if tightest.bytes - kept <= 0:
@@ -130,20 +134,22 @@ def budget_of(gpu: Gpu, memory: str | int | None, headroom: str | int | None) ->
         )
     terms = (
         *limits,
-        Term("context", gpu.context_bytes, gpu.sources.context),
-        Term("libraries", gpu.library_bytes, gpu.sources.library),
-        Term("headroom", kept, f"you asked for {headroom}" if headroom is not None else "none: nobody else is there"),
+        BudgetItem("context", gpu.context_bytes, gpu.sources.context),
+        BudgetItem("libraries", gpu.library_bytes, gpu.sources.library),
+        BudgetItem(
+            "headroom", kept, f"you asked for {headroom}" if headroom is not None else "none: nobody else is there"
+        ),
     )
     return Budget(tightest.bytes - kept, tightest.bytes, kept, terms, tightest.name)
 
 
 def look(
-    subject: Subject, wish: Wish, observed: Observed, sample_bytes: int, own_bytes: int, *, gpu: Gpu
-) -> VirtualOutlook:
+    subject: RecordingTarget, request: PlanRequest, evidence: Evidence, sample_bytes: int, own_bytes: int, *, gpu: Gpu
+) -> VirtualGpuPredictor:
     """What that GPU has to be used."""
-    build = subject.build or device.model_blocks(subject.parts.model)
+    build = subject.build or device.model_blocks(subject.context.model)
     settings = device.rules(device_bytes=gpu.total_bytes)
-    budget = budget_of(gpu, wish.budget, wish.headroom)
+    budget = budget_of(gpu, request.budget, request.headroom)
     base = device.reserved_by(build, settings)
-    start = device.read_start(subject.parts.device) if observed.recordings else EMPTY
-    return VirtualOutlook(subject, wish, observed, base, budget, sample_bytes, 0.0, build, start, settings)
+    start = device.read_start(subject.context.device) if evidence.recordings else EMPTY
+    return VirtualGpuPredictor(subject, request, evidence, base, budget, sample_bytes, 0.0, build, start, settings)

@@ -20,15 +20,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..devices import oom
 from ..devices.cuda import device as cuda
+from ..phases import FIRST
 from ..simulation.cuda_allocator.allocator import replay_cuda
 from ..simulation.cuda_allocator.settings import LARGE_SEGMENT
-from ..simulation.recording import FIRST, Event, Phase
+from ..simulation.recording import Event, Phase
 from ..simulation.solver import CAPACITY_MARGIN
 from ..units import show_bytes
 from ..window import step
 from ..window.compiled import uncompiled
 from ..window.loss_count import asked
-from .evidence import SCOUT, Subject
+from .observe import SCOUT, RecordingTarget
 
 WINDOWS = 2  # the first makes the optimizer's state, the second has it
 BACKWARD = 4  # times its largest block, in what a backward has beside what was saved for it: gradients of that size
@@ -36,7 +37,7 @@ STATE_BYTES = 8  # for each parameter: an Adam's two averages in fp32
 SMALL = 1 << 20  # what is no larger shares segments of 2 MiB, for which the margin has room
 
 
-def samples_to_begin_with(subject: Subject, least: int, start_over: Callable[[], None]) -> int:
+def samples_to_begin_with(subject: RecordingTarget, least: int, start_over: Callable[[], None]) -> int:
     """The samples of the first window: two, or fewer where two run out of memory.
 
     Args:
@@ -52,7 +53,7 @@ def samples_to_begin_with(subject: Subject, least: int, start_over: Callable[[],
     for n in range(most, least - 1, -1) if _comes_near(subject, least, most) else ():
         found = _rehearsed(subject, n)
         start_over()
-        subject.parts.has_begun = False  # so that the recorded one is the first
+        subject.context.has_begun = False  # so that the recorded one is the first
         if not found:
             return n
         failure = f"windows of {n} don't fit: {found}"
@@ -62,14 +63,14 @@ def samples_to_begin_with(subject: Subject, least: int, start_over: Callable[[],
     return most
 
 
-def _comes_near(subject: Subject, least: int, most: int) -> bool:
+def _comes_near(subject: RecordingTarget, least: int, most: int) -> bool:
     """Whether the first window, at worst, takes more than there is."""
-    parts = subject.parts
-    watch = Watch(parts.device)
+    context = subject.context
+    watch = Watch(context.device)
     piece = subject.tile(least)
     try:
         with watch:
-            asked(parts, lambda: step.forward(parts, piece))
+            asked(context, lambda: step.forward(context, piece))
     except RuntimeError as error:
         if not oom.is_out_of_memory(error):
             return False  # what goes wrong is the recorded window's to say
@@ -80,21 +81,21 @@ def _comes_near(subject: Subject, least: int, most: int) -> bool:
     finally:
         subject.device.clean()
         subject.take_out()
-    trained = [p for p in parts.model.parameters() if p.requires_grad]
-    state = STATE_BYTES * sum(p.numel() for p in trained) if not parts.optimizer.state else 0
-    kept = torch.cuda.memory_allocated(parts.device) + sum(p.nbytes for p in trained) + state
+    trained = [p for p in context.model.parameters() if p.requires_grad]
+    state = STATE_BYTES * sum(p.numel() for p in trained) if not context.optimizer.state else 0
+    kept = torch.cuda.memory_allocated(context.device) + sum(p.nbytes for p in trained) + state
     worst = kept + (watch.made_bytes + BACKWARD * watch.largest_bytes) * -(-most // least)
     return worst > watch.capacity_bytes - watch.margin_bytes
 
 
-def _rehearsed(subject: Subject, n: int) -> str:
+def _rehearsed(subject: RecordingTarget, n: int) -> str:
     """What was asked for in vain in windows of n samples; empty where they fit, or where that can't be seen."""
-    parts, piece, steps = subject.parts, subject.tile(n), subject.device.SCOUT_STEPS
+    context, piece, steps = subject.context, subject.tile(n), subject.device.SCOUT_STEPS
     try:
-        with uncompiled(), Watch(parts.device):
+        with uncompiled(), Watch(context.device):
             for _ in range(WINDOWS):
-                step.train_window(parts, [piece] * steps, (n,) * steps)
-                step.run_between(parts)
+                step.train_window(context, [piece] * steps, (n,) * steps)
+                step.run_between(context)
     except Exception as error:
         return oom.drop_frames(error).split(": ", 1)[1] if oom.is_out_of_memory(error) else ""
     return ""

@@ -24,7 +24,7 @@ SEARCH_LIMIT = 1 << 20  # where to stop looking for the largest micro-batch when
 
 
 @dataclass(frozen=True)
-class Wish:
+class PlanRequest:
     """What a plan is asked for.
 
     Attributes:
@@ -61,7 +61,7 @@ class Wish:
         return self.most not in (self.samples, self.dataset_samples, SEARCH_LIMIT)
 
 
-def read_wish(
+def read_request(
     workload: Workload,
     target_batch: int | None,
     budget: str | int | None,
@@ -70,7 +70,7 @@ def read_wish(
     least: int | None,
     rank: int,
     world_size: int,
-) -> Wish:
+) -> PlanRequest:
     """Checks what was asked for.
 
     Raises:
@@ -107,7 +107,7 @@ def read_wish(
             "Batch normalization in train mode needs 2 samples." if least == 2 else "",
             f"Allow micro-batches of {most + 1}, or change the target by one.",
         )
-    return Wish(target_batch, samples, world_size, budget, headroom, least, most, dataset_samples=dataset)
+    return PlanRequest(target_batch, samples, world_size, budget, headroom, least, most, dataset_samples=dataset)
 
 
 def dataset_samples(workload: Workload) -> int | None:
@@ -124,9 +124,9 @@ def dataset_samples(workload: Workload) -> int | None:
     return len(workload.lengths) if workload.lengths else None
 
 
-def dataset_note(wish: Wish, micro_batch: int) -> str:
+def dataset_note(request: PlanRequest, micro_batch: int) -> str:
     """What the size of the training data has to do with the plan; "" where nothing."""
-    known, asked = wish.dataset_samples, wish.target_batch
+    known, asked = request.dataset_samples, request.target_batch
     if known is None:
         if asked is not None:
             return ""
@@ -147,7 +147,9 @@ def _sample_size(workload: Workload) -> int:
     return cutting.batch_size(workload.sample, shared=workload.shared, per_sample=workload.per_sample)
 
 
-def with_objective(wish: Wish, objective: str, timing_seconds: float | None, *, verify: bool, virtual: bool) -> Wish:
+def with_objective(
+    request: PlanRequest, objective: str, timing_seconds: float | None, *, verify: bool, virtual: bool
+) -> PlanRequest:
     """The wish with what is sought by time.
 
     Raises:
@@ -160,11 +162,11 @@ def with_objective(wish: Wish, objective: str, timing_seconds: float | None, *, 
         (virtual, "A virtual GPU computes nothing, so no time can be measured on it."),
         (not verify, "Nothing is run for real without verifying."),
         (timing_seconds == 0, "Timing was switched off."),
-        (wish.samples is None, "Without a target, steps of different micro-batches aren't of the same samples."),
+        (request.samples is None, "Without a target, steps of different micro-batches aren't of the same samples."),
     )
     why = next((text for lacks, text in lacking if lacks), None)
     if objective == FASTEST and why is not None:
         raise UsageError(
             "The fastest micro-batch can't be found: no times.", why, "Plan with --target-batch N on a real device."
         )
-    return replace(wish, objective=objective, timing_seconds=timing_seconds)
+    return replace(request, objective=objective, timing_seconds=timing_seconds)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..devices import oom
 from ..simulation.saturation import foresaw, may_saturate
-from .evidence import SCOUT, Observed, Subject, add, if_it_fits, scout
+from .observe import SCOUT, Evidence, RecordingTarget, add, if_it_fits, scout
 
 SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more samples than three times that
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
@@ -31,10 +31,10 @@ class Guess(NamedTuple):
 
 
 def approach(
-    subject: Subject,
-    observed: Observed,
-    answer: Callable[[Observed], Guess],
-    allowed: Callable[[Observed, int], bool],
+    subject: RecordingTarget,
+    evidence: Evidence,
+    answer: Callable[[Evidence], Guess],
+    allowed: Callable[[Evidence, int], bool],
     least: int = 1,
     begin: int = SCOUT,
 ) -> None:
@@ -42,43 +42,43 @@ def approach(
 
     Args:
         subject: What is recorded.
-        observed: What is known, to be added to.
+        evidence: What is known, to be added to.
         answer: What would be chosen by what is known; asked after each recording.
         allowed: Whether a window of two micro-batches of that size is sure to fit; asked before each recording.
         least: The smallest micro-batch allowed, recorded where nothing larger is sure to fit.
         begin: Samples in the micro-batches of the very first window; fewer where those don't fit.
     """
-    scout(subject, observed, min(least, begin), begin)
-    primes = small_primes(subject.parts.model)
-    if observed.scouted is not None and not allowed(observed, primes[0]):
-        _few_samples(subject, observed, answer, allowed, primes[0] - 1, least)
+    scout(subject, evidence, min(least, begin), begin)
+    primes = small_primes(subject.context.model)
+    if evidence.scouted is not None and not allowed(evidence, primes[0]):
+        _few_samples(subject, evidence, answer, allowed, primes[0] - 1, least)
         return
-    add(subject, observed, primes[0] if allowed(observed, primes[0]) else least)
-    if observed.scouted is not None and not allowed(observed, primes[1]):
-        _few_samples(subject, observed, answer, allowed, primes[1] - 1, least)
+    add(subject, evidence, primes[0] if allowed(evidence, primes[0]) else least)
+    if evidence.scouted is not None and not allowed(evidence, primes[1]):
+        _few_samples(subject, evidence, answer, allowed, primes[1] - 1, least)
         return
-    if observed.recordings[0].micro_batch != primes[0] or not allowed(observed, primes[1]):
-        observed.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
+    if evidence.recordings[0].micro_batch != primes[0] or not allowed(evidence, primes[1]):
+        evidence.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
         return
-    add(subject, observed, _second_size(subject, observed, answer, allowed, primes[1]))
+    add(subject, evidence, _second_size(subject, evidence, answer, allowed, primes[1]))
     for part in subject.device.PARTS:
-        guess = answer(observed)
+        guess = answer(evidence)
         is_last = part == subject.device.PARTS[-1]
-        n = _next_size(subject, observed, guess.micro_batch, part, guess.at_least if is_last else guess.micro_batch)
-        if n <= observed.recordings[-1].micro_batch or not allowed(observed, n):
+        n = _next_size(subject, evidence, guess.micro_batch, part, guess.at_least if is_last else guess.micro_batch)
+        if n <= evidence.recordings[-1].micro_batch or not allowed(evidence, n):
             continue
-        program = observed.program()
-        before = len(observed.recordings)
-        error = if_it_fits(subject, n, lambda n=n: add(subject, observed, n))  # type: ignore[misc]
-        if len(observed.recordings) == before:
-            observed.doubt = f"a recording at {n} samples, which should have fitted, did not"
+        program = evidence.program()
+        before = len(evidence.recordings)
+        error = if_it_fits(subject, n, lambda n=n: add(subject, evidence, n))  # type: ignore[misc]
+        if len(evidence.recordings) == before:
+            evidence.doubt = f"a recording at {n} samples, which should have fitted, did not"
             return
-        last = next(recording for recording in observed.recordings if recording.micro_batch == n)
+        last = next(recording for recording in evidence.recordings if recording.micro_batch == n)
         exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
-        sure = not exact or (foresaw(program, last) and not may_saturate(observed.program()))
+        sure = not exact or (foresaw(program, last) and not may_saturate(evidence.program()))
         if error is not None and error <= subject.device.AGREES_WITHIN and sure:
             return
-    observed.doubt = doubt_of_last(subject, observed)
+    evidence.doubt = doubt_of_last(subject, evidence)
 
 
 def small_primes(model: Any) -> tuple[int, int]:
@@ -90,10 +90,10 @@ def small_primes(model: Any) -> tuple[int, int]:
 
 
 def _few_samples(
-    subject: Subject,
-    observed: Observed,
-    answer: Callable[[Observed], Guess],
-    allowed: Callable[[Observed, int], bool],
+    subject: RecordingTarget,
+    evidence: Evidence,
+    answer: Callable[[Evidence], Guess],
+    allowed: Callable[[Evidence, int], bool],
     most: int,
     least: int,
 ) -> None:
@@ -101,48 +101,48 @@ def _few_samples(
 
     These are no primes, or not large ones: what a size means is told by its being there at both.
     """
-    if not observed.recordings:
+    if not evidence.recordings:
         worth = range(most, SCOUT + 1, -1)  # of three the first step's four samples, and six more, would be too many
-        more = next((n for n in worth if allowed(observed, n)), least)
+        more = next((n for n in worth if allowed(evidence, n)), least)
         if more > least:
-            if_it_fits(subject, more, lambda: add(subject, observed, more) or 0)
-    if not observed.recordings:
-        add(subject, observed, least)
-    if not observed.has_program:
-        observed.doubt = "the budget is too small to record at two sizes, so each was recorded by itself"
+            if_it_fits(subject, more, lambda: add(subject, evidence, more) or 0)
+    if not evidence.recordings:
+        add(subject, evidence, least)
+    if not evidence.has_program:
+        evidence.doubt = "the budget is too small to record at two sizes, so each was recorded by itself"
         return
-    found = answer(observed).micro_batch
-    n = min(found, (int(subject.device.MOST_SAMPLES * found) - _samples(subject, observed)) // 2)
-    if n > observed.recordings[-1].micro_batch and allowed(observed, n):
-        if_it_fits(subject, n, lambda: add(subject, observed, n) or 0)
+    found = answer(evidence).micro_batch
+    n = min(found, (int(subject.device.MOST_SAMPLES * found) - _samples(subject, evidence)) // 2)
+    if n > evidence.recordings[-1].micro_batch and allowed(evidence, n):
+        if_it_fits(subject, n, lambda: add(subject, evidence, n) or 0)
 
 
 def _second_size(
-    subject: Subject,
-    observed: Observed,
-    answer: Callable[[Observed], Guess],
-    allowed: Callable[[Observed, int], bool],
+    subject: RecordingTarget,
+    evidence: Evidence,
+    answer: Callable[[Evidence], Guess],
+    allowed: Callable[[Evidence, int], bool],
     prime: int,
 ) -> int:
     """The second small prime; where the answer is small too, so that no third recording may be had, one near it."""
     most = subject.device.MOST_SAMPLES
-    if most is None or allowed(observed, SMALL_ANSWER):
+    if most is None or allowed(evidence, SMALL_ANSWER):
         return prime
-    sure = next(n for n in range(SMALL_ANSWER, 0, -1) if n <= prime or allowed(observed, n))
-    if observed.has_program:
-        sure = min(sure, max(answer(observed).micro_batch, prime))  # what is asked for may be less than what fits
-    left = int(most * sure) - _samples(subject, observed)
+    sure = next(n for n in range(SMALL_ANSWER, 0, -1) if n <= prime or allowed(evidence, n))
+    if evidence.has_program:
+        sure = min(sure, max(answer(evidence).micro_batch, prime))  # what is asked for may be less than what fits
+    left = int(most * sure) - _samples(subject, evidence)
     return max(prime, prime_near(min(int(subject.device.PARTS[-1] * sure), left // 2)))
 
 
-def _samples(subject: Subject, observed: Observed) -> int:
+def _samples(subject: RecordingTarget, evidence: Evidence) -> int:
     """Samples that recording took so far."""
-    assert observed.first_step is not None
-    scouted: int = observed.first_step.micro_batch * subject.device.SCOUT_STEPS
-    return scouted + sum(note.passes * note.micro_batch for note in observed.notes)
+    assert evidence.first_step is not None
+    scouted: int = evidence.first_step.micro_batch * subject.device.SCOUT_STEPS
+    return scouted + sum(note.passes * note.micro_batch for note in evidence.notes)
 
 
-def _next_size(subject: Subject, observed: Observed, answer: int, part: float, at_least: int) -> int:
+def _next_size(subject: RecordingTarget, evidence: Evidence, answer: int, part: float, at_least: int) -> int:
     """A prime near a part of the answer; less, or 0, where recording may not take that many samples.
 
     Where the answer may turn out to be smaller, it may take no more than that allows.
@@ -151,19 +151,19 @@ def _next_size(subject: Subject, observed: Observed, answer: int, part: float, a
     n = prime_near(int(part * answer))
     if most is None:
         return n
-    left = int(most * at_least) - _samples(subject, observed)
+    left = int(most * at_least) - _samples(subject, evidence)
     later = sum(int(2 * other * answer) for other in subject.device.PARTS if other > part)  # those tell more
     return min(n, prime_near((left - later) // 2)) if left > later else 0
 
 
-def doubt_of_last(subject: Subject, observed: Observed) -> str | None:
+def doubt_of_last(subject: RecordingTarget, evidence: Evidence) -> str | None:
     """Why there is no program, where it was too wrong about the last recording."""
-    last, allowed = observed.notes[-1], subject.device.LIFTS_WITHIN
+    last, allowed = evidence.notes[-1], subject.device.LIFTS_WITHIN
     if allowed is None or last.predicted_bytes is None:
         return None
     if abs(last.predicted_bytes / last.measured_bytes - 1) <= allowed:
         return None
-    before = " and ".join(str(note.micro_batch) for note in observed.notes[-3:-1])
+    before = " and ".join(str(note.micro_batch) for note in evidence.notes[-3:-1])
     return (
         f"sizes at {last.micro_batch} samples don't follow from those at {before} "
         f"(predicted {last.predicted_bytes:,} bytes, recorded {last.measured_bytes:,}), "
@@ -172,18 +172,18 @@ def doubt_of_last(subject: Subject, observed: Observed) -> str | None:
 
 
 def bracket(
-    subject: Subject, observed: Observed, allowed: Callable[[Observed, int], bool], most: int, rounds: int = 8
+    subject: RecordingTarget, evidence: Evidence, allowed: Callable[[Evidence, int], bool], most: int, rounds: int = 8
 ) -> None:
     """Records ever larger sizes, each where the last two say that it fits, until the next gains little."""
     for _ in range(rounds):
-        largest = observed.recordings[-1].micro_batch
+        largest = evidence.recordings[-1].micro_batch
         for n in (min(most, 2 * largest), min(most, int(1.4 * largest)), min(most, int(1.1 * largest) + 1)):
-            if n > largest and allowed(observed, n):
+            if n > largest and allowed(evidence, n):
                 break
         else:
             return
         try:
-            add(subject, observed, n)
+            add(subject, evidence, n)
         except (RuntimeError, MemoryError) as error:
             if not oom.is_out_of_memory(error):
                 raise

@@ -21,9 +21,9 @@ from ..devices import oom
 from ..plan import FASTEST, TimedSize
 from ..simulation.solver import Split, split_within
 from ..window import compiled, step
-from .evidence import Subject
-from .predictor import Outlook
-from .request import Wish
+from .observe import RecordingTarget
+from .predictor import MemoryPredictor
+from .request import PlanRequest
 
 log = logging.getLogger("autoaccum")
 
@@ -47,20 +47,24 @@ class Times:
     why: str
 
 
-def allowed_seconds(wish: Wish, planning_seconds: float) -> float:
+def allowed_seconds(request: PlanRequest, planning_seconds: float) -> float:
     """How long timing may take, after planning for so long."""
-    if wish.timing_seconds is not None:
-        return wish.timing_seconds
-    return FASTEST_SECONDS if wish.objective == FASTEST else min(MOST_SECONDS, SHARE * planning_seconds)
+    if request.timing_seconds is not None:
+        return request.timing_seconds
+    return FASTEST_SECONDS if request.objective == FASTEST else min(MOST_SECONDS, SHARE * planning_seconds)
 
 
 def time_sizes(
-    outlook: Outlook, split: Split, step_seconds: float | None, allowed_seconds: float, start_over: Callable[[], None]
+    predictor: MemoryPredictor,
+    split: Split,
+    step_seconds: float | None,
+    allowed_seconds: float,
+    start_over: Callable[[], None],
 ) -> Times:
     """Times optimizer steps of the split's samples at its own micro-batch and at smaller ones.
 
     Args:
-        outlook: What is known; its subject is trained.
+        predictor: What is known; its subject is trained.
         split: The plan's.
         step_seconds: What a step takes by its verification; None where nothing was run, or time isn't real.
         allowed_seconds: How long it may take; 0 for not at all.
@@ -68,27 +72,27 @@ def time_sizes(
     """
     if step_seconds is None:
         return Times((), "not timed: nothing was run for real, or on a device whose time is none")
-    if outlook.wish.samples is None:
+    if predictor.request.samples is None:
         return Times((), "not timed: without a target, steps of different micro-batches aren't of the same samples")
-    if outlook.subject.parts.encode is not None:
+    if predictor.subject.context.encode is not None:
         return Times((), "not timed: a loss over representations takes passes of its own for each window")
-    if compiled.runs_compiled(outlook.subject.parts):
+    if compiled.runs_compiled(predictor.subject.context):
         return Times((), "not timed: each size of a compiled model is compiled anew, which takes longer than it tells")
-    sizes = candidate_sizes(split, outlook.wish.least, lambda found: outlook.fits(found))
+    sizes = candidate_sizes(split, predictor.request.least, lambda found: predictor.fits(found))
     if allowed_seconds == 0 or len(sizes) < 2:
         return Times((), "not timed: not asked for" if len(sizes) > 1 else "not timed: there is no smaller size")
     needed = step_seconds * (sum(sizes) + sizes[0]) / sum(split)
-    asked = outlook.wish.timing_seconds is not None or outlook.wish.objective == FASTEST
+    asked = predictor.request.timing_seconds is not None or predictor.request.objective == FASTEST
     if (1 if asked else ROUNDS_THAT_TELL) * needed > OVER * allowed_seconds:
         enough = math.ceil(ROUNDS_THAT_TELL * needed)
         return Times((), f"not timed: to tell 1 % would take about {enough} s (--timing {enough} allows it)")
     start_over()
-    outlook.subject.say(f"timing micro-batches of {', '.join(map(str, sizes))}")
+    predictor.subject.say(f"timing micro-batches of {', '.join(map(str, sizes))}")
     started = time.perf_counter()
-    rounds = _rounds(outlook.subject, sizes, sum(split), allowed_seconds)
+    rounds = _rounds(predictor.subject, sizes, sum(split), allowed_seconds)
     if not rounds:
         return Times((), "not timed: smaller micro-batches than the plan's can't be run")
-    return Times(_medians(rounds), _told(outlook.subject, rounds, time.perf_counter() - started))
+    return Times(_medians(rounds), _told(predictor.subject, rounds, time.perf_counter() - started))
 
 
 def candidate_sizes(split: Split, least: int, fits: Callable[[Split], bool] = lambda split: True) -> tuple[int, ...]:
@@ -99,7 +103,9 @@ def candidate_sizes(split: Split, least: int, fits: Callable[[Split], bool] = la
     return tuple(sorted({largest, *(found[0] for found in splits if found[0] < largest and fits(found))}))
 
 
-def _rounds(subject: Subject, sizes: Sequence[int], samples: int, allowed_seconds: float) -> list[dict[int, float]]:
+def _rounds(
+    subject: RecordingTarget, sizes: Sequence[int], samples: int, allowed_seconds: float
+) -> list[dict[int, float]]:
     """Seconds of an optimizer step by size, round by round; sizes that can't be run are left out of all.
 
     The first round loads what loads lazily: it is dropped where others follow.
@@ -121,9 +127,11 @@ def _rounds(subject: Subject, sizes: Sequence[int], samples: int, allowed_second
     return [{n: found[n] for n in left} for found in rounds]
 
 
-def _try_round(subject: Subject, sizes: Sequence[int], samples: int) -> tuple[dict[int, float] | None, int | None]:
+def _try_round(
+    subject: RecordingTarget, sizes: Sequence[int], samples: int
+) -> tuple[dict[int, float] | None, int | None]:
     """A round; or None, and the size that can't be run: a model may fail on one sample, for all that is known."""
-    watch = Stopwatch(subject.parts.device)
+    watch = Stopwatch(subject.context.device)
     order = [min(sizes), *sorted((n for n in sizes if n < samples), reverse=True)]
     try:
         return _round(subject, watch, order, sizes, samples), None
@@ -133,13 +141,13 @@ def _try_round(subject: Subject, sizes: Sequence[int], samples: int) -> tuple[di
     oom.collect()
     failed = order[len(watch.seconds)] if len(watch.seconds) < len(order) else None
     subject.say(f"{failed} samples can't be timed: {told}")
-    subject.parts.model.zero_grad(set_to_none=True)
-    subject.parts.optimizer.zero_grad(set_to_none=True)
+    subject.context.model.zero_grad(set_to_none=True)
+    subject.context.optimizer.zero_grad(set_to_none=True)
     return None, failed if failed != max(sizes) else None
 
 
 def _round(
-    subject: Subject, watch: Stopwatch, order: list[int], sizes: Sequence[int], samples: int
+    subject: RecordingTarget, watch: Stopwatch, order: list[int], sizes: Sequence[int], samples: int
 ) -> dict[int, float]:
     """One of each size, the largest first but for a small one that makes the gradients.
 
@@ -148,7 +156,7 @@ def _round(
     """
     pieces = [subject.tile(n) for n in order]
     started = time.perf_counter()
-    step.train_window(subject.parts, pieces, order, on_phase=watch.phase)
+    step.train_window(subject.context, pieces, order, on_phase=watch.phase)
     whole = time.perf_counter() - started
     first, *later, optimizer = watch.seconds
     rest = (whole - sum(watch.seconds)) * samples / sum(order)
@@ -158,7 +166,7 @@ def _round(
     if samples in sizes:
         alone, started = [subject.tile(samples)], time.perf_counter()
         with watch.phase(""):
-            step.train_window(subject.parts, alone, [samples])
+            step.train_window(subject.context, alone, [samples])
         found[samples] = time.perf_counter() - started
     return found
 
@@ -189,8 +197,8 @@ def _medians(rounds: list[dict[int, float]]) -> tuple[TimedSize, ...]:
     return tuple(TimedSize(n, statistics.median(each), len(each), each) for n, each in by_size.items())
 
 
-def _told(subject: Subject, rounds: list[dict[int, float]], seconds: float) -> str:
-    on = "this GPU" if subject.parts.device.type == "cuda" else f"this CPU with {torch.get_num_threads()} threads"
+def _told(subject: RecordingTarget, rounds: list[dict[int, float]], seconds: float) -> str:
+    on = "this GPU" if subject.context.device.type == "cuda" else f"this CPU with {torch.get_num_threads()} threads"
     threshold = subject.mmap_threshold_bytes
     malloc = f", blocks from {threshold:,} bytes on mapped" if threshold is not None else ""
     return (

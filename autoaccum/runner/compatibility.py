@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..window.context import Parts
+from ..window.context import TrainingContext
 from .own_counts import own_counts
 
 _DEPTH = 3  # containers inside of containers that are looked through for an optimizer
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def refuse(parts: Parts, steps: int) -> None:
+def refuse(context: TrainingContext, steps: int) -> None:
     """Refuses what can't be trained in windows of so many micro-batches.
 
     Raises:
@@ -32,7 +32,7 @@ def refuse(parts: Parts, steps: int) -> None:
     """
     if steps < 2:
         return
-    for name, hook in _accumulation_hooks(parts.model):
+    for name, hook in _accumulation_hooks(context.model):
         what = _in_backward(hook)
         if what is not None:
             raise UsageError(
@@ -41,8 +41,8 @@ def refuse(parts: Parts, steps: int) -> None:
                 "Remove it and give optimizer= to the Workload; or plan for one micro-batch: fit_plan without "
                 "target_batch=.",
             )
-    if parts.device.type == "cuda":
-        _refuse_graphs(parts.model, steps)
+    if context.device.type == "cuda":
+        _refuse_graphs(context.model, steps)
 
 
 def steps_in_backward(model: nn.Module) -> bool:
@@ -50,45 +50,47 @@ def steps_in_backward(model: nn.Module) -> bool:
     return any(_in_backward(hook) is not None for _, hook in _accumulation_hooks(model))
 
 
-def warnings(parts: Parts, steps: int) -> list[str]:
+def warnings(context: TrainingContext, steps: int) -> list[str]:
     """What may be meant otherwise in windows of so many micro-batches; a sentence for each."""
     if steps < 2:
         return []
     found = []
-    after = [(name, hook) for name, hook in _accumulation_hooks(parts.model) if _in_backward(hook) is None]
+    after = [(name, hook) for name, hook in _accumulation_hooks(context.model) if _in_backward(hook) is None]
     if after:
         found.append(
             f"The hook {_title(after[0][1])} on {after[0][0]}{_more(after)} runs after every micro-batch, {steps} "
             "times a window, and sees the gradient as far as it has added up. What it keeps or counts is of parts. "
             "optimizer.register_step_pre_hook runs once, with the whole gradient."
         )
-    before = [(name, h) for name, p in parts.model.named_parameters() for h in (p._backward_hooks or {}).values()]
+    before = [(name, h) for name, p in context.model.named_parameters() for h in (p._backward_hooks or {}).values()]
     if before:
         found.append(
             f"The hook {_title(before[0][1])} on {before[0][0]}{_more(before)} runs on every micro-batch's gradient by "
             "itself. Unless it is linear (a factor, a mask), the sum is not what it would make of the whole. "
             "optimizer.register_step_pre_hook runs once, with the whole gradient."
         )
-    found.append(told_of_changes(own_counts(parts.model, parts.held.modules), parts, steps))
+    found.append(told_of_changes(own_counts(context.model, context.held.modules), context, steps))
     return [text for text in found if text]
 
 
-def told_of_changes(changed: Sequence[str], parts: Parts, steps: int, said: Sequence[str] = ()) -> str:
+def told_of_changes(changed: Sequence[str], context: TrainingContext, steps: int, said: Sequence[str] = ()) -> str:
     """What to say of modules that forwards change: they count, or average, by micro-batch.
 
     Args:
         changed: Names of what forwards change: by their source, or as `Snapshot.differences` saw it after a window.
-        parts: What is trained.
+        context: What is trained.
         steps: Micro-batches of a window.
         said: Names that were told of before.
 
     Returns:
         A warning; empty where only what is known of (batch statistics, power iterations, random states) changed.
     """
-    prefixes = [f"{name}." if name else "" for name in (*parts.norms.batch, *parts.norms.instance)]
+    prefixes = [f"{name}." if name else "" for name in (*context.norms.batch, *context.norms.instance)]
     known = {prefix + statistic for prefix in prefixes for statistic in _STATISTICS} | set(said)
-    spectral = bool(parts.norms.spectral)
-    kept = tuple(f"{name}[" for name, thing in parts.held.things if not isinstance(thing, nn.Module))  # lists of losses
+    spectral = bool(context.norms.spectral)
+    kept = tuple(
+        f"{name}[" for name, thing in context.held.things if not isinstance(thing, nn.Module)
+    )  # lists of losses
     mine = [
         name
         for name in (each.removeprefix("module attribute ").removeprefix("model.") for each in changed)

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import OutOfMemory
 from ..state.snapshot import Snapshot
 from ..state.traversal import version_of
-from ..window.context import Parts
+from ..window.context import TrainingContext
 
 _SHOWN = 3  # names in a message
 
@@ -22,11 +22,11 @@ class Still:
     """Parameters that aren't trained, and how often each was written to in place.
 
     Args:
-        parts: What is trained.
+        context: What is trained.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.parameters = list(_untrained(parts))
+    def __init__(self, context: TrainingContext) -> None:
+        self.parameters = list(_untrained(context))
 
     def versions(self) -> list[int]:
         """How often each was written to, as autograd counts it."""
@@ -56,7 +56,7 @@ class Still:
             )
 
 
-def _untrained(parts: Parts) -> Iterator[tuple[str, nn.Parameter]]:
-    trained = {id(p) for group in parts.optimizer.param_groups for p in group["params"]}
-    yield from ((name, p) for name, p in parts.model.named_parameters() if not p.requires_grad)
-    yield from ((name, p) for name, p in parts.held.parameters.items() if id(p) not in trained)
+def _untrained(context: TrainingContext) -> Iterator[tuple[str, nn.Parameter]]:
+    trained = {id(p) for group in context.optimizer.param_groups for p in group["params"]}
+    yield from ((name, p) for name, p in context.model.named_parameters() if not p.requires_grad)
+    yield from ((name, p) for name, p in context.held.parameters.items() if id(p) not in trained)

@@ -23,7 +23,7 @@ log = logging.getLogger("autoaccum")
 DRIFTS_BEYOND = 1.02  # as much as a verification may differ
 
 
-class Watch:
+class PeakMonitor:
     """Compares the peak of each window with the plan."""
 
     def __init__(self, device: torch.device, plan: Plan) -> None:

@@ -76,14 +76,14 @@ class Runner:
 
     Attributes:
         micro_batch: The largest micro-batch now; lower than the plan's after an out-of-memory.
-        parts: The model, the optimizer and the scheduler at work.
+        context: The model, the optimizer and the scheduler at work.
     """
 
     def __init__(self, workload: Workload, plan: Plan, *, rank: int = 0) -> None:
         self.workload, self.plan = workload, plan
-        self.parts = step.open_parts(workload)
-        self.parts.keeps_workspaces = plan.keeps_workspaces
-        check_fingerprint(fingerprint(self.parts), plan.fingerprint)
+        self.context = step.open_context(workload)
+        self.context.keeps_workspaces = plan.keeps_workspaces
+        check_fingerprint(fingerprint(self.context), plan.fingerprint)
         if plan.mmap_threshold_bytes is not None:
             process_memory.fix_mmap_threshold(plan.mmap_threshold_bytes)
         self.samples = share_of(plan.target_batch, plan.world_size, rank)
@@ -93,17 +93,17 @@ class Runner:
         self._max_tokens = workload.max_tokens if plan.max_tokens is None else plan.max_tokens
         self._more_rows = plan.most_rows  # of short samples, within these tokens
         self._ignored_told = self._rechecked = self._in_window = False
-        self._drift = peak_monitor.Watch(self.parts.device, plan)
-        self._still, self._changes = Still(self.parts), Changes(self.parts)
-        self._least = max(plan.smallest_micro_batch, norms.least_micro_batch(self.parts.norms, workload.batchnorm))
-        if not self.parts.model.training:
-            self.parts.model.train()
+        self._drift = peak_monitor.PeakMonitor(self.context.device, plan)
+        self._still, self._changes = Still(self.context), Changes(self.context)
+        self._least = max(plan.smallest_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
+        if not self.context.model.training:
+            self.context.model.train()
         self._refuse_and_warn()
 
     @property
     def number(self) -> int:
         """Optimizer steps so far; a skipped one is none."""
-        return self.parts.steps_taken
+        return self.context.steps_taken
 
     @property
     def least(self) -> int:
@@ -113,15 +113,15 @@ class Runner:
     def _refuse_and_warn(self) -> None:
         """What goes wrong, or otherwise than one may think, in windows of several micro-batches."""
         steps = self.plan.accumulation_steps
-        compatibility.refuse(self.parts, steps)
-        warned = compatibility.warnings(self.parts, steps)
+        compatibility.refuse(self.context, steps)
+        warned = compatibility.warnings(self.context, steps)
         if steps > 1:
-            warned.append(norms.told(self.parts.norms, self.parts.batchnorm))
-        warned += [self._told_of_lengths(), told_of_left_out(self.parts.model, self.parts.optimizer)]
-        if self.parts.device.type == "cuda":
+            warned.append(norms.told(self.context.norms, self.context.batchnorm))
+        warned += [self._told_of_lengths(), told_of_left_out(self.context.model, self.context.optimizer)]
+        if self.context.device.type == "cuda":
             from ..devices.cuda.budget import read_cuda_budget, shrunk_since
 
-            now = read_cuda_budget(self.parts.device)
+            now = read_cuda_budget(self.context.device)
             warned.append(shrunk_since(self.plan.budget, now, margin=CAPACITY_MARGIN) or "")
         for text in filter(None, warned):
             log.warning("%s", text)
@@ -200,7 +200,7 @@ class Runner:
             result = self._result(window, skips=skips)
             del window  # or its samples would still be held while the next window's are loaded
             if isinstance(result, StepResult):
-                step.run_between(self.parts)
+                step.run_between(self.context)
             if result is not None:
                 yield result
 
@@ -273,7 +273,7 @@ class Runner:
             try:
                 before = self._take()
                 with self._within_window():
-                    result = step.train_window(self.parts, window.pieces, window.sizes, on_phase=self._in_phase)
+                    result = step.train_window(self.context, window.pieces, window.sizes, on_phase=self._in_phase)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not oom.is_out_of_memory(error):
@@ -298,15 +298,15 @@ class Runner:
 
     def _take(self) -> snapshot.Snapshot:
         """What a window that is started over is put back to."""
-        parts = self.parts
-        return snapshot.take(model=parts.model, scaler=parts.scaler, held=parts.held, storages=False)
+        context = self.context
+        return snapshot.take(model=context.model, scaler=context.scaler, held=context.held, storages=False)
 
     def _recheck(self, window: Window) -> None:
         """Tests the gradient once more on the first real window that the plan's sample may not have stood for."""
-        if self._rechecked or self.parts.encode is not None or not counts_differ(window.pieces, window.sizes):
+        if self._rechecked or self.context.encode is not None or not counts_differ(window.pieces, window.sizes):
             return
         self._rechecked = True
-        told = recheck(self.parts, window.pieces, window.sizes, self._names)
+        told = recheck(self.context, window.pieces, window.sizes, self._names)
         if told is not None:
             log.warning("%s", told)
 
@@ -324,8 +324,8 @@ class Runner:
 
     def _warn_of_ignored(self, window: Window) -> None:
         """A Hugging Face model's own loss is a mean over labels that aren't ignored; samples don't tell of these."""
-        parts = self.parts  # the first window asks the model what its loss averages over
-        unknown = parts.loss is default_loss and parts.count is None and parts.asked_for_denominator
+        context = self.context  # the first window asks the model what its loss averages over
+        unknown = context.loss is default_loss and context.count is None and context.asked_for_denominator
         if self._ignored_told or not unknown or len(window.pieces) < 2:
             return
         labels = [piece.get("labels") for piece in window.pieces if isinstance(piece, Mapping)]
@@ -351,20 +351,20 @@ class Runner:
         return contextlib.nullcontext()
 
     def _drop_gradients(self) -> None:
-        self.parts.model.zero_grad(set_to_none=True)
-        self.parts.optimizer.zero_grad(set_to_none=True)
+        self.context.model.zero_grad(set_to_none=True)
+        self.context.optimizer.zero_grad(set_to_none=True)
 
     def _start_over(self, before: snapshot.Snapshot | None, window: Window, failure: str) -> Window:
         """Drops the half-added gradients, puts back random states and buffers, lowers the micro-batch, cuts again."""
         where = PHASE_TITLES.get(self._phase, "pass that counts")
         self._refuse_to_repeat(where, failure)
         self._drop_gradients()
-        self.parts.copies.let_go()
+        self.context.copies.let_go()
         if before is not None:
             before.restore()
         oom.collect()
         process_memory.trim()
-        workspaces.give_back(self.parts.device)
+        workspaces.give_back(self.context.device)
         failed = window.sizes[self._begun - 1] if self._max_tokens is not None and self._begun else max(window.sizes)
         if failed <= self._least:
             raise OutOfMemory(
@@ -400,7 +400,7 @@ class Runner:
 
     def _refuse_to_repeat(self, where: str, failure: str) -> None:
         """Raises where parameters may be updated in part."""
-        if compatibility.steps_in_backward(self.parts.model):
+        if compatibility.steps_in_backward(self.context.model):
             raise OutOfMemory(
                 f"Out of memory in the {where}, and a hook steps the optimizer in backward ({failure}).",
                 "Some parameters may be updated already, so the window can't be repeated.",
@@ -428,12 +428,12 @@ class Runner:
                 "Only whole windows can be gone on from.",
                 "Take it between windows: in the loop over Runner.epoch(), or in between=.",
             )
-        parts = self.parts
+        context = self.context
         return {
-            "model": parts.model.state_dict(),
-            "optimizer": parts.optimizer.state_dict(),
-            "scheduler": parts.scheduler.state_dict() if parts.scheduler is not None else None,
-            "scaler": parts.scaler.state_dict() if parts.scaler is not None else None,
+            "model": context.model.state_dict(),
+            "optimizer": context.optimizer.state_dict(),
+            "scheduler": context.scheduler.state_dict() if context.scheduler is not None else None,
+            "scaler": context.scaler.state_dict() if context.scaler is not None else None,
             "number": self.number,
             "micro_batch": self.micro_batch,
             "limits": {"max_tokens": self._max_tokens, "more_rows": self._more_rows},
@@ -445,21 +445,21 @@ class Runner:
         Raises:
             UsageError: It belongs to another workload.
         """
-        parts = self.parts
+        context = self.context
         for part in ("scheduler", "scaler"):
-            if (state[part] is None) != (getattr(parts, part) is None):
+            if (state[part] is None) != (getattr(context, part) is None):
                 has, lacks = ("workload", "checkpoint") if state[part] is None else ("checkpoint", "workload")
                 raise UsageError(
                     f"The {has} has a {part}, and the {lacks} has none.",
                     "Training would go on in another way than it was begun.",
                     f"Resume with the workload that wrote the checkpoint, or give this one {part}= as that had it.",
                 )
-        parts.model.load_state_dict(state["model"])
-        parts.optimizer.load_state_dict(state["optimizer"])
+        context.model.load_state_dict(state["model"])
+        context.optimizer.load_state_dict(state["optimizer"])
         for part in ("scheduler", "scaler"):
             if state[part] is not None:
-                getattr(parts, part).load_state_dict(state[part])
-        self.parts.steps_taken = state["number"]
+                getattr(context, part).load_state_dict(state[part])
+        self.context.steps_taken = state["number"]
         # A new plan may be for less memory than what an out-of-memory left of the old one's limits.
         self.micro_batch = min(state["micro_batch"], self.plan.micro_batch)
         limits = state.get("limits")  # older checkpoints have none

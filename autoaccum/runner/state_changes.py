@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..state import snapshot
-from ..window.context import Parts
+from ..window.context import TrainingContext
 from .compatibility import told_of_changes
 from .own_counts import own_counts
 
@@ -14,11 +14,11 @@ class Changes:
     """Looks at the first two windows of several micro-batches.
 
     Args:
-        parts: What is trained.
+        context: What is trained.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, context: TrainingContext) -> None:
+        self.context = context
         self.looked = 0
         self.changed: list[str] = []
 
@@ -36,5 +36,5 @@ class Changes:
         self.looked += 1
         if self.looked < _WINDOWS:
             return ""
-        said = own_counts(self.parts.model, self.parts.held.modules)  # when the Runner was made
-        return told_of_changes(self.changed, self.parts, steps, said)
+        said = own_counts(self.context.model, self.context.held.modules)  # when the Runner was made
+        return told_of_changes(self.changed, self.context, steps, said)

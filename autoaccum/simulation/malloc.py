@@ -41,7 +41,7 @@ class CpuRules:
 
 
 @dataclass(frozen=True)
-class Start:
+class HeapState:
     """What is there before the first event.
 
     Attributes:
@@ -51,7 +51,7 @@ class Start:
     heap_free_bytes: int = 0
 
 
-EMPTY = Start()
+EMPTY = HeapState()
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Replay:
     phases: tuple[PhasePeak, ...]
 
 
-def replay(phases: Iterable[Phase], rules: CpuRules, start: Start = EMPTY) -> Replay:
+def replay(phases: Iterable[Phase], rules: CpuRules, start: HeapState = EMPTY) -> Replay:
     """Runs the phases' events through the allocator's rules.
 
     Args:

@@ -56,7 +56,7 @@ class StepProgram:
     workspaces: frozenset[int] = frozenset()
 
     @cached_property
-    def scores(self) -> Mapping[str, Score]:
+    def scores(self) -> Mapping[str, CompiledPhase]:
         """The phases made ready to be written."""
         return {name: score(steps) for name, steps in self.phases.items()}
 
@@ -244,7 +244,7 @@ def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
 
 def plain_window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
     """The same with events that are plain tuples, for a replay: named ones take four times as long to make."""
-    writer = Writer(program)
+    writer = EventGenerator(program)
     left = writer.leftover(split[-1])
     first = writer.phase(FIRST, split[0])
     phases = [Phase(FIRST, left + first.events) if left else first]
@@ -269,7 +269,7 @@ def window_growth(program: StepProgram, split: Sequence[int], *, workspaces: boo
     return made - sum(replaced) - sum(step.rule.at(split[0]) for step in once if step.rule is not None)
 
 
-class Score(NamedTuple):
+class CompiledPhase(NamedTuple):
     """A phase made ready to be written at any size.
 
     Attributes:
@@ -286,7 +286,7 @@ class Score(NamedTuple):
     blocks: int
 
 
-def score(steps: Sequence[Step]) -> Score:
+def score(steps: Sequence[Step]) -> CompiledPhase:
     """Makes a phase ready to be written."""
     rules: dict[Rule, int] = {}
     for step in steps:
@@ -308,10 +308,10 @@ def score(steps: Sequence[Step]) -> Score:
             parts.append((tuple(events), block))
             events = []
     kept = tuple((block, *made) for block, made in own.items())
-    return Score(tuple(rules), (*parts, (tuple(events), None)), kept, blocks)
+    return CompiledPhase(tuple(rules), (*parts, (tuple(events), None)), kept, blocks)
 
 
-class Writer:
+class EventGenerator:
     """Writes phases one after the other, and knows which copy of a recorded block is alive."""
 
     def __init__(self, program: StepProgram) -> None:
@@ -365,7 +365,7 @@ class Writer:
         freed = {step.block for step in steps if step.rule is None} | set(self.program.successors.values())
         return tuple((s.block, s.rule, s.stream) for s in steps if s.rule is not None and s.block not in freed)
 
-    def written(self, name: str, score: Score, n: int) -> Phase:
+    def written(self, name: str, score: CompiledPhase, n: int) -> Phase:
         """A score at n samples; events are plain tuples, since solving spends its time here."""
         base = self.names
         sizes = [rule.at(n) for rule in score.rules]

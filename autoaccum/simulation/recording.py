@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from .cuda_allocator.snapshot import CudaStart
+    from .cuda_allocator.snapshot import AllocatorState
 
 
 class Event(NamedTuple):
@@ -50,7 +50,7 @@ class Recording:
     phases: tuple[Phase, ...]
     passes: int = 0
     seconds: float = 0.0
-    start: CudaStart | None = None
+    start: AllocatorState | None = None
     workspaces: frozenset[int] = frozenset()
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from ..phases import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER
-from .cuda_allocator.allocator import EMPTY, CachingAllocator, CudaRules, CudaStart
-from .program import Score, Step, StepProgram, Writer, left_behind, made_for_good, score
+from .cuda_allocator.allocator import EMPTY, AllocatorState, CachingAllocator, CudaRules
+from .program import CompiledPhase, EventGenerator, Step, StepProgram, left_behind, made_for_good, score
 from .recording import Event, Phase, Recording
 
 MOST_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two stand for those to come
 
 
 @dataclass(frozen=True)
-class Once:
+class OneTimeAllocation:
     """A block that the first micro-batch of all makes and nobody frees: a library's workspace, a scaler's scale.
 
     Attributes:
@@ -50,8 +50,8 @@ class Training:
     """
 
     program: StepProgram
-    first: Score
-    once: tuple[Once, ...]
+    first: CompiledPhase
+    once: tuple[OneTimeAllocation, ...]
     build: tuple[Event, ...]
     optimizer: tuple[Event, ...]
     gradients: Mapping[int, int]
@@ -126,7 +126,7 @@ def by_hand(training: Training) -> Training:
 
 def _made_once(
     first: Sequence[Event], freed: set[int], program: StepProgram, workspaces: Sequence[Step], n: int
-) -> tuple[Once, ...]:
+) -> tuple[OneTimeAllocation, ...]:
     """What the very first micro-batch, of n samples, keeps for good beside the workspaces that the program shows."""
     made = [event for event in first if event.bytes > 0]
     kept = [(index, event) for index, event in enumerate(made) if event.block not in freed]
@@ -135,7 +135,7 @@ def _made_once(
     plain = [step.rule for step in program.phases[FIRST] if step.rule is not None and step not in workspaces]
     sizes = [rule.at(n) for rule in plain]
     return tuple(
-        Once(_place(index - place, others, sizes), event.bytes, event.stream)
+        OneTimeAllocation(_place(index - place, others, sizes), event.bytes, event.stream)
         for place, (index, event) in enumerate(kept)
         if not _taken(known, event.bytes)
     )
@@ -168,7 +168,7 @@ def replay_training(
     split: Sequence[int],
     rules: CudaRules,
     *,
-    start: CudaStart = EMPTY,
+    start: AllocatorState = EMPTY,
     windows: int = MOST_WINDOWS,
     stops_at_retry: bool = False,
 ) -> TrainingReplay:
@@ -263,7 +263,7 @@ class _Run:
             index += 1
 
 
-class _Writer(Writer):
+class _Writer(EventGenerator):
     """Writes windows one after the other; the first of them with what happens once."""
 
     def __init__(self, training: Training) -> None:
@@ -315,7 +315,7 @@ class _Writer(Writer):
                 events += map(_free, self.freed(step.block, all_copies=True))
         return Phase(OPTIMIZER, tuple(events))
 
-    def _once(self, block: Once) -> Event:
+    def _once(self, block: OneTimeAllocation) -> Event:
         self.names += 1
         return Event(self.names, block.bytes, block.stream)
 

@@ -23,7 +23,7 @@ from ..bounds import MOST_SEED, check_count, check_samples, check_seconds
 from ..configuration import Configuration
 from ..errors import UsageError
 from ..units import check_memory
-from .result import Trial, Tuned
+from .result import Trial, TuningResult
 from .space import SearchSpace
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _SQLITE = b"SQLite format 3\0"  # how each begins (sqlite.org/fileformat.html)
 _OTHER_STUDY = "Name another file: --study FILE.db"
 
-__all__ = ["Configuration", "SearchSpace", "Trial", "Tuned", "tune"]
+__all__ = ["Configuration", "SearchSpace", "Trial", "TuningResult", "tune"]
 
 
 def tune(
@@ -53,7 +53,7 @@ def tune(
     workers: int = 1,
     seed: int = 0,
     progress: Callable[[dict[str, Any]], None] | None = None,
-) -> Tuned:
+) -> TuningResult:
     """Searches for the configuration whose optimizer step takes the least time at a fixed effective batch.
 
     Everything runs in child processes: nothing of the caller's is changed. What can't fit is told from recordings
@@ -91,7 +91,7 @@ def tune(
     from ..processes.child import call
     from ..processes.function_pipe import Functions, pickled
     from ..processes.workload_source import check_source
-    from .session import read_tuned
+    from .session import read_tuning_result
 
     space = space or SearchSpace()
     source = workload if isinstance(workload, str) else _source_of(workload)
@@ -118,7 +118,7 @@ def tune(
         "workers": workers,
         "seed": seed,
     }
-    return read_tuned(call("tuning.session:tune", asked, on_message=progress, functions=functions)["tuned"])
+    return read_tuning_result(call("tuning.session:tune", asked, on_message=progress, functions=functions)["tuned"])
 
 
 def _source_of(function: Any) -> str | None:

@@ -14,7 +14,7 @@ from torch import nn
 from ..configuration import AS_IT_IS, Configuration
 from ..errors import UsageError
 from ..plan import Plan
-from ..window.context import open_parts
+from ..window.context import open_context
 from ..workload import Workload
 from .blocks import Undo, checkpoint_blocks
 
@@ -224,6 +224,6 @@ def plain(workload: Workload) -> Configuration:
     """What the workload is as it stands, in a configuration's terms."""
     return Configuration(
         precision=workload.precision or "fp32",
-        optimizer=implementation(open_parts(replace(workload, scheduler=None)).optimizer),
+        optimizer=implementation(open_context(replace(workload, scheduler=None)).optimizer),
         compile=workload.model._compiled_call_impl is not None,
     )

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data import split as cutting
 from ..window import loss_terms
-from ..window.context import forward, open_parts
+from ..window.context import forward, open_context
 from ..window.isolated import as_it_trains
 from ..workload import Workload
 
@@ -180,11 +180,11 @@ def _trained_once(workload: Workload, samples: int) -> dict[str, torch.Tensor]:
     """Gradients, and buffers after the forward, by name."""
     model = workload.model
     batch = cutting.tile(workload.sample, samples, shared=workload.shared, per_sample=workload.per_sample)
-    parts = open_parts(replace(workload, scheduler=None))
-    with as_it_trains(model, parts.held):
+    context = open_context(replace(workload, scheduler=None))
+    with as_it_trains(model, context.held):
         model.zero_grad(set_to_none=True)
         torch.manual_seed(0)
-        loss: torch.Tensor = loss_terms.whole(forward(parts, batch))
+        loss: torch.Tensor = loss_terms.whole(forward(context, batch))
         loss.backward()  # type: ignore[no-untyped-call]
         found = {f"the gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
         found |= {f"the buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}

@@ -48,15 +48,15 @@ def timed_windows(
 
 def endless_windows(workload: Workload, split: Split, *, from_loader: bool) -> Iterator[float]:
     """Seconds of window after window, after two that aren't counted; the arguments are those of `timed_windows`."""
-    parts = step.open_parts(replace(workload, scheduler=None))
-    parts.model.train()
+    context = step.open_context(replace(workload, scheduler=None))
+    context.model.train()
     found = _from_loader(workload, split) if from_loader else _of_sample(workload, split)
     for number in itertools.count(1 - WARM_UP):
         started = time.perf_counter()
         window = next(found)
-        step.train_window(parts, window.pieces, window.sizes)
-        if parts.device.type == "cuda":
-            torch.cuda.synchronize(parts.device)
+        step.train_window(context, window.pieces, window.sizes)
+        if context.device.type == "cuda":
+            torch.cuda.synchronize(context.device)
         taken = time.perf_counter() - started
         if number > 0:
             yield taken

@@ -82,7 +82,7 @@ def ranked(trials: Iterable[Trial], ranking: str) -> list[Trial]:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuningResult:
     """What tuning found.
 
     Attributes:
@@ -190,7 +190,7 @@ def _times(trials: tuple[Trial, ...], values: Mapping[str, Any]) -> tuple[TimedS
     return tuple(found[size] for size in sorted(found))
 
 
-def summary(found: Tuned) -> str:
+def summary(found: TuningResult) -> str:
     """The trials in a few lines: how they were ranked, what the winner gains, and what it changes."""
     counts = {state: sum(trial.state == state for trial in found.trials) for state in (PRUNED, SAME, FAILED)}
     tried = len(found.trials) - counts[SAME]
@@ -213,13 +213,13 @@ def summary(found: Tuned) -> str:
     return "\n".join(one_line(f"{name:<12}{text}") for name, text in lines)
 
 
-def _in_turn(found: Tuned) -> str:
+def _in_turn(found: TuningResult) -> str:
     """How many were timed in turn."""
     turns = [trial.turns for trial in found.trials if trial.turns and trial.counts]
     return f"; those that led and the plain one in turn, {max(turns)} rounds of {len(turns)}" if turns else ""
 
 
-def _gain(found: Tuned) -> str:
+def _gain(found: TuningResult) -> str:
     plain = next((trial for trial in found.trials if trial.number == found.plain), None)
     best = found.best
     if plain is None or plain.number == best.number:

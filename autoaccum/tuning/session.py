@@ -21,7 +21,7 @@ from ..processes.function_pipe import to_hand_on
 from .finals import time_in_turn
 from .kept import alone, open_study, read_trials
 from .memory import Memory, Recorded
-from .result import MEMORY, SECONDS, Trial, Tuned, ranked, with_configuration
+from .result import MEMORY, SECONDS, Trial, TuningResult, ranked, with_configuration
 from .space import SearchSpace, choices_for, plain_values, size_of
 from .study import Search, nothing_fits, pareto_numbers
 from .timers import Training, timer, turns
@@ -48,7 +48,7 @@ def tune(
     """Tunes; the arguments are those of `tuning.tune`, as JSON.
 
     Returns:
-        `Tuned` as JSON.
+        `TuningResult` as JSON.
     """
     say({"say": "loading torch and the workload"})
     import torch  # noqa: F401  copies of this process then have it
@@ -172,7 +172,7 @@ def _finished(
     asked: dict[str, Any],
     left_out: list[str],
     started: float,
-) -> Tuned:
+) -> TuningResult:
     from dataclasses import replace
 
     trials = read_trials(search.study)
@@ -188,7 +188,7 @@ def _finished(
         left_out = [*left_out, "the test that checkpointing leaves the gradient as it is: nothing is computed here"]
     windows = "timed" if search.ranking == SECONDS else "ranked by memory: nothing is computed on a virtual GPU"
     plan = with_configuration(plan, winner, search.ranking, tuple(trials), windows)
-    return Tuned(
+    return TuningResult(
         plan=plan,
         trials=tuple(trials),
         ranking=search.ranking,
@@ -225,10 +225,10 @@ def _confirmed(
     )
 
 
-def read_tuned(text: str) -> Tuned:
+def read_tuning_result(text: str) -> TuningResult:
     """What a session's JSON says."""
     data = json.loads(text)
-    return Tuned(
+    return TuningResult(
         plan=Plan.from_json(json.dumps(data["plan"])),
         trials=tuple(Trial(**trial) for trial in data["trials"]),
         ranking=data["ranking"],

@@ -78,7 +78,7 @@ def _plan(
     max_micro_batch: int | None = None,
 ) -> Plan:
     from ..planning.fit import plan_in, setting_for
-    from ..planning.request import read_wish
+    from ..planning.request import read_request
     from ..processes.workload_source import load_workload
     from ..workload import Workload
 
@@ -101,10 +101,10 @@ def _plan(
             sizes=sizes, check=verify, timing_seconds=0.0,
         )  # fmt: skip
     workload = change(load_workload(source))
-    wish = read_wish(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
-    wish = replace(wish, histories=("fresh",), sizes=sizes, timing_seconds=0.0)  # tuning times on its own
+    request = read_request(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
+    request = replace(request, histories=("fresh",), sizes=sizes, timing_seconds=0.0)  # tuning times on its own
     setting = replace(setting_for(next(workload.model.parameters()).device), progress=progress)
-    return plan_in(setting, workload, wish, verify=verify, check=verify, malloc=malloc)
+    return plan_in(setting, workload, request, verify=verify, check=verify, malloc=malloc)
 
 
 def _changed(stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, facts: dict[str, Any]) -> Any:
@@ -140,22 +140,22 @@ def facts_of(workload: Any) -> dict[str, Any]:
     import torch
 
     from ..window import norms
-    from ..window.context import open_parts
+    from ..window.context import open_context
     from ..window.fingerprint import fingerprint
     from .apply import implementations, plain
     from .blocks import find_blocks
 
-    parts = open_parts(replace(workload, scheduler=None))
+    context = open_context(replace(workload, scheduler=None))
     blocks = find_blocks(workload.model)
-    merges = blocks is not None and workload.batchnorm == norms.MERGED and bool(parts.norms)
+    merges = blocks is not None and workload.batchnorm == norms.MERGED and bool(context.norms)
     return {
         "plain": plain(workload).values(),
-        "optimizer": type(parts.optimizer).__name__,
-        "implementations": implementations(parts.optimizer),
+        "optimizer": type(context.optimizer).__name__,
+        "implementations": implementations(context.optimizer),
         "blocks": None if blocks is None else f"{len(blocks.modules)} {blocks.kind} in {blocks.path or 'the model'}",
         "merges": merges,
         "images": any(tensor.dim() == 4 for tensor in workload.model.parameters()),
         "loader": callable(workload.loader) or isinstance(workload.loader, torch.utils.data.DataLoader),
-        "least": norms.least_micro_batch(parts.norms, workload.batchnorm),
-        "fingerprint": {k: v for k, v in fingerprint(parts).items() if k in ("model", "loss", "optimizer")},
+        "least": norms.least_micro_batch(context.norms, workload.batchnorm),
+        "fingerprint": {k: v for k, v in fingerprint(context).items() if k in ("model", "loss", "optimizer")},
     }

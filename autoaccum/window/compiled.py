@@ -19,7 +19,7 @@ from torch import nn
 from ..devices.virtual.control import is_virtual
 
 if TYPE_CHECKING:
-    from .context import Parts
+    from .context import TrainingContext
 
 
 def is_compiled(model: nn.Module, loss: Any = None) -> bool:
@@ -30,18 +30,18 @@ def is_compiled(model: nn.Module, loss: Any = None) -> bool:
     return any(getattr(module, mark, None) is not None for module in model.modules() for mark in marks)
 
 
-def runs_compiled(parts: Parts) -> bool:
+def runs_compiled(context: TrainingContext) -> bool:
     """Whether its windows run compiled for real: a virtual GPU runs nothing that a compiler makes."""
-    return is_compiled(parts.model, parts.loss) and not _on_virtual_gpu(parts)
+    return is_compiled(context.model, context.loss) and not _on_virtual_gpu(context)
 
 
-def as_trained(parts: Parts) -> AbstractContextManager[None]:
+def as_trained(context: TrainingContext) -> AbstractContextManager[None]:
     """Around a window that is run for real while planning."""
-    return uncompiled() if _on_virtual_gpu(parts) else contextlib.nullcontext()
+    return uncompiled() if _on_virtual_gpu(context) else contextlib.nullcontext()
 
 
-def _on_virtual_gpu(parts: Parts) -> bool:
-    return parts.device.type == "cuda" and is_virtual()
+def _on_virtual_gpu(context: TrainingContext) -> bool:
+    return context.device.type == "cuda" and is_virtual()
 
 
 @contextlib.contextmanager

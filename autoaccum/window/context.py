@@ -25,7 +25,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(eq=False)
-class Parts:
+class TrainingContext:
     """A workload whose optimizer and scheduler exist: what a window works on.
 
     Attributes:
@@ -82,7 +82,7 @@ class Parts:
         self.copies = Copies(self.device, ahead=self.pins_memory)
 
 
-def open_parts(workload: Workload) -> Parts:
+def open_context(workload: Workload) -> TrainingContext:
     """Makes the optimizer and the scheduler of a workload where it names functions for them.
 
     Raises:
@@ -109,7 +109,7 @@ def open_parts(workload: Workload) -> Parts:
     scheduler = workload.scheduler
     if scheduler is not None and not hasattr(scheduler, "step"):
         scheduler = scheduler(optimizer)
-    return Parts(
+    return TrainingContext(
         model=model,
         loss=workload.loss or default_loss,
         optimizer=optimizer,
@@ -138,22 +138,22 @@ def held_in_window(workload: Workload) -> Holdings:
     return holdings(workload.model, loss=workload.loss, encode=workload.encode, count=workload.count)
 
 
-def forward(parts: Parts, piece: Batch, more: dict[str, Any] | None = None) -> Any:
+def forward(context: TrainingContext, piece: Batch, more: dict[str, Any] | None = None) -> Any:
     """The loss of one piece, checked; `more` are keywords for a model that brings its own."""
-    with autocast(parts):
-        batch = parts.copies.bring(piece)
-        if parts.encode is not None:
-            batch = parts.encode(parts.model, batch)
-        return loss_terms.check(parts.loss(parts.model, {**batch, **more} if more else batch))
+    with autocast(context):
+        batch = context.copies.bring(piece)
+        if context.encode is not None:
+            batch = context.encode(context.model, batch)
+        return loss_terms.check(context.loss(context.model, {**batch, **more} if more else batch))
 
 
-def autocast(parts: Parts) -> AbstractContextManager[Any]:
+def autocast(context: TrainingContext) -> AbstractContextManager[Any]:
     """The workload's precision, around a forward."""
-    return torch.autocast(parts.device.type, dtype=parts.autocast_dtype, enabled=parts.autocast_dtype is not None)
+    return torch.autocast(context.device.type, dtype=context.autocast_dtype, enabled=context.autocast_dtype is not None)
 
 
-def encode(parts: Parts, piece: Batch) -> Any:
+def encode(context: TrainingContext, piece: Batch) -> Any:
     """The representations of one piece."""
-    assert parts.encode is not None
-    with autocast(parts):
-        return parts.encode(parts.model, parts.copies.bring(piece))
+    assert context.encode is not None
+    with autocast(context):
+        return context.encode(context.model, context.copies.bring(piece))

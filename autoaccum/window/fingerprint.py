@@ -12,7 +12,7 @@ from .. import __version__
 from ..data import tree
 from ..errors import BatchError, PlanMismatch
 from ..plan import LeafForm
-from .step import Parts
+from .step import TrainingContext
 
 Signature = tuple[LeafForm, ...]
 
@@ -57,38 +57,38 @@ def _names(form: Signature) -> str:
     return ", ".join(leaf.path for leaf in form) or "no tensors"
 
 
-def fingerprint(parts: Parts) -> dict[str, str]:
+def fingerprint(context: TrainingContext) -> dict[str, str]:
     """What a plan depends on: each entry is compared by the Runner, and named where it differs."""
-    optimizer = parts.optimizer
+    optimizer = context.optimizer
     group = optimizer.param_groups[0]
     flags = [name for name in ("foreach", "fused", "amsgrad", "momentum", "capturable") if group.get(name)]
-    device = parts.device
+    device = context.device
     cuda = device.type == "cuda"
     return {
-        "model": f"{type(parts.model).__name__} {_digest(_structure(parts.model))}",
-        "loss": getattr(parts.loss, "__qualname__", type(parts.loss).__name__),
+        "model": f"{type(context.model).__name__} {_digest(_structure(context.model))}",
+        "loss": getattr(context.loss, "__qualname__", type(context.loss).__name__),
         "optimizer": " ".join([type(optimizer).__name__, *flags]),
-        "precision": str(parts.autocast_dtype or "as the model is"),
-        "window": _window_words(parts),
+        "precision": str(context.autocast_dtype or "as the model is"),
+        "window": _window_words(context),
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         **(_cuda_words() if cuda else {}),
-        **({"configuration": parts.configuration} if parts.configuration is not None else {}),
+        **({"configuration": context.configuration} if context.configuration is not None else {}),
         "torch": torch.__version__,
         "autoaccum": __version__,
     }
 
 
-def _window_words(parts: Parts) -> str:
+def _window_words(context: TrainingContext) -> str:
     """What else a window does that takes memory."""
     does = {
-        "clips": parts.clip_grad_norm is not None,
-        "scales": parts.scaler is not None,
-        "encodes apart": parts.encode is not None,
-        "runs between windows": parts.between is not None,
-        "takes a metric": parts.metric is not None,
-        "copies ahead": parts.copies.ahead,
-        f"batchnorm {parts.batchnorm}": parts.batchnorm is not None,
-        "adds up as parameters": parts.accumulate != "fp32",
+        "clips": context.clip_grad_norm is not None,
+        "scales": context.scaler is not None,
+        "encodes apart": context.encode is not None,
+        "runs between windows": context.between is not None,
+        "takes a metric": context.metric is not None,
+        "copies ahead": context.copies.ahead,
+        f"batchnorm {context.batchnorm}": context.batchnorm is not None,
+        "adds up as parameters": context.accumulate != "fp32",
     }
     return ", ".join(word for word, true in does.items() if true) or "plain"
 

@@ -17,90 +17,95 @@ from ..state import snapshot
 from ..state.rng import put_rng, take_rng
 from ..workload import Batch, default_loss
 from .compiled import uncompiled
-from .context import Parts, autocast, forward
+from .context import TrainingContext, autocast, forward
 from .hugging_face import Denominator, can_tell, find_denominator, has_labels
 from .loss_terms import count_of
 
 Asked = TypeVar("Asked")
 
 
-def window_count(parts: Parts, pieces: Sequence[Batch]) -> Any:
+def window_count(context: TrainingContext, pieces: Sequence[Batch]) -> Any:
     """What the loss counts in the whole window, known before its first backward.
 
     Returns:
         The count, 0 where nothing counts; None where the loss is a mean over samples, or where the window is one
         piece whose loss brings its own count.
     """
-    if not parts.asked_for_denominator and parts.loss is default_loss and has_labels(pieces[0]) and not parts.count:
+    if (
+        not context.asked_for_denominator
+        and context.loss is default_loss
+        and has_labels(pieces[0])
+        and not context.count
+    ):
         telling = next((piece for piece in pieces if can_tell(piece)), None)
         if telling is None:
             return 0  # all labels are ignored
         few = _few(telling)
-        _ask_for_denominator(parts, few if can_tell(few) else telling)
-    if parts.count is not None:
-        return sum(parts.count(piece) for piece in pieces)
-    if len(pieces) < 2 or parts.encode is not None:
+        _ask_for_denominator(context, few if can_tell(few) else telling)
+    if context.count is not None:
+        return sum(context.count(piece) for piece in pieces)
+    if len(pieces) < 2 or context.encode is not None:
         return None
-    if not (parts.counts_by_forward or _is_pair(parts, pieces[0])):
+    if not (context.counts_by_forward or _is_pair(context, pieces[0])):
         return None
-    return asked(parts, lambda: sum(_value(count_of(forward(parts, _copy(piece)))) for piece in pieces))
+    return asked(context, lambda: sum(_value(count_of(forward(context, _copy(piece)))) for piece in pieces))
 
 
-def _ask_for_denominator(parts: Parts, piece: Batch) -> None:
+def _ask_for_denominator(context: TrainingContext, piece: Batch) -> None:
     """Asks a model that brings its own loss what that averages over; once."""
 
     def find() -> Denominator | None:
-        rng, batch = take_rng(), tree.to_device(piece, parts.device)
+        rng, batch = take_rng(), tree.to_device(piece, context.device)
 
         def ask(more: dict[str, Any]) -> Any:
             put_rng(rng)
-            with autocast(parts):
-                return parts.model(**{**batch, **more})
+            with autocast(context):
+                return context.model(**{**batch, **more})
 
         return find_denominator(ask, batch)
 
-    parts.denominator = asked(parts, find)
-    workspaces.give_back(parts.device)  # what asking left there would decide where the window's large blocks lie
-    parts.asked_for_denominator = True
-    if parts.denominator is not None:
-        parts.count = parts.denominator.count
+    context.denominator = asked(context, find)
+    workspaces.give_back(context.device)  # what asking left there would decide where the window's large blocks lie
+    context.asked_for_denominator = True
+    if context.denominator is not None:
+        context.count = context.denominator.count
 
 
-def _is_pair(parts: Parts, piece: Batch) -> bool:
+def _is_pair(context: TrainingContext, piece: Batch) -> bool:
     """Whether the loss returns `(sum, count)`; asked once, of one micro-batch, and remembered."""
-    if parts.loss_is_mean:
+    if context.loss_is_mean:
         return False
     few = _few(piece)
-    parts.counts_by_forward = asked(parts, lambda: count_of(forward(parts, _copy(few))) is not None)
-    workspaces.give_back(parts.device)
-    parts.loss_is_mean = not parts.counts_by_forward
-    return parts.counts_by_forward
+    context.counts_by_forward = asked(context, lambda: count_of(forward(context, _copy(few))) is not None)
+    workspaces.give_back(context.device)
+    context.loss_is_mean = not context.counts_by_forward
+    return context.counts_by_forward
 
 
-def asked(parts: Parts, ask: Callable[[], Asked], *, keeps: bool = False) -> Asked:
+def asked(context: TrainingContext, ask: Callable[[], Asked], *, keeps: bool = False) -> Asked:
     """Asks without gradients, which takes least memory; with, where the loss takes some itself (forces, penalties).
 
     A graph of one micro-batch's forward is then there before the window's first, which has as large a one and gradients
     beside it, and is gone again before that begins.
 
     Args:
-        parts: What is trained.
+        context: What is trained.
         ask: Runs its forward.
         keeps: Whether what the forward moves (random states, buffers) stays as it leaves it.
     """
-    if not parts.takes_gradients:
-        before = snapshot.take(model=parts.model, storages=False) if keeps else None
+    if not context.takes_gradients:
+        before = snapshot.take(model=context.model, storages=False) if keeps else None
         try:
-            with contextlib.nullcontext() if keeps else _untouched(parts), torch.no_grad():
+            with contextlib.nullcontext() if keeps else _untouched(context), torch.no_grad():
                 return ask()
         except Exception as error:
             if is_out_of_memory(error) or not _misses_gradients(error):
                 raise
             drop_frames(error)
-        parts.takes_gradients = True  # where that isn't it, the same is raised again
+        context.takes_gradients = True  # where that isn't it, the same is raised again
         if before is not None:
             before.restore()
-    with contextlib.nullcontext() if keeps else _untouched(parts), torch.enable_grad():
+    with contextlib.nullcontext() if keeps else _untouched(context), torch.enable_grad():
         return ask()
 
 
@@ -128,7 +133,7 @@ def _copy(piece: Batch) -> Batch:
 
 
 @contextlib.contextmanager
-def _untouched(parts: Parts) -> Iterator[None]:
+def _untouched(context: TrainingContext) -> Iterator[None]:
     """Puts back the random state and the buffers, which a forward that only counts must not move; compiles nothing."""
-    with snapshot.kept(model=parts.model, held=parts.held, storages=False), uncompiled():
+    with snapshot.kept(model=context.model, held=context.held, storages=False), uncompiled():
         yield

@@ -13,18 +13,18 @@ from . import fp32_accumulation
 from .step_arguments import closure_needed, is_for_want_of_a_closure
 
 if TYPE_CHECKING:
-    from .context import Parts
+    from .context import TrainingContext
 
 log = logging.getLogger("autoaccum")
 
 
 def optimizer_step(
-    parts: Parts, wide: fp32_accumulation.Parameters, *, counts_nothing: bool, loss: torch.Tensor
+    context: TrainingContext, wide: fp32_accumulation.Parameters, *, counts_nothing: bool, loss: torch.Tensor
 ) -> tuple[torch.Tensor | None, bool]:
     """Clips, steps and clears once.
 
     Args:
-        parts: What is trained; its gradients are the window's.
+        context: What is trained; its gradients are the window's.
         wide: Parameters whose gradients are in fp32 and are to be cast for the optimizer.
         counts_nothing: No sample of the window counts: parameters, optimizer and scheduler stay as they are.
         loss: The window's, detached: what a scheduler gets that asks for a metric, where the workload gives none.
@@ -36,85 +36,85 @@ def optimizer_step(
         NotFinite: A gradient isn't finite, and the workload says `on_nonfinite="raise"`.
     """
     if counts_nothing:
-        _clear(parts)
+        _clear(context)
         return None, False
-    grad_norm = _clip(parts, wide)
-    finite = parts.on_nonfinite is None or parts.scaler is not None or _is_finite(parts, grad_norm)
+    grad_norm = _clip(context, wide)
+    finite = context.on_nonfinite is None or context.scaler is not None or _is_finite(context, grad_norm)
     fp32_accumulation.narrow(wide)
-    stepped = finite or parts.on_nonfinite == "warn"
-    if parts.scaler is not None:
-        stepped = finite = _scaled_step(parts)
+    stepped = finite or context.on_nonfinite == "warn"
+    if context.scaler is not None:
+        stepped = finite = _scaled_step(context)
     elif stepped:
-        _step(parts)
-    parts.steps_taken += stepped  # before anything else can fail: it was taken
-    _clear(parts)
+        _step(context)
+    context.steps_taken += stepped  # before anything else can fail: it was taken
+    _clear(context)
     if stepped:
-        _schedule(parts, loss)
-    if not finite and parts.on_nonfinite is not None:
-        _tell(parts, grad_norm)
+        _schedule(context, loss)
+    if not finite and context.on_nonfinite is not None:
+        _tell(context, grad_norm)
     return grad_norm, stepped
 
 
-def _step(parts: Parts) -> None:
+def _step(context: TrainingContext) -> None:
     try:
-        parts.optimizer.step()
+        context.optimizer.step()
     except Exception as error:
-        if is_for_want_of_a_closure(parts.optimizer, error):
-            raise closure_needed(parts.optimizer) from error
+        if is_for_want_of_a_closure(context.optimizer, error):
+            raise closure_needed(context.optimizer) from error
         raise
 
 
-def _schedule(parts: Parts, loss: torch.Tensor) -> None:
+def _schedule(context: TrainingContext, loss: torch.Tensor) -> None:
     """Steps the scheduler; the metric is taken without one, too, as planning has to see what memory that needs."""
-    metric = parts.metric(parts.model) if parts.metric is not None else loss
-    if parts.scheduler is None:
+    metric = context.metric(context.model) if context.metric is not None else loss
+    if context.scheduler is None:
         return
-    if not parts.wants_metric:
-        parts.scheduler.step()
+    if not context.wants_metric:
+        context.scheduler.step()
     elif metric is not None:  # a metric that is taken now and then has nothing to say in between
-        parts.scheduler.step(float(metric))
+        context.scheduler.step(float(metric))
 
 
-def _clip(parts: Parts, wide: fp32_accumulation.Parameters) -> torch.Tensor | None:
-    if parts.scaler is not None and (parts.clip_grad_norm is not None or wide):
-        parts.scaler.unscale_(parts.optimizer)  # before clipping, and before small numbers are cast
-    if parts.clip_grad_norm is None:
+def _clip(context: TrainingContext, wide: fp32_accumulation.Parameters) -> torch.Tensor | None:
+    if context.scaler is not None and (context.clip_grad_norm is not None or wide):
+        context.scaler.unscale_(context.optimizer)  # before clipping, and before small numbers are cast
+    if context.clip_grad_norm is None:
         return None
-    return nn.utils.clip_grad_norm_(_trained(parts), parts.clip_grad_norm)
+    return nn.utils.clip_grad_norm_(_trained(context), context.clip_grad_norm)
 
 
-def _trained(parts: Parts) -> list[torch.Tensor]:
-    return [p for group in parts.optimizer.param_groups for p in group["params"]]
+def _trained(context: TrainingContext) -> list[torch.Tensor]:
+    return [p for group in context.optimizer.param_groups for p in group["params"]]
 
 
-def _is_finite(parts: Parts, grad_norm: torch.Tensor | None) -> bool:
+def _is_finite(context: TrainingContext, grad_norm: torch.Tensor | None) -> bool:
     """Whether every gradient is: their norm tells, in one pass and one wait for the device."""
     if grad_norm is None:
-        grad_norm = nn.utils.get_total_norm([p.grad for p in _trained(parts) if p.grad is not None])
+        grad_norm = nn.utils.get_total_norm([p.grad for p in _trained(context) if p.grad is not None])
     return bool(torch.isfinite(grad_norm))
 
 
-def _scaled_step(parts: Parts) -> bool:
+def _scaled_step(context: TrainingContext) -> bool:
     """One step and one update of the scaler; False where it found a gradient that isn't finite."""
-    scale = parts.scaler.get_scale()
-    parts.scaler.step(parts.optimizer)
-    parts.scaler.update()
-    return bool(parts.scaler.get_scale() >= scale)
+    scale = context.scaler.get_scale()
+    context.scaler.step(context.optimizer)
+    context.scaler.update()
+    return bool(context.scaler.get_scale() >= scale)
 
 
-def _clear(parts: Parts) -> None:
-    parts.optimizer.zero_grad(set_to_none=True)
-    parts.model.zero_grad(set_to_none=True)  # what requires a gradient and is in no group would add up for ever
+def _clear(context: TrainingContext) -> None:
+    context.optimizer.zero_grad(set_to_none=True)
+    context.model.zero_grad(set_to_none=True)  # what requires a gradient and is in no group would add up for ever
 
 
-def _tell(parts: Parts, grad_norm: torch.Tensor | None) -> None:
-    if parts.on_nonfinite == "raise":
+def _tell(context: TrainingContext, grad_norm: torch.Tensor | None) -> None:
+    if context.on_nonfinite == "raise":
         raise NotFinite(
             "A window's gradient isn't finite.",
             "Its optimizer step was not taken: parameters, optimizer and scheduler are as they were before it.",
             "Look at its samples, lower the learning rate or clip_grad_norm=; on_nonfinite='skip' passes over it.",
         )
-    what = "was taken all the same" if parts.on_nonfinite == "warn" and parts.scaler is None else "was skipped"
+    what = "was taken all the same" if context.on_nonfinite == "warn" and context.scaler is None else "was skipped"
     log.warning("A window's gradient isn't finite (norm %s); its optimizer step %s.", _shown(grad_norm), what)
 
 

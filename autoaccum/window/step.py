@@ -19,11 +19,11 @@ from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, OnPhase
 from ..workload import Batch
 from . import cached_representations, fp32_accumulation, loss_terms
 from . import norms as batchnorm
-from .context import Parts, autocast, encode, forward, open_parts
+from .context import TrainingContext, autocast, encode, forward, open_context
 from .loss_count import asked, window_count
 from .optimizer_step import optimizer_step
 
-__all__ = ["Parts", "WindowResult", "forward", "open_parts", "run_between", "train_window"]
+__all__ = ["TrainingContext", "WindowResult", "forward", "open_context", "run_between", "train_window"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class WindowResult:
 
 
 def train_window(
-    parts: Parts, pieces: Sequence[Batch], sizes: Sequence[int], *, on_phase: OnPhase | None = None
+    context: TrainingContext, pieces: Sequence[Batch], sizes: Sequence[int], *, on_phase: OnPhase | None = None
 ) -> WindowResult:
     """Trains one window: the gradient of all pieces as of one batch, then one optimizer step.
 
     Args:
-        parts: What is trained. Its gradients must be unset (None) or zero.
+        context: What is trained. Its gradients must be unset (None) or zero.
         pieces: The micro-batches, on the host or on the device; moved to the device one at a time.
         sizes: Samples in each piece.
         on_phase: Called with each phase's name; the context manager it returns spans the phase.
@@ -60,57 +60,57 @@ def train_window(
     """
     phase = on_phase or _no_phase
     steps, samples = len(pieces), sum(sizes)
-    total = window_count(parts, pieces)
-    if not parts.has_begun:  # whatever this process did before: the first window finds what a fresh one would
-        workspaces.give_back(parts.device)
-        parts.has_begun = True
+    total = window_count(context, pieces)
+    if not context.has_begun:  # whatever this process did before: the first window finds what a fresh one would
+        workspaces.give_back(context.device)
+        context.has_begun = True
     window_loss: torch.Tensor | None = None
     cache: cached_representations.Cache | None = None
-    norms = batchnorm.Window(parts.norms, parts.batchnorm, steps)
-    half = fp32_accumulation.wide_parameters(parts.model.parameters(), parts.accumulate, steps)
+    norms = batchnorm.Window(context.norms, context.batchnorm, steps)
+    half = fp32_accumulation.wide_parameters(context.model.parameters(), context.accumulate, steps)
     with fp32_accumulation.wide_gradients(half):
         with norms.entered():
             for index, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
                 with phase(FIRST if index == 0 else LATER):
-                    if parts.encode is not None and steps > 1:
-                        cache = cache or _all_representations(parts, norms, pieces)
-                        loss = _from_cache(parts, norms, cache, index, piece)
+                    if context.encode is not None and steps > 1:
+                        cache = cache or _all_representations(context, norms, pieces)
+                        loss = _from_cache(context, norms, cache, index, piece)
                     else:
-                        loss, total = _micro_batch(parts, norms, piece, size / samples, total)
+                        loss, total = _micro_batch(context, norms, piece, size / samples, total)
                     window_loss = loss if window_loss is None else window_loss.add_(loss)
                     del loss
-                    _let_go_of_workspaces(parts)
+                    _let_go_of_workspaces(context)
             if cache is not None:
                 cache.after.restore()
         assert window_loss is not None
         with phase(OPTIMIZER):
-            parts.copies.let_go()
+            context.copies.let_go()
             counts_nothing = total is not None and not bool(total)
-            grad_norm, stepped = optimizer_step(parts, half, counts_nothing=counts_nothing, loss=window_loss)
-            _let_go_of_workspaces(parts)
+            grad_norm, stepped = optimizer_step(context, half, counts_nothing=counts_nothing, loss=window_loss)
+            _let_go_of_workspaces(context)
     return WindowResult(window_loss, samples, grad_norm, stepped)
 
 
-def run_between(parts: Parts, *, on_phase: OnPhase | None = None) -> None:
+def run_between(context: TrainingContext, *, on_phase: OnPhase | None = None) -> None:
     """Runs what the workload does between windows, an evaluation say; nothing where it does nothing."""
-    if parts.between is not None:
+    if context.between is not None:
         with (on_phase or _no_phase)(BETWEEN):
-            parts.between(parts.model)
-            _let_go_of_workspaces(parts)
+            context.between(context.model)
+            _let_go_of_workspaces(context)
 
 
-def _let_go_of_workspaces(parts: Parts) -> None:
-    if not parts.keeps_workspaces:
-        workspaces.let_go_of_workspaces(parts.device)
+def _let_go_of_workspaces(context: TrainingContext) -> None:
+    if not context.keeps_workspaces:
+        workspaces.let_go_of_workspaces(context.device)
 
 
 def _micro_batch(
-    parts: Parts, norms: batchnorm.Window, piece: Batch, share: float, total: Any
+    context: TrainingContext, norms: batchnorm.Window, piece: Batch, share: float, total: Any
 ) -> tuple[torch.Tensor, Any]:
     """Forward and backward of one piece.
 
     Args:
-        parts: What is trained.
+        context: What is trained.
         norms: What the window does with normalizations.
         piece: The micro-batch.
         share: Its part of the window's samples.
@@ -119,55 +119,57 @@ def _micro_batch(
     Returns:
         Its part of the window's loss, detached, and what the window counts.
     """
-    passed = parts.denominator is not None and parts.denominator.passed
+    passed = context.denominator is not None and context.denominator.passed
     # Times the share, which the loss is multiplied by: so what the model adds to its loss is weighted by samples.
     more = {"num_items_in_batch": torch.as_tensor(loss_terms.nonzero(total) * share)} if passed else None
     with norms.forward():
-        out = forward(parts, piece, more)
+        out = forward(context, piece, more)
     counted = loss_terms.count_of(out)
     total = counted if total is None else total
-    count = parts.count(piece) if parts.count is not None and not passed and counted is None else None
+    count = context.count(piece) if context.count is not None and not passed and counted is None else None
     if count is not None and not bool(count):
         return torch.zeros_like(out.detach()), total  # a mean of nothing: its backward is 0 / 0, whatever it is times
     loss = loss_terms.part(out, share, count, None if total is None else loss_terms.nonzero(total))
     del out
-    _backward(parts, loss)
+    _backward(context, loss)
     return loss.detach(), total
 
 
 def _all_representations(
-    parts: Parts, norms: batchnorm.Window, pieces: Sequence[Batch]
+    context: TrainingContext, norms: batchnorm.Window, pieces: Sequence[Batch]
 ) -> cached_representations.Cache:
     """The first passes of a loss over representations: those of all micro-batches, and their loss's gradients."""
 
     def encode_first(piece: Batch) -> Any:
         with norms.forward():
-            return asked(parts, lambda: encode(parts, piece), keeps=True)
+            return asked(context, lambda: encode(context, piece), keeps=True)
 
     def backward(representations: Any) -> torch.Tensor:
-        with autocast(parts):
-            loss = loss_terms.whole(loss_terms.check(parts.loss(parts.model, representations)))
-        _backward(parts, loss)
+        with autocast(context):
+            loss = loss_terms.whole(loss_terms.check(context.loss(context.model, representations)))
+        _backward(context, loss)
         return loss.detach()
 
-    return cached_representations.fill(parts.model, encode_first, backward, pieces, parts.window_samples, parts.held)
+    return cached_representations.fill(
+        context.model, encode_first, backward, pieces, context.window_samples, context.held
+    )
 
 
 def _from_cache(
-    parts: Parts, norms: batchnorm.Window, cache: cached_representations.Cache, index: int, piece: Batch
+    context: TrainingContext, norms: batchnorm.Window, cache: cached_representations.Cache, index: int, piece: Batch
 ) -> torch.Tensor:
     """The second pass of one micro-batch; returns its part of the window's loss: all of it, in the first."""
 
     def encode_again(piece: Batch) -> Any:
         with norms.forward(again=True):
-            return encode(parts, piece)
+            return encode(context, piece)
 
     cached_representations.repeat(cache, index, encode_again, piece)
     return cache.loss if index == 0 else torch.zeros_like(cache.loss)
 
 
-def _backward(parts: Parts, loss: torch.Tensor) -> None:
-    scaled: Any = parts.scaler.scale(loss) if parts.scaler else loss
+def _backward(context: TrainingContext, loss: torch.Tensor) -> None:
+    scaled: Any = context.scaler.scale(loss) if context.scaler else loss
     with loss_terms.graph_is_there():
         scaled.backward()
 

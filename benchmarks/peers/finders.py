@@ -33,7 +33,7 @@ class Job:
     name: str
     case: Case
     workload: Workload | None
-    parts: step.Parts | None
+    context: step.TrainingContext | None
 
     @property
     def model(self) -> nn.Module:
@@ -42,17 +42,17 @@ class Job:
         return self.workload.model
 
 
-def train(parts: step.Parts, case: Case, n: int, windows: int = WINDOWS) -> None:
+def train(context: step.TrainingContext, case: Case, n: int, windows: int = WINDOWS) -> None:
     """The loop that all callers' functions and all checks share: autoaccum's own."""
     for _ in range(windows):
-        step.train_window(parts, [case.batch(n) for _ in range(STEPS)], (n,) * STEPS)
+        step.train_window(context, [case.batch(n) for _ in range(STEPS)], (n,) * STEPS)
 
 
 def train_anew(job: Job, n: int) -> int:
     """A training function as Accelerate's guide asks for: model and optimizer are made inside, and go with it."""
     workload = job.case.workload()
     watch(workload.model)
-    train(step.open_parts(workload), job.case, n)
+    train(step.open_context(workload), job.case, n)
     return n
 
 

@@ -86,7 +86,7 @@ def train_afresh(name: str, n: int, less: float = 0.0, by_lightning: bool = Fals
 
     from autoaccum.devices import oom
     from autoaccum.devices.virtual import control
-    from autoaccum.window.step import open_parts
+    from autoaccum.window.step import open_context
 
     from . import finders
 
@@ -99,9 +99,9 @@ def train_afresh(name: str, n: int, less: float = 0.0, by_lightning: bool = Fals
     def windows() -> None:
         if by_lightning:
             return finders.train_by_lightning(case.model(last=True), case, n, WINDOWS)
-        parts = open_parts(case.workload(last=True))
+        context = open_context(case.workload(last=True))
         for _ in range(WINDOWS):
-            finders.train(parts, case, n, windows=1)
+            finders.train(context, case, n, windows=1)
             retries.append(int(torch.cuda.memory_stats()["num_alloc_retries"]))
 
     try:
@@ -117,23 +117,23 @@ def search(name: str, finder: str) -> dict[str, Any]:
     """One finder's search, in this process."""
     import torch
 
-    from autoaccum.window.step import open_parts
+    from autoaccum.window.step import open_context
 
     from . import accounting, finders
 
     case, chosen = CASES[name], finders.FINDERS[finder]
     torch.manual_seed(0)
     workload = case.workload() if chosen.given_model else None
-    parts = open_parts(workload) if workload else None
-    job = finders.Job(name, case, workload, parts)
+    context = open_context(workload) if workload else None
+    job = finders.Job(name, case, workload, context)
     if chosen.given_model:
         accounting.watch(job.model)
     accounting.make_changes_real()
-    before = accounting.state_of(workload.model if workload else None, parts.optimizer if parts else None)
+    before = accounting.state_of(workload.model if workload else None, context.optimizer if context else None)
     started = time.perf_counter()
     found = chosen.find(job)
     seconds = time.perf_counter() - started
-    after = accounting.state_of(workload.model if workload else None, parts.optimizer if parts else None)
+    after = accounting.state_of(workload.model if workload else None, context.optimizer if context else None)
     return {"found": found, "seconds": seconds, "changed": after.changed_since(before)}
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from autoaccum.devices import virtual
 from autoaccum.devices.cpu import device as cpu
 from autoaccum.devices.cuda import device as cuda
-from autoaccum.planning import evidence
+from autoaccum.planning import observe
 from autoaccum.planning.predictor import bytes_per_sample
 from autoaccum.window import step
 from autoaccum.workload import Workload
@@ -95,30 +95,30 @@ def record(name: str, device: Any) -> dict[str, Any]:
     work = make()
     work.model.to(device.name)
     threshold = device.prepare("fixed")
-    subject = evidence.Subject(step.open_parts(work), work, device, threshold, before=device.read_heap())
-    observed = evidence.Observed()
-    evidence.scout(subject, observed)
+    subject = observe.RecordingTarget(step.open_context(work), work, device, threshold, before=device.read_heap())
+    evidence = observe.Evidence()
+    observe.scout(subject, evidence)
     for n in sizes:
-        evidence.add(subject, observed, n)
-    assert observed.first_step is not None and observed.doubt is None
-    subject.parts.model.zero_grad(set_to_none=True)
+        observe.add(subject, evidence, n)
+    assert evidence.first_step is not None and evidence.doubt is None
+    subject.context.model.zero_grad(set_to_none=True)
     found: dict[str, Any] = {
         "device": device.name,
         "parameter_bytes": sum(tensor.nbytes for tensor in (*work.model.parameters(), *work.model.buffers())),
         "sample_bytes": bytes_per_sample(subject),
-        "unrecorded_bytes": observed.unrecorded_bytes,
+        "unrecorded_bytes": evidence.unrecorded_bytes,
         "mmap_threshold_bytes": threshold,
-        "first_step": flat_recording(observed.first_step),
-        "recordings": [flat_recording(recording) for recording in observed.recordings],
-        "notes": [[n.micro_batch, n.passes, n.measured_bytes, n.predicted_bytes] for n in observed.notes],
+        "first_step": flat_recording(evidence.first_step),
+        "recordings": [flat_recording(recording) for recording in evidence.recordings],
+        "notes": [[n.micro_batch, n.passes, n.measured_bytes, n.predicted_bytes] for n in evidence.notes],
     }
     if device is cpu:
-        base = cpu.read_base(subject.before, observed.after_first)
+        base = cpu.read_base(subject.before, evidence.after_first)
         found |= {"base_bytes": base.bytes, "own_bytes": base.own_bytes}
         return found | {"holes": [base.fresh.heap_free_bytes, base.here.heap_free_bytes]}
     build = cuda.model_blocks(work.model)
     device.clean()
-    start = cuda.read_start(subject.parts.device)
+    start = cuda.read_start(subject.context.device)
     segments = [[s.address, s.stream, s.small, s.expandable, s.private, s.blocks] for s in start.segments]
     return found | {"base_bytes": cuda.reserved_by(build, cuda.rules()), "build": flat(build), "start": segments}
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoaccum.devices.cpu import device
-from autoaccum.planning import evidence
+from autoaccum.planning import observe
 from autoaccum.simulation.recording import Event, Recording
 from autoaccum.window import step
 from autoaccum.workload import Workload
@@ -120,14 +120,14 @@ def record(seed: int) -> dict[str, Any]:
     optimizer = rng.choice([sgd, torch.optim.AdamW])
     sample = (torch.randn(4, LENGTH, width), torch.randint(CLASSES, (4,)))
     work = Workload(Classifier(kinds, width), sample, optimizer=optimizer)
-    parts = step.open_parts(work)
-    subject = evidence.Subject(parts, work, device, None)
-    observed = evidence.Observed()
-    evidence.scout(subject, observed)
-    recordings = [evidence.record_window(subject, n) for n in sorted(rng.sample(PRIMES, 2))]
+    context = step.open_context(work)
+    subject = observe.RecordingTarget(context, work, device, None)
+    evidence = observe.Evidence()
+    observe.scout(subject, evidence)
+    recordings = [observe.record_window(subject, n) for n in sorted(rng.sample(PRIMES, 2))]
     return {
-        "name": f"{' '.join(kinds)}, width {width}, {type(parts.optimizer).__name__}",
-        "prelude": numbers(observed.prelude),
+        "name": f"{' '.join(kinds)}, width {width}, {type(context.optimizer).__name__}",
+        "prelude": numbers(evidence.prelude),
         "recordings": [{"micro_batch": r.micro_batch, "phases": phases(r)} for r in recordings],
     }
 

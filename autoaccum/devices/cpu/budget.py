@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-from ...budget import DEFAULT_HEADROOM, Budget, Term
+from ...budget import DEFAULT_HEADROOM, Budget, BudgetItem
 from ...errors import UsageError
 from ...process_memory import PAGE_BYTES, available_bytes, committed_bytes, read_memory
 from ...units import parse_bytes, parse_part, show_bytes
@@ -29,7 +29,7 @@ def read_cpu_budget(memory: str | int | None = None, headroom: str | int | None 
     limits = _limits()
     if memory is not None:
         asked = parse_bytes(memory, what="an amount of memory")
-        limits.insert(0, Term("asked", asked, "you named it; the whole process, its baseline included"))
+        limits.insert(0, BudgetItem("asked", asked, "you named it; the whole process, its baseline included"))
     tightest = min(limits, key=lambda term: term.bytes)
     asked_for = tightest.name == "asked"
     if headroom is None:
@@ -44,32 +44,32 @@ def read_cpu_budget(memory: str | int | None = None, headroom: str | int | None 
             f"The limit that binds is {tightest.name}: {tightest.why}.",
             "Give a smaller --headroom.",
         )
-    terms = (*limits, Term("headroom", kept_bytes, why))
+    terms = (*limits, BudgetItem("headroom", kept_bytes, why))
     return Budget(tightest.bytes - kept_bytes, tightest.bytes, kept_bytes, terms, tightest.name)
 
 
-def _limits() -> list[Term]:
+def _limits() -> list[BudgetItem]:
     """Every limit of this process and this machine, as committed bytes of this process."""
     _, resident = read_memory()
     found = []
     data_limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if data_limit != resource.RLIM_INFINITY:
-        found.append(Term("data limit", data_limit, "RLIMIT_DATA of this process (ulimit -d)"))
+        found.append(BudgetItem("data limit", data_limit, "RLIMIT_DATA of this process (ulimit -d)"))
     space_limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space_limit != resource.RLIM_INFINITY:
         other = _address_space_bytes() - committed_bytes()
         why = f"RLIMIT_AS of this process (ulimit -v), less {show_bytes(other)} of mapped files"
-        found.append(Term("address space limit", max(1, space_limit - other), why))
+        found.append(BudgetItem("address space limit", max(1, space_limit - other), why))
     group = _cgroup_bytes()
     if group is not None:
         limit, used = group
         why = f"the cgroup's limit of {show_bytes(limit)}, less what others in it use"
-        found.append(Term("cgroup", max(1, limit - max(0, used - resident)), why))
+        found.append(BudgetItem("cgroup", max(1, limit - max(0, used - resident)), why))
     available = available_bytes()
     if available is None:
         raise UsageError("/proc/meminfo has no MemAvailable.", hint="Name what training may use: --memory 8GiB.")
     why = f"MemAvailable, {show_bytes(available)}, and the {show_bytes(resident)} this process has in memory"
-    found.append(Term("available", available + resident, why))
+    found.append(BudgetItem("available", available + resident, why))
     return found
 
 

@@ -17,7 +17,7 @@ from ...budget import Budget
 from ...errors import UsageError
 from ...phases import FIRST, LATER, OnPhase
 from ...process_memory import Heap, read_heap
-from ...simulation.malloc import CpuRules, Replay, Start, in_use_peaks, mapping_bytes, replay
+from ...simulation.malloc import CpuRules, HeapState, Replay, in_use_peaks, mapping_bytes, replay
 from ...simulation.recording import Phase, Recording
 from .budget import read_cpu_budget
 from .recorder import apart, profiler_is_on, record
@@ -82,8 +82,8 @@ class Base:
     """
 
     bytes: int
-    fresh: Start
-    here: Start
+    fresh: HeapState
+    here: HeapState
     own_bytes: int = 0
 
 
@@ -129,7 +129,7 @@ def read_base(before: Heap, after: Heap | None = None) -> Base:
     holes = max(0, before.taken_bytes - (heap.taken_bytes - heap.free_bytes))
     own = max(0, heap.outside_bytes - after.outside_bytes) if after is not None else 0
     committed = process_memory.committed_bytes() - own
-    return Base(committed - heap.free_bytes + holes, Start(holes), Start(heap.free_bytes), own)
+    return Base(committed - heap.free_bytes + holes, HeapState(holes), HeapState(heap.free_bytes), own)
 
 
 def read_budget(memory: str | int | None, headroom: str | int | None) -> Budget:
@@ -138,10 +138,10 @@ def read_budget(memory: str | int | None, headroom: str | int | None) -> Budget:
 
 
 def run(
-    phases: list[Phase], threshold_bytes: int | None, start: Start | None = None, unrecorded_bytes: int = 0
+    phases: list[Phase], threshold_bytes: int | None, start: HeapState | None = None, unrecorded_bytes: int = 0
 ) -> Replay:
     """Replays phases by the rules of malloc."""
-    return replay(phases, CpuRules(threshold_bytes, unrecorded_bytes), start or Start())
+    return replay(phases, CpuRules(threshold_bytes, unrecorded_bytes), start or HeapState())
 
 
 def unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, threshold_bytes: int | None) -> int:

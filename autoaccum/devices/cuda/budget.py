@@ -11,10 +11,10 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...budget import DEFAULT_HEADROOM, Budget, Term
+from ...budget import DEFAULT_HEADROOM, Budget, BudgetItem
 from ...errors import UsageError
 from ...units import parse_bytes, parse_part, show_bytes
-from .nvml import Process, Seen, see_device
+from .nvml import NvmlInfo, Process, see_device
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ class DeviceMemory:
     active_bytes: int
     stuck_bytes: int = 0
     fraction: float = 1.0
-    seen: Seen = field(default_factory=Seen)
+    seen: NvmlInfo = field(default_factory=NvmlInfo)
     pid: int = 0
 
     @property
@@ -167,22 +167,24 @@ def cuda_budget(found: DeviceMemory, memory: str | int | None = None, headroom: 
     return Budget(binding.bytes - spared.bytes, binding.bytes, spared.bytes, terms, binding.name)
 
 
-def _limits(found: DeviceMemory, memory: str | int | None) -> list[Term]:
+def _limits(found: DeviceMemory, memory: str | int | None) -> list[BudgetItem]:
     """Every limit, as bytes that torch may have reserved."""
     free, reserved, total = (show_bytes(n) for n in (found.free_bytes, found.reserved_bytes, found.total_bytes))
     why = f"{free} that the driver says are free and {reserved} that torch has reserved, of {total}"
-    limits = [Term(DEVICE, found.free_bytes + found.reserved_bytes, why)]
+    limits = [BudgetItem(DEVICE, found.free_bytes + found.reserved_bytes, why)]
     if found.fraction < 1:
         # CUDACachingAllocator.cpp: a segment is refused where reserved would exceed a number of bytes, which
         # setMemoryFraction rounds down to, and getMemoryFraction divides by the total
         allowed = round(found.fraction * found.total_bytes)
-        limits.insert(0, Term(FRACTION, allowed, f"set_per_process_memory_fraction({found.fraction:g}) of {total}"))
+        limits.insert(
+            0, BudgetItem(FRACTION, allowed, f"set_per_process_memory_fraction({found.fraction:g}) of {total}")
+        )
     if memory is not None:
         limits.insert(0, _asked(found, parse_bytes(memory, what="an amount of memory")))
     return limits
 
 
-def _asked(found: DeviceMemory, memory_bytes: int) -> Term:
+def _asked(found: DeviceMemory, memory_bytes: int) -> BudgetItem:
     context = show_bytes(found.context_bytes)
     if memory_bytes <= found.context_bytes:
         raise UsageError(
@@ -191,26 +193,28 @@ def _asked(found: DeviceMemory, memory_bytes: int) -> Term:
             f"Name more than {context}, as --memory.",
         )
     why = f"you named {show_bytes(memory_bytes)} for the whole process; its context and libraries take {context} of it"
-    return Term(ASKED, memory_bytes - found.context_bytes, why)
+    return BudgetItem(ASKED, memory_bytes - found.context_bytes, why)
 
 
-def _headroom(found: DeviceMemory, limit: Term, headroom: str | int | None) -> Term:
+def _headroom(found: DeviceMemory, limit: BudgetItem, headroom: str | int | None) -> BudgetItem:
     if headroom is not None:
         asked = parse_part(headroom, limit.bytes, what="a headroom") or 0
-        return Term("headroom", asked, f"you asked for {headroom}")
+        return BudgetItem("headroom", asked, f"you asked for {headroom}")
     if limit.name != DEVICE:
-        return Term("headroom", 0, "none: the limit is one that you named")
+        return BudgetItem("headroom", 0, "none: the limit is one that you named")
     if not found.foreign_bytes:
-        return Term("headroom", 0, "none: nobody else uses the device")
+        return BudgetItem("headroom", 0, "none: nobody else uses the device")
     most = parse_part(DEFAULT_HEADROOM, limit.bytes) or 0
     if found.foreign_bytes > most:
-        return Term("headroom", most, f"{DEFAULT_HEADROOM} of it: others use the device, and may come to use more")
+        return BudgetItem(
+            "headroom", most, f"{DEFAULT_HEADROOM} of it: others use the device, and may come to use more"
+        )
     if found.own is None:
-        return Term("headroom", found.foreign_bytes, "as much as others may hold: NVML doesn't list this process")
-    return Term("headroom", found.foreign_bytes, "as much as others hold: they may come to use more")
+        return BudgetItem("headroom", found.foreign_bytes, "as much as others may hold: NVML doesn't list this process")
+    return BudgetItem("headroom", found.foreign_bytes, "as much as others hold: they may come to use more")
 
 
-def _parts(found: DeviceMemory) -> tuple[Term, ...]:
+def _parts(found: DeviceMemory) -> tuple[BudgetItem, ...]:
     """Where the device's memory is; with what is free, they add up to its total."""
     idle = max(0, found.reserved_bytes - found.active_bytes)
     stuck = min(found.stuck_bytes, idle)
@@ -218,33 +222,33 @@ def _parts(found: DeviceMemory) -> tuple[Term, ...]:
         f"torch's own, in no use: {show_bytes(idle - stuck)} can be given back, {show_bytes(stuck)} only used again"
     )
     parts = [
-        Term(FREE, found.free_bytes, "the driver hands it out to whoever asks first (cudaMemGetInfo)"),
-        Term(IN_USE, found.active_bytes, "torch's own, in tensors"),
-        Term(CACHED, idle, cached),
+        BudgetItem(FREE, found.free_bytes, "the driver hands it out to whoever asks first (cudaMemGetInfo)"),
+        BudgetItem(IN_USE, found.active_bytes, "torch's own, in tensors"),
+        BudgetItem(CACHED, idle, cached),
         _context(found),
         _others(found),
     ]
     if found.hidden_bytes:
-        parts.append(Term(HIDDEN, found.hidden_bytes, "the driver's own, or of processes that NVML doesn't list"))
+        parts.append(BudgetItem(HIDDEN, found.hidden_bytes, "the driver's own, or of processes that NVML doesn't list"))
     return tuple(parts)
 
 
-def _context(found: DeviceMemory) -> Term:
+def _context(found: DeviceMemory) -> BudgetItem:
     if found.own is not None:
         why = "this process's context and libraries: what NVML says it holds, less what torch reserved"
     else:
         reason = found.seen.note or "NVML doesn't list this process, as in a container"
         why = f"this process's context and libraries, and whatever others hold that can't be told apart: {reason}"
-    return Term(CONTEXT, found.context_bytes, why)
+    return BudgetItem(CONTEXT, found.context_bytes, why)
 
 
-def _others(found: DeviceMemory) -> Term:
+def _others(found: DeviceMemory) -> BudgetItem:
     if not found.others:
-        return Term(OTHERS, 0, found.seen.note or "NVML lists none")
+        return BudgetItem(OTHERS, 0, found.seen.note or "NVML lists none")
     told = sorted(found.others, key=lambda process: -(process.bytes or 0))
     named = ", ".join(show_process(process) for process in told[:_MOST_NAMED])
     more = f", and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
-    return Term(OTHERS, found.others_bytes, named + more)
+    return BudgetItem(OTHERS, found.others_bytes, named + more)
 
 
 def show_process(process: Process) -> str:

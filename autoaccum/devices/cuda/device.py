@@ -18,8 +18,8 @@ import torch
 
 from ...errors import UsageError
 from ...phases import BUILD, OnPhase
-from ...simulation.cuda_allocator.allocator import CudaRules, CudaStart, replay_cuda
-from ...simulation.malloc import Replay, Start
+from ...simulation.cuda_allocator.allocator import AllocatorState, CudaRules, replay_cuda
+from ...simulation.malloc import HeapState, Replay
 from ...simulation.recording import Event, Phase, Recording, live_peak
 from ...simulation.solver import Split
 from . import recorder
@@ -124,10 +124,10 @@ def allocator_settings() -> dict[str, Any]:
     return {"PYTORCH_CUDA_ALLOC_CONF": text}
 
 
-def read_start(device: torch.device) -> CudaStart:
+def read_start(device: torch.device) -> AllocatorState:
     """What the allocator holds now."""
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return CudaStart.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
+    return AllocatorState.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
 
 
 def read_heap() -> None:
@@ -140,7 +140,7 @@ def unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, thre
 
 
 def run(
-    phases: list[Phase], threshold_bytes: int | None, start: Start | None = None, unrecorded_bytes: int = 0
+    phases: list[Phase], threshold_bytes: int | None, start: HeapState | None = None, unrecorded_bytes: int = 0
 ) -> Replay:
     """Replays phases from an empty allocator of any capacity."""
     found = replay_cuda(phases, rules())

@@ -35,7 +35,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Seen:
+class NvmlInfo:
     """What NVML says of one device.
 
     Attributes:
@@ -53,7 +53,9 @@ class Seen:
     note: str = ""
 
 
-def see_device(uuid: str, bus_id: str = "", *, library: Any = None, environ: Mapping[str, str] = os.environ) -> Seen:
+def see_device(
+    uuid: str, bus_id: str = "", *, library: Any = None, environ: Mapping[str, str] = os.environ
+) -> NvmlInfo:
     """Looks a device up and lists who uses it.
 
     Args:
@@ -69,14 +71,14 @@ def see_device(uuid: str, bus_id: str = "", *, library: Any = None, environ: Map
         library = _loaded() if library is None else library
         lacking = [name for name in _NEEDED if not hasattr(library, name)]
         if lacking:
-            return Seen(note=f"the installed pynvml is another package, without {lacking[0]} ({_HINT})")
+            return NvmlInfo(note=f"the installed pynvml is another package, without {lacking[0]} ({_HINT})")
         library.nvmlInit()
     except Exception as error:  # a side source, of many makes and ages: it must never stop a plan
-        return Seen(note=_reason(error))
+        return NvmlInfo(note=_reason(error))
     try:
         return _look(library, uuid, bus_id, environ)
     except Exception as error:
-        return Seen(note=_reason(error))
+        return NvmlInfo(note=_reason(error))
     finally:
         _quietly(library.nvmlShutdown)
 
@@ -128,18 +130,18 @@ def _reason(error: Exception) -> str:
     return f"NVML can't be asked: {text}"
 
 
-def _look(library: Any, uuid: str, bus_id: str, environ: Mapping[str, str]) -> Seen:
+def _look(library: Any, uuid: str, bus_id: str, environ: Mapping[str, str]) -> NvmlInfo:
     driver = (
         _text(_quietly(library.nvmlSystemGetDriverVersion)) if hasattr(library, "nvmlSystemGetDriverVersion") else ""
     )
     handle = _by_uuid(library, uuid) or _by_bus(library, bus_id)
     if handle is None:
-        return Seen(driver=driver, note=f"NVML doesn't know a device {uuid}")
+        return NvmlInfo(driver=driver, note=f"NVML doesn't know a device {uuid}")
     index = _quietly(library.nvmlDeviceGetIndex, handle)
     if _is_cut(library, handle):
         instance = _instance(library, handle, uuid, environ)
         if instance is None:
-            return Seen(
+            return NvmlInfo(
                 driver=driver, index=index, note="the GPU is cut by MIG, and NVML doesn't say into which is this"
             )
         handle = instance
@@ -147,8 +149,8 @@ def _look(library: Any, uuid: str, bus_id: str, environ: Mapping[str, str]) -> S
     try:
         processes = _processes(library, handle)
     except Exception as error:
-        return Seen(found, index, driver, note=_reason(error).replace("be asked", "list processes", 1))
-    return Seen(found, index, driver, processes)
+        return NvmlInfo(found, index, driver, note=_reason(error).replace("be asked", "list processes", 1))
+    return NvmlInfo(found, index, driver, processes)
 
 
 def _by_uuid(library: Any, uuid: str) -> Any:

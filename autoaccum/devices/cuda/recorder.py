@@ -13,7 +13,7 @@ import torch
 
 from ...errors import UsageError
 from ...phases import FIRST, LATER
-from ...simulation.cuda_allocator.snapshot import CudaStart
+from ...simulation.cuda_allocator.snapshot import AllocatorState
 from ...simulation.recording import Event, Phase, Recording, name_blocks
 from .workspaces import WORKSPACES, metadata
 
@@ -88,9 +88,9 @@ def _marked(name: str, mark: str, phases: list[str]) -> Iterator[None]:
         yield
 
 
-def _start(index: int) -> CudaStart:
+def _start(index: int) -> AllocatorState:
     """What the allocator holds; asking leaves an entry in the history."""
-    return CudaStart.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
+    return AllocatorState.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
 
 
 def _allocations(index: int) -> int:

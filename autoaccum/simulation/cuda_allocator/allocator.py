@@ -15,9 +15,9 @@ from ..malloc import PhasePeak
 from ..recording import Phase
 from .blocks import ADDRESS_BITS, ENDLESS, Block, Pool, expand, load, unmap
 from .settings import MIN_BLOCK, SMALL, SMALL_SEGMENT, CudaRules, round_size, segment_bytes
-from .snapshot import EMPTY, CudaSegment, CudaStart
+from .snapshot import EMPTY, AllocatorState, CudaSegment
 
-__all__ = ["EMPTY", "CachingAllocator", "CudaReplay", "CudaRules", "CudaStart", "PhaseResult", "replay_cuda"]
+__all__ = ["EMPTY", "AllocatorState", "CachingAllocator", "CudaReplay", "CudaRules", "PhaseResult", "replay_cuda"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class CachingAllocator:
         out_of_memory: Whether it ran out: it runs no more phases then.
     """
 
-    def __init__(self, rules: CudaRules, start: CudaStart = EMPTY) -> None:
+    def __init__(self, rules: CudaRules, start: AllocatorState = EMPTY) -> None:
         self.rules = rules
         self.reserved_bytes = start.reserved_bytes
         self.allocated_bytes = start.allocated_bytes
@@ -422,7 +422,7 @@ def _expandable_size(block: Block) -> int:
     return block.size if after is None or after.mapped else block.size + after.size
 
 
-def replay_cuda(phases: Iterable[Phase], rules: CudaRules, start: CudaStart = EMPTY) -> CudaReplay:
+def replay_cuda(phases: Iterable[Phase], rules: CudaRules, start: AllocatorState = EMPTY) -> CudaReplay:
     """Runs phases through the allocator, reading only allocations, frees, sizes and streams.
 
     Args:

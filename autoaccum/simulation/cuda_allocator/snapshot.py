@@ -54,7 +54,7 @@ class CudaSegment:
 
 
 @dataclass(frozen=True)
-class CudaStart:
+class AllocatorState:
     """What the allocator of one device holds before the first event.
 
     Attributes:
@@ -64,7 +64,7 @@ class CudaStart:
     segments: tuple[CudaSegment, ...] = ()
 
     @staticmethod
-    def from_snapshot(segments: Iterable[Mapping[str, Any]], device: int = 0) -> CudaStart:
+    def from_snapshot(segments: Iterable[Mapping[str, Any]], device: int = 0) -> AllocatorState:
         """Reads `torch.cuda.memory_snapshot()`.
 
         Of an expandable segment a snapshot shows mapped pages only: what was unmapped below the lowest of them is not
@@ -75,7 +75,7 @@ class CudaStart:
             device: The device's index; the others' segments are passed over.
         """
         found = [_segment(segment) for segment in segments if segment.get("device", device) == device]
-        return CudaStart(tuple(sorted(found, key=lambda segment: segment.address)))
+        return AllocatorState(tuple(sorted(found, key=lambda segment: segment.address)))
 
     @property
     def reserved_bytes(self) -> int:
@@ -88,7 +88,7 @@ class CudaStart:
         return sum(b.bytes for segment in self.segments for b in segment.blocks if b.state == "live")
 
 
-EMPTY = CudaStart()
+EMPTY = AllocatorState()
 
 
 def _segment(segment: Mapping[str, Any]) -> CudaSegment:

@@ -108,13 +108,13 @@ def _timed(loop: Loop, samples: int, sizes: tuple[int, ...], windows: int, watch
 
 def _plain(workload: Workload) -> Loop:
     """Equal micro-batches and an optimizer step, as a plain loop has them; nothing is cut or caught."""
-    parts = step.open_parts(workload)
-    parts.model.train()
+    context = step.open_context(workload)
+    context.model.train()
 
     def loop(samples: int, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         pieces = [_tile(workload, size) for size in sizes]
-        parts.model.zero_grad(set_to_none=True)
-        step.train_window(parts, pieces, sizes)
+        context.model.zero_grad(set_to_none=True)
+        step.train_window(context, pieces, sizes)
         return sizes, 0
 
     return loop

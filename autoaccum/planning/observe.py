@@ -19,7 +19,7 @@ from ..phases import OPTIMIZER, OnPhase
 from ..plan import RecordingNote
 from ..process_memory import PAGE_BYTES
 from ..simulation.from_verification import without_state
-from ..simulation.malloc import Replay, Start
+from ..simulation.malloc import HeapState, Replay
 from ..simulation.program import StepProgram, as_recorded, lift, plain_window, window_growth
 from ..simulation.recording import Event, Phase, Recording, kept_blocks, live_peak
 from ..simulation.solver import Split
@@ -34,10 +34,10 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Subject:
+class RecordingTarget:
     """What is observed: a workload, its parts, and the device module that records and replays."""
 
-    parts: step.Parts
+    context: step.TrainingContext
     workload: Workload
     device: ModuleType
     mmap_threshold_bytes: int | None
@@ -53,7 +53,7 @@ class Subject:
 
 
 @dataclass
-class Observed:
+class Evidence:
     """What is known so far.
 
     Attributes:
@@ -81,7 +81,7 @@ class Observed:
     looked_for_growth: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)  # an outlook's, for as long as nothing is added
     _program: StepProgram | None = None
-    _replays: dict[tuple[Split, Start], Replay] = field(default_factory=dict)
+    _replays: dict[tuple[Split, HeapState], Replay] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -118,7 +118,7 @@ class Observed:
         return sum(event.bytes for event in kept_blocks(self.prelude))
 
 
-def record_window(subject: Subject, n: int, steps: int = 2) -> Recording:
+def record_window(subject: RecordingTarget, n: int, steps: int = 2) -> Recording:
     """Records one window of `steps` micro-batches of n samples, and what runs after it."""
     subject.say(f"recording at {n} samples")
     recording: Recording = subject.device.record(_window(subject, n, steps), micro_batch=n)
@@ -126,29 +126,29 @@ def record_window(subject: Subject, n: int, steps: int = 2) -> Recording:
     return recording
 
 
-def _window(subject: Subject, n: int, steps: int = 2) -> Callable[[OnPhase], None]:
+def _window(subject: RecordingTarget, n: int, steps: int = 2) -> Callable[[OnPhase], None]:
     """Runs one window of `steps` micro-batches of n samples, and what comes after it."""
     piece = subject.tile(n)
 
     def run(on_phase: OnPhase) -> None:
         with uncompiled():
-            step.train_window(subject.parts, [piece] * steps, (n,) * steps, on_phase=on_phase)
-            step.run_between(subject.parts, on_phase=on_phase)
+            step.train_window(subject.context, [piece] * steps, (n,) * steps, on_phase=on_phase)
+            step.run_between(subject.context, on_phase=on_phase)
 
     return run
 
 
-def scout(subject: Subject, observed: Observed, least: int = SCOUT, begin: int = SCOUT) -> None:
+def scout(subject: RecordingTarget, evidence: Evidence, least: int = SCOUT, begin: int = SCOUT) -> None:
     """The first optimizer step, small: it loads what loads lazily and makes the optimizer's state."""
     recording = _first_step(subject, least, begin)
-    observed.first_step, observed.after_first = recording, subject.device.read_heap()
-    observed.state_at_first_bytes = state_held(subject.parts)
+    evidence.first_step, evidence.after_first = recording, subject.device.read_heap()
+    evidence.state_at_first_bytes = state_held(subject.context)
     if subject.device.SCOUT_STEPS > 1:
-        observed.scouted = without_state(recording)
-    observed.prelude = tuple(event for phase in recording.phases for event in phase.events)
+        evidence.scouted = without_state(recording)
+    evidence.prelude = tuple(event for phase in recording.phases for event in phase.events)
 
 
-def _first_step(subject: Subject, least: int, begin: int) -> Recording:
+def _first_step(subject: RecordingTarget, least: int, begin: int) -> Recording:
     """Records the first step at `begin` samples; at fewer, where memory is too short for them."""
     steps = subject.device.SCOUT_STEPS
     if least < begin:
@@ -159,7 +159,7 @@ def _first_step(subject: Subject, least: int, begin: int) -> Recording:
     return record_window(subject, begin, steps=steps)
 
 
-def if_it_fits(subject: Subject, n: int, run: Callable[[], Found]) -> Found | None:
+def if_it_fits(subject: RecordingTarget, n: int, run: Callable[[], Found]) -> Found | None:
     """What a run at n samples gives; None where it ran out of memory, and all is as before then."""
     try:
         return run()
@@ -167,111 +167,113 @@ def if_it_fits(subject: Subject, n: int, run: Callable[[], Found]) -> Found | No
         if not oom.is_out_of_memory(error):
             raise
         subject.say(f"{n} samples are too many: {oom.drop_frames(error)}")
-    subject.parts.model.zero_grad(set_to_none=True)
-    subject.parts.optimizer.zero_grad(set_to_none=True)
+    subject.context.model.zero_grad(set_to_none=True)
+    subject.context.optimizer.zero_grad(set_to_none=True)
     subject.device.clean()
     return None
 
 
-def add(subject: Subject, observed: Observed, n: int) -> float | None:
+def add(subject: RecordingTarget, evidence: Evidence, n: int) -> float | None:
     """Records at n; returns by how much the program so far was wrong about it, None where there was none."""
     predicted = None
-    if observed.has_program:
-        predicted = peak_of(subject, observed, (n, n)).peak_bytes
-    if observed.state_bytes and not subject.parts.optimizer.state and observed.first_step is not None:
-        record_window(subject, observed.first_step.micro_batch, steps=1)  # planning started over: state has to be there
+    if evidence.has_program:
+        predicted = peak_of(subject, evidence, (n, n)).peak_bytes
+    if evidence.state_bytes and not subject.context.optimizer.state and evidence.first_step is not None:
+        record_window(subject, evidence.first_step.micro_batch, steps=1)  # planning started over: state has to be there
     recording = record_window(subject, n)
-    if not observed.recordings:
-        observed.unrecorded_bytes = subject.device.unrecorded_bytes(
+    if not evidence.recordings:
+        evidence.unrecorded_bytes = subject.device.unrecorded_bytes(
             _window(subject, n), recording, subject.mmap_threshold_bytes
         )
         subject.take_out()
-    if not observed.looked_for_growth and _leaves(subject, as_recorded(recording), (n, n)) > PAGE_BYTES:
-        observed.looked_for_growth, observed.growth = True, probe(subject, n)
-        if observed.growth is not None:
-            observed.prelude = _without_growth(observed)
-    measured = own_peak(subject, observed, recording).peak_bytes
-    observed.know([*observed.recordings, recording])
-    observed.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
+    if not evidence.looked_for_growth and _leaves(subject, as_recorded(recording), (n, n)) > PAGE_BYTES:
+        evidence.looked_for_growth, evidence.growth = True, probe(subject, n)
+        if evidence.growth is not None:
+            evidence.prelude = _without_growth(evidence)
+    measured = own_peak(subject, evidence, recording).peak_bytes
+    evidence.know([*evidence.recordings, recording])
+    evidence.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
     return None if predicted is None else abs(predicted - measured) / measured
 
 
-def _without_growth(observed: Observed) -> tuple[Event, ...]:
+def _without_growth(evidence: Evidence) -> tuple[Event, ...]:
     """The first optimizer step, without what its micro-batches and an evaluation after it kept: that is counted apart.
 
     What outlives the step but was made by the optimizer is its state.
     """
-    assert observed.first_step is not None
-    made = {e.block for phase in observed.first_step.phases if phase.name != OPTIMIZER for e in phase.events}
-    kept = [event for event in kept_blocks(observed.prelude) if event.block in made]
-    return (*observed.prelude, *(event._replace(bytes=-event.bytes) for event in kept))
+    assert evidence.first_step is not None
+    made = {e.block for phase in evidence.first_step.phases if phase.name != OPTIMIZER for e in phase.events}
+    kept = [event for event in kept_blocks(evidence.prelude) if event.block in made]
+    return (*evidence.prelude, *(event._replace(bytes=-event.bytes) for event in kept))
 
 
-def own_peak(subject: Subject, observed: Observed, recording: Recording) -> Replay:
+def own_peak(subject: RecordingTarget, evidence: Evidence, recording: Recording) -> Replay:
     """Replays a recording at its own size."""
-    return _replay(subject, observed, as_recorded(recording), (recording.micro_batch,) * 2, Start())
+    return _replay(subject, evidence, as_recorded(recording), (recording.micro_batch,) * 2, HeapState())
 
 
-def peak_of(subject: Subject, observed: Observed, split: Split, start: Start | None = None) -> Replay:
+def peak_of(subject: RecordingTarget, evidence: Evidence, split: Split, start: HeapState | None = None) -> Replay:
     """Replays the window of a split, by the program; by the next larger recording where there is no program.
 
     Raises:
         LookupError: No program, and no recording that large.
     """
-    start = start or Start()
-    program, short = window_of(observed, split)
-    if observed.doubt is not None:
-        return _replay(subject, observed, program, short, start)
-    if (short, start) not in observed._replays:
-        observed._replays[short, start] = _replay(subject, observed, program, short, start)
-    return observed._replays[short, start]
+    start = start or HeapState()
+    program, short = window_of(evidence, split)
+    if evidence.doubt is not None:
+        return _replay(subject, evidence, program, short, start)
+    if (short, start) not in evidence._replays:
+        evidence._replays[short, start] = _replay(subject, evidence, program, short, start)
+    return evidence._replays[short, start]
 
 
-def window_of(observed: Observed, split: Split) -> tuple[StepProgram, Split]:
+def window_of(evidence: Evidence, split: Split) -> tuple[StepProgram, Split]:
     """The program that says what a split's window takes, and a short window with the same peak.
 
     Raises:
         LookupError: No program, and no recording that large.
     """
-    if observed.has_program:
-        return observed.program(), _representative(observed.program(), split)
-    recording = next((r for r in observed.recordings if r.micro_batch >= split[0]), None)
+    if evidence.has_program:
+        return evidence.program(), _representative(evidence.program(), split)
+    recording = next((r for r in evidence.recordings if r.micro_batch >= split[0]), None)
     if recording is None:
         raise LookupError(f"nothing was recorded at {split[0]} samples or more")
-    program = as_recorded(recording, observed.prelude)
+    program = as_recorded(recording, evidence.prelude)
     return program, _representative(program, (recording.micro_batch,) * len(split))
 
 
-def state_held(parts: step.Parts) -> int:
+def state_held(context: step.TrainingContext) -> int:
     """Bytes of the optimizer's state that is there now."""
-    values = (value for state in parts.optimizer.state.values() for value in state.values())
+    values = (value for state in context.optimizer.state.values() for value in state.values())
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-def growth_of(subject: Subject, observed: Observed, split: Split) -> int:
+def growth_of(subject: RecordingTarget, evidence: Evidence, split: Split) -> int:
     """What a window of that split keeps for ever; 0 where nothing was seen to outlive a window.
 
     Raises:
         LookupError: No program, and no recording that large.
     """
-    return max(0, _leaves(subject, *window_of(observed, split))) if observed.growth is not None else 0
+    return max(0, _leaves(subject, *window_of(evidence, split))) if evidence.growth is not None else 0
 
 
-def _leaves(subject: Subject, program: StepProgram, split: Split) -> int:
+def _leaves(subject: RecordingTarget, program: StepProgram, split: Split) -> int:
     return window_growth(program, split, workspaces=subject.device.name == "cuda")
 
 
-def floor_of(observed: Observed, n: int, *, later: bool) -> int:
+def floor_of(evidence: Evidence, n: int, *, later: bool) -> int:
     """Bytes that are alive at once in any window with a micro-batch of n, as its first or as a later one."""
-    if observed.doubt is not None:
+    if evidence.doubt is not None:
         return 0
     split = (n, n) if later else (n,)
-    return live_peak([Phase(PRELUDE, observed.prelude), *plain_window(observed.program(), split)[: len(split)]])
+    return live_peak([Phase(PRELUDE, evidence.prelude), *plain_window(evidence.program(), split)[: len(split)]])
 
 
-def _replay(subject: Subject, observed: Observed, program: StepProgram, split: Split, start: Start) -> Replay:
-    phases = [Phase(PRELUDE, observed.prelude), *plain_window(program, split)]
-    replayed: Replay = subject.device.run(phases, subject.mmap_threshold_bytes, start, observed.unrecorded_bytes)
+def _replay(
+    subject: RecordingTarget, evidence: Evidence, program: StepProgram, split: Split, start: HeapState
+) -> Replay:
+    phases = [Phase(PRELUDE, evidence.prelude), *plain_window(program, split)]
+    replayed: Replay = subject.device.run(phases, subject.mmap_threshold_bytes, start, evidence.unrecorded_bytes)
     return replayed
 
 
