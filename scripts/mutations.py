@@ -47,6 +47,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('only what is left is started over', 'autoaccum/runner/runner.py', '            smaller = self._recut(window)\n        if smaller', '            smaller = self._recut(Window(window.pieces[1:] or window.pieces, window.sizes[1:] or window.sizes))\n        if smaller', ('tests/test_oom.py',)),
     ('any error taken for an out-of-memory', 'autoaccum/runner/runner.py', '                if not oom.is_out_of_memory(error):\n                    raise\n', '', ('tests/test_oom.py', 'tests/test_runner.py')),
     ('only the first micro-batch is looked at', 'autoaccum/planning/observe.py', 'def record_window(subject: RecordingTarget, n: int, steps: int = 2)', 'def record_window(subject: RecordingTarget, n: int, steps: int = 1)', ('tests/test_fit.py',)),
+    ('a size that was rehearsed in vain is recorded for all that', 'autoaccum/planning/fit.py', 'return not too_many and ', 'return ', ('tests/test_rehearsal.py',)),
+    ('the first window is never rehearsed', 'autoaccum/planning/rehearsal.py', ' if _comes_near(subject, least, most) else ()', ' if False else ()', ('tests/test_rehearsal.py',)),
     ('looked at before the optimizer has its state', 'autoaccum/planning/schedule.py', '    scout(subject, evidence, min(least, begin), begin)\n    primes', '    primes', ('tests/test_fit.py',)),
     ('running statistics updated per micro-batch', 'autoaccum/window/norms.py', '        self.merges = how == MERGED and steps > 1', '        self.merges = False', ('tests/test_batchnorm.py',)),
     ('workspaces stay where they are', 'autoaccum/window/step.py', '    if not context.keeps_workspaces:', '    if False:', ('tests/test_workspaces.py',)),

@@ -1,11 +1,12 @@
 """fit_plan: from a workload to a plan. The page to read first.
 
-    record   the window at small sizes              planning/schedule.py, planning/observe.py, devices/cpu/recorder.py,
-    devices/cuda/recorder.py lift     its sizes, as functions of the batch   simulation/program.py replay   any window
-    by the allocator's rules    simulation/malloc.py, simulation/cuda_allocator/allocator.py solve    for the fewest
-    steps that fit          simulation/solver.py verify   by running that window for real        planning/verify.py
-    (compiled, where it is: window/compiled.py) time     smaller ones, for the knee             planning/timing.py,
-    simulation/knee.py check    that its gradient is the large batch's exactness/check.py
+    record   the window at small sizes              planning/schedule.py, rehearsal.py, observe.py; devices/*/
+    lift     its sizes, as functions of the batch   simulation/program.py
+    replay   any window by the allocator's rules    simulation/malloc.py, simulation/cuda_allocator/allocator.py
+    solve    for the fewest steps that fit          simulation/solver.py
+    verify   by running that window for real        planning/verify.py (compiled, where it is: window/compiled.py)
+    time     smaller ones, for the knee             planning/timing.py, simulation/knee.py
+    check    that its gradient is the large batch's exactness/check.py
 
 On the way the model is really trained, so all of it is put back afterwards (state/snapshot.py).
 """
@@ -303,7 +304,7 @@ def _look(
     except (RuntimeError, MemoryError) as error:
         if not oom.is_out_of_memory(error):
             raise
-        failure = oom.drop_frames(error)
+        failure = oom.drop_frames(error).removeprefix("NoPlace: ")
         raise build_plan.ran_out(predictor(Evidence(), 0), failure) from None
     if evidence.doubt is not None:
         schedule.bracket(subject, evidence, allowed, min(request.most, SEARCH_LIMIT))
