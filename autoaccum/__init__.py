@@ -10,10 +10,10 @@ from .processes.import_path import leave_current_folder
 leave_current_folder()  # before anything else is imported: `python -m` put it first
 # isort: split
 import importlib  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # typing takes ten milliseconds, in which no signal is handled yet
 if TYPE_CHECKING:
     from .errors import (
         AutoaccumError,
@@ -68,7 +68,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Loads a public name where it is first used: torch takes two seconds, and `--help` needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

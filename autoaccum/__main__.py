@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from .processes import interrupts, standard_streams
+import os
+import signal
 
 
 def main() -> None:
     """The command, with signals handled before anything else is imported."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+    from .processes import interrupts, standard_streams
+
     interrupts.watch(end_if_dropped=True)
     standard_streams.open_missing()
     try:
@@ -15,6 +20,14 @@ def main() -> None:
         command()
     except interrupts.Interrupted as error:
         interrupts.end_now(error.number)
+
+
+def _end(number: int, frame: object) -> None:
+    """Ends a process that has done nothing yet; `interrupts` isn't imported by then."""
+    try:
+        os.write(2, b"interrupted\n")
+    finally:
+        os._exit(128 + number)
 
 
 if __name__ == "__main__":

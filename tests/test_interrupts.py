@@ -36,6 +36,20 @@ print("went on", flush=True)
 time.sleep(60)
 """
 
+EARLY = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Sends:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.{number})
+sys.meta_path.insert(0, Sends())
+before = set(sys.modules)
+from autoaccum.__main__ import main
+print(*sorted({{"typing", "threading", "contextlib"}} & (set(sys.modules) - before)), flush=True)
+main()
+"""
+
 
 def started(*args: str, cwd: Path) -> subprocess.Popen[str]:
     """The command, with SIGINT as a terminal's programs have it: a job in the background has it ignored."""
@@ -75,6 +89,18 @@ def test_a_signal_ends_a_command_whenever_it_comes(seconds: float, number: signa
     args = ("check", "--workload", "tiny.py:slow")
     code, out, err = interrupted_at(seconds, number, *args, cwd=tmp_path)
     assert (code, out) == (128 + number, "") and err.endswith("interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [("autoaccum.processes.interrupts", "SIGINT"), ("autoaccum.processes.interrupts", "SIGTERM"), ("typer", "SIGINT")],
+)
+def test_a_signal_ends_the_command_while_it_imports_its_own(module: str, number: str) -> None:
+    """Before the handler is there, only Python's start and two modules that it has loaded by then are run."""
+    code = EARLY.format(module=module, number=number)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 128 + signal.Signals[number]
+    assert (out.stdout, out.stderr) == ("\n", "interrupted\n")
 
 
 @pytest.mark.slow
