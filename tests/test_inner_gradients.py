@@ -17,10 +17,8 @@ from torch import nn
 from autoaccum import Runner, Workload, fit_plan
 from autoaccum.devices.cpu import recorder
 from autoaccum.exactness import check
-from autoaccum.phases import FIRST
+from autoaccum.phases import FIRST, OnPhase
 from autoaccum.window import loss_count, step
-
-from .phases import OnPhase
 
 ROWS = 12
 

@@ -16,11 +16,9 @@ from autoaccum.devices.cpu import recorder
 from autoaccum.exactness import check
 from autoaccum.exactness.compare import HALF_WITHIN, FunctionalCopy, compare
 from autoaccum.exactness.recheck import counts_differ, recheck
-from autoaccum.phases import FIRST
+from autoaccum.phases import FIRST, OnPhase
 from autoaccum.state import snapshot
 from autoaccum.window import step
-
-from .phases import OnPhase
 
 WIDE, CLASSES, LONG = 192, 256, 64
 
