@@ -25,11 +25,11 @@ class Budget:
         limit_bytes: The tightest of the limits.
         headroom_bytes: Kept free.
         terms: Every limit that was looked at, and the headroom.
-        binds: The name of the tightest limit.
+        binding_constraint: The name of the tightest limit.
     """
 
     bytes: int
     limit_bytes: int
     headroom_bytes: int
     terms: tuple[BudgetItem, ...]
-    binds: str
+    binding_constraint: str

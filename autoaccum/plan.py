@@ -115,14 +115,14 @@ class Plan:
             smaller ones beside it leave room.
         largest_is_capped: True where more would fit, and the search stopped there since nothing larger was asked for.
         budget: What training may use, and why.
-        base_bytes: What the process takes before it trains: interpreter, libraries, the model itself.
-        data_bytes: The window's own samples, on the host until their step is done.
+        baseline_bytes: What the process takes before it trains: interpreter, libraries, the model itself.
+        input_bytes: The window's own samples, on the host until their step is done.
         history_bytes: What the history of the process that planned adds; a fresh one does without.
         predicted_peak_bytes: What the window will take at most, base and data included.
         measured_peak_bytes: What the verification took; None unless verified.
         resident_peak_bytes: The most of it that was in memory at once, measured; None unless verified.
         phases: The predicted peak of each phase of this window, base included.
-        binds: The phase with the highest peak, and the history ("fresh" or "here") it was reckoned for.
+        binding_constraint: The phase with the highest peak, and the history it was estimated for.
         exactness: Whether the window's gradient was shown to be the large batch's.
         peaks: Table of peaks by micro-batch, so that this plan can be explained without the model.
         signature: The form of a sample.
@@ -130,20 +130,20 @@ class Plan:
         device: "cpu", or the GPU's name.
         method: "replayed" from a step program; or "bracketed", measured size by size.
         mmap_threshold_bytes: The setting of the C library's malloc that the plan holds for; None for its default.
-        fresh_pages_share: Part of the verification's processor time that the kernel spent, on fresh pages above all:
+        kernel_time_fraction: Part of the verification's processor time that the kernel spent, on fresh pages above all:
             what the malloc setting costs, but for caches. None unless verified.
         window_seconds: Time of one window, reckoned from the verification's. None unless verified.
         recordings: What was recorded.
         reasons: Why each chosen number is what it is.
         notes: What else the reader should know.
-        slack: Part of what training takes that is reckoned on top of it, where malloc is left at its default.
-        smallest_micro_batch: The smallest allowed: 2 where the model takes batch statistics.
+        malloc_overhead: Part of what training takes that is reckoned on top of it, where malloc is left at its default.
+        min_micro_batch: The smallest allowed: 2 where the model takes batch statistics.
         virtual: Whether the GPU was a virtual one: the allocator was real, and nothing was computed.
         retries: How often the CUDA caching allocator gives its cache back to make room, by window, predicted.
         allocated_peak_bytes: The most that CUDA tensors took of what was reserved, measured; None on a CPU.
-        predicted_here_bytes: What the verification was predicted to take, in the process that planned: what was
+        this_process_peak_bytes: What the verification was predicted to take, in the process that planned: what was
             measured is compared with this. None on a CPU, where that is `predicted_peak_bytes`.
-        by_hand_peak_bytes: What a loop of somebody else's would reserve for the same window, predicted: in it cuBLAS
+        plain_loop_peak_bytes: What a loop of somebody else's would reserve for the same window, predicted: in it cuBLAS
             keeps its workspaces wherever they came to lie. None where it isn't known: on a CPU, or where its gradients
             would add up in another precision.
         keeps_workspaces: Whether the Runner lets cuBLAS keep its workspaces from one micro-batch to the next, which
@@ -177,14 +177,14 @@ class Plan:
     largest_micro_batch: int
     largest_is_capped: bool
     budget: Budget
-    base_bytes: int
-    data_bytes: int
+    baseline_bytes: int
+    input_bytes: int
     history_bytes: int
     predicted_peak_bytes: int
     measured_peak_bytes: int | None
     resident_peak_bytes: int | None
     phases: Mapping[str, int]
-    binds: str
+    binding_constraint: str
     exactness: str
     peaks: tuple[PeakRow, ...]
     signature: tuple[LeafForm, ...]
@@ -192,18 +192,18 @@ class Plan:
     device: str
     method: str
     mmap_threshold_bytes: int | None
-    fresh_pages_share: float | None
+    kernel_time_fraction: float | None
     window_seconds: float | None
     recordings: tuple[RecordingNote, ...]
     reasons: Mapping[str, str]
     notes: tuple[str, ...] = ()
-    slack: float = 0.0
-    smallest_micro_batch: int = 1
+    malloc_overhead: float = 0.0
+    min_micro_batch: int = 1
     virtual: bool = False
     retries: tuple[int, ...] = ()
     allocated_peak_bytes: int | None = None
-    predicted_here_bytes: int | None = None
-    by_hand_peak_bytes: int | None = None
+    this_process_peak_bytes: int | None = None
+    plain_loop_peak_bytes: int | None = None
     keeps_workspaces: bool = False
     largest_without_retries: int | None = None
     largest_with_expandable_segments: int | None = None
@@ -253,8 +253,8 @@ class Plan:
         smallest, larger = divmod(sum(self.split), steps)
         first = rows[size]
         second, last = rows.get(smallest if larger == 1 else size, first), rows.get(smallest, first)
-        training = self.data_bytes + self.history_bytes + window_peak_bytes(first, second, last, steps)
-        return size, self.base_bytes + int((1 + self.slack) * training)
+        training = self.input_bytes + self.history_bytes + window_peak_bytes(first, second, last, steps)
+        return size, self.baseline_bytes + int((1 + self.malloc_overhead) * training)
 
     def to_json(self) -> str:
         """The plan as JSON, for `Plan.load` and for other tools."""

@@ -25,15 +25,15 @@ MOST_SECONDS = 1e12
 LEAST_SECONDS = 1e-9  # of what was timed: an instruction takes about as long
 _REASONS = (  # without these a plan can't explain itself
     "accumulation_steps",
-    "base_bytes",
+    "baseline_bytes",
     "budget_bytes",
-    "data_bytes",
+    "input_bytes",
     "measured_peak_bytes",
     "method",
 )
 # By a field's name the least that it may be; 0 where it isn't named.
 _LEAST: Mapping[str, float] = {
-    **dict.fromkeys(("micro_batch", "smallest_micro_batch", "max_micro_batch", "max_tokens", "most_rows"), 1),
+    **dict.fromkeys(("micro_batch", "min_micro_batch", "max_micro_batch", "max_tokens", "most_rows"), 1),
     **dict.fromkeys(("accumulation_steps", "target_batch", "world_size", "split", "passes", "windows"), 1),
     **dict.fromkeys(("step_seconds", "round_seconds"), LEAST_SECONDS),
     "composition": -MOST,  # a phase's parts may overlap by a little, and then the rest is less than nothing
@@ -143,7 +143,7 @@ def _contradiction(plan: Plan) -> str | None:
     """The first thing in which the plan contradicts itself, or lacks what explaining it needs; None where it holds."""
     split, target, ranks = plan.split, plan.target_batch, plan.world_size
     budget = plan.budget
-    needed = (*_REASONS, *(name for name in ("history_bytes", "slack") if getattr(plan, name)))
+    needed = (*_REASONS, *(name for name in ("history_bytes", "malloc_overhead") if getattr(plan, name)))
     lacking = [name for name in needed if name not in plan.reasons]
     parts = f"the split {split if len(split) < 9 else f'of {len(split)} micro-batches'}"
     checks = (
@@ -156,7 +156,10 @@ def _contradiction(plan: Plan) -> str | None:
             f"{parts} sums to {sum(split)}, which is no share of {target} among {ranks} rank{'s' * (ranks > 1)}",
         ),
         (budget.bytes > 0, f"a budget of {budget.bytes} bytes"),
-        (budget.binds in [term.name for term in budget.terms], f"{budget.binds!r} is none of its budget's limits"),
+        (
+            budget.binding_constraint in [term.name for term in budget.terms],
+            f"{budget.binding_constraint!r} is none of its budget's limits",
+        ),
         (bool(plan.phases), "it has no phases"),
         (
             set(plan.phases) <= set(PHASE_TITLES),

@@ -258,20 +258,20 @@ class PeakSampler:
     """Watches committed and resident bytes while it is entered.
 
     Attributes:
-        base_bytes: Committed bytes when it was entered, its own thread included.
+        baseline_bytes: Committed bytes when it was entered, its own thread included.
         committed_peak_bytes: The most that were seen.
         resident_peak_bytes: The most that were seen.
     """
 
     def __init__(self) -> None:
-        self.base_bytes = self.committed_peak_bytes = self.resident_peak_bytes = 0
+        self.baseline_bytes = self.committed_peak_bytes = self.resident_peak_bytes = 0
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)
         self._watcher = Watcher(self._look)
 
     def __enter__(self) -> PeakSampler:
         """Starts watching; the watching thread's own stack is part of the base."""
         self._watcher.__enter__()
-        self.base_bytes = committed_bytes()
+        self.baseline_bytes = committed_bytes()
         return self
 
     @property

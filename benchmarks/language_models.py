@@ -179,9 +179,9 @@ def planned(of: Case, model: torch.nn.Module) -> dict[str, Any]:
     return {
         "split": plan.split,
         "predicted": plan.predicted_peak_bytes,
-        "predicted here": plan.predicted_here_bytes,
+        "predicted here": plan.this_process_peak_bytes,
         "measured": plan.measured_peak_bytes,
-        "by hand": plan.by_hand_peak_bytes,
+        "by hand": plan.plain_loop_peak_bytes,
         "keeps": plan.keeps_workspaces,
         "foreseen retries": sum(plan.retries),
         "method": plan.method,

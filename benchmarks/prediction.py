@@ -28,7 +28,7 @@ def predict(name: str, n: int) -> dict[str, Any]:
     plan = fit_plan(make(name), **asked, elsewhere=True, verify=False, check=False)
     return {
         "peak": plan.predicted_peak_bytes,
-        "increment": plan.predicted_peak_bytes - plan.base_bytes,
+        "increment": plan.predicted_peak_bytes - plan.baseline_bytes,
         "method": plan.method,
     }
 
@@ -49,7 +49,7 @@ def measure(name: str, n: int) -> dict[str, Any]:
     device.clean()
     return {
         "base": device.read_base(before).bytes,
-        "peak": measured.base_bytes + measured.increment_bytes,
+        "peak": measured.baseline_bytes + measured.increment_bytes,
         "resident": measured.resident_bytes,
         "seconds": measured.seconds,
     }

@@ -108,7 +108,7 @@ def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bo
         "largest": plan.largest_micro_batch,
         "without retries": plan.largest_without_retries,
         "expandable": plan.largest_with_expandable_segments,
-        "binds": plan.binds,
+        "binds": plan.binding_constraint,
         "method": plan.method,
         "recordings": [note.micro_batch for note in plan.recordings],
         "predicted": plan.predicted_peak_bytes,

@@ -66,7 +66,7 @@ def _shares(title: str, part: Any) -> str:
         return f"{count} ({100 * count / len(part):.0f} %)"
 
     k, largest = part["exact"].eq(True), part["largest exact"].eq(True)
-    here = part["binds"].fillna("").str.endswith("here")
+    here = part["binds"].fillna("").str.endswith("this process")
     words = {
         "exact": told((k & largest).sum()),
         "smallest k exact": told(k.sum()),

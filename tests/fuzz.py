@@ -34,7 +34,7 @@ def plan_texts() -> list[dict[str, Any]]:
     bare = made_up_plan(
         target_batch=1, world_size=1, micro_batch=1, accumulation_steps=1, split=(1,), measured_peak_bytes=None,
         resident_peak_bytes=None, peaks=(), times=(), timeline=(), composition={}, configuration={}, notes=(),
-        slack=0.0, phases={"first": 1}, max_micro_batch=None, window_seconds=None, virtual=False,
+        malloc_overhead=0.0, phases={"first": 1}, max_micro_batch=None, window_seconds=None, virtual=False,
     )  # fmt: skip
     gpu = made_up_plan(device="NVIDIA A100", virtual=False, objective="fewest-steps")
     return [json.loads(plan.to_json()) for plan in (made_up_plan(), gpu, bare)]
@@ -79,7 +79,7 @@ def resize(data: dict[str, Any], rng: random.Random) -> None:
     data |= {"split": split, "accumulation_steps": steps, "micro_batch": split[0], "world_size": ranks}
     data |= {
         "target_batch": share * ranks,
-        "smallest_micro_batch": rng.choice((1, 2, split[0])),
+        "min_micro_batch": rng.choice((1, 2, split[0])),
         "max_micro_batch": None,
     }
 

@@ -31,7 +31,7 @@ from autoaccum.phases import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER
 from autoaccum.plan import Plan, RecordingNote, TimedSize
 from autoaccum.planning import build_plan, verify
 from autoaccum.planning.observe import Evidence, RecordingTarget
-from autoaccum.planning.predictor_cpu import DEFAULT_MALLOC_SLACK, CpuPredictor
+from autoaccum.planning.predictor_cpu import DEFAULT_MALLOC_OVERHEAD, CpuPredictor
 from autoaccum.planning.predictor_cuda import CudaPredictor
 from autoaccum.planning.request import PlanRequest
 from autoaccum.planning.timing import Times
@@ -203,10 +203,10 @@ def outlook_of(question: Question, data: Flat, evidence: Evidence) -> CpuPredict
     request = PlanRequest(question.target, question.target, 1, None, None, question.least, most)
     subject = subject_of(data, setting)
     if data["device"] == "cpu":
-        slack = DEFAULT_MALLOC_SLACK if setting == "default" else 0.0
-        fresh, here = map(HeapState, data["holes"])
+        overhead = DEFAULT_MALLOC_OVERHEAD if setting == "default" else 0.0
+        new, this = map(HeapState, data["holes"])
         sample = data["sample_bytes"]
-        return CpuPredictor(subject, request, evidence, base, budget, sample, slack, fresh, here, data["own_bytes"])
+        return CpuPredictor(subject, request, evidence, base, budget, sample, overhead, new, this, data["own_bytes"])
     rules = CudaRules.from_settings(setting, device_bytes=2 * total)
     start, build = read_start(data["start"]), read_events(data["build"])
     return CudaPredictor(subject, request, evidence, base, budget, data["sample_bytes"], 0.0, build, start, rules)
@@ -222,8 +222,8 @@ def plan_of(question: Question, data: Flat, evidence: Evidence) -> Plan:
     solution, _ = verify.solve_and_verify(predictor, lambda: None, verify=False, compiles=False)
     measured, timed = None, Times((), "not timed")
     if question.measured:
-        took = predictor.peak_bytes(solution.split, "here")
-        on_cpu = {"increment_bytes": took - predictor.base_bytes, "resident_bytes": took // 2, "system_share": 0.25}
+        took = predictor.peak_bytes(solution.split, "this_process")
+        on_cpu = {"increment_bytes": took - predictor.baseline_bytes, "resident_bytes": took // 2, "system_share": 0.25}
         measured = SimpleNamespace(
             peak_bytes=took, allocated_bytes=took - MiB, retries=(0, 0, 0), seconds=2.5, recording=None, **on_cpu
         )
@@ -267,21 +267,21 @@ def numbers_of(plan: Plan) -> Flat:
         "largest": [plan.largest_micro_batch, plan.largest_is_capped],
         "largest_without_retries": plan.largest_without_retries,
         "largest_with_expandable_segments": plan.largest_with_expandable_segments,
-        "limits": [plan.smallest_micro_batch, plan.max_micro_batch, plan.max_tokens, plan.most_rows],
+        "limits": [plan.min_micro_batch, plan.max_micro_batch, plan.max_tokens, plan.most_rows],
         "budget": [plan.budget.bytes, plan.budget.limit_bytes, plan.budget.headroom_bytes],
-        "base": plan.base_bytes,
-        "data": plan.data_bytes,
+        "base": plan.baseline_bytes,
+        "data": plan.input_bytes,
         "sample": plan.sample_bytes,
         "history": plan.history_bytes,
         "growth": plan.growth_bytes,
-        "slack": plan.slack,
+        "slack": plan.malloc_overhead,
         "mmap_threshold": plan.mmap_threshold_bytes,
         "predicted_peak": plan.predicted_peak_bytes,
-        "predicted_here": plan.predicted_here_bytes,
-        "by_hand_peak": plan.by_hand_peak_bytes,
+        "predicted_here": plan.this_process_peak_bytes,
+        "by_hand_peak": plan.plain_loop_peak_bytes,
         "keeps_workspaces": plan.keeps_workspaces,
         "measured": [plan.measured_peak_bytes, plan.resident_peak_bytes, plan.allocated_peak_bytes],
-        "measured_time": None if plan.virtual else [plan.window_seconds, plan.fresh_pages_share],
+        "measured_time": None if plan.virtual else [plan.window_seconds, plan.kernel_time_fraction],
         "retries": list(plan.retries),
         "phases": {PHASE_NAMES[name]: size for name, size in plan.phases.items()},
         "fewer_steps_need": list(plan.fewer_steps_need() or ()),

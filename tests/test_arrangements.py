@@ -220,7 +220,7 @@ def test_a_plan_of_small_micro_batches_is_tested_on_eight_samples(most: int) -> 
     plan = fit_plan(work, target_batch=12, budget="4GiB", verify=False, max_micro_batch=most)
     assert plan.micro_batch <= most and plan.exactness == "exact (tested on 16 samples)"
     peaks = PeakRow(1, 1500, 1600, 1400), PeakRow(9, 9500, 9600, 1400)  # twice as much in double precision
-    tight = replace(plan, peaks=peaks, budget=replace(plan.budget, bytes=plan.base_bytes + 500 + 2000 * most))
+    tight = replace(plan, peaks=peaks, budget=replace(plan.budget, bytes=plan.baseline_bytes + 500 + 2000 * most))
     few = check.for_plan(replace(tight, notes=()), work)
     assert few.exactness == "exact (tested on 8 samples)" if most > 1 else "2 samples at once" in few.exactness
 

@@ -86,7 +86,7 @@ def memory(wide: str) -> str:
     """What the process takes anyway, and room for some 50 samples."""
     asked: dict[str, Any] = {"workload": wide, "memory": None, "headroom": None, "malloc": "fixed"}
     asked |= {"target_batch": TARGET, "max_micro_batch": 8, "verify": False}
-    return f"{(Plan.from_json(call('plan', asked)['plan']).base_bytes + 250 * MIB) // MIB}MiB"
+    return f"{(Plan.from_json(call('plan', asked)['plan']).baseline_bytes + 250 * MIB) // MIB}MiB"
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def terms(found: Budget) -> dict[str, int]:
 def test_the_tightest_limit_binds_and_every_number_has_its_reason(only: Any) -> None:
     only(available=900, cgroup=800)
     found = read_cpu_budget()
-    assert (found.bytes, found.limit_bytes, found.headroom_bytes, found.binds) == (720, 800, 80, "cgroup")
+    assert (found.bytes, found.limit_bytes, found.headroom_bytes, found.binding_constraint) == (720, 800, 80, "cgroup")
     assert terms(found) == {"available": 900, "cgroup": 800, "headroom": 80}
     assert all(term.why for term in found.terms)
 
@@ -43,13 +43,13 @@ def test_the_tightest_limit_binds_and_every_number_has_its_reason(only: Any) -> 
 def test_memory_that_was_named_is_used_whole_where_it_is_the_tightest(only: Any) -> None:
     only(available=8 * GIB)
     found = read_cpu_budget("2GiB")
-    assert (found.bytes, found.headroom_bytes, found.binds) == (2 * GIB, 0, "asked")
+    assert (found.bytes, found.headroom_bytes, found.binding_constraint) == (2 * GIB, 0, "asked")
 
 
 def test_memory_that_was_named_beyond_what_is_there_does_not_make_it_more(only: Any) -> None:
     only(available=GIB)
     found = read_cpu_budget(4 * GIB)
-    assert found.binds == "available"
+    assert found.binding_constraint == "available"
     assert found.bytes == GIB - GIB // 10
 
 
@@ -83,7 +83,7 @@ def in_a_child(limit: str, size: int) -> dict[str, Any]:
         f"resource.setrlimit(resource.{limit}, ({size}, {size}))\n"
         "from autoaccum.devices.cpu.budget import read_cpu_budget, committed_bytes, _address_space_bytes\n"
         "found = read_cpu_budget()\n"
-        "print(json.dumps({'binds': found.binds, 'bytes': found.bytes, 'limit': found.limit_bytes,\n"
+        "print(json.dumps({'binds': found.binding_constraint, 'bytes': found.bytes, 'limit': found.limit_bytes,\n"
         "    'files': _address_space_bytes() - committed_bytes(), 'why': {t.name: t.why for t in found.terms}}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -52,7 +52,10 @@ def terms(found: Budget) -> dict[str, BudgetItem]:
 
 def test_alone_all_that_is_free_and_all_that_torch_has_is_to_be_had() -> None:
     found = cuda_budget(ALONE)
-    assert (found.bytes, found.limit_bytes, found.headroom_bytes, found.binds) == (31 * GIB // 2,) * 2 + (0, "device")
+    assert (found.bytes, found.limit_bytes, found.headroom_bytes, found.binding_constraint) == (31 * GIB // 2,) * 2 + (
+        0,
+        "device",
+    )
     assert {name: term.bytes for name, term in terms(found).items()} == {
         "device": 31 * GIB // 2,
         "free": 13 * GIB,
@@ -73,12 +76,12 @@ def test_what_the_cache_can_give_back_is_told_from_what_it_cannot() -> None:
 
 def test_memory_that_was_named_is_the_whole_process() -> None:
     found = cuda_budget(ALONE, memory="4GiB")
-    assert (found.bytes, found.headroom_bytes, found.binds) == (7 * GIB // 2, 0, "asked")
+    assert (found.bytes, found.headroom_bytes, found.binding_constraint) == (7 * GIB // 2, 0, "asked")
     assert "512.0 MiB of it" in terms(found)["asked"].why
 
 
 def test_memory_that_was_named_beyond_what_is_there_does_not_make_it_more() -> None:
-    assert cuda_budget(ALONE, memory="40GiB").binds == "device"
+    assert cuda_budget(ALONE, memory="40GiB").binding_constraint == "device"
 
 
 def test_memory_that_not_even_the_context_fits() -> None:
@@ -89,13 +92,15 @@ def test_memory_that_not_even_the_context_fits() -> None:
 
 def test_the_memory_fraction_binds_without_headroom() -> None:
     found = cuda_budget(replace(shared(Process(9, "x", GIB), free_bytes=12 * GIB), fraction=0.5))
-    assert (found.bytes, found.headroom_bytes, found.binds) == (8 * GIB, 0, "memory fraction")
+    assert (found.bytes, found.headroom_bytes, found.binding_constraint) == (8 * GIB, 0, "memory fraction")
     assert "set_per_process_memory_fraction(0.5) of 16.00 GiB" in terms(found)["memory fraction"].why
 
 
 def test_the_device_binds_where_its_headroom_leaves_less_than_the_fraction() -> None:
     found = cuda_budget(replace(shared(Process(9, "x", GIB), free_bytes=12 * GIB), fraction=0.89))
-    assert found.binds == "device" and found.bytes == 27 * GIB // 2 < int(0.89 * 16 * GIB) < found.limit_bytes
+    assert (
+        found.binding_constraint == "device" and found.bytes == 27 * GIB // 2 < int(0.89 * 16 * GIB) < found.limit_bytes
+    )
 
 
 # -- others, and the headroom
@@ -435,7 +440,8 @@ gone, held = torch.empty(100 << 20, dtype=torch.uint8, device="cuda"), torch.emp
 del gone
 def budget(**wanted):
     found = read_cuda_budget("cuda", **wanted)
-    return found.bytes, found.headroom_bytes, found.binds, {term.name: [term.bytes, term.why] for term in found.terms}
+    parts = {term.name: [term.bytes, term.why] for term in found.terms}
+    return found.bytes, found.headroom_bytes, found.binding_constraint, parts
 def most(limit):
     # the most that torch comes to reserve: what is asked for is a multiple of 2 MiB, as segments are
     torch.cuda.empty_cache()

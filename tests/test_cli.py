@@ -82,9 +82,9 @@ def test_with_the_default_malloc_a_quarter_is_reckoned_on_top(folder: Path) -> N
         "plan", "--target-batch", "64", "--workload", "tiny.py:workload", "--malloc", "default", "--json", cwd=folder
     )
     plan = Plan.from_json(out.stdout)
-    assert plan.mmap_threshold_bytes is None and plan.slack == 0.25 and "25% of what" in plan.explain()
-    taken = max(plan.phases.values()) + plan.history_bytes - plan.base_bytes
-    assert plan.predicted_peak_bytes == plan.base_bytes + taken + int(0.25 * taken)
+    assert plan.mmap_threshold_bytes is None and plan.malloc_overhead == 0.25 and "25% of what" in plan.explain()
+    taken = max(plan.phases.values()) + plan.history_bytes - plan.baseline_bytes
+    assert plan.predicted_peak_bytes == plan.baseline_bytes + taken + int(0.25 * taken)
 
 
 def test_a_plan_file_is_not_overwritten_unless_forced(folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_adam_keeps_two_states_for_each_gradient_and_sgd_none() -> None:
 def test_the_whole_process_adds_up_to_each_phases_peak() -> None:
     phases = {FIRST: 10_000, LATER: 12_000, OPTIMIZER: 9_000}
     found = whole(
-        composition(made_up_program(), (10, 10)), phases, base_bytes=4000, parameter_bytes=1000, data_bytes=70
+        composition(made_up_program(), (10, 10)), phases, baseline_bytes=4000, parameter_bytes=1000, input_bytes=70
     )
     assert {name: sum(parts.values()) for name, parts in found.items()} == phases
     assert found[FIRST]["process"] == 3000 and found[FIRST]["parameters"] == 1000

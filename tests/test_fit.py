@@ -227,7 +227,7 @@ def test_what_samples_share_is_counted_once() -> None:
     sample = {"x": torch.randn(4, 8), "y": torch.randn(4, 4), "table": table}
     work = Workload(net(), sample, loss=loss, shared={"table"})
     plan = fit_plan(work, target_batch=512, budget=committed_bytes() + 300 * 2**20)
-    assert plan.split == (512,) and plan.data_bytes < 2**20
+    assert plan.split == (512,) and plan.input_bytes < 2**20
 
 
 def test_a_model_that_is_mostly_parameters_is_not_taken_for_one_that_hardly_fits() -> None:
@@ -266,7 +266,7 @@ def test_what_a_model_keeps_from_window_to_window_is_predicted() -> None:
     plan = fit_plan(work, target_batch=64, budget=committed_bytes() + 400 * 2**20)
     assert plan.method == "replayed" and plan.measured_peak_bytes is not None
     assert abs(plan.predicted_peak_bytes - plan.measured_peak_bytes) < 0.05 * (
-        plan.measured_peak_bytes - plan.base_bytes
+        plan.measured_peak_bytes - plan.baseline_bytes
     )
     assert work.model.last is None
 

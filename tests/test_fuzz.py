@@ -45,13 +45,13 @@ def changed(path: tuple[Any, ...], value: Any) -> str:
     ("path", "value"),
     [
         (("peaks", 0, "micro_batch"), 0),
-        (("smallest_micro_batch",), 0),
+        (("min_micro_batch",), 0),
         (("times", 0, "round_seconds", 0), 0.0),
         (("times", 0, "step_seconds"), 1e-320),
         (("budget", "bytes"), 10**40),
         (("peaks", 0, "later_bytes"), -1),
         (("window_seconds",), float("-inf")),
-        (("fresh_pages_share",), float("nan")),
+        (("kernel_time_fraction",), float("nan")),
         (("phases",), {}),
         (("timeline", 0, "bytes"), []),
         (("configuration",), {"precision": "fp7"}),
@@ -74,7 +74,7 @@ def alone(rows: list[dict[str, int]], **changes: Any) -> str:
     """A plan file with those peaks, beyond which nothing limits what may be asked of it."""
     data = fuzz.plan_texts()[1]
     peaks = [dict.fromkeys(data["peaks"][0], 0) | row for row in rows]
-    return json.dumps(data | {"peaks": peaks, "max_micro_batch": None, "smallest_micro_batch": 1} | changes)
+    return json.dumps(data | {"peaks": peaks, "max_micro_batch": None, "min_micro_batch": 1} | changes)
 
 
 SIZE = fuzz.plan_texts()[1]["micro_batch"]
@@ -85,7 +85,7 @@ SIZE = fuzz.plan_texts()[1]["micro_batch"]
     [
         alone([{"micro_batch": SIZE, "between_bytes": 10**12}]),
         alone([{"micro_batch": 1, "between_bytes": 10**12}, {"micro_batch": SIZE}]),
-        alone([{"micro_batch": SIZE}, {"micro_batch": 10**7, "optimizer_bytes": 10**12}], smallest_micro_batch=2),
+        alone([{"micro_batch": SIZE}, {"micro_batch": 10**7, "optimizer_bytes": 10**12}], min_micro_batch=2),
         fuzz.plan_text(1462, fuzz.plan_texts()),
     ],
     ids=["nothing fits", "but for the rest", "sizes of millions", "seed 1462"],

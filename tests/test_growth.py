@@ -272,7 +272,7 @@ class Trial:
         self.truth, self.share, self.remark, self.ran = truth, 1.0, "", list[tuple[int, ...]]()
         self.request = SimpleNamespace(samples=64, least=1, most=64)
         self.usable_bytes, self.compiled_share = 1000, 1.0
-        self.evidence = SimpleNamespace(doubt="bracketed")
+        self.evidence = SimpleNamespace(fallback_reason="bracketed")
         self.subject, self.is_rough = SimpleNamespace(say=lambda text: None), False
 
     def fits(self, split: tuple[int, ...]) -> bool:

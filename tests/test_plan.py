@@ -153,7 +153,7 @@ BUDGET = json.loads(made_up_plan().to_json())["budget"]
         {"target_batch": 256},
         {"world_size": 1},
         {"world_size": 0},
-        {"budget": {**BUDGET, "binds": "nothing"}},
+        {"budget": {**BUDGET, "binding_constraint": "nothing"}},
         {"budget": {**BUDGET, "bytes": 0}},
         {"phases": {"warm-up": 5}},
         {"recordings": []},
@@ -269,20 +269,20 @@ def test_a_plan_is_explained_from_its_file_alone_where_torch_cannot_be_imported(
 
 
 def test_the_next_smaller_number_of_steps_needs_what_the_table_says() -> None:
-    plan = made_up_plan(slack=0.0)
-    held = plan.base_bytes + plan.data_bytes
+    plan = made_up_plan(malloc_overhead=0.0)
+    held = plan.baseline_bytes + plan.input_bytes
     assert plan.fewer_steps_need() == (64, held + 2100 * 2**20)
     two = replace(plan, split=(32, 32), accumulation_steps=2)
     assert two.fewer_steps_need() == (64, held + 1900 * 2**20)  # one step: no later micro-batch
     assert replace(plan, split=(64,) * 4, accumulation_steps=4).fewer_steps_need() is None
     assert replace(plan, split=(256,), accumulation_steps=1).fewer_steps_need() is None
-    more = replace(plan, slack=0.5, history_bytes=100 * 2**20)
-    assert more.fewer_steps_need() == (64, plan.base_bytes + (plan.data_bytes + 2200 * 2**20) * 3 // 2)
+    more = replace(plan, malloc_overhead=0.5, history_bytes=100 * 2**20)
+    assert more.fewer_steps_need() == (64, plan.baseline_bytes + (plan.input_bytes + 2200 * 2**20) * 3 // 2)
 
 
 def test_plans_without_verification_or_with_one_step_explain_themselves() -> None:
     told = made_up_plan(
-        measured_peak_bytes=None, resident_peak_bytes=None, fresh_pages_share=None, window_seconds=None,
+        measured_peak_bytes=None, resident_peak_bytes=None, kernel_time_fraction=None, window_seconds=None,
         split=(256,), micro_batch=256, accumulation_steps=1,
     ).explain()  # fmt: skip
     assert "not verified" in told
@@ -291,7 +291,9 @@ def test_plans_without_verification_or_with_one_step_explain_themselves() -> Non
 
 def test_a_workload_called_script_is_shown_and_not_run() -> None:
     bad = "<script>alert(1)</script>"
-    plan = made_up_plan(workload=bad, device=bad, exactness=bad, notes=(bad,), binds=bad, fingerprint={bad: bad})
+    plan = made_up_plan(
+        workload=bad, device=bad, exactness=bad, notes=(bad,), binding_constraint=bad, fingerprint={bad: bad}
+    )
     shown = plan._repr_html_()
     assert "<script" not in shown
     assert "&lt;script&gt;" in shown

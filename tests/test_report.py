@@ -51,8 +51,8 @@ def a_plan(**changes: Any) -> Plan:
     rows = tuple(PeakRow(n, (22 + 7 * n) * MIB, (30 + 7 * n) * MIB, 60 * MIB) for n in range(1, 141))
     plan = made_up_plan(
         target_batch=512, world_size=1, split=(64,) * 8, micro_batch=64, accumulation_steps=8, max_micro_batch=None,
-        smallest_micro_batch=1, slack=0.0, largest_micro_batch=71, largest_is_capped=False, peaks=rows,
-        base_bytes=888 * MIB, data_bytes=1052672, sample_bytes=2048, workload="chargpt",
+        min_micro_batch=1, malloc_overhead=0.0, largest_micro_batch=71, largest_is_capped=False, peaks=rows,
+        baseline_bytes=888 * MIB, input_bytes=1052672, sample_bytes=2048, workload="chargpt",
         predicted_peak_bytes=888 * MIB + 1052672 + 478 * MIB, measured_peak_bytes=1380 * MIB, objective="fewest-steps",
     )  # fmt: skip
     limit = 1400 * MIB
@@ -96,7 +96,7 @@ def steps_one_by_one(plan: Plan, samples: int) -> list[int]:
 def test_the_known_numbers_of_steps_are_those_found_one_by_one(sizes: Any, least: int) -> None:
     rows = tuple(PeakRow(n, (22 + 7 * n) * MIB, (30 + 7 * n) * MIB, 60 * MIB) for n in sizes)
     for samples in (64, 97, 512):
-        plan = a_plan(peaks=rows, smallest_micro_batch=least)
+        plan = a_plan(peaks=rows, min_micro_batch=least)
         plan = replace(plan, target_batch=samples, split=balanced(samples, 8), micro_batch=-(-samples // 8))
         found = frames(plan)["plans"]
         known = list(found["accumulation_steps"])
@@ -164,7 +164,7 @@ def test_the_page_draws_each_size_with_its_range_and_tells_the_knee() -> None:
 def test_what_if_gives_the_fewest_steps_that_fit_by_brute_force(
     target: int, budget: int, ranks: int, least: int, most: int | None
 ) -> None:
-    plan = a_plan(world_size=ranks, smallest_micro_batch=least, max_micro_batch=most)
+    plan = a_plan(world_size=ranks, min_micro_batch=least, max_micro_batch=most)
     table = what_if.table_of(plan)
     assert table is not None
     found = what_if.answer(table, target, budget)
@@ -263,7 +263,7 @@ def test_what_if_says_where_its_table_ends_or_has_gaps() -> None:
 
 
 def test_a_target_of_a_million_is_answered_at_once() -> None:
-    table = what_if.table_of(a_plan(sample_bytes=1, data_bytes=512))
+    table = what_if.table_of(a_plan(sample_bytes=1, input_bytes=512))
     assert table is not None
     assert what_if.answer(table, 1_000_000, 1400 * MIB).status == "fits"
     assert what_if.answer(table, 1_000_000, 900 * MIB).status == "does not fit"
@@ -332,7 +332,7 @@ def tables() -> list[what_if.Table]:
     assert plain is not None
     return [
         plain,
-        replace(plain, slack=0.25, history_bytes=3 * MIB + 17, least=2, world_size=3),
+        replace(plain, malloc_overhead=0.25, history_bytes=3 * MIB + 17, least=2, world_size=3),
         replace(plain, rows=plain.rows[::7], most=50),
         replace(plain, sample_bytes=0, rows=plain.rows[:30]),
         uneven_table(),
@@ -450,8 +450,8 @@ def test_the_box_reads_its_question_from_the_address_and_runs_under_the_pages_ow
 
 def nasty_plan() -> Plan:
     return a_plan(
-        workload=NASTY, exactness=NASTY, notes=(NASTY,), fingerprint={NASTY: NASTY, "model": NASTY}, binds=NASTY,
-        environment={NASTY: NASTY}, reasons={name: NASTY for name in a_plan().reasons},
+        workload=NASTY, exactness=NASTY, notes=(NASTY,), fingerprint={NASTY: NASTY, "model": NASTY},
+        binding_constraint=NASTY, environment={NASTY: NASTY}, reasons={name: NASTY for name in a_plan().reasons},
     )  # fmt: skip
 
 

@@ -370,7 +370,7 @@ def test_on_a_gpu_the_model_is_on_both_sides(caplog: pytest.LogCaptureFixture, b
     plan = plan_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
     planned = 1 << 30
     watch = peak_monitor.PeakMonitor(
-        torch.device("cuda"), replace(plan, base_bytes=int(base_part * planned), predicted_peak_bytes=planned)
+        torch.device("cuda"), replace(plan, baseline_bytes=int(base_part * planned), predicted_peak_bytes=planned)
     )
     for peak, warned in ((planned, 0), (int(1.019 * planned), 0), (int(1.03 * planned), 1)):
         peaks = iter([0, peak])

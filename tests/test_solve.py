@@ -392,7 +392,7 @@ def test_a_program_of_10000_events_is_solved_in_half_a_second(target: int, size:
     for _ in range(5):  # the best counts: who shares the machine's caches makes the others 2.5 x as long
         started = time.process_time()  # other processes' own work is not counted
         found = smallest_steps(
-            lambda split: all(peak(split) <= budget for _ in ("fresh", "here")),
+            lambda split: all(peak(split) <= budget for _ in ("new_process", "this_process")),
             lambda n: replay(window(program, (n,)), rules).live_bytes,
             samples=target,
             budget_bytes=budget,

@@ -123,7 +123,7 @@ def test_the_knee_is_the_smallest_within_a_percent_and_one_of_its_candidates(
 def test_what_the_knee_frees_is_the_difference_of_the_tables_rows() -> None:
     rows = (PeakRow(8, 10 * MIB, 20 * MIB, 5 * MIB), PeakRow(64, 80 * MIB, 100 * MIB, 5 * MIB))
     plan = made_up_plan(
-        peaks=rows, micro_batch=64, split=(64,) * 4, slack=0.0, times=noisy({8: 1.0, 64: 1.0}, 0.0001, 9)
+        peaks=rows, micro_batch=64, split=(64,) * 4, malloc_overhead=0.0, times=noisy({8: 1.0, 64: 1.0}, 0.0001, 9)
     )
     assert "8 would free 80.0 MiB (predicted)" in (told(plan) or "")
 

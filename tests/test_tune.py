@@ -164,7 +164,7 @@ def test_a_function_a_choice_of_ones_own_and_loader_workers(folder: Path, monkey
 def test_what_can_not_fit_is_pruned_unrun_and_where_nothing_fits_it_is_said(folder: Path) -> None:
     source = f"{folder / 'mine.py'}:hungry"
     space = SearchSpace(("fp32",), (0, 1), optimizer=("loop",), micro_batch=("largest", 8, 64))
-    base = tune(source, target_batch=64, space=replace(space, micro_batch=(8,), checkpointing=(0,))).plan.base_bytes
+    base = tune(source, target_batch=64, space=replace(space, micro_batch=(8,), checkpointing=(0,))).plan.baseline_bytes
     found = tune(source, target_batch=64, space=space, sampler="grid", memory=base + 150 * MIB)
     states = {(t.configuration["checkpointing"], t.configuration["micro_batch"]): t for t in found.trials}
     pruned = states[0, 64]

@@ -409,8 +409,8 @@ def recorded(per_sample: int = MIB, budget: int = 100 * MIB, samples: int = 64, 
     usable = int(budget * (1 - CAPACITY_MARGIN))
     fitting = [n for n in range(1, 65) if 20 * MIB + per_sample * n <= usable]
     split = split_within(samples, max(fitting, default=1), least)
-    table = {"rows": rows, "base_bytes": 10 * MIB, "history_bytes": 0, "slack": 0.0, "sample_bytes": 0, "world_size": 1,
-             "least": least, "most": None}  # fmt: skip
+    table = {"rows": rows, "baseline_bytes": 10 * MIB, "history_bytes": 0, "malloc_overhead": 0.0, "sample_bytes": 0,
+             "world_size": 1, "least": least, "most": None}  # fmt: skip
     peak = 20 * MIB + per_sample * split[0]
     return {"why": "", "split": list(split), "peak_bytes": peak, "budget_bytes": budget, "table": table}
 

@@ -139,7 +139,7 @@ def an_outlook(fits: Any, most: int = 256) -> Any:
     """As much of an outlook as is asked for the largest micro-batch and for why not fewer steps."""
     return SimpleNamespace(
         request=SimpleNamespace(samples=most, most=most, objective=FEWEST_STEPS),
-        evidence=SimpleNamespace(recordings=[SimpleNamespace(micro_batch=31)], doubt=None),
+        evidence=SimpleNamespace(recordings=[SimpleNamespace(micro_batch=31)], fallback_reason=None),
         fits_surely=fits,
         later_floor=lambda n: n,
         usable_bytes=60,

@@ -102,7 +102,13 @@ def loop(context: step.TrainingContext, pieces: list[Any]) -> None:
 def planned(n: int) -> dict[str, Any]:
     work = workload()
     plan = fit_plan(work, target_batch=2 * n, max_micro_batch=n, check=False)
-    fields = ("predicted_peak_bytes", "predicted_here_bytes", "measured_peak_bytes", "by_hand_peak_bytes", "split")
+    fields = (
+        "predicted_peak_bytes",
+        "this_process_peak_bytes",
+        "measured_peak_bytes",
+        "plain_loop_peak_bytes",
+        "split",
+    )
     found = {name: getattr(plan, name) for name in fields}
     context = step.open_context(work)
     torch.cuda.reset_peak_memory_stats()
@@ -153,11 +159,11 @@ def test_the_prediction_is_the_measurement_in_each_history(answers: dict[str, di
     found = answers[str(n)]
     plan = found["plan"]
     assert plan["split"] == [n, n]
-    fresh, here = plan["predicted_peak_bytes"], plan["predicted_here_bytes"]
+    fresh, here = plan["predicted_peak_bytes"], plan["this_process_peak_bytes"]
     assert here == plan["measured_peak_bytes"] == plan["after planning"]
     assert fresh == found["fresh"]["reserved"]
-    assert plan["by_hand_peak_bytes"] == found["loop"]["reserved"]
-    assert ("by hand" in plan["text"]) == (plan["by_hand_peak_bytes"] != fresh)
+    assert plan["plain_loop_peak_bytes"] == found["loop"]["reserved"]
+    assert ("by hand" in plan["text"]) == (plan["plain_loop_peak_bytes"] != fresh)
 
 
 # -- the same by values

@@ -152,7 +152,7 @@ def _rows_at_once(plan: Plan, workload: Workload) -> int:
     if small and plan.device != "cpu":  # tested in double precision on the host, of which half is left alone
         fit = int((available_bytes() or 0) / 2 / max(each, 1))
     else:
-        room = plan.budget_bytes - plan.base_bytes - least.first_bytes
+        room = plan.budget_bytes - plan.baseline_bytes - least.first_bytes
         fit = max(least.micro_batch + int(room / max(each, 1)), plan.micro_batch)
     if small or workload.precision is not None or _is_half(workload.model):
         fit //= 2  # double precision, or single in place of half: a sample takes twice what it takes in the plan

@@ -29,7 +29,7 @@ TABLE_ROWS_CUDA = 96  # a replay of the caching allocator takes longer
 UNVERIFIED: dict[str, Any] = {
     "measured_peak_bytes": None,
     "resident_peak_bytes": None,
-    "fresh_pages_share": None,
+    "kernel_time_fraction": None,
     "window_seconds": None,
 }
 
@@ -45,11 +45,12 @@ def plan(
 ) -> Plan:
     """The plan of a solution, as it stands before everything is put back."""
     request, evidence, split = predictor.request, predictor.evidence, solution.split
-    fresh = predictor.peak_bytes(split, "fresh")
+    in_new_process = predictor.peak_bytes(split, "new_process")
     phases = dict(predictor.phases(split))
     history = max(predictor.peak_bytes(split, name) for name in request.histories) - (
-        fresh - predictor.kept_bytes(split)
+        in_new_process - predictor.kept_bytes(split)
     )
+    process = "this process" if history > predictor.kept_bytes(split) else "a new process"
     growth = predictor.growth_bytes(split)
     binding = max((name for name in phases if name in PHASES), key=lambda name: phases[name])
     largest, capped = _largest(predictor, split)
@@ -62,12 +63,12 @@ def plan(
         largest_micro_batch=largest,
         largest_is_capped=capped,
         budget=predictor.budget,
-        base_bytes=predictor.base_bytes,
-        data_bytes=predictor.data_bytes(sum(split)),
+        baseline_bytes=predictor.baseline_bytes,
+        input_bytes=predictor.input_bytes(sum(split)),
         history_bytes=history,
         predicted_peak_bytes=predictor.worst_bytes(split),
         phases=phases,
-        binds=f"{PHASE_TITLES[binding]}, {'here' if history > predictor.kept_bytes(split) else 'fresh'}",
+        binding_constraint=f"{PHASE_TITLES[binding]}, {process}",
         exactness="unchecked",
         peaks=_table(predictor, split, {largest, *(size.micro_batch for size in timed.sizes)}),
         signature=signature(workload.sample),
@@ -79,8 +80,8 @@ def plan(
         notes=_notes(
             predictor, split, [*assumed, dataset_note(request, split[0]), _tokens_note(workload, split, most_rows)]
         ),
-        slack=predictor.slack,
-        smallest_micro_batch=request.least,
+        malloc_overhead=predictor.malloc_overhead,
+        min_micro_batch=request.least,
         workload=workload.name,
         sample_bytes=predictor.sample_bytes,
         max_micro_batch=request.most if request.is_bounded else None,
@@ -111,16 +112,16 @@ def _composition(predictor: MemoryPredictor, split: Split, phases: dict[str, int
     return breakdown.whole(
         breakdown.composition(*observe.window_of(predictor.evidence, split)),
         phases,
-        base_bytes=predictor.base_bytes,
+        baseline_bytes=predictor.baseline_bytes,
         parameter_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        data_bytes=predictor.data_bytes(sum(split)),
+        input_bytes=predictor.input_bytes(sum(split)),
     )
 
 
 def _largest(predictor: MemoryPredictor, split: Split) -> tuple[int, bool]:
     request, evidence = predictor.request, predictor.evidence
     recorded = evidence.recordings[-1].micro_batch
-    most = recorded if evidence.doubt else max(split[0], request.most if request.samples else split[0])
+    most = recorded if evidence.fallback_reason else max(split[0], request.most if request.samples else split[0])
     if len(split) == 1:
         return split[0], request.samples is not None or split[0] == request.dataset_samples
     size = largest_micro_batch(
@@ -161,11 +162,11 @@ def _reasons(predictor: MemoryPredictor, split: Split, measured: Any, timed: Tim
         "split": f"{samples} samples in {steps} micro-batches"
         + (" whose sizes differ by at most one, largest first" if is_even(split) else ": one size and the rest"),
         "largest_micro_batch": f"the largest of which a window of several fits {predictor.border_words}",
-        "slack": f"{predictor.slack:.0%} of what training takes, for the fragmentation of malloc's default",
-        "budget_bytes": f"the tightest of the limits ({predictor.budget.binds}) less the headroom",
+        "malloc_overhead": f"{predictor.malloc_overhead:.0%} of training's memory, since malloc's default fragments",
+        "budget_bytes": f"the tightest of the limits ({predictor.budget.binding_constraint}) less the headroom",
     }
     reasons |= predictor.reasons(split) | _why_not_fewer(predictor, split, largest)
-    reasons["method"] = predictor.evidence.doubt or (
+    reasons["method"] = predictor.evidence.fallback_reason or (
         "a step program lifted from recordings at " + ", ".join(str(n.micro_batch) for n in predictor.evidence.notes)
     )
     reasons["measured_peak_bytes"] = (
@@ -194,7 +195,7 @@ def _why_uneven(predictor: MemoryPredictor, split: Split) -> str:
 def _why_not_fewer(predictor: MemoryPredictor, split: Split, largest: int) -> dict[str, str]:
     """Why no window of a step fewer fits, though micro-batches as large as its own do: its sizes don't say so then."""
     samples, steps = sum(split), len(split) - 1
-    if not steps or predictor.request.objective == FASTEST or predictor.evidence.doubt is not None:
+    if not steps or predictor.request.objective == FASTEST or predictor.evidence.fallback_reason is not None:
         return {}
     even = balanced(samples, steps)
     if even[0] > min(largest, predictor.request.most):
@@ -209,8 +210,8 @@ def _counted(split: Split) -> str:
 
 def _notes(predictor: MemoryPredictor, split: Split, assumed: Sequence[str]) -> tuple[str, ...]:
     notes = [text for text in assumed if text]
-    if predictor.evidence.doubt is not None:
-        notes.append(f"Bracketed: {predictor.evidence.doubt}.")
+    if predictor.evidence.fallback_reason is not None:
+        notes.append(f"Bracketed: {predictor.evidence.fallback_reason}.")
     if compiled.is_compiled(predictor.subject.context.model, predictor.subject.context.loss):
         notes.append(_compiled_note(predictor))
     notes += [predictor.remark] if predictor.remark else []
@@ -298,7 +299,8 @@ def does_not_fit(predictor: MemoryPredictor, split: Split, needed_bytes: int | N
     )
     return DoesNotFit(
         f"Not even a micro-batch of {split[0]} fits: {needs}",
-        f"{show_bytes(predictor.base_bytes)} of it are {predictor.base_words}; the limit that binds is {budget.binds}.",
+        f"{show_bytes(predictor.baseline_bytes)} of it are {predictor.base_words}; "
+        f"the tightest limit is {budget.binding_constraint}.",
         f"What would help: {all_told}.",
         missing_bytes=missing,
     )
@@ -320,7 +322,8 @@ def ran_out(predictor: MemoryPredictor, failure: str) -> DoesNotFit:
     budget = predictor.budget
     return DoesNotFit(
         f"Memory is too short for a few samples ({failure}); the budget is {show_bytes(budget.bytes)}.",
-        f"{show_bytes(predictor.base_bytes)} are {predictor.base_words}; the limit that binds is {budget.binds}.",
+        f"{show_bytes(predictor.baseline_bytes)} are {predictor.base_words}; "
+        f"the tightest limit is {budget.binding_constraint}.",
         f"What would help: {_larger_budget(predictor, None)}, a leaner optimizer, or a smaller model.",
         missing_bytes=1,
     )
@@ -328,8 +331,8 @@ def ran_out(predictor: MemoryPredictor, failure: str) -> DoesNotFit:
 
 def _larger_budget(predictor: MemoryPredictor, needed_bytes: int | None) -> str | None:
     budget = predictor.budget
-    if budget.binds != "asked":
-        return f"a higher limit ({budget.binds})"
+    if budget.binding_constraint != "asked":
+        return f"a higher limit ({budget.binding_constraint})"
     if needed_bytes is None:
         return "a larger budget (--memory)"
     outside = predictor.budget.limit_bytes - predictor.budget.bytes  # headroom, and on a GPU what torch doesn't see

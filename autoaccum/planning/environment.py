@@ -41,7 +41,7 @@ def host_facts() -> dict[str, Any]:
     host = read_cpu_budget()
     for term in host.terms:
         facts[term.name] = f"{show_bytes(term.bytes)}: {term.why}"
-    facts["host memory"] = f"{show_bytes(host.bytes)} to use; what binds is: {host.binds}"
+    facts["host memory"] = f"{show_bytes(host.bytes)} to use; what binds is: {host.binding_constraint}"
     for name, limit in (("data limit", resource.RLIMIT_DATA), ("address space limit", resource.RLIMIT_AS)):
         soft, _ = resource.getrlimit(limit)
         facts.setdefault(name, "none" if soft == resource.RLIM_INFINITY else show_bytes(soft))
@@ -140,7 +140,9 @@ def _device_facts(index: int) -> dict[str, Any]:
     except UsageError as error:
         return facts | {f"{name} to use": f"nothing: {error.what}"}
     facts |= {f"{name} {term.name}": f"{show_bytes(term.bytes)}: {term.why}" for term in budget.terms}
-    facts[f"{name} to use"] = f"{show_bytes(budget.bytes)} for torch to reserve; what binds is: {budget.binds}"
+    facts[f"{name} to use"] = (
+        f"{show_bytes(budget.bytes)} for torch to reserve; what binds is: {budget.binding_constraint}"
+    )
     return facts
 
 

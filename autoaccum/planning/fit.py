@@ -135,7 +135,7 @@ def fit_plan(
     if malloc not in MALLOCS:
         raise UsageError(f"malloc {malloc!r} is not known.", hint="Use malloc='fixed' or malloc='default'.")
     if elsewhere:
-        request = replace(request, histories=("fresh",))
+        request = replace(request, histories=("new_process",))
     if progress is not None:
         setting = replace(setting, progress=progress)
     plan = plan_in(setting, workload, request, assumed=assumed, verify=verify, check=check, malloc=malloc)
@@ -288,7 +288,7 @@ def _look(
 
     def chosen(evidence: Evidence) -> schedule.Guess:
         now = predictor(evidence, evidence.state_bytes)  # in the middle of planning: what is here now is of no account
-        return answer.guess(replace(now, request=replace(request, histories=("fresh",))))
+        return answer.guess(replace(now, request=replace(request, histories=("new_process",))))
 
     def allowed(evidence: Evidence, n: int) -> bool:
         too_many = n > begin and begin < SCOUT  # the next larger one was rehearsed in vain
@@ -306,7 +306,7 @@ def _look(
             raise
         failure = oom.drop_frames(error).removeprefix("NoPlace: ")
         raise build_plan.ran_out(predictor(Evidence(), 0), failure) from None
-    if evidence.doubt is not None:
+    if evidence.fallback_reason is not None:
         schedule.bracket(subject, evidence, allowed, min(request.most, SEARCH_LIMIT))
     start_over()
     if compiles:

@@ -78,7 +78,7 @@ def plan_on_gpu(
     workload, build = build_on(source, device, virtual=gpu is not None, change=change)
     request = read_request(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
     request = with_objective(request, objective, timing_seconds, verify=verify, virtual=gpu is not None or is_virtual())
-    request = replace(request, histories=("fresh",), sizes=sizes)
+    request = replace(request, histories=("new_process",), sizes=sizes)
     look = predictor_cuda.look if gpu is None else partial(predictor_virtual.look, gpu=gpu)
     subject = RecordingTarget if gpu is None else predictor_virtual.EmptySubject
     setting = PlanningEnvironment(cuda, look, build, keep=False, progress=progress, subject=subject)

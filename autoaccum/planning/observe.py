@@ -63,7 +63,7 @@ class Evidence:
         scouted: On CUDA, the first step without what it made for good: what a window of so few samples takes.
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
-        doubt: Why no step program could be made; None while one can.
+        fallback_reason: Why no step program could be made; None while one can.
         unrecorded_bytes: What a micro-batch makes beside what its recording shows, whatever its size.
         growth: What outlives a window, and by which line; None where nothing does.
     """
@@ -74,7 +74,7 @@ class Evidence:
     scouted: Recording | None = None
     recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
-    doubt: str | None = None
+    fallback_reason: str | None = None
     unrecorded_bytes: int = 0
     growth: Growth | None = None
     state_at_first_bytes: int = 0  # what the optimizer held when `after_first` was read
@@ -86,7 +86,7 @@ class Evidence:
     @property
     def method(self) -> str:
         """How peaks are known: "replayed" from a program, or "bracketed" by recordings of each size."""
-        return "bracketed" if self.doubt else "replayed"
+        return "bracketed" if self.fallback_reason else "replayed"
 
     def program(self) -> StepProgram:
         """The step program of what was recorded; of fewer than two recordings, with the help of the first step."""
@@ -110,7 +110,7 @@ class Evidence:
     @property
     def has_program(self) -> bool:
         """Whether two sizes are known, from which others follow."""
-        return self.doubt is None and len({each.micro_batch for each in self.known}) > 1
+        return self.fallback_reason is None and len({each.micro_batch for each in self.known}) > 1
 
     @property
     def state_bytes(self) -> int:
@@ -220,7 +220,7 @@ def peak_of(subject: RecordingTarget, evidence: Evidence, split: Split, start: H
     """
     start = start or HeapState()
     program, short = window_of(evidence, split)
-    if evidence.doubt is not None:
+    if evidence.fallback_reason is not None:
         return _replay(subject, evidence, program, short, start)
     if (short, start) not in evidence._replays:
         evidence._replays[short, start] = _replay(subject, evidence, program, short, start)
@@ -263,7 +263,7 @@ def _leaves(subject: RecordingTarget, program: StepProgram, split: Split) -> int
 
 def floor_of(evidence: Evidence, n: int, *, later: bool) -> int:
     """Bytes that are alive at once in any window with a micro-batch of n, as its first or as a later one."""
-    if evidence.doubt is not None:
+    if evidence.fallback_reason is not None:
         return 0
     split = (n, n) if later else (n,)
     return live_peak([Phase(PRELUDE, evidence.prelude), *plain_window(evidence.program(), split)[: len(split)]])

@@ -36,7 +36,7 @@ class MemoryPredictor(ABC):
         subject: What is planned.
         request: What is asked for.
         evidence: What was recorded.
-        base_bytes: What is taken before training begins.
+        baseline_bytes: What is taken before training begins.
         budget: What training may use.
         sample_bytes: What one sample more adds to a batch.
         compiled_share: What a window takes as it was compiled, of what it takes as it was written and recorded: found
@@ -48,10 +48,10 @@ class MemoryPredictor(ABC):
     subject: RecordingTarget
     request: PlanRequest
     evidence: Evidence
-    base_bytes: int
+    baseline_bytes: int
     budget: Budget
     sample_bytes: int
-    slack: float = 0.0
+    malloc_overhead: float = 0.0
     compiled_share: float = field(default=1.0, kw_only=True)
     leaked_bytes: int = field(default=0, kw_only=True)
     remark: str = field(default="", kw_only=True)
@@ -62,12 +62,12 @@ class MemoryPredictor(ABC):
         return int(self.budget.bytes * (1 - CAPACITY_MARGIN))
 
     @abstractmethod
-    def data_bytes(self, samples: int) -> int:
+    def input_bytes(self, samples: int) -> int:
         """What the samples of a window take on the device until they are used."""
 
     @abstractmethod
     def peak_bytes(self, split: Split, history: str) -> int:
-        """What the process comes to with that window, in a fresh process or in this one ("here").
+        """What the process comes to with that window, in a "new_process" or in "this_process".
 
         Raises:
             LookupError: Nothing as large was recorded, and nothing follows from what was.
@@ -162,7 +162,7 @@ class MemoryPredictor(ABC):
 
     def far_off(self, split: Split, measured: Any) -> str | None:
         """Whether the prediction was far from a verification that held, where each size stands for itself; in words."""
-        if self.evidence.doubt is None and not self.is_rough:
+        if self.evidence.fallback_reason is None and not self.is_rough:
             return None
         predicted, took = self.compared(split, measured)
         if abs(predicted - took) <= FAR_OFF * took:
@@ -212,7 +212,7 @@ class MemoryPredictor(ABC):
     def worst_bytes(self, split: Split) -> int:
         """What the process comes to in the worse of the histories that the plan is for."""
         worst = max(self.peak_bytes(split, history) for history in self.request.histories)
-        return worst + int(self.slack * (worst - self.base_bytes))
+        return worst + int(self.malloc_overhead * (worst - self.baseline_bytes))
 
     def needed_bytes(self, split: Split) -> int:
         """The smallest budget that this window would fit."""
@@ -225,7 +225,7 @@ class MemoryPredictor(ABC):
     def is_sure_to_fit(self, n: int) -> bool:
         """Whether recording at n can't go over the budget, by the most pessimistic of what is known."""
         evidence = self.evidence
-        room = self.usable_bytes - self.base_bytes - self.data_bytes(2 * n) - self.leaked_bytes
+        room = self.usable_bytes - self.baseline_bytes - self.input_bytes(2 * n) - self.leaked_bytes
         if evidence.recordings and evidence.has_program:
             return observe.peak_of(self.subject, evidence, (n, n)).peak_bytes <= room
         gradients = sum(p.nbytes for p in self.subject.context.model.parameters() if p.requires_grad)

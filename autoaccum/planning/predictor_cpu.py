@@ -19,7 +19,7 @@ from .observe import Evidence, RecordingTarget
 from .predictor import AGREES_WITHIN, RAN_OUT, MemoryPredictor, verified_part
 from .request import PlanRequest
 
-DEFAULT_MALLOC_SLACK = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
+DEFAULT_MALLOC_OVERHEAD = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
 
 
 @dataclass
@@ -27,30 +27,30 @@ class CpuPredictor(MemoryPredictor):
     """What is there to be used, and what is known so far.
 
     Attributes:
-        fresh: The holes in a fresh process's heap, which the base includes.
-        start: Those in this one's.
+        new_process: The holes in a new process's heap, which the baseline includes.
+        this_process: Those in this one's.
         own_bytes: What planning itself has in this one.
         present_bytes: What this one would have now if malloc kept nothing of what is freed; None where it is glibc's,
             which says what it keeps.
     """
 
-    fresh: HeapState = EMPTY
-    start: HeapState = EMPTY
+    new_process: HeapState = EMPTY
+    this_process: HeapState = EMPTY
     own_bytes: int = 0
     present_bytes: int | None = None
     _least_kept_bytes: int | None = field(default=None, init=False)
 
-    def data_bytes(self, samples: int) -> int:
+    def input_bytes(self, samples: int) -> int:
         """The samples of a window lie in the same memory until their step is done."""
-        return device.data_bytes(samples * self.sample_bytes)
+        return device.input_bytes(samples * self.sample_bytes)
 
     def peak_bytes(self, split: Split, history: str) -> int:
         """Base, data, what the windows before it keep, and what the window makes malloc take."""
-        held = self.base_bytes + self.data_bytes(sum(split)) + self.kept_bytes(split)
-        if history == "fresh":
-            return held + self._window(split, self.fresh).peak_bytes
-        inside = self.own_bytes + self.start.heap_free_bytes - self.fresh.heap_free_bytes
-        return held + inside + self._window(split, self.start).peak_bytes
+        held = self.baseline_bytes + self.input_bytes(sum(split)) + self.kept_bytes(split)
+        if history == "new_process":
+            return held + self._window(split, self.new_process).peak_bytes
+        inside = self.own_bytes + self.this_process.heap_free_bytes - self.new_process.heap_free_bytes
+        return held + inside + self._window(split, self.this_process).peak_bytes
 
     def kept_bytes(self, split: Split) -> int:
         """What the windows before the one whose peak is promised have kept."""
@@ -80,10 +80,10 @@ class CpuPredictor(MemoryPredictor):
         return self._floor(n, later=True)
 
     def _floor(self, n: int, *, later: bool) -> int:
-        data = self.data_bytes(self.request.samples or n)
-        base = self.base_bytes - self.fresh.heap_free_bytes  # which small blocks may fill
+        data = self.input_bytes(self.request.samples or n)
+        base = self.baseline_bytes - self.new_process.heap_free_bytes  # which small blocks may fill
         window = min(1.0, self.compiled_share) * observe.floor_of(self.evidence, n, later=later)
-        return base + int((1 + self.slack) * (data + window)) + self._least_kept(n)
+        return base + int((1 + self.malloc_overhead) * (data + window)) + self._least_kept(n)
 
     def _least_kept(self, n: int) -> int:
         """What any window of as many samples keeps at least: it follows samples and steps, so one end has the least."""
@@ -97,13 +97,13 @@ class CpuPredictor(MemoryPredictor):
 
     def phases(self, split: Split) -> dict[str, int]:
         """By the replay of that window."""
-        held = self.base_bytes + self.data_bytes(sum(split))
-        window = self._window(split, self.fresh)
+        held = self.baseline_bytes + self.input_bytes(sum(split))
+        window = self._window(split, self.new_process)
         return {phase.name: held + phase.bytes for phase in window.phases if phase.name in PHASE_TITLES}
 
     def row(self, n: int) -> PeakRow:
         """By the replay of two micro-batches."""
-        window = self._window((n, n), self.fresh)
+        window = self._window((n, n), self.new_process)
         peaks = {phase.name: phase.bytes for phase in window.phases}
         return PeakRow(n, peaks[FIRST], peaks[LATER], peaks[OPTIMIZER], peaks.get(BETWEEN, 0))
 
@@ -119,23 +119,23 @@ class CpuPredictor(MemoryPredictor):
     def measured_fields(self, measured: device.Measured, split: Split) -> dict[str, Any]:
         """What the verified windows took, and the samples that the rest of a whole window adds."""
         verified = verified_part(split)
-        rest = self.data_bytes(sum(split)) - self.data_bytes(sum(verified))
+        rest = self.input_bytes(sum(split)) - self.input_bytes(sum(verified))
         ran = verified[0] + 2 * sum(verified)
         if self.evidence.growth is not None:
             rest = self.worst_bytes(split) - self.worst_bytes(verified) + self._not_kept_yet(verified)
-            rest += self.leaked_bytes if "here" in self.request.histories else 0
+            rest += self.leaked_bytes if "this_process" in self.request.histories else 0
         return {
-            "measured_peak_bytes": self.base_bytes + measured.increment_bytes + rest,
+            "measured_peak_bytes": self.baseline_bytes + measured.increment_bytes + rest,
             "resident_peak_bytes": measured.resident_bytes,
-            "fresh_pages_share": measured.system_share,
+            "kernel_time_fraction": measured.system_share,
             "window_seconds": measured.seconds * sum(split) / ran,
         }
 
     def reasons(self, split: Split) -> dict[str, str]:
         """In committed bytes."""
         return {
-            "base_bytes": "committed by this process before training: interpreter, libraries, the model",
-            "data_bytes": (
+            "baseline_bytes": "committed by this process before training: interpreter, libraries, the model",
+            "input_bytes": (
                 f"{sum(split)} samples of {self.sample_bytes:,} bytes, kept until their optimizer step is done"
             ),
             "predicted_peak_bytes": (
@@ -143,7 +143,7 @@ class CpuPredictor(MemoryPredictor):
                 "recording shows (autograd's graph above all), measured in a small window"
             ),
             "history_bytes": self._history_words(split),
-            "budget_bytes": f"the tightest of the limits ({self.budget.binds}) less the headroom",
+            "budget_bytes": f"the tightest of the limits ({self.budget.binding_constraint}) less the headroom",
         }
 
     def _history_words(self, split: Split) -> str:
@@ -167,11 +167,11 @@ class CpuPredictor(MemoryPredictor):
         if whose != "glibc":
             return [
                 f"malloc is {whose}, not the C library's: it keeps freed memory in its own way, which no recording "
-                f"shows, so {self.slack:.0%} of what training takes is added on top. For a prediction within a percent "
+                f"shows, so {self.malloc_overhead:.0%} of training's memory is added. For a prediction within 1 % "
                 "plan and train without it (LD_PRELOAD)."
             ]
         return [
-            f"malloc is left at its default: {self.slack:.0%} of what training takes is reckoned on top, "
+            f"malloc is left at its default: {self.malloc_overhead:.0%} of what training takes is reckoned on top, "
             "for its fragmentation."
         ]
 
@@ -185,22 +185,22 @@ class CpuPredictor(MemoryPredictor):
         found = device.measure(work)
         if self.present_bytes is None:
             return found
-        return replace(found, increment_bytes=found.base_bytes + found.increment_bytes - self.present_bytes)
+        return replace(found, increment_bytes=found.baseline_bytes + found.increment_bytes - self.present_bytes)
 
     def confirms(self, split: Split, measured: device.Measured) -> str | None:
         """Within 2 % of the whole; where each size stands for itself, that it fits is all there is to know."""
         predicted = self._predicted_increment(split)
-        allowed = AGREES_WITHIN * (self.base_bytes + predicted) + self.slack * predicted
+        allowed = AGREES_WITHIN * (self.baseline_bytes + predicted) + self.malloc_overhead * predicted
         if abs(measured.increment_bytes - predicted) <= allowed:
             return None
-        told_apart = self.evidence.doubt is None and self.compiled_share == 1 and not self.is_rough
+        told_apart = self.evidence.fallback_reason is None and self.compiled_share == 1 and not self.is_rough
         if not told_apart and self.holds(measured):
             return None
         return f"took {measured.increment_bytes:,} bytes, not {predicted:,}"
 
     def compared(self, split: Split, measured: device.Measured) -> tuple[int, int]:
         """Both with the base."""
-        return self.base_bytes + self._predicted_increment(split), self.base_bytes + measured.increment_bytes
+        return self.baseline_bytes + self._predicted_increment(split), self.baseline_bytes + measured.increment_bytes
 
     @property
     def is_rough(self) -> bool:
@@ -209,12 +209,14 @@ class CpuPredictor(MemoryPredictor):
 
     def holds(self, measured: device.Measured) -> bool:
         """By what it added to the process."""
-        return self.base_bytes + measured.increment_bytes <= self.usable_bytes
+        return self.baseline_bytes + measured.increment_bytes <= self.usable_bytes
 
     def _predicted_increment(self, split: Split) -> int:
         """What a window should add to this process as it is."""
-        present = self.base_bytes + self.own_bytes - self.fresh.heap_free_bytes + self.start.heap_free_bytes
-        return self.peak_bytes(split, "here") - present - self._not_kept_yet(split)
+        present = (
+            self.baseline_bytes + self.own_bytes - self.new_process.heap_free_bytes + self.this_process.heap_free_bytes
+        )
+        return self.peak_bytes(split, "this_process") - present - self._not_kept_yet(split)
 
     def _not_kept_yet(self, split: Split) -> int:
         """What a verification's windows keep less than as many whole ones: its first has one micro-batch."""
@@ -225,7 +227,7 @@ class CpuPredictor(MemoryPredictor):
         if measured is None:
             self.compiled_share *= RAN_OUT
             return
-        window = self._window(split, self.start).peak_bytes
+        window = self._window(split, self.this_process).peak_bytes
         took = window + measured.increment_bytes - self._predicted_increment(split)
         self.compiled_share *= max(took, window // 10) / window
 
@@ -239,16 +241,16 @@ def look(
     base = device.read_base(subject.before, evidence.after_first)
     leaked = _leaked(subject, evidence)
     budget = device.read_budget(request.budget, request.headroom)
-    slack = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_SLACK
-    base_bytes, own = base.bytes - own_bytes - leaked, base.own_bytes + leaked
+    malloc_overhead = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_OVERHEAD
+    baseline_bytes, own = base.bytes - own_bytes - leaked, base.own_bytes + leaked
     return CpuPredictor(
         subject,
         request,
         evidence,
-        base_bytes,
+        baseline_bytes,
         budget,
         sample_bytes,
-        slack,
+        malloc_overhead,
         base.fresh,
         base.here,
         own,
@@ -265,20 +267,20 @@ def _with_another_malloc(
     window had at once may be kept.
     """
     before: int = subject.before.outside_bytes
-    base_bytes = before - own_bytes + observe.state_held(subject.context)
+    baseline_bytes = before - own_bytes + observe.state_held(subject.context)
     if evidence.after_first is not None:
         kept = live_peak([Phase(observe.PRELUDE, evidence.prelude)])
-        base_bytes += max(0, evidence.after_first.outside_bytes - kept - before)
+        baseline_bytes += max(0, evidence.after_first.outside_bytes - kept - before)
     budget = device.read_budget(request.budget, request.headroom)
     return CpuPredictor(
         subject,
         request,
         evidence,
-        base_bytes,
+        baseline_bytes,
         budget,
         sample_bytes,
-        DEFAULT_MALLOC_SLACK,
-        present_bytes=base_bytes + own_bytes,
+        DEFAULT_MALLOC_OVERHEAD,
+        present_bytes=baseline_bytes + own_bytes,
     )
 
 

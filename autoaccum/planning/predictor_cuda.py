@@ -27,7 +27,7 @@ from .observe import Evidence, RecordingTarget
 from .predictor import AGREES_WITHIN, RAN_OUT, MemoryPredictor, verified_part
 from .request import PlanRequest
 
-HERE = "here"
+THIS_PROCESS = "this_process"
 MOST_REMEMBERED = 4096  # replays
 MOST_ENDS = 8  # of what grows in steps, that a size has to fit with
 _Key = tuple[Split, str, int | None, bool, bool, bool]
@@ -52,7 +52,7 @@ class CudaPredictor(MemoryPredictor):
     _ended: dict[int, CudaPredictor] = field(default_factory=dict, init=False)
     _kept: dict[Split, bool] = field(default_factory=dict, init=False)
 
-    def data_bytes(self, samples: int) -> int:
+    def input_bytes(self, samples: int) -> int:
         """Samples wait on the host; those of one micro-batch at a time are on the device, and recorded."""
         return 0
 
@@ -119,25 +119,25 @@ class CudaPredictor(MemoryPredictor):
         """The capacity in which the recorded window does what the compiled one does in this."""
         if self.compiled_share == 1:
             return capacity_bytes
-        return self.base_bytes + int((capacity_bytes - self.base_bytes) / self.compiled_share)
+        return self.baseline_bytes + int((capacity_bytes - self.baseline_bytes) / self.compiled_share)
 
     def _as_compiled(self, peak_bytes: int) -> int:
         """What the compiled window comes to where the recorded one comes to this."""
         if self.compiled_share == 1:
             return peak_bytes
-        return self.base_bytes + int((peak_bytes - self.base_bytes) * self.compiled_share)
+        return self.baseline_bytes + int((peak_bytes - self.baseline_bytes) * self.compiled_share)
 
     def is_sure_to_fit(self, n: int) -> bool:
         """By the allocator's rules once there is a program, a retry now and then included; before, pessimistically."""
         if self.evidence.recordings and self.evidence.has_program:
             room = self.usable_bytes - self.leaked_bytes
-            unlimited = self.replayed((n, n), "fresh", None).peak_reserved_bytes <= room
-            return unlimited or self.replayed((n, n), "fresh", room).out_of_memory is None
+            unlimited = self.replayed((n, n), "new_process", None).peak_reserved_bytes <= room
+            return unlimited or self.replayed((n, n), "new_process", room).out_of_memory is None
         scouted = self.evidence.scouted
         if self.evidence.recordings or scouted is None or n <= scouted.micro_batch:
             return super().is_sure_to_fit(n)
         steady = self._static_bytes()
-        there = self.replayed((scouted.micro_batch,) * 2, "fresh", None).peak_reserved_bytes
+        there = self.replayed((scouted.micro_batch,) * 2, "new_process", None).peak_reserved_bytes
         return steady + (there - steady) * n // scouted.micro_batch <= self.usable_bytes
 
     def replayed(
@@ -157,14 +157,14 @@ class CudaPredictor(MemoryPredictor):
         """
         expandable = self.settings.expandable_segments if expandable is None else expandable
         key = split, history, capacity_bytes, kept, expandable, stops_at_retry
-        known = self._replays if history == HERE else self.evidence.memo
+        known = self._replays if history == THIS_PROCESS else self.evidence.memo
         if key not in known:
             training, sizes = self._training(split)
             found = replay_training(
                 by_hand(training) if kept else training,
                 sizes,
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
-                start=self.start if history == HERE else EMPTY,
+                start=self.start if history == THIS_PROCESS else EMPTY,
                 windows=MOST_WINDOWS if self.evidence.growth is None else WINDOWS,
                 stops_at_retry=stops_at_retry,
             )
@@ -259,7 +259,7 @@ class CudaPredictor(MemoryPredictor):
         return self._floors[n, later]
 
     def _floor_of(self, n: int, *, later: bool) -> int:
-        if self.evidence.doubt is not None or self.evidence.first_step is None:
+        if self.evidence.fallback_reason is not None or self.evidence.first_step is None:
             return 0
         training, split = self._training((n, n) if later else (n,))
         held = sum(event.bytes for event in self.build) + training.state_bytes
@@ -268,15 +268,15 @@ class CudaPredictor(MemoryPredictor):
     def phases(self, split: Split) -> dict[str, int]:
         """By the replay in a fresh process."""
         kept = self.keeps(split)
-        unlimited = self.replayed(split, "fresh", None, kept=kept)
+        unlimited = self.replayed(split, "new_process", None, kept=kept)
         within = unlimited.peak_reserved_bytes <= self.budget.bytes
-        found = unlimited if within else self.replayed(split, "fresh", self.budget.bytes, kept=kept)
+        found = unlimited if within else self.replayed(split, "new_process", self.budget.bytes, kept=kept)
         return {name: size for name, size in found.phases.items() if name in PHASE_TITLES}
 
     def row(self, n: int) -> PeakRow:
         """By the replay of windows of two micro-batches, without a limit."""
-        peaks = self.replayed((n, n), "fresh", None).phases
-        above = {name: max(0, size - self.base_bytes) for name, size in peaks.items()}
+        peaks = self.replayed((n, n), "new_process", None).phases
+        above = {name: max(0, size - self.baseline_bytes) for name, size in peaks.items()}
         return PeakRow(n, above[FIRST], above[LATER], above[OPTIMIZER], above.get(BETWEEN, 0))
 
     @property
@@ -296,8 +296,8 @@ class CudaPredictor(MemoryPredictor):
             "device": torch.cuda.get_device_name(self.subject.context.device),
             "virtual": is_virtual(),
             "retries": limited.retries,
-            "predicted_here_bytes": self.peak_bytes(split, HERE),
-            "by_hand_peak_bytes": None if self._sums_wide(split) else self._peak(split, "fresh", kept=True),
+            "this_process_peak_bytes": self.peak_bytes(split, THIS_PROCESS),
+            "plain_loop_peak_bytes": None if self._sums_wide(split) else self._peak(split, "new_process", kept=True),
             "keeps_workspaces": self.keeps(split),
             "largest_without_retries": self._largest(largest, expandable=None),
             "largest_with_expandable_segments": self._largest(None, expandable=True),
@@ -313,9 +313,9 @@ class CudaPredictor(MemoryPredictor):
 
         Expandable segments are set before a process begins, so that only a fresh one can have them.
         """
-        if self.evidence.doubt is not None:
+        if self.evidence.fallback_reason is not None:
             return None
-        histories = self.request.histories if expandable is None else ("fresh",)
+        histories = self.request.histories if expandable is None else ("new_process",)
 
         def fits(split: Split) -> bool:
             found = (
@@ -335,17 +335,17 @@ class CudaPredictor(MemoryPredictor):
             "measured_peak_bytes": measured.peak_bytes,
             "resident_peak_bytes": None,
             "allocated_peak_bytes": measured.allocated_bytes,
-            "fresh_pages_share": None,
+            "kernel_time_fraction": None,
             "window_seconds": None if is_virtual() else seconds,
         }
 
     def reasons(self, split: Split) -> dict[str, str]:
         """In reserved bytes."""
         return {
-            "base_bytes": "reserved for the model's parameters and buffers before training",
-            "data_bytes": "none: samples wait on the host, and those of one micro-batch at a time are in its peak",
+            "baseline_bytes": "reserved for the model's parameters and buffers before training",
+            "input_bytes": "none: samples wait on the host, and those of one micro-batch at a time are in its peak",
             "history_bytes": "fragments of what this process had on the device before",
-            "budget_bytes": f"what the caching allocator may reserve, by {self.budget.binds}, less the headroom",
+            "budget_bytes": f"what the allocator may reserve ({self.budget.binding_constraint}), less the headroom",
         }
 
     def notes(self, split: Split) -> list[str]:
@@ -358,10 +358,10 @@ class CudaPredictor(MemoryPredictor):
                 "costs milliseconds, and never again after them. torch may log 'memory allocation failed with OOM' "
                 "each time, though what was asked for comes right after."
             )
-        if not self._sums_wide(split) and not self._fits_in(split, "fresh", kept=True):
+        if not self._sums_wide(split) and not self._fits_in(split, "new_process", kept=True):
             notes.append(
                 "For the Runner: a loop written by hand would come to "
-                f"{show_bytes(self._peak(split, 'fresh', kept=True))} in these micro-batches, and not fit."
+                f"{show_bytes(self._peak(split, 'new_process', kept=True))} in these micro-batches, and not fit."
             )
         if torch.backends.cudnn.benchmark:
             notes.append(
@@ -398,8 +398,8 @@ class CudaPredictor(MemoryPredictor):
 
         Compiled windows are predicted by a ratio; and without a program, by the next larger size that was recorded.
         """
-        expected = self.replayed(split, HERE, self.budget.bytes, kept=measured.kept)
-        if (self.compiled_share != 1 or self.evidence.doubt is not None) and self.holds(measured):
+        expected = self.replayed(split, THIS_PROCESS, self.budget.bytes, kept=measured.kept)
+        if (self.compiled_share != 1 or self.evidence.fallback_reason is not None) and self.holds(measured):
             return None
         retries = expected.retries[: len(measured.retries)]
         if measured.retries != retries:
@@ -410,7 +410,7 @@ class CudaPredictor(MemoryPredictor):
 
     def compared(self, split: Split, measured: device.Measured) -> tuple[int, int]:
         """In reserved bytes."""
-        expected = self.replayed(split, HERE, self.budget.bytes, kept=measured.kept)
+        expected = self.replayed(split, THIS_PROCESS, self.budget.bytes, kept=measured.kept)
         return expected.peak_reserved_bytes, measured.peak_bytes
 
     def holds(self, measured: device.Measured) -> bool:
@@ -455,8 +455,10 @@ class CudaPredictor(MemoryPredictor):
         if measured is None:
             self.compiled_share *= RAN_OUT
             return
-        expected = self.replayed(split, HERE, None, kept=measured.kept).peak_reserved_bytes - self.base_bytes
-        self.compiled_share = max(measured.peak_bytes - self.base_bytes, expected // 10) / expected
+        expected = (
+            self.replayed(split, THIS_PROCESS, None, kept=measured.kept).peak_reserved_bytes - self.baseline_bytes
+        )
+        self.compiled_share = max(measured.peak_bytes - self.baseline_bytes, expected // 10) / expected
 
 
 def look(

@@ -37,7 +37,7 @@ class PlanRequest:
         most: The largest.
         objective: "fewest-steps" or "fastest".
         timing_seconds: How long smaller micro-batches may be timed; None for a part of planning.
-        histories: The processes that the plan has to hold in: a "fresh" one, this one as it is now ("here"), or both.
+        histories: The processes that the plan has to hold in: "new_process", "this_process" as it is now, or both.
         sizes: Micro-batches that the plan's table of peaks has to have.
         dataset_samples: Samples that training data has in one epoch; None where that isn't known.
     """
@@ -49,7 +49,7 @@ class PlanRequest:
     headroom: str | int | None
     least: int
     most: int
-    histories: tuple[str, ...] = ("fresh", "here")
+    histories: tuple[str, ...] = ("new_process", "this_process")
     objective: str = FEWEST_STEPS
     timing_seconds: float | None = None
     sizes: tuple[int, ...] = ()

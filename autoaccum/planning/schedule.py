@@ -58,7 +58,9 @@ def approach(
         _few_samples(subject, evidence, answer, allowed, primes[1] - 1, least)
         return
     if evidence.recordings[0].micro_batch != primes[0] or not allowed(evidence, primes[1]):
-        evidence.doubt = "the budget is too small to record at two primes, so each size was recorded by itself"
+        evidence.fallback_reason = (
+            "the budget is too small to record at two primes, so each size was recorded by itself"
+        )
         return
     add(subject, evidence, _second_size(subject, evidence, answer, allowed, primes[1]))
     for part in subject.device.PARTS:
@@ -71,14 +73,14 @@ def approach(
         before = len(evidence.recordings)
         error = if_it_fits(subject, n, lambda n=n: add(subject, evidence, n))  # type: ignore[misc]
         if len(evidence.recordings) == before:
-            evidence.doubt = f"a recording at {n} samples, which should have fitted, did not"
+            evidence.fallback_reason = f"a recording at {n} samples, which should have fitted, did not"
             return
         last = next(recording for recording in evidence.recordings if recording.micro_batch == n)
         exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
         sure = not exact or (foresaw(program, last) and not may_saturate(evidence.program()))
         if error is not None and error <= subject.device.AGREES_WITHIN and sure:
             return
-    evidence.doubt = doubt_of_last(subject, evidence)
+    evidence.fallback_reason = doubt_of_last(subject, evidence)
 
 
 def small_primes(model: Any) -> tuple[int, int]:
@@ -109,7 +111,7 @@ def _few_samples(
     if not evidence.recordings:
         add(subject, evidence, least)
     if not evidence.has_program:
-        evidence.doubt = "the budget is too small to record at two sizes, so each was recorded by itself"
+        evidence.fallback_reason = "the budget is too small to record at two sizes, so each was recorded by itself"
         return
     found = answer(evidence).micro_batch
     n = min(found, (int(subject.device.MOST_SAMPLES * found) - _samples(subject, evidence)) // 2)

@@ -38,7 +38,7 @@ def solve(predictor: MemoryPredictor) -> Solution | None:
             most=request.most,
             later_floor=predictor.later_floor,
         )
-    most = request.most if predictor.evidence.doubt is None else predictor.evidence.recordings[-1].micro_batch
+    most = request.most if predictor.evidence.fallback_reason is None else predictor.evidence.recordings[-1].micro_batch
     size = largest_micro_batch(predictor.fits, predictor.floor, budget_bytes=budget, most=most, steps=1)
     return Solution((size,), 1) if size >= request.least else None
 
@@ -49,8 +49,8 @@ def guess(predictor: MemoryPredictor) -> schedule.Guess:
     if solution is None:
         return schedule.Guess(0, 0)
     split, samples = solution.split, predictor.request.samples
-    doubt = OPEN_IN_DOUBT if predictor.is_open else IN_DOUBT
-    larger = tuple(int(doubt * size) + 1 for size in split)
+    part = OPEN_IN_DOUBT if predictor.is_open else IN_DOUBT
+    larger = tuple(int(part * size) + 1 for size in split)
     if samples is None or split[0] <= predictor.request.least or predictor.fits(larger):
         return schedule.Guess(split[0], split[0])
     return schedule.Guess(split[0], balanced(samples, len(split) + 1)[0])
@@ -135,7 +135,7 @@ def solve_and_verify(
 def _learn(predictor: MemoryPredictor, n: int, *, last: bool) -> None:
     """Records at the size that surprised; where that is a surprise too, or the second one, gives up on predicting."""
     evidence = predictor.evidence
-    if evidence.doubt is not None:  # it took more than its own recording: leave it out
+    if evidence.fallback_reason is not None:  # it took more than its own recording: leave it out
         evidence.recordings = [r for r in evidence.recordings if r.micro_batch < n] or evidence.recordings[:1]
         evidence.notes = [note for note in evidence.notes if note.micro_batch < n] or evidence.notes[:1]
         predictor.forget()
@@ -143,12 +143,14 @@ def _learn(predictor: MemoryPredictor, n: int, *, last: bool) -> None:
     known = [recording.micro_batch for recording in evidence.recordings]
     near = next((size for size in (schedule.prime_near(n), n) if size > known[-1]), None)
     if near is not None and not _recorded(predictor, near):
-        evidence.doubt = f"a recording at {near} samples, which should have fitted, did not"
-    evidence.doubt = evidence.doubt or schedule.doubt_of_last(predictor.subject, evidence)
-    if last and evidence.doubt is None:
-        evidence.doubt = "windows took another amount of memory than their recordings, so each size was tried by itself"
+        evidence.fallback_reason = f"a recording at {near} samples, which should have fitted, did not"
+    evidence.fallback_reason = evidence.fallback_reason or schedule.doubt_of_last(predictor.subject, evidence)
+    if last and evidence.fallback_reason is None:
+        evidence.fallback_reason = (
+            "windows took another amount of memory than their recordings, so each size was tried by itself"
+        )
     predictor.forget()
-    if evidence.doubt is not None:
+    if evidence.fallback_reason is not None:
         schedule.bracket(
             predictor.subject, evidence, lambda _, size: predictor.is_sure_to_fit(size), predictor.request.most
         )

@@ -65,7 +65,7 @@ def peaks(plan: Plan, rows: Rows, points: Rows) -> Chart | None:
         for point in points
         if (size := point["peak_bytes"]) <= y_most and point["micro_batch"] <= x_most
     ]
-    for name, size in (("base", plan.base_bytes), ("budget", plan.budget.bytes)):
+    for name, size in (("base", plan.baseline_bytes), ("budget", plan.budget.bytes)):
         if size <= y_most:
             marks.append(Mark(name, 0, _percent(size, y_most), show_bytes(size)))
     paths = {"peak": _path(line, x_most, y_most)}
@@ -83,7 +83,7 @@ def timeline(plan: Plan, rows: Rows) -> Chart | None:
     area = _path([(0, 0), *ends, (parts, 0)], parts, y_most) + "Z"
     marks = [
         Mark(name, 0, _percent(size, y_most), show_bytes(size))
-        for name, size in (("base", plan.base_bytes), ("budget", plan.budget.bytes))
+        for name, size in (("base", plan.baseline_bytes), ("budget", plan.budget.bytes))
         if size <= y_most
     ]
     paths = {"area": area, "peak": _path(ends, parts, y_most)}

@@ -42,7 +42,7 @@ def frames(plan: Plan) -> dict[str, pd.DataFrame]:
           micro-batch the fewest steps (`accumulation_steps`, `split`,
           `peak_bytes`, `free_bytes`, `fits`, `passes`, `step_seconds`, `chosen`).
         - `recordings`: `micro_batch`, `passes`, `seconds`, `measured_bytes`, `predicted_bytes`, `error`.
-        - `budget`: `limit`, `bytes`, `why`, `binds`.
+        - `budget`: `limit`, `bytes`, `why`, `is_binding`.
         - `environment`: `name`, `value`.
     """
     import pandas as pd
@@ -93,8 +93,8 @@ def _figures(plan: Plan) -> Rows:
             reasons.get("largest_micro_batch", ""),
         ),
         ("budget", plan.budget.bytes, "bytes", Kind.GIVEN, reasons.get("budget_bytes", "")),
-        ("before training", plan.base_bytes, "bytes", real, reasons.get("base_bytes", "")),
-        ("peak, predicted", plan.predicted_peak_bytes, "bytes", Kind.PREDICTED, plan.binds),
+        ("before training", plan.baseline_bytes, "bytes", real, reasons.get("baseline_bytes", "")),
+        ("peak, predicted", plan.predicted_peak_bytes, "bytes", Kind.PREDICTED, plan.binding_constraint),
     ]
     if plan.measured_peak_bytes is not None:
         rows.append(("peak, measured", plan.measured_peak_bytes, "bytes", real, reasons.get("measured_peak_bytes", "")))
@@ -111,8 +111,8 @@ def _figures(plan: Plan) -> Rows:
 def total_bytes(plan: Plan, row: PeakRow, samples: int | None = None) -> int:
     """What the process comes to with micro-batches of a row's size and the plan's own samples, summed or given."""
     steps = -(-(samples or sum(plan.split)) // row.micro_batch)
-    training = plan.data_bytes + plan.history_bytes + row.peak_bytes(steps)
-    return plan.base_bytes + training + int(plan.slack * training)
+    training = plan.input_bytes + plan.history_bytes + row.peak_bytes(steps)
+    return plan.baseline_bytes + training + int(plan.malloc_overhead * training)
 
 
 def _peaks(plan: Plan) -> Rows:
@@ -129,7 +129,7 @@ def _peaks(plan: Plan) -> Rows:
 
 
 def _points(plan: Plan) -> Rows:
-    held, real = plan.base_bytes + plan.data_bytes, measured(plan)
+    held, real = plan.baseline_bytes + plan.input_bytes, measured(plan)
     rows = [("recorded", note.micro_batch, held + note.measured_bytes, real) for note in plan.recordings]
     rows.append(("chosen", plan.micro_batch, plan.predicted_peak_bytes, Kind.PREDICTED))
     if plan.measured_peak_bytes is not None:
@@ -149,7 +149,7 @@ def _composition(plan: Plan) -> Rows:
 
 
 def _timeline(plan: Plan) -> Rows:
-    held = plan.base_bytes + plan.data_bytes
+    held = plan.baseline_bytes + plan.input_bytes
     return [
         {"part": index, "phase": part.phase, "micro_batch": part.micro_batch}
         | {"position": (i + 0.5) / len(part.bytes), "bytes": held + size, "kind": Kind.PREDICTED}
@@ -236,7 +236,12 @@ def _recordings(plan: Plan) -> Rows:
 
 def _budget(plan: Plan) -> Rows:
     return [
-        {"limit": term.name, "bytes": term.bytes, "why": term.why, "binds": term.name == plan.budget.binds}
+        {
+            "limit": term.name,
+            "bytes": term.bytes,
+            "why": term.why,
+            "is_binding": term.name == plan.budget.binding_constraint,
+        }
         | {"kind": Kind.GIVEN}
         for term in plan.budget.terms
     ]

@@ -16,11 +16,11 @@ def summary(plan: Plan) -> str:
     budget = plan.budget
     lines = [
         ("device", f"{plan.device}, {show_bytes(budget.bytes)} to use ({_limit(plan)})"),
-        ("baseline", f"{show_bytes(plan.base_bytes)} {plan.reasons['base_bytes']}"),
+        ("baseline", f"{show_bytes(plan.baseline_bytes)} {plan.reasons['baseline_bytes']}"),
         ("recorded", _recorded(plan)),
         ("plan", _split(plan)),
         ("peak", _peak(plan)),
-        *([("by hand", _by_hand(plan))] if plan.by_hand_peak_bytes not in (None, plan.predicted_peak_bytes) else []),
+        *([("by hand", _by_hand(plan))] if plan.plain_loop_peak_bytes not in (None, plan.predicted_peak_bytes) else []),
         ("why", _why(plan)),
         ("largest", _largest(plan)),
     ]
@@ -45,7 +45,7 @@ def explain(plan: Plan) -> str:
 
 
 def _limit(plan: Plan) -> str:
-    term = next(term for term in plan.budget.terms if term.name == plan.budget.binds)
+    term = next(term for term in plan.budget.terms if term.name == plan.budget.binding_constraint)
     headroom = f", less {show_bytes(plan.budget.headroom_bytes)} headroom" if plan.budget.headroom_bytes else ""
     return f"{term.why}{headroom}"
 
@@ -77,7 +77,7 @@ def _peak(plan: Plan) -> str:
     told = f"{show_bytes(plan.predicted_peak_bytes)} {'reserved' if plan.on_cuda else 'committed'}, predicted"
     if plan.measured_peak_bytes is None:
         return f"{told}; not verified"
-    here = plan.predicted_here_bytes or plan.predicted_peak_bytes
+    here = plan.this_process_peak_bytes or plan.predicted_peak_bytes
     error = here / plan.measured_peak_bytes - 1
     if here != plan.predicted_peak_bytes:
         told += f", {show_bytes(here)} in the process that planned"
@@ -91,7 +91,7 @@ def _peak(plan: Plan) -> str:
 
 def _by_hand(plan: Plan) -> str:
     return (
-        f"{show_bytes(plan.by_hand_peak_bytes or 0)} predicted for the same window in a loop that isn't the Runner's: "
+        f"{show_bytes(plan.plain_loop_peak_bytes or 0)} predicted for the same window in a plain loop: "
         "cuBLAS keeps its workspaces in it, wherever they came to lie"
     )
 
@@ -133,10 +133,10 @@ def _largest(plan: Plan) -> str:
 def _time(plan: Plan) -> str:
     assert plan.window_seconds is not None
     told = f"{plan.window_seconds:.1f} s per optimizer step, reckoned from the verification, {_place(plan)}"
-    if plan.mmap_threshold_bytes is None or plan.fresh_pages_share is None:
+    if plan.mmap_threshold_bytes is None or plan.kernel_time_fraction is None:
         return told
     return (
-        f"{told}; the kernel took {plan.fresh_pages_share:.0%} of it, mostly for fresh pages: the price of predictable "
+        f"{told}; the kernel used {plan.kernel_time_fraction:.0%} of it, for new pages: the price of predictable "
         f"memory (blocks from {show_bytes(plan.mmap_threshold_bytes)} on are mapped; --malloc default is faster)"
     )
 
@@ -158,20 +158,20 @@ def _budget(plan: Plan) -> list[str]:
 
 
 def _phases(plan: Plan) -> list[str]:
-    lines = [f"peak of each phase (predicted; {plan.binds} binds)"]
-    lines.append(f"  {'baseline':<20}{show_bytes(plan.base_bytes):>12}  {plan.reasons['base_bytes']}")
-    lines.append(f"  {'data':<20}{show_bytes(plan.data_bytes):>12}  {plan.reasons['data_bytes']}")
+    lines = [f"peak of each phase (predicted; {plan.binding_constraint} binds)"]
+    lines.append(f"  {'baseline':<20}{show_bytes(plan.baseline_bytes):>12}  {plan.reasons['baseline_bytes']}")
+    lines.append(f"  {'data':<20}{show_bytes(plan.input_bytes):>12}  {plan.reasons['input_bytes']}")
     if plan.history_bytes:
         lines.append(f"  {'history':<20}{show_bytes(plan.history_bytes):>12}  {plan.reasons['history_bytes']}")
-    if plan.slack:
+    if plan.malloc_overhead:
         extra = plan.predicted_peak_bytes - max(plan.phases.values()) - plan.history_bytes
-        lines.append(f"  {'slack':<20}{show_bytes(extra):>12}  {plan.reasons['slack']}")
+        lines.append(f"  {'malloc overhead':<20}{show_bytes(extra):>12}  {plan.reasons['malloc_overhead']}")
     if "predicted_peak_bytes" in plan.reasons:
         lines.append(
             f"  {'in all':<20}{show_bytes(plan.predicted_peak_bytes):>12}  {plan.reasons['predicted_peak_bytes']}"
         )
     for name, size in plan.phases.items():
-        above = show_bytes(size - plan.base_bytes - plan.data_bytes)
+        above = show_bytes(size - plan.baseline_bytes - plan.input_bytes)
         lines.append(f"  {PHASE_TITLES[name]:<20}{show_bytes(size):>12}  {above} above these")
     return lines
 

@@ -83,7 +83,7 @@ const whatIf = (() => {
     const later = split.steps > 1 ? Math.max(second[2], last[2]) : 0;
     const window = Math.max(first[1], later, last[3], last[4]);
     const training = dataBytes(table, samples) + table.history_bytes + window;
-    return table.base_bytes + training + Math.trunc(table.slack * training);
+    return table.baseline_bytes + training + Math.trunc(table.malloc_overhead * training);
   };
 
   const answer = (table, target, budget) => {

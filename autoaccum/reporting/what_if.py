@@ -47,9 +47,9 @@ class Table:
 
     Attributes:
         rows: Peaks by micro-batch, above base and data; ascending. Not empty.
-        base_bytes: What the process takes before it trains.
+        baseline_bytes: What the process takes before it trains.
         history_bytes: What the planning process's history adds.
-        slack: Part of what training takes that is reckoned on top.
+        malloc_overhead: Part of what training takes that is reckoned on top.
         sample_bytes: What each sample of the window takes; 0 where they are not held in this memory.
         world_size: Ranks that share the target.
         least: The smallest micro-batch allowed.
@@ -58,9 +58,9 @@ class Table:
     """
 
     rows: tuple[PeakRow, ...]
-    base_bytes: int
+    baseline_bytes: int
     history_bytes: int
-    slack: float
+    malloc_overhead: float
     sample_bytes: int
     world_size: int
     least: int
@@ -77,7 +77,7 @@ class Table:
         index = bisect.bisect_left(self.sizes, micro_batch)
         return self.rows[index] if index < len(self.rows) else None
 
-    def data_bytes(self, samples: int) -> int:
+    def input_bytes(self, samples: int) -> int:
         """What a window's samples take."""
         return mapping_bytes(samples * self.sample_bytes) if self.sample_bytes else 0
 
@@ -94,8 +94,8 @@ class Table:
         if first is None or second is None or last is None:
             return None
         window = window_peak_bytes(first, second, last, steps)
-        training = self.data_bytes(samples) + self.history_bytes + window
-        return self.base_bytes + training + int(self.slack * training)
+        training = self.input_bytes(samples) + self.history_bytes + window
+        return self.baseline_bytes + training + int(self.malloc_overhead * training)
 
     def peak_of_shape(self, shape: Shape) -> int | None:
         """The same of a window that is known by its shape."""
@@ -140,15 +140,15 @@ def table_of(plan: Plan) -> Table | None:
     """The table of a plan; None where the plan has no peaks."""
     if not plan.peaks:
         return None
-    per_sample = plan.sample_bytes or -(-plan.data_bytes // sum(plan.split))
+    per_sample = plan.sample_bytes or -(-plan.input_bytes // sum(plan.split))
     return Table(
         rows=tuple(sorted(plan.peaks, key=lambda row: row.micro_batch)),
-        base_bytes=plan.base_bytes,
+        baseline_bytes=plan.baseline_bytes,
         history_bytes=plan.history_bytes,
-        slack=plan.slack,
-        sample_bytes=per_sample if plan.data_bytes else 0,
+        malloc_overhead=plan.malloc_overhead,
+        sample_bytes=per_sample if plan.input_bytes else 0,
         world_size=plan.world_size,
-        least=plan.smallest_micro_batch,
+        least=plan.min_micro_batch,
         most=plan.micro_batch if plan.objective == FASTEST else plan.max_micro_batch,
         chosen=Chosen(plan.target_batch, plan.budget.bytes, _runs(plan.split), plan.predicted_peak_bytes),
     )

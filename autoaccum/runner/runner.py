@@ -95,7 +95,7 @@ class Runner:
         self._ignored_told = self._rechecked = self._in_window = False
         self._drift = peak_monitor.PeakMonitor(self.context.device, plan)
         self._still, self._changes = Still(self.context), Changes(self.context)
-        self._least = max(plan.smallest_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
+        self._least = max(plan.min_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
         if not self.context.model.training:
             self.context.model.train()
         self._refuse_and_warn()

@@ -83,18 +83,18 @@ def whole(
     parts: Mapping[str, Mapping[str, int]],
     phases: Mapping[str, int],
     *,
-    base_bytes: int,
+    baseline_bytes: int,
     parameter_bytes: int,
-    data_bytes: int,
+    input_bytes: int,
 ) -> dict[str, dict[str, int]]:
     """The same for the whole process: with its base, and with what the allocator takes beyond what is alive.
 
     Args:
         parts: From `composition`.
         phases: The peak of each phase, base and data included.
-        base_bytes: What the process takes before it trains, its parameters included.
+        baseline_bytes: What the process takes before it trains, its parameters included.
         parameter_bytes: Parameters and buffers.
-        data_bytes: The window's samples, where they are held outside of the recording.
+        input_bytes: The window's samples, where they are held outside of the recording.
 
     Returns:
         By phase's name, bytes by category in the order of `CATEGORIES`; they sum to the phase's peak.
@@ -102,9 +102,9 @@ def whole(
     found = {}
     for name, peak in phases.items():
         held = dict.fromkeys(CATEGORIES, 0) | dict(parts.get(name, {}))
-        held[PARAMETERS] = min(parameter_bytes, base_bytes)
-        held[PROCESS] = base_bytes - held[PARAMETERS]
-        held[DATA] += data_bytes
+        held[PARAMETERS] = min(parameter_bytes, baseline_bytes)
+        held[PROCESS] = baseline_bytes - held[PARAMETERS]
+        held[DATA] += input_bytes
         held[CACHED] = peak - sum(held.values())
         found[name] = {kind: held[kind] for kind in CATEGORIES if held[kind]}
     return found

@@ -121,7 +121,7 @@ def freed_bytes(plan: Plan, micro_batch: int) -> int | None:
         return None
     samples = sum(plan.split)
     own, other = (rows[n].peak_bytes(-(-samples // n)) for n in (plan.micro_batch, micro_batch))
-    return int((1 + plan.slack) * (own - other))
+    return int((1 + plan.malloc_overhead) * (own - other))
 
 
 def told(plan: Plan) -> str | None:

@@ -102,7 +102,7 @@ def _plan(
         )  # fmt: skip
     workload = change(load_workload(source))
     request = read_request(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
-    request = replace(request, histories=("fresh",), sizes=sizes, timing_seconds=0.0)  # tuning times on its own
+    request = replace(request, histories=("new_process",), sizes=sizes, timing_seconds=0.0)  # tuning times on its own
     setting = replace(setting_for(next(workload.model.parameters()).device), progress=progress)
     return plan_in(setting, workload, request, verify=verify, check=verify, malloc=malloc)
 

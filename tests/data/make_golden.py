@@ -100,7 +100,7 @@ def record(name: str, device: Any) -> dict[str, Any]:
     observe.scout(subject, evidence)
     for n in sizes:
         observe.add(subject, evidence, n)
-    assert evidence.first_step is not None and evidence.doubt is None
+    assert evidence.first_step is not None and evidence.fallback_reason is None
     subject.context.model.zero_grad(set_to_none=True)
     found: dict[str, Any] = {
         "device": device.name,

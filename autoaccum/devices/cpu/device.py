@@ -31,7 +31,7 @@ __all__ = [
     "Base",
     "Measured",
     "clean",
-    "data_bytes",
+    "input_bytes",
     "measure",
     "name",
     "prepare",
@@ -56,14 +56,14 @@ class Measured:
     """What a real run took, in bytes above where it began.
 
     Attributes:
-        base_bytes: Committed bytes where it began.
+        baseline_bytes: Committed bytes where it began.
         increment_bytes: Committed bytes above that.
         resident_bytes: The most of the whole process that was resident at once.
         seconds: What it took.
         system_share: Part of the processor time that the kernel took.
     """
 
-    base_bytes: int
+    baseline_bytes: int
     increment_bytes: int
     resident_bytes: int
     seconds: float
@@ -197,7 +197,7 @@ def _unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, thr
     return max([0, *seen])
 
 
-def data_bytes(tensor_bytes: int) -> int:
+def input_bytes(tensor_bytes: int) -> int:
     """What the window's own samples take: they lie in the same memory."""
     return mapping_bytes(tensor_bytes)
 
@@ -214,8 +214,8 @@ def measure(work: Callable[[], None]) -> Measured:
     system = max(0.0, after.ru_stime - before.ru_stime - own_system)
     user = max(0.0, after.ru_utime - before.ru_utime - own_user)
     return Measured(
-        base_bytes=sampler.base_bytes,
-        increment_bytes=sampler.committed_peak_bytes - sampler.base_bytes,
+        baseline_bytes=sampler.baseline_bytes,
+        increment_bytes=sampler.committed_peak_bytes - sampler.baseline_bytes,
         resident_bytes=sampler.resident_peak_bytes,
         seconds=seconds,
         system_share=system / max(system + user, 1e-9),

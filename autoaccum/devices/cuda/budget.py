@@ -273,16 +273,16 @@ def shrunk_since(planned: Budget, now: Budget, *, margin: float = 0.0) -> str | 
     """
     before, after = ({term.name: term for term in budget.terms} for budget in (planned, now))
     to_come = 0
-    if CONTEXT in before and CONTEXT in after and now.binds != FRACTION:
+    if CONTEXT in before and CONTEXT in after and now.binding_constraint != FRACTION:
         to_come = max(0, before[CONTEXT].bytes - after[CONTEXT].bytes)
     there = max(0, now.limit_bytes - to_come)
     needed = int(planned.bytes * (1 - margin))
     if there >= needed:
         return None
     told = f"The plan is for {show_bytes(planned.bytes)}, and only {show_bytes(there)} can be had now"
-    if now.binds != planned.binds:
-        return f"{told}: {now.binds} binds now, {after[now.binds].why}."
+    if now.binding_constraint != planned.binding_constraint:
+        return f"{told}: {now.binding_constraint} binds now, {after[now.binding_constraint].why}."
     grown = after[OTHERS].bytes - before[OTHERS].bytes if OTHERS in before and OTHERS in after else 0
     if grown > 0:
         return f"{told}. Other processes hold {show_bytes(grown)} more than then: {after[OTHERS].why}."
-    return f"{told}: {after[now.binds].why}."
+    return f"{told}: {after[now.binding_constraint].why}."
