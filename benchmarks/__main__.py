@@ -1,8 +1,10 @@
-"""`python -m benchmarks [--quick] [--only PART] [--against OLD.json]`: the project's benchmarks, one after the other.
+"""Run the project's benchmarks, one part after the other.
+
+`python -m benchmarks [--quick] [--only PART] [--against OLD.json]`.
 
 Writes benchmarks/results/<date>-<machine>.json, .md and .html, and each part's rows as .csv. Each figure says how it
-came to be and how far its repeats spread; with --against, two runs are compared, and what can't be told because a
-figure is unstable is said.
+was obtained and how far its repeats spread; --against compares two runs, and warns where a figure is too unstable to
+compare.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ CHANGES = ("figure", "before", "now", "change", "verdict")
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on."""
+    """Return what the figures are measured on."""
     import torch
 
     processor = Path("/proc/cpuinfo").read_text().splitlines()
@@ -55,7 +57,7 @@ def _commit() -> str:
 
 
 def run_part(name: str, *, quick: bool) -> dict[str, Any]:
-    """One part, in a process of its own; what it says on the way goes to stderr."""
+    """Run one part in a separate process; its progress goes to stderr."""
     command = [sys.executable, "-m", "benchmarks.parts", name, *(["--quick"] if quick else [])]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     lines = out.stdout.strip().splitlines()
@@ -67,53 +69,54 @@ def run_part(name: str, *, quick: bool) -> dict[str, Any]:
 
 
 def results(names: list[str], *, quick: bool) -> Iterator[dict[str, Any]]:
-    """What there is after each part, as it is written to JSON: the last one is all of it."""
-    told = {"kind": "autoaccum benchmarks", "schema_version": 1, "date": str(datetime.date.today()), "quick": quick}
+    """Yield the results after each part, as they are written to JSON.
+
+    The last ones are complete.
+    """
+    header = {"kind": "autoaccum benchmarks", "schema_version": 1, "date": str(datetime.date.today()), "quick": quick}
     facts, parts = machine(), []
     for number, name in enumerate(names, 1):
         print(f"-- {name} ({number} of {len(names)})", file=sys.stderr, flush=True)
         parts.append(run_part(name, quick=quick))
-        yield told | {"machine": facts, "parts": list(parts), "left": names[number:]}
+        yield header | {"machine": facts, "parts": list(parts), "left": names[number:]}
 
 
-def figures_of(told: dict[str, Any]) -> list[Figure]:
+def figures_of(run: dict[str, Any]) -> list[Figure]:
     """Every figure of a run, its part before its name."""
     found = []
-    for part in told["parts"]:
+    for part in run["parts"]:
         for each in part["figures"]:
             found.append(read_figure(each | {"name": f"{part['name']}: {each['name']}"}))
     return found
 
 
-def changes_since(old: dict[str, Any], told: dict[str, Any]) -> list[Change]:
-    """Every figure of the parts that both runs have; what wasn't run this time isn't "gone"."""
-    ran = {part["name"] for part in told["parts"] if not part["skipped"]}
-    return compare(
-        figures_of(old | {"parts": [part for part in old["parts"] if part["name"] in ran]}), figures_of(told)
-    )
+def changes_since(old: dict[str, Any], run: dict[str, Any]) -> list[Change]:
+    """Compare the figures of the parts that both runs ran."""
+    ran = {part["name"] for part in run["parts"] if not part["skipped"]}
+    return compare(figures_of(old | {"parts": [part for part in old["parts"] if part["name"] in ran]}), figures_of(run))
 
 
-def warnings_of(told: dict[str, Any], changes: list[Change]) -> list[str]:
-    """What a reader should not rely on."""
-    unstable = [figure for figure in figures_of(told) if figure.is_unstable]
+def warnings_of(run: dict[str, Any], changes: list[Change]) -> list[str]:
+    """Return what a reader should not rely on."""
+    unstable = [figure for figure in figures_of(run) if figure.is_unstable]
     warned = [
-        f"unstable: {figure.name}: {_told(figure)}, {figure.low:.3g} to {figure.high:.3g} in {figure.repeats} repeats"
+        f"unstable: {figure.name}: {_shown(figure)}, {figure.low:.3g} to {figure.high:.3g} in {figure.repeats} repeats"
         for figure in unstable
     ]
     warned += [
-        f"not told apart, unstable: {change.name}: {change.told}" for change in changes if change.verdict == "unstable"
+        f"too unstable to compare: {change.name}: {change.told}" for change in changes if change.verdict == "unstable"
     ]
     warned += [f"changed: {change.name}: {change.told}" for change in changes if change.verdict == "changed"]
-    warned += [f"{part['name']} {part['skipped']}" for part in told["parts"] if part.get("failed")]
-    return warned + ([f"not run yet: {', '.join(told['left'])}"] if told.get("left") else [])
+    warned += [f"{part['name']} {part['skipped']}" for part in run["parts"] if part.get("failed")]
+    return warned + ([f"not run yet: {', '.join(run['left'])}"] if run.get("left") else [])
 
 
-def page(told: dict[str, Any], changes: list[Change], against: str | None, command: str) -> Sheet:
-    """The results in the form of a report."""
-    parts = told["parts"]
+def page(run: dict[str, Any], changes: list[Change], against: str | None, command: str) -> Sheet:
+    """Build the report of the results."""
+    parts = run["parts"]
     ran = [part for part in parts if not part["skipped"]]
     count = sum(len(part["figures"]) for part in ran)
-    unstable = sum(figure.is_unstable for figure in figures_of(told))
+    unstable = sum(figure.is_unstable for figure in figures_of(run))
     left_out = len(parts) - len(ran)
     skipped = f", {left_out} {'was' if left_out == 1 else 'were'} skipped or failed" if left_out else ""
     minutes = sum(part["seconds"] for part in ran) / 60
@@ -125,15 +128,15 @@ def page(told: dict[str, Any], changes: list[Change], against: str | None, comma
     sections = [_section(part) for part in parts]
     if against is not None:
         sections.insert(0, _changes(changes, against))
-    sections.append(_figures(told))
+    sections.append(_figures(run))
     return Sheet(
         what="autoaccum benchmarks",
-        title=f"{told['date']}{', quick' if told['quick'] else ''}",
+        title=f"{run['date']}{', quick' if run['quick'] else ''}",
         answer=answer,
         tiles=(),
         sections=tuple(sections),
-        facts=tuple(told["machine"].items()),
-        notes=tuple(warnings_of(told, changes)),
+        facts=tuple(run["machine"].items()),
+        notes=tuple(warnings_of(run, changes)),
         command=command,
     )
 
@@ -160,20 +163,20 @@ def _section(part: dict[str, Any]) -> Section:
     )
 
 
-def _figures(told: dict[str, Any]) -> Section:
+def _figures(run: dict[str, Any]) -> Section:
     rows = [
-        (figure.name, _told(figure), f"{figure.low:.4g} to {figure.high:.4g}", str(figure.repeats), figure.kind,
+        (figure.name, _shown(figure), f"{figure.low:.4g} to {figure.high:.4g}", str(figure.repeats), figure.kind,
          "unstable" if figure.is_unstable else "")
-        for figure in figures_of(told)
+        for figure in figures_of(run)
     ]  # fmt: skip
-    lead = "What --against compares: the median of the repeats, their lowest and highest, and how each came to be."
+    lead = "What --against compares: the median of the repeats, their lowest and highest, and how each was obtained."
     head = ("figure", "value", "lowest to highest", "repeats", "kind", "stability")
     return Section("figures", "Figures", lead, head, tuple(rows), frozenset({"value", "repeats"}))
 
 
 def _changes(changes: list[Change], against: str) -> Section:
     rows = tuple(
-        (change.name, _told(change.old), _told(change.new), change.told, change.verdict)
+        (change.name, _shown(change.old), _shown(change.new), change.told, change.verdict)
         for change in sorted(changes, key=lambda change: ("changed", "unstable").count(change.verdict), reverse=True)
     )
     count = {
@@ -181,13 +184,13 @@ def _changes(changes: list[Change], against: str) -> Section:
     }
     lead = (
         f"Against {against}: {count['changed']} changed, {count['same']} the same, {count['unstable']} too unstable to "
-        "tell. Figures with repeats have changed where their ranges don't overlap; others where they differ by over "
-        "2 %; of a time that was taken once nothing is told."
+        "compare. Figures with repeats have changed where their ranges don't overlap; others where they differ by over "
+        "2 %; a time that was taken once is not compared."
     )
     return Section("changes", "Compared with an earlier run", lead, CHANGES, rows, frozenset({"before", "now"}))
 
 
-def _told(figure: Figure | None) -> str:
+def _shown(figure: Figure | None) -> str:
     return "\u2013" if figure is None else f"{figure.value:.4g} {figure.unit}"
 
 
@@ -199,34 +202,34 @@ def _cell(value: Any) -> str:
     return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def write(told: dict[str, Any], changes: list[Change], against: str | None, stem: Path, command: str) -> None:
-    """A page in three forms, and each part's rows as CSV."""
+def write(run: dict[str, Any], changes: list[Change], against: str | None, stem: Path, command: str) -> None:
+    """Write the report in three forms, and each part's rows as CSV."""
     import pandas
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
-    made = page(told, changes, against, command)
+    stem.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n")
+    made = page(run, changes, against, command)
     for suffix in (".md", ".html"):
         stem.with_suffix(suffix).write_text(table_page.render(made, suffix))
-    for part in told["parts"]:
+    for part in run["parts"]:
         if part["rows"]:
             rows = pandas.DataFrame(part["rows"])
             rows.to_csv(stem.with_name(f"{stem.name}-{part['name']}.csv"), index=False, float_format="%.5g")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """An earlier run's JSON."""
+    """Read an earlier run's JSON."""
     try:
-        told: dict[str, Any] = json.loads(path.read_text())
+        run: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} can't be read: {error}") from None
-    if told.get("kind") != "autoaccum benchmarks":
-        raise SystemExit(f"{path} is no result of `python -m benchmarks`.")
-    return told
+    if run.get("kind") != "autoaccum benchmarks":
+        raise SystemExit(f"{path} is not a result of `python -m benchmarks`.")
+    return run
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few minutes: few models, few repeats")
     parser.add_argument("--only", action="append", choices=list(PARTS), help="this part; may be given several times")
@@ -239,14 +242,14 @@ def main() -> None:
     today = str(datetime.date.today())
     stem = args.results / "-".join([today, args.name, *(["quick"] if args.quick else []), *(args.only or [])])
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-    for told in results(names, quick=args.quick):  # after each part, so that none is lost where a later one is
-        changes = changes_since(old, told) if old is not None else []
-        write(told, changes, args.against and args.against.name, Path(f"{stem}.json").with_suffix(""), command)
+    for run in results(names, quick=args.quick):  # after each part, so that none is lost where a later one is
+        changes = changes_since(old, run) if old is not None else []
+        write(run, changes, args.against and args.against.name, Path(f"{stem}.json").with_suffix(""), command)
     print(Path(f"{stem}.md").read_text())
-    for text in warnings_of(told, changes):
+    for text in warnings_of(run, changes):
         print(f"warning: {text}", file=sys.stderr)
     print(f"wrote {stem}.json, .md, .html and .csv", file=sys.stderr)
-    sys.exit(any(part.get("failed") for part in told["parts"]))
+    sys.exit(any(part.get("failed") for part in run["parts"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models out of a seeded generator: depth, width and kinds of layers by chance, so that nobody chose them."""
+"""Models from a seeded generator: random depth, width and kinds of layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .models import Block
 
 
 class Scratch(torch.autograd.Function):
-    """Does nothing but ask for a workspace that steps with the size of its input, forward and backward."""
+    """Allocate a workspace that grows in steps with its input's size.
+
+    Forward and backward; it computes nothing.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step_bytes: int) -> Tensor:
@@ -24,19 +27,22 @@ class Scratch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The same."""
+        """Allocate the same again."""
         _workspace(gradients[0], ctx.step_bytes)
         return gradients[0], None
 
 
 def _workspace(x: Tensor, step_bytes: int) -> None:
-    """A tile of scratch for each step's worth of input, at most sixteen of them."""
+    """Allocate one tile for each step's worth of input, sixteen at most."""
     tiles = min(16, -(-x.nbytes // step_bytes))
     torch.empty(tiles * step_bytes, dtype=torch.uint8, device=x.device)
 
 
 class Convolution(nn.Module):
-    """(B, C, H, W) to the same, with a norm, and where asked for a workspace that steps."""
+    """Map (B, C, H, W) to the same shape: convolution and norm.
+
+    With `step_bytes`, a workspace that grows in steps is allocated first.
+    """
 
     def __init__(self, width: int, kernel: int, norm: str, step_bytes: int) -> None:
         super().__init__()
@@ -45,7 +51,7 @@ class Convolution(nn.Module):
         self.step_bytes = step_bytes
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+        """Keep the shape."""
         y = Scratch.apply(x, self.step_bytes) if self.step_bytes else x
         return F.relu(self.norm(self.convolution(y)))
 
@@ -58,19 +64,22 @@ class Residual(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+        """Keep the shape."""
         return x + self.inner(x)
 
 
 class Gated(nn.Module):
-    """A gated recurrence by hand: (B, T, C) to the same, a step for each position."""
+    """Map (B, T, C) to the same shape by a gated recurrence.
+
+    It is written as a loop with one iteration for each position.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gates, self.state = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+        """Keep the shape."""
         h, found = x[:, 0], []
         for position in range(x.shape[1]):
             a, b, c = self.gates(x[:, position]).chunk(3, 1)
@@ -95,7 +104,7 @@ class Generated(nn.Module):
 
 
 def model(seed: int, *, stepping: bool) -> tuple[nn.Module, Any]:
-    """A model and a batch of two samples for it.
+    """Return a model and a batch of two samples for it.
 
     Args:
         seed: Chooses depth, width and layers.

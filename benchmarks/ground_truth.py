@@ -1,4 +1,6 @@
-"""`python -m benchmarks.ground_truth DATA.csv`: memory that others measured on real GPUs, predicted on a virtual one.
+"""Predict on a virtual GPU what others measured on real ones.
+
+`python -m benchmarks.ground_truth DATA.csv`.
 
 The file has a row for each run of a benchmark of milabench (`gpu`, `bench`, `batch_size`, `memory_mib_median`,
 `near_capacity`): the most memory that NVML said was used. Each benchmark's own training loop (`benchmarks.ground`) is
@@ -7,7 +9,7 @@ taken from one benchmark and applied to all others as it is: the driver's own me
 
 The packages should be those that were measured (docs/ground-truth.md): other versions reserve other memory.
 
-What was looked at while the loops were written is told apart from what was held out.
+Rows that were looked at while the loops were written are kept apart from those that were held out.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ MIB = 2**20
 LARGE_BYTES = 10 * 10**9
 NEAR_MIB = 400
 CONSTANT_FROM = ("H100", "bert-fp32")
-# benchmarks/LOG.md, before the first run; two were moved there after it: lightning's, to tell which convolutions turn
+# benchmarks/LOG.md, before the first run; two were moved there after it: lightning's, to find which convolutions turn
 # tensors, and Reformer's, to find that the order of addresses counts
 DEVELOPMENT = (CONSTANT_FROM, *(("H100", bench) for bench in ("resnet50", "regnet_y_128gf", "lightning", "reformer")))
 # milabench's pins at dc0617d1 (benchmarks/*/requirements.cuda.txt, benchmarks/timm/benchfile.py)
@@ -72,7 +74,10 @@ DEVICES = {"H100": Device(find_gpu("h100-80gb"), 81_559), "H200": Device(find_gp
 
 
 def reserved(data: pandas.DataFrame) -> Iterator[dict[str, Any]]:
-    """What PyTorch's allocator reserves for each row, in a process of its own on the virtual GPU."""
+    """Yield what PyTorch's allocator reserves for each row.
+
+    Each row is trained in a separate process on the virtual GPU.
+    """
     for name, rows in data.groupby("gpu", sort=False):
         settings = replace(virtual_settings(DEVICES[str(name)].gpu), copies="zero", addresses="down")
         asked = [json.dumps([row.bench, int(row.batch_size)]) for row in rows.itertuples()]
@@ -115,17 +120,17 @@ def predict(data: pandas.DataFrame) -> tuple[pandas.DataFrame, float, str]:
         differences = source.memory_mib_median - source.reserved_mib
         constant = float(differences.median())
         spread = f"{differences.min():.0f} to {differences.max():.0f}"
-        told = f"the median of {len(source)} rows of {bench} on {gpu} ({spread} MiB), applied to all others as it is"
+        origin = f"the median of {len(source)} rows of {bench} on {gpu} ({spread} MiB), applied to all others as it is"
     else:
         device = DEVICES[gpu]
         constant = device.driver_mib + (device.gpu.context_bytes + device.gpu.library_bytes) / MIB
-        told = f"`autoaccum.devices.cuda.gpu_specs`, since no row is of {bench} on {gpu}"
+        origin = f"`autoaccum.devices.cuda.gpu_specs`, since no row is of {bench} on {gpu}"
     driver = found.gpu.map(lambda name: DEVICES[name].driver_mib - DEVICES[gpu].driver_mib)
     found["predicted_mib"] = found.reserved_mib + constant + driver
     found["error_mib"] = found.predicted_mib - found.memory_mib_median
     found["error_percent"] = 100 * found.error_mib / found.memory_mib_median
     found["set"] = ["development" if (row.gpu, row.bench) in DEVELOPMENT else "held out" for row in found.itertuples()]
-    return found, constant, told
+    return found, constant, origin
 
 
 def summary(found: pandas.DataFrame) -> pandas.DataFrame:
@@ -165,21 +170,21 @@ def _errors(rows: pandas.DataFrame) -> dict[str, Any]:
 
 
 def versions() -> str:
-    """The packages whose code is run, and where the measurements had others."""
+    """Return the versions that ran, and the measured ones where they differ."""
     from importlib.metadata import PackageNotFoundError, version
 
-    told = []
+    texts = []
     for package, measured in MEASURED_WITH.items():
         try:
             found = version(package)
-            told.append(f"{package} {found}" + ("" if found == measured else f" (measured with {measured})"))
+            texts.append(f"{package} {found}" + ("" if found == measured else f" (measured with {measured})"))
         except PackageNotFoundError:
-            told.append(f"no {package}")
-    return ", ".join(told)
+            texts.append(f"{package} is not installed")
+    return ", ".join(texts)
 
 
-def report(found: pandas.DataFrame, constant: float, told: str, left_out: str) -> str:
-    """The result in words and tables."""
+def report(found: pandas.DataFrame, constant: float, origin: str, left_out: str) -> str:
+    """Write the result as text and tables."""
     misses = found[~found.near_capacity & (found.error_percent.abs() > 4) & (found.error_mib.abs() > NEAR_MIB)]
     columns = ["gpu", "bench", "batch_size", "memory_mib_median", "predicted_mib", "error_mib", "error_percent"]
     near = found[found.near_capacity]
@@ -189,7 +194,7 @@ def report(found: pandas.DataFrame, constant: float, told: str, left_out: str) -
         "(mila-iqia/milabench, config/scaling, MIT), NVML's used memory, torch 2.6.0, spring 2025. *Predicted*: what "
         "its training loops reserve of the *real allocator on a virtual GPU*, and a constant.\n\n"
         f"- run with {versions()}\n"
-        f"- the constant: {constant:.0f} MiB on H100: {told}; on H200 it differs by what NVML's totals differ from "
+        f"- the constant: {constant:.0f} MiB on H100: {origin}; on H200 it differs by what NVML's totals differ from "
         f"CUDA's ({DEVICES['H200'].driver_mib - DEVICES['H100'].driver_mib:+.0f} MiB)\n"
         f"- development: {', '.join(f'{bench} on {gpu}' for gpu, bench in DEVELOPMENT)}; all else was held out\n"
         f"- left out: {left_out or 'none'}\n"
@@ -203,7 +208,7 @@ def report(found: pandas.DataFrame, constant: float, told: str, left_out: str) -
 
 
 def read(path: Path) -> tuple[pandas.DataFrame, str]:
-    """The rows that can be predicted, and which can't."""
+    """Read the rows; return those that can be predicted, and the rest."""
     from .ground import models
 
     data = pandas.read_csv(path)
@@ -216,7 +221,7 @@ def read(path: Path) -> tuple[pandas.DataFrame, str]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the measurements: a csv file")
     parser.add_argument("--bench", action="append", help="of these benchmarks only")
@@ -224,7 +229,7 @@ def main() -> None:
     args = parser.parse_args()
     reason = virtual.available()
     if reason is not None:
-        raise SystemExit(f"There is no virtual GPU here: {reason}")
+        raise SystemExit(f"The virtual GPU is not available here: {reason}")
     if not args.data.is_file():
         raise SystemExit(f"There is no file {args.data}: name a csv file of measurements.")
     data, left_out = read(args.data)
@@ -232,8 +237,8 @@ def main() -> None:
         data = data[data.bench.isin(args.bench)].reset_index(drop=True)
     if not len(data):
         raise SystemExit(f"None of its rows can be predicted: {left_out or 'it has none'}.")
-    found, constant, told = predict(data)
-    text = report(found, constant, told, left_out)
+    found, constant, origin = predict(data)
+    text = report(found, constant, origin, left_out)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"{DATE}-ground-truth"
     columns = ["gpu", "bench", "batch_size", "set", "near_capacity", "memory_mib_median", "reserved_mib"]

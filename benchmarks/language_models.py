@@ -1,4 +1,6 @@
-"""`python -m benchmarks.language_models`: plans of language models with small and large vocabularies, then trained.
+"""Plan language models with small and large vocabularies, then train them.
+
+`python -m benchmarks.language_models`.
 
 The logits of such a model are one block of hundreds of MiB, so whether a window fits hangs on where few blocks come to
 lie in the caching allocator. Each model is planned on a virtual GPU of its own memory, and then trained in the planned
@@ -92,12 +94,15 @@ class Case:
 
     @property
     def same_numbers(self) -> bool:
-        """Whether a plain loop computes the same: its sums aren't in fp32 where parameters are in bf16."""
+        """Whether a plain loop computes the same sums.
+
+        It doesn't where parameters are in bf16, whose sums it keeps in bf16.
+        """
         return self.precision != "bf16" or self.accumulate != "fp32"
 
 
 def case(seed: int) -> Case:
-    """A language model out of a seed; the first are those that were found wanting."""
+    """Return a seed's language model; the first ones once had faults."""
     if seed < len(FOUND):
         return FOUND[seed]
     chance = random.Random(f"language model {seed}")
@@ -125,7 +130,7 @@ FOUND = (
 
 
 def workload(of: Case, model: torch.nn.Module) -> Workload:
-    """The case, with a sample of eight rows."""
+    """Return the case as a workload with a sample of eight rows."""
     ids = torch.ones(8, of.tokens, dtype=torch.long)
     batch: Any = (ids, ids.clone()) if of.own_loss else {"input_ids": ids, "labels": ids.clone()}
     if of.padded:
@@ -151,7 +156,7 @@ def own_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def make(of: Case) -> torch.nn.Module:
-    """The model on the CPU, of pages that nobody writes to."""
+    """Make the model on the CPU, in pages that nobody writes to."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -169,7 +174,7 @@ def make(of: Case) -> torch.nn.Module:
 
 
 def planned(of: Case, model: torch.nn.Module) -> dict[str, Any]:
-    """The plan, and what the allocator counted until it was there."""
+    """Plan the case; return the plan and the allocator's counters."""
     started = time.perf_counter()
     try:
         plan = fit_plan(workload(of, model.cuda()), target_batch=of.target, check=False)
@@ -192,7 +197,7 @@ def planned(of: Case, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def trained(of: Case, model: torch.nn.Module, split: Sequence[int], keeps: bool, *, by_hand: bool) -> dict[str, Any]:
-    """What windows of a split come to in a fresh process."""
+    """Train windows of a split in a fresh process; return their memory."""
     work = workload(of, model.cuda())
     context = step.open_context(work)
     context.keeps_workspaces = keeps
@@ -212,7 +217,7 @@ def trained(of: Case, model: torch.nn.Module, split: Sequence[int], keeps: bool,
 
 
 def _loop(context: step.TrainingContext, pieces: Sequence[Any]) -> None:
-    """A window as it is written by hand."""
+    """Train a window as a loop written by hand does."""
     for piece in pieces:
         batch = tree.to_device(piece, context.device)
         with torch.autocast("cuda", torch.bfloat16, enabled=context.autocast_dtype is not None):
@@ -238,7 +243,7 @@ def row(of: Case) -> dict[str, Any]:
 
 
 def faults(of: Case, found: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a case, in words."""
+    """Return a case's faults, in words."""
     runner, loop = found["Runner"], found["loop"]
     if "refused" in found:
         trains = "failed" not in runner and runner["reserved"] <= (1 - CAPACITY_MARGIN) * (
@@ -268,7 +273,7 @@ def faults(of: Case, found: Mapping[str, Any]) -> list[str]:
 
 
 def outside(of: Case) -> dict[str, Any]:
-    """The same in a process on its virtual GPU, within the time limit."""
+    """Run a case in a process on its virtual GPU, time limited."""
     gpu = virtual.VirtualGpu(memory_bytes=of.memory_bytes, context_bytes=CONTEXT_BYTES, copies="zero")
     environment = os.environ | virtual.environment(gpu) | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.language_models", "--inside", str(of.seed)]
@@ -284,7 +289,7 @@ def outside(of: Case) -> dict[str, Any]:
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each case, in MiB."""
+    """Return one row for each case, in MiB."""
     rows = []
     for line in lines:
         runner, loop = line.get("Runner", {}), line.get("loop", {})
@@ -312,7 +317,7 @@ def _mib(size: int | None) -> int | None:
 
 
 def write(lines: Sequence[Mapping[str, Any]]) -> None:
-    """The table, as CSV and as Markdown."""
+    """Write the table as CSV and as Markdown."""
     rows = table(lines)
     path = Path(__file__).parent / "results" / f"{datetime.date.today():%Y-%m-%d}-language-models"
     with path.with_suffix(".csv").open("w", newline="") as file:
@@ -334,7 +339,7 @@ def write(lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=CASES, help="how many models")
     parser.add_argument("--only", default="", help="seeds, like 0,3")

@@ -1,4 +1,6 @@
-"""A Llama of 7 billion parameters, for `autoaccum plan --gpu`: far larger than the machine that plans it.
+"""A Llama of 7 billion parameters, for `autoaccum plan --gpu`.
+
+It is far larger than the machine that plans it.
 
 autoaccum plan --target-batch 512 --gpu h100-80gb --workload benchmarks/llama.py:bf16
 autoaccum plan --target-batch 512 --gpu h100-80gb --workload benchmarks/llama.py:fp32

@@ -1,4 +1,4 @@
-"""Six models of different kinds, as workloads: the ones that predictions are held against."""
+"""Six workloads of different kinds, against which predictions are checked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images (B, 3, 64, 64) to classes, by patches of 8 x 8."""
+    """Map images (B, 3, 64, 64) to classes, by patches."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ViT(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Tokens (B, T) to a class for each, by an LSTM or a bidirectional GRU (a tagger)."""
+    """Map tokens (B, T) to a class each, by LSTM or GRU."""
 
     def __init__(self, kind: type[nn.RNNBase], both_ways: bool, classes: int = 50) -> None:
         super().__init__()
@@ -98,6 +98,6 @@ MODELS: dict[str, Callable[[], Workload]] = {
 
 
 def make(name: str) -> Workload:
-    """A model by name, always with the same parameters."""
+    """Make a model by name, always with the same parameters."""
     torch.manual_seed(0)
     return MODELS[name]()

@@ -1,4 +1,7 @@
-"""Plans on the GPU that is here, and what they take: `python -m benchmarks.on_gpu`. Needs a real one."""
+"""Plan on this machine's GPU and measure: `python -m benchmarks.on_gpu`.
+
+It needs a real GPU.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def why_not() -> str:
 
 
 def table(quick: bool = False) -> list[dict[str, Any]]:
-    """A line per model: the plan, verified, and the time of its optimizer step."""
+    """Return one row for each model: its verified plan and step time."""
     import torch
 
     from autoaccum import fit_plan
@@ -53,7 +56,7 @@ def table(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     why = why_not()
     if why:
         sys.exit(f"skipped: {why}")

@@ -1,4 +1,6 @@
-"""Padded tokens of ragged sequences, in order, longest first, by tokens: `python -m benchmarks.padding`.
+"""Count padded tokens of ragged sequences: `python -m benchmarks.padding`.
+
+In order, longest first, and with a budget of tokens.
 
 Lengths are log-normal, as texts' are. A figure is tokens in all micro-batches, padding included; no model is run.
 """
@@ -41,7 +43,7 @@ def row(window: int, micro_batch: int, windows: int, generator: torch.Generator)
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=20)
     windows = parser.parse_args().windows

@@ -1,4 +1,4 @@
-"""The parts of `python -m benchmarks`: what each runs, in what words its table is introduced, and which figures it has.
+"""The parts of `python -m benchmarks`: their tables and figures.
 
 A part runs in a process of its own: `python -m benchmarks.parts NAME [--quick]` prints it as JSON on its last line.
 """
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Part:
-    """What a part came to.
+    """A part's result.
 
     Attributes:
         name: Its name on the command line.
@@ -69,7 +69,7 @@ def prediction(quick: bool) -> Part:
 
 
 def _peaks_last(row: Row) -> Row:
-    """A row in an order in which what is judged can be seen on a narrow page: peaks last, and no seconds."""
+    """Reorder a row for a narrow page: peaks last, seconds left out."""
     last = [name for name in row if "peak" in name]
     return {name: row[name] for name in [*(n for n in row if n not in last and n != "seconds"), *last]}
 
@@ -153,7 +153,7 @@ def search_cost(quick: bool) -> Part:
     for case in list(benchmark.CASES)[: 1 if quick else None]:
         try:
             part.rows += benchmark.compare(case, finders, _say)
-        except RuntimeError as error:  # the other cases can still be told
+        except RuntimeError as error:  # the other cases are still run
             part.notes.append(f"{case}: skipped, {str(error).strip().splitlines()[-1]}")
     for row in part.rows:
         for column, unit in (("of_safe", "of the truth"), ("ooms", "OOMs"), ("samples", "samples")):
@@ -222,7 +222,7 @@ def _single(name: str, value: float, unit: str, kind: str) -> Figure:
 
 
 def _optional(module: str, needed: Sequence[str], part: Part) -> Any:
-    """A benchmark that may not be there; the part then says that it was skipped, and why."""
+    """Import an optional benchmark; where missing, mark the part as skipped."""
     try:
         found = importlib.import_module(module)
     except ImportError as error:
@@ -230,7 +230,7 @@ def _optional(module: str, needed: Sequence[str], part: Part) -> Any:
         return None
     lacking = [name for name in needed if not hasattr(found, name)]
     if lacking:
-        part.skipped = f"{module} has no {', '.join(lacking)}"
+        part.skipped = f"{module} lacks {', '.join(lacking)}"
         return None
     return found
 
@@ -240,7 +240,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """The command line of the process that a part runs in."""
+    """Run one part's command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=list(PARTS))
     parser.add_argument("--quick", action="store_true")

@@ -1,4 +1,4 @@
-"""What is trained to compare gradients: the cases in which accumulation is known to go wrong, as data.
+"""The cases in which gradient accumulation is known to fail, as data.
 
 Each has a model, samples in order, a micro-batch and accumulation steps; a loss of the model's outputs, as somebody
 would write it for one whole batch; and where that averages over something that differs between micro-batches, the same
@@ -66,7 +66,10 @@ class Case:
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
-    """Stacks samples, cut to the longest row that has something in it; padding comes with them."""
+    """Stack samples and cut them to the longest row's length.
+
+    Samples come padded.
+    """
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
     if "length" in batch:
         longest = int(batch.pop("length").max())
@@ -75,19 +78,19 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 
 def loss_of(case: Case, model: nn.Module, batch: Batch) -> Tensor:
-    """The loss as one would write it for a whole batch."""
+    """Compute the loss as written for a whole batch."""
     outputs = outputs_of(model, batch)
     loss: Tensor = outputs.loss if case.loss is None else case.loss(outputs, batch["labels"])
     return loss
 
 
 def outputs_of(model: nn.Module, batch: Batch) -> Any:
-    """A tensor; or what a Hugging Face model makes of all that is in the batch."""
+    """Return the model's output: a tensor, or a Hugging Face output."""
     return model(batch["x"]) if "x" in batch else model(**batch)
 
 
 def whole_gradients(case: Case) -> list[Tensor]:
-    """What the gradient of each window should be, flat, by plain autograd on one whole batch."""
+    """Return each window's whole-batch gradient, flat, by plain autograd."""
     return [_of_parts(case, window) if case.of_micro_batches else _of_batch(case, window) for window in case.windows]
 
 
@@ -114,7 +117,10 @@ def flat(gradients: Sequence[Tensor | None]) -> Tensor:
 
 
 class Tagger(nn.Module):
-    """Classes for every token (B, T); a token sees the mean of its sample's tokens, padding (0) left out."""
+    """Classify every token (B, T) by the mean of its sample's tokens.
+
+    Padding (0) is left out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,14 +134,14 @@ class Tagger(nn.Module):
 
 
 class FrozenBatchNorm(nn.BatchNorm1d):
-    """Is in evaluation mode from the start, and stays in it, whoever calls `train()`."""
+    """A batch norm that stays in evaluation mode after `train()`."""
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
-        """Evaluation."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
 
@@ -159,7 +165,7 @@ def _seeded(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -
 
 
 def _rows(n: int, dtype: torch.dtype = torch.float64, *, sort: bool = False) -> list[Batch]:
-    """Samples that differ much from one another, so that a wrong weight shows."""
+    """Make samples that differ much, so that a wrong weight shows."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(n, 6, generator=g, dtype=torch.float64) * torch.linspace(0.2, 3, n)[:, None]
     labels = torch.randint(CLASSES, (n,), generator=g)
@@ -168,7 +174,7 @@ def _rows(n: int, dtype: torch.dtype = torch.float64, *, sort: bool = False) -> 
 
 
 def _sentences(lengths: Sequence[int], each: int = 2, ignore: Sequence[int] = ()) -> list[Batch]:
-    """For each length that many samples; the labels of those micro-batches that are named are all ignored."""
+    """Make samples of each length; ignore all labels of some micro-batches."""
     g, longest, samples = torch.Generator().manual_seed(2), max(lengths), []
     for index, length in enumerate(lengths):
         for _ in range(each):

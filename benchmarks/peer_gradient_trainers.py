@@ -1,4 +1,4 @@
-"""Each trainer as its documentation tells, from a case to the gradients that its optimizer steps were given.
+"""Train a case by each trainer as documented; return optimizer steps' gradients.
 
 `how` is None for what one writes first, or names what the trainer has for the case; `ways` lists these.
 """
@@ -20,14 +20,14 @@ from .peer_gradient_cases import Batch, Case, collate, flat, loss_of, outputs_of
 
 
 class Capture(torch.optim.SGD):
-    """Keeps the gradients that it is given, and changes nothing: every window starts from the same parameters."""
+    """Store gradients without stepping, so every window starts from equal parameters."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__(list(parameters), lr=0.0)
         self.seen: list[Tensor] = []
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Copies the gradients; runs the closure, in which Lightning does forward and backward."""
+        """Copy the gradients; run the closure that Lightning trains in."""
         if closure is not None:
             with torch.enable_grad():
                 closure()
@@ -48,7 +48,10 @@ class Done:
 
 
 def loader_of(case: Case) -> DataLoader[Batch]:
-    """In order, with the last micro-batch as it comes; whole windows where they are cut in the loop."""
+    """Load samples in order, the last micro-batch as it comes.
+
+    Whole windows where they are cut in the loop.
+    """
     size = case.micro_batch * (case.steps if case.cut_inside else 1)
     return DataLoader(list(case.samples), size, shuffle=False, collate_fn=collate)  # type: ignore[arg-type]
 
@@ -60,12 +63,18 @@ _NO_SYNC = "sync_with_dataloader=False"
 
 
 def accelerate_ways(case: Case) -> list[str | None]:
-    """As usual; where there is a count, with the window's count, taken and divided by in one's own loop."""
+    """Return the ways to ask Accelerate.
+
+    The usual one; and where the loss has a count, one's own loop that divides by the window's count.
+    """
     return [None, *([_ITS_GUIDE] if case.counted else []), *([_NO_SYNC] if case.cut_inside else [])]
 
 
 def by_accelerate(case: Case, how: str | None) -> Done:
-    """The guide "Performing gradient accumulation", or its section on samples of variable size."""
+    """Train by Accelerate's guide "Performing gradient accumulation".
+
+    Or by its section on samples of variable size.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import GradientAccumulationPlugin
@@ -118,7 +127,10 @@ def _accelerate_counted(accelerator: Any, case: Case, model: nn.Module, optimize
 
 
 def lightning_ways(case: Case) -> list[str | None]:
-    """As usual only: what else it has is manual optimization, where the loop is one's own."""
+    """Return the usual way only.
+
+    What Lightning has besides is manual optimization, where the loop is one's own.
+    """
     return [] if case.cut_inside else [None]
 
 
@@ -158,7 +170,7 @@ def by_lightning(case: Case, how: str | None) -> Done:
 
 @contextlib.contextmanager
 def _default_dtype() -> Any:
-    """Puts torch's default back, which 64-true and bf16-true change."""
+    """Restore torch's default dtype, which 64-true and bf16-true change."""
     before = torch.get_default_dtype()
     try:
         yield
@@ -172,7 +184,9 @@ _LOSS_FUNC = "compute_loss_func"
 
 
 def trainer_ways(case: Case) -> list[str | None]:
-    """As usual; where the count is one of labels, the function that is given the window's count of them.
+    """Return the ways to ask the Hugging Face Trainer.
+
+    The usual one; and where the count is one of labels, the function that is given the window's count of them.
 
     What that function returns is not divided, so a sum can stay a sum.
     """
@@ -182,7 +196,10 @@ def trainer_ways(case: Case) -> list[str | None]:
 
 
 def by_trainer(case: Case, how: str | None) -> Done:
-    """The Trainer with one's own `compute_loss`, or with `compute_loss_func`; a Hugging Face model as it is."""
+    """Train by the Hugging Face Trainer.
+
+    With an overridden `compute_loss`, or with `compute_loss_func`; a Hugging Face model as it is.
+    """
     import transformers
 
     class Ours(transformers.Trainer):
@@ -235,20 +252,20 @@ def our_ways(case: Case) -> list[str | None]:
 
 
 def by_autoaccum(case: Case, how: str | None) -> Done:
-    """`autoaccum check`, `fit_plan` with the same micro-batch, and the Runner over the same loader."""
+    """Check, plan with the same micro-batch, and train by the Runner."""
     from autoaccum import Runner, Workload, fit_plan
     from autoaccum.exactness import check
 
     loader = loader_of(case)
     sample = collate(case.samples[:: max(1, len(case.samples) // 8)])
-    told: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if how == _COUNTED:
-        told["loss"] = _counted_loss(case)
+        arguments["loss"] = _counted_loss(case)
     elif how == _ENCODE:
-        told |= {"encode": lambda model, batch: (model(batch["x"]), batch["labels"]), "loss": _of_encoded(case)}
+        arguments |= {"encode": lambda model, batch: (model(batch["x"]), batch["labels"]), "loss": _of_encoded(case)}
     elif case.loss is not None:
-        told["loss"] = lambda model, batch: loss_of(case, model, batch)
-    work = Workload(case.make(), sample, optimizer=Capture, clip_grad_norm=case.clip, **told)
+        arguments["loss"] = lambda model, batch: loss_of(case, model, batch)
+    work = Workload(case.make(), sample, optimizer=Capture, clip_grad_norm=case.clip, **arguments)
     target = min(case.micro_batch * case.steps, len(case.samples))
     verdict = check.check(work)
     plan = fit_plan(
@@ -275,7 +292,7 @@ def _of_encoded(case: Case) -> Callable[[nn.Module, Any], Any]:
 
 @dataclass(frozen=True)
 class Trainer:
-    """A trainer, its package, and what can be asked of it for a case."""
+    """A trainer, its package, and the ways to ask it."""
 
     package: str
     ways: Callable[[Case], list[str | None]]

@@ -31,7 +31,10 @@ RIGHT = {
 
 
 def error_of(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Relative L2 distance of the window that is furthest off; infinite where one isn't finite or steps are missing."""
+    """Return the largest relative L2 distance over the windows.
+
+    Infinite where one isn't finite, or where steps are missing.
+    """
     if len(found) != len(wanted):
         return math.inf
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
@@ -55,7 +58,10 @@ def rows_of(case: Case, trainers: Sequence[str]) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line a case, a column a trainer: as usual; and where that is wrong, what it has for the case."""
+    """Render a line for each case and a column for each trainer.
+
+    The usual way first; where that is wrong, the trainer's other ways follow.
+    """
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         line: Row = {"case": case}
@@ -83,7 +89,7 @@ def _words(row: Row) -> str:
 
 
 def page(rows: Sequence[Row], missing: Sequence[str]) -> str:
-    """The table, with what it was made with."""
+    """Render the table with the versions it was made with."""
     modules = ["torch", *(TRAINERS[name].package for name in TRAINERS)]
     versions = ", ".join(f"{name} {version}" for name, version in tables.installed(modules).items())
     skipped = f"\n\nSkipped, since their packages aren't installed: {', '.join(missing)}." if missing else ""
@@ -103,7 +109,7 @@ def compare_all(cases: Sequence[Case], trainers: Sequence[str], say: Callable[[s
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=[case.title for case in CASES], help="leave out: all")
     parser.add_argument("--trainer", action="append", choices=list(TRAINERS), help="leave out: all that are installed")

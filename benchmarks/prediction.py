@@ -1,4 +1,6 @@
-"""Prediction against measurement, on the CPU: `python -m benchmarks.prediction [--model NAME] [--sizes 8,32,128]`.
+"""Check predicted against measured memory on the CPU.
+
+`python -m benchmarks.prediction [--model NAME] [--sizes 8,32,128]`.
 
 For each model and size one process plans, a fresh one measures (committed bytes, sampled), and two more train the same
 windows under a data limit of 1.03 and of 0.97 times the predicted peak: the first has to train, the second has to run
@@ -19,7 +21,10 @@ STEPS = 2
 
 
 def predict(name: str, n: int) -> dict[str, Any]:
-    """In a process of its own: the plan for a window of micro-batches of n, not verified."""
+    """Plan a window of micro-batches of n in a separate process.
+
+    It isn't verified.
+    """
     from autoaccum import fit_plan
 
     from .models import make
@@ -34,7 +39,9 @@ def predict(name: str, n: int) -> dict[str, Any]:
 
 
 def measure(name: str, n: int) -> dict[str, Any]:
-    """In a fresh process: what the first step and two windows of two micro-batches of n take.
+    """Measure the first step and two windows in a fresh process.
+
+    Windows of two micro-batches of n.
 
     The base is read afterwards, as planning reads it: buffers that libraries allocate on first use belong to it, and so
     do the holes that the heap had before; those that training left in it don't.
@@ -56,7 +63,10 @@ def measure(name: str, n: int) -> dict[str, Any]:
 
 
 def limited(name: str, n: int, limit_bytes: int) -> dict[str, Any]:
-    """In a fresh process that may not commit more than `limit_bytes`: whether it trains those windows."""
+    """Train those windows in a fresh process limited to `limit_bytes`.
+
+    Returns whether it trained.
+    """
     from autoaccum import process_memory
     from autoaccum.devices import oom
 
@@ -83,7 +93,7 @@ def _subject(name: str) -> Any:
 
 
 def _train(subject: Any, n: int) -> None:
-    """The first optimizer step, and two windows."""
+    """Train the first optimizer step and two windows."""
     from autoaccum.window import step
 
     for steps in (1, STEPS, STEPS):
@@ -135,7 +145,7 @@ def table(names: list[str], sizes: list[int], limits: tuple[float, ...] = LIMITS
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="append")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))

@@ -15,7 +15,7 @@ PAIRS, ROUNDS = 10_000, 5
 
 
 def seconds_per_event() -> float:
-    """The least of some rounds of allocating a tensor and freeing it again: two events each."""
+    """Return the smallest of several rounds' seconds per allocation or free."""
     times = []
     for _ in range(ROUNDS):
         started = time.process_time()
@@ -26,7 +26,10 @@ def seconds_per_event() -> float:
 
 
 def cost(context: str | None) -> float:
-    """Seconds that the history adds to an event; with stack frames where `context` is "all"."""
+    """Return the seconds that the allocator's history adds to an event.
+
+    With stack frames where `context` is "all".
+    """
     without = seconds_per_event()
     torch.cuda.memory._record_memory_history("all", context=context, stacks="python", max_entries=10_000_000)
     try:
@@ -36,7 +39,7 @@ def cost(context: str | None) -> float:
 
 
 def main() -> None:
-    """Prints both."""
+    """Print both costs."""
     seconds_per_event()
     print(f"without frames {cost(None) * 1e6:.2f} us an event, with frames {cost('all') * 1e6:.2f} us")
 

@@ -1,4 +1,4 @@
-"""Planning time against the size of the model, and solving time against the target: `python -m benchmarks.scaling`.
+"""Time planning by model size, and solving by target: `python -m benchmarks.scaling`.
 
 Llama-like models from 10 million to 70 billion parameters, in bf16 with AdamW, planned by `autoaccum plan --gpu` for
 one GPU: whole commands, model building and imports included, in this machine's memory. Where a model doesn't fit, the
@@ -39,7 +39,10 @@ QUICK = ("llama_10m", "llama_1b")
 
 
 def _llama(width: int, inner: int, layers: int, heads: int, vocabulary: int, tokens: int, norms: bool) -> Any:
-    """A workload, all of it trained or its norms alone; grouped keys and values from 8,192 wide on, as in Llama 2."""
+    """Make a Llama workload; train all of it or its norms.
+
+    Grouped keys and values from a width of 8,192 on, as in Llama 2.
+    """
     import torch
     import transformers
 
@@ -78,32 +81,32 @@ def parameters(name: str) -> int:
 
 
 def plan(name: str, target: int, *, gpu: str = GPU) -> dict[str, Any]:
-    """One whole `autoaccum plan`: what it answered, how long it took and what it held."""
+    """Run one `autoaccum plan`; return its answer, seconds and resident memory."""
     command = [sys.executable, "-m", "autoaccum", "plan", "--target-batch", str(target), "--gpu", gpu, "--json",
                "--workload", f"{Path(__file__)}:{name}"]  # fmt: skip
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
-    told = process.stdout.read(), process.stderr.read()
+    output, errors = process.stdout.read(), process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - started
     row = {"seconds": seconds, "held MiB": usage.ru_maxrss / 1024}
     if process.returncode == 0:
-        found = json.loads(told[0])
+        found = json.loads(output)
         split = f"{found['accumulation_steps']:,} of at most {found['micro_batch']:,}"
         passes = sum(note["passes"] for note in found["recordings"])
         return row | {"answer": split, "peak GiB": found["predicted_peak_bytes"] / 2**30, "recorded passes": passes}
     if process.returncode == 3:
-        missing = re.search(r"\(([\d,]+) bytes\) are missing", told[1])
-        assert missing is not None, told[1]
+        missing = re.search(r"\(([\d,]+) bytes\) are missing", errors)
+        assert missing is not None, errors
         lacking = int(missing[1].replace(",", "")) / 2**30
         return row | {"answer": f"does not fit by {lacking:.1f} GiB", "peak GiB": None, "recorded passes": None}
-    raise RuntimeError(f"{name}: {told[1].strip().splitlines()[0]}")
+    raise RuntimeError(f"{name}: {errors.strip().splitlines()[0]}")
 
 
 def sizes_table(names: Sequence[str], repeats: int = 1) -> list[dict[str, Any]]:
-    """A line per model, with the median of its seconds."""
+    """Return one row for each model, with its median seconds."""
     rows = []
     for name in names:
         found = [plan(name, 512) for _ in range(repeats)]
@@ -115,7 +118,10 @@ def sizes_table(names: Sequence[str], repeats: int = 1) -> list[dict[str, Any]]:
 
 
 def targets_table(targets: Sequence[int]) -> list[dict[str, Any]]:
-    """A line per target: solving alone on the CPU, and a whole plan for CUDA."""
+    """Return one row for each target.
+
+    Solving alone on the CPU, and a whole plan for CUDA.
+    """
     answer = subprocess.run(
         [sys.executable, "-m", "benchmarks.scaling", "--solve", json.dumps(list(targets))],
         stdout=subprocess.PIPE, text=True, check=True,
@@ -130,7 +136,7 @@ def targets_table(targets: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> list[dict[str, Any]]:
-    """In this process: seconds to solve for a recorded program, its replays forgotten each time."""
+    """Time solving for a recorded program, replays forgotten each time."""
     from autoaccum.devices.cpu import device
     from autoaccum.planning import predictor_cpu
     from autoaccum.planning import verify as answer
@@ -168,7 +174,7 @@ def table(quick: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two models, two targets")
     parser.add_argument("--model", action="append", choices=list(SIZES))

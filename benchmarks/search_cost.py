@@ -1,4 +1,4 @@
-"""What a search finds and costs, finder by finder, on a virtual GPU: `python -m benchmarks.search_cost`.
+"""Compare batch size finders on a virtual GPU: `python -m benchmarks.search_cost`.
 
 For each case the truth is found by training in fresh processes; then each finder (the real packages, one process each)
 searches on the same model and the same virtual GPU; then a fresh process trains at what it found. It writes
@@ -37,7 +37,7 @@ HEADS = {
 
 
 def compared(ask: Ask, finder: str, true: dict[str, int]) -> Row:
-    """What a finder found, and what that took."""
+    """Return what a finder found, and its costs."""
     answer = ask("search", finder)
     found = answer.get("found")
     row: Row = {"found": found or _last_line(answer.get("failed", "not for this model"))}
@@ -118,7 +118,7 @@ def compare(name: str, finders: dict[str, str], say: Callable[[str], None]) -> l
     Args:
         name: The case's.
         finders: Names of finders, each with its package's version.
-        say: Told what is under way.
+        say: Called with the progress, in words.
     """
     rows = []
     with trials.Server(name) as ask:
@@ -135,7 +135,7 @@ def compare(name: str, finders: dict[str, str], say: Callable[[str], None]) -> l
 
 
 def page(rows: Sequence[Row], missing: Sequence[str]) -> str:
-    """The summary and each case's table, with what they were made on."""
+    """Render the summary and each case's table, with the versions."""
     cases = dict.fromkeys(row["case"] for row in rows)
     versions = tables.installed(["torch", "torchvision", "transformers"])
     words = [
@@ -150,7 +150,7 @@ def page(rows: Sequence[Row], missing: Sequence[str]) -> str:
 
 
 def available(finders: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Those whose package is there, with its version, and those that are left out."""
+    """Return the installed finders with versions, and the others."""
     from .peers.finders import FINDERS
 
     versions = tables.installed(FINDERS[name].package for name in finders)
@@ -159,7 +159,7 @@ def available(finders: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     from .peers.finders import FINDERS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,7 +184,7 @@ def main() -> None:
 
 
 def write(rows: Sequence[Row], missing: Sequence[str]) -> Path:
-    """Writes what there is so far; the page in docs has the summary alone."""
+    """Write the rows so far; docs/search-cost.md gets the summary alone."""
     text = page(rows, missing)
     tables.write_between_marks(tables.DOCS / "search-cost.md", text.partition("## Case by case")[0])
     return tables.write_results("search-cost", f"# What a search finds and costs\n\n{text}", rows)

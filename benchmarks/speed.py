@@ -1,4 +1,6 @@
-"""The Runner against the loop of a PyTorch tutorial with the same splits: `python -m benchmarks.speed`.
+"""Time the Runner against a tutorial's loop: `python -m benchmarks.speed`.
+
+Both train the same splits.
 
 Both train the same model in one process, window by window in turn, so that the machine's moods hit both alike; the
 ratio is that of the medians. The tutorial's loop runs once more in a process with malloc's default setting: what
@@ -24,7 +26,10 @@ WARM_UP = 3
 
 
 def tutorial_loop(model: Any, optimizer: Any, pieces: Any) -> None:
-    """As tutorials write it (equal micro-batches, so that dividing by their number is right)."""
+    """Train as tutorials write it.
+
+    Micro-batches are equal, so that dividing by their number is right.
+    """
     import torch.nn.functional as F
 
     for inputs, classes in pieces:
@@ -36,7 +41,7 @@ def tutorial_loop(model: Any, optimizer: Any, pieces: Any) -> None:
 
 
 def alternate(name: str, samples: int, steps: int, windows: int = WINDOWS) -> dict[str, Any]:
-    """Medians of both, window by window in turn, with the malloc setting that plans hold for."""
+    """Time both, window by window in turn, with the plans' malloc setting."""
     from autoaccum import Runner, fit_plan
     from autoaccum.data import split
     from autoaccum.simulation.solver import balanced
@@ -64,7 +69,7 @@ def alternate(name: str, samples: int, steps: int, windows: int = WINDOWS) -> di
 
 
 def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) -> dict[str, Any]:
-    """The tutorial's loop in a process whose malloc nobody touched."""
+    """Time the tutorial's loop in a process with malloc's default."""
     from autoaccum.data import split
     from autoaccum.simulation.solver import balanced
     from autoaccum.window import step
@@ -83,7 +88,10 @@ def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) 
 
 
 def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
-    """A workload, its subject, what was observed of it, and a budget for some samples; 24 blocks: 10,000 events."""
+    """Return a workload, its recording target, evidence and a budget.
+
+    The budget is for some samples; 24 blocks make 10,000 events.
+    """
     from autoaccum import Workload
     from autoaccum.devices.cpu import device
     from autoaccum.planning import observe, schedule
@@ -126,7 +134,7 @@ def solving() -> dict[str, Any]:
 
 
 def start_seconds(repeats: int = 9) -> dict[str, list[float]]:
-    """Seconds of `import autoaccum` and of `autoaccum --help`, whole processes, and of Python alone."""
+    """Time whole processes: Python alone, `import autoaccum` and `autoaccum --help`."""
     codes = {"python": "pass", "import": "import autoaccum", "help": "import sys; sys.argv = ['autoaccum', '--help']"}
     codes["help"] += "; from autoaccum.cli import main; main()"
     seconds: dict[str, list[float]] = {name: [] for name in codes}
@@ -154,7 +162,7 @@ def _in_process(*arguments: object) -> dict[str, Any]:
 
 
 def table(cases: Any = CASES, windows: int = WINDOWS) -> list[dict[str, Any]]:
-    """A line per case."""
+    """Return one row for each case."""
     rows = []
     for name, samples, steps in cases:
         both = _in_process("alternate", name, samples, steps, windows)
@@ -177,13 +185,16 @@ def table(cases: Any = CASES, windows: int = WINDOWS) -> list[dict[str, Any]]:
 
 
 def _spread(ratios: list[float]) -> dict[str, Any]:
-    """Between which the median of the windows' ratios lies with 95 %, so that the mood of a window doesn't count."""
+    """Return the 95 % interval of the median of the windows' ratios.
+
+    The median of ratios, so that one window's noise doesn't count.
+    """
     low, high = interval(ratios) or (min(ratios), max(ratios))
     return {"ratio low": low, "ratio high": high, "ratios": len(ratios)}
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--one", help=argparse.SUPPRESS)

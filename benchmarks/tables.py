@@ -1,4 +1,4 @@
-"""Rows as Markdown, as CSV in benchmarks/results/, and between the marks of a page in docs/."""
+"""Write rows as Markdown, as CSV, and into pages of docs/."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Row = dict[str, Any]
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table; its columns are those of the first row that has the most."""
+    """Render rows as a table with the longest row's columns."""
     heads = list(max(rows, key=len))
     lines = [heads, ["---"] * len(heads), *([str(row.get(head, "")) for head in heads] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def of_frame(frame: Any, digits: int) -> str:
-    """A pandas frame as a table; its fractions have so many digits."""
+    """Render a pandas frame, its fractions with this many digits."""
 
     def cell(value: Any) -> str:
         return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
@@ -32,7 +32,7 @@ def of_frame(frame: Any, digits: int) -> str:
 
 
 def write_results(name: str, text: str, rows: Sequence[Row], folder: Path = RESULTS) -> Path:
-    """Writes `<today>-<name>.md` and `.csv`; returns the first."""
+    """Write `<today>-<name>.md` and `.csv`; return the first."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{datetime.date.today()}-{name}.md"
     path.write_text(text.rstrip() + "\n")
@@ -44,7 +44,7 @@ def write_results(name: str, text: str, rows: Sequence[Row], folder: Path = RESU
 
 
 def read_results(name: str, folder: Path = RESULTS) -> list[Row]:
-    """The rows that were written today; whole numbers are numbers again."""
+    """Read the rows written today; whole numbers become numbers."""
     path = folder / f"{datetime.date.today()}-{name}.csv"
     if not path.exists():
         return []
@@ -56,7 +56,10 @@ def read_results(name: str, folder: Path = RESULTS) -> list[Row]:
 
 
 def write_between_marks(path: Path, text: str) -> None:
-    """Puts the text where a page has it: between `<!-- printed: begin -->` and `<!-- printed: end -->`."""
+    """Replace a page's text between its two marks.
+
+    `<!-- printed: begin -->` and `<!-- printed: end -->`.
+    """
     begin, end = "<!-- printed: begin -->\n", "<!-- printed: end -->"
     page = path.read_text()
     before, _, rest = page.partition(begin)

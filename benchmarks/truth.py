@@ -1,4 +1,4 @@
-"""`python -m benchmarks.truth`: plans against the truth, on the real caching allocator of a virtual GPU.
+"""Compare plans with the truth on a virtual GPU: `python -m benchmarks.truth`.
 
 The truth of a window is found by training it, in a process of its own that never used the device before: the model
 is built, and windows of that split follow as `step.train_window` trains them. It *fits* where, at the capacity and at
@@ -59,7 +59,7 @@ def _tried(case: Case, known: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def outside(numbers: Sequence[int], count: int, truths: Path | None) -> Iterator[str]:
-    """The same lines, from processes on virtual GPUs."""
+    """Yield the lines of processes on virtual GPUs."""
     found = cases(count)
     for place in range(0, len(numbers), TOGETHER):
         together = numbers[place : place + TOGETHER]
@@ -79,7 +79,7 @@ def outside(numbers: Sequence[int], count: int, truths: Path | None) -> Iterator
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--generated", type=int, default=100, help="generated models beside the combinations")
     parser.add_argument("--cases", default="", help="by number, like 0,3,28-40; left out, all")
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def _read(path: Path | None) -> Lines:
-    """The lines of a file, those of cases that failed left out; the last of each case."""
+    """Read a file's last line for each case; leave out failed ones."""
     if path is None or not path.exists():
         return {}
     lines = [json.loads(text) for text in path.open()]
@@ -121,8 +121,8 @@ def _range(part: str) -> range:
 
 
 def _short(line: dict[str, Any]) -> str:
-    told = {key: line[key] for key in line if key not in ("case", "number")}
-    return f"{line['number']:3} {line['case']}: " + ", ".join(f"{key} {value}" for key, value in told.items())
+    values = {key: line[key] for key in line if key not in ("case", "number")}
+    return f"{line['number']:3} {line['case']}: " + ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 if __name__ == "__main__":

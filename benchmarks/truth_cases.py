@@ -52,14 +52,17 @@ class Case:
 
     @property
     def gpu(self) -> VirtualGpu:
-        """The device it runs on: no convolution does without its workspace, and nothing is copied."""
+        """The virtual GPU, without convolution fallback and without copies."""
         return VirtualGpu(
             memory_bytes=DEVICE_BYTES, convolution_workspace=self.workspace, convolution_fallback=False, copies="zero"
         )
 
 
 def cases(generated_count: int) -> list[Case]:
-    """All combinations, and so many generated models; every other one with workspaces that step."""
+    """Return all combinations, and this many generated models.
+
+    Every other generated one has workspaces that step.
+    """
     return [*combinations(), *(generated_case(seed) for seed in range(generated_count))]
 
 
@@ -75,7 +78,7 @@ def combinations() -> list[Case]:
 
 
 def generated_case(seed: int) -> Case:
-    """A model out of the generator, and all else by chance too."""
+    """Generate a model, and choose all else at random too."""
     chance = random.Random(f"case {seed}")
     stepping = seed % 2 == 1
     return Case(
@@ -91,7 +94,7 @@ def generated_case(seed: int) -> Case:
 
 
 def workload(case: Case, model: nn.Module, batch: Any) -> Workload:
-    """The case as a workload."""
+    """Make the case's workload."""
     return Workload(
         model,
         batch,
@@ -103,6 +106,6 @@ def workload(case: Case, model: nn.Module, batch: Any) -> Workload:
 
 
 def limit(capacity_bytes: int | None) -> None:
-    """Lets another process leave that much of the device; the context exists then."""
+    """Leave this much of the device free; create the context first."""
     free, _ = torch.cuda.mem_get_info()
     control.set_other(0, 0 if capacity_bytes is None else free - capacity_bytes)

@@ -1,4 +1,4 @@
-"""The models of `truth.py`, at the sizes people train, and the combinations they are tried in."""
+"""The models of `truth.py` at realistic sizes, and their combinations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class Mlp(nn.Module):
 
 
 class UNet(nn.Module):
-    """(B, 3, H, W) to a class for each pixel of a quarter; three levels with skips."""
+    """Map (B, 3, H, W) to classes, by three levels with skips.
+
+    One class for each pixel of a quarter.
+    """
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ class UNet(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Tokens (B, T) to a token each; blocks are run again in backward."""
+    """Map tokens (B, T) to tokens; blocks are recomputed in backward."""
 
     def __init__(self, width: int = 512, depth: int = 8) -> None:
         super().__init__()

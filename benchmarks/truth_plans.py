@@ -1,4 +1,4 @@
-"""The plan of a case, made and then trained in one process; and the line of the table that holds it to the truth."""
+"""Plan a case, train the plan, and compare it with the truth."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BEYOND = 6  # sizes tried beyond the largest without retries
 
 @contextlib.contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Counts micro-batches and samples that are trained: `recording` before the first verification, and after it."""
+    """Count micro-batches and samples of recording and of verification."""
     found = {"passes": 0, "samples": 0, "verifications": 0, "verified samples": 0}
     inner, verify = step.train_window, answer._run_for_real
     verifying = False
@@ -60,7 +60,7 @@ def counted() -> Iterator[dict[str, int]]:
 
 @contextlib.contextmanager
 def only_the_plan() -> Iterator[None]:
-    """Leaves out what took most of the time and no figure here hangs on.
+    """Leave out what takes most of the time and changes no figure.
 
     The table of other sizes' peaks, and writing to host batches, of which nothing is copied here.
     """
@@ -153,7 +153,10 @@ def _truth(truth: Truth) -> dict[str, Any]:
 
 
 def _against(truth: Truth, plan: dict[str, Any], split: Split, largest: int) -> dict[str, Any]:
-    """What the plan says, beside the truth. Of one micro-batch the largest is the target, and nothing is larger."""
+    """Compare the plan with the truth.
+
+    With one micro-batch the largest is the target, and nothing is larger.
+    """
     chosen = tuple(plan["split"])
     most = chosen[0] if len(chosen) == 1 else largest
     return {
@@ -179,7 +182,10 @@ def _against(truth: Truth, plan: dict[str, Any], split: Split, largest: int) -> 
 
 
 def _held(fits: Callable[[Split], bool], largest: int | None, most: int | None = None) -> str:
-    """Whether a size fits, and none of the next few does: to try all that live bytes allow would take hours."""
+    """Whether a size fits, and none of the next few.
+
+    Trying all that live bytes allow would take hours.
+    """
     if largest is None:
         return "unknown"
     if not fits((largest, largest)):
@@ -189,7 +195,9 @@ def _held(fits: Callable[[Split], bool], largest: int | None, most: int | None =
 
 
 def _holding(truth: Truth, plan: dict[str, Any], target: int) -> dict[str, Any]:
-    """Whether plans hold: in a fresh process, and in those that searched, optimizer state kept and dropped.
+    """Whether plans hold in a fresh process and in those that searched.
+
+    With optimizer state kept and dropped.
 
     The plan itself is held to what there was; others, made anew in processes of their own, to 2 % less.
     """

@@ -19,12 +19,12 @@ COLUMNS = """\
   set and with `expandable_segments`; *exact* where it fits in a fresh process and none of the next six sizes does.
 - `safe`: the plan's windows fit in a fresh process and in the one that searched, with optimizer state dropped and kept,
   at the capacity and at 2 % less.
-- `ooms`: allocations that failed for good while planning, three plans together.
+- `ooms`: allocations that failed even after a retry while planning, three plans together.
 - `passes`, `samples / micro-batch`: forward/backward passes of recording, and their samples in chosen micro-batches."""
 
 
 def report(lines: list[dict[str, Any]], *, asked: int, write: bool) -> None:
-    """Prints the table, and how many were exact.
+    """Print the table, and how many cases were exact.
 
     Args:
         lines: A line for each case that was run.
@@ -37,18 +37,18 @@ def report(lines: list[dict[str, Any]], *, asked: int, write: bool) -> None:
     failed = table["failed"].notna() if "failed" in table else pandas.Series(False, index=table.index)
     done = table[~failed]
     of_chance = done["case"].str.startswith("generated")
-    told = []
+    texts = []
     if len(table) < asked:
-        told.append(f"{len(table)} of {asked} cases were run, by number: {', '.join(map(str, table['number']))}.\n")
+        texts.append(f"{len(table)} of {asked} cases were run, by number: {', '.join(map(str, table['number']))}.\n")
     for title, part in (("combinations", done[~of_chance]), ("generated models", done[of_chance])):
         if len(part):
-            told.append(_shares(title, part))
+            texts.append(_shares(title, part))
     if failed.any():
-        told.append(f"- failed: {', '.join(table[failed]['case'])}")
+        texts.append(f"- failed: {', '.join(table[failed]['case'])}")
     text = (
         f"# Plans against the truth, {datetime.date.today()}\n\n*Real allocator on a virtual GPU*, torch "
         f"{torch.__version__}, by `python -m benchmarks.truth --write`: kernels compute nothing, the allocator is "
-        "PyTorch's own.\n\n" + "\n".join(filter(None, told)) + f"\n\n{COLUMNS}\n"
+        "PyTorch's own.\n\n" + "\n".join(filter(None, texts)) + f"\n\n{COLUMNS}\n"
     )
     markdown = text + "\n" + _markdown(table[[name for name in table if name not in LEFT_OUT]]) + "\n"
     print(markdown)
@@ -62,20 +62,20 @@ def report(lines: list[dict[str, Any]], *, asked: int, write: bool) -> None:
 def _shares(title: str, part: Any) -> str:
     """How many of them were exact, and how the others were wrong."""
 
-    def told(count: int) -> str:
+    def share(count: int) -> str:
         return f"{count} ({100 * count / len(part):.0f} %)"
 
     k, largest = part["exact"].eq(True), part["largest exact"].eq(True)
     here = part["binds"].fillna("").str.endswith("this process")
     words = {
-        "exact": told((k & largest).sum()),
-        "smallest k exact": told(k.sum()),
-        "largest micro-batch exact": told(largest.sum()),
+        "exact": share((k & largest).sum()),
+        "smallest k exact": share(k.sum()),
+        "largest micro-batch exact": share(largest.sum()),
         "not safe": part["safe"].eq(False).sum(),
         "largest too high": part["largest too high"].eq(True).sum(),
         "OOMs": f"{part['ooms'].sum():.0f}",
-        "largest without retries exact": told(part["without retries is"].eq("exact").sum()),
-        "largest with expandable segments exact": told(part["expandable is"].eq("exact").sum()),
+        "largest without retries exact": share(part["without retries is"].eq("exact").sum()),
+        "largest with expandable segments exact": share(part["expandable is"].eq("exact").sum()),
         f"more than {MOST_PASSES} passes": (part["passes"] > MOST_PASSES).sum(),
         f"more than {MOST_SAMPLES:g} x the micro-batch in samples": (
             part["samples / micro-batch"] > MOST_SAMPLES

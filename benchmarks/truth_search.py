@@ -1,4 +1,6 @@
-"""The truth of a case: windows trained in fresh processes, one for each split and capacity.
+"""The truth of a case, by training windows in fresh processes.
+
+One process for each split and capacity.
 
 Processes are forked from one that has imported everything, built the model on the CPU and never touched CUDA.
 """
@@ -30,7 +32,7 @@ EXPANDABLE = "expandable_segments:True"
 
 
 def forked(run: Callable[[], Any]) -> Any:
-    """What `run` returns, in JSON's terms, run in a child of this process."""
+    """Run `run` in a child; return its JSON result."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -62,7 +64,10 @@ class Tried:
 
     @property
     def fits(self) -> bool:
-        """`training.TrainingReplay.fits`: a convolution that did without its workspace has run out of memory, too."""
+        """Whether it fits, as `TrainingReplay.fits` defines it.
+
+        A convolution that did without its workspace has run out of memory, too.
+        """
         return not self.ooms and not any(self.retries[2:])
 
     @property
@@ -72,7 +77,7 @@ class Tried:
 
 
 def train(work: Workload, context: step.TrainingContext, split: Split, windows: int = MOST_WINDOWS) -> Tried:
-    """Trains windows until they are done, or it is clear that the split doesn't fit."""
+    """Train windows to the end, or until the split clearly doesn't fit."""
     retries: list[int] = []
     before = count("num_ooms")
     torch.cuda.reset_peak_memory_stats()
@@ -149,7 +154,10 @@ class Truth:
         return 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()) else 1
 
     def fits(self, split: Split) -> bool:
-        """As it is and with 2 % less, without retries from the third window on."""
+        """Whether it fits at both capacities without retries from window three.
+
+        At the whole capacity, and at 2 % less.
+        """
         sizes = (self.usable_bytes, self.case.capacity_bytes)
         return any(all(self.tried(split, size, kept=kept).fits for size in sizes) for kept in (False, True))
 
@@ -164,7 +172,10 @@ class Truth:
         return not found.ooms and found.live_bytes <= self.usable_bytes
 
     def _bound(self, most: int = 1 << 20) -> int:
-        """The largest micro-batch of several that can be alive: live bytes grow with it."""
+        """Return the largest micro-batch that several can be alive of.
+
+        Live bytes grow with it.
+        """
         low, high = self.least - 1, 16
         while high < most and self.possible(high, alone=False):
             low, high = high, 2 * high
@@ -174,14 +185,14 @@ class Truth:
         return low
 
     def largest(self) -> int:
-        """The largest micro-batch whose window of two fits; 0 where none does."""
+        """Return the largest micro-batch whose window of two fits, or 0."""
         n = self.bound()
         while n >= self.least and not self.fits((n, n)):
             n -= 1
         return n if n >= self.least else 0
 
     def smallest_steps(self, target: int) -> Split:
-        """The split of the smallest k that fits; () where none does."""
+        """Return the split of fewest steps that fits, or ()."""
         if self.possible(target, alone=True) and self.fits((target,)):
             return (target,)
         for k in range(max(2, -(-target // max(1, self.bound()))), target // self.least + 1):

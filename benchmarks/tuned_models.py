@@ -1,4 +1,7 @@
-"""Small models whose tuning is shown: `python -m benchmarks.tuning`. Loaded by its path, as a user's file is."""
+"""Small models for `python -m benchmarks.tuning`.
+
+Loaded by the file's path, as a user's file is.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """A step."""
+        """Map a step."""
         return x + self.narrow(F.gelu(self.widen(self.norm(x))))
 
 
@@ -34,7 +37,7 @@ class Attention(nn.Module):
         self.attend, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A block."""
+        """Run a block."""
         b, t, c = x.shape
         q, k, v = self.attend(self.norm(x)).view(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -50,7 +53,7 @@ class Convolutions(nn.Module):
         self.norm = nn.GroupNorm(4, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A block."""
+        """Run a block."""
         return x + self.two(F.relu(self.one(self.norm(x))))
 
 
@@ -80,7 +83,10 @@ def gpt() -> Workload:
 
 
 class Tokens(nn.Module):
-    """Images (B, 3, 16, 16) to sequences (B, 16, C), a token per patch."""
+    """Map images (B, 3, 16, 16) to sequences (B, 16, C).
+
+    One token for each patch.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -95,12 +101,12 @@ class Mean(nn.Module):
     """Sequences (B, T, C) to features (B, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mean over tokens."""
+        """Return the mean over tokens."""
         return x.mean(1)
 
 
 def vit() -> Workload:
-    """Four transformer blocks on the patches of an image of 16 x 16."""
+    """Four transformer blocks on the patches of 16 x 16 images."""
     torch.manual_seed(0)
     model = nn.Sequential(
         Tokens(128), nn.Sequential(*[Attention(128, 4) for _ in range(4)]), Mean(), nn.Linear(128, 10)

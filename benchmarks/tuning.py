@@ -1,4 +1,6 @@
-"""The tuned plan against the plain one and against the best of an exhaustive grid: `python -m benchmarks.tuning`.
+"""Compare tuned plans with untuned ones and a grid's best.
+
+`python -m benchmarks.tuning`.
 
 For each model: a tuning in a quarter of the grid's trials; the grid, all of it; then the plain configuration and both
 winners once more, window by window in turn, in four processes, each opening another one first. The interval is a
@@ -42,7 +44,10 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def interval(ratios: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float, float]:
-    """The median of paired ratios, and the 95 % interval that resampling the pairs gives (percentile bootstrap)."""
+    """Return the median of paired ratios, and its 95 % interval.
+
+    By a percentile bootstrap over the pairs.
+    """
     pairs = numpy.asarray(ratios)
     drawn = numpy.random.default_rng(seed).choice(pairs, (resamples, len(pairs)))
     low, high = numpy.percentile(numpy.median(drawn, axis=1), [2.5, 97.5])
@@ -50,7 +55,7 @@ def interval(ratios: Sequence[float], resamples: int = RESAMPLES, seed: int = 0)
 
 
 def tuned(model: str, choices: dict[str, Any], sampler: str, trials: int | None) -> Any:
-    """A tuning of one model, in child processes."""
+    """Tune one model, in child processes."""
     import autoaccum
 
     space = autoaccum.SearchSpace(**choices)
@@ -65,7 +70,9 @@ def say(text: str) -> None:
 
 
 def alternate(model: str, contenders: dict[str, dict[str, Any]], windows: int = WINDOWS) -> dict[str, list[float]]:
-    """Seconds of windows of each contender, in turn, whoever begins changing; with the malloc setting of plans.
+    """Time windows of each contender in turn, the first one changing.
+
+    With the malloc setting of plans.
 
     Args:
         model: Which one.
@@ -97,7 +104,10 @@ def alternate(model: str, contenders: dict[str, dict[str, Any]], windows: int = 
 
 
 def in_processes(model: str, contenders: dict[str, dict[str, Any]], windows: int) -> dict[str, list[float]]:
-    """`alternate` in several processes, in each of which another one is opened first: processes differ, too."""
+    """Run `alternate` in several processes, another contender first in each.
+
+    Processes differ, too.
+    """
     names = list(contenders)
     runs = []
     for number in range(PROCESSES):
@@ -118,7 +128,7 @@ def in_process(*arguments: object) -> dict[str, list[float]]:
 
 
 def compared(model: str, choices: dict[str, Any], windows: int = WINDOWS) -> dict[str, Any]:
-    """A line of the table."""
+    """Compare one model's contenders; return a row of the table."""
     from autoaccum.simulation.solver import balanced
     from autoaccum.tuning.result import sentence
 
@@ -158,7 +168,7 @@ def compared(model: str, choices: dict[str, Any], windows: int = WINDOWS) -> dic
 
 
 def written(rows: list[dict[str, Any]], folder: Path) -> str:
-    """Writes the table as Markdown and CSV; returns the Markdown."""
+    """Write the table as Markdown and CSV; return the Markdown."""
     from .__main__ import machine
     from .tables import of_frame
 
@@ -202,7 +212,7 @@ def written(rows: list[dict[str, Any]], folder: Path) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--quick", action="store_true", help="a grid of four: does it run?")

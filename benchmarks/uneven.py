@@ -1,4 +1,4 @@
-"""How often a split that isn't balanced saves a step, and what trying them costs.
+"""Count the steps that uneven splits save, and their cost.
 
 `python -m benchmarks.uneven [MODEL ...]` records each model once on the virtual GPU. Then 24 capacities, from the one
 it was recorded within down to 42 % of that, are asked for seven targets each, with the splits that aren't balanced and
@@ -34,7 +34,7 @@ MOST = 4096  # samples
 
 
 def llama() -> Made:
-    """The small language model of tests/test_uneven_splits.py."""
+    """Make the small language model of tests/test_uneven_splits.py."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -117,7 +117,7 @@ def _steps(solution: Solution) -> int:
 
 
 def main(names: list[str]) -> None:
-    """Prints a line for each model; starts itself on a virtual GPU first."""
+    """Print a line for each model; restart on a virtual GPU first."""
     if not is_virtual():
         gpu = virtual.VirtualGpu(memory_bytes=DEVICE_BYTES, convolution_fallback=False)
         environment = virtual.environment(gpu) | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}

@@ -103,7 +103,7 @@ def test_a_part_that_was_not_run_this_time_is_not_gone() -> None:
 def test_an_earlier_run_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     for name in ("other.json", "none.json"):
-        with pytest.raises(SystemExit, match="can.t be read" if name[0] == "n" else "is no result"):
+        with pytest.raises(SystemExit, match="can.t be read" if name[0] == "n" else "is not a result"):
             command.read(tmp_path / name)
 
 
@@ -139,7 +139,7 @@ def test_what_is_not_installed_is_skipped_by_name() -> None:
     assert parts._optional("benchmarks.no_such_benchmark", (), part) is None
     assert "no_such_benchmark" in part.skipped
     assert parts._optional("benchmarks.scaling", ("sizes_table", "no_such_function"), part) is None
-    assert part.skipped == "benchmarks.scaling has no no_such_function"
+    assert part.skipped == "benchmarks.scaling lacks no_such_function"
 
 
 # Scaling.

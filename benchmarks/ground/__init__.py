@@ -1,1 +1,1 @@
-"""Training loops whose memory others measured on real GPUs, written as they are; see `benchmarks.ground_truth`."""
+"""Training loops whose memory others measured on GPUs; see `benchmarks.ground_truth`."""

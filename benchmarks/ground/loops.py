@@ -1,4 +1,6 @@
-"""milabench's training loops, each as it is: what a loop keeps alive, and until when, is part of its memory.
+"""milabench's training loops, unchanged in what they keep alive.
+
+What a loop keeps alive, and until when, is part of its memory.
 
 Source: mila-iqia/milabench at dc0617d1 (17 March 2025, "H100 py2.6", whose measurements these are), files
 benchmarks/{huggingface/bench/__main__.py, torchvision/main.py, lightning/main.py} and
@@ -29,7 +31,10 @@ def set_tf32(precision: str) -> None:
 
 
 def hugging_face(make_model: Callable[[], nn.Module], host_batch: Batch, precision: str) -> Steps:
-    """`Runner.train`: gradients are never zeroed, and `outputs` lives through the backward pass and the step."""
+    """Train as `Runner.train` does.
+
+    Gradients are never zeroed, and `outputs` lives through the backward pass and the step.
+    """
     set_tf32(precision)
     model = make_model().to("cuda")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
@@ -57,7 +62,9 @@ def hugging_face(make_model: Callable[[], nn.Module], host_batch: Batch, precisi
 def torchvision(
     make_model: Callable[[], nn.Module], n: int, precision: str, *, channels_last: bool = False, fixed: bool = False
 ) -> Steps:
-    """`trainbench`: plain SGD; inputs are cast to fp16 on the way, the backward pass runs under autocast too.
+    """Train as `trainbench` does, by plain SGD.
+
+    Inputs are cast to fp16 on the way, and the backward pass runs under autocast too.
 
     Args:
         make_model: Makes the model on the host.
@@ -95,7 +102,10 @@ def torchvision(
 
 
 def timm(make_model: Callable[[], nn.Module], n: int) -> Steps:
-    """`train_one_epoch` with `--amp --amp-dtype bfloat16`: the loader keeps the next batch on the device."""
+    """Train as `train_one_epoch --amp --amp-dtype bfloat16` does.
+
+    The loader keeps the next batch on the device.
+    """
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
 
@@ -188,7 +198,10 @@ def _fixed_batches(model: nn.Module, n: int) -> Iterator[tuple[torch.Tensor, tor
 
 
 def _prefetched(n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """As timm's `PrefetchLoader`: bytes from the host, made fp32 and normalised on a stream of their own."""
+    """Yield batches as timm's `PrefetchLoader` does.
+
+    Bytes from the host are made fp32 and normalised on a separate stream.
+    """
     mean, std = (torch.tensor([123.0, 116.0, 103.0], device="cuda").view(1, 3, 1, 1) for _ in range(2))
     stream = torch.cuda.Stream()
     host = torch.empty(n, 3, 224, 224, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)

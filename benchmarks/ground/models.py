@@ -1,4 +1,4 @@
-"""The models of milabench's benchmarks, made without weights; and which loop trains which.
+"""milabench's models without weights, and the loop that trains each.
 
 Source: benchmarks/huggingface/bench/{models,synth}.py and config/base.yaml of mila-iqia/milabench at dc0617d1.
 Configurations that it takes from the hub (t5-small, openai/whisper-tiny) are transformers' defaults of their kinds.
@@ -24,7 +24,10 @@ _TOKENS = {BERT: 512, T5: 1024, REFORMER: 4096}
 
 @contextlib.contextmanager
 def uninitialised() -> Iterator[None]:
-    """Parameters keep whatever their memory holds: nobody reads them, and pages nobody touched cost nothing."""
+    """Leave parameters uninitialised.
+
+    Nobody reads them, and pages that nobody writes to use no memory.
+    """
     names = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
     with contextlib.ExitStack() as stack:
         for name in names:
@@ -61,7 +64,11 @@ def make_text_model(name: str) -> nn.Module:
 
 
 def _answer_for_the_mask() -> None:
-    """Transformers 4 makes BERT's mask of ones, then asks the device whether all are; a virtual GPU reads 0: no."""
+    """Make BERT skip its attention mask on a virtual GPU.
+
+    Transformers 4 makes the mask of ones, then asks the device whether all are; a virtual GPU reads 0, which
+    means no.
+    """
     from transformers.models.bert import modeling_bert
 
     def none_needed(mask: torch.Tensor, *_: object, **__: object) -> None:
@@ -121,7 +128,7 @@ lightning_model = partial(_torchvision, "resnet152")
 
 
 def missing_package(name: str) -> str | None:
-    """What keeps a benchmark from being run here; None where nothing does."""
+    """Return why a benchmark can't run here, or None."""
     if name not in (*BENCHMARKS, LIGHTNING):
         return "unknown benchmark"
     wanted = {"focalnet": "timm", LIGHTNING: "lightning"}.get(name)

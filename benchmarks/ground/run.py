@@ -1,4 +1,6 @@
-"""`python -m benchmarks.ground.run`, started on a virtual GPU: trains benchmarks there and tells what was reserved.
+"""Train benchmarks on a virtual GPU and print the memory reserved.
+
+`python -m benchmarks.ground.run`, started on a virtual GPU.
 
 Reads lines of JSON, `["bert-fp32", 16]`, and writes one for each. A benchmark trains in a process of its own, forked
 from this one, which has imported everything and never touched CUDA.
@@ -45,7 +47,7 @@ def train(name: str, n: int) -> dict[str, Any]:
 
 
 def _import_for(names: set[str]) -> None:
-    """What is imported here needn't be imported in each process."""
+    """Import before forking what each process would otherwise import."""
     import torchvision  # noqa: F401
 
     if "focalnet" in names:

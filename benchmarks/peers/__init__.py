@@ -1,1 +1,1 @@
-"""Other batch size finders: the real packages, each called as its documentation says."""
+"""Other batch size finders: the real packages, called as documented."""

@@ -1,4 +1,4 @@
-"""What a search costs and what it leaves behind: passes, samples, out-of-memory errors, changed state."""
+"""Count a search's passes, samples, out-of-memory errors and changed state."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LOG = "AUTOACCUM_SEARCH_LOG"  # a file: a finder may try sizes in processes of i
 
 
 def note(*words: object) -> None:
-    """Appends a line to the log, in one write."""
+    """Append a line to the log, in one write."""
     with open(os.environ[LOG], "a") as log:  # noqa: PTH123
         log.write(" ".join(map(str, words)) + "\n")
 
 
 def watch(model: nn.Module) -> nn.Module:
-    """Counts the model's passes from now on, those of its copies too, and this process's out-of-memory errors."""
+    """Count passes of the model and its copies, and out-of-memory errors."""
     model.register_forward_pre_hook(_forward)
     model.register_forward_hook(_backward)
     _watch_memory()
@@ -65,7 +65,7 @@ class Cost:
 
 
 def cost_of(log: str) -> Cost:
-    """Adds up a log's lines."""
+    """Sum a log's lines."""
     cost = Cost()
     for line in log.splitlines():
         kind, *rest = line.split()
@@ -80,7 +80,7 @@ def cost_of(log: str) -> Cost:
 
 
 def make_changes_real() -> None:
-    """Lets an optimizer step and a batch norm's forward pass change a value, as they would on a GPU.
+    """Let optimizer steps and batch norms change a value on virtual GPUs.
 
     A virtual GPU's kernels compute nothing, but copies from the host are real. So what a finder restores, it restores;
     what it doesn't, is seen.
@@ -112,7 +112,10 @@ def _mark(tensor: torch.Tensor) -> None:
 
 @dataclass
 class State:
-    """A model's state, an optimizer's, and the random generators', copied to the host."""
+    """The state of a model, an optimizer and the random generators.
+
+    Copied to the host.
+    """
 
     tensors: dict[str, torch.Tensor]
     gradients: tuple[str, ...]
@@ -121,7 +124,7 @@ class State:
     randomness: dict[str, Any] = field(default_factory=dict)
 
     def changed_since(self, before: State) -> list[str]:
-        """What isn't bitwise as before, by kind."""
+        """Return the kinds of state that aren't bitwise as before."""
         found = []
         for kind in ("parameters", "buffers"):
             names = [name for name in before.tensors if name.startswith(kind)]
@@ -138,7 +141,7 @@ class State:
 
 
 def state_of(model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> State:
-    """Copies it to the host; without a model, only the random generators'."""
+    """Copy the state to the host; without a model, only random states."""
     model = model or nn.Module()
     tensors = {f"parameters {name}": p.detach().cpu() for name, p in model.named_parameters()}
     tensors |= {f"buffers {name}": b.detach().cpu() for name, b in model.named_buffers()}

@@ -1,4 +1,4 @@
-"""What is searched: a model, its data and its optimizer, on a virtual GPU of some size."""
+"""The searched cases: a model, data, an optimizer and a virtual GPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ class Gpt(nn.Module):
 
 
 class Bert(nn.Module):
-    """Tokens (B, T) to logits for each, by transformers' BERT-base; it is only told how to take one tensor."""
+    """Map tokens (B, T) to logits by transformers' BERT-base.
+
+    It takes one tensor, as the finders give it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,17 +108,20 @@ class Case:
         return VirtualGpu(memory_bytes=self.memory_bytes)
 
     def inputs(self, n: int, device: str = "cpu") -> Tensor:
-        """Inputs of n samples."""
+        """Make inputs of n samples."""
         dtype = torch.long if self.tokens else torch.float32
         return torch.zeros(n, *self.sample_shape, dtype=dtype, device=device)
 
     def batch(self, n: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """Inputs and classes of n samples."""
+        """Make inputs and classes of n samples."""
         inputs = self.inputs(n, device)
         return inputs, inputs if self.tokens else torch.zeros(n, dtype=torch.long, device=device)
 
     def model(self, *, last: bool = False) -> nn.Module:
-        """A new one on the GPU; what initial values cost is paid once. The last of a process needs no copy of them."""
+        """Put a new model on the GPU.
+
+        Initial values are computed once and copied; the last model of a process needs no copy.
+        """
         return (made(self) if last else copy.deepcopy(made(self))).cuda()
 
     def workload(self, *, last: bool = False) -> Workload:
@@ -125,7 +131,7 @@ class Case:
 
 @functools.cache
 def made(case: Case) -> nn.Module:
-    """The case's model on the host, the same each time."""
+    """Make the case's model on the host, the same each time."""
     return case.make()
 
 

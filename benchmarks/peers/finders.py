@@ -1,4 +1,6 @@
-"""The finders, each a function from a job to the batch size it found: the real packages, called as they document.
+"""The finders, each a function from a job to its batch size.
+
+The real packages, called as they document.
 
 All are asked for the largest micro-batch that trains in windows of two, since that is what accumulation needs: by
 training functions that accumulate where the caller writes the training, by the finder's own option where it has one.
@@ -28,7 +30,7 @@ WINDOWS = 3  # optimizer steps of a trial, where the caller decides; Lightning's
 
 @dataclass(frozen=True)
 class Job:
-    """A case; and where the finder is given a model, that model and its optimizer."""
+    """A case, and the model and optimizer that some finders are given."""
 
     name: str
     case: Case
@@ -43,13 +45,16 @@ class Job:
 
 
 def train(context: step.TrainingContext, case: Case, n: int, windows: int = WINDOWS) -> None:
-    """The loop that all callers' functions and all checks share: autoaccum's own."""
+    """Train by autoaccum's window, which all functions and checks share."""
     for _ in range(windows):
         step.train_window(context, [case.batch(n) for _ in range(STEPS)], (n,) * STEPS)
 
 
 def train_anew(job: Job, n: int) -> int:
-    """A training function as Accelerate's guide asks for: model and optimizer are made inside, and go with it."""
+    """Train a model made inside, as Accelerate's guide asks for.
+
+    Model and optimizer are freed at its end.
+    """
     workload = job.case.workload()
     watch(workload.model)
     train(step.open_context(workload), job.case, n)
@@ -60,7 +65,7 @@ def train_anew(job: Job, n: int) -> int:
 
 
 def autoaccum(job: Job) -> int:
-    """The largest micro-batch that accumulates; a target far above it, as someone who asks for that has."""
+    """Find the largest micro-batch of a plan for a far larger target."""
     from autoaccum import fit_plan
 
     assert job.workload is not None
@@ -129,7 +134,10 @@ def train_by_lightning(model: nn.Module, case: Case, n: int, windows: int) -> No
 
 
 def accelerate(job: Job, halving: bool) -> int:
-    """The decorator of the guide "Memory utilities"; its reducer takes no arguments, so it remembers the size."""
+    """Search by the decorator of Accelerate's guide "Memory utilities".
+
+    Its reducer takes no arguments, so it remembers the size.
+    """
     from accelerate.utils import find_executable_batch_size
 
     size = job.case.start
@@ -149,7 +157,7 @@ def accelerate(job: Job, halving: bool) -> int:
 
 
 def toma(job: Job) -> int:
-    """The decorator of its README."""
+    """Search by the decorator of toma's README."""
     from toma import toma as decorators
 
     @decorators.batch(initial_batchsize=job.case.start)
@@ -193,14 +201,17 @@ class Autocast(nn.Module):
         self.model, self.precision = model, precision
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The model's, under autocast where the case has it."""
+        """Run the model, under autocast where the case has it."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16"):
             output: torch.Tensor = self.model(x)
             return output
 
 
 def batch_probe_model(job: Job, **how: Any) -> int:
-    """`probe_batch_size`: calls the model with keywords, takes the mean of the output and steps an AdamW."""
+    """Search by `probe_batch_size`.
+
+    It calls the model with keywords, takes the mean of the output and steps an AdamW.
+    """
     from batch_probe import probe_batch_size
 
     model = Autocast(job.model, job.case.precision)
@@ -208,13 +219,16 @@ def batch_probe_model(job: Job, **how: Any) -> int:
 
 
 def batch_finder_model(name: str) -> nn.Module:
-    """What batch-finder makes anew for each trial; it can be pickled, as it asks for."""
+    """Make batch-finder's model anew for each trial; it can be pickled."""
     case = CASES[name]
     return Autocast(watch(case.model()), case.precision)
 
 
 def batch_finder(job: Job) -> int | None:
-    """It makes the inputs, takes the sum of the output, and runs no optimizer."""
+    """Search by batch-finder.
+
+    It makes the inputs, takes the sum of the output, and runs no optimizer.
+    """
     from batch_finder import find_max_minibatch
 
     shape = ", ".join(["b", *map(str, job.case.sample_shape)])
@@ -224,7 +238,10 @@ def batch_finder(job: Job) -> int | None:
 
 
 def ultralytics(job: Job, **how: Any) -> int | None:
-    """Made for its own models of images; what it reads off one of these is put beside the model."""
+    """Search by Ultralytics' check, made for its own image models.
+
+    What it reads off one of these is put beside the model.
+    """
     from ultralytics.utils.autobatch import check_train_batch_size
 
     if not job.case.images:
@@ -237,7 +254,10 @@ def ultralytics(job: Job, **how: Any) -> int | None:
 
 @dataclass(frozen=True)
 class Finder:
-    """A finder, the package it needs, and whether it is given a model (the others make theirs anew)."""
+    """A finder, its package, and whether it is given a model.
+
+    The others make theirs anew.
+    """
 
     package: str
     find: Callable[[Job], int | None]

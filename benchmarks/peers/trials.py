@@ -1,4 +1,4 @@
-"""What is done in processes on the virtual GPU: the truth, a finder's search, and the check of what it found.
+"""Work in processes on the virtual GPU: truth, search and check.
 
 Each is a fork of one process that has imported torch and made the model, so that nothing is paid for twice.
 """
@@ -31,7 +31,9 @@ TIMEOUT_SECONDS = 900
 
 
 def truth(name: str) -> dict[str, Any]:
-    """The largest micro-batch that trains in windows of two; and the largest that is safe as a plan means it.
+    """Return the largest micro-batch that trains, and the largest safe one.
+
+    In windows of two; safe is what a plan calls so.
 
     Safe: it trains with 2 % less as well, and in neither case does the allocator give its cache back from the third
     window on (`allow_retries=False`).
@@ -65,7 +67,7 @@ class _NoTruth(Exception):
 
 
 def largest_that(works: Callable[[int], bool]) -> int:
-    """By doubling and bisection; then upwards until several sizes in a row fail."""
+    """Search by doubling and bisection, then upwards past several failures."""
     low, high = 0, 1
     while works(high):
         low, high = high, 2 * high
@@ -81,7 +83,7 @@ def largest_that(works: Callable[[int], bool]) -> int:
 
 
 def train_afresh(name: str, n: int, less: float = 0.0, by_lightning: bool = False) -> dict[str, Any]:
-    """Whether windows of n samples a micro-batch train here, and how often the cache was given back in each."""
+    """Train windows of n samples a micro-batch; count cache flushes in each."""
     import torch
 
     from autoaccum.devices import oom
@@ -138,7 +140,10 @@ def search(name: str, finder: str) -> dict[str, Any]:
 
 
 def in_fork(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The answer of a process that is fresh as far as the GPU goes, with torch imported and the model made."""
+    """Answer in a fork that never used the GPU.
+
+    Torch is imported and the model made before.
+    """
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -161,7 +166,7 @@ def in_fork(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _answer(kind: str, arguments: list[Any]) -> dict[str, Any]:
-    """Does one piece of work, and adds up what it noted."""
+    """Do one piece of work and add the counters it logged."""
     with tempfile.NamedTemporaryFile("r", prefix="search-cost") as log:
         os.environ[LOG] = log.name
         answer = truth(*arguments) if kind == "truth" else in_fork(lambda: FORKED[kind](*arguments))
@@ -172,7 +177,9 @@ FORKED: dict[str, Callable[..., dict[str, Any]]] = {"search": search, "check": t
 
 
 class Server:
-    """A process on a case's virtual GPU that does what it is asked, each time in a fork: `with Server(name) as ask`.
+    """A process on a case's virtual GPU that answers in forks.
+
+    `with Server(name) as ask`.
 
     It has imported torch and made the model on the host, and never uses the GPU itself.
     """
@@ -182,9 +189,9 @@ class Server:
 
     def __enter__(self) -> Callable[..., dict[str, Any]]:
         command = [sys.executable, "-m", "benchmarks.peers.trials", self.name]
-        told = environment(CASES[self.name].gpu)
+        variables = environment(CASES[self.name].gpu)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, env=told, text=True, **pipes)  # type: ignore[call-overload]
+        self.process = subprocess.Popen(command, env=variables, text=True, **pipes)  # type: ignore[call-overload]
         return self._ask
 
     def __exit__(self, *_: object) -> None:
@@ -201,12 +208,12 @@ class Server:
 
 
 def main() -> None:
-    """Answers questions from stdin, on the virtual GPU that another process started this one on."""
+    """Answer questions from stdin, in a process on a virtual GPU."""
     import torch  # imported once, before any fork
 
     from . import accounting, finders  # noqa: F401
 
-    torch.set_num_threads(1)  # a fork has none of its parent's threads, and OpenMP would wait for them for ever
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, and OpenMP would wait for them forever
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     made(CASES[sys.argv[1]])
