@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -85,12 +86,17 @@ def failing_loss(error: BaseException, call: int, *, backward: bool) -> Callable
 
 
 # Calls of the loss: 1 the scout, 2 the pair test (no backward), 3-4 at five samples, 5-6 at seven, then verification.
+# Each call with an exception in one of its halves and Ctrl-C in the other.
 @pytest.mark.parametrize("error", [Boom("boom"), KeyboardInterrupt()], ids=["exception", "Ctrl-C"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("call", [1, 2, 3, 4, 6, 8, 11])
-def test_an_error_in_any_micro_batch_leaves_no_trace(error: BaseException, call: int, backward: bool) -> None:
+@pytest.mark.parametrize(
+    ("call", "backward_on"),
+    [(1, Boom), (2, None), (3, KeyboardInterrupt), (4, Boom), (6, KeyboardInterrupt), (8, Boom), (11, Boom)],
+)
+def test_an_error_in_any_micro_batch_leaves_no_trace(
+    error: BaseException, call: int, backward_on: type[BaseException] | None
+) -> None:
     case = busy()
-    work = workload(case, loss=failing_loss(error, call, backward=backward and call != 2))
+    work = workload(case, loss=failing_loss(error, call, backward=type(error) is backward_on))
     before = dump(case)
     with pytest.raises(type(error)):
         plan_of(work)
@@ -145,7 +151,7 @@ def test_the_loader_is_not_consumed() -> None:
 
 
 def test_the_sum_of_the_split_is_the_target_whatever_fits() -> None:
-    for most in (1, 3, 7, 61, 64):
+    for most in (3, 61, 64):
         plan = plan_of(Workload(net(), (torch.randn(4, 8), torch.zeros(4).long())), max_micro_batch=most, verify=False)
         assert sum(plan.split) == 64 and plan.micro_batch <= most and len(plan.split) == -(-64 // most)
         assert not plan.verified
@@ -167,7 +173,8 @@ def test_a_budget_is_kept_and_the_next_smaller_number_of_steps_would_not_have_fi
     assert abs(plan.predicted_peak_bytes / plan.measured_peak_bytes - 1) < 0.03
     needed = plan.fewer_steps_need()
     assert needed is not None and needed[0] == -(-256 // (plan.accumulation_steps - 1)) and needed[1] > 0.98 * budget
-    assert f"of up to {needed[0]} would need" in plan.explain()
+    # That size may fit alone, and be the largest, where it does not beside the others.
+    assert re.search(rf"(up to|1 of) {needed[0]} .*would need", plan.explain())
 
 
 def test_without_a_target_the_largest_micro_batch_is_the_batch() -> None:

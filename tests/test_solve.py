@@ -165,7 +165,12 @@ def test_the_solver_equals_brute_force_on_a_thousand_generated_programs(seed: in
         solved_like_brute_force(rng, program, samples, budget, rules)
 
 
-@pytest.mark.parametrize("decade", range(20))
+QUICK_DECADES = (0, 7, 13, 19)  # 40 programs; the others are slow
+
+
+@pytest.mark.parametrize(
+    "decade", [n if n in QUICK_DECADES else pytest.param(n, marks=pytest.mark.slow) for n in range(20)]
+)
 def test_the_solver_equals_brute_force_on_200_recorded_programs_at_ten_budgets(decade: int) -> None:
     for recorded in RECORDED[10 * decade : 10 * decade + 10]:
         solved_like_brute_force_at_ten_budgets(recorded)
@@ -389,7 +394,7 @@ def test_a_program_of_10000_events_is_solved_in_half_a_second(target: int, size:
 
     budget = int(peak((size, size)) * 1.001)
     seconds = []
-    for _ in range(5):  # the best counts: who shares the machine's caches makes the others 2.5 x as long
+    for _ in range(5):  # one is enough: who shares the machine's caches makes the others 2.5 x as long
         started = time.process_time()  # other processes' own work is not counted
         found = smallest_steps(
             lambda split: all(peak(split) <= budget for _ in ("new_process", "this_process")),
@@ -399,6 +404,8 @@ def test_a_program_of_10000_events_is_solved_in_half_a_second(target: int, size:
             later_floor=lambda n: live_peak(window(program, (n, n))[:2]),
         )
         seconds.append(time.process_time() - started)
+        if seconds[-1] < 0.5:
+            break
     assert found is not None
     assert found.split == split_within(target, size)
     print(f"{target}, {size} fit: {len(found.split)} steps, {found.tried} tried, {min(seconds):.2f} s")

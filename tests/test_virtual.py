@@ -47,7 +47,12 @@ def outcomes(group: str) -> dict[str, str]:
 
 
 def each_check() -> list[Any]:
-    return [pytest.param(group, name, id=name) for group, wanted in GROUPS.items() for name in wanted.checks]
+    slow = {"compiled": pytest.mark.slow}  # nine seconds in the compiler
+    return [
+        pytest.param(group, name, id=name, marks=slow.get(group, ()))
+        for group, wanted in GROUPS.items()
+        for name in wanted.checks
+    ]
 
 
 @usable

@@ -56,23 +56,23 @@ def _group(name: str, env: dict[str, str] | None = None, /, **gpu: Any) -> str:
     return name
 
 
+# A process takes two seconds, so settings that don't touch each other's checks share one.
 PLAIN = _group("plain")
-SMALL = _group("small", memory_bytes=2 * GIB, context_bytes=256 * MIB)
-NEIGHBOUR = _group("neighbour", memory_bytes=2 * GIB, context_bytes=128 * MIB, other_bytes=512 * MIB)
-TWO = _group("two", devices=2)
+SMALL = HUGE = _group("small", memory_bytes=2 * GIB, context_bytes=256 * MIB, convolution_workspace="20GiB")
+NEIGHBOUR = ZERO = _group(
+    "neighbour", memory_bytes=2 * GIB, context_bytes=128 * MIB, other_bytes=512 * MIB, copies="zero"
+)
+TWO = ALL = _group("two", devices=2, copies="all")
 SWAPPED = _group("swapped", {"CUDA_VISIBLE_DEVICES": "2,0"}, devices=3)
 NONE = _group("none", {"CUDA_VISIBLE_DEVICES": ""})
-HOPPER = _group("hopper", compute_capability="9.0", multiprocessors=132, name="A name with spaces")
-ALL = _group("all", copies="all")
-DOWNWARD = _group("downward", addresses="down")
-ZERO = _group("zero", copies="zero")
-FIXED = _group("fixed", convolution_workspace="3MiB")
-SCALED = _group("scaled", convolution_workspace="0.5x")
-HUGE = _group("huge", convolution_workspace="20GiB")
-STUBBORN = _group("stubborn", convolution_workspace="20GiB", convolution_fallback=False)
-EXPANDABLE = _group(
-    "expandable", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, memory_bytes=2 * GIB, context_bytes=0
+HOPPER = SCALED = _group(
+    "hopper", compute_capability="9.0", multiprocessors=132, name="A name with spaces", convolution_workspace="0.5x"
 )
+DOWNWARD = FIXED = _group("downward", addresses="down", convolution_workspace="3MiB")
+EXPANDABLE = STUBBORN = _group(
+    "expandable", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, memory_bytes=2 * GIB, context_bytes=0,
+    convolution_workspace="20GiB", convolution_fallback=False,
+)  # fmt: skip
 ASYNC = _group("async", {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, memory_bytes=2 * GIB)
 COMPILED = _group("compiled")
 RECORDED = _group("recorded", memory_bytes=4 * GIB)
