@@ -3,10 +3,11 @@
 Start with `fit_plan`; its file, `planning/fit.py`, is the page to read first.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import`: that is an import like any other, from the current folder first.
+from .processes.early_signals import end_at_once
 from .processes.import_path import leave_current_folder
 
+end_at_once()
 leave_current_folder()  # before anything else is imported: `python -m` put it first
 # isort: split
 import importlib  # noqa: E402

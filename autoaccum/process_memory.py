@@ -38,7 +38,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL | None:
+def glibc() -> ctypes.CDLL | None:
     """The C library where it is glibc 2.33 or newer, which has mallinfo2, and malloc is its own; else None."""
     libc = ctypes.CDLL(None)
     if not (hasattr(libc, "mallinfo2") and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
@@ -66,7 +66,7 @@ def _counts(libc: ctypes.CDLL) -> bool:
 
 def malloc_name() -> str:
     """Whose malloc this process has: "glibc", or the file that took its place, or "another"."""
-    if _libc() is not None:
+    if glibc() is not None:
         return "glibc"
     with contextlib.suppress(OSError):
         paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
@@ -86,7 +86,7 @@ def fix_mmap_threshold(threshold_bytes: int = MMAP_THRESHOLD_BYTES) -> bool:
     Returns:
         Whether the C library took it. It can't be undone within the process.
     """
-    libc = _libc()
+    libc = glibc()
     taken = libc is not None and libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes) == 1
     if taken:
         _fixed[:] = [threshold_bytes]
@@ -118,7 +118,7 @@ class Heap:
 
 def read_heap() -> Heap:
     """Malloc's heaps now; all is outside of them where unknown."""
-    libc = _libc()
+    libc = glibc()
     if libc is None:
         return Heap(outside_bytes=committed_bytes())
     info = libc.mallinfo2()
@@ -128,7 +128,7 @@ def read_heap() -> Heap:
 
 def in_use_bytes() -> int | None:
     """Bytes that malloc has handed out, in its heaps and as mappings of their own; None where unknown."""
-    libc = _libc()
+    libc = glibc()
     if libc is None:
         return None
     info = libc.mallinfo2()
@@ -137,7 +137,7 @@ def in_use_bytes() -> int | None:
 
 def trim() -> None:
     """Gives what is free at the top of the heap back to the system."""
-    libc = _libc()
+    libc = glibc()
     if libc is not None:
         libc.malloc_trim(0)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_cli import TINY
 
-from autoaccum.processes import child, interrupts
+from autoaccum.processes import child, early_signals, interrupts
 
 SWALLOWS = """
 import os, signal, subprocess, sys, time
@@ -101,6 +101,43 @@ def test_a_signal_ends_the_command_while_it_imports_its_own(module: str, number:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 128 + signal.Signals[number]
     assert (out.stdout, out.stderr) == ("\n", "interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_ends_the_command_as_soon_as_anything_of_ours_is_imported(number: signal.Signals) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "autoaccum", "doctor", "--gpus"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+    assert process.stderr is not None
+    assert any("autoaccum.processes.early_signals" in line for line in process.stderr)
+    assert process.stderr.readline()  # what is imported next
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (128 + number, "") and "interrupted\n" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "orig_argv", "ours"),
+    [
+        (["-m"], ["python", "-X", "dev", "-m", "autoaccum", "plan"], True),
+        (["/usr/bin/autoaccum", "plan"], ["python", "/usr/bin/autoaccum", "plan"], True),
+        (["-m"], ["python", "-m", "autoaccum.processes.child"], False),  # its parent says it
+        (["-m"], ["python", "-m", "mine", "autoaccum"], False),
+        (["train.py"], ["python", "train.py"], False),
+        ([""], ["python"], False),
+    ],
+)
+def test_only_the_command_ends_at_once(
+    argv: list[str], orig_argv: list[str], ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {number: signal.getsignal(number) for number in interrupts.NUMBERS}
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", orig_argv)
+    try:
+        early_signals.end_at_once()
+        assert all((signal.getsignal(number) is not handler) == ours for number, handler in before.items())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.slow

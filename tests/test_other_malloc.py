@@ -85,7 +85,7 @@ def test_glibc_is_known_for_itself() -> None:
 
 
 def test_a_plan_with_another_malloc_has_no_threshold_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_memory, "_libc", lambda: None)
+    monkeypatch.setattr(process_memory, "glibc", lambda: None)
     work = Workload(nn.Linear(64, 10), (torch.randn(4, 64), torch.zeros(4, dtype=torch.long)))
     plan = fit_plan(work, target_batch=64, check=False, timing_seconds=0)
     assert (plan.mmap_threshold_bytes, plan.malloc_overhead, plan.split) == (None, 0.25, (64,))

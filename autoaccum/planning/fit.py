@@ -158,7 +158,10 @@ def plan_in(
     sample, lengthened = at_longest(workload)
     longest = replace(workload, sample=sample)
     held = _held(workload)
-    with _as_it_was(workload, held) if setting.keep else contextlib.nullcontext() as snapshot:
+    with contextlib.ExitStack() as stack:
+        setting.device.clean()
+        filled_bytes = stack.enter_context(setting.device.holes_filled(threshold))
+        snapshot = stack.enter_context(_as_it_was(workload, held)) if setting.keep else None
         context = step.open_context(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
         context.window_samples = request.samples
         left_out = told_of_left_out(context.model, context.optimizer)
@@ -173,7 +176,8 @@ def plan_in(
             setting.device.clean()
 
         start_over()
-        subject = replace(subject, before=setting.device.read_heap())
+        filled_bytes += stack.enter_context(setting.device.holes_filled(threshold))  # where gradients were
+        subject = replace(subject, before=setting.device.read_heap(), filled_bytes=filled_bytes)
         compiles = verify and compiled.runs_compiled(context)
         predictor = _look(
             setting, subject, request, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles

@@ -45,6 +45,7 @@ class RecordingTarget:
     build: tuple[Event, ...] | None = None  # the model's blocks as they came to be, where that was seen
     before: Any = None  # what `device.read_heap` told before anything was trained
     take_out: Callable[[], None] = lambda: None  # what windows appended to the user's lists
+    filled_bytes: int = 0  # free blocks of malloc's heap that are kept from windows while a plan is made
 
     def tile(self, n: int) -> Batch:
         """A batch of n samples, made of the workload's sample."""

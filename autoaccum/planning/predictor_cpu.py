@@ -13,12 +13,14 @@ from ..plan import PeakRow
 from ..simulation.malloc import EMPTY, HeapState, Replay
 from ..simulation.recording import Phase, live_peak
 from ..simulation.solver import Split, balanced
+from ..units import show_bytes
 from . import observe
 from .growth import WINDOWS
 from .observe import Evidence, RecordingTarget
 from .predictor import AGREES_WITHIN, RAN_OUT, MemoryPredictor, verified_part
 from .request import PlanRequest
 
+HOLES_SAID = 0.01  # of the budget: holes in the heap from there on are said
 DEFAULT_MALLOC_OVERHEAD = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
 
 
@@ -160,9 +162,9 @@ class CpuPredictor(MemoryPredictor):
         )
 
     def notes(self, split: Split) -> list[str]:
-        """Of the default malloc."""
+        """Of holes in the heap, and of the default malloc."""
         if self.subject.mmap_threshold_bytes is not None:
-            return []
+            return self._notes_of_holes()
         whose = process_memory.malloc_name()
         if whose != "glibc":
             return [
@@ -173,6 +175,26 @@ class CpuPredictor(MemoryPredictor):
         return [
             f"malloc is left at its default: {self.malloc_overhead:.0%} of what training takes is reckoned on top, "
             "for its fragmentation."
+        ]
+
+    @property
+    def _has_holes(self) -> bool:
+        """Whether what ran here before has left holes that take a part of the budget worth a word."""
+        return self.subject.filled_bytes >= HOLES_SAID * self.budget.bytes
+
+    def helps(self, needed_bytes: int) -> list[str]:
+        """A process whose heap has no large holes."""
+        if not self._has_holes:
+            return []
+        return [f"a new process, without the {show_bytes(self.subject.filled_bytes)} of holes in this one's heap"]
+
+    def _notes_of_holes(self) -> list[str]:
+        if not self._has_holes:
+            return []
+        return [
+            f"{show_bytes(self.subject.filled_bytes)} of this process's heap are holes that what ran here before has "
+            "left. They count as taken, since whether a large tensor fits one of them is chance. A new process doesn't "
+            "have them, so more fits there: restart the kernel and plan first, or type autoaccum plan."
         ]
 
     def measure(self, train: Callable[..., None], split: Split) -> device.Measured:

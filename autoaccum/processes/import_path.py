@@ -2,10 +2,9 @@
 
 A `random.py` there would otherwise be what torch gets for `import random`. Only the folder of a workload's file becomes
 importable, in the process that loads it, and after everything that is installed: its modules never stand in for others.
-Imported before anything else of autoaccum's, so it imports nothing that Python hasn't loaded by itself.
+Imported before anything else of autoaccum's, so it imports nothing that Python hasn't loaded by itself; `__future__`
+isn't either.
 """
-
-from __future__ import annotations
 
 import os
 import sys
@@ -18,13 +17,19 @@ def leave_current_folder() -> None:
 
     A no-op for every other way to come here: the `autoaccum` script, a program of the user's, `python -P`.
     """
-    words = sys.orig_argv
-    module = next((after if word == "-m" else word[2:] for word, after in _pairs(words) if word.startswith("-m")), "")
-    if sys.argv[:1] != ["-m"] or sys.flags.safe_path or module.partition(".")[0] != "autoaccum":
+    if sys.flags.safe_path or module_run().partition(".")[0] != "autoaccum":
         return
     first = sys.path.pop(0)
     if first == ROOT:  # a checkout: behind the standard library it does no harm
         sys.path.append(first)
+
+
+def module_run() -> str:
+    """The module that `python -m` is about to run; empty where it runs something else, or has begun."""
+    if sys.argv[:1] != ["-m"]:
+        return ""
+    words = sys.orig_argv
+    return next((after if word == "-m" else word[2:] for word, after in _pairs(words) if word.startswith("-m")), "")
 
 
 def _pairs(words: list[str]) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from ...process_memory import Heap, read_heap
 from ...simulation.malloc import CpuRules, HeapState, Replay, in_use_peaks, mapping_bytes, replay
 from ...simulation.recording import Phase, Recording
 from .budget import read_cpu_budget
+from .heap_holes import filled as holes_filled
 from .recorder import apart, profiler_is_on, record
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Base",
     "Measured",
     "clean",
+    "holes_filled",
     "input_bytes",
     "measure",
     "name",

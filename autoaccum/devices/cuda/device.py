@@ -33,6 +33,7 @@ __all__ = [
     "SCOUT_STEPS",
     "Measured",
     "clean",
+    "holes_filled",
     "limit_reserved",
     "measure",
     "model_blocks",
@@ -82,6 +83,11 @@ class Measured:
 def prepare(malloc: str = "fixed") -> int | None:
     """The C library's malloc has no say here."""
     return None
+
+
+def holes_filled(threshold_bytes: int | None) -> contextlib.AbstractContextManager[int]:
+    """The C library's heap has no say here."""
+    return contextlib.nullcontext(0)
 
 
 def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
