@@ -100,7 +100,7 @@ ODD: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no place": lambda state: {name: state[name] for name in ("for", "runner")},
     "a runner of nothing": lambda state: {**state, "runner": {}},
     "a number of text": lambda state: {**state, "runner": {**state["runner"], "number": "1"}},
-    "no micro-batch": lambda state: {**state, "runner": {**state["runner"], "micro_batch": 0}},
+    "no micro-batch": lambda state: {**state, "runner": {**state["runner"], "limits": {"micro_batch": 0}}},
     "no weights": lambda state: {**state, "runner": {**state["runner"], "model": {}}},
     "no parameter groups": lambda state: {**state, "runner": {**state["runner"], "optimizer": {}}},
     "limits of text": lambda state: {**state, "runner": {**state["runner"], "limits": "none"}},

@@ -219,7 +219,7 @@ def test_a_window_that_starts_over_still_counts_all_its_tokens(given: bool, inde
     fault.forwards, fault.at = 0, {index: where}
     count = token_count if given else None
     runner = runner_for(Workload(model, batch, loss=token_sum, optimizer=Capture, count=count), 16, 4)
-    runner._rechecked = True  # the second look runs the model too, and would be what runs out
+    runner.checks.rechecked = True  # the second look runs the model too, and would be what runs out
     assert runner.step(batch).retries == 1
     assert distance(seen(runner)[0], want) <= FP64
 
@@ -235,7 +235,7 @@ def test_running_out_while_counting_is_recovered_from(
     batch = pad([sequence(length, seed=i) for i, length in enumerate((8, 8, 8, 4, 2, 1, 1, 1) * 2)])
     want = gradients(model, token_sum, batch)
     runner = runner_for(Workload(model, batch, loss=token_sum, optimizer=Capture), 16, 4)
-    runner._rechecked = True  # the second look counts too, and would be what runs out
+    runner.checks.rechecked = True  # the second look counts too, and would be what runs out
     fault.fails_counting_at = window * 5 + index
     results = [runner.step(batch) for _ in range(window + 1)]
     assert results[-1].retries == len(told(caplog)) == 1

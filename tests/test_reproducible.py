@@ -90,7 +90,7 @@ def test_after_an_out_of_memory_it_is_the_training_of_the_plan_that_resulted(at:
     other = runner_for(work_for(second, batchnorm=how), 16, 4)
     for seed, result in enumerate(results):
         other.micro_batch = max(result.split)
-        other._split = lambda samples, split=result.split: split  # type: ignore[method-assign]
+        other.sizing.sizes = lambda samples, split=result.split: split  # type: ignore[method-assign]
         again = other.step(vectors(16, seed=seed))
         assert (again.split, again.retries) == (result.split, 0)
         assert torch.equal(again.loss, result.loss)

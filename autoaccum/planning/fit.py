@@ -36,7 +36,7 @@ from ..state.appended import keeper
 from ..state.closures import Holdings, holdings
 from ..window import compiled, step
 from ..window.process_groups import refuse_ranks
-from ..window.trained_parameters import told_of_left_out
+from ..window.trained_parameters import left_out_note
 from ..workload import Workload
 from . import build_plan, predictor_cpu, schedule
 from . import verify as answer
@@ -164,7 +164,7 @@ def plan_in(
         snapshot = stack.enter_context(_as_it_was(workload, held)) if setting.keep else None
         context = step.open_context(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
         context.window_samples = request.samples
-        left_out = told_of_left_out(context.model, context.optimizer)
+        left_out = left_out_note(context.model, context.optimizer)
         subject = setting.subject(context, longest, setting.device, threshold, setting.progress, setting.build)
         subject = replace(subject, take_out=keeper(held))
 

@@ -211,7 +211,11 @@ def _resume(path: Path, runner: Runner, place: _Place, plan: Plan) -> None:
     for name in ("runner", "place", "for"):
         if not isinstance(state.get(name), dict):
             raise unusable(path, f"it holds no {name!r}" if name not in state else f"its {name!r} is no mapping")
-    numbers = {name: state["runner"].get(name) for name in ("number", "micro_batch")}
+    limits = state["runner"].get("limits")
+    numbers = {
+        "number": state["runner"].get("number"),
+        "micro_batch": limits["micro_batch"] if isinstance(limits, dict) else None,
+    }
     if not all(type(each) is int and each >= 0 for each in numbers.values()) or not numbers["micro_batch"]:
         raise unusable(path, f"it says {', '.join(f'{name} {each!r}' for name, each in numbers.items())}")
     made_for, here = state["for"], _made_for(plan)

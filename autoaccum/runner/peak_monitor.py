@@ -1,9 +1,9 @@
-"""Whether a window took more than the plan reckoned with; said once.
+"""Warn once where a window uses more memory than the plan predicts.
 
-What a process took *before* a window is no matter of the plan: loading data, or another library's start, may have had
-its peak then. The kernel and torch keep a peak of the whole life only, and neither should be set back, since others may
-read it. But a peak that *grew during a window* was that window's. So only such ones count: the watch can miss a
-drift below an older peak, and never blames a window for what came before it.
+Memory used *before* a window isn't the plan's: loading data, or another library's start, may have had its peak then.
+The kernel and torch keep one peak for the whole life of the process, and neither should be reset, since others may read
+it. But a peak that *grew during a window* was that window's. So only such peaks count: the monitor can miss an excess
+below an older peak, and never blames a window for what came before it.
 """
 
 from __future__ import annotations
@@ -20,51 +20,55 @@ from ..units import show_bytes
 
 log = logging.getLogger("autoaccum")
 
-DRIFTS_BEYOND = 1.02  # as much as a verification may differ
+TOLERATED_FACTOR = 1.02  # as much as a verification may differ
 
 
 class PeakMonitor:
-    """Compares the peak of each window with the plan."""
+    """Compare the peak of each window with the plan.
+
+    Attributes:
+        warned: Whether a window was above the plan, and it was said.
+    """
 
     def __init__(self, device: torch.device, plan: Plan) -> None:
         self.device, self.plan = device, plan
-        self.told = False
+        self.warned = False
         self._before_bytes = 0
 
     def begin(self) -> None:
-        """Before a window."""
-        self._before_bytes = 0 if self.told else self._peak_bytes()
+        """Note the peak before a window."""
+        self._before_bytes = 0 if self.warned else self._peak_bytes()
 
     def end(self) -> None:
-        """After it; says so where it was the first to take more than was planned."""
-        if self.told:
+        """Compare it after the window; warn at the first that used more than was planned."""
+        if self.warned:
             return
         peak = self._peak_bytes()
-        if peak <= self._before_bytes or peak <= DRIFTS_BEYOND * self._planned_bytes():
+        if peak <= self._before_bytes or peak <= TOLERATED_FACTOR * self._planned_bytes():
             return
-        taken = peak - self._shared_bytes()
-        if taken > DRIFTS_BEYOND * self._planned_bytes():
-            self.told = True
+        used_bytes = peak - self._shared_bytes()
+        if used_bytes > TOLERATED_FACTOR * self._planned_bytes():
+            self.warned = True
             log.warning(
-                "A window came to %s %s; the plan reckoned with %s. %s",
-                show_bytes(taken),
-                "in memory" if self.device.type == "cpu" else "reserved",
+                "A window used %s %s; the plan predicts %s. %s",
+                show_bytes(used_bytes),
+                "of memory" if self.device.type == "cpu" else "of reserved memory",
                 show_bytes(self._planned_bytes()),
-                at_run_time(self.plan) or "Longer samples, data loading, workers' threads or other code take the rest.",
+                at_run_time(self.plan) or "Longer samples, data loading, workers' threads or other code use the rest.",
             )
 
     def _peak_bytes(self) -> int:
-        """The most of the process's life: resident, or reserved on the GPU."""
+        """Return the highest of the process's life: resident, or reserved on the GPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _planned_bytes(self) -> int:
-        """What the plan has for the same: on both sides the base is part of it, the model above all."""
+        """Return the plan's figure for the same; both include what is there before a window, the model above all."""
         return self.plan.predicted_peak_bytes
 
     def _shared_bytes(self) -> int:
-        """Resident pages of files and of shared memory: libraries, mapped data sets. The plan's bytes are private."""
+        """Return resident bytes of files and of shared memory, which the plan's private bytes don't include."""
         if self.device.type == "cuda":
             return 0
         lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())

@@ -111,12 +111,12 @@ def check_choice(norms: Norms, how: str | None, model: nn.Module) -> None:
         )
 
 
-def told(norms: Norms, how: str | None) -> str:
-    """What a person has to know of normalizations in windows of several micro-batches; empty where all is exact."""
-    return " ".join(filter(None, (_told_of_batch(norms, how), _told_of_instance(norms, how))))
+def warning(norms: Norms, how: str | None) -> str:
+    """Return what to warn of in windows of several micro-batches; empty where all is exact."""
+    return " ".join(filter(None, (_batch_warning(norms, how), _instance_warning(norms, how))))
 
 
-def _told_of_instance(norms: Norms, how: str | None) -> str:
+def _instance_warning(norms: Norms, how: str | None) -> str:
     if not norms.instance or how == MERGED:
         return ""
     return (
@@ -125,7 +125,7 @@ def _told_of_instance(norms: Norms, how: str | None) -> str:
     )
 
 
-def _told_of_batch(norms: Norms, how: str | None) -> str:
+def _batch_warning(norms: Norms, how: str | None) -> str:
     if not norms.batch or how == FROZEN:
         return ""
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in norms.batch.values())

@@ -41,8 +41,8 @@ def refuse_foreign(model: nn.Module, held: Holdings, optimizer: torch.optim.Opti
     )
 
 
-def told_of_left_out(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """What to say of tensors that require a gradient and are in no group of the optimizer; empty where all are."""
+def left_out_note(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Return what to say of tensors that require a gradient and that the optimizer lacks; empty for none."""
     theirs = {id(p) for p in _tensors(optimizer)}
     wanted = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     left = [(name, p) for name, p in wanted if id(p) not in theirs]

@@ -1,0 +1,67 @@
+"""Check around windows whether their gradient is that of one batch, and warn once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+
+import torch
+
+from ..data.windows import Window
+from ..exactness.recheck import counts_differ, recheck
+from ..window.context import TrainingContext
+from ..workload import IGNORED, default_loss
+from .oom_recovery import TrainedWindow
+from .state_changes import ForwardChanges
+
+log = logging.getLogger("autoaccum")
+
+
+class WindowChecks:
+    """What is looked at in the windows of one training, each until it was found or settled.
+
+    Args:
+        context: What is trained.
+        batch_keys: `shared` and `per_sample`, as `data.split` takes them.
+
+    Attributes:
+        rechecked: Whether a window's gradient was compared with that of one batch.
+        warned_of_ignored: Whether ignored labels in a loss of unknown form were warned of.
+    """
+
+    def __init__(self, context: TrainingContext, batch_keys: Mapping[str, Collection[str]]) -> None:
+        self.context = context
+        self.rechecked = self.warned_of_ignored = False
+        self._batch_keys = dict(batch_keys)
+        self._changes = ForwardChanges(context)
+
+    def before_window(self, window: Window) -> None:
+        """Compare gradients on the first real window that the plan's sample may not have stood for."""
+        if self.rechecked or self.context.encode is not None or not counts_differ(window.pieces, window.sizes):
+            return
+        self.rechecked = True
+        self._warn(recheck(self.context, window.pieces, window.sizes, self._batch_keys))
+
+    def after_window(self, trained: TrainedWindow) -> None:
+        """Look for ignored labels that the loss may average over otherwise, and for modules that count forwards."""
+        self._warn(self._ignored_warning(trained.window))
+        self._warn(self._changes.after_window(trained.before, len(trained.window.pieces)))
+
+    def _ignored_warning(self, window: Window) -> str:
+        context = self.context  # the first window asks the model what its loss averages over
+        unknown = context.loss is default_loss and context.count is None and context.asked_for_denominator
+        if self.warned_of_ignored or not unknown or len(window.pieces) < 2:
+            return ""
+        labels = [piece.get("labels") for piece in window.pieces if isinstance(piece, Mapping)]
+        if not any(isinstance(label, torch.Tensor) and bool((label == IGNORED).any()) for label in labels):
+            return ""
+        self.warned_of_ignored = True
+        return (
+            "Some labels are ignored (-100), and the model's own .loss is no mean over the others that autoaccum "
+            "knows. Micro-batches are weighted by their samples, so the gradient may not be the whole batch's. "
+            "Give loss= as (sum, count), or count= with what the model averages over."
+        )
+
+    def _warn(self, text: str | None) -> None:
+        if text:
+            log.warning("%s", text)
