@@ -23,7 +23,7 @@ from autoaccum.devices import oom
 from autoaccum.devices.cuda import device
 from autoaccum.planning.predictor_virtual import EmptySubject
 from autoaccum.simulation.solver import CAPACITY_MARGIN, Split, balanced
-from autoaccum.simulation.training_run import MOST_WINDOWS
+from autoaccum.simulation.training_run import MAX_WINDOWS
 from autoaccum.window import step
 
 from .truth_cases import Case, limit, workload
@@ -76,7 +76,7 @@ class Tried:
         return not self.ooms and not any(self.retries)
 
 
-def train(work: Workload, context: step.TrainingContext, split: Split, windows: int = MOST_WINDOWS) -> Tried:
+def train(work: Workload, context: step.TrainingContext, split: Split, windows: int = MAX_WINDOWS) -> Tried:
     """Train windows to the end, or until the split clearly doesn't fit."""
     retries: list[int] = []
     before = count("num_ooms")
@@ -121,7 +121,7 @@ class Truth:
         self,
         split: Split,
         capacity_bytes: int | None,
-        windows: int = MOST_WINDOWS,
+        windows: int = MAX_WINDOWS,
         settings: str = "",
         *,
         kept: bool = False,

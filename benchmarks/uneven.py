@@ -95,7 +95,7 @@ def counted(case: Case) -> list[float]:
 
 def _ask_all(predictor: CudaPredictor, found: Count) -> None:
     largest = largest_micro_batch(
-        predictor.fits_surely, predictor.later_floor, budget_bytes=predictor.usable_bytes, most=MOST
+        predictor.fits_surely, predictor.later_floor, budget_bytes=predictor.usable_bytes, max_size=MOST
     )
     for target in sorted({max(2, int(largest * load)) for load in LOADS if largest}):
         asked = replace(predictor, request=replace(predictor.request, samples=target, target_batch=target, most=target))

@@ -168,7 +168,9 @@ def questions() -> Iterator[Question]:
 def observed_of(data: Flat, setting: str) -> Evidence:
     """What was recorded, as planning knows it; for one setting, since replays are remembered there."""
     first = read_recording(data["first_step"])
-    evidence = Evidence(first_step=first, prelude=tuple(event for phase in first.phases for event in phase.events))
+    evidence = Evidence(
+        first_step=first, first_step_events=tuple(event for phase in first.phases for event in phase.events)
+    )
     evidence.know(map(read_recording, data["recordings"]))
     evidence.notes = [RecordingNote(n, passes, 1.0, took, said) for n, passes, took, said in data["notes"]]
     evidence.unrecorded_bytes = 0 if setting == "default" else data["unrecorded_bytes"]

@@ -26,13 +26,12 @@ from autoaccum.data import split
 from autoaccum.devices import oom
 from autoaccum.devices.cuda.recorder import record
 from autoaccum.devices.virtual import control
+from autoaccum.phases import OnPhase
 from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator
 from autoaccum.simulation.cuda_allocator.settings import CudaRules as Rules
 from autoaccum.simulation.cuda_allocator.settings import MiB
 from autoaccum.simulation.recording import Recording
 from autoaccum.window import step
-
-from .phases import OnPhase
 
 sys.path.insert(0, __file__.rsplit("/tests/", 1)[0])
 from benchmarks.models import Block, Recurrent, ViT

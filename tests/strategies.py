@@ -172,7 +172,7 @@ class Recorded:
     """Recordings of a real model: see data/make_programs.py."""
 
     name: str
-    prelude: tuple[Event, ...]
+    first_step_events: tuple[Event, ...]
     recordings: tuple[Recording, ...]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from autoaccum import LossTerms, Workload, fit_plan
 from autoaccum.exactness import arrangements, check, test_batches
-from autoaccum.exactness.compare import FunctionalCopy
+from autoaccum.exactness.functional_copy import FunctionalCopy
 from autoaccum.plan import PeakRow
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -147,14 +147,14 @@ HONEST: dict[str, Loss] = {
 @pytest.mark.parametrize("how", ["alternating", "sorted", "mixed"])
 @pytest.mark.parametrize("loss", COUPLED, ids=lambda loss: loss.__name__)
 def test_what_depends_on_the_batch_is_never_called_exact(loss: Loss, how: str) -> None:
-    found = check.check(Workload(classifier(), sample(how), loss=loss), apart=False)
+    found = check.check(Workload(classifier(), sample(how), loss=loss), isolated=False)
     assert found.kind in ("not decomposable", "wrong denominator") and found.error > 1e-4, found
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_loss_stays_exact_however_its_outputs_lie(name: str) -> None:
     for how in ("alternating", "sorted"):
-        found = check.check(Workload(classifier(), sample(how), loss=HONEST[name]), apart=False)
+        found = check.check(Workload(classifier(), sample(how), loss=HONEST[name]), isolated=False)
         assert found.kind == "exact" and found.error < 1e-12, found
 
 
@@ -162,14 +162,14 @@ def test_where_samples_meet_without_a_trace_in_the_gradient_more_is_tried() -> N
     """Only there: it takes three passes for each further arrangement."""
     for name, depends in (("a maximum that cancels out", True), ("hinge", False), ("a penalty apart", False)):
         work = Workload(classifier(), sample("mixed"), loss=HONEST[name])
-        found = arrangements.tried(work, FunctionalCopy(work.model, work.loss, dtype=torch.float64), 16)
-        assert any(each.found.depends for each in found) == depends
-        assert len(found) == 2 + len(arrangements.SPREADS) * depends and found[-1].holds
+        found = arrangements.run_cases(work, FunctionalCopy(work.model, work.loss, dtype=torch.float64), 16)
+        assert any(each.gradients.depends for each in found) == depends
+        assert len(found) == 2 + len(arrangements.OUTPUT_SPREADS) * depends and found[-1].holds
 
 
 @pytest.mark.parametrize("most", [2, 4, 7])
 def test_a_margin_is_seen_where_few_samples_fit_at_once(most: int) -> None:
-    seen = [check.check(Workload(classifier(), sample(how), loss=margin), most_rows=most, apart=False).exact
+    seen = [check.check(Workload(classifier(), sample(how), loss=margin), max_rows=most, isolated=False).exact
             for how in ("alternating", "sorted", "mixed")]  # fmt: skip
     assert not any(seen)
 
@@ -188,28 +188,30 @@ def test_balanced_class_weights_are_off_where_the_classes_are_not_balanced() -> 
 
 def test_arrangements_differ_in_order_counts_and_spread_of_outputs() -> None:
     work = Workload(classifier(), sample("alternating"), loss=focal)
-    twin = FunctionalCopy(work.model, focal, dtype=torch.float64)
-    one, two = arrangements.tried(work, twin, 16)
-    assert one.trial.rows == 16 and one.trial.batch[1].bincount().tolist() == [8, 8]
-    assert one.trial.batch[1].tolist() == sorted(one.trial.batch[1].tolist()) != two.trial.batch[1].tolist()
-    few, many = two.trial.batch[1].bincount().tolist()
-    assert few < many and two.trial.pair != one.trial.pair
-    assert two.wide and test_batches.WIDE in (two.trial.hardness or ())
-    with arrangements.as_tried(twin, two):
-        wide = twin.run(lambda: twin.model(twin.cast(two.trial.batch)[0])).std()
-    narrow = twin.run(lambda: twin.model(twin.cast(two.trial.batch)[0])).std()
+    model_copy = FunctionalCopy(work.model, focal, dtype=torch.float64)
+    one, two = arrangements.run_cases(work, model_copy, 16)
+    assert one.test_batch.rows == 16 and one.test_batch.batch[1].bincount().tolist() == [8, 8]
+    assert (
+        one.test_batch.batch[1].tolist() == sorted(one.test_batch.batch[1].tolist()) != two.test_batch.batch[1].tolist()
+    )
+    few, many = two.test_batch.batch[1].bincount().tolist()
+    assert few < many and two.test_batch.pair != one.test_batch.pair
+    assert two.wide and test_batches.WIDE in (two.test_batch.hardness or ())
+    with arrangements.as_in_case(model_copy, two):
+        wide = model_copy.run(lambda: model_copy.model(model_copy.cast(two.test_batch.batch)[0])).std()
+    narrow = model_copy.run(lambda: model_copy.model(model_copy.cast(two.test_batch.batch)[0])).std()
     assert wide > 2 and wide > 5 * narrow
     assert all(
-        torch.equal(twin.copies[name], p)
-        for name, p in zip(twin.trained, work.model.double().parameters(), strict=True)
+        torch.equal(model_copy.copies[name], p)
+        for name, p in zip(model_copy.trained, work.model.double().parameters(), strict=True)
     )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_a_sample_of_few_rows_is_tested_on_eight(rows: int) -> None:
     few = tuple(leaf[:rows] for leaf in sample("alternating"))
-    assert check.check(Workload(classifier(), few, loss=focal), apart=False).words == "exact (tested on 8 samples)"
-    found = check.check(Workload(classifier(), few, loss=by_largest_loss), apart=False)
+    assert check.check(Workload(classifier(), few, loss=focal), isolated=False).words == "exact (tested on 8 samples)"
+    found = check.check(Workload(classifier(), few, loss=by_largest_loss), isolated=False)
     assert not found.exact and found.kind != "unknown"
 
 
@@ -221,7 +223,7 @@ def test_a_plan_of_small_micro_batches_is_tested_on_eight_samples(most: int) -> 
     assert plan.micro_batch <= most and plan.exactness == "exact (tested on 16 samples)"
     peaks = PeakRow(1, 1500, 1600, 1400), PeakRow(9, 9500, 9600, 1400)  # twice as much in double precision
     tight = replace(plan, peaks=peaks, budget=replace(plan.budget, bytes=plan.baseline_bytes + 500 + 2000 * most))
-    few = check.for_plan(replace(tight, notes=()), work)
+    few = check.check_plan(replace(tight, notes=()), work)
     assert few.exactness == "exact (tested on 8 samples)" if most > 1 else "2 samples at once" in few.exactness
 
 
@@ -230,16 +232,17 @@ def plain_classes(m: nn.Module, b: Any) -> torch.Tensor:
 
 
 def test_a_loss_that_could_ignore_targets_is_exact_on_data_that_has_none() -> None:
-    found = check.check(Workload(classifier(), sample("mixed"), loss=plain_classes), apart=False)
+    found = check.check(Workload(classifier(), sample("mixed"), loss=plain_classes), isolated=False)
     assert found.kind == "wrong denominator"
     assert found.words.startswith("exact on data without ignored targets; not exact where some are: the loss averages")
     some = sample("mixed")
     some[1][:20] = -100
-    found = check.check(Workload(classifier(), some, loss=plain_classes), apart=False)
+    found = check.check(Workload(classifier(), some, loss=plain_classes), isolated=False)
     assert found.words.startswith("not exact: the loss averages over the classes in batch[1]")
     both = check.check(
-        Workload(classifier(), sample("mixed"), loss=lambda m, b: plain_classes(m, b) + hardest_half(m, b)), apart=False
+        Workload(classifier(), sample("mixed"), loss=lambda m, b: plain_classes(m, b) + hardest_half(m, b)),
+        isolated=False,
     )
     assert both.words.startswith("not exact: ") and "without ignored" not in both.words
-    told = check.stamp(base_plan(), found)
+    told = check.with_verdict(base_plan(), found)
     assert told.exactness == found.words

@@ -17,7 +17,16 @@ from autoaccum import Plan
 from autoaccum.processes.child import call
 from autoaccum.reporting import table_page
 from autoaccum.tuning.compare import comparison, page
-from autoaccum.tuning.compare.candidates import HALVING, PLAN, TUNED, Candidate, Comparison, Trained, all_of, by_hand
+from autoaccum.tuning.compare.candidates import (
+    HALVING,
+    PLAN,
+    TUNED,
+    Candidate,
+    Comparison,
+    Trained,
+    candidates_for,
+    hand_picked,
+)
 from autoaccum.units import parse_bytes
 
 MIB = 2**20
@@ -57,18 +66,18 @@ def workload():
     (8, 1, [(1, 8), (2, 4), (4, 2)]),
 ])  # fmt: skip
 def test_powers_of_two_around_what_fits(target: int, near: int, sizes: list[tuple[int, int]]) -> None:
-    found = by_hand(target, near)
+    found = hand_picked(target, near)
     assert [(each.micro_batch, each.steps) for each in found] == sizes
     assert all(each.micro_batch * each.steps <= target for each in found)
 
 
 def test_the_tuned_plan_is_compared_where_there_is_one() -> None:
     plan = made_up_plan()
-    names = [each.name for each in all_of(plan)]
+    names = [each.name for each in candidates_for(plan)]
     assert names[-2:] == [HALVING, PLAN]
     tuned = replace(plan, micro_batch=40)
-    assert [each.name for each in all_of(plan, tuned)] == [*names, TUNED]
-    assert all_of(plan, tuned)[-1].plan is tuned
+    assert [each.name for each in candidates_for(plan, tuned)] == [*names, TUNED]
+    assert candidates_for(plan, tuned)[-1].plan is tuned
 
 
 # What becomes of them.

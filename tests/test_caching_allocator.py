@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from autoaccum.devices import virtual
 from autoaccum.errors import UsageError
-from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator, CudaReplay, CudaRules, replay_cuda
+from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator, CudaRules
+from autoaccum.simulation.cuda_allocator.replay import CudaReplay, replay_cuda
 from autoaccum.simulation.cuda_allocator.settings import MiB, round_size, segment_bytes
 from autoaccum.simulation.cuda_allocator.snapshot import AllocatorState
 from autoaccum.simulation.recording import Event, Phase

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from strategies import Truth, recorded_programs, truths
 
 from autoaccum.phases import FIRST, LATER, OPTIMIZER
-from autoaccum.simulation.breakdown import CATEGORIES, composition, whole
+from autoaccum.simulation.breakdown import CATEGORIES, composition, process_composition
 from autoaccum.simulation.program import StepProgram, lift, window
 from autoaccum.simulation.recording import Event, Phase, Recording
 from autoaccum.simulation.scaling import Rule
 from autoaccum.simulation.timeline import timeline
 
-RECORDED = {each.name: lift(each.recordings, each.prelude) for each in recorded_programs()}
+RECORDED = {each.name: lift(each.recordings, each.first_step_events) for each in recorded_programs()}
 SPLITS = ((8,), (8, 8), (9, 9, 8))
 
 
@@ -43,7 +43,7 @@ def recording(n: int) -> Recording:
 
 
 def made_up_program() -> StepProgram:
-    return lift([recording(5), recording(7)], prelude=(Event(1, 2000), Event(2, 60), Event(2, -60)))
+    return lift([recording(5), recording(7)], first_step_events=(Event(1, 2000), Event(2, 60), Event(2, -60)))
 
 
 def test_each_category_is_told_by_when_its_blocks_live() -> None:
@@ -63,8 +63,8 @@ def test_a_librarys_workspace_is_no_optimizer_state_and_there_from_the_start() -
         first = (Event(90, 8000), *plain.phases[0].events)  # nothing frees it, and no later micro-batch makes one
         return Recording(n, (Phase(FIRST, first), *plain.phases[1:]))
 
-    prelude = (Event(1, 2000), Event(2, 8000))  # the first window made the state, and its own workspace
-    found = composition(lift([with_workspace(5), with_workspace(7)], prelude=prelude), (10, 10))
+    first_step_events = (Event(1, 2000), Event(2, 8000))  # the first window made the state, and its own workspace
+    found = composition(lift([with_workspace(5), with_workspace(7)], first_step_events=first_step_events), (10, 10))
     for phase in (FIRST, LATER, OPTIMIZER):
         assert (found[phase]["workspaces"], found[phase]["optimizer state"]) == (8000, 2000)
     assert found[FIRST]["activations"] == composition(made_up_program(), (10, 10))[FIRST]["activations"]
@@ -99,7 +99,11 @@ def test_of_real_models_too(name: str, split: tuple[int, ...]) -> None:
 
 
 def assert_sums(program: StepProgram, split: tuple[int, ...]) -> None:
-    live = sum(e.bytes for e in program.prelude if e.bytes > 0 and Event(e.block, -e.bytes) not in program.prelude)
+    live = sum(
+        e.bytes
+        for e in program.first_step_events
+        if e.bytes > 0 and Event(e.block, -e.bytes) not in program.first_step_events
+    )
     highest: dict[str, int] = {}
     for phase in window(program, split):
         highest[phase.name] = max(highest.get(phase.name, 0), live)
@@ -125,7 +129,7 @@ def test_adam_keeps_two_states_for_each_gradient_and_sgd_none() -> None:
 
 def test_the_whole_process_adds_up_to_each_phases_peak() -> None:
     phases = {FIRST: 10_000, LATER: 12_000, OPTIMIZER: 9_000}
-    found = whole(
+    found = process_composition(
         composition(made_up_program(), (10, 10)), phases, baseline_bytes=4000, parameter_bytes=1000, input_bytes=70
     )
     assert {name: sum(parts.values()) for name, parts in found.items()} == phases

@@ -21,8 +21,8 @@ from autoaccum.simulation.scaling import Rule
 from autoaccum.simulation.solver import Solution
 
 MiB = 1 << 20
-TILES = Rule(0, per_sample=MiB, unit=8 * MiB)
-ROWS = Rule(0, per_sample=16 * MiB, every=16)
+TILES = Rule(0, per_sample=MiB, unit_bytes=8 * MiB)
+ROWS = Rule(0, per_sample=16 * MiB, samples_per_step=16)
 
 
 def program(*rules: Rule, at: int = 100) -> StepProgram:
@@ -40,26 +40,26 @@ def sizes(found: StepProgram, n: int) -> list[int]:
         (Rule(0, per_sample=MiB), False),
         (TILES, True),
         (ROWS, True),
-        (TILES._replace(most=64 * MiB), False),  # it has ended
-        (Rule(0, per_sample=64, unit=1024), False),  # too small to matter
+        (TILES._replace(max_bytes=64 * MiB), False),  # it has ended
+        (Rule(0, per_sample=64, unit_bytes=1024), False),  # too small to matter
     ],
 )
 def test_large_blocks_that_step_and_have_not_ended_may_end(rule: Rule, steps: bool) -> None:
     assert saturation.may_saturate(program(rule)) is steps
     assert (saturation.steps_until(program(rule), 200) > 0) is steps
-    assert (sizes(saturation.ended(program(rule), 0), 1000) != [rule.at(1000)]) is steps
+    assert (sizes(saturation.saturated_after(program(rule), 0), 1000) != [rule.at(1000)]) is steps
 
 
 @given(st.sampled_from([TILES, ROWS]), st.integers(0, 20), st.integers(1, 400))
 def test_an_end_is_so_many_steps_beyond_the_recording_and_changes_nothing_below(rule: Rule, steps: int, n: int) -> None:
     one = 8 * MiB if rule is TILES else 16 * MiB
-    assert sizes(saturation.ended(program(rule), steps), n) == [min(rule.at(n), rule.at(100) + steps * one)]
+    assert sizes(saturation.saturated_after(program(rule), steps), n) == [min(rule.at(n), rule.at(100) + steps * one)]
 
 
 @given(st.integers(101, 400))
 def test_with_as_many_steps_as_a_size_takes_nothing_has_ended(n: int) -> None:
     found = program(TILES, ROWS, Rule(3 * MiB))
-    assert sizes(saturation.ended(found, saturation.steps_until(found, n)), n) == sizes(found, n)
+    assert sizes(saturation.saturated_after(found, saturation.steps_until(found, n)), n) == sizes(found, n)
 
 
 def predictor(of: StepProgram) -> CudaPredictor:

@@ -25,8 +25,7 @@ from torch import nn
 
 from autoaccum import LossTerms, Workload, fit_plan
 from autoaccum.devices import virtual
-from autoaccum.exactness import check
-from autoaccum.exactness import compare as engine
+from autoaccum.exactness import check, functional_copy
 from autoaccum.exactness.advice import percent
 from autoaccum.exactness.recheck import counts_differ, recheck
 from autoaccum.exactness.test_batches import HARDNESSES, easy, harder, plain, uneven
@@ -53,7 +52,7 @@ def test_every_loss_gets_its_verdict_and_none_is_called_exact_that_is_not(
 ) -> None:
     passes, backward = list[int](), torch.autograd.backward
     monkeypatch.setattr(torch.autograd, "backward", lambda *args, **how: (passes.append(1), backward(*args, **how)))
-    found = check.check(work(case, hard), apart=False)
+    found = check.check(work(case, hard), isolated=False)
     assert len(passes) <= (6 if found.exact else 12)
     assert found.kind == case.kind, found
     assert found.samples == 12
@@ -113,7 +112,7 @@ def test_six_small_passes_for_what_is_exact_and_three_more_to_tell_what_is_not(
         assert case.loss is not None
         return case.loss(m, b)
 
-    found = check.check(Workload(model, case.sample(False), loss=loss, count=case.count), apart=False)
+    found = check.check(Workload(model, case.sample(False), loss=loss, count=case.count), isolated=False)
     assert found.kind == case.kind
     # Three more for what is wrong; where targets were ignored, three that ask whether that is what is wrong.
     assert len(passes) == {"class weights": 9, "weight penalty in a sum": 6, "dice": 6}.get(name, 6)
@@ -146,8 +145,8 @@ class Busy(nn.Module):
 @pytest.mark.parametrize("large", [False, True], ids=["copies", "views"])
 def test_the_check_leaves_everything_bitwise_as_it_was(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if large:
-        monkeypatch.setattr(engine, "DOUBLES", 0)
-        monkeypatch.setattr(engine, "COPIES", 0)
+        monkeypatch.setattr(check, "MAX_DOUBLE_PARAMETERS", 0)
+        monkeypatch.setattr(functional_copy, "MAX_COPIED_PARAMETERS", 0)
     torch.manual_seed(0)
     model, criterion = Busy().eval(), nn.CrossEntropyLoss(weight=torch.ones(5))
     head = nn.Linear(5, 5)  # trained with the loss, and not in the model
@@ -200,7 +199,7 @@ def test_bf16_parameters_are_judged_in_single_or_double_precision(monkeypatch: p
     case = named("layernorm")
     batch = tuple(leaf.bfloat16() for leaf in regression(False))
     for doubles in (1 << 20, 0):
-        monkeypatch.setattr(engine, "DOUBLES", doubles)
+        monkeypatch.setattr(check, "MAX_DOUBLE_PARAMETERS", doubles)
         found = check.check(Workload(case.model().bfloat16(), batch, loss=case.loss))
         assert found.kind == EXACT and found.error < 1e-6
 
@@ -209,10 +208,10 @@ def test_bf16_parameters_are_judged_in_single_or_double_precision(monkeypatch: p
 def test_a_large_model_gets_the_same_verdict_from_a_part_of_its_gradient(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "DOUBLES", 0)
-    monkeypatch.setattr(engine, "COPIES", 0)
-    monkeypatch.setattr(engine, "ENTRIES", 60)
-    monkeypatch.setattr(engine, "LEAST_ENTRIES", 8)
+    monkeypatch.setattr(check, "MAX_DOUBLE_PARAMETERS", 0)
+    monkeypatch.setattr(functional_copy, "MAX_COPIED_PARAMETERS", 0)
+    monkeypatch.setattr(functional_copy, "MAX_ENTRIES", 60)
+    monkeypatch.setattr(functional_copy, "MIN_TENSOR_ENTRIES", 8)
     assert check.check(work(named(name), True)).kind == named(name).kind
 
 
@@ -515,21 +514,21 @@ def test_eight_samples_a_few_at_a_time_where_no_more_fit(name: str, rows: int) -
         return case.loss(m, b)
 
     found = check.check(
-        Workload(case.model(), case.sample(False), loss=loss, count=case.count), most_rows=rows, apart=False
+        Workload(case.model(), case.sample(False), loss=loss, count=case.count), max_rows=rows, isolated=False
     )
     assert found.kind == case.kind and max(drained(seen)) <= rows
     assert found.samples == 8 if found.exact else 2 <= found.samples <= rows
 
 
 def test_one_sample_at_a_time_tells_nothing() -> None:
-    found = check.check(work(MSE), most_rows=1)
+    found = check.check(work(MSE), max_rows=1)
     assert found.kind == "unknown" and "2 samples at once" in found.words
 
 
 def test_batch_statistics_are_told_on_four_samples_and_not_on_three() -> None:
     norm = work(named("batchnorm"))
-    assert check.check(norm, most_rows=4).module == "1 (BatchNorm1d)"
-    assert "4 samples at once" in check.check(norm, most_rows=3).words
+    assert check.check(norm, max_rows=4).module == "1 (BatchNorm1d)"
+    assert "4 samples at once" in check.check(norm, max_rows=3).words
 
 
 def test_the_hard_batch_is_hard_and_leaves_the_easy_one_alone() -> None:
@@ -567,15 +566,15 @@ def test_a_plan_says_whether_it_is_exact_and_what_to_type_next() -> None:
     plan = fit_plan(work(case, True), target_batch=64, budget="4GiB", verify=False, max_micro_batch=32)
     assert plan.exactness.startswith("not exact: the loss averages over the class weights of batch[1]")
     assert "Workload(..., count=" in plan.notes[-1] and plan.exactness in plan.explain()
-    mended = check.stamp(base_plan(), check.check(work(named("count="))))
+    mended = check.with_verdict(base_plan(), check.check(work(named("count="))))
     assert mended.exactness == "exact (tested on 12 samples)"
 
 
 def test_a_plan_of_one_micro_batch_is_exact_whatever_the_loss() -> None:
     plan = replace(base_plan(), accumulation_steps=1)
-    told = check.stamp(plan, check.check(work(named("infonce"))))
+    told = check.with_verdict(plan, check.check(work(named("infonce"))))
     assert "one micro-batch is the whole batch" in " ".join(told.notes)
-    assert "one micro-batch" not in " ".join(check.stamp(plan, check.check(work(MSE))).notes)
+    assert "one micro-batch" not in " ".join(check.with_verdict(plan, check.check(work(MSE))).notes)
 
 
 def test_an_unchecked_plan_says_so() -> None:

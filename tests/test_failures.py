@@ -38,7 +38,7 @@ from autoaccum.devices.cpu.recorder import record
 from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.simulation.program import lift, plain_window
 from autoaccum.simulation.recording import Recording, live_peak
-from autoaccum.simulation.solver import share_of, split_within
+from autoaccum.simulation.solver import rank_share, split_within
 from autoaccum.window.step import TrainingContext, open_context, run_between, train_window
 from autoaccum.workload import default_loss
 
@@ -110,7 +110,7 @@ def test_the_effective_batch_is_kept_whatever_the_ranks_and_the_memory() -> None
     for _ in range(10_000):
         ranks = drawn.randint(1, 64)
         target, micro_batch = drawn.randint(ranks, 4096), drawn.randint(1, 300)
-        splits = [split_within(share_of(target, ranks, rank), micro_batch) for rank in range(ranks)]
+        splits = [split_within(rank_share(target, ranks, rank), micro_batch) for rank in range(ranks)]
         assert sum(map(sum, splits)) == target
         assert all(min(split) > 0 and max(split) <= micro_batch and max(split) - min(split) <= 1 for split in splits)
 
@@ -212,8 +212,8 @@ def test_the_peak_is_not_that_of_the_first_micro_batch(name: str) -> None:
     real, small = context_of(), context_of()
     first, _, third = (recorded(real, n, 3) for _ in range(3))
     truth = live_peak(third.phases)
-    prelude = [event for phase in recorded(small, 2, 1).phases for event in phase.events]
-    program = lift([recorded(small, size, 2) for size in (31, 47)], tuple(prelude))
+    first_step_events = [event for phase in recorded(small, 2, 1).phases for event in phase.events]
+    program = lift([recorded(small, size, 2) for size in (31, 47)], tuple(first_step_events))
     assert truth <= live_peak(plain_window(program, (n,) * 3)) <= 1.05 * truth
     state = sum(event.bytes for phase in first.phases for event in phase.events)  # what the first window leaves
     seen_first = live_peak(phase for phase in first.phases if phase.name == FIRST)

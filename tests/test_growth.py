@@ -256,7 +256,7 @@ def test_steps_are_found_in_no_time_where_windows_pile_up() -> None:
         events += sum(len(phase.events) for phase in phases)
         return live_peak(phases) <= 4000 + 1000 * 4000 + 500 * 3
 
-    found = smallest_steps(fits, lambda n: 0, samples=4000, budget_bytes=1, most=40)
+    found = smallest_steps(fits, lambda n: 0, samples=4000, budget_bytes=1, max_size=40)
     assert found is not None and sum(found.split) == 4000
     assert events < 500_000  # written out, the first three hundred numbers of steps have as many
 

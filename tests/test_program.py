@@ -154,7 +154,7 @@ def test_what_the_window_before_left_behind_is_there_until_the_first_micro_batch
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded.name)
 def test_a_real_model_lifted_is_its_recording_event_for_event_at_the_recorded_size(recorded: Recorded) -> None:
     low, high = recorded.recordings
-    for program in (lift([low, high], recorded.prelude), as_recorded(high, recorded.prelude)):
+    for program in (lift([low, high], recorded.first_step_events), as_recorded(high, recorded.first_step_events)):
         written = without_leftover(program, window(program, (high.micro_batch,) * 2))
         assert traced(written) == own_events(high)
         lives = [
@@ -193,13 +193,13 @@ def test_windows_of_a_lifted_program_free_what_they_allocated_and_end_as_the_rec
 @pytest.mark.parametrize("k", WINDOWS)
 def test_windows_of_a_real_model_free_what_they_allocated_and_end_as_the_recording(recorded: Recorded, k: int) -> None:
     low, high = recorded.recordings
-    program = lift([low, high], recorded.prelude)
+    program = lift([low, high], recorded.first_step_events)
     split = (high.micro_batch,) * k
     left = check_sound(window(program, split))
     kept = Counter(event.bytes for event in kept_blocks([e for p in high.phases for e in p.events]))
     assert left == kept
     own = {event.block for phase in window(program, split) for event in phase.events}
-    assert own.isdisjoint(event.block for event in recorded.prelude)
+    assert own.isdisjoint(event.block for event in recorded.first_step_events)
 
 
 def kept_activation(*, also_growing: bool = False) -> Truth:
@@ -263,7 +263,7 @@ def test_what_runs_between_windows_comes_last_and_frees_what_the_optimizer_step_
 @pytest.mark.parametrize("seed", range(20))
 def test_the_floor_of_a_size_never_falls(seed: int) -> None:
     recorded = RECORDED[seed]
-    program: StepProgram = lift(recorded.recordings, recorded.prelude)
+    program: StepProgram = lift(recorded.recordings, recorded.first_step_events)
     sizes = sorted(random.Random(seed).sample(range(1, 200), 8))
     floors = [live_peak(window(program, (n,))) for n in sizes]
     assert floors == sorted(floors)

@@ -14,7 +14,8 @@ from torch import nn
 from autoaccum import Workload
 from autoaccum.devices.cpu import recorder
 from autoaccum.exactness import check
-from autoaccum.exactness.compare import HALF_WITHIN, FunctionalCopy, compare
+from autoaccum.exactness.compare import compare
+from autoaccum.exactness.functional_copy import HALF_PRECISION_TOLERANCE, FunctionalCopy
 from autoaccum.exactness.recheck import counts_differ, recheck
 from autoaccum.phases import FIRST, OnPhase
 from autoaccum.state import snapshot
@@ -105,14 +106,16 @@ def test_rounding_in_half_precision_is_no_difference(dtype: torch.dtype) -> None
     batches, sizes = pieces(4), (4, 4)
     context = step.open_context(Workload(Tagger().to(dtype), batches[0], loss=counted))
     assert recheck(context, batches, sizes) is None
-    twin = FunctionalCopy(context.model, counted, widens=False)
+    model_copy = FunctionalCopy(context.model, counted, widens=False)
     whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    found = compare(twin, lambda: context, whole, batches, sizes)
-    assert 0 < found.error() < twin.within / 5 == HALF_WITHIN[dtype] / 5 and found.agrees(twin.within)
+    found = compare(model_copy, lambda: context, whole, batches, sizes)
+    assert 0 < found.error() < model_copy.tolerance / 5 == HALF_PRECISION_TOLERANCE[dtype] / 5 and found.agrees(
+        model_copy.tolerance
+    )
 
 
 def test_a_large_model_in_half_precision_is_judged_in_it_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoaccum.exactness.compare.DOUBLES", 0)
+    monkeypatch.setattr("autoaccum.exactness.check.MAX_DOUBLE_PARAMETERS", 0)
     torch.manual_seed(0)
     model, seen = Tagger().bfloat16(), set[torch.dtype]()
     model.out.register_forward_hook(lambda module, args, out: seen.add(module.weight.dtype))
@@ -121,6 +124,6 @@ def test_a_large_model_in_half_precision_is_judged_in_it_where_memory_is_short(m
             monkeypatch.setattr("autoaccum.exactness.check.room_bytes", lambda device, room=room: room)
         for loss, kind in ((counted, "exact"), (mean, "wrong denominator")):
             seen.clear()
-            found = check.check(Workload(model, pieces(8)[1], loss=loss), apart=False)
+            found = check.check(Workload(model, pieces(8)[1], loss=loss), isolated=False)
             assert found.kind == kind and seen == {dtype}, found
             assert ("half precision" in " ".join(found.advice)) == (kind == "exact" and room is not None)

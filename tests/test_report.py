@@ -187,10 +187,10 @@ def test_what_if_answers_as_the_solver_does_from_replays() -> None:
     """Over recordings of real models: the same steps, and a peak within the small heap blocks' difference."""
     rules, checked, same = CpuRules(131072), 0, 0
     for recorded in recorded_programs()[:6]:
-        program = lift(recorded.recordings, recorded.prelude)
+        program = lift(recorded.recordings, recorded.first_step_events)
 
         def peaks(split: tuple[int, ...], program: Any = program, recorded: Any = recorded) -> dict[str, int]:
-            phases = [Phase("first step", recorded.prelude), *window(program, split)]
+            phases = [Phase("first step", recorded.first_step_events), *window(program, split)]
             return {phase.name: phase.bytes for phase in replay(phases, rules).phases}
 
         rows = []
@@ -208,7 +208,7 @@ def test_what_if_answers_as_the_solver_does_from_replays() -> None:
 
                 solved = smallest_steps(
                     lambda s, truth=truth, usable=usable: truth(s) <= usable, lambda n: 0,
-                    samples=target, budget_bytes=usable, most=60,
+                    samples=target, budget_bytes=usable, max_size=60,
                 )  # fmt: skip
                 assert solved is not None
                 answer = what_if.answer(table, target, budget)
@@ -292,7 +292,7 @@ def test_steps_that_are_passed_over_hold_no_answer_the_solver_would_find(
         peak = table.peak_bytes(split)
         return peak is not None and peak <= 343
 
-    solved = smallest_steps(fits, lambda n: 0, samples=samples, budget_bytes=343, least=least, most=reach)
+    solved = smallest_steps(fits, lambda n: 0, samples=samples, budget_bytes=343, min_size=least, max_size=reach)
     split = balanced(samples, samples // least) if solved is None else solved.split
     assert found.status == ("does not fit" if solved is None else "fits")
     assert [size for count, size in found.split for _ in range(count)] == list(split)

@@ -89,7 +89,7 @@ def test_what_is_not_checked_is_given_the_samples_own_rows_only(name: str, rows:
         given_to.put({key: leaf.clone() for key, leaf in b.items()})
         return loss(m, b)
 
-    check.check(Workload(model(), sample, loss=watching), apart=False)
+    check.check(Workload(model(), sample, loss=watching), isolated=False)
     seen = drained(given_to)
     assert len(seen) > 1
     for key in kept:

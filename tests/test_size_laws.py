@@ -127,6 +127,6 @@ def test_the_first_step_without_the_state_it_makes_iswithout_state() -> None:
 
 
 def test_a_rule_that_steps_may_saturate_until_its_end_is_known() -> None:
-    assert Rule(0, per_sample=5, unit=64).may_saturate
-    assert not Rule(0, per_sample=5, unit=64, most=640).may_saturate
+    assert Rule(0, per_sample=5, unit_bytes=64).may_saturate
+    assert not Rule(0, per_sample=5, unit_bytes=64, max_bytes=640).may_saturate
     assert not Rule(0, per_sample=5, divisor=7).may_saturate

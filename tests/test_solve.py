@@ -16,13 +16,13 @@ from autoaccum.simulation.program import StepProgram, lift, window
 from autoaccum.simulation.recording import Event, Phase, Recording, live_peak
 from autoaccum.simulation.scaling import Rule
 from autoaccum.simulation.solver import (
-    MOST_UNEVEN,
+    MAX_UNEVEN_SIZES,
     Split,
     balanced,
     is_even,
     largest_micro_batch,
+    rank_share,
     repeated_within,
-    share_of,
     smallest_steps,
     split_within,
     uneven,
@@ -89,7 +89,7 @@ def test_a_split_within_has_the_fewest_micro_batches_of_that_size(samples: int, 
 
 @given(world_size=st.integers(1, 64), extra=st.integers(0, 1000))
 def test_shares_of_all_ranks_sum_to_the_target(world_size: int, extra: int) -> None:
-    shares = [share_of(world_size + extra, world_size, rank) for rank in range(world_size)]
+    shares = [rank_share(world_size + extra, world_size, rank) for rank in range(world_size)]
     assert sum(shares) == world_size + extra
     assert max(shares) - min(shares) <= 1
 
@@ -113,8 +113,8 @@ def test_a_size_is_repeated_and_the_rest_is_no_smaller_than_allowed(samples: int
     samples=st.integers(2, 5000), steps=st.integers(2, 90), least=st.integers(1, 2), most=st.none() | st.integers(1, 99)
 )
 def test_uneven_splits_repeat_one_size_and_are_few(samples: int, steps: int, least: int, most: int | None) -> None:
-    found = list(uneven(samples, steps, least=least, most=most))
-    assert len(found) <= MOST_UNEVEN + 1
+    found = list(uneven(samples, steps, min_size=least, max_size=most))
+    assert len(found) <= MAX_UNEVEN_SIZES + 1
     for split in found:
         assert len(split) == steps and sum(split) == samples
         assert len(set(split[:-1])) == 1 and split[-1] < split[0] - 1 and not is_even(split)
@@ -147,8 +147,8 @@ def solved_like_brute_force(
         lambda n: first_floor(program, n),
         samples=samples,
         budget_bytes=budget,
-        least=least,
-        most=most,
+        min_size=least,
+        max_size=most,
         later_floor=rng.choice([None, lambda n: later_floor(program, n)]),
     )
     expected = brute_force(fits, samples, least, most)
@@ -177,12 +177,12 @@ def test_the_solver_equals_brute_force_on_200_recorded_programs_at_ten_budgets(d
 
 
 def solved_like_brute_force_at_ten_budgets(recorded: Recorded) -> None:
-    program, samples, rules = lift(recorded.recordings, recorded.prelude), 12, CpuRules(131072)
-    prelude = Phase("prelude", recorded.prelude)
+    program, samples, rules = lift(recorded.recordings, recorded.first_step_events), 12, CpuRules(131072)
+    first_step_events = Phase("prelude", recorded.first_step_events)
 
     @functools.cache
     def peak(split: tuple[int, ...]) -> int:
-        return replay([prelude, *window(program, split)], rules).peak_bytes
+        return replay([first_step_events, *window(program, split)], rules).peak_bytes
 
     known = [peak(by_hand(samples, k)) for k in range(1, samples + 1)]
     low, high = min(known), max(known)
@@ -190,7 +190,7 @@ def solved_like_brute_force_at_ten_budgets(recorded: Recorded) -> None:
 
     @functools.cache
     def floor(n: int) -> int:
-        return live_peak([prelude, *window(program, (n,))])
+        return live_peak([first_step_events, *window(program, (n,))])
 
     for i in range(10):
         budget = low + (high - low) * i // 9 - (i == 0)
@@ -199,7 +199,7 @@ def solved_like_brute_force_at_ten_budgets(recorded: Recorded) -> None:
             return peak(split) <= budget
 
         for least, most in ((1, None), (2, None), (1, 7)):
-            solution = smallest_steps(fits, floor, samples=samples, budget_bytes=budget, least=least, most=most)
+            solution = smallest_steps(fits, floor, samples=samples, budget_bytes=budget, min_size=least, max_size=most)
             expected = brute_force(fits, samples, least, most)
             assert (None if solution is None else solution.split) == expected
             steps.add(None if expected is None else len(expected))
@@ -211,7 +211,7 @@ def test_the_solver_assumes_nothing_of_what_fits(samples: int, least: int, most:
     def fits(split: tuple[int, ...]) -> bool:
         return bool(bits >> len(split) & 1)
 
-    solution = smallest_steps(fits, lambda n: 0, samples=samples, budget_bytes=1, least=least, most=most)
+    solution = smallest_steps(fits, lambda n: 0, samples=samples, budget_bytes=1, min_size=least, max_size=most)
     assert (None if solution is None else solution.split) == brute_force(fits, samples, least, most)
 
 
@@ -242,7 +242,7 @@ def test_no_more_steps_than_balanced_ones_and_never_fewer_than_any_split_takes(
     def fits(split: Split) -> bool:
         return drawn.setdefault(split, memory.random() < share)
 
-    found = smallest_steps(fits, lambda n: 0, samples=samples, budget_bytes=1, least=least, most=most)
+    found = smallest_steps(fits, lambda n: 0, samples=samples, budget_bytes=1, min_size=least, max_size=most)
     allowed = range(1, samples // least + 1)
     every = {k: [s for s in all_splits(samples, k, least, most) if fits(s)] for k in allowed}
     even = [k for k, splits in every.items() if by_hand(samples, k) in splits]
@@ -284,7 +284,7 @@ def test_the_largest_micro_batch_is_the_largest_whatever_fits_below_it(size: int
         assert len(split) == steps
         return bool(bits >> split[0] & 1)
 
-    found = largest_micro_batch(fits, lambda n: n, budget_bytes=size, most=50, steps=steps)
+    found = largest_micro_batch(fits, lambda n: n, budget_bytes=size, max_size=50, steps=steps)
     assert found == max((n for n in range(1, min(size, 50) + 1) if bits >> n & 1), default=0)
 
 
@@ -325,7 +325,7 @@ def test_one_micro_batch_and_several_have_peaks_of_their_own() -> None:
     assert steps(10) == (10,)
     assert steps(19) == (10, 9)  # the first has no gradients beside it
     assert steps(20) == (7, 7, 6)
-    assert [largest_micro_batch(fits, lambda n: 100 * n, budget_bytes=1000, most=99, steps=k) for k in (1, 2)] == [
+    assert [largest_micro_batch(fits, lambda n: 100 * n, budget_bytes=1000, max_size=99, steps=k) for k in (1, 2)] == [
         10,
         9,
     ]
@@ -347,7 +347,7 @@ def test_a_k_whose_floor_is_above_the_budget_is_not_tested() -> None:
 
 def test_nothing_fits_is_none() -> None:
     assert smallest_steps(lambda split: False, lambda n: 0, samples=9, budget_bytes=1) is None
-    assert smallest_steps(lambda split: True, lambda n: 0, samples=3, budget_bytes=1, least=2, most=2) is None
+    assert smallest_steps(lambda split: True, lambda n: 0, samples=3, budget_bytes=1, min_size=2, max_size=2) is None
 
 
 # Time.

@@ -8,11 +8,11 @@ import pytest
 from strategies import recorded_programs
 
 from autoaccum.phases import FIRST, LATER, OPTIMIZER
-from autoaccum.simulation.from_verification import as_recording, well_apart
+from autoaccum.simulation.from_verification import distinct_recordings, verified_recording
 from autoaccum.simulation.program import StepProgram, lift, window
 from autoaccum.simulation.recording import Event, Phase, Recording, name_blocks
 
-PROGRAMS = [lift(each.recordings, each.prelude) for each in recorded_programs()]
+PROGRAMS = [lift(each.recordings, each.first_step_events) for each in recorded_programs()]
 ALIKE = [program for program in PROGRAMS if not program.later_growth_bytes]  # a third micro-batch leaves nothing more
 
 
@@ -31,7 +31,7 @@ def named(recording: Recording) -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize("program", ALIKE)
 def test_a_window_of_three_is_taken_for_the_window_of_two_that_would_have_been_recorded(program: StepProgram) -> None:
     n = program.recorded_at + 5
-    found = as_recording(recorded(program, n, 3), (n, n, n), ())
+    found = verified_recording(recorded(program, n, 3), (n, n, n), ())
     assert found is not None
     assert found.passes == 2
     assert named(found) == named(recorded(program, n, 2))
@@ -49,31 +49,31 @@ def small(n: int, *, optimizer: tuple[Event, ...] = STEP) -> Recording:
 
 def test_what_the_first_step_makes_for_good_is_left_out() -> None:
     seen = small(6, optimizer=(Event(8, 4096), *STEP))
-    found = as_recording(seen, (6, 6), [small(5)])
+    found = verified_recording(seen, (6, 6), [small(5)])
     assert found is not None
     assert found.phases == small(6).phases
 
 
 def test_a_step_that_was_skipped_is_no_step_to_learn_from() -> None:
-    assert as_recording(small(6, optimizer=()), (6, 6), [small(5)]) is None
+    assert verified_recording(small(6, optimizer=()), (6, 6), [small(5)]) is None
     scalar = (Event(10, 4), Event(10, -4))  # of the first step, or of all but the first
-    assert as_recording(small(6, optimizer=(*scalar, *STEP)), (6, 6), [small(5)]) is not None
+    assert verified_recording(small(6, optimizer=(*scalar, *STEP)), (6, 6), [small(5)]) is not None
 
 
 @pytest.mark.parametrize("split", [(6,), (6, 5), (6, 6, 5)])
 def test_one_micro_batch_or_two_sizes_are_no_recording(split: tuple[int, ...]) -> None:
-    assert as_recording(small(6), split, [small(5)]) is None
+    assert verified_recording(small(6), split, [small(5)]) is None
 
 
 def test_a_size_that_is_known_already_teaches_nothing() -> None:
-    assert as_recording(small(5), (5, 5), [small(5)]) is None
+    assert verified_recording(small(5), (5, 5), [small(5)]) is None
 
 
 def test_micro_batches_that_did_different_things_are_not_laid_over_each_other() -> None:
     seen = small(6)
     other = Phase(LATER, (Event(4, 61), Event(4, -61)))
     three = replace(seen, phases=(*seen.phases[:2], other, seen.phases[2]))
-    assert as_recording(three, (6, 6, 6), ()) is None
+    assert verified_recording(three, (6, 6, 6), ()) is None
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_micro_batches_that_did_different_things_are_not_laid_over_each_other() 
     ],
 )
 def test_what_was_recorded_close_by_makes_room(known: tuple[int, ...], n: int, kept: tuple[int, ...]) -> None:
-    found = well_apart([Recording(m, (), 2, 0.0) for m in known], n)
+    found = distinct_recordings([Recording(m, (), 2, 0.0) for m in known], n)
     assert tuple(recording.micro_batch for recording in found) == kept
 
 
@@ -98,7 +98,9 @@ def test_tiles_stay_tiles_beside_a_verified_window() -> None:
 
     known = [tiles(n) for n in (7001, 14401, 27509)]
     n = 28_800  # in as many tiles as 27,509
-    sizes = {step.rule.at(2 * n) for step in lift([*well_apart(known, n), tiles(n)]).phases[FIRST] if step.rule}
+    sizes = {
+        step.rule.at(2 * n) for step in lift([*distinct_recordings(known, n), tiles(n)]).phases[FIRST] if step.rule
+    }
     assert max(sizes) == tiles(2 * n).phases[0].events[1].bytes
     spoilt = {step.rule.at(2 * n) for step in lift([*known, tiles(n)]).phases[FIRST] if step.rule}
     assert sizes != spoilt

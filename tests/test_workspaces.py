@@ -26,10 +26,10 @@ from autoaccum.devices.virtual import VirtualGpu, available, launch
 from autoaccum.phases import FIRST, LATER, OPTIMIZER
 from autoaccum.simulation.breakdown import WORKSPACES, composition
 from autoaccum.simulation.cuda_allocator.allocator import CudaRules
-from autoaccum.simulation.from_verification import workspaces_given_back
+from autoaccum.simulation.from_verification import with_released_workspaces
 from autoaccum.simulation.program import as_recorded
 from autoaccum.simulation.recording import Event, Phase, Recording
-from autoaccum.simulation.training_run import by_hand, replay_training, training_of
+from autoaccum.simulation.training_run import replay_training, training_of, with_kept_workspaces
 from autoaccum.window import step
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -185,7 +185,7 @@ def recorded(n: int = 7) -> Recording:
 def test_by_hand_a_workspace_stays_in_the_logits_place() -> None:
     recording = recorded()
     training = training_of(as_recorded(recording), recording, ())
-    runner, loop = (replay_training(each, (7, 7), CudaRules()) for each in (training, by_hand(training)))
+    runner, loop = (replay_training(each, (7, 7), CudaRules()) for each in (training, with_kept_workspaces(training)))
     assert runner.peak_reserved_bytes == (22 + 12 + 12) * MIB
     assert loop.peak_reserved_bytes == (22 + 22 + 12) * MIB  # the later gradient comes to lie beside the workspace
     assert loop.peak_allocated_bytes == runner.peak_allocated_bytes + 8 * MIB
@@ -204,7 +204,7 @@ def test_by_hand_workspaces_that_were_kept_while_recorded_stay() -> None:
     given_back = recorded()
     kept = as_kept(given_back)
     found = [
-        replay_training(by_hand(training_of(as_recorded(each), each, ())), (7, 7), CudaRules())
+        replay_training(with_kept_workspaces(training_of(as_recorded(each), each, ())), (7, 7), CudaRules())
         for each in (given_back, kept)
     ]
     assert found[0] == found[1]
@@ -213,10 +213,10 @@ def test_by_hand_workspaces_that_were_kept_while_recorded_stay() -> None:
 
 @pytest.mark.parametrize(("size", "like"), [(7, 7), (20, 7), (7, 20)])
 def test_a_window_with_workspaces_kept_is_one_that_gave_them_back_by_another_that_did(size: int, like: int) -> None:
-    found = workspaces_given_back(as_kept(recorded(size)), recorded(like))
+    found = with_released_workspaces(as_kept(recorded(size)), recorded(like))
     assert found is not None
     made, wanted = ([training_of(as_recorded(each), each, ())] for each in (found, recorded(size)))
-    for one, other in ((made[0], wanted[0]), (by_hand(made[0]), by_hand(wanted[0]))):
+    for one, other in ((made[0], wanted[0]), (with_kept_workspaces(made[0]), with_kept_workspaces(wanted[0]))):
         assert replay_training(one, (size,) * 3, CudaRules()) == replay_training(other, (size,) * 3, CudaRules())
     assert [[e.bytes for e in phase.events] for phase in found.phases] == [
         [e.bytes for e in phase.events] for phase in recorded(size).phases
@@ -229,8 +229,8 @@ def test_nothing_is_put_into_a_window_that_did_something_else(phase: int) -> Non
     kept = as_kept(recorded())
     more = replace(kept.phases[phase], events=(*kept.phases[phase].events, Event(9, MIB), Event(9, -MIB)))
     other = replace(kept, phases=(*kept.phases[:phase], more, *kept.phases[phase + 1 :]))
-    assert workspaces_given_back(other, recorded()) is None
-    assert workspaces_given_back(replace(kept, phases=kept.phases[:2]), recorded()) is None
+    assert with_released_workspaces(other, recorded()) is None
+    assert with_released_workspaces(replace(kept, phases=kept.phases[:2]), recorded()) is None
 
 
 def test_a_workspace_is_neither_activation_nor_temporary() -> None:

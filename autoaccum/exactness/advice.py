@@ -13,14 +13,14 @@ import torch
 
 from ..data import tree
 from ..workload import IGNORED, Batch
-from . import test_batches
+from . import batch_leaves, test_batches
 from .determinism import ClassLoss, RandomOps
 
 if TYPE_CHECKING:
-    from .arrangements import CheckCase
+    from .case import CheckCase
 
 UNIGNORED = "exact on data without ignored targets"
-AGREES_WITHIN = 1e-3  # of its weights: what a proposed count gives, and what least squares found
+COUNT_TOLERANCE = 1e-3  # of its weights: what a proposed count gives, and what least squares found
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Count:
     Attributes:
         what: In words.
         code: As a Python expression of `batch`.
-        of: The same as a function.
+        function: The same as a function.
     """
 
     what: str
     code: str
-    of: Callable[[Batch], float]
+    function: Callable[[Batch], float]
 
 
 def ignorable(draws: RandomOps, batch: Batch) -> dict[str, int]:
     """Paths of the leaves that cross-entropy takes for classes, and the class that it leaves out."""
     leaves = dict(tree.leaves(batch))
-    named = [path for path in test_batches.target_paths(batch) if not leaves[path].is_floating_point()]
+    named = [path for path in batch_leaves.target_paths(batch) if not leaves[path].is_floating_point()]
     found: dict[str, int] = {}
     for call in draws.class_losses:
         for path in [call.path] if call.path is not None else named:
@@ -49,27 +49,27 @@ def ignorable(draws: RandomOps, batch: Batch) -> dict[str, int]:
     return found
 
 
-def untested_targets(tried: CheckCase) -> str | None:
+def untested_targets(case: CheckCase) -> str | None:
     """In words, the cross-entropy that averages and was not tested with ignored classes; None where there is none.
 
     Classes that are a leaf of the batch were tried, and where that failed the model doesn't take them. What is left are
     classes that the loss makes of something; in-batch negatives have the sample's own place, which is never ignored.
     """
-    if tried.found.is_pair or tried.counted or tried.trial.ignored:
+    if case.gradients.is_pair or case.counted or case.test_batch.ignored:
         return None
-    calls = [call for call in tried.found.draws.class_losses if call.averages and _may_be_ignored(tried, call)]
+    calls = [call for call in case.gradients.draws.class_losses if call.averages and _may_be_ignored(case, call)]
     averaging = [call for call in calls if not _are_places(call.targets)]
     if not averaging:
         return None
     return f"its cross-entropy averages over classes other than {averaging[0].ignore_index}"
 
 
-def _may_be_ignored(tried: CheckCase, call: ClassLoss) -> bool:
+def _may_be_ignored(case: CheckCase, call: ClassLoss) -> bool:
     """Whether its classes may be ignored in other data, and weren't tried so: too few rows, or no value is invented."""
     if call.path is None:
         return True
-    uses, few = tried.look.uses, tried.trial.rows < test_batches.FEWEST_TO_IGNORE
-    unsafe = not uses.invents(call.path, tried.device)
+    uses, few = case.forward_trace.uses, case.test_batch.rows < test_batches.MIN_ROWS_TO_IGNORE
+    unsafe = not uses.invents(call.path, case.device)
     return (few or unsafe) and not uses.indexes(call.path)
 
 
@@ -86,42 +86,42 @@ def for_untested() -> tuple[str, ...]:
     )
 
 
-def of(
-    kind: str, tried: CheckCase, weights: Sequence[float], module: str | None, place: str | None = None
+def explain(
+    kind: str, case: CheckCase, weights: Sequence[float], module: str | None, place: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
     """The words and the advice of a verdict that isn't exact.
 
     Args:
         kind: The verdict's kind.
-        tried: What was found.
+        case: What was found.
         weights: Those that the parts should have had.
         module: The module that it comes from, for a person.
         place: That module as an expression of the user's code; None where it can't be switched by itself.
     """
-    found = tried.found
+    found = case.gradients
     name, worst = found.worst()
-    off = f"off by {percent(found.error())} on {tried.trial.rows} samples"
+    off = f"off by {percent(found.error())} on {case.test_batch.rows} samples"
     seen = f"{off} ({name}: {percent(worst)})"
-    if tried.trial.hardness:
-        seen += f", with {' and '.join(tried.trial.hardness)}"
+    if case.test_batch.hardness:
+        seen += f", with {' and '.join(case.test_batch.hardness)}"
     if kind == "sum":
-        return f"not exact: the loss is a sum, and micro-batches are weighted as means; {off}", _of_sum(seen)
+        return f"not exact: the loss is a sum, and micro-batches are weighted as means; {off}", _advice_on_sum(seen)
     if kind == "wrong denominator":
-        return _of_count(tried, weights, off, seen)
+        return _advice_on_count(case, weights, off, seen)
     if kind == "additive term":
         words = f"not exact: a term that doesn't depend on the samples is counted for each micro-batch; {off}"
-        return words, _of_term(seen)
+        return words, _advice_on_term(seen)
     if kind == "not exact":
         words = f"not exact: {off}; with so few parameters it can't be told why"
         return words, (f"{seen}.", "Return (sum, count) from the loss if it averages over something else than samples.")
     if kind == "changes with each forward":
-        return f"not exact: {module} changes with each forward; {off}", _of_state(str(module), place, seen)
+        return f"not exact: {module} changes with each forward; {off}", _advice_on_state(str(module), place, seen)
     if module is not None:
-        return f"not exact: in {module} samples depend on one another; {off}", _of_module(module, seen)
-    return f"not exact: the loss couples samples across micro-batches; {off}", _of_coupling(seen)
+        return f"not exact: in {module} samples depend on one another; {off}", _advice_on_module(module, seen)
+    return f"not exact: the loss couples samples across micro-batches; {off}", _advice_on_coupling(seen)
 
 
-def _of_sum(seen: str) -> tuple[str, ...]:
+def _advice_on_sum(seen: str) -> tuple[str, ...]:
     return (
         f"The parts' gradients add up to the whole's with weights of 1, not of samples/all: {seen}.",
         "Return (sum, count) from the loss, with the number of samples as the count: its gradient is the mean's, which "
@@ -130,18 +130,18 @@ def _of_sum(seen: str) -> tuple[str, ...]:
     )
 
 
-def _of_count(tried: CheckCase, weights: Sequence[float], off: str, seen: str) -> tuple[str, tuple[str, ...]]:
-    given = ", ".join(f"{size / tried.trial.rows:.3f}" for size in tried.found.sizes)
-    if tried.found.is_pair:
+def _advice_on_count(case: CheckCase, weights: Sequence[float], off: str, seen: str) -> tuple[str, tuple[str, ...]]:
+    given = ", ".join(f"{size / case.test_batch.rows:.3f}" for size in case.gradients.sizes)
+    if case.gradients.is_pair:
         words = f"not exact: the (sum, count) that the loss returns is not a sum and its count; {off}"
         return words, (
             f"What it returns, added up over micro-batches, is not what the whole batch returns: {seen}.",
             "The first must be a sum (reduction='sum'), the second what a mean would have divided it by.",
         )
-    proposed = next(_fitting(tried, weights), None)
+    proposed = next(_fitting(case, weights), None)
     if proposed is None:
         wanted = ", ".join(f"{weight:.3f}" for weight in weights)
-        over = "what count= gives" if tried.counted else "samples"
+        over = "what count= gives" if case.counted else "samples"
         return f"not exact: the loss doesn't average over {over}; {off}", (
             f"The parts' gradients add up to the whole's, but with the weights {wanted}; by samples it would be "
             f"{given}: {seen}.",
@@ -149,23 +149,23 @@ def _of_count(tried: CheckCase, weights: Sequence[float], off: str, seen: str) -
             "a logarithm) has no count: only all samples in one micro-batch train it exactly.",
         )
     words = f"not exact: the loss averages over {proposed.what}, not over samples; {off}"
-    if tried.exact_unignored:
+    if case.exact_unignored:
         words = f"{UNIGNORED}; {words.replace(':', ' where some are:', 1)}"
     return words, (
         f"It averages over {proposed.what}, and micro-batches are weighted by "
-        f"{'what count= gives' if tried.counted else 'samples'}: {seen}.",
+        f"{'what count= gives' if case.counted else 'samples'}: {seen}.",
         f"Workload(..., count=lambda batch: {proposed.code})",
     )
 
 
-def _of_term(seen: str) -> tuple[str, ...]:
+def _advice_on_term(seen: str) -> tuple[str, ...]:
     return (
         f"A weight penalty, say, is part of the sum that is returned, and k micro-batches count it k times: {seen}.",
         "Give it apart, so that it is counted once: return autoaccum.LossTerms(sum, count, extra=term).",
     )
 
 
-def _of_module(module: str, seen: str) -> tuple[str, ...]:
+def _advice_on_module(module: str, seen: str) -> tuple[str, ...]:
     kind = module.partition(" (")[2]
     told = f"What {module} gives for a sample depends on the others in its micro-batch: {seen}."
     if "BatchNorm" in kind:
@@ -179,7 +179,7 @@ def _of_module(module: str, seen: str) -> tuple[str, ...]:
     )
 
 
-def _of_state(module: str, place: str | None, seen: str) -> tuple[str, ...]:
+def _advice_on_state(module: str, place: str | None, seen: str) -> tuple[str, ...]:
     still = f"keep it still in between: {place}.eval() after model.train(), and" if place else "take it out of forward:"
     return (
         f"{module} keeps something that each forward changes, so a micro-batch sees what those before it left: {seen}.",
@@ -187,7 +187,7 @@ def _of_state(module: str, place: str | None, seen: str) -> tuple[str, ...]:
     )
 
 
-def _of_coupling(seen: str) -> tuple[str, ...]:
+def _advice_on_coupling(seen: str) -> tuple[str, ...]:
     return (
         f"No weights of the micro-batches give the whole batch's gradient: {seen}. The loss compares samples "
         "(in-batch negatives, triplets, ranks), or is a ratio or a statistic of the whole batch.",
@@ -196,33 +196,33 @@ def _of_coupling(seen: str) -> tuple[str, ...]:
     )
 
 
-def _fitting(tried: CheckCase, weights: Sequence[float]) -> Iterator[Count]:
+def _fitting(case: CheckCase, weights: Sequence[float]) -> Iterator[Count]:
     """The counts whose shares are the weights that were found."""
-    pieces = tried.trial.pieces(tried.found.sizes)
-    for count in _candidates(tried):
+    pieces = case.test_batch.pieces(case.gradients.sizes)
+    for count in _candidates(case):
         try:
-            values = [float(count.of(piece)) for piece in pieces]
+            values = [float(count.function(piece)) for piece in pieces]
         except (RuntimeError, IndexError, TypeError):
             continue
         total = sum(values)
         if total > 0 and all(
-            abs(value / total - weight) <= AGREES_WITHIN for value, weight in zip(values, weights, strict=True)
+            abs(value / total - weight) <= COUNT_TOLERANCE for value, weight in zip(values, weights, strict=True)
         ):
             yield count
 
 
-def _candidates(tried: CheckCase) -> Iterator[Count]:
-    batch, calls = tried.trial.batch, tried.found.draws.class_losses
+def _candidates(case: CheckCase) -> Iterator[Count]:
+    batch, calls = case.test_batch.batch, case.gradients.draws.class_losses
     leaves = dict(tree.leaves(batch))
-    ignored = ignorable(tried.found.draws, batch)
-    for path in dict.fromkeys([*ignored, *tried.trial.ignored]):
+    ignored = ignorable(case.gradients.draws, batch)
+    for path in dict.fromkeys([*ignored, *case.test_batch.ignored]):
         out = ignored.get(path, IGNORED)
         yield _targets(path, out)
         if leaves[path].dim() == 2:
             yield _targets(path, out, shifted=True)
         for weights in _weights(calls):
             yield _weighted(path, out, weights)
-    for path in test_batches.mask_paths(batch):
+    for path in batch_leaves.mask_paths(batch):
         yield Count(f"the ones of {path}", f"{path}.sum()", lambda b, p=path: _leaf(b, p).sum())  # type: ignore[misc]
         yield Count(f"the zeros of {path}", f"({path} == 0).sum()", lambda b, p=path: (_leaf(b, p) == 0).sum())  # type: ignore[misc]
         yield Count(
@@ -230,7 +230,7 @@ def _candidates(tried: CheckCase) -> Iterator[Count]:
             f"{path}[:, 1:].sum()",
             lambda b, p=path: _leaf(b, p)[:, 1:].sum(),  # type: ignore[misc]
         )
-    for path in (*test_batches.length_paths(batch), *test_batches.weight_paths(batch)):
+    for path in (*batch_leaves.length_paths(batch), *batch_leaves.weight_paths(batch)):
         yield Count(f"the sum of {path}", f"{path}.sum()", lambda b, p=path: _leaf(b, p).sum())  # type: ignore[misc]
     rows = next((path for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
     if rows is not None:

@@ -18,13 +18,14 @@ from ..errors import AutoaccumError
 from ..window.context import TrainingContext, open_context
 from ..window.norms import find_norms, least_micro_batch
 from ..workload import Workload
-from . import advice, compare, test_batches
-from .compare import FunctionalCopy, Gradients
-from .loss_trace import Look
+from . import advice, batch_leaves, compare, test_batches
+from .case import CheckCase
+from .functional_copy import FunctionalCopy, GradientRecorder
+from .loss_trace import ForwardTrace
 from .test_batches import IGNORING, SORTED, WIDE, TestBatch
 
-SPREADS = (1.0, 2.0, 4.0, 2.0, 4.0, 8.0)  # of the outputs, where samples meet in the loss
-WIDER = 10  # times as far may gradients be off for rounding where the last layer is larger
+OUTPUT_SPREADS = (1.0, 2.0, 4.0, 2.0, 4.0, 8.0)  # of the outputs, where samples meet in the loss
+WIDE_TOLERANCE_FACTOR = 10  # times as far may gradients be off for rounding where the last layer is larger
 
 _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AutoaccumError)  # a loss doesn't take such a batch
 
@@ -34,106 +35,81 @@ class Untestable(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class CheckCase:
-    """A batch and what it gave.
-
-    Attributes:
-        trial: The batch.
-        sample: The workload's own rows, as they were before they were made hard.
-        found: The gradients.
-        within: How far they may differ for rounding.
-        counted: Whether the workload says `count=`.
-        look: What a forward of the sample showed.
-        device: Where it was tried.
-        wide: Whether the last layer was larger.
-        exact_unignored: Whether the gradient is the whole batch's where no target is ignored, which was tried.
-    """
-
-    trial: TestBatch
-    sample: TestBatch
-    found: Gradients
-    within: float
-    counted: bool
-    look: Look
-    device: torch.device
-    wide: bool = False
-    exact_unignored: bool = False
-
-    @property
-    def holds(self) -> bool:
-        """Whether the window's gradient is the whole batch's, up to rounding."""
-        return self.found.agrees(self.within)
-
-
-@dataclass(frozen=True, eq=False)
 class _Bench:
     """What arrangements are tried with."""
 
     workload: Workload
-    twin: FunctionalCopy
-    look: Look
+    model_copy: FunctionalCopy
+    forward_trace: ForwardTrace
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.twin.copies.values())).device
+        return next(iter(self.model_copy.copies.values())).device
 
     def freedom(self, path: str) -> str:
-        return self.look.uses.freedom(path, self.device)
+        return self.forward_trace.uses.freedom(path, self.device)
 
 
-def tried(workload: Workload, twin: FunctionalCopy, most_rows: int) -> list[CheckCase]:
+def run_cases(workload: Workload, model_copy: FunctionalCopy, max_rows: int) -> list[CheckCase]:
     """What each arrangement gave, up to the first in which the gradients differ.
 
     Args:
         workload: What is trained.
-        twin: What stands in for its model.
-        most_rows: Samples that fit at once, at least 2.
+        model_copy: What stands in for its model.
+        max_rows: Samples that fit at once, at least 2.
 
     Raises:
         Untestable: None of them has a gradient to compare with.
     """
     least = least_micro_batch(find_norms(workload.model), workload.batchnorm)
-    if most_rows < 2 * least:
+    if max_rows < 2 * least:
         raise Untestable(f"batch statistics need {2 * least} samples at once to test")
-    plain = test_batches.plain(workload, most_rows, least)
-    together = plain.rows <= most_rows
-    first = plain if together else test_batches.groups(plain, most_rows, least)[0]
-    bench = _Bench(workload, twin, twin.look(lambda: context_of(workload), first.batch, first.rows))
+    plain = test_batches.plain(workload, max_rows, least)
+    together = plain.rows <= max_rows
+    first = plain if together else test_batches.groups(plain, max_rows, least)[0]
+    bench = _Bench(
+        workload, model_copy, model_copy.trace_forward(lambda: context_of(workload), first.batch, first.rows)
+    )
     easy = test_batches.easy(plain, bench.freedom)
     if together:
-        samples = [easy, test_batches.other_mix(easy, bench.look.keys())]
+        samples = [easy, test_batches.other_mix(easy, bench.forward_trace.keys())]
     else:
-        samples = test_batches.groups(easy, most_rows, least)
+        samples = test_batches.groups(easy, max_rows, least)
     found: list[CheckCase] = []
     for index, sample in enumerate(samples):
         if not index:
             found.append(_hardest(bench, sample))
-        elif (other := _otherwise(bench, sample, found[0].trial.hardness, mixed=index % 2 == 1)) is not None:
+        elif (other := _otherwise(bench, sample, found[0].test_batch.hardness, mixed=index % 2 == 1)) is not None:
             found.append(other)
         if not found[-1].holds:
             break
-    if found[-1].holds and any(each.found.depends for each in found):
-        found += _more(bench, easy, min(most_rows, easy.rows), least, found[0].trial.hardness)
+    if found[-1].holds and any(each.gradients.depends for each in found):
+        found += _more(bench, easy, min(max_rows, easy.rows), least, found[0].test_batch.hardness)
     return found
 
 
-def closer(workload: Workload, twin: FunctionalCopy, seen: CheckCase) -> CheckCase:
+def in_three_parts(workload: Workload, model_copy: FunctionalCopy, seen: CheckCase) -> CheckCase:
     """The same batch in three parts, where it has enough rows: three tell more of what is wrong than two."""
-    sizes = seen.trial.sizes
-    if len(sizes) == len(seen.found.sizes):
+    sizes = seen.test_batch.sizes
+    if len(sizes) == len(seen.gradients.sizes):
         return seen
     found = compare.compare(
-        twin, lambda: context_of(workload), seen.trial.batch, seen.trial.pieces(), sizes, seen.found.one
+        model_copy,
+        lambda: context_of(workload),
+        seen.test_batch.batch,
+        seen.test_batch.pieces(),
+        sizes,
+        seen.gradients.one,
     )
-    return seen if found.agrees(seen.within) else replace(seen, found=found)
+    return seen if found.agrees(seen.tolerance) else replace(seen, gradients=found)
 
 
-def holds_unignored(workload: Workload, twin: FunctionalCopy, seen: CheckCase) -> bool:
+def holds_unignored(workload: Workload, model_copy: FunctionalCopy, seen: CheckCase) -> bool:
     """Whether the gradient is the whole batch's where no target is ignored."""
-    if not seen.trial.ignored or seen.trial.hardness is None or _has_ignored(seen):
+    if not seen.test_batch.ignored or seen.test_batch.hardness is None or _has_ignored(seen):
         return False
-    bench = _Bench(workload, twin, seen.look)
-    hardness = tuple(each for each in seen.trial.hardness if each not in (IGNORING, WIDE))
+    bench = _Bench(workload, model_copy, seen.forward_trace)
+    hardness = tuple(each for each in seen.test_batch.hardness if each not in (IGNORING, WIDE))
     with contextlib.suppress(*_REFUSALS, Untestable):
         trial = test_batches.harder(seen.sample, hardness, _ignorable(bench, seen.sample), bench.freedom)
         return _try(bench, trial, seen.sample).holds
@@ -141,9 +117,9 @@ def holds_unignored(workload: Workload, twin: FunctionalCopy, seen: CheckCase) -
 
 
 @contextlib.contextmanager
-def as_tried(twin: FunctionalCopy, seen: CheckCase) -> Iterator[None]:
+def as_in_case(model_copy: FunctionalCopy, seen: CheckCase) -> Iterator[None]:
     """The model as it was in an arrangement."""
-    with twin.wider(seen.look) if seen.wide else contextlib.nullcontext():
+    with model_copy.wider(seen.forward_trace) if seen.wide else contextlib.nullcontext():
         yield
 
 
@@ -151,7 +127,7 @@ def context_of(workload: Workload) -> TrainingContext:
     """The workload's parts, without what would change them or belongs to a device."""
     plain = replace(
         workload,
-        optimizer=compare.GradientRecorder,
+        optimizer=GradientRecorder,
         precision=None,
         on_nonfinite=None,
         scaler=None,
@@ -200,12 +176,17 @@ def _more(bench: _Bench, easy: TestBatch, rows: int, least: int, known: Sequence
         least: Samples that a part needs at least.
         known: What was hard about the arrangement that the loss took before.
     """
-    for seed, wanted in enumerate(SPREADS if rows == easy.rows else SPREADS * 2):
-        look, some = replace(bench.look, wanted=wanted), easy
+    for seed, target_spread in enumerate(OUTPUT_SPREADS if rows == easy.rows else OUTPUT_SPREADS * 2):
+        forward_trace, some = replace(bench.forward_trace, target_spread=target_spread), easy
         if rows < easy.rows:
             order = torch.randperm(easy.rows, generator=torch.Generator().manual_seed(seed))
             some = test_batches.taken(easy, order[:rows].tolist(), least)
-        other = _otherwise(replace(bench, look=look), test_batches.other_mix(some, look.keys(seed)), known, mixed=True)
+        other = _otherwise(
+            replace(bench, forward_trace=forward_trace),
+            test_batches.other_mix(some, forward_trace.keys(seed)),
+            known,
+            mixed=True,
+        )
         if other is not None:
             yield other
             if not other.holds:
@@ -222,31 +203,35 @@ def _first(bench: _Bench, easy: TestBatch, hardnesses: Sequence[tuple[str, ...]]
         with contextlib.suppress(*_REFUSALS, Untestable):
             if not wide:
                 return _try(bench, hard, easy)
-            with bench.twin.wider(bench.look):
-                spread = replace(hard, hardness=(*(hard.hardness or ()), *[WIDE] * (bench.look.larger > 1)))
-                return replace(_try(bench, spread, easy, WIDER), wide=True)
+            with bench.model_copy.wider(bench.forward_trace):
+                spread = replace(
+                    hard, hardness=(*(hard.hardness or ()), *[WIDE] * (bench.forward_trace.layer_scale > 1))
+                )
+                return replace(_try(bench, spread, easy, WIDE_TOLERANCE_FACTOR), wide=True)
     return None
 
 
 def _ignorable(bench: _Bench, easy: TestBatch) -> dict[str, int]:
-    return advice.ignorable(bench.look.draws, easy.batch)
+    return advice.ignorable(bench.forward_trace.draws, easy.batch)
 
 
 def _try(bench: _Bench, trial: TestBatch, sample: TestBatch, times: int = 1) -> CheckCase:
     if test_batches.all_alike(trial.batch, trial.names):
         raise Untestable("its samples are all alike, and can't be altered safely")
     found = compare.compare(
-        bench.twin, lambda: context_of(bench.workload), trial.batch, trial.pieces(trial.pair), trial.pair
+        bench.model_copy, lambda: context_of(bench.workload), trial.batch, trial.pieces(trial.pair), trial.pair
     )
     if not found.finite:
         raise Untestable("the gradient of the sample is zero or not finite")
-    within = bench.twin.within * times
-    return CheckCase(trial, sample, found, within, bench.workload.count is not None, bench.look, bench.device)
+    tolerance = bench.model_copy.tolerance * times
+    return CheckCase(
+        trial, sample, found, tolerance, bench.workload.count is not None, bench.forward_trace, bench.device
+    )
 
 
 def _has_ignored(seen: CheckCase) -> bool:
     """Whether the sample has ignored targets of its own."""
     return any(
-        bool((test_batches.leaf_of(seen.sample.batch, path) == out).any())
-        for path, out in advice.ignorable(seen.look.draws, seen.sample.batch).items()
+        bool((batch_leaves.leaf_of(seen.sample.batch, path) == out).any())
+        for path, out in advice.ignorable(seen.forward_trace.draws, seen.sample.batch).items()
     )

@@ -30,20 +30,22 @@ from ..window.isolated import as_it_trains
 from ..window.process_groups import refuse_ranks
 from ..workload import Workload
 from . import advice, arrangements, compare, coupling, test_batches
-from .arrangements import CheckCase, Untestable
-from .compare import HALF_WITHIN, FunctionalCopy, Gradients
+from .arrangements import Untestable
+from .case import CheckCase
+from .compare import Gradients
+from .functional_copy import HALF_PRECISION_TOLERANCE, MAX_DOUBLE_PARAMETERS, FunctionalCopy
 from .recheck import counts_differ, recheck
 
 log = logging.getLogger("autoaccum")
 
-FEW_ENTRIES = 8  # entries of the gradient for each part: with fewer, least squares explains anything
+MIN_ENTRIES_PER_PART = 8  # entries of the gradient for each part: with fewer, least squares explains anything
 
-EXACT, CHANCE, SUM, COUNT = "exact", "same distribution", "sum", "wrong denominator"
+EXACT, SAME_DISTRIBUTION, SUM, COUNT = "exact", "same distribution", "sum", "wrong denominator"
 TERM, COUPLED, STATEFUL = "additive term", "not decomposable", "changes with each forward"
 INEXACT, UNKNOWN = "not exact", "unknown"
 UNIGNORED = advice.UNIGNORED
 
-__all__ = ["Verdict", "check", "counts_differ", "for_plan", "recheck", "stamp", "unknown"]
+__all__ = ["Verdict", "check", "check_plan", "counts_differ", "recheck", "unknown", "with_verdict"]
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,15 @@ class Verdict:
     @property
     def exact(self) -> bool:
         """Whether accumulating gives the large batch's gradient, up to rounding and random draws."""
-        return self.kind in (EXACT, CHANCE)
+        return self.kind in (EXACT, SAME_DISTRIBUTION)
 
 
 def check(
     workload: Workload,
     *,
-    most_rows: int = test_batches.MOST_ROWS,
+    max_rows: int = test_batches.MAX_ROWS,
     progress: Callable[[str], None] = lambda text: None,
-    apart: bool = True,
+    isolated: bool = True,
 ) -> Verdict:
     """Tests on the sample, made as hard as the loss takes it, whether accumulating gives the large batch's gradient.
 
@@ -98,9 +100,9 @@ def check(
 
     Args:
         workload: What is trained. Its sample is needed.
-        most_rows: Samples that fit at once, in the precision of the test.
+        max_rows: Samples that fit at once, in the precision of the test.
         progress: Called with what is being done.
-        apart: Whether to test in a copy of this process, where that is possible: what crashes there is a verdict.
+        isolated: Whether to test in a copy of this process, where that is possible: what crashes there is a verdict.
 
     Raises:
         UsageError: The workload is of several ranks.
@@ -108,13 +110,14 @@ def check(
     refuse_ranks(workload)
     if next(workload.model.parameters()).device.type != "cpu" and is_virtual():
         return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
-    if most_rows < test_batches.FEWEST_ROWS:
-        return unknown(f"it takes {test_batches.FEWEST_ROWS} samples at once to test", "autoaccum check takes them.")
+    if max_rows < test_batches.MIN_ROWS_AT_ONCE:
+        fewest = test_batches.MIN_ROWS_AT_ONCE
+        return unknown(f"the test needs {fewest} samples at once", "Run autoaccum check, which plans no memory.")
     progress("testing whether the gradient is the large batch's")
-    if not apart:
-        return _check(workload, most_rows)
+    if not isolated:
+        return _check(workload, max_rows)
     try:
-        return crash_guard.run(lambda: _check(workload, most_rows), is_out_of_memory)
+        return crash_guard.run(lambda: _check(workload, max_rows), is_out_of_memory)
     except crash_guard.Crashed as crash:
         return unknown(
             f"the test crashed ({crash})",
@@ -122,12 +125,12 @@ def check(
         )
 
 
-def _check(workload: Workload, most_rows: int) -> Verdict:
+def _check(workload: Workload, max_rows: int) -> Verdict:
     with as_it_trains(workload.model, held_in_window(workload), everything=True):
         try:
-            twin, tried = _tried(workload, most_rows)
-            if not tried[-1].holds:
-                return _verdict(workload, twin, tried[-1])
+            model_copy, cases = _run(workload, max_rows)
+            if not cases[-1].holds:
+                return _verdict(workload, model_copy, cases[-1])
         except Untestable as error:
             return unknown(str(error), "Give a sample of real data: a batch whose loss is finite and not at its best.")
         except Exception as error:  # whatever the user's code raises: a plan is a plan without a verdict, too
@@ -135,12 +138,12 @@ def _check(workload: Workload, most_rows: int) -> Verdict:
             return unknown(
                 f"the test itself failed ({drop_frames(error)})", "Does one step run on the sample? loss(model, sample)"
             )
-    return _holds(tried, settled=workload.encode is not None)
+    return _holds(cases, settled=workload.encode is not None)
 
 
-def for_plan(plan: Plan, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Plan:
+def check_plan(plan: Plan, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Plan:
     """The plan with a verdict, found on no more samples than fit it."""
-    return stamp(plan, check(workload, most_rows=_rows_at_once(plan, workload), progress=progress))
+    return with_verdict(plan, check(workload, max_rows=_rows_at_once(plan, workload), progress=progress))
 
 
 def _rows_at_once(plan: Plan, workload: Workload) -> int:
@@ -156,12 +159,10 @@ def _rows_at_once(plan: Plan, workload: Workload) -> int:
         fit = max(least.micro_batch + int(room / max(each, 1)), plan.micro_batch)
     if small or workload.precision is not None or _is_half(workload.model):
         fit //= 2  # double precision, or single in place of half: a sample takes twice what it takes in the plan
-    return min(
-        fit, test_batches.MOST_ROWS if small else test_batches.LEAST_ROWS
-    )  # each further one costs as much again
+    return min(fit, test_batches.MAX_ROWS if small else test_batches.MIN_ROWS)  # each further one costs as much again
 
 
-def stamp(plan: Plan, verdict: Verdict) -> Plan:
+def with_verdict(plan: Plan, verdict: Verdict) -> Plan:
     """The plan with the verdict's words, and its advice among the notes."""
     notes = verdict.advice
     if plan.accumulation_steps == 1 and not verdict.exact and verdict.kind != UNKNOWN:
@@ -175,18 +176,18 @@ def unknown(why: str, *told: str) -> Verdict:
     return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=told)
 
 
-def _tried(workload: Workload, most_rows: int) -> tuple[FunctionalCopy, list[CheckCase]]:
+def _run(workload: Workload, max_rows: int) -> tuple[FunctionalCopy, list[CheckCase]]:
     """In double precision on the CPU; where the model is large, or can't do that, in its own."""
     if _is_small(workload):
         with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, Untestable):
-            twin = FunctionalCopy(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
-            return twin, arrangements.tried(workload, twin, most_rows)
+            model_copy = FunctionalCopy(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
+            return model_copy, arrangements.run_cases(workload, model_copy, max_rows)
     # Where there is no room for more, on views, and in half precision if that is the model's.
     parameters = list(workload.model.parameters())
     single = sum(4 * p.numel() for p in parameters)  # copies in single precision, and their gradients as well
     has_room = 2 * single < room_bytes(parameters[0].device)
-    twin = FunctionalCopy(workload.model, workload.loss, alias=not has_room, widens=has_room)
-    return twin, arrangements.tried(workload, twin, most_rows)
+    model_copy = FunctionalCopy(workload.model, workload.loss, alias=not has_room, widens=has_room)
+    return model_copy, arrangements.run_cases(workload, model_copy, max_rows)
 
 
 def _is_half(model: torch.nn.Module) -> bool:
@@ -195,108 +196,108 @@ def _is_half(model: torch.nn.Module) -> bool:
 
 def _is_small(workload: Workload) -> bool:
     """Whether it is tested in double precision."""
-    return sum(p.numel() for p in workload.model.parameters()) <= compare.DOUBLES
+    return sum(p.numel() for p in workload.model.parameters()) <= MAX_DOUBLE_PARAMETERS
 
 
-def _holds(tried: Sequence[CheckCase], *, settled: bool) -> Verdict:
+def _holds(cases: Sequence[CheckCase], *, settled: bool) -> Verdict:
     """Exact; `settled` where the loss isn't averaged over micro-batches at all."""
-    first = tried[0]
-    rows = first.sample.rows if len(tried) < 2 or first.sample.rows >= test_batches.LEAST_ROWS else _rows(tried)
-    found = max((each.found for each in tried), key=Gradients.error)
+    first = cases[0]
+    rows = first.sample.rows if len(cases) < 2 or first.sample.rows >= test_batches.MIN_ROWS else _rows(cases)
+    found = max((each.gradients for each in cases), key=Gradients.error)
     blind = advice.untested_targets(first)
     if blind is not None and not settled:
         words = f"{UNIGNORED} (tested on {rows} samples); not exact where some are: {blind}"
         return Verdict(COUNT, words, found.error(), *found.worst(), rows, advice=advice.for_untested())
-    made = f"{first.trial.made_up} of the {rows} samples tested on were made of the sample's own."
-    notes: tuple[str, ...] = (made,) if first.trial.made_up else ()
-    if first.trial.hardness is None:
+    made = f"{first.test_batch.made_up} of the {rows} samples tested on were made of the sample's own."
+    notes: tuple[str, ...] = (made,) if first.test_batch.made_up else ()
+    if first.test_batch.hardness is None:
         notes += ("The loss takes no batch but one like the sample, so nothing harder was tested.",)
-    if first.within >= HALF_WITHIN[torch.float16]:
+    if first.tolerance >= HALF_PRECISION_TOLERANCE[torch.float16]:
         notes += ("Memory was short, so it was tested in half precision, where only what is off by percents is seen.",)
-    if any(each.found.chance for each in tried):
-        names = {name for each in tried for name in each.found.draws.replaced | each.found.draws.kept}
+    if any(each.gradients.is_random for each in cases):
+        names = {name for each in cases for name in each.gradients.draws.replaced | each.gradients.draws.kept}
         drawn = ", ".join(sorted(names)) or "Python's or NumPy's draws"
         words = f"same distribution (exact with {drawn} off, tested on {rows} samples)"
-        return Verdict(CHANCE, words, found.error(), *found.worst(), rows, advice=notes)
+        return Verdict(SAME_DISTRIBUTION, words, found.error(), *found.worst(), rows, advice=notes)
     return Verdict(EXACT, f"exact (tested on {rows} samples)", found.error(), *found.worst(), rows, advice=notes)
 
 
-def _rows(tried: Sequence[CheckCase]) -> int:
-    return sum(each.sample.rows for each in tried)
+def _rows(cases: Sequence[CheckCase]) -> int:
+    return sum(each.sample.rows for each in cases)
 
 
-def _verdict(workload: Workload, twin: FunctionalCopy, pair: CheckCase) -> Verdict:
+def _verdict(workload: Workload, model_copy: FunctionalCopy, pair: CheckCase) -> Verdict:
     """Why the window's gradient isn't the whole batch's."""
-    with arrangements.as_tried(twin, pair):
-        tried = arrangements.closer(workload, twin, pair)
-        kind, weights = _kind(tried, pair)
-        found, rows = tried.found, tried.trial.rows
+    with arrangements.as_in_case(model_copy, pair):
+        case = arrangements.in_three_parts(workload, model_copy, pair)
+        kind, weights = _kind(case, pair)
+        found, rows = case.gradients, case.test_batch.rows
         if kind in (COUPLED, INEXACT) and found.draws.kept:
             drawn = ", ".join(sorted(found.draws.kept))
             return unknown(
                 f"the loss draws random numbers by {drawn}, which can't be switched off", "Switch it off to test."
             )
-        module = _coupling(workload, twin, tried) if kind in (COUPLED, INEXACT) else None
-        if module is None and kind == COUPLED and _remembers(workload, twin, tried):
-            kind, module = STATEFUL, twin.moving_module()
-        place = twin.moving_place() if kind == STATEFUL else None
+        module = _coupling(workload, model_copy, case) if kind in (COUPLED, INEXACT) else None
+        if module is None and kind == COUPLED and _remembers(workload, model_copy, case):
+            kind, module = STATEFUL, model_copy.moving_module()
+        place = model_copy.moving_place() if kind == STATEFUL else None
     if kind == COUNT and not found.is_pair:
-        tried = replace(tried, exact_unignored=arrangements.holds_unignored(workload, twin, tried))
-    words, told = advice.of(kind, tried, weights, module, place)
+        case = replace(case, exact_unignored=arrangements.holds_unignored(workload, model_copy, case))
+    words, told = advice.explain(kind, case, weights, module, place)
     return Verdict(kind, words, found.error(), *found.worst(), rows, module, told)
 
 
-def _kind(tried: CheckCase, pair: CheckCase) -> tuple[str, list[float]]:
+def _kind(case: CheckCase, pair: CheckCase) -> tuple[str, list[float]]:
     """What least squares says of the parts, and the weights that they should have had, relative to each other."""
-    found = tried.found
-    if found.columns.shape[1] < FEW_ENTRIES * len(found.sizes):
+    found = case.gradients
+    if found.columns.shape[1] < MIN_ENTRIES_PER_PART * len(found.sizes):
         return INEXACT, []
     if not bool(found.columns.isfinite().all()):
         return COUPLED, []
     factors, residual = found.fit()
-    if residual > tried.within or found.error() <= tried.within:  # the latter: a single tensor is off, and only it
-        return (TERM if found.is_pair and _is_term(tried, pair) else COUPLED), []
+    if residual > case.tolerance or found.error() <= case.tolerance:  # the latter: a single tensor is off, and only it
+        return (TERM if found.is_pair and _is_term(case, pair) else COUPLED), []
     own = [size / sum(found.sizes) for size in found.sizes]
     weights = [factor * share for factor, share in zip(factors, own, strict=True)]
-    if not found.is_pair and all(abs(weight - 1) <= min(100 * tried.within, 0.1) for weight in weights):
+    if not found.is_pair and all(abs(weight - 1) <= min(100 * case.tolerance, 0.1) for weight in weights):
         return SUM, weights
     return COUNT, factors if found.is_pair else weights
 
 
-def _is_term(tried: CheckCase, pair: CheckCase) -> bool:
+def _is_term(case: CheckCase, pair: CheckCase) -> bool:
     """Whether what is too much is one and the same for each micro-batch after the first.
 
     With sums s and a term t, three parts give s1 + s2 + s3 + 3t, the whole s1 + s2 + s3 + t: twice t too much. The
     first two as one part must then be t less than apart.
     """
-    found = tried.found
-    if len(found.sizes) == len(pair.found.sizes):
+    found = case.gradients
+    if len(found.sizes) == len(pair.gradients.sizes):
         return False
     excess = found.window - found.whole
-    joined = torch.stack([pair.found.columns[0], excess])
+    joined = torch.stack([pair.gradients.columns[0], excess])
     factors, residual = compare.fit(joined, found.columns[0] + found.columns[1])
-    return residual <= tried.within * 10 and abs(factors[1] - 0.5) <= 0.01
+    return residual <= case.tolerance * 10 and abs(factors[1] - 0.5) <= 0.01
 
 
-def _remembers(workload: Workload, twin: FunctionalCopy, tried: CheckCase) -> bool:
+def _remembers(workload: Workload, model_copy: FunctionalCopy, case: CheckCase) -> bool:
     """Whether the second part's gradient is another one where no first part came before it."""
-    if twin.moving_module() is None:
+    if model_copy.moving_module() is None:
         return False
-    sizes = tried.found.sizes
-    piece = tried.trial.pieces(sizes)[1]
-    alone = twin.window(lambda: arrangements.context_of(workload), [piece], [sizes[1]]).gradient
-    return compare.fit(alone[None], tried.found.columns[1])[1] > tried.within
+    sizes = case.gradients.sizes
+    piece = case.test_batch.pieces(sizes)[1]
+    alone = model_copy.window(lambda: arrangements.context_of(workload), [piece], [sizes[1]]).gradient
+    return compare.fit(alone[None], case.gradients.columns[1])[1] > case.tolerance
 
 
-def _coupling(workload: Workload, twin: FunctionalCopy, tried: CheckCase) -> str | None:
+def _coupling(workload: Workload, model_copy: FunctionalCopy, case: CheckCase) -> str | None:
     """The module where samples mix, if one does; a model that doesn't bear being watched names none."""
-    trial, batch = tried.trial, twin.cast(tried.trial.batch)
-    parts = replace(arrangements.context_of(workload), device=next(iter(twin.copies.values())).device)
+    trial, batch = case.test_batch, model_copy.cast(case.test_batch.batch)
+    parts = replace(arrangements.context_of(workload), device=next(iter(model_copy.copies.values())).device)
     norms = batchnorm.Window(parts.norms, parts.batchnorm, 1)
 
     def fresh_forward(piece: Any) -> None:
         with norms.entered():
-            twin.run(lambda: forward(parts, piece))
+            model_copy.run(lambda: forward(parts, piece))
 
     with contextlib.suppress(Exception):
         return coupling.coupling_module(workload.model, fresh_forward, batch, trial.names)

@@ -1,52 +1,26 @@
-"""The gradients of parts of a batch and of the whole, without touching the model.
+"""Compare the gradient of a window of parts with that of the whole batch.
 
-They come from `step.train_window` itself, so that what is compared is what the Runner trains: its weights, its count,
-its loss. Parameters and buffers are stood in for by copies meanwhile (torch.func.functional_call), in double precision
-where they are few: no deepcopy, which fails where a weight is computed from others.
+Both come from `step.train_window` itself (functional_copy.py), so that what is compared is what the Runner trains: its
+weights, its count, its loss. Least squares then tells which weights the parts should have had.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from ..data import tree
-from ..phases import FIRST, LATER
-from ..state.closures import holdings
-from ..state.rng import put_rng, same_state, take_rng
-from ..window import step
-from ..window.loss_terms import count_of
-from ..window.step import TrainingContext
-from ..workload import Batch, default_loss
-from .determinism import ClassLoss, RandomOps, without_chance
-from .loss_trace import Look, watching_layers
-from .row_trace import RowTrace, differ
-from .test_batches import target_paths
-from .value_uses import watched
+from ..workload import Batch
+from .determinism import RandomOps
+from .functional_copy import FunctionalCopy, MakeParts, Passes
+from .row_trace import rows_differ
 
-DOUBLES = 1 << 22  # parameters that are copied in double precision: 64 MiB with their gradients
-COPIES = 1 << 28  # and in their own: above, the copies are views, and only embeddings that renormalize are copied
-ENTRIES = 1 << 20  # of the gradient that are compared; of more, a random part of each tensor
-LEAST_ENTRIES = 1 << 10  # of a tensor, or all it has
-TINY = 1e-3  # part of the whole gradient's norm below which a tensor is too small to be judged by its own norm
+SMALL_TENSOR_RATIO = (
+    1e-3  # part of the whole gradient's norm below which a tensor is too small to be judged by its own norm
+)
 
-# Measured on the losses of docs/exactness.md: rounding stays under 1e-12 in double and under 1e-6 in single precision,
-# and what isn't exact is off by 1e-3 and more. The limits lie between, nearer the rounding: a model may compute parts
-# of itself in single precision whatever its parameters are (a Hugging Face RMSNorm does).
-EXACT_WITHIN = {torch.float64: 1e-6, torch.float32: 1e-4}
-# Where gradients are in half precision: rounding of bfloat16 stays under 4e-3 on the models of tests/test_recheck.py.
-HALF_WITHIN = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
-WORST_WITHIN = 10  # times as far may the worst single tensor be off
-
-THE_MODEL = "the model"
-
-MakeParts = Callable[[], TrainingContext]
+WORST_TENSOR_FACTOR = 10  # times as far may the worst single tensor be off
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +34,7 @@ class Gradients:
         sizes: Samples in each part.
         places: Name and number of entries of each parameter, in order.
         draws: What was drawn and called on the way.
-        chance: Whether something was drawn.
+        is_random: Whether something was drawn.
         is_pair: Whether the loss returns a sum and its count.
         one: The whole batch's pass.
         depends: Whether something in the loss was another for the same samples in the whole batch.
@@ -72,7 +46,7 @@ class Gradients:
     sizes: tuple[int, ...]
     places: tuple[tuple[str, int], ...]
     draws: RandomOps
-    chance: bool
+    is_random: bool
     is_pair: bool
     one: Passes
     depends: bool = False
@@ -92,7 +66,7 @@ class Gradients:
         One whose gradient is less than a thousandth of the whole is judged as if it had that: what cancels out in it
         (an attention's key bias) leaves its rounding only.
         """
-        floor = TINY * self.whole.norm()
+        floor = SMALL_TENSOR_RATIO * self.whole.norm()
         sizes = [entries for _, entries in self.places]
         off_by, whole = (torch.split(v, sizes) for v in (self.window - self.whole, self.whole))
         pairs = zip(off_by, whole, strict=True)
@@ -100,9 +74,9 @@ class Gradients:
         largest = max(range(len(errors)), key=errors.__getitem__)
         return self.places[largest][0], errors[largest]
 
-    def agrees(self, within: float) -> bool:
+    def agrees(self, tolerance: float) -> bool:
         """Whether they differ by rounding only: the whole, and the worst single tensor."""
-        return self.error() <= within and self.worst()[1] <= WORST_WITHIN * within
+        return self.error() <= tolerance and self.worst()[1] <= WORST_TENSOR_FACTOR * tolerance
 
     def fit(self) -> tuple[list[float], float]:
         """Least squares: the weights with which the parts would add up to the whole, and what is left over.
@@ -113,264 +87,8 @@ class Gradients:
         return fit(self.columns, self.whole)
 
 
-class GradientRecorder(torch.optim.Optimizer):
-    """An optimizer whose step keeps the gradient and changes nothing."""
-
-    def __init__(self, params: Iterable[torch.Tensor]) -> None:
-        super().__init__(params, {})
-        self.seen: list[torch.Tensor | None] = []
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Keeps the gradient."""
-        self.seen = [p.grad for group in self.param_groups for p in group["params"]]
-
-
-class _Inside(nn.Module):
-    """Runs whatever it is given while its modules have other parameters."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.inner = nn.ModuleList(modules)
-
-    def forward(self, work: Callable[[], Any]) -> Any:
-        return work()
-
-
-class FunctionalCopy:
-    """A model, and the modules of its loss, on copies of their parameters and buffers.
-
-    Args:
-        model: The model.
-        loss: The loss; modules that it holds are copied alike.
-        dtype: What floating-point tensors become; None for what they are, but at least single precision.
-        device: Where the copies are; None for where the originals are.
-        alias: Views instead of copies of what is large, for where memory is short.
-        widens: Whether half precision becomes single where no `dtype` is given; else gradients are its own, as a
-            window's are, and can be compared less closely.
-        entries: Of the gradient that are compared.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Any,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        alias: bool = False,
-        widens: bool = True,
-        entries: int | None = None,
-    ) -> None:
-        self.model, self.dtype, self.device, self.widens = model, dtype, device, widens
-        held = holdings(model, loss=loss).modules
-        self.outside = _Inside([model, *held.values()])
-        self.roots = ("", *held)
-        numel = sum(p.numel() for p in self.outside.parameters())
-        renormalized = {id(m.weight) for m in self.outside.modules() if getattr(m, "max_norm", None) is not None}
-        self.copies: dict[str, torch.Tensor] = {}
-        for name, p in self.outside.named_parameters():
-            copied = self._cast(p.detach())
-            if copied.data_ptr() == p.data_ptr() and (not (alias or numel > COPIES) or id(p) in renormalized):
-                copied = copied.clone()
-            self.copies[name] = nn.Parameter(copied, requires_grad=p.requires_grad)
-        self.buffers = {name: self._cast(b.detach()).clone() for name, b in self.outside.named_buffers()}
-        self.moved: set[str] = set()
-        self._parts: TrainingContext | None = None
-        self._is_pair = False
-        self._trace: RowTrace | None = None
-        self._start = take_rng()  # every part of every window draws from here on: Python's and NumPy's draws are alike
-        chosen = torch.Generator().manual_seed(0)
-        self.trained = [name for name, p in self.copies.items() if p.requires_grad]
-        self._chosen = _choose([self.copies[name].numel() for name in self.trained], entries or ENTRIES, chosen)
-
-    def cast(self, batch: Batch) -> Batch:
-        """The batch in this precision and place, in storage of its own: a loss may write into it."""
-        return tree.map_leaves(
-            batch, lambda _, leaf: self._cast(leaf.detach()).clone() if isinstance(leaf, torch.Tensor) else leaf
-        )
-
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            return tensor.to(self.device or tensor.device)
-        dtype = self.dtype or (torch.float32 if self.widens and tensor.element_size() < 4 else tensor.dtype)
-        return tensor.to(self.device or tensor.device, dtype)
-
-    def run(self, work: Callable[[], Any]) -> Any:
-        """Calls `work` while the model stands on the copies, with its buffers as they were."""
-        self.copies |= {name: buffer.clone() for name, buffer in self.buffers.items()}
-        return torch.func.functional_call(self.outside, self.copies, (work,))
-
-    def window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int], *, first: int = 0) -> Passes:
-        """One window by `step.train_window`, cast and without chance; `first` rows of the first piece are traced."""
-        pieces = [self.cast(piece) for piece in pieces]
-        self._trace = RowTrace(sizes[0], first) if first else None
-        passes: Passes = self.run(lambda: self._window(make_parts, pieces, sizes))
-        self.moved |= {name for name, buffer in self.buffers.items() if not _same(self.copies[name], buffer)}
-        return passes
-
-    def look(self, make_parts: MakeParts, batch: Batch, rows: int) -> Look:
-        """What a forward of a batch of so many samples calls and draws; no pass of a window."""
-        batch, look = self.cast(batch), Look()
-
-        def forward() -> None:
-            context = self._made(make_parts)
-            put_rng(self._start)
-            # With gradients: a loss may take some itself, by torch.autograd.grad.
-            watching = watching_layers(self.model, look, rows)
-            with watching, without_chance() as look.draws, watched(batch) as look.uses:
-                step.forward(context, batch)
-            context.counts_by_forward, context.loss_is_mean = self._is_pair, not self._is_pair
-
-        self.run(forward)
-        look.draws.class_losses = [_placed(call, batch) for call in look.draws.class_losses]
-        return look
-
-    @contextmanager
-    def wider(self, look: Look) -> Iterator[None]:
-        """Until it is left, the last layer is larger, so that outputs lie further apart."""
-        layer = list(look.layer.parameters(recurse=False)) if look.layer is not None else []
-        own = {id(p) for p in layer if p.dim() > 1} or {id(p) for p in layer}  # a larger bias would move all alike
-        names = [name for name, p in self.outside.named_parameters() if id(p) in own and name in self.copies]
-        before, context = {name: self.copies[name] for name in names}, self._parts
-        if look.larger == 1.0 or context is None:
-            yield
-            return
-        for name, copied in before.items():
-            larger = copied.detach() * look.larger
-            self.copies[name] = nn.Parameter(larger, requires_grad=copied.requires_grad)
-        self._parts = replace(context, optimizer=GradientRecorder([self.copies[name] for name in self.trained]))
-        try:
-            yield
-        finally:
-            self.copies |= before
-            self._parts = context
-
-    def _made(self, make_parts: MakeParts) -> TrainingContext:
-        if self._parts is None:  # once: what its first window finds out about the loss holds for the others
-            self._parts = self._opened(make_parts, [self.copies[name] for name in self.trained])
-        return self._parts
-
-    def _window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
-        trained, cumulative = [self.copies[name] for name in self.trained], list[torch.Tensor]()
-        context = self._made(make_parts)
-        optimizer = context.optimizer
-        assert isinstance(optimizer, GradientRecorder)
-
-        @contextmanager
-        def phase(name: str) -> Iterator[None]:
-            if name in (FIRST, LATER):
-                put_rng(self._start)
-            yield
-            if name in (FIRST, LATER):
-                cumulative.append(self._read([p.grad for p in trained]))
-
-        with without_chance() as draws:
-            step.train_window(context, pieces, sizes, on_phase=phase)
-        draws.class_losses = [_placed(call, pieces[0]) for call in draws.class_losses]
-        gradient, optimizer.seen = self._read(optimizer.seen), []  # or it would lie beside the next window's
-        for p in trained:
-            p.grad = None
-        return Passes(
-            gradient,
-            torch.stack(cumulative),
-            draws,
-            bool(draws.replaced or draws.kept) or _drawn(self._start),
-            self._is_pair,
-            self._trace,
-        )
-
-    def _opened(self, make_parts: MakeParts, trained: list[torch.Tensor]) -> TrainingContext:
-        """The parts, with an optimizer that only looks, and nothing of a scaler or a precision."""
-        made = make_parts()
-        inner = made.loss
-
-        def loss(model: nn.Module, batch: Batch) -> Any:
-            untraced = self._trace is None or bool(self._trace.steps)  # the first piece comes first
-            with contextlib.nullcontext() if untraced or self._trace is None else self._trace:
-                out = inner(model, batch)
-            self._is_pair = count_of(out) is not None
-            return out
-
-        return replace(
-            made,
-            loss=inner if inner is default_loss else loss,  # the step knows the default one by its identity
-            optimizer=GradientRecorder(trained),
-            device=trained[0].device,
-            scaler=None,
-            scheduler=None,
-            clip_grad_norm=None,
-            on_nonfinite=None,
-            autocast_dtype=None,
-        )
-
-    def _read(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """The chosen entries of a gradient, on the host; zeros where there is none."""
-        read = []
-        for name, gradient, chosen in zip(self.trained, gradients, self._chosen, strict=True):
-            size = self.copies[name].numel()
-            if gradient is None:
-                read.append(torch.zeros(size if chosen is None else len(chosen), dtype=torch.float64))
-                continue
-            flat = (gradient.to_dense() if gradient.layout is not torch.strided else gradient).detach().reshape(-1)
-            read.append((flat if chosen is None else flat[chosen.to(flat.device)]).to("cpu", torch.float64, copy=True))
-        return torch.cat(read)
-
-    @property
-    def within(self) -> float:
-        """How far gradients may differ for rounding."""
-        floats = {copied.dtype for copied in self.copies.values() if copied.is_floating_point()}
-        limits = {**EXACT_WITHIN, **HALF_WITHIN}
-        return max(limits.get(dtype, EXACT_WITHIN[torch.float32]) for dtype in floats)
-
-    def name_of(self, name: str) -> str:
-        """A copy's name as the model has it; of a module that the loss holds, with what the loss calls it before."""
-        _, index, *inside = name.split(".", 2)
-        return ".".join(filter(None, [self.roots[int(index)], *inside]))
-
-    def moving_place(self) -> str | None:
-        """The same as an expression of the user's code; None for the model itself, whose mode is the Runner's."""
-        owner = self._moving()
-        if owner is None or owner == "inner.0":
-            return None
-        _, index, *inside = owner.split(".", 2)
-        root = self.roots[int(index)] or "model"
-        return f"{root}.get_submodule({inside[0]!r})" if inside else root
-
-    def moving_module(self) -> str | None:
-        """The first module of which a floating-point buffer was changed by a forward."""
-        owner = self._moving()
-        if owner is None:
-            return None
-        return f"{self.name_of(owner) or THE_MODEL} ({type(self.outside.get_submodule(owner)).__name__})"
-
-    def _moving(self) -> str | None:
-        moved = (name for name in self.buffers if name in self.moved and self.buffers[name].is_floating_point())
-        return next((name.rpartition(".")[0] for name in moved), None)
-
-    @property
-    def places(self) -> tuple[tuple[str, int], ...]:
-        """Name, as the model has it, and entries of each parameter."""
-        names = [self.name_of(name) for name in self.trained]
-        sizes = [self.copies[name].numel() for name in self.trained]
-        pairs = zip(sizes, self._chosen, strict=True)
-        entries = [size if chosen is None else len(chosen) for size, chosen in pairs]
-        return tuple(zip(names, entries, strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class Passes:
-    """What one call of `train_window` gave."""
-
-    gradient: torch.Tensor
-    cumulative: torch.Tensor
-    draws: RandomOps
-    chance: bool
-    is_pair: bool
-    trace: RowTrace | None = None
-
-
 def compare(
-    twin: FunctionalCopy,
+    model_copy: FunctionalCopy,
     make_parts: MakeParts,
     whole: Batch,
     pieces: Sequence[Batch],
@@ -382,27 +100,27 @@ def compare(
     Where the whole batch's is not finite, or zero, that is all there is.
 
     Args:
-        twin: What stands in for the model.
+        model_copy: What stands in for the model.
         make_parts: Makes what is trained.
         whole: The whole batch.
         pieces: Its parts.
         sizes: Samples in each.
         one: The whole batch's pass, where there has been one.
     """
-    one = one or twin.window(make_parts, [whole], [sum(sizes)], first=sizes[0])
+    one = one or model_copy.window(make_parts, [whole], [sum(sizes)], first=sizes[0])
     if not (one.gradient.isfinite().all() and one.gradient.norm() > 0):  # there is nothing to compare with
         return Gradients(
-            one.gradient, one.gradient, one.cumulative, sizes, twin.places, one.draws, True, one.is_pair, one
+            one.gradient, one.gradient, one.cumulative, sizes, model_copy.places, one.draws, True, one.is_pair, one
         )
-    many = twin.window(make_parts, pieces, sizes, first=sizes[0])
+    many = model_copy.window(make_parts, pieces, sizes, first=sizes[0])
     before = torch.cat([torch.zeros_like(many.cumulative[:1]), many.cumulative[:-1]])
     columns = many.cumulative - before
-    chance = one.chance or many.chance
+    is_random = one.is_random or many.is_random
     one.draws.replaced |= many.draws.replaced
     one.draws.kept |= many.draws.kept
-    depends = differ(one.trace, many.trace)
+    depends = rows_differ(one.trace, many.trace)
     return Gradients(
-        one.gradient, many.gradient, columns, sizes, twin.places, one.draws, chance, one.is_pair, one, depends
+        one.gradient, many.gradient, columns, sizes, model_copy.places, one.draws, is_random, one.is_pair, one, depends
     )
 
 
@@ -414,46 +132,6 @@ def fit(columns: torch.Tensor, target: torch.Tensor) -> tuple[list[float], float
     factors = torch.linalg.pinv(triangle) @ (orthogonal.T @ target)
     residual = _number((scaled @ factors - target).norm() / target.norm())
     return (factors / scale).tolist(), residual
-
-
-def _choose(sizes: Sequence[int], entries: int, generator: torch.Generator) -> list[torch.Tensor | None]:
-    """Which entries of each tensor are compared; None for all."""
-    total = sum(sizes)
-    if total <= entries:
-        return [None] * len(sizes)
-    wanted = [min(size, max(LEAST_ENTRIES, size * entries // total)) for size in sizes]
-    return [
-        None if number == size else torch.randint(size, (number,), generator=generator)
-        for size, number in zip(sizes, wanted, strict=True)
-    ]
-
-
-def _drawn(start: dict[str, Any]) -> bool:
-    """Whether Python or NumPy has drawn; torch's draws are seen as they happen."""
-    now = take_rng()
-    return any(not same_state(now[name], start[name]) for name in ("Python RNG", "NumPy RNG") if name in start)
-
-
-def _placed(call: ClassLoss, piece: Batch) -> ClassLoss:
-    """The call with the path of the leaf that its classes are, or were copied from."""
-    address, targets = call.targets.untyped_storage().data_ptr(), call.targets.flatten()
-    leaves = [(p, leaf) for p, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    named = target_paths(piece)
-    leaves.sort(key=lambda item: item[0] not in named)  # labels that are a copy of the inputs are the labels
-    for path, leaf in leaves:
-        if leaf.untyped_storage().data_ptr() == address:
-            return replace(call, path=path)
-    for path, leaf in leaves:
-        shifted = leaf[:, 1:] if leaf.dim() == 2 else leaf
-        padded = torch.nn.functional.pad(shifted, (0, 1), value=call.ignore_index) if leaf.dim() == 2 else leaf
-        for form in (leaf, shifted, padded):  # the last two: next tokens, cut off or filled up as Hugging Face does
-            if form.dtype == targets.dtype and form.numel() == len(targets) and torch.equal(form.flatten(), targets):
-                return replace(call, path=path)
-    return call
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
 
 
 def _number(value: torch.Tensor) -> float:

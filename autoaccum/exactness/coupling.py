@@ -17,10 +17,10 @@ from ..data import split as cutting
 from ..data import tree
 from ..state.rng import put_rng, take_rng
 from ..workload import Batch
-from .determinism import without_chance
+from .determinism import without_randomness
 
-MOST_ROWS = 7  # a number that is rarely also the length of something else
-MOVED = 1e-5  # of an output's largest value: another order of additions moves it by 1e-7
+MAX_ROWS = 7  # a number that is rarely also the length of something else
+MOVED_RATIO = 1e-5  # of an output's largest value: another order of additions moves it by 1e-7
 
 
 @dataclass
@@ -63,7 +63,7 @@ def coupling_module(
     samples = cutting.batch_size(batch, **names)
     if samples < 4:
         return None
-    rows = min(MOST_ROWS, samples - 1)
+    rows = min(MAX_ROWS, samples - 1)
     stay = rows // 2
     kept, others, spare = cutting.split(batch, [stay, rows - stay, samples - rows], **names)
     exchanged = cutting.tile(spare, rows - stay, **names)
@@ -84,7 +84,7 @@ def _trace(model: nn.Module, forward: Callable[[Batch], object], batch: Batch, r
         handles.append(module.register_forward_pre_hook(_before(trace, open_calls), with_kwargs=True))
         handles.append(module.register_forward_hook(_after(trace, open_calls, f"{name or 'the model'}", module)))
     try:
-        with without_chance():  # with gradients: a loss may take some itself
+        with without_randomness():  # with gradients: a loss may take some itself
             forward(batch)
     finally:
         for handle in handles:
@@ -124,4 +124,4 @@ def _first_moved(one: _Trace, two: _Trace) -> str | None:
 
 def _moved(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
     pairs = zip(one, two, strict=False)
-    return any(a.shape == b.shape and bool(((a - b).abs() > MOVED * a.abs().max()).any()) for a, b in pairs)
+    return any(a.shape == b.shape and bool(((a - b).abs() > MOVED_RATIO * a.abs().max()).any()) for a, b in pairs)

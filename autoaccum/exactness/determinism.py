@@ -58,7 +58,7 @@ class RandomOps:
 
 
 @contextmanager
-def without_chance() -> Iterator[RandomOps]:
+def without_randomness() -> Iterator[RandomOps]:
     """Until it is left, nothing that torch draws on the CPU differs between samples, nor dropout anywhere."""
     draws = RandomOps()
     with ExitStack() as stack:

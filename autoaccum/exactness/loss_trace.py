@@ -19,14 +19,14 @@ from ..data import tree
 from .determinism import RandomOps
 from .value_uses import Uses
 
-SPREAD = 3.0  # standard deviation of the outputs: logits of a classifier that is sure of its classes
-MOST_LARGER = 64.0  # times the last layer is made larger at most
-MOST_COLUMNS = 1 << 12  # of the outputs of a sample that are looked at
-MOST_ENTRIES = 1 << 24  # of a layer that is copied for that: 64 MiB in single precision
+TARGET_SPREAD = 3.0  # standard deviation of the outputs: logits of a classifier that is sure of its classes
+MAX_LAYER_SCALE = 64.0  # times the last layer is made larger at most
+MAX_OUTPUT_COLUMNS = 1 << 12  # of the outputs of a sample that are looked at
+MAX_LAYER_ENTRIES = 1 << 24  # of a layer that is copied for that: 64 MiB in single precision
 
 
 @dataclass(eq=False)
-class Look:
+class ForwardTrace:
     """What a forward showed.
 
     Attributes:
@@ -35,7 +35,7 @@ class Look:
         layer: The last module with parameters of its own that was called, and is small enough to be copied.
         spread: The standard deviation over samples of what it gave, on average; NaN where it gave nothing.
         outputs: What it gave, of shape (samples, columns), cut off where it is long; None where rows are no samples.
-        wanted: The standard deviation that is wanted.
+        target_spread: The standard deviation that is wanted.
     """
 
     draws: RandomOps = field(default_factory=RandomOps)
@@ -43,14 +43,14 @@ class Look:
     layer: nn.Module | None = None
     spread: float = float("nan")
     outputs: torch.Tensor | None = None
-    wanted: float = SPREAD
+    target_spread: float = TARGET_SPREAD
 
     @property
-    def larger(self) -> float:
+    def layer_scale(self) -> float:
         """How many times larger the last layer has to be; 1 where the outputs are as wide already, or unknown."""
-        if self.layer is None or not 0 < self.spread < self.wanted:
+        if self.layer is None or not 0 < self.spread < self.target_spread:
             return 1.0
-        return min(self.wanted / self.spread, MOST_LARGER)
+        return min(self.target_spread / self.spread, MAX_LAYER_SCALE)
 
     def keys(self, seed: int | None = None) -> torch.Tensor | None:
         """A number for each sample by which outputs differ: their mean, or how far they lie in some direction."""
@@ -61,7 +61,7 @@ class Look:
 
 
 @contextlib.contextmanager
-def watching_layers(model: nn.Module, look: Look, rows: int) -> Iterator[None]:
+def tracing_layers(model: nn.Module, forward_trace: ForwardTrace, rows: int) -> Iterator[None]:
     """Notes the last layer that is called, and what it gives."""
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
@@ -70,14 +70,16 @@ def watching_layers(model: nn.Module, look: Look, rows: int) -> Iterator[None]:
             return
         first = given[0].detach()
         are_rows = first.dim() and len(first) % rows == 0
-        by_sample = first.reshape(rows, -1)[:, :MOST_COLUMNS].float() if are_rows else first.reshape(-1, 1).float()
-        look.layer, look.spread = module, float(by_sample.std(0).mean())
-        look.outputs = by_sample if are_rows else None
+        by_sample = (
+            first.reshape(rows, -1)[:, :MAX_OUTPUT_COLUMNS].float() if are_rows else first.reshape(-1, 1).float()
+        )
+        forward_trace.layer, forward_trace.spread = module, float(by_sample.std(0).mean())
+        forward_trace.outputs = by_sample if are_rows else None
 
     handles = [
         module.register_forward_hook(after)
         for module in model.modules()
-        if 0 < sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad) <= MOST_ENTRIES
+        if 0 < sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad) <= MAX_LAYER_ENTRIES
     ]
     try:
         yield

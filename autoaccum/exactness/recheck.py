@@ -15,10 +15,10 @@ from ..errors import AutoaccumError
 from ..window.isolated import as_it_trains
 from ..window.step import TrainingContext
 from ..workload import IGNORED, Batch
-from . import compare, test_batches
-from .compare import FunctionalCopy
+from . import batch_leaves, compare
+from .functional_copy import FunctionalCopy
 
-ENTRIES = 1 << 16  # of the gradient that are compared: half a MiB in double precision; of small models fewer
+MAX_ENTRIES = 1 << 16  # of the gradient that are compared: half a MiB in double precision; of small models fewer
 
 Names = dict[str, Any]
 
@@ -34,7 +34,7 @@ def counts_differ(pieces: Sequence[Batch], sizes: Sequence[int]) -> bool:
 def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
     """What of a micro-batch could be counted: ignored labels, ones of masks, shapes; for each sample."""
     found: list[Any] = []
-    masks = set(test_batches.mask_paths(piece))
+    masks = set(batch_leaves.mask_paths(piece))
     for path, leaf in tree.leaves(piece):
         if not isinstance(leaf, torch.Tensor):
             continue
@@ -73,13 +73,13 @@ def recheck(
     whole, parted, counts = rows
     with as_it_trains(context.model, context.held):
         try:
-            entries = min(ENTRIES, sum(p.numel() for p in context.model.parameters()) // 128)
-            twin = FunctionalCopy(context.model, context.loss, alias=True, widens=False, entries=entries)
-            found = compare.compare(twin, lambda: context, whole, parted, counts)
+            entries = min(MAX_ENTRIES, sum(p.numel() for p in context.model.parameters()) // 128)
+            model_copy = FunctionalCopy(context.model, context.loss, alias=True, widens=False, entries=entries)
+            found = compare.compare(model_copy, lambda: context, whole, parted, counts)
         except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AutoaccumError) as error:
             drop_frames(error)
             return None
-    if not found.finite or found.agrees(twin.within):
+    if not found.finite or found.agrees(model_copy.tolerance):
         return None
     name, worst = found.worst()
     return (

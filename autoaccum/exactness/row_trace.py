@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DIFFERS = {torch.float64: 1e-9}  # relative to the sum of what is compared
-DIFFERS_ELSE = 1e-3
+DOUBLE_TOLERANCE = {torch.float64: 1e-9}  # relative to the sum of what is compared
+SINGLE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +25,13 @@ class _Step:
         name: The operator's.
         per_row: How many of the result's rows belong to a sample.
         sums: The sum, and that of absolute values.
-        within: How far sums may differ for rounding, relative to the latter.
+        tolerance: How far sums may differ for rounding, relative to the latter.
     """
 
     name: str
     per_row: int
     sums: torch.Tensor
-    within: float
+    tolerance: float
 
 
 class RowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -62,10 +62,10 @@ class RowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         per_row = len(out) // self.rows
         head = out.detach()[: self.first * per_row]
         sums = torch.stack([head.sum(dtype=torch.float64), head.abs().sum(dtype=torch.float64)])
-        return _Step(func.overloadpacket.__name__, per_row, sums, DIFFERS.get(out.dtype, DIFFERS_ELSE))
+        return _Step(func.overloadpacket.__name__, per_row, sums, DOUBLE_TOLERANCE.get(out.dtype, SINGLE_TOLERANCE))
 
 
-def differ(whole: RowTrace | None, part: RowTrace | None) -> bool:
+def rows_differ(whole: RowTrace | None, part: RowTrace | None) -> bool:
     """Whether the first rows were others in the whole batch than in a part of its own."""
     if whole is None or part is None or len(whole.steps) != len(part.steps):
         return False
@@ -73,4 +73,4 @@ def differ(whole: RowTrace | None, part: RowTrace | None) -> bool:
         (one, two) for one, two in zip(whole.steps, part.steps, strict=True) if one is not None and two is not None
     )
     alike = [(one, two) for one, two in pairs if one.name == two.name and one.per_row == two.per_row]
-    return any(bool(((one.sums - two.sums).abs() > one.within * one.sums[1]).any()) for one, two in alike)
+    return any(bool(((one.sums - two.sums).abs() > one.tolerance * one.sums[1]).any()) for one, two in alike)

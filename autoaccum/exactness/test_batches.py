@@ -11,7 +11,6 @@ not every operator checks its indices. Knows names and shapes, nothing of models
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,23 +20,31 @@ import torch
 from ..data import split as cutting
 from ..data import tree
 from ..workload import IGNORED, Batch, Workload
+from .batch_leaves import (
+    has_rows,
+    is_binary,
+    is_integer,
+    is_mask,
+    leaf_of,
+    length_paths,
+    mask_paths,
+    target_paths,
+    weight_paths,
+)
 from .value_uses import ANY, KEPT
 
-LEAST_ROWS, MOST_ROWS = 8, 16
-FEWEST_ROWS = 2  # at once, where no more fit: as often as it takes to come to the least
-NOISE = 0.5  # of a leaf's own standard deviation, added to floating-point rows
-IGNORED_PART = 1 / 3
-FEWEST_TO_IGNORE = 3  # of two samples none can be ignored: a part of one would have nothing left
+MIN_ROWS, MAX_ROWS = 8, 16
+MIN_ROWS_AT_ONCE = 2  # at once, where no more fit: as often as it takes to come to the least
+NOISE_RATIO = 0.5  # of a leaf's own standard deviation, added to floating-point rows
+IGNORED_FRACTION = 1 / 3
+MIN_ROWS_TO_IGNORE = 3  # of two samples none can be ignored: a part of one would have nothing left
 
-LONG = 16  # positions from which on a row of integers is a sequence, whose values may change places: not columns
-LEFT_OUT = 4  # one row in so many gives way to another class's in the other mix
+MIN_SEQUENCE_LENGTH = (
+    16  # positions from which on a row of integers is a sequence, whose values may change places: not columns
+)
+ROWS_PER_REPLACEMENT = 4  # one row in so many gives way to another class's in the other mix
 
 Freedom = Callable[[str], str]  # from a leaf's path to ANY, MOVED or KEPT
-
-_TARGETS = re.compile(r"label|target|^y$|class|answer", re.IGNORECASE)
-_MASKS = re.compile(r"mask", re.IGNORECASE)
-_LENGTHS = re.compile(r"len", re.IGNORECASE)
-_OF_TARGETS = re.compile(r"(^|_)len(gth)?s?$", re.IGNORECASE)
 
 # From the hardest on: a loss may not take what another does.
 SORTED, RAGGED, IGNORING = "sorted classes", "unequal lengths", "ignored targets"
@@ -87,7 +94,7 @@ def uneven(rows: int, least: int = 1) -> tuple[int, ...]:
         rows: Samples in all.
         least: Samples that a part needs at least; in two parts of four, both have two then.
     """
-    if rows < LEAST_ROWS:
+    if rows < MIN_ROWS:
         last = 2 if rows > 4 else min(least, rows // 2)
         return rows - last, last
     last, middle = max(2, rows // 5), max(2, rows // 3)
@@ -99,7 +106,7 @@ def any_value(path: str) -> str:
     return ANY
 
 
-def plain(workload: Workload, most: int = MOST_ROWS, least: int = 1) -> TestBatch:
+def plain(workload: Workload, most: int = MAX_ROWS, least: int = 1) -> TestBatch:
     """The sample's own rows: as many as fit at once, but at least eight; where it has fewer, they are repeated.
 
     Args:
@@ -109,7 +116,7 @@ def plain(workload: Workload, most: int = MOST_ROWS, least: int = 1) -> TestBatc
     """
     names = {"shared": workload.shared, "per_sample": workload.per_sample}
     own = cutting.batch_size(workload.sample, **names)
-    rows = min(max(own, LEAST_ROWS), MOST_ROWS, max(most, LEAST_ROWS))
+    rows = min(max(own, MIN_ROWS), MAX_ROWS, max(most, MIN_ROWS))
     taken = _spread(workload.sample, own, rows) if own > rows else [row % own for row in range(rows)]
     batch = cutting.select(workload.sample, taken, **names)
     return TestBatch(batch, uneven(rows, least), max(0, rows - own), names=names)
@@ -141,14 +148,14 @@ def other_mix(trial: TestBatch, keys: torch.Tensor | None) -> TestBatch:
     rows = trial.rows
     targets = target_paths(trial.batch)
     of_class = torch.arange(rows) if not targets else torch.argsort(_key_of(trial.batch, targets), stable=True)
-    few = rows // LEFT_OUT
+    few = rows // ROWS_PER_REPLACEMENT
     instead = dict(zip(of_class[:few].tolist(), of_class[-few:].tolist(), strict=True)) if few else {}
     used = [instead.get(row, row) for row in range(rows)]
     if keys is None or len(keys) != rows:
         keys = torch.rand(rows, generator=torch.Generator().manual_seed(3))
     by = keys.detach().float().cpu()
     mixed = taken(trial, sorted(used, key=by.tolist().__getitem__))
-    if mixed.rows < LEAST_ROWS:
+    if mixed.rows < MIN_ROWS:
         return mixed
     last = mixed.rows // 3  # its outputs are the largest: many enough for a mean of theirs to be another one
     middle = max(2, (mixed.rows - last) // 3)
@@ -167,14 +174,9 @@ def taken(trial: TestBatch, rows: Sequence[int], least: int = 1) -> TestBatch:
     return replace(trial, batch=batch, sizes=uneven(len(rows), least))
 
 
-def leaf_of(batch: Batch, path: str) -> Any:
-    """The leaf at a path."""
-    return dict(tree.leaves(batch))[path]
-
-
 def all_alike(batch: Batch, names: dict[str, Collection[str]]) -> bool:
     """Whether all rows are equal: then any loss looks exact."""
-    leaves = [leaf for path, leaf in tree.leaves(batch) if _cut(leaf, path, names)]
+    leaves = [leaf for path, leaf in tree.leaves(batch) if has_rows(leaf, path, names)]
     return all(bool((leaf == leaf[:1]).all()) for leaf in leaves)
 
 
@@ -210,52 +212,16 @@ def harder(
     return replace(easy, batch=batch, hardness=tuple(done), ignored=ignored)
 
 
-def target_paths(batch: Batch) -> list[str]:
-    """Leaves that hold targets, by their names; or the second of a pair. Their lengths are none."""
-    found = [(path, leaf) for path, leaf in tree.leaves(batch) if not _OF_TARGETS.search(cutting._key(path))]
-    named = [path for path, leaf in found if _TARGETS.search(cutting._key(path)) and _rows_of(leaf)]
-    if not named and isinstance(batch, (tuple, list)) and len(batch) == 2:
-        named = [path for path, leaf in found if path == "batch[1]" and _rows_of(leaf)]
-    return named
-
-
-def mask_paths(batch: Batch) -> list[str]:
-    """Leaves of ones and zeros under the name of a mask."""
-    return [
-        path
-        for path, leaf in tree.leaves(batch)
-        if _MASKS.search(cutting._key(path)) and _rows_of(leaf) and leaf.dim() >= 2 and _is_binary(leaf)
-    ]
-
-
-def length_paths(batch: Batch) -> list[str]:
-    """Leaves of lengths: one positive integer for each sample, by their names."""
-    return [
-        path
-        for path, leaf in tree.leaves(batch)
-        if _LENGTHS.search(cutting._key(path)) and _rows_of(leaf) and leaf.dim() == 1 and _is_integer(leaf)
-    ]
-
-
-def weight_paths(batch: Batch) -> list[str]:
-    """Leaves that may weigh samples: a floating-point number for each, none negative."""
-    return [
-        path
-        for path, leaf in tree.leaves(batch)
-        if _rows_of(leaf) and leaf.dim() == 1 and leaf.is_floating_point() and bool((leaf >= 0).all())
-    ]
-
-
 def _vary(
     batch: Batch, own: int, generator: torch.Generator, names: dict[str, Collection[str]], freedom: Freedom
 ) -> Batch:
     """Makes the rows from `own` on differ from those that they repeat."""
 
     def vary(path: str, leaf: Any) -> Any:
-        if not _cut(leaf, path, names) or freedom(path) == KEPT or _is_mask(path, leaf):
+        if not has_rows(leaf, path, names) or freedom(path) == KEPT or is_mask(path, leaf):
             return leaf
         changed = leaf.clone()
-        if _is_binary(leaf):
+        if is_binary(leaf):
             return leaf[torch.randperm(len(leaf), generator=generator).to(leaf.device)]
         if leaf.is_floating_point() and freedom(path) == ANY:
             changed[own:] = _with_noise(leaf, generator)[own:]
@@ -274,7 +240,7 @@ def _exchanged(leaf: torch.Tensor, own: int, generator: torch.Generator, *, any_
     elif any_place:
         picked = torch.randint(leaf.numel(), leaf.shape, generator=generator).to(leaf.device)
         other = leaf.reshape(-1)[picked]
-    elif leaf.dim() > 1 and leaf.shape[1] >= LONG:
+    elif leaf.dim() > 1 and leaf.shape[1] >= MIN_SEQUENCE_LENGTH:
         orders = [torch.randperm(leaf.shape[1], generator=generator) for _ in range(len(leaf))]
         other = torch.stack([row[order.to(leaf.device)] for row, order in zip(leaf, orders, strict=True)])
     else:
@@ -287,7 +253,7 @@ def _noisy(batch: Batch, generator: torch.Generator, names: dict[str, Collection
     weights = set(weight_paths(batch))
 
     def noisy(path: str, leaf: Any) -> Any:
-        if not _cut(leaf, path, names) or not leaf.is_floating_point() or _is_mask(path, leaf):
+        if not has_rows(leaf, path, names) or not leaf.is_floating_point() or is_mask(path, leaf):
             return leaf
         if freedom(path) != ANY:
             return leaf
@@ -295,7 +261,7 @@ def _noisy(batch: Batch, generator: torch.Generator, names: dict[str, Collection
             factors = torch.linspace(0.2, 1.0, len(leaf), dtype=leaf.dtype)
             return leaf * factors.to(leaf.device)
         constant = bool((leaf == leaf.reshape(-1)[0]).all())
-        return leaf if _is_binary(leaf) and not constant else _with_noise(leaf, generator)
+        return leaf if is_binary(leaf) and not constant else _with_noise(leaf, generator)
 
     return tree.map_leaves(batch, noisy)
 
@@ -305,8 +271,8 @@ def _with_noise(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     low, high, spread = leaf.min(), leaf.max(), leaf.std()
     noise = torch.randn(leaf.shape, generator=generator).to(leaf)
     if not bool(spread > 0):
-        return noise.sigmoid() if _is_binary(leaf) else leaf + noise
-    return (leaf + NOISE * spread * noise).clamp(low, high)
+        return noise.sigmoid() if is_binary(leaf) else leaf + noise
+    return (leaf + NOISE_RATIO * spread * noise).clamp(low, high)
 
 
 def _sorted(batch: Batch, targets: Sequence[str], names: dict[str, Collection[str]]) -> Batch:
@@ -356,16 +322,16 @@ def _ignoring(
     done = []
 
     def ignoring(path: str, leaf: Any) -> Any:
-        if path not in chosen or not _is_integer(leaf) or _is_mask(path, leaf):
+        if path not in chosen or not is_integer(leaf) or is_mask(path, leaf):
             return leaf
         changed = leaf.clone()
         if leaf.dim() == 1:
-            number = min(max(1, round(IGNORED_PART * len(leaf))), easy.sizes[0] - 1)
+            number = min(max(1, round(IGNORED_FRACTION * len(leaf))), easy.sizes[0] - 1)
             changed[1 : 1 + number] = chosen[path]
             done.extend([path] * (number > 0))
             return changed
         done.append(path)
-        drawn = torch.rand(leaf.shape, generator=generator) < IGNORED_PART
+        drawn = torch.rand(leaf.shape, generator=generator) < IGNORED_FRACTION
 
         ignored = drawn.to(leaf.device) | (_behind(leaf, lengths) if leaf.dim() == 2 and leaf.shape[1] > 2 else False)
         if leaf.shape[1] > 1:
@@ -374,30 +340,3 @@ def _ignoring(
         return changed
 
     return tree.map_leaves(batch, ignoring), tuple(done)
-
-
-def _cut(leaf: Any, path: str, names: dict[str, Collection[str]]) -> bool:
-    """Whether a leaf has a row for each sample."""
-    shared = cutting._names(names.get("shared", ()))
-    return _rows_of(leaf) and not cutting._named(path, shared)
-
-
-def _rows_of(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.numel() > 0 and not leaf.is_complex()
-
-
-def _is_integer(leaf: Any) -> bool:
-    return (
-        isinstance(leaf, torch.Tensor)
-        and not leaf.is_floating_point()
-        and not leaf.is_complex()
-        and leaf.dtype is not torch.bool
-    )
-
-
-def _is_binary(leaf: torch.Tensor) -> bool:
-    return leaf.dtype is torch.bool or bool(((leaf == 0) | (leaf == 1)).all())
-
-
-def _is_mask(path: str, leaf: torch.Tensor) -> bool:
-    return _MASKS.search(cutting._key(path)) is not None and _is_binary(leaf)

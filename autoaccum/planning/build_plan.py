@@ -109,7 +109,7 @@ def token_budget(workload: Workload, micro_batch: int) -> int | None:
 def _composition(predictor: MemoryPredictor, split: Split, phases: dict[str, int]) -> dict[str, dict[str, int]]:
     """What lives at the peak of each phase of the plan's window."""
     model = predictor.subject.context.model
-    return breakdown.whole(
+    return breakdown.process_composition(
         breakdown.composition(*observe.window_of(predictor.evidence, split)),
         phases,
         baseline_bytes=predictor.baseline_bytes,
@@ -125,7 +125,7 @@ def _largest(predictor: MemoryPredictor, split: Split) -> tuple[int, bool]:
     if len(split) == 1:
         return split[0], request.samples is not None or split[0] == request.dataset_samples
     size = largest_micro_batch(
-        predictor.fits_surely, predictor.later_floor, budget_bytes=predictor.usable_bytes, most=most
+        predictor.fits_surely, predictor.later_floor, budget_bytes=predictor.usable_bytes, max_size=most
     )
     # 37 + 37 + 36 says nothing of windows of 37 alone: these may need a retry each time.
     own = split[-1] if split[0] - split[-1] == 1 else split[0]

@@ -190,7 +190,7 @@ def plan_in(
         plan = build_plan.plan(predictor, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
         if check:
             start_over()
-            plan = exact.for_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
+            plan = exact.check_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
         start_over()  # what the plan says of this process holds for it as it was when it was read, its cache empty
         return plan
 

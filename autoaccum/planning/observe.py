@@ -60,7 +60,7 @@ class Evidence:
     Attributes:
         first_step: The first optimizer step, of small micro-batches.
         after_first: What `device.read_heap` told once that was done.
-        prelude: Its events.
+        first_step_events: Its events.
         scouted: On CUDA, the first step without what it made for good: what a window of so few samples takes.
         recordings: Of windows of two micro-batches, at different sizes.
         notes: The same, for the plan.
@@ -71,7 +71,7 @@ class Evidence:
 
     first_step: Recording | None = None
     after_first: Any = None
-    prelude: tuple[Event, ...] = ()
+    first_step_events: tuple[Event, ...] = ()
     scouted: Recording | None = None
     recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Evidence:
     def program(self) -> StepProgram:
         """The step program of what was recorded; of fewer than two recordings, with the help of the first step."""
         if self._program is None:
-            self._program = lift(self.recordings if len(self.recordings) > 1 else self.known, self.prelude)
+            self._program = lift(self.recordings if len(self.recordings) > 1 else self.known, self.first_step_events)
         return self._program
 
     def know(self, recordings: Iterable[Recording]) -> None:
@@ -116,7 +116,7 @@ class Evidence:
     @property
     def state_bytes(self) -> int:
         """What the first optimizer step leaves behind: the optimizer's state."""
-        return sum(event.bytes for event in kept_blocks(self.prelude))
+        return sum(event.bytes for event in kept_blocks(self.first_step_events))
 
 
 def record_window(subject: RecordingTarget, n: int, steps: int = 2) -> Recording:
@@ -146,7 +146,7 @@ def scout(subject: RecordingTarget, evidence: Evidence, least: int = SCOUT, begi
     evidence.state_at_first_bytes = state_held(subject.context)
     if subject.device.SCOUT_STEPS > 1:
         evidence.scouted = without_state(recording)
-    evidence.prelude = tuple(event for phase in recording.phases for event in phase.events)
+    evidence.first_step_events = tuple(event for phase in recording.phases for event in phase.events)
 
 
 def _first_step(subject: RecordingTarget, least: int, begin: int) -> Recording:
@@ -190,7 +190,7 @@ def add(subject: RecordingTarget, evidence: Evidence, n: int) -> float | None:
     if not evidence.looked_for_growth and _leaves(subject, as_recorded(recording), (n, n)) > PAGE_BYTES:
         evidence.looked_for_growth, evidence.growth = True, probe(subject, n)
         if evidence.growth is not None:
-            evidence.prelude = _without_growth(evidence)
+            evidence.first_step_events = _without_growth(evidence)
     measured = own_peak(subject, evidence, recording).peak_bytes
     evidence.know([*evidence.recordings, recording])
     evidence.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
@@ -204,8 +204,8 @@ def _without_growth(evidence: Evidence) -> tuple[Event, ...]:
     """
     assert evidence.first_step is not None
     made = {e.block for phase in evidence.first_step.phases if phase.name != OPTIMIZER for e in phase.events}
-    kept = [event for event in kept_blocks(evidence.prelude) if event.block in made]
-    return (*evidence.prelude, *(event._replace(bytes=-event.bytes) for event in kept))
+    kept = [event for event in kept_blocks(evidence.first_step_events) if event.block in made]
+    return (*evidence.first_step_events, *(event._replace(bytes=-event.bytes) for event in kept))
 
 
 def own_peak(subject: RecordingTarget, evidence: Evidence, recording: Recording) -> Replay:
@@ -239,7 +239,7 @@ def window_of(evidence: Evidence, split: Split) -> tuple[StepProgram, Split]:
     recording = next((r for r in evidence.recordings if r.micro_batch >= split[0]), None)
     if recording is None:
         raise LookupError(f"nothing was recorded at {split[0]} samples or more")
-    program = as_recorded(recording, evidence.prelude)
+    program = as_recorded(recording, evidence.first_step_events)
     return program, _representative(program, (recording.micro_batch,) * len(split))
 
 
@@ -267,13 +267,15 @@ def floor_of(evidence: Evidence, n: int, *, later: bool) -> int:
     if evidence.fallback_reason is not None:
         return 0
     split = (n, n) if later else (n,)
-    return live_peak([Phase(PRELUDE, evidence.prelude), *plain_window(evidence.program(), split)[: len(split)]])
+    return live_peak(
+        [Phase(PRELUDE, evidence.first_step_events), *plain_window(evidence.program(), split)[: len(split)]]
+    )
 
 
 def _replay(
     subject: RecordingTarget, evidence: Evidence, program: StepProgram, split: Split, start: HeapState
 ) -> Replay:
-    phases = [Phase(PRELUDE, evidence.prelude), *plain_window(program, split)]
+    phases = [Phase(PRELUDE, evidence.first_step_events), *plain_window(program, split)]
     replayed: Replay = subject.device.run(phases, subject.mmap_threshold_bytes, start, evidence.unrecorded_bytes)
     return replayed
 

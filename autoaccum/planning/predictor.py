@@ -234,8 +234,8 @@ class MemoryPredictor(ABC):
             known, peak = evidence.recordings[-1].micro_batch, evidence.notes[-1].measured_bytes
         else:
             # The first step makes gradients and state itself: only what comes on top of them is of the batch.
-            kept = {event.block for event in kept_blocks(evidence.prelude)}
-            passing = tuple(event for event in evidence.prelude if event.block not in kept)
+            kept = {event.block for event in kept_blocks(evidence.first_step_events)}
+            passing = tuple(event for event in evidence.first_step_events if event.block not in kept)
             known = evidence.first_step.micro_batch if evidence.first_step is not None else observe.SCOUT
             peak = steady + max(0, live_peak([Phase(observe.PRELUDE, passing)]) - gradients)
         scaling = max(peak - steady, peak // 10)  # all the rest growing with the batch is the worst there is

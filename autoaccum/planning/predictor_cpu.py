@@ -291,7 +291,7 @@ def _with_another_malloc(
     before: int = subject.before.outside_bytes
     baseline_bytes = before - own_bytes + observe.state_held(subject.context)
     if evidence.after_first is not None:
-        kept = live_peak([Phase(observe.PRELUDE, evidence.prelude)])
+        kept = live_peak([Phase(observe.PRELUDE, evidence.first_step_events)])
         baseline_bytes += max(0, evidence.after_first.outside_bytes - kept - before)
     budget = device.read_budget(request.budget, request.headroom)
     return CpuPredictor(

@@ -14,11 +14,18 @@ from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from ..plan import PeakRow
 from ..simulation import saturation
 from ..simulation.cuda_allocator.allocator import EMPTY, AllocatorState, CudaRules
-from ..simulation.from_verification import as_recording, well_apart, workspaces_given_back
+from ..simulation.from_verification import distinct_recordings, verified_recording, with_released_workspaces
 from ..simulation.program import StepProgram, as_recorded, plain_window
 from ..simulation.recording import Event, Recording, kept_blocks, live_peak
 from ..simulation.solver import CAPACITY_MARGIN, Split, largest_micro_batch
-from ..simulation.training_run import MOST_WINDOWS, Training, TrainingReplay, by_hand, replay_training, training_of
+from ..simulation.training_run import (
+    MAX_WINDOWS,
+    Training,
+    TrainingReplay,
+    replay_training,
+    training_of,
+    with_kept_workspaces,
+)
 from ..units import show_bytes
 from ..window import fp32_accumulation
 from . import observe
@@ -111,7 +118,9 @@ class CudaPredictor(MemoryPredictor):
         program = self.evidence.program()
         for steps in range(min(MOST_ENDS, saturation.steps_until(program, n)) if n > program.recorded_at else 0):
             if steps not in self._ended:
-                evidence = replace(self.evidence, _program=saturation.ended(program, steps), memo={}, _replays={})
+                evidence = replace(
+                    self.evidence, _program=saturation.saturated_after(program, steps), memo={}, _replays={}
+                )
                 self._ended[steps] = replace(self, evidence=evidence, _replays={}, _floors={}, _trainings={})
             yield self._ended[steps]
 
@@ -161,11 +170,11 @@ class CudaPredictor(MemoryPredictor):
         if key not in known:
             training, sizes = self._training(split)
             found = replay_training(
-                by_hand(training) if kept else training,
+                with_kept_workspaces(training) if kept else training,
                 sizes,
                 replace(self.settings, capacity_bytes=capacity_bytes, expandable_segments=expandable),
                 start=self.start if history == THIS_PROCESS else EMPTY,
-                windows=MOST_WINDOWS if self.evidence.growth is None else WINDOWS,
+                windows=MAX_WINDOWS if self.evidence.growth is None else WINDOWS,
                 stops_at_retry=stops_at_retry,
             )
             if len(known) > MOST_REMEMBERED:
@@ -181,7 +190,7 @@ class CudaPredictor(MemoryPredictor):
         if recording is None:
             raise LookupError(f"nothing was recorded at {split[0]} samples or more")
         size = recording.micro_batch
-        return self._made(size, lambda: as_recorded(recording, evidence.prelude)), (size,) * len(split)
+        return self._made(size, lambda: as_recorded(recording, evidence.first_step_events)), (size,) * len(split)
 
     def _made(self, key: int, program: Callable[[], StepProgram]) -> Training:
         if key not in self._trainings:
@@ -326,7 +335,7 @@ class CudaPredictor(MemoryPredictor):
             return all(each.out_of_memory is None and not any(each.retries) for each in found)
 
         reach = most or self.request.most
-        return largest_micro_batch(fits, self.later_floor, budget_bytes=self.usable_bytes, most=reach) or None
+        return largest_micro_batch(fits, self.later_floor, budget_bytes=self.usable_bytes, max_size=reach) or None
 
     def measured_fields(self, measured: device.Measured, split: Split) -> dict[str, Any]:
         """What the allocator counted. A virtual GPU has no time."""
@@ -425,15 +434,17 @@ class CudaPredictor(MemoryPredictor):
     def teaches(self, split: Split, measured: device.Measured) -> bool:
         """Whether it has large blocks that weren't foreseen, or some that step and may end."""
         found = self._as_recording(split, measured)
-        return found is not None and (self.is_open or not saturation.foresaw(self.evidence.program(), found))
+        return found is not None and (
+            self.is_open or not saturation.predicts_large_blocks(self.evidence.program(), found)
+        )
 
     def _as_recording(self, split: Split, measured: device.Measured | None) -> Recording | None:
         if measured is None or measured.recording is None or not self.evidence.has_program:
             return None
         recordings = self.evidence.recordings
-        found = as_recording(measured.recording, split, recordings)
+        found = verified_recording(measured.recording, split, recordings)
         if found is not None and measured.kept and recordings and recordings[-1].workspaces:
-            return workspaces_given_back(found, recordings[-1])  # to be of a kind with the recordings that it joins
+            return with_released_workspaces(found, recordings[-1])  # to be of a kind with the recordings that it joins
         return found
 
     def learns(self, split: Split, measured: device.Measured | None) -> bool:
@@ -442,7 +453,7 @@ class CudaPredictor(MemoryPredictor):
         if found is None or measured is None:
             return False
         before = list(evidence.recordings)
-        evidence.know([*well_apart(before, found.micro_batch), found])
+        evidence.know([*distinct_recordings(before, found.micro_batch), found])
         self.forget()
         explained = self.confirms(split, measured) is None
         if not explained:

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..devices import oom
 from ..devices.cuda import device as cuda
 from ..phases import FIRST
-from ..simulation.cuda_allocator.allocator import replay_cuda
-from ..simulation.cuda_allocator.settings import LARGE_SEGMENT
+from ..simulation.cuda_allocator.replay import replay_cuda
+from ..simulation.cuda_allocator.settings import LARGE_SEGMENT_BYTES
 from ..simulation.recording import Event, Phase
 from ..simulation.solver import CAPACITY_MARGIN
 from ..units import show_bytes
@@ -141,12 +141,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _ask(self, size: int) -> None:
         """Raises where the allocator would have no place for a block of that size."""
-        self._room -= size + LARGE_SEGMENT
+        self._room -= size + LARGE_SEGMENT_BYTES
         if self._room >= 0:
             return
         room = self._of_driver() - self.margin_bytes
-        if size + LARGE_SEGMENT <= room:
-            self._room = room - size - LARGE_SEGMENT
+        if size + LARGE_SEGMENT_BYTES <= room:
+            self._room = room - size - LARGE_SEGMENT_BYTES
             return
         reserved = torch.cuda.memory_reserved(self.device)
         rules = replace(cuda.rules(), capacity_bytes=reserved + max(0, room))

@@ -12,7 +12,7 @@ from ..data import split as cutting
 from ..data.windows import loader_length
 from ..errors import AutoaccumError, UsageError
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
-from ..simulation.solver import share_of
+from ..simulation.solver import rank_share
 from ..units import check_memory
 from ..window import norms as batchnorm
 from ..window.context import held_in_window
@@ -88,7 +88,7 @@ def read_request(
             f"Give a target of at least {world_size}, or fewer ranks.",
         )
     _sample_size(workload)
-    samples = None if target_batch is None else share_of(target_batch, world_size, rank)
+    samples = None if target_batch is None else rank_share(target_batch, world_size, rank)
     norms = batchnorm.find_norms(workload.model, held_in_window(workload).modules)
     least = least or batchnorm.least_micro_batch(norms, workload.batchnorm)
     dataset = dataset_samples(workload)

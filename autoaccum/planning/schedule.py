@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..devices import oom
-from ..simulation.saturation import foresaw, may_saturate
+from ..simulation.saturation import may_saturate, predicts_large_blocks
 from .observe import SCOUT, Evidence, RecordingTarget, add, if_it_fits, scout
 
 SMALL_ANSWER = 24  # two small primes, and two sizes nearer the answer, are more samples than three times that
@@ -77,7 +77,7 @@ def approach(
             return
         last = next(recording for recording in evidence.recordings if recording.micro_batch == n)
         exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
-        sure = not exact or (foresaw(program, last) and not may_saturate(evidence.program()))
+        sure = not exact or (predicts_large_blocks(program, last) and not may_saturate(evidence.program()))
         if error is not None and error <= subject.device.AGREES_WITHIN and sure:
             return
     evidence.fallback_reason = doubt_of_last(subject, evidence)

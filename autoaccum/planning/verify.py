@@ -34,12 +34,12 @@ def solve(predictor: MemoryPredictor) -> Solution | None:
             predictor.floor,
             samples=request.samples,
             budget_bytes=budget,
-            least=request.least,
-            most=request.most,
+            min_size=request.least,
+            max_size=request.most,
             later_floor=predictor.later_floor,
         )
     most = request.most if predictor.evidence.fallback_reason is None else predictor.evidence.recordings[-1].micro_batch
-    size = largest_micro_batch(predictor.fits, predictor.floor, budget_bytes=budget, most=most, steps=1)
+    size = largest_micro_batch(predictor.fits, predictor.floor, budget_bytes=budget, max_size=most, steps=1)
     return Solution((size,), 1) if size >= request.least else None
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..plan import PeakRow, Plan
 from ..simulation.knee import knee
-from ..simulation.solver import CAPACITY_MARGIN, steps_of_size
+from ..simulation.solver import CAPACITY_MARGIN, steps_with_largest
 from . import what_if
 from .kinds import Kind, measured
 
@@ -213,7 +213,7 @@ def _known_steps(table: what_if.Table, samples: int, chosen: int) -> list[int]:
     most = samples // table.least
     found: list[range] = []
     for size in sorted(sizes, reverse=True):
-        steps = steps_of_size(samples, size)
+        steps = steps_with_largest(samples, size)
         if size - 1 not in sizes:  # the even split only
             steps = range(samples // size, samples // size + 1) if samples % size == 0 and steps else range(0)
         found.append(range(steps.start, min(steps.stop, most + 1)))

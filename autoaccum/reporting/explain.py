@@ -28,7 +28,7 @@ def summary(plan: Plan) -> str:
         lines.insert(4, ("tuned", _tuned(plan)))
     if plan.window_seconds is not None:
         lines.append(("time", _time(plan)))
-    found = knee.told(plan)
+    found = knee.describe(plan)
     if found is not None:
         lines.append(("knee", f"{found}, {_place(plan)}{_longer(plan)}"))
     elif "--timing" in plan.reasons.get("times", ""):

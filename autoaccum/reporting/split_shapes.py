@@ -56,7 +56,7 @@ def balanced_shape(samples: int, steps: int) -> Shape:
 
 def uneven_shapes(samples: int, steps: int, *, least: int, most: int) -> Iterator[Shape]:
     """Gives the shapes of simulation/solver.py's `uneven`, in its order."""
-    for size in repeated_sizes(samples, steps, least=least, most=most):
+    for size in repeated_sizes(samples, steps, min_size=least, max_size=most):
         yield Shape(((steps - 1, size), (1, samples - size * (steps - 1))))
 
 

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..plan import FASTEST, PeakRow, Plan, window_peak_bytes
 from ..process_memory import PAGE_BYTES
 from ..simulation.malloc import MAPPING_OVERHEAD_BYTES, mapping_bytes
-from ..simulation.solver import CAPACITY_MARGIN, MOST_UNEVEN, Split
+from ..simulation.solver import CAPACITY_MARGIN, MAX_UNEVEN_SIZES, Split
 from ..units import parse_bytes, parse_part
 from .split_shapes import Shape, balanced_shape, differing_steps, uneven_shapes
 
@@ -236,5 +236,5 @@ def for_page(table: Table) -> dict[str, Any]:
     """The table and the rules' constants, for `what_if.js`."""
     rows = [[r.micro_batch, r.first_bytes, r.later_bytes, r.optimizer_bytes, r.between_bytes] for r in table.rows]
     known = asdict(table) | {"rows": rows, "margin": CAPACITY_MARGIN}
-    known |= {"most_uneven": MOST_UNEVEN}
+    known |= {"most_uneven": MAX_UNEVEN_SIZES}
     return known | {"page_bytes": PAGE_BYTES, "mapping_overhead_bytes": MAPPING_OVERHEAD_BYTES}

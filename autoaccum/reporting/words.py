@@ -6,7 +6,7 @@ from collections import Counter
 
 from ..phases import PHASE_TITLES
 from ..plan import FASTEST, Plan
-from ..simulation.knee import told
+from ..simulation import knee
 from ..units import show_bytes
 from .kinds import byte_word, cached_word, measured
 
@@ -34,7 +34,7 @@ def answer(plan: Plan) -> str:
 
 def knee_told(plan: Plan) -> str:
     """The time of an optimizer step and where larger micro-batches stop being faster, as far as it was measured."""
-    found = told(plan)
+    found = knee.describe(plan)
     if found is not None:
         return f"The knee: {found}."
     if plan.window_seconds is None:

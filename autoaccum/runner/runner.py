@@ -17,7 +17,7 @@ from ..data.resplit import counted
 from ..data.windows import Window, windows_and_errors
 from ..errors import BatchError, UsageError
 from ..plan import Plan
-from ..simulation.solver import share_of
+from ..simulation.solver import rank_share
 from ..state.rng import put_rng
 from ..window import norms, step
 from ..window.fingerprint import check_fingerprint, check_signature, fingerprint
@@ -79,7 +79,7 @@ class Runner:
         check_fingerprint(fingerprint(self.context), plan.fingerprint)
         if plan.mmap_threshold_bytes is not None:
             process_memory.fix_mmap_threshold(plan.mmap_threshold_bytes)
-        self.samples = share_of(plan.target_batch, plan.world_size, rank)
+        self.samples = rank_share(plan.target_batch, plan.world_size, rank)
         least = max(plan.min_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
         self.sizing = Sizing(plan, workload, least)
         self.checks = WindowChecks(self.context, self.sizing.batch_keys)

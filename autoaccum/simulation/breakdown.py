@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..phases import FIRST, LATER, OPTIMIZER
-from .program import Step, StepProgram, made_for_good, window
+from .program import Step, StepProgram, permanent_allocations, window
 from .recording import Phase, kept_blocks
 from .solver import Split
 
@@ -56,7 +56,7 @@ def composition(program: StepProgram, split: Split, *, inputs: Sequence[int] = (
         By phase's name, requested bytes by category, those of nothing left out. Phases of one name are one, the
         highest instant of all of them. Their sum is the most that is alive at once in that phase.
     """
-    workspaces = made_for_good(program)
+    workspaces = permanent_allocations(program)
     names = {step.block for step in workspaces}
     steady = tuple(step for step in program.phases[FIRST] if step.block not in names)
     program = replace(program, phases={**program.phases, FIRST: steady})
@@ -79,7 +79,7 @@ def composition(program: StepProgram, split: Split, *, inputs: Sequence[int] = (
     return {name: {kind: size for kind, size in parts.items() if size} for name, parts in found.items()}
 
 
-def whole(
+def process_composition(
     parts: Mapping[str, Mapping[str, int]],
     phases: Mapping[str, int],
     *,
@@ -113,7 +113,7 @@ def whole(
 def _state_bytes(program: StepProgram, workspaces: Sequence[Step]) -> int:
     """What the first window leaves behind, without the workspaces that it shows too."""
     known = Counter(step.rule.at(program.recorded_at) for step in workspaces if step.rule is not None)
-    kept = Counter(event.bytes for event in kept_blocks(program.prelude))
+    kept = Counter(event.bytes for event in kept_blocks(program.first_step_events))
     return sum(size * times for size, times in (kept - known).items())
 
 

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..phases import LATER, OPTIMIZER
-from .cuda_allocator.settings import SMALL_SEGMENT
+from .cuda_allocator.settings import SMALL_SEGMENT_BYTES
 from .program import course
 from .recording import Event, Phase, Recording, kept_blocks
 from .solver import Split
 
-APART = 0.75  # of the larger one, for a smaller recording to be no close one
+CLOSE_SIZE_RATIO = 0.75  # of the larger one, for a smaller recording to be no close one
 
 
-def as_recording(seen: Recording, split: Split, known: Sequence[Recording]) -> Recording | None:
+def verified_recording(seen: Recording, split: Split, known: Sequence[Recording]) -> Recording | None:
     """The window as one that can be lifted together with recordings.
 
     Args:
@@ -45,7 +45,7 @@ def as_recording(seen: Recording, split: Split, known: Sequence[Recording]) -> R
     return found if same else None
 
 
-def workspaces_given_back(seen: Recording, like: Recording) -> Recording | None:
+def with_released_workspaces(seen: Recording, like: Recording) -> Recording | None:
     """The window as it would be if cuBLAS gave its workspaces back after each phase.
 
     Args:
@@ -85,9 +85,11 @@ def _kept_workspaces(seen: Recording, like: Phase, workspaces: frozenset[int]) -
             yield event.block
 
 
-def well_apart(known: Sequence[Recording], n: int) -> list[Recording]:
+def distinct_recordings(known: Sequence[Recording], n: int) -> list[Recording]:
     """The recordings that tell something beside one at n samples: of two that are close what steps looks constant."""
-    found = [recording for recording in known if recording.micro_batch <= APART * n or recording.micro_batch > n]
+    found = [
+        recording for recording in known if recording.micro_batch <= CLOSE_SIZE_RATIO * n or recording.micro_batch > n
+    ]
     return found if len(found) > 1 else list(known)
 
 
@@ -135,4 +137,4 @@ def _is_same_step(one: Recording, other: Recording) -> bool:
         for each in (one, other)
     ]
     differing = (made[0] - made[1]) + (made[1] - made[0])
-    return sum(size * count for size, count in differing.items()) < SMALL_SEGMENT
+    return sum(size * count for size, count in differing.items()) < SMALL_SEGMENT_BYTES

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from ..plan import Plan, TimedSize
 from ..units import show_bytes
 
-WITHIN = 0.01
+KNEE_TOLERANCE = 0.01
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Compared:
+class SizeComparison:
     """One size against the fastest.
 
     Attributes:
@@ -36,13 +36,13 @@ class Compared:
     low: float | None
     high: float | None
 
-    def is_within(self, within: float) -> bool:
+    def is_within(self, tolerance: float) -> bool:
         """Whether it surely takes at most that part longer."""
-        return self.high is not None and self.high <= 1 + within
+        return self.high is not None and self.high <= 1 + tolerance
 
-    def is_beyond(self, within: float) -> bool:
+    def is_beyond(self, tolerance: float) -> bool:
         """Whether it surely takes longer than that."""
-        return self.low is not None and self.low > 1 + within
+        return self.low is not None and self.low > 1 + tolerance
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Knee:
 
     timed: TimedSize
     fastest: TimedSize
-    compared: tuple[Compared, ...]
+    compared: tuple[SizeComparison, ...]
     candidates: tuple[int, ...]
     rounds: int
 
@@ -69,30 +69,30 @@ class Knee:
         return self.candidates == (self.timed.micro_batch,) and self.compared[0].low is not None
 
 
-def knee(times: Sequence[TimedSize], within: float = WITHIN) -> Knee | None:
+def knee(times: Sequence[TimedSize], tolerance: float = KNEE_TOLERANCE) -> Knee | None:
     """The smallest micro-batch whose optimizer step takes at most that part longer than the fastest; None of none."""
     if not times:
         return None
     ordered = sorted(times, key=lambda timed: timed.micro_batch)
     fastest = min(ordered, key=lambda timed: timed.step_seconds)
     compared = tuple(_compare(timed, fastest) for timed in ordered)
-    found = next(each for each in compared if each.ratio <= 1 + within)
+    found = next(each for each in compared if each.ratio <= 1 + tolerance)
     candidates = []
     for each in compared:
-        if not each.is_beyond(within):
+        if not each.is_beyond(tolerance):
             candidates.append(each.timed.micro_batch)
-        if each.is_within(within):
+        if each.is_within(tolerance):
             break
     return Knee(found.timed, fastest, compared, tuple(candidates), min(timed.windows for timed in ordered))
 
 
-def _compare(timed: TimedSize, fastest: TimedSize) -> Compared:
+def _compare(timed: TimedSize, fastest: TimedSize) -> SizeComparison:
     pairs = list(zip(timed.round_seconds, fastest.round_seconds, strict=False))
     if not pairs:
-        return Compared(timed, timed.step_seconds / fastest.step_seconds, None, None)
+        return SizeComparison(timed, timed.step_seconds / fastest.step_seconds, None, None)
     ratios = [own / best for own, best in pairs]
     low, high = interval(ratios) or (None, None)
-    return Compared(timed, statistics.median(ratios), low, high)
+    return SizeComparison(timed, statistics.median(ratios), low, high)
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
@@ -124,7 +124,7 @@ def freed_bytes(plan: Plan, micro_batch: int) -> int | None:
     return int((1 + plan.malloc_overhead) * (own - other))
 
 
-def told(plan: Plan) -> str | None:
+def describe(plan: Plan) -> str | None:
     """The knee in one line; None where no sizes were timed."""
     found = knee(plan.times)
     if found is None:
@@ -157,8 +157,8 @@ def _undecided(found: Knee, rounds: str) -> str:
 
 
 def _listed(sizes: Sequence[int]) -> str:
-    told = [f"{n:,}" for n in sizes]
-    return f"{', '.join(told[:-1])} and {told[-1]}" if len(told) > 1 else told[0]
+    *most, last = (f"{n:,}" for n in sizes)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _freed(plan: Plan, size: int) -> str:

@@ -18,9 +18,11 @@ from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER
 from .recording import Event, Phase, Recording
 from .scaling import Rule, proportional, reduction_buffers, saturating, size_rules
 
-WRITTEN_OUT = 16  # micro-batches of a run of equal ones that each leave something behind; of a longer run, as many
+MAX_EXPLICIT_MICRO_BATCHES = (
+    16  # micro-batches of a run of equal ones that each leave something behind; of a longer run, as many
+)
 
-MOST_GROWN = 64  # blocks that stand for what the others leave
+MAX_GROWTH_BLOCKS = 64  # blocks that stand for what the others leave
 
 
 class Step(NamedTuple):
@@ -37,7 +39,7 @@ class StepProgram:
 
     Attributes:
         recorded_at: The micro-batch of the recording that is the program.
-        prelude: The first optimizer step, as recorded: it makes the optimizer's state.
+        first_step_events: The first optimizer step, as recorded: it makes the optimizer's state.
         phases: By name: first and later micro-batch, optimizer step, and what runs between windows.
         successors: Blocks that outlive the first micro-batch and are freed in the next, each with the block of the
             later micro-batch that takes its place, so that a window can have any number of later micro-batches.
@@ -48,7 +50,7 @@ class StepProgram:
     """
 
     recorded_at: int
-    prelude: tuple[Event, ...]
+    first_step_events: tuple[Event, ...]
     phases: Mapping[str, tuple[Step, ...]]
     successors: Mapping[int, int]
     later_growth_bytes: int = 0
@@ -56,18 +58,18 @@ class StepProgram:
     workspaces: frozenset[int] = frozenset()
 
     @cached_property
-    def scores(self) -> Mapping[str, CompiledPhase]:
+    def compiled_phases(self) -> Mapping[str, CompiledPhase]:
         """The phases made ready to be written."""
-        return {name: score(steps) for name, steps in self.phases.items()}
+        return {name: compile_phase(steps) for name, steps in self.phases.items()}
 
 
-def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> StepProgram:
+def lift(recordings: Sequence[Recording], first_step_events: tuple[Event, ...] = ()) -> StepProgram:
     """Makes a step program of recordings at different primes.
 
     Args:
         recordings: At least two, each of a window of two micro-batches and its optimizer step. The largest is the
             program, the next largest sorts its sizes, and smaller ones confirm what two can only suggest.
-        prelude: The events of the first optimizer step.
+        first_step_events: The events of the first optimizer step.
     """
     *_, base = ordered = sorted(recordings, key=lambda recording: recording.micro_batch)
     smaller = [
@@ -80,10 +82,10 @@ def lift(recordings: Sequence[Recording], prelude: tuple[Event, ...] = ()) -> St
         phases[phase.name] = _lift_phase(phase, base.micro_batch, others)
     other = ordered[-2]
     rules = size_rules(_leftover(base), base.micro_batch, _leftover(other), other.micro_batch)
-    return _program(base, prelude, phases, rules)
+    return _program(base, first_step_events, phases, rules)
 
 
-def as_recorded(recording: Recording, prelude: tuple[Event, ...] = ()) -> StepProgram:
+def as_recorded(recording: Recording, first_step_events: tuple[Event, ...] = ()) -> StepProgram:
     """The program that a single recording is, good for its own micro-batch only."""
     phases = {
         phase.name: tuple(
@@ -91,19 +93,21 @@ def as_recorded(recording: Recording, prelude: tuple[Event, ...] = ()) -> StepPr
         )
         for phase in recording.phases
     }
-    return _program(recording, prelude, phases, {size: Rule(size) for size in _leftover(recording)})
+    return _program(recording, first_step_events, phases, {size: Rule(size) for size in _leftover(recording)})
 
 
 def _program(
     recording: Recording,
-    prelude: tuple[Event, ...],
+    first_step_events: tuple[Event, ...],
     phases: Mapping[str, tuple[Step, ...]],
     leftover_rules: Mapping[int, Rule],
 ) -> StepProgram:
     successors = _successors(phases.get(FIRST, ()), phases.get(LATER, ()), recording.micro_batch)
     growth = sum(event.bytes for phase in recording.phases if phase.name == LATER for event in phase.events)
     leftover = tuple(Step(e.block, leftover_rules[-e.bytes], e.stream) for e in _foreign(recording))
-    return StepProgram(recording.micro_batch, prelude, phases, successors, growth, leftover, recording.workspaces)
+    return StepProgram(
+        recording.micro_batch, first_step_events, phases, successors, growth, leftover, recording.workspaces
+    )
 
 
 def _foreign(recording: Recording) -> list[Event]:
@@ -202,7 +206,7 @@ def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[in
     return successors
 
 
-def made_for_good(program: StepProgram) -> list[Step]:
+def permanent_allocations(program: StepProgram) -> list[Step]:
     """What the first micro-batch of a window allocates and nothing frees, and no later micro-batch does likewise."""
     freed = {step.block for phase in program.phases.values() for step in phase if step.rule is None}
     kept = {
@@ -264,9 +268,9 @@ def window_growth(program: StepProgram, split: Sequence[int], *, workspaces: boo
             which isn't growth.
     """
     made = sum(event[1] for phase in plain_window(program, split) for event in phase.events)
-    once = made_for_good(program) if workspaces else []
+    one_time = permanent_allocations(program) if workspaces else []
     replaced = [step.rule.at(split[-1]) for step in program.leftover if step.rule is not None]
-    return made - sum(replaced) - sum(step.rule.at(split[0]) for step in once if step.rule is not None)
+    return made - sum(replaced) - sum(step.rule.at(split[0]) for step in one_time if step.rule is not None)
 
 
 class CompiledPhase(NamedTuple):
@@ -286,7 +290,7 @@ class CompiledPhase(NamedTuple):
     blocks: int
 
 
-def score(steps: Sequence[Step]) -> CompiledPhase:
+def compile_phase(steps: Sequence[Step]) -> CompiledPhase:
     """Makes a phase ready to be written."""
     rules: dict[Rule, int] = {}
     for step in steps:
@@ -318,7 +322,7 @@ class EventGenerator:
         self.program = program
         self.predecessors = {after: before for before, after in program.successors.items()}
         self.live: dict[int, list[Event]] = {}  # recorded block -> what earlier phases left of it, oldest first
-        self.names = max((event.block for event in program.prelude), default=0)
+        self.names = max((event.block for event in program.first_step_events), default=0)
 
     def leftover(self, n: int) -> tuple[Event, ...]:
         """The blocks of the window before, whose last micro-batch had n samples."""
@@ -332,7 +336,7 @@ class EventGenerator:
 
     def phase(self, name: str, n: int) -> Phase:
         """The events of the next phase, at n samples."""
-        return self.written(name, self.program.scores[name], n)
+        return self.written(name, self.program.compiled_phases[name], n)
 
     def later(self, n: int, count: int) -> Iterator[Phase]:
         """So many later micro-batches of n samples.
@@ -340,16 +344,16 @@ class EventGenerator:
         Where each leaves something behind for the rest of the window, those in the middle of a long run are written as
         that alone: what else they take, the ones before and after them take too.
         """
-        growing = self.growing if count > WRITTEN_OUT and self.program.later_growth_bytes > 0 else ()
-        for _ in range(WRITTEN_OUT - 1 if growing else count):
+        growing = self.growing if count > MAX_EXPLICIT_MICRO_BATCHES and self.program.later_growth_bytes > 0 else ()
+        for _ in range(MAX_EXPLICIT_MICRO_BATCHES - 1 if growing else count):
             yield self.phase(LATER, n)
         if growing:
-            yield Phase(LATER, tuple(self._grown(n, count - WRITTEN_OUT)))
+            yield Phase(LATER, tuple(self._grown(n, count - MAX_EXPLICIT_MICRO_BATCHES)))
             yield self.phase(LATER, n)
 
     def _grown(self, n: int, count: int) -> Iterator[Event]:
         """What so many micro-batches leave behind, in no more blocks than solving has time for."""
-        blocks = min(count, MOST_GROWN)
+        blocks = min(count, MAX_GROWTH_BLOCKS)
         for index in range(blocks):
             together = count // blocks + (index < count % blocks)
             for block, rule, stream in self.growing:
@@ -365,19 +369,19 @@ class EventGenerator:
         freed = {step.block for step in steps if step.rule is None} | set(self.program.successors.values())
         return tuple((s.block, s.rule, s.stream) for s in steps if s.rule is not None and s.block not in freed)
 
-    def written(self, name: str, score: CompiledPhase, n: int) -> Phase:
+    def written(self, name: str, compiled: CompiledPhase, n: int) -> Phase:
         """A score at n samples; events are plain tuples, since solving spends its time here."""
         base = self.names
-        sizes = [rule.at(n) for rule in score.rules]
+        sizes = [rule.at(n) for rule in compiled.rules]
         sizes += [-size for size in sizes]
         events: list[tuple[int, int, int]] = []
-        for part, freed in score.parts:
+        for part, freed in compiled.parts:
             events += [(base + place, sizes[size], stream) for place, size, stream in part]
             if freed is not None:
                 copies = self.freed(freed, all_copies=name not in (FIRST, LATER))
                 events += [(block, -size, stream) for block, size, stream in copies]
-        self.names = base + score.blocks
-        for block, place, size, stream in score.kept:
+        self.names = base + compiled.blocks
+        for block, place, size, stream in compiled.kept:
             self.live.setdefault(block, []).append(Event(base + place, sizes[size], stream))
         return Phase(name, tuple(events))  # type: ignore[arg-type]
 

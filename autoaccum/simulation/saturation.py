@@ -14,7 +14,7 @@ from .program import Step, StepProgram
 from .recording import Recording
 from .scaling import Rule
 
-LARGE = 1 << 20  # smaller blocks share segments of 2 MiB (CUDACachingAllocator.cpp: kSmallSize)
+MIN_LARGE_BLOCK_BYTES = 1 << 20  # smaller blocks share segments of 2 MiB (CUDACachingAllocator.cpp: kSmallSize)
 
 
 def may_saturate(program: StepProgram) -> bool:
@@ -22,14 +22,14 @@ def may_saturate(program: StepProgram) -> bool:
     return any(_is_open(rule, program.recorded_at) for rule in _rules(program))
 
 
-def foresaw(program: StepProgram, recording: Recording) -> bool:
+def predicts_large_blocks(program: StepProgram, recording: Recording) -> bool:
     """Whether a program has every large block of a recording, of its very size."""
     return all(
-        Counter(size for event in phase.events if (size := event.bytes) > LARGE)
+        Counter(size for event in phase.events if (size := event.bytes) > MIN_LARGE_BLOCK_BYTES)
         == Counter(
             size
             for each in program.phases.get(phase.name, ())
-            if each.rule and (size := each.rule.at(recording.micro_batch)) > LARGE
+            if each.rule and (size := each.rule.at(recording.micro_batch)) > MIN_LARGE_BLOCK_BYTES
         )
         for phase in recording.phases
     )
@@ -41,16 +41,16 @@ def steps_until(program: StepProgram, n: int) -> int:
     return max(((rule.at(n) - rule.at(at)) // _step(rule) for rule in _rules(program) if _is_open(rule, at)), default=0)
 
 
-def ended(program: StepProgram, steps: int) -> StepProgram:
+def saturated_after(program: StepProgram, steps: int) -> StepProgram:
     """The program in which large blocks take that many steps more than was recorded, and no further one."""
     at = program.recorded_at
 
-    def end(step: Step) -> Step:
+    def limit(step: Step) -> Step:
         if step.rule is None or not _is_open(step.rule, at):
             return step
-        return step._replace(rule=step.rule._replace(most=step.rule.at(at) + steps * _step(step.rule)))
+        return step._replace(rule=step.rule._replace(max_bytes=step.rule.at(at) + steps * _step(step.rule)))
 
-    return replace(program, phases={name: tuple(map(end, phase)) for name, phase in program.phases.items()})
+    return replace(program, phases={name: tuple(map(limit, phase)) for name, phase in program.phases.items()})
 
 
 def _rules(program: StepProgram) -> Iterator[Rule]:
@@ -58,9 +58,9 @@ def _rules(program: StepProgram) -> Iterator[Rule]:
 
 
 def _is_open(rule: Rule, n: int) -> bool:
-    return rule.may_saturate and rule.at(n) > LARGE
+    return rule.may_saturate and rule.at(n) > MIN_LARGE_BLOCK_BYTES
 
 
 def _step(rule: Rule) -> int:
     """Bytes that one step adds."""
-    return rule.unit if rule.unit > 1 else max(1, rule.per_sample // rule.divisor)
+    return rule.unit_bytes if rule.unit_bytes > 1 else max(1, rule.per_sample // rule.divisor)

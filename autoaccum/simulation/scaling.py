@@ -13,7 +13,7 @@ from .size_laws import Rule, confirmed_laws, reduction_buffers, saturating
 
 __all__ = ["Rule", "proportional", "reduction_buffers", "saturating", "size_rules"]
 
-ROUNDED_WITHIN = 0.03  # a size rounded up from something proportional (rows padded to 16) is that far off at most
+ROUNDING_TOLERANCE = 0.03  # a size rounded up from something proportional (rows padded to 16) is that far off at most
 
 
 Sized = tuple[int, Sequence[int]]  # a micro-batch, and the sizes of a phase recorded at it
@@ -88,7 +88,7 @@ def _paired_by_order(unsure: Sequence[int], n: int, rest: Sequence[int], m: int)
     rules = {}
     for size, partner in zip(unsure, rest, strict=True):
         slope, per = size - partner, n - m
-        if not 0 <= slope * n <= size * per * (1 + ROUNDED_WITHIN):  # falls with n, or rises faster than n does
+        if not 0 <= slope * n <= size * per * (1 + ROUNDING_TOLERANCE):  # falls with n, or rises faster than n does
             return {}
         rules[size] = Rule(size - slope * n // per, per_sample=slope, divisor=per)
     return rules
@@ -97,6 +97,6 @@ def _paired_by_order(unsure: Sequence[int], n: int, rest: Sequence[int], m: int)
 def _rounded_rule(size: int, n: int, rest: Sequence[int], m: int) -> Rule:
     """Saturated where something there grew faster than this one stands for; else it scales, on the safe side."""
     expected = [partner * n / m for partner in rest if partner <= size]
-    if any(abs(each - size) <= ROUNDED_WITHIN * size for each in expected):
+    if any(abs(each - size) <= ROUNDING_TOLERANCE * size for each in expected):
         return Rule(0, per_sample=size, divisor=n)  # rounded up from something proportional
     return Rule(size) if any(each > size for each in expected) else Rule(0, per_sample=size, divisor=n)

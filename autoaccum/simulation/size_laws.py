@@ -12,37 +12,45 @@ from typing import NamedTuple
 
 from .recording import Event
 
-EVERY = (2, 4, 8, 16, 32, 64, 128)  # samples to a step, where a size steps: powers of two, as blocks of threads are
-PARTS = range(1, 9)  # of what two sizes have in common, that may be a tile
-TINY = 1 << 16  # the counters beside a reduction's buffer are of fewer bytes
+STEP_SAMPLES = (
+    2,
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+)  # samples to a step, where a size steps: powers of two, as blocks of threads are
+TILE_DIVISORS = range(1, 9)  # of what two sizes have in common, that may be a tile
+MAX_COUNTER_BYTES = 1 << 16  # the counters beside a reduction's buffer are of fewer bytes
 
 
 class Rule(NamedTuple):
     """Bytes of a block at n samples: `constant + (per_sample * n + per_pair * n * n) // divisor`.
 
-    Where `every` is more than 1, n counts in whole steps of so many samples, the last one begun; where `unit` is, the
-    bytes are rounded up to whole units. `most` is where it saturates; 0 for nowhere.
+    With `samples_per_step` above 1, n is rounded up to whole steps and counts steps. With `unit_bytes` above 1, the
+    result is rounded up to a multiple of it. `max_bytes` is the size at which the block saturates; 0 for none.
     """
 
     constant: int
     per_sample: int = 0
     per_pair: int = 0
     divisor: int = 1
-    every: int = 1
-    most: int = 0
-    unit: int = 1
+    samples_per_step: int = 1
+    max_bytes: int = 0
+    unit_bytes: int = 1
 
     @property
     def may_saturate(self) -> bool:
         """Whether it steps, as what is made for so many blocks at once does, and nothing tells yet where that ends."""
-        return (self.every > 1 or self.unit > 1) and not self.most
+        return (self.samples_per_step > 1 or self.unit_bytes > 1) and not self.max_bytes
 
     def at(self, n: int) -> int:
         """The bytes at a micro-batch of n samples, at least 1."""
-        n = -(-n // self.every)
+        n = -(-n // self.samples_per_step)
         size = max(1, self.constant + (self.per_sample * n + self.per_pair * n * n) // self.divisor)
-        size = -(-size // self.unit) * self.unit
-        return min(size, self.most) if self.most else size
+        size = -(-size // self.unit_bytes) * self.unit_bytes
+        return min(size, self.max_bytes) if self.max_bytes else size
 
 
 def confirmed_laws(
@@ -103,7 +111,7 @@ def _confirmed_law(
         stands = {law: sum(seen[i][1][law.at(each)] > 0 for i, (each, _) in enumerate(seen)) for law in laws}
         stands = {law: times for law, times in stands.items() if law.at(m) in partners}
         alone = {law: sum(counts[law.at(each)] > 0 for each, counts in left) for law in stands}
-        found = max(stands, key=lambda law: (stands[law] + alone[law], law.at(2 * n), -law.unit), default=None)
+        found = max(stands, key=lambda law: (stands[law] + alone[law], law.at(2 * n), -law.unit_bytes), default=None)
         return (stands[found], found) if found is not None else (0, None)
 
     affine, line = best(_affine_laws(size, n, m, partners))
@@ -133,17 +141,17 @@ def _ended_laws(
 ) -> Iterator[Rule]:
     """What grew in steps up to m samples and would be larger than this at n: it has come to its end in between."""
     for partner in sizes:
-        if not TINY < partner < size:
+        if not MAX_COUNTER_BYTES < partner < size:
             continue
         laws = [*_row_laws(partner, m)] if reductions else []
-        units = {gcd(size, partner) // part for part in PARTS}
+        units = {gcd(size, partner) // part for part in TILE_DIVISORS}
         laws += [
-            Rule(0, per_sample=scale, unit=unit)
-            for unit in units
-            if unit > TINY and not size % unit and not partner % unit
+            Rule(0, per_sample=scale, unit_bytes=unit_bytes)
+            for unit_bytes in units
+            if unit_bytes > MAX_COUNTER_BYTES and not size % unit_bytes and not partner % unit_bytes
             for scale in (_read_by_blocks(scales) if reductions else scales)
         ]
-        yield from (law._replace(most=size) for law in laws if law.at(m) == partner and law.at(n) > size)
+        yield from (law._replace(max_bytes=size) for law in laws if law.at(m) == partner and law.at(n) > size)
 
 
 def _read_by_blocks(scales: Iterable[int]) -> set[int]:
@@ -162,9 +170,9 @@ def _row_laws(size: int, n: int) -> Iterator[Rule]:
     A sum over rows keeps a partial result for each block of rows (aten/src/ATen/native/cuda/Reduce.cuh: ctas_per_output
     is rounded up).
     """
-    for every in EVERY:
-        if size % -(-n // every) == 0 and every < n:
-            yield Rule(0, per_sample=size // -(-n // every), every=every)
+    for samples_per_step in STEP_SAMPLES:
+        if size % -(-n // samples_per_step) == 0 and samples_per_step < n:
+            yield Rule(0, per_sample=size // -(-n // samples_per_step), samples_per_step=samples_per_step)
 
 
 def _tile_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]) -> Iterator[Rule]:
@@ -172,15 +180,17 @@ def _tile_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]
 
     A tile divides what was seen at both sizes, and what scales is one of the phase's own.
     """
-    if size <= TINY:
+    if size <= MAX_COUNTER_BYTES:
         yield from _row_laws(size, n)
         return
-    units = {gcd(size, partner) // part for partner in sizes if TINY < partner < size for part in PARTS}
-    for unit in units:
-        if unit > TINY and not size % unit:
+    units = {
+        gcd(size, partner) // part for partner in sizes if MAX_COUNTER_BYTES < partner < size for part in TILE_DIVISORS
+    }
+    for unit_bytes in units:
+        if unit_bytes > MAX_COUNTER_BYTES and not size % unit_bytes:
             for scale in scales:
-                if -(-scale * n // unit) * unit == size and -(-scale * m // unit) * unit < size:
-                    yield Rule(0, per_sample=scale, unit=unit)
+                if -(-scale * n // unit_bytes) * unit_bytes == size and -(-scale * m // unit_bytes) * unit_bytes < size:
+                    yield Rule(0, per_sample=scale, unit_bytes=unit_bytes)
 
 
 def saturating(
@@ -199,17 +209,17 @@ def saturating(
         reductions: Whether they are buffers of reductions.
     """
     here = Counter(sizes)
-    ended = [size for size in here if rules[size].most == size or not rules[size].per_sample]
+    ended = [size for size in here if rules[size].max_bytes == size or not rules[size].per_sample]
     reached = [size for size in ended if any(here[size] > each.count(size) for each in others)]
     found = {}
     for size in here:
         rule = rules[size]
-        whole = rule.per_sample if rule.every > 1 else rule.unit  # blocks are counted up to whole ones
-        if not rule.per_sample or rule.most or not (reductions or rule.unit > 1):
+        whole = rule.per_sample if rule.samples_per_step > 1 else rule.unit_bytes  # blocks are counted up to whole ones
+        if not rule.per_sample or rule.max_bytes or not (reductions or rule.unit_bytes > 1):
             continue
-        most = max((each for each in reached if reductions or each % rule.unit == 0), default=0)
+        most = max((each for each in reached if reductions or each % rule.unit_bytes == 0), default=0)
         if size < most:
-            found[size] = rule._replace(most=-(-most // whole) * whole)
+            found[size] = rule._replace(max_bytes=-(-most // whole) * whole)
     return found
 
 
@@ -220,8 +230,8 @@ def reduction_buffers(events: Sequence[Event]) -> set[int]:
     """
     found = set()
     for index, event in enumerate(events):
-        counters = any(0 < other.bytes <= TINY for other in events[index + 1 : index + 2])
+        counters = any(0 < other.bytes <= MAX_COUNTER_BYTES for other in events[index + 1 : index + 2])
         freed = any(other.block == event.block for other in events[index + 2 : index + 5])
-        if event.bytes > TINY and counters and freed:
+        if event.bytes > MAX_COUNTER_BYTES and counters and freed:
             found.add(event.block)
     return found

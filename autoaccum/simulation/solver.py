@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 CAPACITY_MARGIN = 0.02  # a plan still fits when there turns out to be this much less
-MOST_UNEVEN = 64  # sizes that are tried for a number of steps whose balanced split doesn't fit
+MAX_UNEVEN_SIZES = 64  # sizes that are tried for a number of steps whose balanced split doesn't fit
 
 Split = tuple[int, ...]
 Fits = Callable[[Split], bool]
@@ -49,7 +49,7 @@ def balanced(samples: int, steps: int) -> Split:
     return (size + 1,) * larger + (size,) * (steps - larger)
 
 
-def steps_of_size(samples: int, size: int) -> range:
+def steps_with_largest(samples: int, size: int) -> range:
     """The numbers of steps whose balanced split has that size as its largest, without making any."""
     if not 1 <= size <= samples:
         return range(0)
@@ -57,13 +57,13 @@ def steps_of_size(samples: int, size: int) -> range:
     return range(fewest, samples + 1 if size == 1 else -(-samples // (size - 1)))
 
 
-def split_within(samples: int, micro_batch: int, least: int = 1) -> Split:
-    """The balanced split of the fewest micro-batches of at most `micro_batch` samples.
+def split_within(samples: int, micro_batch: int, min_size: int = 1) -> Split:
+    """Return the balanced split with the fewest micro-batches of at most `micro_batch` samples.
 
-    Where it would leave micro-batches of fewer than `least`, there are as many as allow `least`, one sample larger.
+    If that would make micro-batches smaller than `min_size`, use fewer steps, so that sizes exceed `micro_batch`.
     """
     steps = -(-samples // min(micro_batch, samples))
-    return balanced(samples, min(steps, max(1, samples // least)))
+    return balanced(samples, min(steps, max(1, samples // min_size)))
 
 
 def is_even(split: Split) -> bool:
@@ -71,43 +71,43 @@ def is_even(split: Split) -> bool:
     return max(split) - min(split) <= 1
 
 
-def uneven(samples: int, steps: int, *, least: int = 1, most: int | None = None) -> Iterator[Split]:
+def uneven(samples: int, steps: int, *, min_size: int = 1, max_size: int | None = None) -> Iterator[Split]:
     """Splits that repeat one size and end with a smaller rest, the most even first.
 
     Args:
         samples: Samples in the window.
         steps: At least 2.
-        least: The smallest micro-batch allowed, the rest included.
-        most: The largest allowed; none is a quarter larger than the balanced split's.
+        min_size: The smallest micro-batch allowed, the rest included.
+        max_size: The largest allowed; none is a quarter larger than the balanced split's.
 
     Yields:
-        At most `MOST_UNEVEN` splits and one. None where `steps` is more than the size: one step more costs little then.
+        At most `MAX_UNEVEN_SIZES` + 1 splits; none if `steps` exceeds the size, where one more step costs little.
     """
-    for size in repeated_sizes(samples, steps, least=least, most=most):
+    for size in repeated_sizes(samples, steps, min_size=min_size, max_size=max_size):
         yield (size,) * (steps - 1) + (samples - size * (steps - 1),)
 
 
-def repeated_sizes(samples: int, steps: int, *, least: int = 1, most: int | None = None) -> Iterator[int]:
+def repeated_sizes(samples: int, steps: int, *, min_size: int = 1, max_size: int | None = None) -> Iterator[int]:
     """Sizes that `uneven` repeats, without its splits."""
     even = -(-samples // steps)
-    largest = min(most or samples, (samples - least) // (steps - 1), even + -(-even // 4))
-    for size in range(even, largest + 1, 1 + even // (4 * MOST_UNEVEN)):
+    largest = min(max_size or samples, (samples - min_size) // (steps - 1), even + -(-even // 4))
+    for size in range(even, largest + 1, 1 + even // (4 * MAX_UNEVEN_SIZES)):
         if size - (samples - size * (steps - 1)) > 1:
             yield size
 
 
-def repeated_within(samples: int, size: int, least: int = 1) -> Split:
-    """As many micro-batches of `size` as there are, and the rest; which takes from the one before it up to `least`."""
+def repeated_within(samples: int, size: int, min_size: int = 1) -> Split:
+    """Return micro-batches of `size` and a rest, topped up to `min_size` from the one before."""
     whole, rest = divmod(samples, size)
     if not rest or not whole:
         return (size,) * whole or (samples,)
-    lacking = max(0, least - rest)
-    if size - lacking < least:
-        return split_within(samples, size, least)
+    lacking = max(0, min_size - rest)
+    if size - lacking < min_size:
+        return split_within(samples, size, min_size)
     return (*(size,) * (whole - 1), size - lacking, rest + lacking)
 
 
-def share_of(target_batch: int, world_size: int, rank: int) -> int:
+def rank_share(target_batch: int, world_size: int, rank: int) -> int:
     """Samples of an effective batch that one rank trains: shares differ by at most one, and sum to the target."""
     return balanced(target_batch, world_size)[rank]
 
@@ -118,8 +118,8 @@ def smallest_steps(
     *,
     samples: int,
     budget_bytes: int,
-    least: int = 1,
-    most: int | None = None,
+    min_size: int = 1,
+    max_size: int | None = None,
     later_floor: Floor | None = None,
 ) -> Solution | None:
     """The smallest k of which a split fits: the balanced one, else one that repeats a size and ends with the rest.
@@ -134,8 +134,8 @@ def smallest_steps(
             only saves tests: a k whose largest micro-batch has its floor above the budget is passed over.
         samples: Samples in the window.
         budget_bytes: What the floor is held against.
-        least: The smallest micro-batch allowed (2 where batch statistics are taken).
-        most: The largest micro-batch allowed.
+        min_size: The smallest micro-batch allowed (2 where batch statistics are taken).
+        max_size: The largest micro-batch allowed.
         later_floor: The same for a micro-batch that isn't the first, when gradients exist. Where these are large and
             samples small, it spares hundreds of tests.
 
@@ -161,30 +161,30 @@ def smallest_steps(
         above = floor(n) > budget_bytes or (later_floor is not None and later_floor(n) > budget_bytes)
         return not above and fits_counted((n, n))
 
-    least = min(least, samples)
-    last, start = samples // least, max(1, -(-samples // (most or samples)))
+    min_size = min(min_size, samples)
+    last, start = samples // min_size, max(1, -(-samples // (max_size or samples)))
     if start == 1 <= last and within_reach(1) and fits_counted((samples,)):
         return Solution((samples,), tried)  # a case of its own: it has no later micro-batches
     for k in range(_first_below(within_reach, max(start, 2), last), last + 1):
-        others = (split for split in uneven(samples, k, least=least, most=most) if repeats(split[0]))
+        others = (split for split in uneven(samples, k, min_size=min_size, max_size=max_size) if repeats(split[0]))
         for split in itertools.chain([balanced(samples, k)], others):
             if fits_counted(split):
                 return Solution(split, tried)
     return None
 
 
-def largest_micro_batch(fits: Fits, floor: Floor, *, budget_bytes: int, most: int, steps: int = 2) -> int:
+def largest_micro_batch(fits: Fits, floor: Floor, *, budget_bytes: int, max_size: int, steps: int = 2) -> int:
     """The largest micro-batch that fits as a window of `steps` equal ones; 0 where none does.
 
     Args:
         fits: As above.
         floor: As above; of a later micro-batch, where `steps` is more than 1, it spares the most tests.
         budget_bytes: As above.
-        most: Where to stop looking.
+        max_size: Where to stop looking.
         steps: Micro-batches in the window: 1 and 2 differ by the gradients; beyond 2 little changes.
     """
     # The first size, from 1 up, whose floor is above the budget; everything from there on is out of reach.
-    size = _first_below(lambda n: floor(n) > budget_bytes, 1, most + 1) - 1
+    size = _first_below(lambda n: floor(n) > budget_bytes, 1, max_size + 1) - 1
     while size > 0 and not fits((size,) * steps):
         size -= 1
     return size

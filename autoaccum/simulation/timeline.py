@@ -11,11 +11,11 @@ from .program import StepProgram, window
 from .recording import Phase, kept_blocks
 from .solver import Split
 
-MICRO_BATCHES = 3  # a fourth repeats the third
-POINTS = 360
+MAX_SHOWN_MICRO_BATCHES = 3  # a fourth repeats the third
+MAX_POINTS = 360
 
 
-def timeline(program: StepProgram, split: Split, points: int = POINTS) -> tuple[TimelinePart, ...]:
+def timeline(program: StepProgram, split: Split, points: int = MAX_POINTS) -> tuple[TimelinePart, ...]:
     """The bytes that are alive above the base, as requested, through a window of the split's first micro-batches.
 
     Each phase gets as many points as the others: an optimizer step has many events and little to show. A point is the
@@ -26,9 +26,9 @@ def timeline(program: StepProgram, split: Split, points: int = POINTS) -> tuple[
         split: Samples in each micro-batch.
         points: How many points there are at most.
     """
-    split = split[:MICRO_BATCHES]
+    split = split[:MAX_SHOWN_MICRO_BATCHES]
     phases = window(program, split)
-    live = sum(event.bytes for event in kept_blocks(program.prelude))
+    live = sum(event.bytes for event in kept_blocks(program.first_step_events))
     sizes = iter(split)
     parts, size = [], split[0]
     for phase in phases:

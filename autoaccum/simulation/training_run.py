@@ -13,10 +13,10 @@ from itertools import groupby
 
 from ..phases import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER
 from .cuda_allocator.allocator import EMPTY, AllocatorState, CachingAllocator, CudaRules
-from .program import CompiledPhase, EventGenerator, Step, StepProgram, left_behind, made_for_good, score
+from .program import CompiledPhase, EventGenerator, Step, StepProgram, compile_phase, left_behind, permanent_allocations
 from .recording import Event, Phase, Recording
 
-MOST_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two stand for those to come
+MAX_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two stand for those to come
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Training:
         program: The step program, without what its first micro-batch makes for good: libraries' workspaces, which each
             recording shows anew since they are cleared before it.
         first: The first micro-batch of all, with these.
-        once: What else it makes for good, as the very first window showed.
+        one_time: What else it makes for good, as the very first window showed.
         build: The blocks of the model, in the order in which they come to be.
         optimizer: The first optimizer step, which makes the optimizer's state, as recorded.
         gradients: The blocks of the first micro-batch that it frees: its own name of each, and the program's.
@@ -51,7 +51,7 @@ class Training:
 
     program: StepProgram
     first: CompiledPhase
-    once: tuple[OneTimeAllocation, ...]
+    one_time: tuple[OneTimeAllocation, ...]
     build: tuple[Event, ...]
     optimizer: tuple[Event, ...]
     gradients: Mapping[int, int]
@@ -92,18 +92,18 @@ def training_of(program: StepProgram, first_step: Recording, build: tuple[Event,
     """
     events = {phase.name: phase.events for phase in first_step.phases}
     freed = {event.block for phase in first_step.phases for event in phase.events if event.bytes <= 0}
-    workspaces = made_for_good(program)
-    once = _made_once(events[FIRST], freed, program, workspaces, first_step.micro_batch)
+    workspaces = permanent_allocations(program)
+    one_time = _made_once(events[FIRST], freed, program, workspaces, first_step.micro_batch)
     optimizer = events[OPTIMIZER]
     state = [event.bytes for event in optimizer if event.bytes > 0 and event.block not in freed]
-    state += [block.bytes for block in once]
+    state += [block.bytes for block in one_time]
     state += [step.rule.at(1) for step in workspaces if step.rule is not None]
     names = {step.block for step in workspaces}
     steady = tuple(step for step in program.phases[FIRST] if step.block not in names)
     return Training(
         replace(program, phases={**program.phases, FIRST: steady}),
-        program.scores[FIRST],
-        once,
+        program.compiled_phases[FIRST],
+        one_time,
         build,
         optimizer,
         _gradients(events[FIRST], freed, program),
@@ -111,7 +111,7 @@ def training_of(program: StepProgram, first_step: Recording, build: tuple[Event,
     )
 
 
-def by_hand(training: Training) -> Training:
+def with_kept_workspaces(training: Training) -> Training:
     """The same in a loop written by hand, in which cuBLAS keeps its workspaces from the first micro-batch on."""
     program = training.program
     if not program.workspaces:
@@ -121,7 +121,7 @@ def by_hand(training: Training) -> Training:
         name: tuple(step for step in phase if step.block not in program.workspaces)
         for name, phase in program.phases.items()
     }
-    return replace(training, program=replace(program, phases=others), first=score(tuple(first)))
+    return replace(training, program=replace(program, phases=others), first=compile_phase(tuple(first)))
 
 
 def _made_once(
@@ -169,7 +169,7 @@ def replay_training(
     rules: CudaRules,
     *,
     start: AllocatorState = EMPTY,
-    windows: int = MOST_WINDOWS,
+    windows: int = MAX_WINDOWS,
     stops_at_retry: bool = False,
 ) -> TrainingReplay:
     """Trains window after window of one split on a model of the allocator.
@@ -274,7 +274,7 @@ class _Writer(EventGenerator):
     def first_of_all(self, n: int) -> Phase:
         """The very first micro-batch, with the blocks that are made once put where they were made."""
         events: list[Event] = []
-        waiting = list(self.training.once)
+        waiting = list(self.training.one_time)
         made = 0
         for event in self.written(FIRST, self.training.first, n).events:
             allocates = event[1] > 0  # a plain tuple

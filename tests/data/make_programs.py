@@ -127,7 +127,7 @@ def record(seed: int) -> dict[str, Any]:
     recordings = [observe.record_window(subject, n) for n in sorted(rng.sample(PRIMES, 2))]
     return {
         "name": f"{' '.join(kinds)}, width {width}, {type(context.optimizer).__name__}",
-        "prelude": numbers(evidence.prelude),
+        "prelude": numbers(evidence.first_step_events),
         "recordings": [{"micro_batch": r.micro_batch, "phases": phases(r)} for r in recordings],
     }
 

@@ -18,7 +18,8 @@ import torch
 
 from ...errors import UsageError
 from ...phases import BUILD, OnPhase
-from ...simulation.cuda_allocator.allocator import AllocatorState, CudaRules, replay_cuda
+from ...simulation.cuda_allocator.allocator import AllocatorState, CudaRules
+from ...simulation.cuda_allocator.replay import replay_cuda
 from ...simulation.malloc import HeapState, Replay
 from ...simulation.recording import Event, Phase, Recording, live_peak
 from ...simulation.solver import Split

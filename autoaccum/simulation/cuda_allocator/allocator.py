@@ -11,13 +11,12 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..malloc import PhasePeak
 from ..recording import Phase
-from .blocks import ADDRESS_BITS, ENDLESS, Block, Pool, expand, load, unmap
-from .settings import MIN_BLOCK, SMALL, SMALL_SEGMENT, CudaRules, round_size, segment_bytes
+from .blocks import ADDRESS_BITS, UNLIMITED_BYTES, Block, Pool, expand, load, unmap
+from .settings import MAX_SMALL_BYTES, MIN_BLOCK_BYTES, SMALL_SEGMENT_BYTES, CudaRules, round_size, segment_bytes
 from .snapshot import EMPTY, AllocatorState, CudaSegment
 
-__all__ = ["EMPTY", "AllocatorState", "CachingAllocator", "CudaReplay", "CudaRules", "PhaseResult", "replay_cuda"]
+__all__ = ["EMPTY", "AllocatorState", "CachingAllocator", "CudaRules", "PhaseResult"]
 
 
 @dataclass(frozen=True)
@@ -37,25 +36,6 @@ class PhaseResult:
     peak_allocated_bytes: int
     retries: int
     out_of_memory: bool = False
-
-
-@dataclass(frozen=True)
-class CudaReplay:
-    """What a replay came to, in the allocator's own statistics.
-
-    Attributes:
-        peak_reserved_bytes: `max_memory_reserved`.
-        peak_allocated_bytes: `max_memory_allocated`: whole blocks, their slack included.
-        retries: `num_alloc_retries`: how often the cache was given back to make room, by phase in order of its parts.
-        phases: Highest reserved bytes in each phase, phases of one name together.
-        out_of_memory: Index of the phase in which it ran out; None where it did not.
-    """
-
-    peak_reserved_bytes: int
-    peak_allocated_bytes: int
-    retries: tuple[int, ...]
-    phases: tuple[PhasePeak, ...]
-    out_of_memory: int | None = None
 
 
 class _OutOfMemory(Exception):
@@ -92,12 +72,14 @@ class CachingAllocator:
         self._searches = 0  # get_free_blocks_call_count, of large blocks
         expandable = rules.expandable_segments or any(segment.expandable for segment in start.segments)
         self._looks_further = expandable or self._collects or rules.max_split_size_bytes is not None
-        span = ENDLESS if rules.device_bytes is None else rules.device_bytes + rules.device_bytes // 8
-        self._spans = {page: -(-span // page) * page for page in (SMALL_SEGMENT, rules.large_segment_bytes)}
+        span = UNLIMITED_BYTES if rules.device_bytes is None else rules.device_bytes + rules.device_bytes // 8
+        self._spans = {page: -(-span // page) * page for page in (SMALL_SEGMENT_BYTES, rules.large_segment_bytes)}
         # Of free blocks of one size the one in the oldest segment is taken (registration_counter, in torch 2.14's
         # library; measured), within a segment the lowest: so new segments lie above all others here. Of a start's
         # segments the age isn't known; their addresses stand for it.
-        self._next_address = max((s.address + s.bytes for s in start.segments), default=-2 * ENDLESS) + 2 * ENDLESS
+        self._next_address = (
+            max((s.address + s.bytes for s in start.segments), default=-2 * UNLIMITED_BYTES) + 2 * UNLIMITED_BYTES
+        )
         for segment in start.segments:
             if not segment.private:
                 self._load(segment)
@@ -170,11 +152,11 @@ class CachingAllocator:
         """The rounded size, the least key that will do, whose pools, and the least rest that is split off."""
         rules = self.rules
         size = round_size(requested, rules.roundup_power2_divisions)
-        small, limit = size <= SMALL, rules.max_split_size_bytes  # get_pool
+        small, limit = size <= MAX_SMALL_BYTES, rules.max_split_size_bytes  # get_pool
         if small or rules.expandable_segments:  # should_split
-            least_rest = MIN_BLOCK
+            least_rest = MIN_BLOCK_BYTES
         else:
-            least_rest = SMALL + 1 if limit is None or size < limit else ENDLESS
+            least_rest = MAX_SMALL_BYTES + 1 if limit is None or size < limit else UNLIMITED_BYTES
         found = size, size << ADDRESS_BITS, self._small if small else self._large, least_rest
         self._wanted[requested] = found
         return found
@@ -310,7 +292,7 @@ class CachingAllocator:
         if rules.allowed_bytes is not None and self.reserved_bytes + total > rules.allowed_bytes:
             return None
         if rules.expandable_segments:
-            page = SMALL_SEGMENT if pool.small else rules.large_segment_bytes
+            page = SMALL_SEGMENT_BYTES if pool.small else rules.large_segment_bytes
             return expand(pool, size, page, self._spans[page], self._take)
         if not self._take(total):
             return None
@@ -398,7 +380,7 @@ class CachingAllocator:
         """Puts a segment of the start where it belongs."""
         pools = self._small if segment.small else self._large
         pool = pools.get(segment.stream) or self._new_pool(segment.stream, small=segment.small)
-        page = (SMALL_SEGMENT if segment.small else self.rules.large_segment_bytes) if segment.expandable else 0
+        page = (SMALL_SEGMENT_BYTES if segment.small else self.rules.large_segment_bytes) if segment.expandable else 0
         sizes = [block.bytes for block in segment.blocks]
         for block, (_, state) in zip(
             load(pool, segment.address, sizes, page, self._spans[page] if page else 0), segment.blocks, strict=True
@@ -420,29 +402,3 @@ class CachingAllocator:
 def _expandable_size(block: Block) -> int:
     after = block.after
     return block.size if after is None or after.mapped else block.size + after.size
-
-
-def replay_cuda(phases: Iterable[Phase], rules: CudaRules, start: AllocatorState = EMPTY) -> CudaReplay:
-    """Runs phases through the allocator, reading only allocations, frees, sizes and streams.
-
-    Args:
-        phases: In order. A free of a block that they didn't allocate is passed over.
-        rules: The allocator's settings and the capacity.
-        start: What it holds before the first event.
-    """
-    allocator = CachingAllocator(rules, start)
-    results: list[PhaseResult] = []
-    by_phase: dict[str, int] = {}
-    for phase in phases:
-        result = allocator.run(phase)
-        results.append(result)
-        by_phase[phase.name] = max(by_phase.get(phase.name, 0), result.peak_reserved_bytes)
-        if result.out_of_memory:
-            break
-    return CudaReplay(
-        peak_reserved_bytes=max((result.peak_reserved_bytes for result in results), default=allocator.reserved_bytes),
-        peak_allocated_bytes=max((result.peak_allocated_bytes for result in results), default=0),
-        retries=tuple(result.retries for result in results),
-        phases=tuple(PhasePeak(name, size) for name, size in by_phase.items()),
-        out_of_memory=len(results) - 1 if allocator.out_of_memory else None,
-    )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 
 ADDRESS_BITS = 64  # keys of free blocks: the size, and below it the address
-ENDLESS = 1 << 60
+UNLIMITED_BYTES = 1 << 60
 
 
 class Block:

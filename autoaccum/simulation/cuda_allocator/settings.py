@@ -14,12 +14,12 @@ from typing import Any
 from ...errors import UsageError
 
 KiB, MiB = 1 << 10, 1 << 20
-MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
-SMALL = MiB  # kSmallSize: rounded sizes up to here live in the small pool
-SMALL_SEGMENT = 2 * MiB  # kSmallBuffer; also the pages of a small pool's expandable segment
-MIN_LARGE = 10 * MiB  # kMinLargeAlloc: below it a large segment is
-LARGE_SEGMENT = 20 * MiB  # large_segment_size(), and from it on the size rounded up to
-ROUND_LARGE = 2 * MiB  # kRoundLarge
+MIN_BLOCK_BYTES = 512  # kMinBlockSize: every size is rounded up to a multiple of it
+MAX_SMALL_BYTES = MiB  # kSmallSize: rounded sizes up to here live in the small pool
+SMALL_SEGMENT_BYTES = 2 * MiB  # kSmallBuffer; also the pages of a small pool's expandable segment
+MIN_LARGE_BYTES = 10 * MiB  # kMinLargeAlloc: below it a large segment is
+LARGE_SEGMENT_BYTES = 20 * MiB  # large_segment_size(), and from it on the size rounded up to
+LARGE_ROUNDING_BYTES = 2 * MiB  # kRoundLarge
 _NO_SPLIT_LIMIT = 1 << 60  # kRoundLarge's numeric limit, and anything near it
 ROUNDUP_INTERVALS = 16  # kRoundUpPowerOfTwoIntervals: from 1 MiB (and less) to 32 GiB (and more), by powers of two
 
@@ -46,12 +46,12 @@ class CudaRules:
 
     capacity_bytes: int | None = None
     max_split_size_bytes: int | None = None
-    max_non_split_rounding_bytes: int = LARGE_SEGMENT
+    max_non_split_rounding_bytes: int = LARGE_SEGMENT_BYTES
     roundup_power2_divisions: tuple[int, ...] = ()
     garbage_collection_threshold: float = 0.0
     allowed_bytes: int | None = None
     expandable_segments: bool = False
-    large_segment_bytes: int = LARGE_SEGMENT
+    large_segment_bytes: int = LARGE_SEGMENT_BYTES
     device_bytes: int | None = None
 
     @staticmethod
@@ -115,24 +115,24 @@ class CudaRules:
 
 def round_size(size: int, divisions: tuple[int, ...] = ()) -> int:
     """round_size: to multiples of 512; with divisions, to that many equal steps between powers of two."""
-    if size < MIN_BLOCK:
-        return MIN_BLOCK
+    if size < MIN_BLOCK_BYTES:
+        return MIN_BLOCK_BYTES
     if divisions:
         steps = divisions[min(max(size.bit_length() - MiB.bit_length(), 0), ROUNDUP_INTERVALS - 1)]
-        if steps > 1 and size > MIN_BLOCK * steps:  # roundup_power2_next_division
+        if steps > 1 and size > MIN_BLOCK_BYTES * steps:  # roundup_power2_next_division
             power = 1 << (size.bit_length() - 1)
             step = power // steps
             return -(-size // step) * step
-    return -(-size // MIN_BLOCK) * MIN_BLOCK
+    return -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
 
 
-def segment_bytes(size: int, large_segment_bytes: int = LARGE_SEGMENT) -> int:
+def segment_bytes(size: int, large_segment_bytes: int = LARGE_SEGMENT_BYTES) -> int:
     """get_allocation_size: what is asked of cudaMalloc for a rounded size."""
-    if size <= SMALL:
-        return SMALL_SEGMENT
-    if size < MIN_LARGE:
+    if size <= MAX_SMALL_BYTES:
+        return SMALL_SEGMENT_BYTES
+    if size < MIN_LARGE_BYTES:
         return large_segment_bytes
-    return -(-size // ROUND_LARGE) * ROUND_LARGE
+    return -(-size // LARGE_ROUNDING_BYTES) * LARGE_ROUNDING_BYTES
 
 
 # -- the settings' text: ConfigTokenizer, and a parse... function of AllocatorConfig.cpp for each option
@@ -169,13 +169,13 @@ def _refused(name: str, value: str) -> UsageError:
 
 
 def _megabytes(value: str) -> int:
-    if int(value) < LARGE_SEGMENT // MiB:
+    if int(value) < LARGE_SEGMENT_BYTES // MiB:
         raise ValueError
     return int(value) * MiB
 
 
 def _large_segment(value: str) -> int:
-    if int(value) * MiB <= MIN_LARGE:
+    if int(value) * MiB <= MIN_LARGE_BYTES:
         raise ValueError
     return int(value) * MiB
 

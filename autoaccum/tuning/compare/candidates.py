@@ -94,7 +94,7 @@ class Comparison:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def by_hand(target_batch: int, near: int) -> tuple[Candidate, ...]:
+def hand_picked(target_batch: int, near: int) -> tuple[Candidate, ...]:
     """Powers of two around a micro-batch that fits: half of the one below it, that one, and the next two above.
 
     Accumulation steps are the target divided by the micro-batch, rounded down, as in most training scripts: a target
@@ -105,9 +105,9 @@ def by_hand(target_batch: int, near: int) -> tuple[Candidate, ...]:
     return tuple(Candidate(f"{HAND}: {size}", size, target_batch // size) for size in sizes)
 
 
-def all_of(plan: Plan, tuned: Plan | None = None) -> tuple[Candidate, ...]:
+def candidates_for(plan: Plan, tuned: Plan | None = None) -> tuple[Candidate, ...]:
     """The candidates for a plan's target."""
-    found = [*by_hand(plan.target_batch, plan.micro_batch), Candidate(HALVING, plan.target_batch, 1, halves=True)]
+    found = [*hand_picked(plan.target_batch, plan.micro_batch), Candidate(HALVING, plan.target_batch, 1, halves=True)]
     for name, each in ((PLAN, plan), (TUNED, tuned)):
         if each is not None:
             found.append(Candidate(name, each.micro_batch, each.accumulation_steps, plan=each))

@@ -13,7 +13,7 @@ from ...errors import AutoaccumError, UsageError
 from ...plan import Plan
 from ...planning.environment import versions
 from ...processes.child import Say, call
-from .candidates import TUNED, Candidate, Comparison, Trained, all_of
+from .candidates import TUNED, Candidate, Comparison, Trained, candidates_for
 
 TUNE_TRIALS = 12
 
@@ -64,7 +64,7 @@ def compare(
         left_out += [f"{TUNED}: {why}"] if why else []
     else:
         _check_tuned(tuned, plan)
-    rows = tuple(_train(each, plan, asked, windows, say) for each in all_of(plan, tuned))
+    rows = tuple(_train(each, plan, asked, windows, say) for each in candidates_for(plan, tuned))
     environment = {**plan.fingerprint, **versions(), **plan.environment}
     return Comparison(workload, target_batch, plan, rows, tuple(left_out), windows, environment)
 
