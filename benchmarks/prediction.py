@@ -46,16 +46,19 @@ def measure(name: str, n: int) -> dict[str, Any]:
     The base is read afterwards, as planning reads it: buffers that libraries allocate on first use belong to it, and so
     do the holes that the heap had before; those that training left in it don't.
     """
-    from autoaccum.devices.cpu import device
+    import torch
 
+    from autoaccum.devices.registry import get_device
+
+    device = get_device(torch.device("cpu"))
     subject = _subject(name)
     device.clean()
     before = device.read_heap()
-    measured = device.measure(lambda: _train(subject, n))
+    measured = device.measure(lambda split: _train(subject, n), [(n,)])
     subject.context.optimizer.state.clear()
     device.clean()
     return {
-        "base": device.read_base(before).bytes,
+        "base": device.read_baseline(before).bytes,
         "peak": measured.baseline_bytes + measured.increment_bytes,
         "resident": measured.resident_bytes,
         "seconds": measured.seconds,
@@ -82,13 +85,16 @@ def limited(name: str, n: int, limit_bytes: int) -> dict[str, Any]:
 
 
 def _subject(name: str) -> Any:
-    from autoaccum.devices.cpu import device
+    import torch
+
+    from autoaccum.devices.registry import get_device
     from autoaccum.planning.observe import RecordingTarget
     from autoaccum.window import step
 
     from .models import make
 
     workload = make(name)
+    device = get_device(torch.device("cpu"))
     return RecordingTarget(step.open_context(workload), workload, device, device.prepare())
 
 

@@ -137,13 +137,16 @@ def targets_table(targets: Sequence[int]) -> list[dict[str, Any]]:
 
 def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> list[dict[str, Any]]:
     """Time solving for a recorded program, replays forgotten each time."""
-    from autoaccum.devices.cpu import device
+    import torch
+
+    from autoaccum.devices.registry import get_device
     from autoaccum.planning import predictor_cpu
     from autoaccum.planning import verify as answer
     from autoaccum.planning.request import read_request
 
     from .speed import recorded_program
 
+    device = get_device(torch.device("cpu"))
     workload, subject, evidence, budget = recorded_program(blocks)
     rows = []
     for target in targets:

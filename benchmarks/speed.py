@@ -92,26 +92,27 @@ def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
 
     The budget is for some samples; 24 blocks make 10,000 events.
     """
+    import torch
+    from torch import nn
+
     from autoaccum import Workload
-    from autoaccum.devices.cpu import device
+    from autoaccum.devices.registry import get_device
     from autoaccum.planning import observe, schedule
     from autoaccum.window import step
 
     from .models import Block
 
-    import torch  # isort: skip
-    from torch import nn
-
     model = nn.Sequential(*[Block(32, 2) for _ in range(blocks)])
     sample = torch.randn(2, 16, 32), torch.randn(2, 16, 32)
     workload = Workload(model, sample, loss=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
+    device = get_device(torch.device("cpu"))
     subject = observe.RecordingTarget(
         step.open_context(workload), workload, device, device.prepare(), before=device.read_heap()
     )
     evidence = observe.Evidence()
     schedule.approach(subject, evidence, lambda found: schedule.Guess(0, 0), lambda found, n: True)
     device.clean()
-    return workload, subject, evidence, device.read_base(subject.before).bytes + 200 * 2**20
+    return workload, subject, evidence, device.read_baseline(subject.before).bytes + 200 * 2**20
 
 
 def solving() -> dict[str, Any]:

@@ -24,8 +24,8 @@ from unittest import mock
 import torch
 
 from autoaccum.budget import Budget, BudgetItem
-from autoaccum.devices.cpu import device as cpu
-from autoaccum.devices.cuda import device as cuda
+from autoaccum.devices.cpu.device import CpuDevice
+from autoaccum.devices.cuda.device import CudaDevice
 from autoaccum.errors import DoesNotFit
 from autoaccum.phases import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER
 from autoaccum.plan import Plan, RecordingNote, TimedSize
@@ -192,7 +192,8 @@ def subject_of(data: Flat, setting: str) -> RecordingTarget:
     work = Workload(torch.nn.Linear(1, 1), sample, optimizer=Plain)
     context = replace(step.open_context(work), model=model, device=torch.device(data["device"]))
     threshold = data["mmap_threshold_bytes"] if setting != "default" else None
-    return RecordingTarget(context, work, cpu if data["device"] == "cpu" else cuda, threshold)
+    device = (CpuDevice if data["device"] == "cpu" else CudaDevice)(context.device)
+    return RecordingTarget(context, work, device, threshold)
 
 
 def outlook_of(question: Question, data: Flat, evidence: Evidence) -> CpuPredictor | CudaPredictor:

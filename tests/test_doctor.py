@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from autoaccum.devices import virtual
 from autoaccum.devices.cuda import nvml
 from autoaccum.devices.cuda.gpu_specs import GPUS
-from autoaccum.devices.virtual import VirtualGpu, available, launch
+from autoaccum.devices.virtual import VirtualGpu, availability, available, launch
 from autoaccum.planning import environment
 
 GIB = 2**30
@@ -81,23 +80,23 @@ def test_host_facts_need_no_gpu() -> None:
 
 
 @usable
-def test_a_virtual_gpu_can_be_had() -> None:
-    assert environment._virtual_gpu().startswith("can be had: autoaccum virtual-gpu")
+def test_a_virtual_gpu_is_available() -> None:
+    assert availability.describe_virtual_gpu().startswith("available: autoaccum virtual-gpu")
 
 
-def test_a_virtual_gpu_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(virtual, "available", lambda: "There is no compiler.")
-    assert environment._virtual_gpu() == "can't be had: There is no compiler."
+def test_a_virtual_gpu_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(availability, "reason_against", lambda: "There is no compiler.")
+    assert availability.describe_virtual_gpu() == "not available: There is no compiler."
 
 
 @pytest.mark.parametrize("limit", ["ulimit -d", "ulimit -v", "vm.overcommit_memory=2"])
 def test_a_limit_of_the_host_that_binds(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     limited = {"ulimit -d": resource.RLIMIT_DATA, "ulimit -v": resource.RLIMIT_AS}.get(limit)
     unlimited = resource.RLIM_INFINITY
-    monkeypatch.setattr(virtual, "available", lambda: None)
+    monkeypatch.setattr(availability, "reason_against", lambda: None)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (GIB if which == limited else unlimited, unlimited))
-    monkeypatch.setattr(environment, "_overcommit", lambda: "2" if limited is None else "0")
-    assert environment._virtual_gpu() == f"can't be had: {limit} may forbid the addresses that it reserves"
+    monkeypatch.setattr(availability, "_overcommit", lambda: "2" if limited is None else "0")
+    assert availability.describe_virtual_gpu() == f"not available: {limit} may forbid the addresses that it reserves"
 
 
 def test_no_cuda_device_is_told_with_torchs_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autoaccum import DoesNotFit, UsageError, Workload, fit_plan
-from autoaccum.devices.cpu import device
+from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.planning import build_plan, observe, verify
 from autoaccum.process_memory import committed_bytes
 from autoaccum.window import step
@@ -110,9 +110,9 @@ def test_an_error_in_any_micro_batch_leaves_no_trace(
         (step, "optimizer_step"),
         (step, "run_between"),
         (step, "open_context"),
-        (device, "record"),
-        (device, "read_budget"),
-        (device, "measure"),
+        (CpuDevice, "record"),
+        (CpuDevice, "read_budget"),
+        (CpuDevice, "measure"),
         (observe, "lift"),
         (verify, "solve"),
         (build_plan, "plan"),

@@ -17,7 +17,7 @@ from torch import nn
 
 from autoaccum import DoesNotFit, Plan, Workload, fit_plan
 from autoaccum.devices import virtual
-from autoaccum.devices.cpu import device
+from autoaccum.devices.registry import get_device
 from autoaccum.phases import BETWEEN, FIRST, LATER, OPTIMIZER
 from autoaccum.planning import growth, observe, verify
 from autoaccum.process_memory import committed_bytes
@@ -71,7 +71,9 @@ def remember(out: torch.Tensor) -> None:
 
 def subject_of(work: Workload) -> observe.RecordingTarget:
     held = holdings(work.model, loss=work.loss, between=work.between)
-    return observe.RecordingTarget(step.open_context(work), work, device, 1 << 17, take_out=keeper(held))
+    return observe.RecordingTarget(
+        step.open_context(work), work, get_device(torch.device("cpu")), 1 << 17, take_out=keeper(held)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoaccum import DoesNotFit, Workload, fit_plan
-from autoaccum.devices.cpu import device
+from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.process_memory import MMAP_THRESHOLD_BYTES, committed_bytes, glibc, read_heap
 
+CPU = CpuDevice(torch.device("cpu"))
 MIB = 1 << 20
 CLASSES = 10_000
 
@@ -71,12 +72,12 @@ def planned(model: nn.Module, room_mib: int) -> dict[str, Any]:
 def filling() -> dict[str, Any]:
     """Whether a large block goes into a hole while they are filled, and what filling and giving back takes."""
     before, committed = read_heap(), committed_bytes()
-    with device.holes_filled(MMAP_THRESHOLD_BYTES) as filled_bytes, device.holes_filled(MMAP_THRESHOLD_BYTES) as more:
+    with CPU.holes_filled(MMAP_THRESHOLD_BYTES) as filled_bytes, CPU.holes_filled(MMAP_THRESHOLD_BYTES) as more:
         taken = committed_bytes() - committed
         blocks = tensors([0.2, 3, 20])
         mapped = committed_bytes() - committed - taken
         del blocks
-    with device.holes_filled(None) as nothing:
+    with CPU.holes_filled(None) as nothing:
         left = read_heap().free_bytes - before.free_bytes
     return {"filled": filled_bytes, "more": more, "taken": taken, "mapped": mapped, "left": left, "nothing": nothing}
 
@@ -85,7 +86,7 @@ def main(kind: str) -> None:
     kept, model = past(kind), network()
     loss_at(model, 9).backward()  # its gradients lie in the heap, too, and planning frees them
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    device.prepare()
+    CPU.prepare()
     found = {"filling": filling(), "plan": planned(model, 400), "tight": planned(network(), 1), "kept": len(kept)}
     found["gradients"] = all(
         torch.equal(p.grad, old) for p, old in zip(model.parameters(), gradients, strict=True) if p.grad is not None

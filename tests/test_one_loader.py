@@ -125,12 +125,13 @@ def test_run_on_cuda_holds_the_plans_limit_and_recovers_beyond_it(folder: Path, 
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")
 def test_a_lower_limit_of_the_users_stays_and_the_bytes_are_exact() -> None:
     source = (
-        "import torch\nfrom autoaccum.devices.cuda.device import limit_reserved\n"
+        "import torch\nfrom autoaccum.devices.registry import get_device\n"
+        "limit = get_device(torch.device('cuda')).limit_memory\n"
         "whole = torch.cuda.get_device_properties(0).total_memory\n"
         "def allowed(): return round(torch.cuda.get_per_process_memory_fraction() * whole)\n"
-        "limit_reserved(2 * whole)\nprint(allowed() == whole)\n"
-        "limit_reserved(123_456_789)\nprint(allowed())\n"
-        "limit_reserved(whole // 2)\nprint(allowed())\n"
+        "limit(2 * whole)\nprint(allowed() == whole)\n"
+        "limit(123_456_789)\nprint(allowed())\n"
+        "limit(whole // 2)\nprint(allowed())\n"
     )
     env = environment(VirtualGpu(memory_bytes=4 * 2**30))
     out = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=dict(env), check=True)

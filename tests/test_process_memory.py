@@ -9,9 +9,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from autoaccum import process_memory
-from autoaccum.devices.cpu import device
+from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.process_memory import PeakSampler, available_bytes, committed_bytes, in_use_bytes
 
 MIB = 2**20
@@ -116,9 +117,10 @@ def test_what_is_available_is_less_than_what_the_machine_has() -> None:
 
 def test_what_planning_holds_outside_of_malloc_is_no_part_of_a_fresh_process() -> None:
     before = process_memory.read_heap()
-    lean = device.read_base(before, before)
+    device = CpuDevice(torch.device("cpu"))
+    lean = device.read_baseline(before, before)
     with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
-        found = device.read_base(before, before)
+        found = device.read_baseline(before, before)
         assert len(held) == 64 * MIB
-    assert 64 * MIB <= found.own_bytes - lean.own_bytes < 65 * MIB
+    assert 64 * MIB <= found.planning_bytes - lean.planning_bytes < 65 * MIB
     assert abs(found.bytes - lean.bytes) < MIB

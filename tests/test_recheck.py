@@ -13,6 +13,7 @@ from torch import nn
 
 from autoaccum import Workload
 from autoaccum.devices.cpu import recorder
+from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.exactness import check
 from autoaccum.exactness.compare import compare
 from autoaccum.exactness.functional_copy import HALF_PRECISION_TOLERANCE, FunctionalCopy
@@ -121,7 +122,7 @@ def test_a_large_model_in_half_precision_is_judged_in_it_where_memory_is_short(m
     model.out.register_forward_hook(lambda module, args, out: seen.add(module.weight.dtype))
     for room, dtype in ((None, torch.float32), (4 << 20, torch.bfloat16)):
         if room is not None:
-            monkeypatch.setattr("autoaccum.exactness.check.room_bytes", lambda device, room=room: room)
+            monkeypatch.setattr(CpuDevice, "free_bytes", lambda device, room=room: room)
         for loss, kind in ((counted, "exact"), (mean, "wrong denominator")):
             seen.clear()
             found = check.check(Workload(model, pieces(8)[1], loss=loss), isolated=False)

@@ -14,7 +14,7 @@ from torch import nn
 
 from autoaccum import UsageError, Workload, fit_plan
 from autoaccum.devices import oom
-from autoaccum.devices.cpu import device
+from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.devices.cpu.recorder import record
 from autoaccum.processes import fork
 from autoaccum.simulation.recording import Recording
@@ -143,6 +143,7 @@ def test_a_copy_changes_nothing_here() -> None:
 
 def test_what_a_recording_does_not_show_is_the_graph_and_not_the_batch() -> None:
     """A chain of many small operations has many nodes; they are the same at any micro-batch."""
+    device = CpuDevice(torch.device("cpu"))
     if device.prepare() is None:
         pytest.skip("needs glibc")
     context = {links: make(_chain(links)) for links in (20, 400)}

@@ -21,7 +21,8 @@ from torch import nn
 
 from autoaccum import Workload
 from autoaccum.devices import virtual
-from autoaccum.devices.cpu import device, recorder
+from autoaccum.devices.cpu import recorder
+from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.devices.cuda.nvml import see_device
 from autoaccum.exactness import check
 from autoaccum.process_memory import PeakSampler
@@ -73,7 +74,8 @@ def test_watching_is_no_part_of_the_kernels_share(monkeypatch: pytest.MonkeyPatc
         lambda who: next(usage) if who == RUSAGE_SELF else usage_of(who),
     )
     monkeypatch.setattr(PeakSampler, "own_seconds", (0.2, 0.8))
-    assert device.measure(lambda: None).system_share == pytest.approx(0.2)
+    device = CpuDevice(torch.device("cpu"))
+    assert device.measure(lambda split: None, [(1,)]).system_share == pytest.approx(0.2)
 
 
 def settings(**own: object) -> dict[str, object]:
@@ -101,14 +103,15 @@ def test_settings_are_read_as_the_allocator_has_them() -> None:
 ON_GPU = """
 import json, warnings, torch
 from torch import nn
-from autoaccum import Workload; from autoaccum.devices.cuda import device as cuda; from autoaccum.window import step
+from autoaccum import Workload; from autoaccum.devices.registry import get_device; from autoaccum.window import step
 from autoaccum.window.fingerprint import fingerprint
 warnings.simplefilter("ignore")
+cuda = get_device(torch.device("cuda"))
 model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).cuda()
 parts = step.open_context(Workload(model, (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))))
-found = [cuda.rules().expandable_segments, fingerprint(parts)["allocator"]]
+found = [cuda.read_rules().expandable_segments, fingerprint(parts)["allocator"]]
 torch.cuda.memory._set_allocator_settings("expandable_segments:True,max_split_size_mb:64")
-rules = cuda.rules()
+rules = cuda.read_rules()
 found += [rules.expandable_segments, rules.max_split_size_bytes, fingerprint(parts)["allocator"]]
 ran = []
 def run(on_phase):

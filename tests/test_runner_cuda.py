@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from autoaccum import PlanMismatch, Runner, Workload, fit_plan
-from autoaccum.devices.cuda import device
+from autoaccum.devices.registry import get_device
 from autoaccum.devices.virtual import VirtualGpu, available, control, launch
 from autoaccum.phases import LATER
 from autoaccum.planning import observe
@@ -86,7 +86,7 @@ def copies_overlap() -> None:
     work = workload()
     pinned = tuple(leaf.pin_memory() for leaf in batch(TARGET))
     context = step.open_context(work)
-    subject = observe.RecordingTarget(context, work, device, None)
+    subject = observe.RecordingTarget(context, work, get_device(context.device), None)
     observe.scout(subject, observe.Evidence())
     recording = observe.record_window(subject, MICRO, 3)
     last = [phase for phase in recording.phases if phase.name == LATER][-1]

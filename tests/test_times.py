@@ -20,7 +20,7 @@ from strategies import made_up_plan
 from torch import nn
 
 from autoaccum import Plan, UsageError, Workload, fit_plan
-from autoaccum.devices.cpu import device
+from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.plan import PeakRow, TimedSize
 from autoaccum.planning import timing as times
 from autoaccum.planning.observe import RecordingTarget
@@ -30,6 +30,8 @@ from autoaccum.simulation.knee import interval, knee, told
 from autoaccum.window.step import open_context
 
 MIB = 2**20
+
+CPU = CpuDevice(torch.device("cpu"))
 
 
 def timed(rounds: dict[int, list[float]]) -> tuple[TimedSize, ...]:
@@ -48,7 +50,7 @@ def test_a_hiccup_of_the_machine_makes_no_step_of_negative_seconds(
     seconds: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A round's first micro-batch, later ones and optimizer step; the last is as large as the first."""
-    watch = times.Stopwatch(torch.device("cpu"), list(seconds))
+    watch = times.Stopwatch(CPU, list(seconds))
     subject: Any = SimpleNamespace(tile=lambda n: None, context=None)
     clock = iter([0.0, sum(seconds)])
     monkeypatch.setattr(times, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
@@ -170,7 +172,7 @@ def flat_from(size: int) -> Callable[[int], float]:
 
 
 def rounds(work: Workload, sizes: list[int], samples: int, seconds: float = 100.0) -> dict[int, tuple[float, ...]]:
-    subject = RecordingTarget(open_context(work), work, device, None)
+    subject = RecordingTarget(open_context(work), work, CPU, None)
     found = times._rounds(subject, sizes, samples, seconds)
     return {n: tuple(each[n] for each in found) for n in found[0]} if found else {}
 

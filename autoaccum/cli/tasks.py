@@ -31,11 +31,11 @@ def run(
                 "Run it where that GPU is, or plan for this machine: autoaccum plan --target-batch "
                 f"{read.target_batch} --workload {read.workload}",
             )
-        from ..devices.cuda.device import limit_reserved
+        from ..devices.registry import get_device
 
         workload = load_workload(read.workload, "cuda")
         workload.model.to("cuda")
-        limit_reserved(read.budget.bytes)
+        get_device(torch.device("cuda")).limit_memory(read.budget.bytes)
     else:
         workload = load_workload(read.workload)
         limit_data(read.budget.bytes)

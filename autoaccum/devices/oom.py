@@ -54,14 +54,6 @@ def cuda_is_short() -> bool:
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < SHORT_SHARE * whole
 
 
-def room_bytes(device: torch.device) -> int:
-    """Bytes that are free: of a GPU, with what torch's cache could give back; or what this machine and limits leave."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return read_cpu_budget(headroom=0).limit_bytes - committed_bytes()
-
-
 def drop_frames(error: BaseException) -> str:
     """Frees what the frames of an error hold, and returns the error's first line.
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from ..devices.oom import drop_frames, is_out_of_memory, room_bytes
-from ..devices.virtual.control import is_virtual
+from ..devices.oom import drop_frames, is_out_of_memory
+from ..devices.registry import get_device
 from ..plan import Plan
 from ..process_memory import available_bytes
 from ..processes import crash_guard
@@ -108,7 +108,7 @@ def check(
         UsageError: The workload is of several ranks.
     """
     refuse_ranks(workload)
-    if next(workload.model.parameters()).device.type != "cpu" and is_virtual():
+    if not get_device(next(workload.model.parameters()).device).computes:
         return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
     if max_rows < test_batches.MIN_ROWS_AT_ONCE:
         fewest = test_batches.MIN_ROWS_AT_ONCE
@@ -185,7 +185,7 @@ def _run(workload: Workload, max_rows: int) -> tuple[FunctionalCopy, list[CheckC
     # Where there is no room for more, on views, and in half precision if that is the model's.
     parameters = list(workload.model.parameters())
     single = sum(4 * p.numel() for p in parameters)  # copies in single precision, and their gradients as well
-    has_room = 2 * single < room_bytes(parameters[0].device)
+    has_room = 2 * single < get_device(parameters[0].device).free_bytes()
     model_copy = FunctionalCopy(workload.model, workload.loss, alias=not has_room, widens=has_room)
     return model_copy, arrangements.run_cases(workload, model_copy, max_rows)
 

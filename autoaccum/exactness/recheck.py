@@ -10,7 +10,7 @@ import torch
 from ..data import split as cutting
 from ..data import tree
 from ..devices.oom import drop_frames
-from ..devices.virtual.control import is_virtual
+from ..devices.registry import get_device
 from ..errors import AutoaccumError
 from ..window.isolated import as_it_trains
 from ..window.step import TrainingContext
@@ -65,7 +65,7 @@ def recheck(
     Returns:
         What to warn of; None where the gradients agree, or where this window can't tell.
     """
-    if context.device.type != "cpu" and is_virtual():
+    if not get_device(context.device).computes:
         return None
     rows = _few_rows(pieces, sizes, _most_rows(max(sizes), autocasts=context.autocast_dtype is not None), names or {})
     if rows is None:

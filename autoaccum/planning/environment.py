@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import resource
-from pathlib import Path
 from typing import Any
 
 from ..units import show_bytes
@@ -36,6 +35,7 @@ def host_facts() -> dict[str, Any]:
     """Versions, machine, limits, what NVML shows, and settings; no torch needed."""
     from ..devices.cpu.budget import read_cpu_budget
     from ..devices.cuda import nvml
+    from ..devices.virtual.availability import describe_virtual_gpu
 
     facts: dict[str, Any] = dict(versions())
     host = read_cpu_budget()
@@ -46,37 +46,11 @@ def host_facts() -> dict[str, Any]:
         soft, _ = resource.getrlimit(limit)
         facts.setdefault(name, "none" if soft == resource.RLIM_INFINITY else show_bytes(soft))
     facts["NVML"] = nvml.describe().removeprefix("NVML ")
-    facts["virtual GPU"] = _virtual_gpu()
+    facts["virtual GPU"] = describe_virtual_gpu()
     for name, value in sorted(os.environ.items()):
         if name.startswith(_SETTINGS):
             facts[name] = value
     return facts
-
-
-def _virtual_gpu() -> str:
-    """Whether one can be had here."""
-    from ..devices import virtual
-    from ..devices.virtual import control
-
-    if control.is_virtual():
-        return "this process runs on one"
-    reason = virtual.available()
-    if reason is not None:
-        return f"can't be had: {reason}"
-    limits = {"ulimit -d": resource.RLIMIT_DATA, "ulimit -v": resource.RLIMIT_AS}
-    binding = [name for name, limit in limits.items() if resource.getrlimit(limit)[0] != resource.RLIM_INFINITY]
-    if _overcommit() == "2":
-        binding.append("vm.overcommit_memory=2")
-    if binding:  # source/memory.c: it reserves addresses for 66 times the device's memory
-        return f"can't be had: {' and '.join(binding)} may forbid the addresses that it reserves"
-    return "can be had: autoaccum virtual-gpu --memory 4GiB -- COMMAND"
-
-
-def _overcommit() -> str:
-    try:
-        return Path("/proc/sys/vm/overcommit_memory").read_text().strip()
-    except OSError:
-        return ""
 
 
 def torch_facts() -> dict[str, Any]:

@@ -17,7 +17,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ import torch
 from ..data.infer_sample import infer_sample
 from ..data.sample_length import at_longest
 from ..devices import oom
-from ..devices.cpu import device as cpu
-from ..devices.virtual.control import is_virtual
+from ..devices.base import CACHING_ALLOCATOR, MALLOC, Device
+from ..devices.registry import get_device
 from ..errors import UsageError
 from ..exactness import check as exact
 from ..plan import FASTEST, FEWEST_STEPS, Plan
@@ -52,7 +51,7 @@ class PlanningEnvironment:
     """Where planning takes place.
 
     Attributes:
-        device: The device module.
+        device: The device.
         look: Makes the outlook on it.
         build: The model's blocks as a fresh process makes them, where that was seen.
         keep: Whether everything has to be put back; not so in a process that ends with the plan.
@@ -60,7 +59,7 @@ class PlanningEnvironment:
         subject: The kind of subject: how its batches are made.
     """
 
-    device: ModuleType
+    device: Device
     look: Callable[..., MemoryPredictor]
     build: tuple[Event, ...] | None = None
     keep: bool = True
@@ -130,8 +129,7 @@ def fit_plan(
     workload, assumed = _as_workload(workload, sample, how)
     request = read_request(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
     setting = _setting(workload.model, device)
-    virtual = setting.device.name == "cuda" and is_virtual()
-    request = with_objective(request, objective, timing_seconds, verify=verify, virtual=virtual)
+    request = with_objective(request, objective, timing_seconds, verify=verify, virtual=not setting.device.computes)
     if malloc not in MALLOCS:
         raise UsageError(f"malloc {malloc!r} is not known.", hint="Use malloc='fixed' or malloc='default'.")
     if elsewhere:
@@ -226,23 +224,18 @@ def _setting(model: torch.nn.Module, device: str | torch.device | None) -> Plann
     return setting_for(here)
 
 
-def setting_for(device: torch.device) -> PlanningEnvironment:
-    """Where planning for that kind of device takes place.
+def setting_for(torch_device: torch.device) -> PlanningEnvironment:
+    """Make the environment for planning on a device.
 
     Raises:
-        UsageError: It is neither a CPU nor a CUDA device.
+        UsageError: There is no support for that type of device.
     """
-    if device.type == "cpu":
-        return PlanningEnvironment(cpu, predictor_cpu.look)
-    if device.type == "cuda":
-        from ..devices.cuda import device as cuda
-        from . import predictor_cuda
+    device = get_device(torch_device)
+    if device.memory_model == MALLOC:
+        return PlanningEnvironment(device, predictor_cpu.look)
+    from . import predictor_cuda  # the caching allocator's rules aren't loaded for a CPU
 
-        return PlanningEnvironment(cuda, predictor_cuda.look)
-    raise UsageError(
-        f"Planning for {device.type} is not there: it is for the CPU and for CUDA.",
-        hint="Plan with the model on one of these.",
-    )
+    return PlanningEnvironment(device, predictor_cuda.look)
 
 
 def _held(workload: Workload) -> Holdings:
@@ -300,7 +293,7 @@ def _look(
 
     evidence, begin = Evidence(), SCOUT
     try:
-        if setting.device.name == "cuda":
+        if setting.device.memory_model == CACHING_ALLOCATOR:
             from .rehearsal import samples_to_begin_with  # CUDA's rules aren't loaded for a CPU
 
             begin = samples_to_begin_with(subject, min(request.least, SCOUT), start_over)

@@ -9,25 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from ..data import tree
-from ..devices.cuda import device as cuda
+from ..devices.cuda.device import CudaDevice
 from ..devices.cuda.gpu_specs import Gpu
-from ..devices.virtual.control import is_virtual
+from ..devices.registry import get_device
+from ..devices.virtual.device import StandInDevice
 from ..errors import UsageError
 from ..plan import FEWEST_STEPS, Plan
 from ..processes.workload_source import load_workload
-from ..simulation.recording import Event, name_blocks
+from ..simulation.recording import Event
 from ..workload import Workload
 from . import predictor_cuda, predictor_virtual
 from .fit import PlanningEnvironment, plan_in
 from .observe import RecordingTarget
 from .request import read_request, with_objective
-
-_EVENTS = {"alloc": 1, "free_completed": -1}
 
 
 def plan_on_gpu(
@@ -74,21 +72,23 @@ def plan_on_gpu(
             "Name a GPU to plan for without having one: --gpu a100-40gb. `autoaccum doctor` says what is there.",
         )
     started = time.perf_counter()
-    device = torch.device("cuda", torch.cuda.current_device())
+    here = get_device(torch.device("cuda", torch.cuda.current_device()))
+    assert isinstance(here, CudaDevice)
+    device = here if gpu is None else StandInDevice(here.torch_device, gpu)
     workload, build = build_on(source, device, virtual=gpu is not None, change=change)
     request = read_request(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
-    request = with_objective(request, objective, timing_seconds, verify=verify, virtual=gpu is not None or is_virtual())
+    request = with_objective(request, objective, timing_seconds, verify=verify, virtual=not device.computes)
     request = replace(request, histories=("new_process",), sizes=sizes)
-    look = predictor_cuda.look if gpu is None else partial(predictor_virtual.look, gpu=gpu)
+    look = predictor_cuda.look if gpu is None else predictor_virtual.look
     subject = RecordingTarget if gpu is None else predictor_virtual.EmptySubject
-    setting = PlanningEnvironment(cuda, look, build, keep=False, progress=progress, subject=subject)
+    setting = PlanningEnvironment(device, look, build, keep=False, progress=progress, subject=subject)
     plan = plan_in(setting, workload, request, verify=verify, check=check)
     return replace(plan, seconds=time.perf_counter() - started)
 
 
 def build_on(
     source: str | None,
-    device: torch.device,
+    device: CudaDevice,
     *,
     virtual: bool,
     change: Callable[[Workload], Workload] = lambda workload: workload,
@@ -101,16 +101,12 @@ def build_on(
     Returns:
         The workload, its sample on the host; and what the allocator did meanwhile.
     """
-    torch.cuda.init()  # type: ignore[no-untyped-call]
-    torch.cuda.memory._record_memory_history("all", context=None)
-    try:
+
+    def make() -> Workload:
         workload = change(load_workload(source, "cuda", made_there=virtual))
-        workload.model.to(device)
-        torch.cuda.synchronize(device)
-        trace = torch.cuda.memory._snapshot()["device_traces"][device.index or 0]
-    finally:
-        torch.cuda.memory._record_memory_history(None)
-    kept = [entry for entry in trace if entry["action"] in _EVENTS]
-    events = name_blocks((e["addr"], _EVENTS[e["action"]] * e["size"], e["stream"]) for e in kept)
+        workload.model.to(device.torch_device)
+        return workload
+
+    workload, build = device.record_build(make)
     sample = tree.to_device(workload.sample, torch.device("cpu"))
-    return replace(workload, sample=sample), tuple(events)
+    return replace(workload, sample=sample), build

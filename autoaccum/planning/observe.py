@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 
 from ..data import split as cutting
 from ..devices import oom
+from ..devices.base import CACHING_ALLOCATOR, Device
 from ..phases import OPTIMIZER, OnPhase
 from ..plan import RecordingNote
-from ..process_memory import PAGE_BYTES
+from ..process_memory import PAGE_BYTES, Heap
 from ..simulation.from_verification import without_state
 from ..simulation.malloc import HeapState, Replay
 from ..simulation.program import StepProgram, as_recorded, lift, plain_window, window_growth
@@ -35,15 +35,15 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class RecordingTarget:
-    """What is observed: a workload, its parts, and the device module that records and replays."""
+    """What is observed: a workload, its parts, and the device that records and replays."""
 
     context: step.TrainingContext
     workload: Workload
-    device: ModuleType
+    device: Device
     mmap_threshold_bytes: int | None
     say: Callable[[str], None] = lambda text: None
     build: tuple[Event, ...] | None = None  # the model's blocks as they came to be, where that was seen
-    before: Any = None  # what `device.read_heap` told before anything was trained
+    before: Heap | None = None  # what `device.read_heap` told before anything was trained
     take_out: Callable[[], None] = lambda: None  # what windows appended to the user's lists
     filled_bytes: int = 0  # free blocks of malloc's heap that are kept from windows while a plan is made
 
@@ -70,7 +70,7 @@ class Evidence:
     """
 
     first_step: Recording | None = None
-    after_first: Any = None
+    after_first: Heap | None = None
     first_step_events: tuple[Event, ...] = ()
     scouted: Recording | None = None
     recordings: list[Recording] = field(default_factory=list)
@@ -122,7 +122,7 @@ class Evidence:
 def record_window(subject: RecordingTarget, n: int, steps: int = 2) -> Recording:
     """Records one window of `steps` micro-batches of n samples, and what runs after it."""
     subject.say(f"recording at {n} samples")
-    recording: Recording = subject.device.record(_window(subject, n, steps), micro_batch=n)
+    recording = subject.device.record(_window(subject, n, steps), micro_batch=n)
     subject.take_out()
     return recording
 
@@ -144,14 +144,14 @@ def scout(subject: RecordingTarget, evidence: Evidence, least: int = SCOUT, begi
     recording = _first_step(subject, least, begin)
     evidence.first_step, evidence.after_first = recording, subject.device.read_heap()
     evidence.state_at_first_bytes = state_held(subject.context)
-    if subject.device.SCOUT_STEPS > 1:
+    if subject.device.policy.first_step_micro_batches > 1:
         evidence.scouted = without_state(recording)
     evidence.first_step_events = tuple(event for phase in recording.phases for event in phase.events)
 
 
 def _first_step(subject: RecordingTarget, least: int, begin: int) -> Recording:
     """Records the first step at `begin` samples; at fewer, where memory is too short for them."""
-    steps = subject.device.SCOUT_STEPS
+    steps = subject.device.policy.first_step_micro_batches
     if least < begin:
         found = if_it_fits(subject, begin, lambda: record_window(subject, begin, steps=steps))
         if found is not None:
@@ -259,7 +259,7 @@ def growth_of(subject: RecordingTarget, evidence: Evidence, split: Split) -> int
 
 
 def _leaves(subject: RecordingTarget, program: StepProgram, split: Split) -> int:
-    return window_growth(program, split, workspaces=subject.device.name == "cuda")
+    return window_growth(program, split, workspaces=subject.device.memory_model == CACHING_ALLOCATOR)
 
 
 def floor_of(evidence: Evidence, n: int, *, later: bool) -> int:
@@ -276,8 +276,7 @@ def _replay(
     subject: RecordingTarget, evidence: Evidence, program: StepProgram, split: Split, start: HeapState
 ) -> Replay:
     phases = [Phase(PRELUDE, evidence.first_step_events), *plain_window(program, split)]
-    replayed: Replay = subject.device.run(phases, subject.mmap_threshold_bytes, start, evidence.unrecorded_bytes)
-    return replayed
+    return subject.device.replay(phases, subject.mmap_threshold_bytes, start, evidence.unrecorded_bytes)
 
 
 def _representative(program: StepProgram, split: Split) -> Split:

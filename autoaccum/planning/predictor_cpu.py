@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import process_memory
-from ..devices.cpu import device
+from ..devices.cpu.device import CpuDevice, CpuMeasurement
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from ..plan import PeakRow
 from ..simulation.malloc import EMPTY, HeapState, Replay
@@ -42,9 +42,14 @@ class CpuPredictor(MemoryPredictor):
     present_bytes: int | None = None
     _least_kept_bytes: int | None = field(default=None, init=False)
 
+    @property
+    def device(self) -> CpuDevice:
+        """Return the device, whose memory is the process's."""
+        return _cpu_of(self.subject)
+
     def input_bytes(self, samples: int) -> int:
         """The samples of a window lie in the same memory until their step is done."""
-        return device.input_bytes(samples * self.sample_bytes)
+        return self.device.input_bytes(samples * self.sample_bytes)
 
     def peak_bytes(self, split: Split, history: str) -> int:
         """Base, data, what the windows before it keep, and what the window makes malloc take."""
@@ -116,9 +121,9 @@ class CpuPredictor(MemoryPredictor):
 
     def own_fields(self, split: Split, largest: int) -> dict[str, Any]:
         """The device's name."""
-        return {"device": device.name}
+        return {"device": self.device.name}
 
-    def measured_fields(self, measured: device.Measured, split: Split) -> dict[str, Any]:
+    def measured_fields(self, measured: CpuMeasurement, split: Split) -> dict[str, Any]:
         """What the verified windows took, and the samples that the rest of a whole window adds."""
         verified = verified_part(split)
         rest = self.input_bytes(sum(split)) - self.input_bytes(sum(verified))
@@ -197,19 +202,14 @@ class CpuPredictor(MemoryPredictor):
             "have them, so more fits there: restart the kernel and plan first, or type autoaccum plan."
         ]
 
-    def measure(self, train: Callable[..., None], split: Split) -> device.Measured:
+    def measure(self, train: Callable[..., None], split: Split) -> CpuMeasurement:
         """Its first micro-batch alone, then two windows."""
-
-        def work() -> None:
-            for sizes in (split[:1], split, split):
-                train(sizes)
-
-        found = device.measure(work)
+        found = self.device.measure(train, (split[:1], split, split))
         if self.present_bytes is None:
             return found
         return replace(found, increment_bytes=found.baseline_bytes + found.increment_bytes - self.present_bytes)
 
-    def confirms(self, split: Split, measured: device.Measured) -> str | None:
+    def confirms(self, split: Split, measured: CpuMeasurement) -> str | None:
         """Within 2 % of the whole; where each size stands for itself, that it fits is all there is to know."""
         predicted = self._predicted_increment(split)
         allowed = AGREES_WITHIN * (self.baseline_bytes + predicted) + self.malloc_overhead * predicted
@@ -220,7 +220,7 @@ class CpuPredictor(MemoryPredictor):
             return None
         return f"took {measured.increment_bytes:,} bytes, not {predicted:,}"
 
-    def compared(self, split: Split, measured: device.Measured) -> tuple[int, int]:
+    def compared(self, split: Split, measured: CpuMeasurement) -> tuple[int, int]:
         """Both with the base."""
         return self.baseline_bytes + self._predicted_increment(split), self.baseline_bytes + measured.increment_bytes
 
@@ -229,7 +229,7 @@ class CpuPredictor(MemoryPredictor):
         """With another malloc than glibc's, which keeps what it likes."""
         return self.present_bytes is not None
 
-    def holds(self, measured: device.Measured) -> bool:
+    def holds(self, measured: CpuMeasurement) -> bool:
         """By what it added to the process."""
         return self.baseline_bytes + measured.increment_bytes <= self.usable_bytes
 
@@ -244,7 +244,7 @@ class CpuPredictor(MemoryPredictor):
         """What a verification's windows keep less than as many whole ones: its first has one micro-batch."""
         return self.growth_bytes(split) - self.growth_bytes(split[:1])
 
-    def compare_compiled(self, split: Split, measured: device.Measured | None) -> None:
+    def compare_compiled(self, split: Split, measured: CpuMeasurement | None) -> None:
         """By what the window itself took; its samples and the process take the same."""
         if measured is None:
             self.compiled_share *= RAN_OUT
@@ -260,11 +260,13 @@ def look(
     """Reads what there is now; `own_bytes` are planning's own, and the optimizer state's that is there already."""
     if process_memory.malloc_name() != "glibc":
         return _with_another_malloc(subject, request, evidence, sample_bytes, own_bytes)
-    base = device.read_base(subject.before, evidence.after_first)
+    device = _cpu_of(subject)
+    assert subject.before is not None
+    base = device.read_baseline(subject.before, evidence.after_first)
     leaked = _leaked(subject, evidence)
     budget = device.read_budget(request.budget, request.headroom)
     malloc_overhead = 0.0 if subject.mmap_threshold_bytes is not None else DEFAULT_MALLOC_OVERHEAD
-    baseline_bytes, own = base.bytes - own_bytes - leaked, base.own_bytes + leaked
+    baseline_bytes, own = base.bytes - own_bytes - leaked, base.planning_bytes + leaked
     return CpuPredictor(
         subject,
         request,
@@ -273,8 +275,8 @@ def look(
         budget,
         sample_bytes,
         malloc_overhead,
-        base.fresh,
-        base.here,
+        base.new_process,
+        base.this_process,
         own,
         leaked_bytes=leaked,
     )
@@ -288,12 +290,13 @@ def _with_another_malloc(
     What it keeps serves again, so it is part of no base: of what the process has after its first window, all that the
     window had at once may be kept.
     """
-    before: int = subject.before.outside_bytes
+    assert subject.before is not None
+    before = subject.before.outside_bytes
     baseline_bytes = before - own_bytes + observe.state_held(subject.context)
     if evidence.after_first is not None:
         kept = live_peak([Phase(observe.PRELUDE, evidence.first_step_events)])
         baseline_bytes += max(0, evidence.after_first.outside_bytes - kept - before)
-    budget = device.read_budget(request.budget, request.headroom)
+    budget = subject.device.read_budget(request.budget, request.headroom)
     return CpuPredictor(
         subject,
         request,
@@ -306,15 +309,22 @@ def _with_another_malloc(
     )
 
 
+def _cpu_of(subject: RecordingTarget) -> CpuDevice:
+    assert isinstance(subject.device, CpuDevice)
+    return subject.device
+
+
 def _leaked(subject: RecordingTarget, evidence: Evidence) -> int:
     """What planning's windows have left behind: all that malloc has handed out more than after the first of them.
 
     Planning's own objects are part of it. A process that trains begins without either.
     """
     first, then = evidence.first_step, evidence.after_first
-    if evidence.growth is None or evidence.growth.undone or first is None:
+    if evidence.growth is None or evidence.growth.undone or first is None or then is None:
         return 0
-    now = device.read_heap().in_use_bytes - observe.state_held(subject.context)
-    by_first: int = observe.growth_of(subject, evidence, (first.micro_batch,) * subject.device.SCOUT_STEPS)
-    since: int = now - (then.in_use_bytes - evidence.state_at_first_bytes)
+    now = _cpu_of(subject).read_heap().in_use_bytes - observe.state_held(subject.context)
+    by_first = observe.growth_of(
+        subject, evidence, (first.micro_batch,) * subject.device.policy.first_step_micro_batches
+    )
+    since = now - (then.in_use_bytes - evidence.state_at_first_bytes)
     return max(0, since) + by_first

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..devices.cuda import device
-from ..devices.virtual.control import is_virtual
+from ..devices.cuda.device import CudaDevice, CudaMeasurement
+from ..devices.cuda.model_blocks import model_blocks, reserved_bytes_of
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
 from ..plan import PeakRow
 from ..simulation import saturation
@@ -59,6 +59,13 @@ class CudaPredictor(MemoryPredictor):
     _ended: dict[int, CudaPredictor] = field(default_factory=dict, init=False)
     _kept: dict[Split, bool] = field(default_factory=dict, init=False)
 
+    @property
+    def device(self) -> CudaDevice:
+        """Return the device, which has a caching allocator."""
+        device = self.subject.device
+        assert isinstance(device, CudaDevice)
+        return device
+
     def input_bytes(self, samples: int) -> int:
         """Samples wait on the host; those of one micro-batch at a time are on the device, and recorded."""
         return 0
@@ -99,7 +106,7 @@ class CudaPredictor(MemoryPredictor):
         """Workspaces are kept or given back in the part as they are in the window."""
         self._kept[part] = self.keeps(split)
 
-    def ran_as_chosen(self, split: Split, measured: device.Measured) -> bool:
+    def ran_as_chosen(self, split: Split, measured: CudaMeasurement) -> bool:
         """Whether cuBLAS's workspaces were kept, or given back, as they will be."""
         return measured.kept == self.keeps(split)
 
@@ -302,8 +309,8 @@ class CudaPredictor(MemoryPredictor):
         """The GPU, the retries, and what other settings of the allocator would allow."""
         limited = self.replayed(split, self.request.histories[0], self.budget.bytes, kept=self.keeps(split))
         return {
-            "device": torch.cuda.get_device_name(self.subject.context.device),
-            "virtual": is_virtual(),
+            "device": self.device.name,
+            "virtual": not self.device.computes,
             "retries": limited.retries,
             "this_process_peak_bytes": self.peak_bytes(split, THIS_PROCESS),
             "plain_loop_peak_bytes": None if self._sums_wide(split) else self._peak(split, "new_process", kept=True),
@@ -337,7 +344,7 @@ class CudaPredictor(MemoryPredictor):
         reach = most or self.request.most
         return largest_micro_batch(fits, self.later_floor, budget_bytes=self.usable_bytes, max_size=reach) or None
 
-    def measured_fields(self, measured: device.Measured, split: Split) -> dict[str, Any]:
+    def measured_fields(self, measured: CudaMeasurement, split: Split) -> dict[str, Any]:
         """What the allocator counted. A virtual GPU has no time."""
         seconds = measured.seconds * sum(split) / (2 * sum(verified_part(split)))
         return {
@@ -345,7 +352,7 @@ class CudaPredictor(MemoryPredictor):
             "resident_peak_bytes": None,
             "allocated_peak_bytes": measured.allocated_bytes,
             "kernel_time_fraction": None,
-            "window_seconds": None if is_virtual() else seconds,
+            "window_seconds": seconds if self.device.computes else None,
         }
 
     def reasons(self, split: Split) -> dict[str, str]:
@@ -377,19 +384,19 @@ class CudaPredictor(MemoryPredictor):
                 "cudnn.benchmark is on: the first run at each size tries algorithms with workspaces beyond these "
                 "figures, which are of the runs after it. A shorter last window is a new size."
             )
-        if is_virtual():
+        if not self.device.computes:
             notes.append(
                 "Real allocator on a virtual GPU, not measured on one: kernels compute nothing, so time and exactness "
                 "are unknown, and workspaces of cuDNN's convolutions are counted as set there (docs/virtual-gpu.md)."
             )
         return notes
 
-    def measure(self, train: Callable[..., None], split: Split) -> device.Measured:
+    def measure(self, train: Callable[..., None], split: Split) -> CudaMeasurement:
         """Three windows: the first of all, and two that follow."""
         context = self.subject.context
         context.keeps_workspaces = kept = self.keeps(split)
         try:
-            return replace(device.measure(train, [split] * 3, context.device), kept=kept)
+            return replace(self.device.measure(train, [split] * 3), kept=kept)
         finally:
             context.keeps_workspaces = False  # recordings tell both: what is given back can be left where it is
 
@@ -402,7 +409,7 @@ class CudaPredictor(MemoryPredictor):
         self._ended.clear()
         self._kept.clear()
 
-    def confirms(self, split: Split, measured: device.Measured) -> str | None:
+    def confirms(self, split: Split, measured: CudaMeasurement) -> str | None:
         """The retries that were predicted, and the peak within 2 %; that it fits, where that is all there is to know.
 
         Compiled windows are predicted by a ratio; and without a program, by the next larger size that was recorded.
@@ -417,12 +424,12 @@ class CudaPredictor(MemoryPredictor):
             return f"took {measured.peak_bytes:,} bytes, not {expected.peak_reserved_bytes:,}"
         return None
 
-    def compared(self, split: Split, measured: device.Measured) -> tuple[int, int]:
+    def compared(self, split: Split, measured: CudaMeasurement) -> tuple[int, int]:
         """In reserved bytes."""
         expected = self.replayed(split, THIS_PROCESS, self.budget.bytes, kept=measured.kept)
         return expected.peak_reserved_bytes, measured.peak_bytes
 
-    def holds(self, measured: device.Measured) -> bool:
+    def holds(self, measured: CudaMeasurement) -> bool:
         """By what was reserved, and that the last window needed no retry."""
         return not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes
 
@@ -431,14 +438,14 @@ class CudaPredictor(MemoryPredictor):
         """Whether a large block steps with the size at the largest recording."""
         return self.evidence.has_program and saturation.may_saturate(self.evidence.program())
 
-    def teaches(self, split: Split, measured: device.Measured) -> bool:
+    def teaches(self, split: Split, measured: CudaMeasurement) -> bool:
         """Whether it has large blocks that weren't foreseen, or some that step and may end."""
         found = self._as_recording(split, measured)
         return found is not None and (
             self.is_open or not saturation.predicts_large_blocks(self.evidence.program(), found)
         )
 
-    def _as_recording(self, split: Split, measured: device.Measured | None) -> Recording | None:
+    def _as_recording(self, split: Split, measured: CudaMeasurement | None) -> Recording | None:
         if measured is None or measured.recording is None or not self.evidence.has_program:
             return None
         recordings = self.evidence.recordings
@@ -447,7 +454,7 @@ class CudaPredictor(MemoryPredictor):
             return with_released_workspaces(found, recordings[-1])  # to be of a kind with the recordings that it joins
         return found
 
-    def learns(self, split: Split, measured: device.Measured | None) -> bool:
+    def learns(self, split: Split, measured: CudaMeasurement | None) -> bool:
         """By the verified window's recording, where that explains what was measured."""
         evidence, found = self.evidence, self._as_recording(split, measured)
         if found is None or measured is None:
@@ -461,7 +468,7 @@ class CudaPredictor(MemoryPredictor):
             self.forget()
         return explained
 
-    def compare_compiled(self, split: Split, measured: device.Measured | None) -> None:
+    def compare_compiled(self, split: Split, measured: CudaMeasurement | None) -> None:
         """By what the windows reserved above the model."""
         if measured is None:
             self.compiled_share *= RAN_OUT
@@ -476,13 +483,14 @@ def look(
     subject: RecordingTarget, request: PlanRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
 ) -> CudaPredictor:
     """Reads what there is now."""
-    context = subject.context
+    context, device = subject.context, subject.device
+    assert isinstance(device, CudaDevice)
     resumed = evidence.first_step is not None and not _makes_state(evidence.first_step)
-    build = subject.build or device.model_blocks(context.model, context.optimizer if resumed else None)
-    settings = device.rules()
-    budget = device.read_budget(context.device, request.budget, request.headroom)
-    base = device.reserved_by(build, settings)
-    start = device.read_start(context.device)
+    build = subject.build or model_blocks(context.model, context.optimizer if resumed else None)
+    settings = device.read_rules()
+    budget = device.read_budget(request.budget, request.headroom)
+    base = reserved_bytes_of(build, settings)
+    start = device.read_allocator()
     leaked = 0
     if (
         evidence.growth is not None and not evidence.growth.undone

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..devices import oom
-from ..devices.cuda import device as cuda
+from ..devices.cuda.device import CudaDevice
 from ..phases import FIRST
 from ..simulation.cuda_allocator.replay import replay_cuda
 from ..simulation.cuda_allocator.settings import LARGE_SEGMENT_BYTES
@@ -65,8 +65,9 @@ def samples_to_begin_with(subject: RecordingTarget, least: int, start_over: Call
 
 def _comes_near(subject: RecordingTarget, least: int, most: int) -> bool:
     """Whether the first window, at worst, takes more than there is."""
-    context = subject.context
-    watch = Watch(context.device)
+    context, device = subject.context, subject.device
+    assert isinstance(device, CudaDevice)
+    watch = Watch(device)
     piece = subject.tile(least)
     try:
         with watch:
@@ -83,16 +84,17 @@ def _comes_near(subject: RecordingTarget, least: int, most: int) -> bool:
         subject.take_out()
     trained = [p for p in context.model.parameters() if p.requires_grad]
     state = STATE_BYTES * sum(p.numel() for p in trained) if not context.optimizer.state else 0
-    kept = torch.cuda.memory_allocated(context.device) + sum(p.nbytes for p in trained) + state
+    kept = device.allocated_bytes() + sum(p.nbytes for p in trained) + state
     worst = kept + (watch.made_bytes + BACKWARD * watch.largest_bytes) * -(-most // least)
     return worst > watch.capacity_bytes - watch.margin_bytes
 
 
 def _rehearsed(subject: RecordingTarget, n: int) -> str:
     """What was asked for in vain in windows of n samples; empty where they fit, or where that can't be seen."""
-    context, piece, steps = subject.context, subject.tile(n), subject.device.SCOUT_STEPS
+    assert isinstance(subject.device, CudaDevice)
+    context, piece, steps = subject.context, subject.tile(n), subject.device.policy.first_step_micro_batches
     try:
-        with uncompiled(), Watch(context.device):
+        with uncompiled(), Watch(subject.device):
             for _ in range(WINDOWS):
                 step.train_window(context, [piece] * steps, (n,) * steps)
                 step.run_between(context)
@@ -120,14 +122,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: CudaDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.made_bytes = self.largest_bytes = 0
         self._known: dict[Any, tuple[int, ...]] = {}
         self._room = 0  # what surely can be had from the driver still
         self.margin_bytes = 0
-        self.capacity_bytes = torch.cuda.memory_reserved(device) + self._of_driver()
+        self.capacity_bytes = device.held_bytes() + device.obtainable_bytes()
         self.margin_bytes = int(CAPACITY_MARGIN * self.capacity_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,24 +146,18 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._room -= size + LARGE_SEGMENT_BYTES
         if self._room >= 0:
             return
-        room = self._of_driver() - self.margin_bytes
+        room = self.device.obtainable_bytes() - self.margin_bytes
         if size + LARGE_SEGMENT_BYTES <= room:
             self._room = room - size - LARGE_SEGMENT_BYTES
             return
-        reserved = torch.cuda.memory_reserved(self.device)
-        rules = replace(cuda.rules(), capacity_bytes=reserved + max(0, room))
-        found = replay_cuda([Phase(FIRST, (Event(1 << 60, size),))], rules, cuda.read_start(self.device))
+        reserved = self.device.held_bytes()
+        rules = replace(self.device.read_rules(), capacity_bytes=reserved + max(0, room))
+        found = replay_cuda([Phase(FIRST, (Event(1 << 60, size),))], rules, self.device.read_allocator())
         if found.out_of_memory is not None:
-            used, whole = torch.cuda.memory_allocated(self.device), self.capacity_bytes
+            used, whole = self.device.allocated_bytes(), self.capacity_bytes
             raise NoPlace(
                 f"{show_bytes(size)} more would be needed, where {show_bytes(used)} of {show_bytes(whole)} are in use"
             )
-
-    def _of_driver(self) -> int:
-        """What the allocator can still have of the driver."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(self.device) * total)
-        return min(free, max(0, allowed - torch.cuda.memory_reserved(self.device)))
 
     def _made_by(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
         """The sizes of what an operation makes on the device; none where that can't be known beforehand."""

@@ -63,9 +63,9 @@ def approach(
         )
         return
     add(subject, evidence, _second_size(subject, evidence, answer, allowed, primes[1]))
-    for part in subject.device.PARTS:
+    for part in subject.device.policy.answer_fractions:
         guess = answer(evidence)
-        is_last = part == subject.device.PARTS[-1]
+        is_last = part == subject.device.policy.answer_fractions[-1]
         n = _next_size(subject, evidence, guess.micro_batch, part, guess.at_least if is_last else guess.micro_batch)
         if n <= evidence.recordings[-1].micro_batch or not allowed(evidence, n):
             continue
@@ -76,9 +76,9 @@ def approach(
             evidence.fallback_reason = f"a recording at {n} samples, which should have fitted, did not"
             return
         last = next(recording for recording in evidence.recordings if recording.micro_batch == n)
-        exact = subject.device.AGREES_WITHIN == 0  # then a peak may be right by chance: all that is large has to be
+        exact = subject.device.policy.agreement == 0  # then a peak may be right by chance: all that is large has to be
         sure = not exact or (predicts_large_blocks(program, last) and not may_saturate(evidence.program()))
-        if error is not None and error <= subject.device.AGREES_WITHIN and sure:
+        if error is not None and error <= subject.device.policy.agreement and sure:
             return
     evidence.fallback_reason = doubt_of_last(subject, evidence)
 
@@ -114,7 +114,8 @@ def _few_samples(
         evidence.fallback_reason = "the budget is too small to record at two sizes, so each was recorded by itself"
         return
     found = answer(evidence).micro_batch
-    n = min(found, (int(subject.device.MOST_SAMPLES * found) - _samples(subject, evidence)) // 2)
+    most_samples = subject.device.policy.max_samples_per_answer
+    n = found if most_samples is None else min(found, (int(most_samples * found) - _samples(subject, evidence)) // 2)
     if n > evidence.recordings[-1].micro_batch and allowed(evidence, n):
         if_it_fits(subject, n, lambda: add(subject, evidence, n) or 0)
 
@@ -127,20 +128,20 @@ def _second_size(
     prime: int,
 ) -> int:
     """The second small prime; where the answer is small too, so that no third recording may be had, one near it."""
-    most = subject.device.MOST_SAMPLES
+    most = subject.device.policy.max_samples_per_answer
     if most is None or allowed(evidence, SMALL_ANSWER):
         return prime
     sure = next(n for n in range(SMALL_ANSWER, 0, -1) if n <= prime or allowed(evidence, n))
     if evidence.has_program:
         sure = min(sure, max(answer(evidence).micro_batch, prime))  # what is asked for may be less than what fits
     left = int(most * sure) - _samples(subject, evidence)
-    return max(prime, prime_near(min(int(subject.device.PARTS[-1] * sure), left // 2)))
+    return max(prime, prime_near(min(int(subject.device.policy.answer_fractions[-1] * sure), left // 2)))
 
 
 def _samples(subject: RecordingTarget, evidence: Evidence) -> int:
     """Samples that recording took so far."""
     assert evidence.first_step is not None
-    scouted: int = evidence.first_step.micro_batch * subject.device.SCOUT_STEPS
+    scouted = evidence.first_step.micro_batch * subject.device.policy.first_step_micro_batches
     return scouted + sum(note.passes * note.micro_batch for note in evidence.notes)
 
 
@@ -149,18 +150,20 @@ def _next_size(subject: RecordingTarget, evidence: Evidence, answer: int, part: 
 
     Where the answer may turn out to be smaller, it may take no more than that allows.
     """
-    most = subject.device.MOST_SAMPLES
+    most = subject.device.policy.max_samples_per_answer
     n = prime_near(int(part * answer))
     if most is None:
         return n
     left = int(most * at_least) - _samples(subject, evidence)
-    later = sum(int(2 * other * answer) for other in subject.device.PARTS if other > part)  # those tell more
+    later = sum(
+        int(2 * other * answer) for other in subject.device.policy.answer_fractions if other > part
+    )  # those tell more
     return min(n, prime_near((left - later) // 2)) if left > later else 0
 
 
 def doubt_of_last(subject: RecordingTarget, evidence: Evidence) -> str | None:
     """Why there is no program, where it was too wrong about the last recording."""
-    last, allowed = evidence.notes[-1], subject.device.LIFTS_WITHIN
+    last, allowed = evidence.notes[-1], subject.device.policy.max_lift_error
     if allowed is None or last.predicted_bytes is None:
         return None
     if abs(last.predicted_bytes / last.measured_bytes - 1) <= allowed:

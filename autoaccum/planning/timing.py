@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..devices import oom
+from ..devices.base import Device
 from ..plan import FASTEST, TimedSize
 from ..simulation.solver import Split, split_within
 from ..window import compiled, step
@@ -131,7 +132,7 @@ def _try_round(
     subject: RecordingTarget, sizes: Sequence[int], samples: int
 ) -> tuple[dict[int, float] | None, int | None]:
     """A round; or None, and the size that can't be run: a model may fail on one sample, for all that is known."""
-    watch = Stopwatch(subject.context.device)
+    watch = Stopwatch(subject.device)
     order = [min(sizes), *sorted((n for n in sizes if n < samples), reverse=True)]
     try:
         return _round(subject, watch, order, sizes, samples), None
@@ -175,7 +176,7 @@ def _round(
 class Stopwatch:
     """Seconds of each phase that was finished, in order; what a GPU is still at belongs to its phase."""
 
-    device: torch.device
+    device: Device
     seconds: list[float] = field(default_factory=list)
 
     @contextmanager
@@ -188,8 +189,7 @@ class Stopwatch:
         self.seconds.append(time.perf_counter() - started)
 
     def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self.device.synchronize()
 
 
 def _medians(rounds: list[dict[int, float]]) -> tuple[TimedSize, ...]:
@@ -198,7 +198,7 @@ def _medians(rounds: list[dict[int, float]]) -> tuple[TimedSize, ...]:
 
 
 def _told(subject: RecordingTarget, rounds: list[dict[int, float]], seconds: float) -> str:
-    on = "this GPU" if subject.context.device.type == "cuda" else f"this CPU with {torch.get_num_threads()} threads"
+    on = "this GPU" if subject.device.kind != "cpu" else f"this CPU with {torch.get_num_threads()} threads"
     threshold = subject.mmap_threshold_bytes
     malloc = f", blocks from {threshold:,} bytes on mapped" if threshold is not None else ""
     return (

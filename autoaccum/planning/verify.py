@@ -66,7 +66,7 @@ def compile_at_answer(predictor: MemoryPredictor, start_over: Callable[[], None]
     _unless_short(lambda: _trainer(subject)(tuple(dict.fromkeys(verified_part(solution.split, compiles=True)))))
     start_over()
     after = subject.device.read_heap()
-    if after is not None:
+    if after is not None and before is not None and evidence.after_first is not None:
         grown = after.outside_bytes - before.outside_bytes
         evidence.after_first = replace(
             evidence.after_first, outside_bytes=evidence.after_first.outside_bytes + max(0, grown)

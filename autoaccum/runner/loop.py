@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..data.windows import loader_length
-from ..devices.virtual.control import is_virtual
+from ..devices.base import Device
+from ..devices.registry import get_device
 from ..errors import UsageError
 from ..plan import Plan
-from ..process_memory import committed_bytes
 from ..processes import interrupts
 from ..processes.child import FINISHES
 from ..state.rng import as_plain, from_plain, put_rng, take_rng
@@ -57,17 +57,18 @@ def train(
             hint="Return Workload(..., loader=DataLoader(dataset, ...)), or a function that makes one.",
         )
     runner = Runner(workload, plan)
+    device = get_device(runner.context.device)
     place = _Place()
     if checkpoint is not None:
         plain(runner.state_dict(), "the checkpoint")  # what it can't hold is said before the first window
         if Path(checkpoint).exists():
             _resume(Path(checkpoint), runner, place, plan)
-    saved, last, odd = time.monotonic(), {"loss": None}, _Odd()
+    saved, last, odd = time.monotonic(), {"loss": None}, _Odd(device)
     length = loader_length(_loader(workload), runner.samples, least=runner.least)
     with _interrupts(say) as interrupted:
         enough = steps is not None and runner.number >= steps
         for result in () if enough else _windows(runner, workload, place, epochs):
-            last = _figures(result, runner, place, length, plan)
+            last = _figures(result, runner, place, length, device)
             odd.see(result, place, say)
             say({"step": last})
             if interrupted() is not None or (steps is not None and runner.number >= steps):
@@ -85,8 +86,8 @@ def train(
 class _Odd:
     """Windows whose loss is not finite. On a virtual GPU there are none: values mean nothing there."""
 
-    def __init__(self) -> None:
-        self._counts = not is_virtual()
+    def __init__(self, device: Device) -> None:
+        self._counts = device.computes
         self._first: dict[str, int] | None = None
         self._windows = 0
 
@@ -187,14 +188,14 @@ def _generators(loader: Iterable[Batch]) -> list[torch.Generator]:
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
-def _figures(result: StepResult, runner: Runner, place: _Place, length: int | None, plan: Plan) -> dict[str, Any]:
+def _figures(result: StepResult, runner: Runner, place: _Place, length: int | None, device: Device) -> dict[str, Any]:
     return {
         "number": result.number,
         "epoch": place.epoch,
         "window": place.windows,
         "windows": length,
         "loss": float(result.loss),
-        "held_bytes": torch.cuda.memory_reserved() if plan.on_cuda else committed_bytes(),
+        "held_bytes": device.held_bytes(),
         "samples": result.samples,
         "micro_batch": max(result.split),
         "accumulation_steps": len(result.split),

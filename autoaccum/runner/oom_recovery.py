@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from .. import process_memory
 from ..data.windows import Window
 from ..devices import oom
-from ..devices.cuda import workspaces
+from ..devices.registry import get_device
 from ..errors import OutOfMemory
 from ..phases import OPTIMIZER, PHASE_TITLES
 from ..plan import Plan
@@ -117,7 +117,7 @@ class OomRecovery:
     def _free_memory(self) -> None:
         oom.collect()
         process_memory.trim()
-        workspaces.give_back(self.context.device)
+        get_device(self.context.device).release_cache()
 
     def _smallest_fails(self, failed: int, where: str, failure: str) -> OutOfMemory:
         return OutOfMemory(

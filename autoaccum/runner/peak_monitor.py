@@ -9,11 +9,11 @@ below an older peak, and never blames a window for what came before it.
 from __future__ import annotations
 
 import logging
-import resource
 from pathlib import Path
 
 import torch
 
+from ..devices.registry import get_device
 from ..plan import Plan
 from ..planning.growth import at_run_time
 from ..units import show_bytes
@@ -59,9 +59,7 @@ class PeakMonitor:
 
     def _peak_bytes(self) -> int:
         """Return the highest of the process's life: resident, or reserved on the GPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return get_device(self.device).lifetime_peak_bytes()
 
     def _planned_bytes(self) -> int:
         """Return the plan's figure for the same; both include what is there before a window, the model above all."""

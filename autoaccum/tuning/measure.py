@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from .. import process_memory
 from ..data import split as cutting
 from ..data.windows import Window, windows
+from ..devices.registry import get_device
 from ..simulation.solver import Split, split_within
 from ..window import step
 from ..workload import Workload
@@ -55,8 +54,7 @@ def endless_windows(workload: Workload, split: Split, *, from_loader: bool) -> I
         started = time.perf_counter()
         window = next(found)
         step.train_window(context, window.pieces, window.sizes)
-        if context.device.type == "cuda":
-            torch.cuda.synchronize(context.device)
+        get_device(context.device).synchronize()
         taken = time.perf_counter() - started
         if number > 0:
             yield taken

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..devices.virtual.control import is_virtual
+from ..devices.registry import get_device
 
 if TYPE_CHECKING:
     from .context import TrainingContext
@@ -32,16 +32,12 @@ def is_compiled(model: nn.Module, loss: Any = None) -> bool:
 
 def runs_compiled(context: TrainingContext) -> bool:
     """Whether its windows run compiled for real: a virtual GPU runs nothing that a compiler makes."""
-    return is_compiled(context.model, context.loss) and not _on_virtual_gpu(context)
+    return is_compiled(context.model, context.loss) and get_device(context.device).computes
 
 
 def as_trained(context: TrainingContext) -> AbstractContextManager[None]:
     """Around a window that is run for real while planning."""
-    return uncompiled() if _on_virtual_gpu(context) else contextlib.nullcontext()
-
-
-def _on_virtual_gpu(context: TrainingContext) -> bool:
-    return context.device.type == "cuda" and is_virtual()
+    return contextlib.nullcontext() if get_device(context.device).computes else uncompiled()
 
 
 @contextlib.contextmanager

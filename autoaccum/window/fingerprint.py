@@ -10,6 +10,7 @@ import torch
 
 from .. import __version__
 from ..data import tree
+from ..devices.registry import get_device
 from ..errors import BatchError, PlanMismatch
 from ..plan import LeafForm
 from .step import TrainingContext
@@ -62,16 +63,15 @@ def fingerprint(context: TrainingContext) -> dict[str, str]:
     optimizer = context.optimizer
     group = optimizer.param_groups[0]
     flags = [name for name in ("foreach", "fused", "amsgrad", "momentum", "capturable") if group.get(name)]
-    device = context.device
-    cuda = device.type == "cuda"
+    device = get_device(context.device)
     return {
         "model": f"{type(context.model).__name__} {_digest(_structure(context.model))}",
         "loss": getattr(context.loss, "__qualname__", type(context.loss).__name__),
         "optimizer": " ".join([type(optimizer).__name__, *flags]),
         "precision": str(context.autocast_dtype or "as the model is"),
         "window": _window_words(context),
-        "device": torch.cuda.get_device_name(device) if cuda else device.type,
-        **(_cuda_words() if cuda else {}),
+        "device": device.name,
+        **device.settings_words(),
         **({"configuration": context.configuration} if context.configuration is not None else {}),
         "torch": torch.__version__,
         "autoaccum": __version__,
@@ -91,14 +91,6 @@ def _window_words(context: TrainingContext) -> str:
         "adds up as parameters": context.accumulate != "fp32",
     }
     return ", ".join(word for word, true in does.items() if true) or "plain"
-
-
-def _cuda_words() -> dict[str, str]:
-    """How the allocator is set, whether by the environment or since; and whether cuDNN tries its algorithms."""
-    from ..devices.cuda.device import allocator_settings
-
-    text = allocator_settings().get("PYTORCH_CUDA_ALLOC_CONF") or "as it comes"
-    return {"allocator": text, **({"cudnn": "benchmark"} if torch.backends.cudnn.benchmark else {})}
 
 
 def check_fingerprint(found: Mapping[str, str], planned: Mapping[str, str]) -> None:

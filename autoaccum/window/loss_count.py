@@ -10,8 +10,8 @@ import torch
 
 from ..data import split as cutting
 from ..data import tree
-from ..devices.cuda import workspaces
 from ..devices.oom import drop_frames, is_out_of_memory
+from ..devices.registry import get_device
 from ..errors import BatchError
 from ..state import snapshot
 from ..state.rng import put_rng, take_rng
@@ -65,7 +65,8 @@ def _ask_for_denominator(context: TrainingContext, piece: Batch) -> None:
         return find_denominator(ask, batch)
 
     context.denominator = asked(context, find)
-    workspaces.give_back(context.device)  # what asking left there would decide where the window's large blocks lie
+    # Blocks that this left would decide where the window's large ones lie.
+    get_device(context.device).release_cache()
     context.asked_for_denominator = True
     if context.denominator is not None:
         context.count = context.denominator.count
@@ -77,7 +78,7 @@ def _is_pair(context: TrainingContext, piece: Batch) -> bool:
         return False
     few = _few(piece)
     context.counts_by_forward = asked(context, lambda: count_of(forward(context, _copy(few))) is not None)
-    workspaces.give_back(context.device)
+    get_device(context.device).release_cache()
     context.loss_is_mean = not context.counts_by_forward
     return context.counts_by_forward
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..devices.cuda import workspaces
+from ..devices.registry import get_device
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, OnPhase
 from ..workload import Batch
 from . import cached_representations, fp32_accumulation, loss_terms
@@ -62,7 +62,7 @@ def train_window(
     steps, samples = len(pieces), sum(sizes)
     total = window_count(context, pieces)
     if not context.has_begun:  # whatever this process did before: the first window finds what a fresh one would
-        workspaces.give_back(context.device)
+        get_device(context.device).release_cache()
         context.has_begun = True
     window_loss: torch.Tensor | None = None
     cache: cached_representations.Cache | None = None
@@ -79,7 +79,7 @@ def train_window(
                         loss, total = _micro_batch(context, norms, piece, size / samples, total)
                     window_loss = loss if window_loss is None else window_loss.add_(loss)
                     del loss
-                    _let_go_of_workspaces(context)
+                    _release_workspaces(context)
             if cache is not None:
                 cache.after.restore()
         assert window_loss is not None
@@ -87,7 +87,7 @@ def train_window(
             context.copies.let_go()
             counts_nothing = total is not None and not bool(total)
             grad_norm, stepped = optimizer_step(context, half, counts_nothing=counts_nothing, loss=window_loss)
-            _let_go_of_workspaces(context)
+            _release_workspaces(context)
     return WindowResult(window_loss, samples, grad_norm, stepped)
 
 
@@ -96,12 +96,12 @@ def run_between(context: TrainingContext, *, on_phase: OnPhase | None = None) ->
     if context.between is not None:
         with (on_phase or _no_phase)(BETWEEN):
             context.between(context.model)
-            _let_go_of_workspaces(context)
+            _release_workspaces(context)
 
 
-def _let_go_of_workspaces(context: TrainingContext) -> None:
+def _release_workspaces(context: TrainingContext) -> None:
     if not context.keeps_workspaces:
-        workspaces.let_go_of_workspaces(context.device)
+        get_device(context.device).release_workspaces()
 
 
 def _micro_batch(

@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoaccum.devices import virtual
-from autoaccum.devices.cpu import device as cpu
-from autoaccum.devices.cuda import device as cuda
+from autoaccum.devices.base import Device
+from autoaccum.devices.cpu.device import CpuDevice
+from autoaccum.devices.cuda.device import CudaDevice
+from autoaccum.devices.cuda.model_blocks import model_blocks, reserved_bytes_of
+from autoaccum.devices.registry import get_device
 from autoaccum.planning import observe
 from autoaccum.planning.predictor import bytes_per_sample
 from autoaccum.window import step
@@ -89,11 +92,11 @@ MADE = {"mlp": (mlp, (53, 211, 431)), "transformer": (transformer, (5, 13, 29))}
 MADE |= {"llama": (llama, (5, 11, 23)), "cnn": (cnn, (11, 37, 83))}
 
 
-def record(name: str, device: Any) -> dict[str, Any]:
+def record(name: str, device: Device) -> dict[str, Any]:
     make, sizes = MADE[name]
     torch.manual_seed(0)
     work = make()
-    work.model.to(device.name)
+    work.model.to(device.torch_device)
     threshold = device.prepare("fixed")
     subject = observe.RecordingTarget(step.open_context(work), work, device, threshold, before=device.read_heap())
     evidence = observe.Evidence()
@@ -103,7 +106,7 @@ def record(name: str, device: Any) -> dict[str, Any]:
     assert evidence.first_step is not None and evidence.fallback_reason is None
     subject.context.model.zero_grad(set_to_none=True)
     found: dict[str, Any] = {
-        "device": device.name,
+        "device": device.kind,
         "parameter_bytes": sum(tensor.nbytes for tensor in (*work.model.parameters(), *work.model.buffers())),
         "sample_bytes": bytes_per_sample(subject),
         "unrecorded_bytes": evidence.unrecorded_bytes,
@@ -112,15 +115,21 @@ def record(name: str, device: Any) -> dict[str, Any]:
         "recordings": [flat_recording(recording) for recording in evidence.recordings],
         "notes": [[n.micro_batch, n.passes, n.measured_bytes, n.predicted_bytes] for n in evidence.notes],
     }
-    if device is cpu:
-        base = cpu.read_base(subject.before, evidence.after_first)
-        found |= {"base_bytes": base.bytes, "own_bytes": base.own_bytes}
-        return found | {"holes": [base.fresh.heap_free_bytes, base.here.heap_free_bytes]}
-    build = cuda.model_blocks(work.model)
+    if isinstance(device, CpuDevice):
+        assert subject.before is not None
+        base = device.read_baseline(subject.before, evidence.after_first)
+        found |= {"base_bytes": base.bytes, "own_bytes": base.planning_bytes}
+        return found | {"holes": [base.new_process.heap_free_bytes, base.this_process.heap_free_bytes]}
+    assert isinstance(device, CudaDevice)
+    build = model_blocks(work.model)
     device.clean()
-    start = cuda.read_start(subject.context.device)
+    start = device.read_allocator()
     segments = [[s.address, s.stream, s.small, s.expandable, s.private, s.blocks] for s in start.segments]
-    return found | {"base_bytes": cuda.reserved_by(build, cuda.rules()), "build": flat(build), "start": segments}
+    return found | {
+        "base_bytes": reserved_bytes_of(build, device.read_rules()),
+        "build": flat(build),
+        "start": segments,
+    }
 
 
 def main(names: list[str]) -> None:
@@ -132,7 +141,10 @@ def main(names: list[str]) -> None:
             command = [sys.executable, "-m", "tests.data.make_golden", name]
             assert virtual.launch(command, virtual.VirtualGpu(memory_bytes=16 << 30)).wait() == 0
     for name in names:
-        text = json.dumps(record(name, cpu if name in ("mlp", "transformer") else cuda), separators=(",", ":"))
+        text = json.dumps(
+            record(name, get_device(torch.device("cpu" if name in ("mlp", "transformer") else "cuda"))),
+            separators=(",", ":"),
+        )
         out = FOLDER / f"{name}.json.gz"
         out.write_bytes(gzip.compress(text.encode(), mtime=0))
         print(f"{out.name}: {len(text):,} characters, {out.stat().st_size:,} bytes")

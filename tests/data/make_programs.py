@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoaccum.devices.cpu import device
+from autoaccum.devices.registry import get_device
 from autoaccum.planning import observe
 from autoaccum.simulation.recording import Event, Recording
 from autoaccum.window import step
@@ -121,7 +121,7 @@ def record(seed: int) -> dict[str, Any]:
     sample = (torch.randn(4, LENGTH, width), torch.randint(CLASSES, (4,)))
     work = Workload(Classifier(kinds, width), sample, optimizer=optimizer)
     context = step.open_context(work)
-    subject = observe.RecordingTarget(context, work, device, None)
+    subject = observe.RecordingTarget(context, work, get_device(context.device), None)
     evidence = observe.Evidence()
     observe.scout(subject, evidence)
     recordings = [observe.record_window(subject, n) for n in sorted(rng.sample(PRIMES, 2))]

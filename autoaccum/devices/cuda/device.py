@@ -1,8 +1,4 @@
-"""A CUDA device as a device to plan for: how it is recorded, replayed and measured.
-
-A device is a module with these names; `planning/fit.py` calls no others. A CUDA byte is a *reserved* byte: one that the
-caching allocator took from the driver.
-"""
+"""A CUDA device: recorded by the caching allocator's history, replayed by its rules, measured in reserved bytes."""
 
 from __future__ import annotations
 
@@ -12,63 +8,33 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ...budget import Budget
 from ...errors import UsageError
-from ...phases import BUILD, OnPhase
+from ...phases import OnPhase
 from ...simulation.cuda_allocator.allocator import AllocatorState, CudaRules
 from ...simulation.cuda_allocator.replay import replay_cuda
 from ...simulation.malloc import HeapState, Replay
 from ...simulation.recording import Event, Phase, Recording, live_peak
 from ...simulation.solver import Split
-from . import recorder
-from .budget import read_cuda_budget as read_budget
+from ..base import CACHING_ALLOCATOR, Device, Measurement, RecordingPolicy, Window
+from . import recorder, workspaces
+from .budget import read_cuda_budget
 
-__all__ = [
-    "AGREES_WITHIN",
-    "LIFTS_WITHIN",
-    "MOST_SAMPLES",
-    "PARTS",
-    "SCOUT_STEPS",
-    "Measured",
-    "clean",
-    "holes_filled",
-    "limit_reserved",
-    "measure",
-    "model_blocks",
-    "name",
-    "prepare",
-    "read_budget",
-    "read_heap",
-    "read_start",
-    "record",
-    "reserved_by",
-    "rules",
-    "run",
-    "unrecorded_bytes",
-]
-
-name = "cuda"
-AGREES_WITHIN = 0.0  # one micro-batch more or less is decided by a few MiB: the recordings nearest the answer count
-LIFTS_WITHIN = None  # workspaces saturate, so the next recording may be far off, and tells where; verifying decides
-PARTS = (0.5, 0.95)  # of the answer: where to record, once it is roughly known; the nearer, the less is extrapolated
-SCOUT_STEPS = (
-    2  # micro-batches of the very first window recorded: as many as others have, so that they can be laid side by side
-)
-MOST_SAMPLES = 3.0  # recording may take that many times the answer in samples
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a real run took.
+class CudaMeasurement(Measurement):
+    """The memory and time of windows that were run; `seconds` are of those after the first.
 
     Attributes:
-        peak_bytes: The most that was reserved.
-        allocated_bytes: The most that was handed out.
-        retries: How often the cache was given back to make room, in each window.
-        seconds: What the windows after the first took.
+        peak_bytes: Peak of the reserved bytes.
+        allocated_bytes: Peak of the bytes handed out.
+        retries: How often the allocator gave its cache back to make room, in each window.
         recording: Of the first window; None where the user's own memory history kept too little of it.
         kept: Whether cuBLAS kept its workspaces.
     """
@@ -76,184 +42,207 @@ class Measured:
     peak_bytes: int
     allocated_bytes: int
     retries: tuple[int, ...]
-    seconds: float
     recording: Recording | None = None
     kept: bool = False
 
 
-def prepare(malloc: str = "fixed") -> int | None:
-    """The C library's malloc has no say here."""
-    return None
+class CudaDevice(Device):
+    """A CUDA device. A byte counts as used when the caching allocator has reserved it from the driver."""
+
+    kind = "cuda"
+    memory_model = CACHING_ALLOCATOR
+    policy = RecordingPolicy(
+        first_step_micro_batches=2,
+        answer_fractions=(0.5, 0.95),  # the nearer to the answer, the less is extrapolated
+        agreement=0.0,  # a few MiB decide one micro-batch more or less
+        max_lift_error=None,  # workspaces saturate
+        max_samples_per_answer=3.0,
+    )
+
+    @property
+    def name(self) -> str:
+        """Return the name that the driver reports, like "NVIDIA A100-SXM4-40GB"."""
+        return torch.cuda.get_device_name(self.torch_device)
+
+    @property
+    def index(self) -> int:
+        """Return the device's number; the current one's where none was named."""
+        index = self.torch_device.index
+        return torch.cuda.current_device() if index is None else int(index)
+
+    def settings_words(self) -> dict[str, str]:
+        """Describe the allocator's settings, from the environment or set since, and cuDNN's choice of algorithms."""
+        text = allocator_settings().get("PYTORCH_CUDA_ALLOC_CONF") or "as it comes"
+        return {"allocator": text, **({"cudnn": "benchmark"} if torch.backends.cudnn.benchmark else {})}
+
+    def prepare(self, malloc: str = "fixed") -> int | None:
+        """Return None: the C library's malloc does not matter here."""
+        return None
+
+    def record(self, run: Window, *, micro_batch: int) -> Recording:
+        """Record a window from an empty cache, so that fragments of smaller sizes are not in its way.
+
+        cuBLAS's workspaces go first: they lie in the middle of large segments, which stay reserved until then.
+        """
+        if torch.backends.cudnn.benchmark:
+            run(lambda name: contextlib.nullcontext())  # the first run at a new size tries large workspaces
+        self.release_cache()
+        return recorder.record(run, micro_batch=micro_batch)
+
+    def record_build(self, make: Callable[[], T]) -> tuple[T, tuple[Event, ...]]:
+        """Call a function with the allocator's history on.
+
+        Returns:
+            Its result, and the blocks that were handed out and taken back meanwhile.
+        """
+        return recorder.record_build(make, self.index)
+
+    def replay(
+        self,
+        phases: Sequence[Phase],
+        threshold_bytes: int | None,
+        start: HeapState | None = None,
+        unrecorded_bytes: int = 0,
+    ) -> Replay:
+        """Replay phases from an empty allocator without a limit; the malloc arguments do not matter here."""
+        found = replay_cuda(phases, self.read_rules())
+        return Replay(found.peak_reserved_bytes, live_peak(phases), found.phases)
+
+    def input_bytes(self, tensor_bytes: int) -> int:
+        """Return 0: samples wait on the host, and those of the current micro-batch are in the recording."""
+        return 0
+
+    def measure(self, train: Callable[..., None], windows: Sequence[Split]) -> CudaMeasurement:
+        """Train windows, record the first of them, and read the allocator's statistics.
+
+        cuBLAS's workspaces are cleared before.
+        """
+        at, retries = self.torch_device, []
+        if torch.backends.cudnn.benchmark:
+            train(windows[0])  # trying algorithms uses memory that is given back when it is short: it decides nothing
+            torch.cuda.empty_cache()
+        torch.cuda.synchronize(at)
+        torch.cuda.reset_peak_memory_stats(at)
+        recording: Recording | None = None
+        started = 0.0
+        for index, split in enumerate(windows):
+            before = self._retries()
+            if index == 0:
+                recording = self._train_recorded(train, split)
+                started = time.perf_counter()
+            else:
+                train(split)
+            retries.append(self._retries() - before)
+        torch.cuda.synchronize(at)
+        return CudaMeasurement(
+            seconds=time.perf_counter() - started,
+            peak_bytes=torch.cuda.max_memory_reserved(at),
+            allocated_bytes=torch.cuda.max_memory_allocated(at),
+            retries=tuple(retries),
+            recording=recording,
+        )
+
+    def _train_recorded(self, train: Callable[..., None], split: Split) -> Recording | None:
+        """Train a window and record it, nothing cleared from the cache before it."""
+        trained = False
+
+        def run(on_phase: OnPhase) -> None:
+            nonlocal trained
+            train(split, on_phase)
+            trained = True
+
+        try:
+            return recorder.record(run, micro_batch=split[0], device=self.torch_device)
+        except UsageError:
+            if not trained:
+                raise
+            return None
+
+    def _retries(self) -> int:
+        statistics: dict[str, Any] = torch.cuda.memory_stats(self.torch_device)
+        return int(statistics.get("num_alloc_retries", 0))
+
+    def read_budget(self, memory: str | int | None = None, headroom: str | int | None = None) -> Budget:
+        """Read what the caching allocator may reserve."""
+        return read_cuda_budget(self.torch_device, memory, headroom)
+
+    def read_rules(self) -> CudaRules:
+        """Read the allocator's settings in this process, without a limit on memory."""
+        total = self.total_bytes()
+        fraction = torch.cuda.get_per_process_memory_fraction(self.index)
+        found = CudaRules.from_snapshot(allocator_settings(), device_bytes=total)
+        return replace(found, allowed_bytes=int(fraction * total)) if fraction < 1.0 else found
+
+    def read_allocator(self) -> AllocatorState:
+        """Read what the allocator holds now."""
+        return AllocatorState.from_snapshot(torch.cuda.memory_snapshot(), self.index)  # type: ignore[no-untyped-call]
+
+    def total_bytes(self) -> int:
+        """Return the device's memory."""
+        return int(torch.cuda.get_device_properties(self.index).total_memory)
+
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Limit the reserved bytes of the caching allocator.
+
+        The allocator compares with a whole number of bytes, rounded down from a fraction of the device's memory. The
+        context, libraries and other processes are not counted, nor are they in a plan's budget. A limit above the
+        device's memory is none.
+        """
+        fraction = (limit_bytes + 0.25) / self.total_bytes()
+        if fraction < torch.cuda.get_per_process_memory_fraction(self.index):
+            torch.cuda.set_per_process_memory_fraction(fraction, self.index)
+
+    def free_bytes(self) -> int:
+        """Return what the driver has free and what the allocator has cached."""
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        return int(free) + self.held_bytes() - self.allocated_bytes()
+
+    def obtainable_bytes(self) -> int:
+        """Return what the allocator can still reserve: free in the driver, and below its limit."""
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(self.torch_device) * total)
+        return min(int(free), max(0, allowed - self.held_bytes()))
+
+    def held_bytes(self) -> int:
+        """Return the reserved bytes."""
+        return torch.cuda.memory_reserved(self.torch_device)
+
+    def allocated_bytes(self) -> int:
+        """Return the bytes that are handed out."""
+        return torch.cuda.memory_allocated(self.torch_device)
+
+    def lifetime_peak_bytes(self) -> int:
+        """Return the peak of the reserved bytes."""
+        return torch.cuda.max_memory_reserved(self.torch_device)
+
+    def clean(self) -> None:
+        """Collect garbage and give cached blocks and cuBLAS's workspaces back to the driver."""
+        gc.collect()
+        self.release_cache()
+
+    def release_cache(self) -> None:
+        """Give cached blocks and cuBLAS's workspaces back to the driver."""
+        workspaces.clear()
+        torch.cuda.empty_cache()
+
+    def release_workspaces(self) -> None:
+        """Give cuBLAS's workspaces back to the caching allocator."""
+        workspaces.release()
+
+    def synchronize(self) -> None:
+        """Wait for the device's streams."""
+        torch.cuda.synchronize(self.torch_device)
 
 
-def holes_filled(threshold_bytes: int | None) -> contextlib.AbstractContextManager[int]:
-    """The C library's heap has no say here."""
-    return contextlib.nullcontext(0)
-
-
-def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
-    """Records what `run` allocates. What smaller sizes left in the cache, in pieces, shall not be in its way.
-
-    cuBLAS's workspaces go first: they lie in the middle of large segments, which can't be given back until then.
-    """
-    if torch.backends.cudnn.benchmark:
-        run(lambda name: contextlib.nullcontext())  # the first run at a new size tries large workspaces; later don't
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-    return recorder.record(run, micro_batch=micro_batch)
-
-
-def clean() -> None:
-    """Gives back to the driver all that can be given back: cached blocks, and cuBLAS's workspaces."""
-    gc.collect()
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-
-
-def rules(device_bytes: int | None = None) -> CudaRules:
-    """The allocator as it is set in this process, with any amount of memory.
-
-    Args:
-        device_bytes: The device's memory; left out, the current one's.
-    """
-    total = device_bytes or torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    fraction = torch.cuda.get_per_process_memory_fraction()
-    found = CudaRules.from_snapshot(allocator_settings(), device_bytes=total)
-    return replace(found, allowed_bytes=int(fraction * total)) if fraction < 1.0 else found
+def open_device(torch_device: torch.device) -> CudaDevice:
+    """Return the device object; called by devices/registry.py."""
+    return CudaDevice(torch_device)
 
 
 def allocator_settings() -> dict[str, Any]:
-    """The allocator's settings as it has them; as the environment does where this torch's snapshot has none."""
+    """Return the allocator's settings as it has them; the environment's where this torch's snapshot has none."""
     found: dict[str, Any] | None = torch.cuda.memory._snapshot().get("allocator_settings")
     if found is not None:
         return found
     text = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
     return {"PYTORCH_CUDA_ALLOC_CONF": text}
-
-
-def read_start(device: torch.device) -> AllocatorState:
-    """What the allocator holds now."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return AllocatorState.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
-
-
-def read_heap() -> None:
-    """The C library's heap has no say here."""
-
-
-def unrecorded_bytes(work: Callable[[OnPhase], None], recording: Recording, threshold_bytes: int | None) -> int:
-    """Nothing: every block that the allocator hands out is in its history."""
-    return 0
-
-
-def run(
-    phases: list[Phase], threshold_bytes: int | None, start: HeapState | None = None, unrecorded_bytes: int = 0
-) -> Replay:
-    """Replays phases from an empty allocator of any capacity."""
-    found = replay_cuda(phases, rules())
-    return Replay(found.peak_reserved_bytes, live_peak(phases), found.phases)
-
-
-def reserved_by(blocks: tuple[Event, ...], settings: CudaRules) -> int:
-    """What the allocator reserves for blocks that come one after the other."""
-    return replay_cuda([Phase(BUILD, blocks)], replace(settings, capacity_bytes=None)).peak_reserved_bytes
-
-
-def model_blocks(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple[Event, ...]:
-    """The blocks of a model in the order in which `model.cuda()` makes them, then those of its optimizer's state.
-
-    torch.nn.Module._apply: children first, then a module's own parameters, then its buffers. A fresh process that
-    builds its model otherwise (on the device at once, or loaded from a file) may order them otherwise.
-    """
-    tensors = list(_applied(model))
-    if optimizer is not None:
-        tensors += [
-            value
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            for value in optimizer.state.get(parameter, {}).values()
-            if isinstance(value, torch.Tensor)
-        ]
-    seen: set[int] = set()
-    events: list[Event] = []
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if tensor.device.type == "cuda" and storage.nbytes() and storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            events.append(Event(len(events) + 1, storage.nbytes()))
-    return tuple(events)
-
-
-def _applied(module: torch.nn.Module) -> list[torch.Tensor]:
-    inner = [tensor for child in module.children() for tensor in _applied(child)]
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]
-    return [*inner, *own, *(buffer for buffer in module._buffers.values() if buffer is not None)]
-
-
-def measure(train: Callable[..., None], windows: Sequence[Split], device: torch.device) -> Measured:
-    """Trains windows for real, records the first of them, and reads the allocator's own statistics.
-
-    Args:
-        train: Trains one window of a split; takes an `on_phase` too, as `step.train_window` does.
-        windows: The splits, of windows to be trained one after the other. cuBLAS's workspaces are cleared before.
-        device: The CUDA device.
-    """
-    retries = []
-    if torch.backends.cudnn.benchmark:
-        train(windows[0])  # what trying algorithms takes is given back when it is short: it decides nothing
-        torch.cuda.empty_cache()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    recording: Recording | None = None
-    started = 0.0
-    for index, split in enumerate(windows):
-        before = _retries(device)
-        if index == 0:
-            recording = _recorded(train, split, device)
-            started = time.perf_counter()
-        else:
-            train(split)
-        retries.append(_retries(device) - before)
-    torch.cuda.synchronize(device)
-    return Measured(
-        peak_bytes=torch.cuda.max_memory_reserved(device),
-        allocated_bytes=torch.cuda.max_memory_allocated(device),
-        retries=tuple(retries),
-        seconds=time.perf_counter() - started,
-        recording=recording,
-    )
-
-
-def _recorded(train: Callable[..., None], split: Split, device: torch.device) -> Recording | None:
-    """Trains a window and records it, nothing cleared from the cache before it."""
-    trained = False
-
-    def run(on_phase: OnPhase) -> None:
-        nonlocal trained
-        train(split, on_phase)
-        trained = True
-
-    try:
-        return recorder.record(run, micro_batch=split[0], device=device)
-    except UsageError:
-        if not trained:
-            raise
-        return None
-
-
-def _retries(device: torch.device) -> int:
-    statistics: dict[str, Any] = torch.cuda.memory_stats(device)
-    return int(statistics.get("num_alloc_retries", 0))
-
-
-def limit_reserved(limit_bytes: int) -> None:
-    """Has the caching allocator refuse what would bring it above so many reserved bytes, on the current device.
-
-    The allocator compares with a whole number of bytes, rounded down from a part of the device's memory. The context,
-    libraries and other processes aren't counted, nor are they in a plan's budget. A lower limit that is set already
-    stays, and one above the device's memory is none.
-    """
-    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    fraction = (limit_bytes + 0.25) / whole
-    if fraction < torch.cuda.get_per_process_memory_fraction():
-        torch.cuda.set_per_process_memory_fraction(fraction)

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,7 +15,9 @@ from ...errors import UsageError
 from ...phases import FIRST, LATER
 from ...simulation.cuda_allocator.snapshot import AllocatorState
 from ...simulation.recording import Event, Phase, Recording, name_blocks
-from .workspaces import WORKSPACES, metadata
+from .workspaces import WORKSPACES, clear, metadata
+
+T = TypeVar("T")
 
 _MARKS = itertools.count()  # each recording marks its events with a number of its own: older ones may be in the ring
 _MOST_EVENTS = 10_000_000
@@ -53,7 +55,7 @@ def record(
     phases: list[str] = []
     mark = f"autoaccum {next(_MARKS)}:"
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    torch._C._cuda_clearCublasWorkspaces()
+    clear()
     with _history():
         with metadata(mark + _START):
             start = _start(index)
@@ -65,6 +67,29 @@ def record(
     found, workspaces = _cut(trace, mark, phases)
     passes = sum(phase.name in (FIRST, LATER) for phase in found)
     return Recording(micro_batch, found, passes, time.perf_counter() - started, start, workspaces)
+
+
+def record_build(make: Callable[[], T], index: int) -> tuple[T, tuple[Event, ...]]:
+    """Call a function with the history on.
+
+    Args:
+        make: Builds a model on the device.
+        index: The device's number.
+
+    Returns:
+        Its result, and the blocks that were handed out and taken back meanwhile, in order.
+    """
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.memory._record_memory_history("all", context=None)
+    try:
+        made = make()
+        torch.cuda.synchronize(index)
+        trace = torch.cuda.memory._snapshot()["device_traces"][index]
+    finally:
+        torch.cuda.memory._record_memory_history(None)
+    signs = {"alloc": 1, "free_completed": -1}
+    kept = [entry for entry in trace if entry["action"] in signs]
+    return made, tuple(name_blocks((e["addr"], signs[e["action"]] * e["size"], e["stream"]) for e in kept))
 
 
 @contextlib.contextmanager

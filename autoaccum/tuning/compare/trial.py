@@ -16,10 +16,10 @@ import torch
 
 from ...data import split as cutting
 from ...devices import oom
-from ...devices.cuda.device import limit_reserved
-from ...devices.virtual.control import is_virtual
+from ...devices.base import CACHING_ALLOCATOR, Device
+from ...devices.registry import get_device
 from ...plan import Plan
-from ...process_memory import PeakSampler, limit_data, trim
+from ...process_memory import PeakSampler, trim
 from ...processes.child import Say
 from ...runner.runner import Runner
 from ...window import step
@@ -48,8 +48,9 @@ def run(
     read = Plan.from_json(plan) if plan is not None else None
     loaded = _with_sample(load_workload(workload, device))
     loaded.model.to(device)
-    _limit(limit_bytes, device)
-    watch = Watch(torch.device(device))
+    on = get_device(torch.device(device))
+    on.limit_memory(limit_bytes)
+    watch = Watch(on)
     loop = _by_plan(loaded, read) if read is not None else _plain(loaded)
     started, ooms, size, failure = time.perf_counter(), 0, micro_batch, ""
     while True:
@@ -77,7 +78,7 @@ def run(
         "micro_batch": max(trained),
         "steps": len(trained),
         "effective_batch": sum(trained),
-        "window_seconds": [] if device == "cuda" and is_virtual() else found["seconds"],
+        "window_seconds": found["seconds"] if on.computes else [],
         "ooms": ooms + found["retries"],
         "search_seconds": found["began"] - started,
         "peak_bytes": watch.peak_bytes,
@@ -145,29 +146,21 @@ def _with_sample(workload: Workload) -> Workload:
     return replace(workload, sample=infer_sample(workload.model)[0])
 
 
-def _limit(limit_bytes: int, device: str) -> None:
-    """What goes over it is refused for real: by the kernel, or by the caching allocator."""
-    if device == "cpu":
-        limit_data(limit_bytes)
-        return
-    limit_reserved(limit_bytes)
-
-
 class Watch:
     """The peak of what is watched: committed bytes of the process, or reserved bytes of the GPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self.peak_bytes = 0
 
     @contextmanager
     def watching(self) -> Any:
         """Watches, also where what is watched fails."""
-        if self._on_cuda:
+        if self._device.memory_model == CACHING_ALLOCATOR:
             try:
                 yield
             finally:
-                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_reserved())
+                self.peak_bytes = max(self.peak_bytes, self._device.lifetime_peak_bytes())
             return
         sampler = PeakSampler()
         try:
@@ -178,5 +171,4 @@ class Watch:
 
     def settle(self) -> None:
         """Waits for what a GPU is still at."""
-        if self._on_cuda:
-            torch.cuda.synchronize()
+        self._device.synchronize()

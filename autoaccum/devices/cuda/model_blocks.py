@@ -1,0 +1,50 @@
+"""The blocks of a model on a CUDA device, and what the caching allocator reserves for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from ...phases import BUILD
+from ...simulation.cuda_allocator.allocator import CudaRules
+from ...simulation.cuda_allocator.replay import replay_cuda
+from ...simulation.recording import Event, Phase
+
+
+def model_blocks(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple[Event, ...]:
+    """List a model's blocks in the order in which `model.cuda()` makes them, then its optimizer's state.
+
+    torch.nn.Module._apply: children first, then a module's own parameters, then its buffers. A process that builds its
+    model otherwise (directly on the device, or loaded from a file) may order them otherwise.
+    """
+    tensors = list(_in_order(model))
+    if optimizer is not None:
+        tensors += [
+            value
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, torch.Tensor)
+        ]
+    seen: set[int] = set()
+    events: list[Event] = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if tensor.device.type == "cuda" and storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            events.append(Event(len(events) + 1, storage.nbytes()))
+    return tuple(events)
+
+
+def _in_order(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for child in module.children():
+        yield from _in_order(child)
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def reserved_bytes_of(blocks: tuple[Event, ...], rules: CudaRules) -> int:
+    """Return what the allocator reserves for blocks that are allocated one after the other."""
+    return replay_cuda([Phase(BUILD, blocks)], replace(rules, capacity_bytes=None)).peak_reserved_bytes
