@@ -26,7 +26,7 @@ from autoaccum.planning import timing as times
 from autoaccum.planning.observe import RecordingTarget
 from autoaccum.planning.request import read_request, with_objective
 from autoaccum.reporting import frames, what_if
-from autoaccum.simulation.knee import interval, knee, told
+from autoaccum.simulation.knee import describe, interval, knee
 from autoaccum.window.step import open_context
 
 MIB = 2**20
@@ -89,11 +89,11 @@ def test_noise_beyond_a_percent_is_not_decided() -> None:
     found = knee(times)
     assert found is not None and not found.is_sure and 2 not in found.candidates and len(found.candidates) > 1
     plan = replace(made_up_plan(), times=times, micro_batch=32)
-    assert re.search(r"^\d+ by the medians of 12 rounds; noise leaves [\d, and]+ possible", told(plan) or "")
+    assert re.search(r"^\d+ by the medians of 12 rounds; noise leaves [\d, and]+ possible", describe(plan) or "")
     apart = tuple(replace(size, round_seconds=()) for size in times)
-    assert "not timed in turn" in (told(replace(plan, times=apart)) or "")
+    assert "not timed in turn" in (describe(replace(plan, times=apart)) or "")
     flat = replace(plan, times=noisy({4: 1.001, 8: 1.0, 16: 1.0}, noise=0.05, rounds=12))
-    assert "no difference that could be measured between 4, 8 and 16 (12 rounds)" in (told(flat) or "")
+    assert "no difference that could be measured between 4, 8 and 16 (12 rounds)" in (describe(flat) or "")
 
 
 def test_five_rounds_are_too_few_to_tell_a_percent_and_six_are_not() -> None:
@@ -101,7 +101,7 @@ def test_five_rounds_are_too_few_to_tell_a_percent_and_six_are_not() -> None:
     few, enough = (knee(noisy(seconds, noise=0.0001, rounds=rounds)) for rounds in (5, 6))
     assert few is not None and not few.is_sure and few.candidates == (4, 8, 16)
     assert enough is not None and enough.is_sure and enough.timed.micro_batch == 8
-    assert "too few to tell" in (told(made_up_plan(times=noisy(seconds, 0.0001, 5))) or "")
+    assert "too few to tell" in (describe(made_up_plan(times=noisy(seconds, 0.0001, 5))) or "")
 
 
 @settings(max_examples=200, deadline=None)
@@ -127,7 +127,7 @@ def test_what_the_knee_frees_is_the_difference_of_the_tables_rows() -> None:
     plan = made_up_plan(
         peaks=rows, micro_batch=64, split=(64,) * 4, malloc_overhead=0.0, times=noisy({8: 1.0, 64: 1.0}, 0.0001, 9)
     )
-    assert "8 would free 80.0 MiB (predicted)" in (told(plan) or "")
+    assert "8 would free 80.0 MiB (predicted)" in (describe(plan) or "")
 
 
 # That planning measures them.
