@@ -48,6 +48,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('the first window is never rehearsed', 'autoaccum/planning/rehearsal.py', ' if _comes_near(subject, least, most) else ()', ' if False else ()', ('tests/test_rehearsal.py',)),
     ('looked at before the optimizer has its state', 'autoaccum/planning/schedule.py', '    scout(subject, evidence, min(least, begin), begin)\n    primes', '    primes', ('tests/test_fit.py',)),
     ('running statistics updated per micro-batch', 'autoaccum/window/norms.py', '        self.merges = how == MERGED and steps > 1', '        self.merges = False', ('tests/test_batchnorm.py',)),
+    ('ids are freed before the optimizer takes its state', 'autoaccum/window/step.py', ', context.copies.window():', ':', ('tests/test_language_models.py', '-m', 'slow', '-k', 'ids')),
     ('workspaces stay where they are', 'autoaccum/window/step.py', '    if not context.keeps_workspaces:', '    if False:', ('tests/test_workspaces.py',)),
     ('what ran before the first window stays', 'autoaccum/window/step.py', '    if not context.has_begun:', '    if False:', ('tests/test_workspaces.py',)),
     ('half precision adds up in half precision', 'autoaccum/window/step.py', 'fp32_accumulation.wide_parameters(context.model.parameters(), context.accumulate, steps)', '[]', ('tests/test_precision.py',)),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from autoaccum.devices.virtual import available
+from autoaccum.devices import virtual
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.language_models import CONTEXT_BYTES, FOUND, case, faults, outside
 
-REASON = available()
+REASON = virtual.available()
 MIB = 1 << 20
 
 
@@ -24,6 +26,26 @@ def test_a_language_model_is_trained_as_planned_and_in_no_more_than_a_loop_takes
     """Seed 28 is one whose window takes less where cuBLAS keeps its workspaces."""
     found = outside(case(seed))
     assert found["faults"] == [], found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+def test_small_ids_held_through_the_step_reserve_what_a_loop_reserves() -> None:
+    """Freed in backward, their place goes to Adam's first state, and the Runner reserves 724 MiB for the loop's 722."""
+    gpu = virtual.VirtualGpu(memory_bytes=2 << 30, context_bytes=CONTEXT_BYTES, copies="zero")
+    code = """
+import functools, torch
+from benchmarks.language_models import case, forked, make, trained
+torch.set_num_threads(1)
+of = case(2)
+model = make(of)
+for by_hand in (False, True):
+    print(forked(functools.partial(trained, of, model, (64, 64), False, by_hand=by_hand))["reserved"] >> 20)
+"""
+    environment = os.environ | virtual.environment(gpu) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert out.stdout.split() == ["722", "722"], out.stderr
 
 
 def line(**changed: Any) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Attempt:
     def put_back(self) -> None:
         """Drop the gradients, and put back random states, scaler, buffers and attributes."""
         drop_gradients(self.context)
-        self.context.copies.let_go()
+        self.context.copies.release()
         if self.before is not None:
             self.before.restore()
 

@@ -68,7 +68,7 @@ def train_window(
     cache: cached_representations.Cache | None = None
     norms = batchnorm.Window(context.norms, context.batchnorm, steps)
     half = fp32_accumulation.wide_parameters(context.model.parameters(), context.accumulate, steps)
-    with fp32_accumulation.wide_gradients(half):
+    with fp32_accumulation.wide_gradients(half), context.copies.window():
         with norms.entered():
             for index, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
                 with phase(FIRST if index == 0 else LATER):
@@ -84,9 +84,10 @@ def train_window(
                 cache.after.restore()
         assert window_loss is not None
         with phase(OPTIMIZER):
-            context.copies.let_go()
+            context.copies.release_copied_ahead()
             counts_nothing = total is not None and not bool(total)
             grad_norm, stepped = optimizer_step(context, half, counts_nothing=counts_nothing, loss=window_loss)
+            context.copies.release()
             _release_workspaces(context)
     return WindowResult(window_loss, samples, grad_norm, stepped)
 
