@@ -185,18 +185,19 @@ def base_plan() -> Plan:
     return fit_plan(work, target_batch=64, budget="4GiB", verify=False)
 
 
+def split_otherwise(plan: Plan, target: int, micro_batch: int) -> Plan:
+    """The same plan for another target, as though only micro-batches of that size fitted."""
+    split = split_within(target, micro_batch)
+    return replace(plan, target_batch=target, micro_batch=split[0], accumulation_steps=len(split), split=split)
+
+
 def plan_for(work: Workload, target: int, micro_batch: int) -> Plan:
     """A plan for a workload as though only micro-batches of that size fitted."""
-    split = split_within(target, micro_batch)
-    return replace(
-        base_plan(),
-        target_batch=target,
-        micro_batch=split[0],
-        accumulation_steps=len(split),
-        split=split,
-        signature=signature(work.sample),
-        fingerprint=fingerprint(open_context(replace(work, scheduler=None))),
-    )
+    changes = {
+        "signature": signature(work.sample),
+        "fingerprint": fingerprint(open_context(replace(work, scheduler=None))),
+    }
+    return replace(split_otherwise(base_plan(), target, micro_batch), **changes)
 
 
 def runner_for(work: Workload, target: int, micro_batch: int) -> Runner:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_train import split_otherwise
 
 from autoaccum import Plan
 
 TINY = """
+import os, time
 import torch
 from autoaccum import Workload
 
@@ -29,16 +32,13 @@ def workload():
     layers = torch.nn.Linear(64, 128), torch.nn.Dropout(0.2), torch.nn.ReLU(), torch.nn.Linear(128, 4)
     model = torch.nn.Sequential(*layers)
     loader = lambda: torch.utils.data.DataLoader(data, batch_size=10, shuffle=True)
-    return Workload(model, data[:4], loader=loader)
+    return Workload(model, data[:4], loader=loader, loss=loss)
 
-def slow():
-    import dataclasses, time
-    work = workload()
-    def loss(model, batch):
+def loss(model, batch):
+    if "SLOW" in os.environ:
         print("a micro-batch", flush=True)
         time.sleep(0.02)
-        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
-    return dataclasses.replace(work, loss=loss)
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 def broken():
     raise ValueError("a mistake of the user's")
@@ -63,25 +63,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a workload and a plan of it: 64 in four micro-batches."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny.py").write_text(TINY)
-    plan = ["plan", "--target-batch", "64", "--max-micro-batch", "16", "--workload"]
-    first = run(*plan, "tiny.py:workload", "-o", "plan.json", cwd=folder)
+    plan = ["plan", "--target-batch", "64", "--max-micro-batch", "16", "--workload", "tiny.py:workload"]
+    first = run(*plan, "-o", "plan.json", cwd=folder)
     assert "4 accumulation steps: 4 of 16 samples = 64" in first.stdout
     assert "a workload may print" in first.stderr and "a workload may print" not in first.stdout
-    run(*plan, "tiny.py:slow", "-o", "slow.json", cwd=folder)
     return folder
 
 
-def test_json_is_alone_on_stdout(folder: Path) -> None:
-    out = run("plan", "--target-batch", "8", "--workload", "tiny.py:workload", "--no-verify", "--json", cwd=folder)
-    plan = Plan.from_json(out.stdout)
-    assert plan.split == (8,) and plan.workload == "tiny.py:workload" and json.loads(out.stdout)["schema_version"] == 1
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[str, Any]:
+    """What two whole epochs of the plan print as JSON; whole.pt is their checkpoint."""
+    out = run("run", "plan.json", "--epochs", "2", "--checkpoint", "whole.pt", "--json", cwd=folder)
+    assert "\r" not in out.stderr  # no progress bar where stderr is no terminal
+    result: dict[str, Any] = json.loads(out.stdout)
+    return result
 
 
-def test_with_the_default_malloc_a_quarter_is_reckoned_on_top(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def stopped(folder: Path) -> Path:
+    """A checkpoint after three steps."""
+    out = run("run", "plan.json", "--epochs", "2", "--steps", "3", "--checkpoint", "three.pt", "--json", cwd=folder)
+    assert json.loads(out.stdout)["steps"] == 3
+    return folder / "three.pt"
+
+
+def test_json_is_alone_on_stdout_and_with_the_default_malloc_a_quarter_is_added(folder: Path) -> None:
     out = run(
         "plan", "--target-batch", "64", "--workload", "tiny.py:workload", "--malloc", "default", "--json", cwd=folder
     )
     plan = Plan.from_json(out.stdout)
+    assert plan.split == (64,) and plan.workload == "tiny.py:workload"
+    assert json.loads(out.stdout)["schema_version"] == plan.schema_version
     assert plan.mmap_threshold_bytes is None and plan.malloc_overhead == 0.25 and "25% of what" in plan.explain()
     taken = max(plan.phases.values()) + plan.history_bytes - plan.baseline_bytes
     assert plan.predicted_peak_bytes == plan.baseline_bytes + taken + int(0.25 * taken)
@@ -141,12 +153,9 @@ def test_traceback_shows_the_users_own_line(folder: Path) -> None:
     assert "Traceback" in out.stderr and "tiny.py" in out.stderr and "raise ValueError" in out.stderr
 
 
-def test_run_trains_every_sample_and_says_so(folder: Path) -> None:
-    out = run("run", "plan.json", "--epochs", "2", "--json", cwd=folder)
-    result = json.loads(out.stdout)
-    assert result["steps"] == 8 and result["samples"] == 400 and result["accumulation_steps"] == 1
-    assert "\r" not in out.stderr  # no progress bar where stderr is no terminal
-    assert result["checkpoint"] is None
+def test_run_trains_every_sample_and_says_so(trained: dict[str, Any]) -> None:
+    assert trained["steps"] == 8 and trained["samples"] == 400 and trained["accumulation_steps"] == 1
+    assert trained["checkpoint"] == "whole.pt"
 
 
 def test_run_without_a_terminal_prints_a_line_per_epoch_and_says_what_was_kept(folder: Path) -> None:
@@ -182,10 +191,10 @@ def parameters(path: Path) -> dict[str, torch.Tensor]:
     return state["runner"]["model"]
 
 
-def test_an_interrupted_and_resumed_run_ends_bitwise_like_one_that_was_not(folder: Path) -> None:
-    run("run", "plan.json", "--epochs", "2", "--checkpoint", "whole.pt", cwd=folder)
-    run("run", "plan.json", "--epochs", "2", "--steps", "3", "--checkpoint", "parts.pt", cwd=folder)
-    run("run", "plan.json", "--epochs", "2", "--steps", "6", "--checkpoint", "parts.pt", cwd=folder)
+def test_a_stopped_and_resumed_run_ends_bitwise_like_one_that_was_not(
+    folder: Path, trained: dict[str, Any], stopped: Path
+) -> None:
+    shutil.copy(stopped, folder / "parts.pt")
     out = run("run", "plan.json", "--epochs", "2", "--checkpoint", "parts.pt", "--json", cwd=folder)
     assert json.loads(out.stdout)["steps"] == 8
     whole, parts = parameters(folder / "whole.pt"), parameters(folder / "parts.pt")
@@ -193,16 +202,21 @@ def test_an_interrupted_and_resumed_run_ends_bitwise_like_one_that_was_not(folde
 
 
 @pytest.mark.parametrize(
-    ("number", "whole_group"), [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)]
+    ("number", "whole_group"),
+    [
+        (signal.SIGINT, True),
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupt_stops_at_a_windows_end_with_a_checkpoint(
     folder: Path, number: signal.Signals, whole_group: bool
 ) -> None:
     """As a terminal sends it, to the whole group; as `kill` and a job's manager do, to the one process."""
     path = folder / f"stopped-{number.name}-{whole_group}.pt"
-    command = [sys.executable, "-c", "from autoaccum.cli import main; main()", "run", "slow.json", "--epochs", "500"]
+    command = [sys.executable, "-c", "from autoaccum.cli import main; main()", "run", "plan.json", "--epochs", "500"]
     process = subprocess.Popen(
-        [*command, "--checkpoint", path.name, "--checkpoint-seconds", "10000"],
+        [*command, "--checkpoint", path.name, "--checkpoint-seconds", "10000"], env=os.environ | {"SLOW": "1"},
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stderr is not None
@@ -218,11 +232,12 @@ def test_an_interrupt_stops_at_a_windows_end_with_a_checkpoint(
 
 
 def test_a_killed_run_leaves_a_whole_checkpoint(folder: Path) -> None:
-    command = [sys.executable, "-c", "from autoaccum.cli import main; main()", "run", "slow.json", "--epochs", "50"]
+    command = [sys.executable, "-c", "from autoaccum.cli import main; main()", "run", "plan.json", "--epochs", "50"]
     for round in range(2):
         process = subprocess.Popen(
-            [*command, "--checkpoint", "killed.pt", "--checkpoint-seconds", "0"], cwd=folder, start_new_session=True
-        )
+            [*command, "--checkpoint", "killed.pt", "--checkpoint-seconds", "0"],
+            cwd=folder, start_new_session=True, env=os.environ | {"SLOW": "1"},
+        )  # fmt: skip
         _wait_for(folder / "killed.pt")
         time.sleep(0.1 + 0.37 * round)
         os.killpg(process.pid, signal.SIGKILL)
@@ -231,7 +246,7 @@ def test_a_killed_run_leaves_a_whole_checkpoint(folder: Path) -> None:
         assert state["runner"]["number"] >= 1
     (folder / ".killed.pt.killed.part").touch()
     os.utime(folder / ".killed.pt.killed.part", (0, 0))
-    run("run", "slow.json", "--steps", "1", "--checkpoint", "killed.pt", cwd=folder)
+    run("run", "plan.json", "--steps", "1", "--checkpoint", "killed.pt", cwd=folder)
     assert not list(folder.glob(".killed.pt.*"))
 
 
@@ -242,19 +257,20 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_steps_that_were_done_before_a_resume_count(folder: Path) -> None:
-    for _ in range(2):
-        out = run("run", "plan.json", "--steps", "3", "--checkpoint", "three.pt", "--json", cwd=folder)
-        assert json.loads(out.stdout)["steps"] == 3
+def test_steps_that_were_done_before_a_resume_count(folder: Path, stopped: Path) -> None:
+    out = run("run", "plan.json", "--epochs", "2", "--steps", "3", "--checkpoint", stopped.name, "--json", cwd=folder)
+    assert json.loads(out.stdout)["steps"] == 3
 
 
-def test_a_checkpoint_goes_on_with_a_smaller_micro_batch_but_not_with_another_target(folder: Path) -> None:
-    run("run", "plan.json", "--steps", "2", "--checkpoint", "moved.pt", cwd=folder)
-    plan = ["plan", "--workload", "tiny.py:workload", "--no-verify", "--target-batch"]
-    run(*plan, "64", "--max-micro-batch", "8", "-o", "smaller.json", cwd=folder)
-    out = run("run", "smaller.json", "--steps", "3", "--checkpoint", "moved.pt", "--json", cwd=folder)
-    assert json.loads(out.stdout)["steps"] == 3 and json.loads(out.stdout)["micro_batch"] == 8
-    run(*plan, "32", "-o", "other-target.json", cwd=folder)
+def test_a_checkpoint_goes_on_with_a_smaller_micro_batch_but_not_with_another_target(
+    folder: Path, stopped: Path
+) -> None:
+    shutil.copy(stopped, folder / "moved.pt")
+    plan = Plan.load(folder / "plan.json")
+    split_otherwise(plan, 64, 8).save(folder / "smaller.json")
+    out = run("run", "smaller.json", "--steps", "4", "--checkpoint", "moved.pt", "--json", cwd=folder)
+    assert json.loads(out.stdout)["steps"] == 4 and json.loads(out.stdout)["micro_batch"] == 8
+    split_otherwise(plan, 32, 16).save(folder / "other-target.json")
     out = run("run", "other-target.json", "--checkpoint", "moved.pt", cwd=folder, code=2)
     assert "target batch: 64 there, 32 here" in out.stderr
 
