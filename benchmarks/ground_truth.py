@@ -3,7 +3,7 @@
 `python -m benchmarks.ground_truth DATA.csv`.
 
 The file has a row for each run of a benchmark of milabench (`gpu`, `bench`, `batch_size`, `memory_mib_median`,
-`near_capacity`): the most memory that NVML said was used. Each benchmark's own training loop (`benchmarks.ground`) is
+`near_capacity`): the most memory that NVML counted as used. Each benchmark's own training loop (`benchmarks.ground`) is
 run on a virtual GPU, where PyTorch's real allocator says what it reserves. The prediction is that and one constant,
 taken from one benchmark and applied to all others as it is: the driver's own memory, CUDA's context and libraries.
 

@@ -2,8 +2,8 @@
 
 `python -m benchmarks.language_models`.
 
-The logits of such a model are one block of hundreds of MiB, so whether a window fits hangs on where few blocks come to
-lie in the caching allocator. Each model is planned on a virtual GPU of its own memory, and then trained in the planned
+The logits of such a model are one block of hundreds of MiB, so whether a window fits depends on where a few blocks are
+placed by the caching allocator. Each model is planned on a virtual GPU of its own size, and then trained in the planned
 split, each in a process that never used the device before: by the Runner's window, and by a loop written by hand. What
 counts: no out-of-memory while planning or training; what was predicted is what was reserved; and the Runner reserves no
 more than the loop, where both compute the same. Real allocator on a virtual GPU: kernels compute nothing.
@@ -113,7 +113,7 @@ def case(seed: int) -> Case:
     own_loss = chance.random() < 0.5
     precision = chance.choice(["fp32", "autocast", "bf16"])
     parameters = 2 * vocabulary * hidden + layers * 12 * hidden * hidden
-    row = tokens * (13 * vocabulary + 50 * layers * hidden)  # roughly what a sample takes
+    row = tokens * (13 * vocabulary + 50 * layers * hidden)  # roughly a sample's bytes
     most = max(2, int((memory - CONTEXT_BYTES - 16 * parameters) / row))
     return Case(
         seed, vocabulary, hidden, layers, tokens, not own_loss and chance.random() < 0.5, own_loss, precision,
@@ -264,7 +264,7 @@ def faults(of: Case, found: Mapping[str, Any]) -> list[str]:
     if runner["retries"] > found["foreseen retries"]:
         wrong.append("unforeseen retries")
     if "failed" in loop or loop["retries"] or loop["ooms"]:
-        return wrong  # it comes to the device's end, so there is nothing to compare
+        return wrong  # the loop fills the device: nothing to compare
     if of.same_numbers and runner["reserved"] > 1.005 * loop["reserved"]:
         wrong.append("hungrier than the loop")
     if found["by hand"] is not None and abs(found["by hand"] - loop["reserved"]) > 0.005 * loop["reserved"]:

@@ -1,6 +1,6 @@
 """The parts of `python -m benchmarks`: their tables and figures.
 
-A part runs in a process of its own: `python -m benchmarks.parts NAME [--quick]` prints it as JSON on its last line.
+A part runs in a separate process: `python -m benchmarks.parts NAME [--quick]` prints it as JSON on its last line.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Part:
         name: Its name on the command line.
         title: Its heading.
         lead: What its table shows.
-        kinds: How its figures came to be.
+        kinds: How its figures were obtained.
         rows: The table; cells are text or numbers.
-        figures: What is compared between runs.
-        notes: What was skipped, by name, and what else to know.
-        skipped: Why all of it was.
-        seconds: What it took.
+        figures: The figures that are compared between runs.
+        notes: The names of skipped cases, and other remarks.
+        skipped: Why the whole part was skipped; empty where it ran.
+        seconds: Duration of the part.
     """
 
     name: str

@@ -27,7 +27,7 @@ class Case:
     """One row of the comparison.
 
     Attributes:
-        title: What is special about it.
+        title: The case, in words.
         make: Makes the model, the same each time.
         samples: In the order in which they are trained.
         micro_batch: Samples in a micro-batch.

@@ -40,7 +40,7 @@ class Done:
 
     Attributes:
         gradients: That each optimizer step was given, flat.
-        said: What it said about that beforehand, if it tests.
+        said: The verdict of the trainer's own test, if it has one.
     """
 
     gradients: list[Tensor]

@@ -1,7 +1,7 @@
 """The gradient that trainers accumulate, against one whole batch's: `python -m benchmarks.peer_gradients`.
 
 The cases in which accumulation is known to go wrong, through Accelerate, Lightning, the Hugging Face Trainer and
-autoaccum's Runner, each as its documentation tells; on the CPU, in double precision but for bf16 and Hugging Face
+autoaccum's Runner, each as documented; on the CPU, in double precision except for bf16 and Hugging Face
 models. It writes benchmarks/results/<today>-peer-gradients.md and .csv, and the table of docs/peer-gradients.md. The
 packages come with `pip install '.[peers]'`; what is missing is skipped, by name.
 """

@@ -2,7 +2,7 @@
 
 Both train the same splits.
 
-Both train the same model in one process, window by window in turn, so that the machine's moods hit both alike; the
+Both train the same model in one process, window by window in turn, so that noise affects both equally; the
 ratio is that of the medians. The tutorial's loop runs once more in a process with malloc's default setting: what
 predictable memory costs.
 """

@@ -1,6 +1,6 @@
 """Compare plans with the truth on a virtual GPU: `python -m benchmarks.truth`.
 
-The truth of a window is found by training it, in a process of its own that never used the device before: the model
+The truth of a window is found by training it, in a process that never used the device before: the model
 is built, and windows of that split follow as `step.train_window` trains them. It *fits* where, at the capacity and at
 2 % less, nothing ran out of memory and the allocator did not give its cache back from the third window on; the rule
 of `outlook_cuda.fits` and `training.TrainingReplay.fits`. A convolution that had to do without its workspace has run
@@ -10,7 +10,7 @@ The smallest k is then found by trying every k, from the first whose largest mic
 bytes, measured with room, are a lower bound for any window that holds such a micro-batch. `largest_micro_batch`
 likewise, by windows of two, from the largest possible down (`truth_search.py`).
 
-Then `fit_plan` plans in a process of its own, and the plan is trained there and in a fresh one (`truth_plans.py`).
+Then `fit_plan` plans in another process, and the plan is trained there and in a fresh one (`truth_plans.py`).
 Cases: `truth_cases.py`, `truth_models.py`, `generated.py`. With `--lines FILE` an interrupted run goes on where it was.
 """
 

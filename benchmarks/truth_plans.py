@@ -128,7 +128,7 @@ def row(case: Case, known: dict[str, Any] | None = None) -> dict[str, Any]:
 
     Args:
         case: What is planned.
-        known: An earlier line of the case, whose truth stands: it doesn't hang on how plans are made.
+        known: An earlier line of the case, whose truth is reused: it doesn't depend on how plans are made.
     """
     started = time.perf_counter()
     truth = Truth(case)
@@ -199,7 +199,7 @@ def _holding(truth: Truth, plan: dict[str, Any], target: int) -> dict[str, Any]:
 
     With optimizer state kept and dropped.
 
-    The plan itself is held to what there was; others, made anew in processes of their own, to 2 % less.
+    The plan itself is checked at the full capacity; others, planned in separate processes, at 2 % less.
     """
     others = {
         state: forked(lambda state=state: planned(truth, target, state=state, less=True)) for state in (False, True)

@@ -55,7 +55,7 @@ def forked(run: Callable[[], Any]) -> Any:
 
 @dataclass
 class Tried:
-    """What trying a split came to."""
+    """The result of training a split."""
 
     ooms: int
     retries: Split

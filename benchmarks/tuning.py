@@ -117,7 +117,7 @@ def in_processes(model: str, contenders: dict[str, dict[str, Any]], windows: int
 
 
 def in_process(*arguments: object) -> dict[str, list[float]]:
-    """`alternate` in a process of its own."""
+    """Run `alternate` in a separate process."""
     command = [sys.executable, "-m", "benchmarks.tuning", "--one", json.dumps(arguments)]
     out = subprocess.run(command, capture_output=True, text=True)
     for line in out.stdout.splitlines():
@@ -204,7 +204,7 @@ def written(rows: list[dict[str, Any]], folder: Path) -> str:
         f"Effective batch {TARGET_BATCH}, {MEMORY} for the whole process. Seconds per optimizer step: medians of "
         f"{rows[0]['windows']} windows, the three in turn, in {PROCESSES} processes. Ratios: medians of paired "
         "windows, with the 95 % interval of a bootstrap over the pairs. *plain*: autoaccum's plan untuned. *grid*: the "
-        "best of all configurations. Each was timed by itself, those that led and the plain one then in turn.\n\n"
+        "best of all configurations. Each was timed separately, the leading ones and the plain one then in turn.\n\n"
         f"{of_frame(pandas.DataFrame(short), 4)}\n\n## Winners\n\n{winners}\n"
     )
     stem.with_suffix(".md").write_text(text)

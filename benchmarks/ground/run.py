@@ -2,7 +2,7 @@
 
 `python -m benchmarks.ground.run`, started on a virtual GPU.
 
-Reads lines of JSON, `["bert-fp32", 16]`, and writes one for each. A benchmark trains in a process of its own, forked
+Reads lines of JSON, `["bert-fp32", 16]`, and writes one for each. A benchmark trains in a separate process, forked
 from this one, which has imported everything and never touched CUDA.
 """
 

@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import nn
 
-LOG = "AUTOACCUM_SEARCH_LOG"  # a file: a finder may try sizes in processes of its own
+LOG = "AUTOACCUM_SEARCH_LOG"  # a file: a finder may try sizes in processes that it starts
 
 
 def note(*words: object) -> None:
@@ -106,7 +106,7 @@ _marks = 0
 def _mark(tensor: torch.Tensor) -> None:
     global _marks
     _marks += 1
-    # .data has a version counter of its own: a batch norm's backward refuses statistics that were changed in place
+    # .data has a separate version counter: a batch norm's backward refuses statistics that were changed in place
     tensor.data.view(-1)[:1].copy_(torch.tensor([float(_marks)], dtype=tensor.dtype))
 
 

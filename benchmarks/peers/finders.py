@@ -4,7 +4,7 @@ The real packages, called as they document.
 
 All are asked for the largest micro-batch that trains in windows of two, since that is what accumulation needs: by
 training functions that accumulate where the caller writes the training, by the finder's own option where it has one.
-The others try what they always try, and the check in a fresh process tells whether that was enough.
+The others search as always, and the check in a fresh process shows whether the result trains.
 """
 
 from __future__ import annotations
