@@ -127,6 +127,11 @@ def test_command_lines_are_accepted_or_refused_in_words(tmp_path: Path, monkeypa
     assert 5 < accepted < 95
 
 
+@pytest.mark.parametrize("words", [[""], ["", "--name", "x"], ["--", "", "x"], []], ids=repr)
+def test_a_virtual_gpu_for_an_empty_command_is_refused(words: list[str]) -> None:
+    assert not fuzz.check_command(["virtual-gpu", *words])
+
+
 def test_a_file_without_end_is_not_read_to_its_end() -> None:
     with pytest.raises(Exception, match="can't be read"):
         Plan.load("/dev/zero")

@@ -26,7 +26,7 @@ from strategies import made_up_plan, recorded_programs
 
 from autoaccum import Plan, UsageError
 from autoaccum.plan import PeakRow, TimedSize
-from autoaccum.reporting import frames, render, what_if
+from autoaccum.reporting import frames, render, what_if, words
 from autoaccum.reporting.data import MOST_PLANS
 from autoaccum.reporting.kinds import Kind, measured
 from autoaccum.simulation.malloc import CpuRules, replay
@@ -426,7 +426,7 @@ def test_the_box_answers_as_python_does_in_a_browser(tmp_path: Path) -> None:
         expected = what_if.ask(table, *question)
         assert json.loads(answer) == as_page_has_it(expected), question
         if expected.status == "fits":
-            assert f"{expected.steps} accumulation step" in text
+            assert f"{expected.steps:,} accumulation step" in text
         elif expected.status == "does not fit":
             assert f"({expected.missing_bytes:,} bytes) are missing" in text
         else:
@@ -443,6 +443,45 @@ def test_the_box_reads_its_question_from_the_address_and_runs_under_the_pages_ow
     assert answer["peak_bytes"] == plan.predicted_peak_bytes and text.startswith("8 accumulation steps: 8 \u00d7 64.")
     answer, _ = output_of(dump_dom(tmp_path / "page.html", fragment="#target=100&memory=1.2GiB&headroom=5%25"))
     assert answer == as_page_has_it(what_if.ask(table, "100", "1.2GiB", "5%"))
+
+
+NARROW = """
+const high = (each) => each.getBoundingClientRect().height;
+const line = (each) => parseFloat(getComputedStyle(each).lineHeight);
+const pre = document.createElement('pre'); pre.id = 'told';
+pre.textContent = JSON.stringify({
+  wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  heads: [...document.querySelectorAll('thead tr')].map((each) => high(each) / line(each.cells[0])),
+  legends: [...document.querySelectorAll('.legend li')].map((each) =>
+    Math.abs(each.children[0].getBoundingClientRect().top - each.children[1].getBoundingClientRect().top)
+      / line(each)),
+});
+document.body.append(pre);
+"""
+
+
+@needs_chromium
+def test_on_a_phone_nothing_is_cut_off_and_tables_keep_one_line_for_their_heads(tmp_path: Path) -> None:
+    plan = a_plan(target_batch=10_000, split=(1,) * 10_000, micro_batch=1, accumulation_steps=10_000)
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render(plan, ".html"))
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{NARROW}</script></body>"))
+    dom = dump_dom(tmp_path / "page.html", flags=("--window-size=500,900",))  # the least that a window may have
+    match = re.search(r'<pre id="told">(.*?)</pre>', dom, flags=re.S)
+    assert match is not None
+    found = json.loads(html.unescape(match[1]))
+    assert found["wide"] == 0
+    assert len(found["heads"]) >= 3 and max(found["heads"]) < 2
+    assert len(found["legends"]) >= 5 and max(found["legends"]) < 1  # the sign stands beside its words
+
+
+def test_counts_are_written_with_commas_and_in_good_english() -> None:
+    many = a_plan(target_batch=10_000, split=(1,) * 10_000, micro_batch=1, accumulation_steps=10_000)
+    assert "accumulate 10,000 micro-batches of 1:" in words.answer(many)
+    assert words.fewer(many) == "9,999 steps would fit too, by the table of peaks: plan again to see."
+    tight = replace(a_plan(), budget=replace(a_plan().budget, bytes=1390 * MIB))
+    assert words.fewer(tight).startswith("7 steps would need micro-batches of up to 74 and 1.40 GiB, 40.0 MiB over")
+    for plan in (many, tight):
+        assert "by the measured" not in words.answer(plan) and "the first 1 are" not in render(plan, ".html")
 
 
 # What is the user's is text, and nothing else.

@@ -37,9 +37,9 @@ def virtual_gpu(
     from ..devices.virtual import environment
     from ..units import parse_bytes, parse_part
 
-    if not command:
+    if not command or not command[0]:
         raise UsageError(
-            "There is no command to run.",
+            "The command to run is empty." if command else "There is no command to run.",
             hint="Name it after --: autoaccum virtual-gpu --memory 4GiB -- python train.py",
         )
     for option, value, allowed in (("--copies", copies, _COPIES), ("--addresses", addresses, _ADDRESSES)):

@@ -161,15 +161,16 @@ const whatIf = (() => {
   const tell = (found) => {
     if (found.status === "invalid") return found.why;
     const steps = found.split.reduce((sum, [count]) => sum + count, 0);
-    const sizes = found.split.map(([count, size]) => `${count} × ${size}`).join(" and ");
+    const number = (value) => value.toLocaleString("en");
+    const sizes = found.split.map(([count, size]) => `${number(count)} × ${number(size)}`).join(" and ");
     const peak = `${found.at_most ? "at most " : ""}${showBytes(found.peak_bytes)}`;
     if (found.status !== "fits") {
       const missing = `${showBytes(found.missing_bytes)} (${found.missing_bytes.toLocaleString("en")} bytes)`;
-      return `Does not fit: even micro-batches of ${found.split[0][1]} need ${peak}; ${missing} are missing.`;
+      return `Does not fit: even micro-batches of ${number(found.split[0][1])} need ${peak}; ${missing} are missing.`;
     }
     const left = showBytes(found.budget_bytes - found.peak_bytes);
     const more = found.beyond ? " The table ends there: fewer steps may fit, plan again to see." : "";
-    return `${steps} accumulation step${steps > 1 ? "s" : ""}: ${sizes}. Peak ${peak}, ${left} free.${more}`;
+    return `${number(steps)} accumulation step${steps > 1 ? "s" : ""}: ${sizes}. Peak ${peak}, ${left} free.${more}`;
   };
 
   return { ask, answer, tell, showBytes };

@@ -7,8 +7,9 @@ from collections import Counter
 from ..phases import PHASE_TITLES
 from ..plan import FASTEST, Plan
 from ..simulation import knee
+from ..simulation.solver import CAPACITY_MARGIN
 from ..units import show_bytes
-from .kinds import byte_word, cached_word, measured
+from .kinds import Kind, byte_word, cached_word, measured
 
 NONE = "\u2013"
 
@@ -20,11 +21,11 @@ def title(plan: Plan) -> str:
 
 def answer(plan: Plan) -> str:
     """The plan in one sentence."""
-    parts = [f"{count} micro-batch{'es' * (count > 1)} of {size:,}" for size, count in Counter(plan.split).items()]
+    parts = [f"{count:,} micro-batch{'es' * (count > 1)} of {size:,}" for size, count in Counter(plan.split).items()]
     ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
     real = ""
     if plan.measured_peak_bytes is not None:
-        by_the = "by the " if plan.virtual else ""
+        by_the = "by the " if measured(plan) is Kind.VIRTUAL else ""
         real = f", {show_bytes(plan.measured_peak_bytes)} {by_the}{measured(plan)}"
     return (
         f"To train {plan.target_batch:,} samples per optimizer step within {show_bytes(plan.budget.bytes)}, accumulate "
@@ -52,18 +53,18 @@ def fewer(plan: Plan) -> str:
         return "One step is the least there is."
     if "fewer_steps" in plan.reasons:
         return f"{plan.reasons['fewer_steps']}."
-    steps = plan.accumulation_steps - 1
+    fewer_steps = plan.accumulation_steps - 1
+    steps = f"{fewer_steps:,} step{'s' * (fewer_steps > 1)}"
     if needed is None:
-        return f"{steps} accumulation step{'s' * (steps > 1)} would need micro-batches beyond the table."
+        return f"{steps} would need micro-batches beyond the table."
     size, total = needed
     over = total - plan.budget.bytes
     if over <= 0 and plan.objective == FASTEST:
-        return f"{steps} step{'s' * (steps > 1)} would fit too, and the fastest was sought: see the time below."
+        return f"{steps} would fit too, and the fastest was sought: see the time below."
+    if total <= (1 - CAPACITY_MARGIN) * plan.budget.bytes:
+        return f"{steps} would fit too, by the table of peaks: plan again to see."
     left = f"{show_bytes(over)} over the budget" if over > 0 else f"only {show_bytes(-over)} under the budget"
-    return (
-        f"{steps} step{'s' * (steps > 1)} would need micro-batches of up to {size} and {show_bytes(total)}, {left}; "
-        "a plan keeps 2 % free."
-    )
+    return f"{steps} would need micro-batches of up to {size:,} and {show_bytes(total)}, {left}; a plan keeps 2 % free."
 
 
 def phase(name: str) -> str:
