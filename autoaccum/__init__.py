@@ -1,4 +1,4 @@
-"""autoaccum: the largest micro-batch that fits, and gradient accumulation to exactly the batch you want.
+"""autoaccum: the largest micro-batch that fits, and exact gradient accumulation.
 
 Start with `fit_plan`; its file, `planning/fit.py`, is the page to read first.
 """
@@ -70,7 +70,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Loads a public name where it is first used: torch takes two seconds, and `--help` needs none of it."""
+    """Load a public name on first use.
+
+    Importing torch takes two seconds, and `--help` doesn't need it.
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("." + _HOMES.get(name, "errors"), __name__), name)

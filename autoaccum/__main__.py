@@ -7,7 +7,7 @@ import signal
 
 
 def main() -> None:
-    """The command, with signals handled before anything else is imported."""
+    """Run the command, with signals handled before any other import."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     from .processes import interrupts, standard_streams
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def _end(number: int, frame: object) -> None:
-    """Ends a process that has done nothing yet; `interrupts` isn't imported by then."""
+    """End a process that has done nothing yet, before `interrupts` is imported."""
     try:
         os.write(2, b"interrupted\n")
     finally:

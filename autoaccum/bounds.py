@@ -1,4 +1,4 @@
-"""The numbers that can be asked for: checked before anything is run, on the command line and in Python alike."""
+"""Check numbers before anything runs, on the command line and in Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_samples(name: str, value: Any) -> None:
 def check_count(
     name: str, value: Any, *, least: int = 1, most: int = MOST, what: str = "a whole number", example: int | None = None
 ) -> None:
-    """Refuses what is no whole number between two bounds; None is left out.
+    """Refuse anything but a whole number within bounds; None passes.
 
     Raises:
         UsageError: With the bounds.
@@ -60,7 +60,7 @@ def check_seconds(name: str, value: Any, *, zero: bool = True) -> None:
 
 
 def show_number(value: Any) -> str:
-    """A number as it was given; one of very many digits by their number."""
+    """Return a number as given; a very long one by its length."""
     if not isinstance(value, int) or isinstance(value, bool):
         return repr(value)
     digits = int(math.log10(abs(value) or 1)) + 1

@@ -1,4 +1,4 @@
-"""A budget of memory: what training may use, with a reason behind every number. No torch here."""
+"""A memory budget, with a reason for every number. No torch."""
 
 from __future__ import annotations
 

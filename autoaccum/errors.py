@@ -1,4 +1,4 @@
-"""What can go wrong, as sentences for the person who has to mend it.
+"""Errors: what happened, why, and how to fix it.
 
     AutoaccumError
     |-- UsageError         an argument or an input that can't be used         exit code 2
@@ -56,11 +56,11 @@ class UsageError(AutoaccumError):
 
 
 class BatchError(UsageError):
-    """A batch that can't be cut into micro-batches, or isn't what the plan was made for."""
+    """A batch that can't be split, or differs from the plan's."""
 
 
 class PlanFileError(UsageError):
-    """A plan file that is missing, half-written, foreign or newer than this version."""
+    """A plan file that is missing, incomplete, foreign or of another version."""
 
 
 class DoesNotFit(AutoaccumError):
@@ -90,8 +90,8 @@ class OutOfMemory(AutoaccumError):
 
 
 class NotFinite(AutoaccumError):
-    """A window's gradient isn't finite, and the workload says `on_nonfinite="raise"`; no step was taken."""
+    """A window's gradient isn't finite, with `on_nonfinite="raise"`; no step was taken."""
 
 
 class RestoreError(AutoaccumError):
-    """Something that planning changed could not be put back; its name is in the message."""
+    """Planning couldn't restore something; the message names it."""

@@ -1,4 +1,4 @@
-"""The phases of a window: their names, their titles, and the type of what is called at each."""
+"""The phases of a window: names, titles, and the callback's type."""
 
 from __future__ import annotations
 

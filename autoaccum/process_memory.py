@@ -39,7 +39,10 @@ class _Mallinfo2(ctypes.Structure):
 
 @functools.cache
 def glibc() -> ctypes.CDLL | None:
-    """The C library where it is glibc 2.33 or newer, which has mallinfo2, and malloc is its own; else None."""
+    """Return the C library where it has mallinfo2, else None.
+
+    It must be glibc 2.33 or newer, with its own malloc.
+    """
     libc = ctypes.CDLL(None)
     if not (hasattr(libc, "mallinfo2") and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
         return None
@@ -48,7 +51,9 @@ def glibc() -> ctypes.CDLL | None:
 
 
 def _counts(libc: ctypes.CDLL) -> bool:
-    """Whether what malloc hands out is in glibc's books: not where another allocator took malloc's name.
+    """Whether glibc's statistics count what malloc hands out.
+
+    Not where another allocator replaces malloc.
 
     jemalloc and tcmalloc come by LD_PRELOAD or in the executable, and leave mallinfo2 and mallopt to glibc.
     """
@@ -65,7 +70,7 @@ def _counts(libc: ctypes.CDLL) -> bool:
 
 
 def malloc_name() -> str:
-    """Whose malloc this process has: "glibc", or the file that took its place, or "another"."""
+    """Return whose malloc this is: "glibc", the replacing file, or "another"."""
     if glibc() is not None:
         return "glibc"
     with contextlib.suppress(OSError):
@@ -78,7 +83,7 @@ _fixed: list[int] = []
 
 
 def fix_mmap_threshold(threshold_bytes: int = MMAP_THRESHOLD_BYTES) -> bool:
-    """Makes malloc give every block of at least that size a mapping of its own, from now on.
+    """Make malloc map every block of at least that size separately.
 
     By default the threshold moves up whenever a large block is freed, and large blocks then fragment the heap
     differently in each run: no prediction of committed or resident bytes holds to better than a quarter.
@@ -94,13 +99,13 @@ def fix_mmap_threshold(threshold_bytes: int = MMAP_THRESHOLD_BYTES) -> bool:
 
 
 def fixed_threshold_bytes() -> int | None:
-    """What the threshold was fixed to in this process; None where it never was."""
+    """Return the fixed threshold; None where it wasn't fixed."""
     return _fixed[0] if _fixed else None
 
 
 @dataclass(frozen=True)
 class Heap:
-    """Malloc's heaps: what they took from the system, blocks that are mappings of their own left out.
+    """Malloc's heaps: bytes obtained from the system, without separate mappings.
 
     Attributes:
         taken_bytes: All of it.
@@ -127,7 +132,7 @@ def read_heap() -> Heap:
 
 
 def in_use_bytes() -> int | None:
-    """Bytes that malloc has handed out, in its heaps and as mappings of their own; None where unknown."""
+    """Bytes handed out by malloc, mappings included; None where unknown."""
     libc = glibc()
     if libc is None:
         return None
@@ -136,14 +141,14 @@ def in_use_bytes() -> int | None:
 
 
 def trim() -> None:
-    """Gives what is free at the top of the heap back to the system."""
+    """Return the free top of the heap to the system."""
     libc = glibc()
     if libc is not None:
         libc.malloc_trim(0)
 
 
 def read_memory(statm: int | None = None) -> tuple[int, int]:
-    """Committed and resident bytes of this process.
+    """Read committed and resident bytes of this process.
 
     Args:
         statm: An open descriptor of /proc/self/statm, for who reads often.
@@ -159,7 +164,7 @@ def committed_bytes() -> int:
 
 
 def available_bytes() -> int | None:
-    """What the machine can give without swapping (MemAvailable); None where the system doesn't say."""
+    """Read the machine's MemAvailable, in bytes; None where it isn't reported."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -183,7 +188,7 @@ def begin_resident_peak() -> bool:
 
 
 def resident_peak_bytes() -> int:
-    """The most that was resident at once (VmHWM) since `begin_resident_peak`, or since the process began.
+    """Read the resident peak (VmHWM) since `begin_resident_peak`, or since the start.
 
     Exact: the kernel keeps it, no sampling. Committed bytes have no such mark.
     """
@@ -194,7 +199,7 @@ def resident_peak_bytes() -> int:
 
 
 def limit_data(size: int) -> None:
-    """Makes the kernel refuse this process more committed bytes: it then gets an error it can recover from.
+    """Limit committed bytes: beyond, allocations fail, which can be recovered from.
 
     A lower limit that is there already stays.
     """
@@ -205,7 +210,7 @@ def limit_data(size: int) -> None:
 
 @contextlib.contextmanager
 def data_limited(size: int) -> Iterator[None]:
-    """`limit_data` for a while; the limit that was there before is put back.
+    """Apply `limit_data` within a context; restore the previous limit.
 
     What goes over it raises the device's out-of-memory (see `oom.is_out_of_memory`) instead of having the kernel kill
     the process once the machine's memory is used up.
@@ -219,7 +224,7 @@ def data_limited(size: int) -> Iterator[None]:
 
 
 class Watcher:
-    """Calls `look` from a thread of its own, some thousand times a second, while it is entered.
+    """Call `look` from a thread, some thousand times per second.
 
     What lasts less than 0.1 ms can be missed; a large block takes longer than that to fill.
 
@@ -235,13 +240,13 @@ class Watcher:
         self._thread = threading.Thread(target=self._watch, name="autoaccum-memory", daemon=True)
 
     def __enter__(self) -> Watcher:
-        """Starts watching; returns once the thread runs, its stack in place."""
+        """Start watching; return once the thread runs with its stack mapped."""
         self._thread.start()
         self._ready.wait()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Stops watching."""
+        """Stop watching."""
         self._stop.set()
         self._thread.join()
 
@@ -269,7 +274,7 @@ class PeakSampler:
         self._watcher = Watcher(self._look)
 
     def __enter__(self) -> PeakSampler:
-        """Starts watching; the watching thread's own stack is part of the base."""
+        """Start watching; the thread's own stack is part of the base."""
         self._watcher.__enter__()
         self.baseline_bytes = committed_bytes()
         return self
@@ -280,7 +285,7 @@ class PeakSampler:
         return self._watcher.user_seconds, self._watcher.system_seconds
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Stops watching."""
+        """Stop watching."""
         self._watcher.__exit__()
         os.close(self._statm)
 

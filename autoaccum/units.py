@@ -14,7 +14,9 @@ _PERCENT = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*%\s*")
 
 
 def parse_bytes(text: str | int, *, what: str = "a size") -> int:
-    """Reads "2GiB", "1.5 GB", "800M" or a number of bytes; KB, MB, GB are powers of 1000, all else of 1024.
+    """Parse "2GiB", "1.5 GB", "800M" or a number of bytes.
+
+    KB, MB and GB are powers of 1000, all others of 1024.
 
     Raises:
         UsageError: It is no size, or nothing at all.
@@ -44,7 +46,10 @@ def _size(text: str | int, what: str) -> int:
 
 
 def parse_part(text: str | int | None, whole_bytes: int, *, what: str = "a size") -> int | None:
-    """Reads a size as above, or a percentage of `whole_bytes`; None stays None, and 0 is allowed."""
+    """Parse a size, or a percentage of `whole_bytes`.
+
+    None stays None, and 0 is allowed.
+    """
     if text is None:
         return None
     match = _PERCENT.fullmatch(str(text))
@@ -59,7 +64,7 @@ def parse_part(text: str | int | None, whole_bytes: int, *, what: str = "a size"
 
 
 def check_memory(memory: str | int | None, headroom: str | int | None) -> None:
-    """Refuses what can be no amount of memory, or no part of one to keep free, whatever the machine has.
+    """Refuse an invalid size of memory or headroom, on any machine.
 
     Raises:
         UsageError: One of them can't be read, or the headroom leaves nothing of the memory.
@@ -79,7 +84,7 @@ def show_bytes(size: int) -> str:
     if abs(size) < 1024:
         return f"{size} B"
     for unit in ("KiB", "MiB"):
-        told = f"{size / _UNITS[unit[0]]:.1f}"
-        if abs(float(told)) < 1024:
-            return f"{told} {unit}"
+        number = f"{size / _UNITS[unit[0]]:.1f}"
+        if abs(float(number)) < 1024:
+            return f"{number} {unit}"
     return f"{size / _UNITS['G']:.2f} GiB"

@@ -132,7 +132,7 @@ class Workload:
 
 
 def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The loss of a workload that names none.
+    """Compute the loss of a workload that names none.
 
     Args:
         model: The module to train.
@@ -167,7 +167,7 @@ def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def class_count(batch: Batch) -> torch.Tensor:
-    """What the default cross-entropy averages over: the classes that aren't ignored (-100)."""
+    """Count the labels that aren't ignored (-100), as the default cross-entropy does."""
     _, classes = batch
     return (classes != IGNORED).sum()  # type: ignore[no-any-return]
 

@@ -1,4 +1,6 @@
-r"""Text from elsewhere, as it may be shown: one line, nothing that moves a cursor or turns a line around.
+r"""Escape text from elsewhere: one line, no control characters.
+
+Nothing in it moves the cursor or reverses a line's direction.
 
 Plans, studies, checkpoints and exceptions of the user's hold text that anybody may have written. Shown raw, an escape
 sequence repaints the terminal, a newline forges a line of ours, and an override of the writing direction has a line
@@ -24,21 +26,21 @@ _STRAY_JOINER = re.compile(f"(?<!{_JOINS})[\u200c\u200d]|[\u200c\u200d](?!{_JOIN
 
 
 def one_line(text: object, most: int = MOST) -> str:
-    r"""The text in one line: what isn't seen becomes \x1b, \n or \u202e, and what is too long is cut."""
+    r"""Return the text in one line, invisible characters escaped, cut to length."""
     whole = str(text)
     shown = _STRAY_JOINER.sub(_escaped, _UNSEEN.sub(_escaped, whole[:most]))[:most]
     return shown if len(whole) <= most else f"{shown}... (cut: {len(whole):,} characters)"
 
 
 def lines(text: str, most: int = 1000) -> str:
-    """Text of several lines, each made `one_line`; for a traceback, or what a compiler said."""
+    """Return several lines, each made `one_line`: a traceback, a compiler's output."""
     found = text.split("\n")
     kept = found if len(found) <= most else [*found[:most], f"... (cut: {len(found):,} lines)"]
     return "\n".join(map(one_line, kept))
 
 
 def finalize(value: object) -> object:
-    """For Jinja's `finalize`: text that isn't markup of our own, as it may stand in a page."""
+    """Escape a value for Jinja's `finalize`, unless it is our markup."""
     return one_line(value) if type(value) is str else value
 
 
@@ -46,7 +48,7 @@ class OneLine(logging.Filter):
     """Makes each record's message one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Puts the arguments in, and lets everything through."""
+        """Insert the arguments into the record; let every record pass."""
         record.msg, record.args = one_line(record.getMessage()), ()
         return True
 

@@ -1,4 +1,4 @@
-"""JSON as every program reads it: figures that aren't numbers are null, never a bare NaN or Infinity."""
+"""JSON that every program reads: null in place of NaN and Infinity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
-    """The data as JSON, in ASCII."""
+    """Return the data as JSON, in ASCII."""
     try:
         return json.dumps(data, indent=indent, allow_nan=False)
     except ValueError:  # rare, and looking at each figure takes longer than all else

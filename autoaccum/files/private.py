@@ -1,4 +1,6 @@
-"""Folders and files that no other user can put something into: the cache of compiled code, and locks.
+"""Folders and files that only this user can write to.
+
+The cache of compiled code, and locks.
 
 What is loaded into a process, or locked by it, must be this user's own. So it lies in folders of mode 0700, and a link,
 another owner or a mode that lets others write is refused; nobody's wrong folder is quietly mended or used.
@@ -23,12 +25,12 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 def cache_folder() -> Path:
-    """The user's folder for caches; it need not exist."""
+    """Return the user's cache folder, which need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
 
 
 def private_folder(root: Path, *names: str) -> Path:
-    """Makes folders that only this user may enter, one within the other.
+    """Make nested folders that only this user may enter.
 
     Args:
         root: The folder that they are in: any that others can't write into.
@@ -73,7 +75,7 @@ def check_own(path: Path, *, is_folder: bool = False) -> None:
 
 
 def _check_above(root: Path, resolved: Path) -> None:
-    """Refuses a place where another user could put a folder of theirs in the place of ours.
+    """Refuse a place where another user could put a folder instead.
 
     Of links on the way there the owner counts, of the folders that they lead to owner and mode. A folder that others
     may write to will do where its sticky bit keeps them from what isn't theirs (/tmp), or where only the user's own
@@ -105,7 +107,9 @@ def _is_own_group(number: int) -> bool:
 
 
 def runtime_folder() -> Path:
-    """A folder for locks: the user's runtime folder (XDG Base Directory), else in the cache, else in that of /tmp.
+    """Return a folder for locks.
+
+    The user's runtime folder (XDG Base Directory), else one in the cache, else one in /tmp.
 
     Raises:
         UsageError: None of these can be used.
@@ -124,7 +128,7 @@ def runtime_folder() -> Path:
 
 @contextlib.contextmanager
 def lock_file(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
-    """Opens a file to be locked, and makes it if need be; never follows a link.
+    """Open a lock file, creating it if necessary; never follow a link.
 
     Raises:
         UsageError: It is a link or no file, or can't be opened.

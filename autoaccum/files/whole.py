@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, whenever the process is killed."""
+"""Write files whole or not at all, even if killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _OTHER = "Name another file, or make room on the disk."
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a path leads: a file, whole or not at all; or what is written into as it stands, like a terminal."""
+    """Where a path leads: a file, or something to write into.
+
+    A file is written whole or not at all; a terminal or pipe is written into as it is.
+    """
 
     path: Path
     straight: bool = False
@@ -63,7 +66,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Writes beside the target, flushes to the disk, then takes its place in one step.
+    """Write beside the target, flush to disk, and rename in one step.
 
     A link is followed, and what it leads to replaced. A device or a pipe is written into.
 
@@ -119,7 +122,7 @@ def _write_straight(path: Path, content: bytes | Callable[[IO[bytes]], object]) 
 
 
 def _mode_of(target: Path) -> int:
-    """The mode of what is replaced, else a new file's."""
+    """Return the mode of the replaced file, or a new file's."""
     with contextlib.suppress(OSError):
         return stat.S_IMODE(target.stat().st_mode) & 0o777
     mask = os.umask(0)
@@ -155,13 +158,19 @@ def _place(path: str | os.PathLike[str]) -> _Place:
 
 
 def _is_descriptor(path: Path) -> bool:
-    """Whether it names an open file of a process, like /dev/stdout and /dev/fd/3: that file is meant, not its name."""
+    """Whether the path names an open file, like /dev/stdout or /dev/fd/3.
+
+    Then that file is meant, not its name.
+    """
     folder = path.parent.resolve()
     return folder.is_relative_to("/proc") or (folder == Path("/dev") and path.is_symlink())
 
 
 def _check_link(path: Path) -> None:
-    """Refuses another user's link in a folder where everybody may make some (the kernel's protected_symlinks)."""
+    """Refuse another user's link in a world-writable folder.
+
+    As the kernel's protected_symlinks does.
+    """
     folder, own = path.parent.stat(), path.lstat().st_uid
     everybodys = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
     if everybodys and own not in (os.geteuid(), folder.st_uid):
@@ -177,7 +186,10 @@ def _refused(path: Path, what: str) -> UsageError:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes what writers of this file left behind that were killed: their lock went with them."""
+    """Remove files that killed writers left behind.
+
+    Their locks ended with them.
+    """
     for left in target.parent.glob(f".{glob.escape(target.name)}.*{_SUFFIX}"):
         with contextlib.suppress(OSError):
             descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,4 +1,6 @@
-"""Runs a task in a fresh Python process: the one that asked never loads torch nor the user's code.
+"""Run a task in a fresh Python process.
+
+The process that asks never loads torch or the user's code.
 
 The parent side is `call`; the other side is `main`. They talk JSON, a line each, over a pipe of their own, so that
 whatever the user's code prints (it goes to stderr) disturbs nothing. The child imports nothing from the folder that it
@@ -60,7 +62,7 @@ def call(
     env: Mapping[str, str] | None = None,
     functions: bytes = b"",
 ) -> dict[str, Any]:
-    """Runs a task in a child process and waits for it.
+    """Run a task in a child process and wait for it.
 
     Args:
         task: MODULE:FUNCTION within autoaccum; it takes `say` and its arguments as keywords.
@@ -115,7 +117,7 @@ def _answer(
     asked: _Asked,
     on_message: Say | None,
 ) -> dict[str, Any]:
-    """Gives the child its arguments and reads what it says; its last message, or {} where it ended without."""
+    """Send the arguments, read messages; return the last, or {} without one."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died at once: what it printed and its exit code will tell
         process.stdin.write(json.dumps(arguments))  # an argument of a command line ends at 128 KiB
@@ -132,13 +134,13 @@ def _answer(
         asked.ask(signal.SIGTERM)
         for _ in _messages(process, reading, asked):
             pass
-        asked.number = None  # nobody else is to be told
+        asked.number = None  # nobody else needs to know
         raise
     return {}
 
 
 def _messages(process: subprocess.Popen[str], reading: int, asked: _Asked) -> Iterator[dict[str, Any]]:
-    """What the child says, until it ends."""
+    """Yield the child's messages until it ends."""
     begun = b""
     while True:
         ended = process.poll() is not None
@@ -154,7 +156,7 @@ def _messages(process: subprocess.Popen[str], reading: int, asked: _Asked) -> It
 
 
 class _Asked:
-    """While the child works, it is for the child to say what an interrupt means; and it has to end.
+    """Forward interrupts to the working child, and make sure it ends.
 
     Args:
         process: The child.
@@ -182,14 +184,17 @@ class _Asked:
             self._kill()
 
     def enforce(self) -> None:
-        """Ends a child that was asked to end and goes on: the exception was dropped, or native code runs long."""
+        """End a child that was asked to end and continues.
+
+        It dropped the exception, or native code runs for long.
+        """
         if self.number is None or self.finishes or self._process.poll() is not None:
             return
         if time.monotonic() - self._asked_at > GRACE_SECONDS:
             self._kill()
 
     def wait(self) -> int:
-        """Waits for its end; whatever it started ends too where it was asked to end."""
+        """Wait for its end; if asked to end, its descendants end too."""
         while True:
             try:
                 code = self._process.wait(POLL_SECONDS)
@@ -246,15 +251,21 @@ def _rebuilt(error: dict[str, Any]) -> AutoaccumError:
 
 
 def _described(error: BaseException) -> dict[str, Any]:
-    told = {"traceback": "".join(traceback.format_exception(error)).rstrip(), "missing_bytes": 0}
+    description = {"traceback": "".join(traceback.format_exception(error)).rstrip(), "missing_bytes": 0}
     if isinstance(error, AutoaccumError):
-        told["missing_bytes"] = getattr(error, "missing_bytes", 0)
-        return told | {"class": type(error).__name__, "what": error.what, "why": error.why, "hint": error.hint}
+        description["missing_bytes"] = getattr(error, "missing_bytes", 0)
+        return description | {"class": type(error).__name__, "what": error.what, "why": error.why, "hint": error.hint}
     if isinstance(error, KeyboardInterrupt):
         number = getattr(error, "number", signal.SIGINT)
-        return told | {"class": "KeyboardInterrupt", "what": "interrupted", "why": "", "hint": "", "number": number}
+        return description | {
+            "class": "KeyboardInterrupt",
+            "what": "interrupted",
+            "why": "",
+            "hint": "",
+            "number": number,
+        }
     what, why, hint = explained(error)
-    return told | {"class": "AutoaccumError", "what": what, "why": why, "hint": hint}
+    return description | {"class": "AutoaccumError", "what": what, "why": why, "hint": hint}
 
 
 def _task(name: str) -> Callable[..., dict[str, Any]]:
@@ -264,7 +275,10 @@ def _task(name: str) -> Callable[..., dict[str, Any]]:
 
 
 def main(argv: list[str]) -> int:
-    """The child's side: TASK, the descriptors to answer on and to be handed functions by; JSON arguments on stdin."""
+    """Run the child's side: TASK and descriptors; JSON arguments on stdin.
+
+    It answers on the first descriptor, and receives functions through the second.
+    """
     global _in_child
     interrupts.watch()
     _in_child = True
@@ -311,11 +325,14 @@ def main(argv: list[str]) -> int:
 
 
 class _Closed(BaseException):
-    """The descriptor to answer on isn't what it was; no `except Exception` of the user's takes this."""
+    """The answering descriptor was replaced; no `except Exception` catches this."""
 
 
 def _out_of_reach(descriptor: int) -> int:
-    """A copy of the descriptor with a high number: code that closes all it finds mostly stops at 256."""
+    """Duplicate the descriptor to a high number.
+
+    Code that closes all descriptors mostly stops at 256.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, max(3, min(soft, 1 << 16) - 64))
@@ -335,12 +352,15 @@ def _identity(descriptor: int) -> tuple[int, int] | None:
 
 
 def die_with_parent() -> None:
-    """Has the kernel kill this process when the one that waits for it is killed (prctl(2), PR_SET_PDEATHSIG)."""
+    """Let the kernel kill this process when its parent is killed.
+
+    prctl(2), PR_SET_PDEATHSIG.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def start() -> None:
-    """What the child's process runs."""
+    """Run the code that the child's process starts with."""
     try:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:  # before it could answer

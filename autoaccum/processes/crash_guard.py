@@ -1,4 +1,4 @@
-"""Runs a test where its crash is an answer, and not the end of the process.
+"""Run a test whose crash is a result, not the process's end.
 
 A loss may reach native code that doesn't check what it is given. A copy of this process can crash in its place. With
 CUDA there is none: a copied process can't use the device, nor can autograd there once it has threads for one. Then the
@@ -25,7 +25,7 @@ class Crashed(Exception):
 
 
 def run(work: Callable[[], T], is_out_of_memory: Callable[[BaseException], bool]) -> T:
-    """Runs `work` in a copy of this process where that is possible, and else here.
+    """Run `work` in a forked copy where possible, otherwise here.
 
     Args:
         work: What it changes may be lost. Its result has to pickle.
@@ -46,6 +46,9 @@ def run(work: Callable[[], T], is_out_of_memory: Callable[[BaseException], bool]
 
 
 def _able(work: Callable[[], T]) -> T:
-    """Runs it after a backward, which fails in a copy of a process where autograd has threads of its own."""
+    """Run it after a backward pass.
+
+    That fails in a forked copy of a process whose autograd has threads.
+    """
     torch.autograd.backward(torch.zeros(1, requires_grad=True).sum())
     return work()

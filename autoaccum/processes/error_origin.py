@@ -1,4 +1,4 @@
-"""Whose line an error comes from: the user's own, where there is one, and what to say of it.
+"""Find the user's line that an error comes from, and explain it.
 
 An error in a workload is raised deep within a library as often as in the workload's file. The line that helps is the
 last one of the user's: neither autoaccum's, nor Python's, nor an installed package's.
@@ -23,7 +23,7 @@ SHOW_ALL = "The same command with --traceback shows all of it."
 
 
 def explained(error: BaseException) -> tuple[str, str, str]:
-    """What happened, where, and what to do next, of an error that isn't autoaccum's."""
+    """Explain an error that isn't autoaccum's: what, where, and the fix."""
     own, raised = _places(error)
     where = f"at {own}" if own else f"at {raised}" if raised else ""
     if own and raised and own != raised:
@@ -44,7 +44,7 @@ def explained(error: BaseException) -> tuple[str, str, str]:
 
 
 def text_of(error: BaseException) -> str:
-    """The first line of an error's text, whatever asking for that does."""
+    """Return the first line of an error's text, even if str() fails."""
     try:
         return (str(error).strip().splitlines() or [""])[0]
     except BaseException as failure:
@@ -69,7 +69,7 @@ def _hint(error: BaseException) -> str:
 
 
 def _lacks_room(error: BaseException) -> tuple[str, str] | None:
-    """Why, and what to do, where a library or a thread could not be loaded for lack of memory."""
+    """Explain a library or thread that couldn't load for lack of memory."""
     text = text_of(error).lower()
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full:
@@ -95,7 +95,7 @@ def _limits() -> Iterator[str]:
 
 
 def _places(error: BaseException) -> tuple[str, str]:
-    """The last line of the user's on the way, and the one that raised; "" for none."""
+    """Return the user's last line and the raising line; "" for none."""
     frames = traceback.extract_tb(error.__traceback__)
     named = [f"{frame.filename}:{frame.lineno}" for frame in frames]
     own = [place for frame, place in zip(frames, named, strict=True) if _is_the_users(frame.filename)]

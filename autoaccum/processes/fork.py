@@ -1,4 +1,6 @@
-"""Runs a function in a copy of this process: with its model and all its state, and without its profiler.
+"""Run a function in a forked copy of this process.
+
+With its model and all its state, and without its profiler.
 
 A fork copies one thread only. OpenMP's pool and torch's profiler belong to the thread that made them (libgomp keeps
 the pool, torch the profiler's state, per thread), so the copy does its work in a thread of its own: it has its own
@@ -44,7 +46,7 @@ def in_copy(
     own_thread: bool = True,
     is_out_of_memory: Callable[[BaseException], bool] = _is_memory_error,
 ) -> T:
-    """Runs `work` in a forked copy of this process.
+    """Run `work` in a forked copy of this process.
 
     Args:
         work: What it changes is changed in the copy only. Its result has to pickle.
@@ -83,14 +85,17 @@ def in_copy(
 
 
 def _ending(status: int) -> str:
-    """How a process ended, by what `waitpid` says; the signal sent to one that has ended already changes nothing."""
+    """Describe how a process ended, from `waitpid`'s status.
+
+    A signal sent to a process that has ended changes nothing.
+    """
     if os.WIFSIGNALED(status):
         return f"it was ended by {signal.Signals(os.WTERMSIG(status)).name}"
     return f"it ended itself with exit code {os.waitstatus_to_exitcode(status)}"
 
 
 def _be_the_copy(attempt: Callable[[], tuple[str, Any]], reading: int, writing: int, own_thread: bool) -> None:
-    """The copy's side; never returns, or it would go on with the caller's program."""
+    """Run the copy's side; never return to the caller's program."""
     try:
         die_with_parent()
         os.close(reading)
@@ -119,22 +124,22 @@ def _attempt(work: Callable[[], Any], is_out_of_memory: Callable[[BaseException]
 
 
 def _answer(child: int, reading: int) -> tuple[str, Any]:
-    """Reads what the copy says, as long as it says or does something."""
-    told = bytearray()
+    """Read the copy's messages while it sends or computes something."""
+    message = bytearray()
     while True:
         wait_for_word(child, reading)
         part = os.read(reading, 1 << 20)
         if not part:
             break
-        told += part
-    if not told:
+        message += part
+    if not message:
         return "died", ""
-    kind, answer = pickle.loads(told)
+    kind, answer = pickle.loads(message)
     return kind, answer
 
 
 def wait_for_word(child: int, reading: int) -> None:
-    """Waits until a copy has said something or ended.
+    """Wait until a copy has sent something or ended.
 
     Raises:
         ForkFailed: It does nothing.
@@ -149,7 +154,10 @@ def wait_for_word(child: int, reading: int) -> None:
 
 
 def _processor_ticks(child: int) -> int:
-    """Processor time of the copy, in the kernel's ticks (proc(5), /proc/pid/stat: utime, stime)."""
+    """Return the copy's processor time in kernel ticks.
+
+    proc(5), /proc/pid/stat: utime, stime.
+    """
     try:
         fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
         return int(fields[11]) + int(fields[12])

@@ -1,4 +1,4 @@
-"""Where modules are imported from: never from the folder that a command happens to run in.
+"""Import modules never from the current folder.
 
 A `random.py` there would otherwise be what torch gets for `import random`. Only the folder of a workload's file becomes
 importable, in the process that loads it, and after everything that is installed: its modules never stand in for others.
@@ -13,7 +13,7 @@ ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 2)
 
 
 def leave_current_folder() -> None:
-    """Drops the current folder, which `python -m autoaccum` puts first.
+    """Drop the current folder, which `python -m autoaccum` puts first.
 
     A no-op for every other way to come here: the `autoaccum` script, a program of the user's, `python -P`.
     """
@@ -25,7 +25,10 @@ def leave_current_folder() -> None:
 
 
 def module_run() -> str:
-    """The module that `python -m` is about to run; empty where it runs something else, or has begun."""
+    """Return the module that `python -m` will run, or "".
+
+    Empty where it runs something else, or has begun.
+    """
     if sys.argv[:1] != ["-m"]:
         return ""
     words = sys.orig_argv
@@ -37,7 +40,7 @@ def _pairs(words: list[str]) -> list[tuple[str, str]]:
 
 
 def add_folders(folders: list[str]) -> None:
-    """Makes modules importable from folders of the user's, for as long as this process lives.
+    """Make modules of the user's folders importable in this process.
 
     They come last: a name that the standard library or an installed package has stays theirs. They stay, since a
     workload imports more while it trains, and a loader's processes import it anew.

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end every command, at whatever moment they come: one handler, and a flag.
+"""End every command on SIGINT and SIGTERM: one handler, and a flag.
 
 Python raises an interrupt wherever the main thread is. Where that is a weak reference's callback, a `__del__`, or a
 library's bare `except:`, the exception is dropped and the program goes on. So the handler keeps the signal's number as
@@ -40,7 +40,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def received() -> int | None:
-    """The signal that has asked this process to end; None where none has."""
+    """Return the signal that asked this process to end, or None."""
     return _received[0][0] if _received else None
 
 
@@ -55,12 +55,14 @@ def is_watched() -> bool:
 
 
 def exit_code(number: int) -> int:
-    """What a shell reports of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM."""
+    """Return a shell's exit code: 130 for SIGINT, 143 for SIGTERM."""
     return 128 + number
 
 
 def watch(*, end_if_dropped: bool = False) -> None:
-    """Has the first signal raise `Interrupted`, whatever handled it before, and the second end this process at once.
+    """Make the first signal raise `Interrupted`, and the second end the process.
+
+    Whatever handled them before.
 
     Args:
         end_if_dropped: End this process where the exception led to no end within `DROPPED_SECONDS` (see `taken`). For
@@ -85,7 +87,7 @@ def watch(*, end_if_dropped: bool = False) -> None:
 
 
 def is_repeated(number: int) -> bool:
-    """Notes that a signal came; whether it is only the last one once more."""
+    """Note a signal; return whether it repeats the last one."""
     now = time.monotonic()
     again = bool(_received) and _received[-1][0] == number and now - _received[-1][1] < SAME_SECONDS
     if not again:
@@ -99,14 +101,14 @@ def taken() -> None:
 
 
 def raise_if_received() -> None:
-    """Raises the exception again where a signal came and the program went on all the same."""
+    """Raise the exception again where the program continued after a signal."""
     number = received()
     if number is not None:
         raise Interrupted(number)
 
 
 def end_now(number: int) -> NoReturn:
-    """Ends this process without another instruction of anybody's."""
+    """End this process without running anything else."""
     with contextlib.suppress(OSError):
         os.write(2, (_SHOW_CURSOR if os.isatty(2) else b"") + b"interrupted\n")
     os._exit(exit_code(number))
@@ -114,7 +116,10 @@ def end_now(number: int) -> NoReturn:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Blocks both signals, here and in processes started within: they are delivered once they are unblocked."""
+    """Block both signals, here and in started processes, until released.
+
+    They are delivered then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -127,7 +132,7 @@ def held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handled_by(handle: Any) -> Iterator[None]:
-    """Both signals call `handle(number, frame)` while this is entered; nothing changes outside the main thread."""
+    """Call `handle(number, frame)` for both signals; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

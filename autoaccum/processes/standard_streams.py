@@ -8,7 +8,10 @@ from typing import IO
 
 
 def open_missing() -> None:
-    """Opens those that are closed on /dev/null: a pipe of ours would get their number, and print has nowhere to go."""
+    """Open closed standard streams on /dev/null.
+
+    Otherwise a pipe of ours would get their number, and print would fail.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -20,7 +23,7 @@ def open_missing() -> None:
 
 
 def flush(stream: IO[str]) -> None:
-    """Writes what was printed.
+    """Write what was printed.
 
     Raises:
         OSError: It can't be written.
@@ -40,7 +43,7 @@ def is_lost(stream: IO[str]) -> bool:
 
 
 def silence(stream: IO[str]) -> None:
-    """Sends what is still to be written nowhere, or Python tries once more at its end and says so."""
+    """Redirect unwritten output to nowhere, before Python reports it at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

@@ -26,7 +26,7 @@ _FORM = "--workload FILE.py:FUNCTION, where FUNCTION() or FUNCTION(device) retur
 
 
 def load_workload(source: str | None, device: str = "cpu", *, made_there: bool = False) -> Workload:
-    """Calls the function that `source` names: the one place where a workload is made, for every command.
+    """Make the workload that `source` names, for every command.
 
     Args:
         source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was handed.
@@ -90,7 +90,7 @@ def takes_device(function: Callable[..., Any], source: str | None) -> bool:
 
 
 def load_function(source: str | None) -> Callable[..., Any]:
-    """The function that `source` names, or that this process was handed.
+    """Return the function that `source` names, or that was handed over.
 
     Raises:
         UsageError: There is no such thing.
@@ -139,7 +139,10 @@ def _handed() -> Callable[..., Any]:
 
 
 def module_name(path: Path) -> str:
-    """The name under which a workload's file is imported: its own, unless another module has that name."""
+    """Return the import name of a workload's file.
+
+    Its own, unless another module has that name.
+    """
     name = path.stem
     if not name.isidentifier():
         return name
@@ -156,7 +159,10 @@ def module_name(path: Path) -> str:
 
 
 def overlooked(folder: Path, loaded: Iterable[str]) -> list[str]:
-    """Modules beside the workload's file that an installed one of the same name was imported in place of, in words."""
+    """Return a warning of modules hidden by installed ones.
+
+    They are beside the workload's file, and have an installed module's name.
+    """
     found = []
     for name in sorted(loaded):
         file = getattr(sys.modules.get(name), "__file__", None)
@@ -170,7 +176,7 @@ def overlooked(folder: Path, loaded: Iterable[str]) -> list[str]:
 
 
 def named(workload: Any, source: str | None) -> Workload:
-    """What the function returned, named after its source.
+    """Return the function's workload, named after its source.
 
     Raises:
         UsageError: It is no workload.
@@ -184,7 +190,7 @@ def named(workload: Any, source: str | None) -> Workload:
 
 
 def check_source(source: str) -> None:
-    """Raises UsageError where it can't name a workload; imports nothing of the user's."""
+    """Raise UsageError for an invalid source; import nothing of the user's."""
     if source in BUILT_IN:
         return
     file, colon, function = source.rpartition(":")

@@ -1,4 +1,4 @@
-"""What the user's functions add to their lists and tensors while planning: taken out again, window by window.
+"""Remove what the user's functions append to lists and tensors while planning.
 
 A loss or an evaluation that appends to a list would be left with the results of planning's windows among its own, and
 planning with the memory that they hold. state/snapshot.py puts all back in the end; this is quick, and only for what
@@ -16,7 +16,7 @@ from .closures import Holdings
 
 
 def keeper(held: Holdings) -> Callable[[], None]:
-    """Notes what functions hold; what it returns takes out what was added since.
+    """Note what functions hold; return a function that removes later additions.
 
     A list that was changed in another way than by adding at its end is left as it is. A tensor that was put together
     with more (`self.all = torch.cat([self.all, new])`) is what it was again.

@@ -1,4 +1,6 @@
-"""What the functions of a workload hold: all that a call of a loss can reach and change, beside the model.
+"""Find all that a workload's functions hold besides the model.
+
+All that a call of a loss can reach and change.
 
 A loss reaches a teacher, the other network of a GAN, centres or a counter by its closure, its defaults and attributes,
 by the globals that it names, by the object whose method it is. One walk finds them, for all who have to know: what is
@@ -40,7 +42,7 @@ _OURS = frozenset({"torch", "numpy", "autoaccum"}) | sys.stdlib_module_names
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A variable of a function: a cell of its closure, a global, an attribute of a class.
+    """A function's variable: a closure cell, global or class attribute.
 
     Attributes:
         name: What the code calls it.
@@ -71,7 +73,7 @@ class Holdings:
 
 
 def holdings(model: nn.Module, **functions: Any) -> Holdings:
-    """Finds what functions hold; calls none of them.
+    """Find what functions hold, without calling them.
 
     Args:
         model: The model: itself and the modules in it are no holdings.
@@ -91,12 +93,15 @@ def holdings(model: nn.Module, **functions: Any) -> Holdings:
 
 
 def modules_of(loss: Any) -> list[nn.Module]:
-    """The modules that a loss holds, wherever it holds them; itself, where it is one."""
+    """Return the modules that a loss holds, or is."""
     return list(holdings(nn.Module(), loss=loss).modules.values())
 
 
 class _Search:
-    """A walk along functions and objects, breadth first: the nearest name is the one that a person knows."""
+    """Walk functions and objects breadth first, so the nearest name wins.
+
+    That is the one that a person knows.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.things: list[tuple[str, Any]] = []
@@ -109,7 +114,7 @@ class _Search:
         self.waiting: deque[tuple[Any, str, int]] = deque()
 
     def run(self, function: Any, name: str) -> None:
-        """Looks at one function and at all that it leads to."""
+        """Walk one function and all that it leads to."""
         self.waiting.append((function, name, 0))
         while self.waiting:
             while self.waiting:
@@ -189,7 +194,7 @@ class _Search:
             self._push_named({f"[{key!r}]": value for key, value in entries}, name, depth)
 
     def _class(self, cls: type, depth: int) -> None:
-        """A class as a drawer of variables."""
+        """Walk a class that holds variables."""
         if not _is_users(cls.__module__):
             return
         for name, value in list(vars(cls).items()):
@@ -208,7 +213,7 @@ class _Search:
             self._push_named(inside, f"{name}.", depth)
 
     def _methods(self) -> None:
-        """The methods of objects that code calls by their names: they hold globals of their own."""
+        """Walk the methods that code calls by name, for their globals."""
         for value, name, depth in self.objects:
             for cls in filter(lambda cls: _is_users(cls.__module__), type(value).__mro__):
                 methods = (vars(cls).get(method) for method in {"__call__", "forward", *self.called} & vars(cls).keys())
@@ -217,7 +222,10 @@ class _Search:
 
 
 def _is_of_tensors(value: Any) -> bool:
-    """Whether it is a module or a tensor, or holds nothing else: a logger's queue is not to be put back."""
+    """Whether it is a module or tensor, or holds only these.
+
+    A logger's queue must not be restored.
+    """
     if isinstance(value, (list, dict)):
         entries = list(value.values() if isinstance(value, dict) else value)
         return 0 < len(entries) <= _MANY and all(isinstance(entry, (nn.Module, torch.Tensor)) for entry in entries)
@@ -225,7 +233,7 @@ def _is_of_tensors(value: Any) -> bool:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """The names that code uses, that of the functions within it too."""
+    """Return the names that code uses, inner functions included."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -233,7 +241,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _defaults(function: Any) -> dict[str, Any]:
-    """Default values by their parameters' names; one that is a list or a dict is kept from call to call."""
+    """Return defaults by parameter name; lists and dicts live between calls."""
     by_position = function.__defaults__ or ()
     names = function.__code__.co_varnames[: function.__code__.co_argcount][-len(by_position) or None :]
     return dict(zip(names, by_position, strict=False)) | (function.__kwdefaults__ or {})
@@ -248,7 +256,7 @@ def _read_cell(cell: Any) -> Any:
 
 @lru_cache(maxsize=1024)
 def _is_users(module: str | None) -> bool:
-    """Whether code is the user's own: no part of Python, torch or an installed package."""
+    """Whether code is the user's: not of Python, torch or installed packages."""
     if module is None or module.partition(".")[0] in _OURS:
         return False
     file = getattr(sys.modules.get(module), "__file__", None) or ""

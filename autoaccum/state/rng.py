@@ -1,4 +1,4 @@
-"""The random number generators that a training step draws from: read, put back, compare.
+"""Read, restore and compare the random generators of a training step.
 
 Knows the global ones (Python's `random`, NumPy's, torch's on the CPU and on every CUDA device) and generator objects
 that a module may hold. Doesn't know who draws from them. NumPy and CUDA count only where the process already uses
@@ -19,24 +19,27 @@ _Source = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
 def take_rng() -> dict[str, Any]:
-    """The state of every global generator in use, by its name for people."""
+    """Return the state of every global generator in use, by name."""
     return {name: get() for name, (get, _) in _sources().items()}
 
 
 def put_rng(states: dict[str, Any]) -> None:
-    """Puts global generators back to what `take_rng` returned, or to a part of it."""
+    """Restore global generators to all or part of `take_rng`'s result."""
     sources = _sources()
     for name, state in states.items():
         sources[name][1](state)
 
 
 def as_plain(states: dict[str, Any]) -> dict[str, Any]:
-    """What `take_rng` returned, in tensors and plain values: NumPy's arrays as lists with their type."""
+    """Convert `take_rng`'s result to tensors and plain values.
+
+    NumPy's arrays become lists with their type.
+    """
     return {name: _without_arrays(state) for name, state in states.items()}
 
 
 def from_plain(states: dict[str, Any]) -> dict[str, Any]:
-    """What `as_plain` made, for `put_rng`; generators that this process doesn't have are left out.
+    """Convert `as_plain`'s result for `put_rng`; skip generators missing here.
 
     Raises:
         ValueError: It is something else.
@@ -74,7 +77,7 @@ def is_generator(cls: type) -> bool:
 
 
 def read_generator(generator: Any) -> Any:
-    """The state of a generator object of torch, of Python or of NumPy."""
+    """Return the state of a generator object: torch, Python or NumPy."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -85,7 +88,7 @@ def read_generator(generator: Any) -> Any:
 
 
 def write_generator(generator: Any, state: Any) -> None:
-    """Puts a generator object back to what `read_generator` returned."""
+    """Restore a generator object to `read_generator`'s result."""
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
@@ -97,7 +100,10 @@ def write_generator(generator: Any, state: Any) -> None:
 
 
 def same_state(one: Any, other: Any) -> bool:
-    """Whether two states are bitwise equal: scalars, tensors and arrays on the host, in dicts."""
+    """Whether two states are bitwise equal.
+
+    Scalars, tensors and arrays on the host, in dicts.
+    """
     if isinstance(one, torch.Tensor) or hasattr(one, "tobytes"):
         return _identity(one) == _identity(other)
     if isinstance(one, dict):

@@ -48,7 +48,9 @@ _Stored = tuple[torch.UntypedStorage, int, torch.UntypedStorage, Place]  # a sto
 
 @dataclass(eq=False, frozen=True)
 class Snapshot:
-    """What `take` saw. It keeps every tensor that it saw alive, those on the device too.
+    """A snapshot by `take`, which keeps the tensors it saw alive.
+
+    Those on the device too.
 
     Attributes:
         host_bytes: Bytes of host memory that the copies take; for training on the CPU, committed by this process.
@@ -61,7 +63,7 @@ class Snapshot:
     _rng: dict[str, Any]
 
     def restore(self) -> None:
-        """Puts everything back; may be called again.
+        """Restore everything; may be called again.
 
         Raises:
             RestoreError: Something could not be put back. Everything else was.
@@ -101,7 +103,10 @@ class Snapshot:
             )
 
     def differences(self) -> list[str]:
-        """What differs now, bitwise, from what was taken: names such as `layers.0.weight` or `torch RNG`."""
+        """Return the names that differ bitwise from the snapshot.
+
+        Names such as `layers.0.weight` or `torch RNG`.
+        """
         places = [place for entry in self._found.containers for place in traversal.container_differences(*entry)]
         places += [place for held in self._found.tensors.values() for place in _tensor_differences(held)]
         places += [place for stored in self._stored() for place in self._storage_differences(stored)]
@@ -114,7 +119,7 @@ class Snapshot:
         return list(dict.fromkeys(traversal.name_of(place, self._found.tensors) for place in places))
 
     def unkept(self) -> list[str]:
-        """Names of what was changed in place, and is too large for a copy to have been kept of it."""
+        """Name changed tensors that were too large for a copy."""
         watched = self._found.watched
         return [traversal.name_of(place, {}) for tensor, before, place in watched if version_of(tensor) != before]
 
@@ -125,7 +130,10 @@ class Snapshot:
                 yield storage, nbytes, host[end - nbytes : end], place  # a slice shares the bytes
 
     def _storage_differences(self, stored: _Stored) -> list[Place]:
-        """The tensors in a storage whose bytes differ; the storage's first tensor where none of them covers it."""
+        """Return a storage's changed tensors, or its first.
+
+        The first where none covers the changed bytes.
+        """
         storage, nbytes, host, place = stored
         if storage.nbytes() != nbytes:
             return [place]
@@ -146,7 +154,7 @@ def take(
     held: Holdings | None = None,
     storages: bool = True,
 ) -> Snapshot:
-    """Takes a snapshot of all that a training step changes.
+    """Take a snapshot of all that a training step changes.
 
     The light form is for what a forward or a backward changes, and quick enough for every window (0.4 ms for a
     ResNet-18 on the CPU). It covers the random number generators, the scaler, and of the modules who is in them, their
@@ -177,7 +185,7 @@ def take(
 
 
 def host_bytes_needed(**of: Any) -> int:
-    """Bytes of host memory that `take` with the same arguments would copy; copies nothing."""
+    """Return the host bytes that `take` would copy, without copying."""
     found = traversal.walk(of.pop("storages", True), of.pop("held", None), **of)
     _leave_out_large(found)
     return found.host_bytes
@@ -185,7 +193,7 @@ def host_bytes_needed(**of: Any) -> int:
 
 @contextlib.contextmanager
 def kept(**of: Any) -> Iterator[Snapshot]:
-    """Takes a snapshot and puts it back on every way out: the end, an exception, Ctrl-C.
+    """Take a snapshot; restore it on every exit, exceptions included.
 
     A further Ctrl-C while it is being put back waits until that is done, and counts then.
 
@@ -210,7 +218,10 @@ def kept(**of: Any) -> Iterator[Snapshot]:
 
 
 def _uninterrupted(action: Callable[[], None]) -> None:
-    """Runs the action with SIGINT held back; it is delivered afterwards. Signals reach the main thread only."""
+    """Run the action with SIGINT held back until afterwards.
+
+    Signals reach the main thread only.
+    """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         action()
@@ -226,7 +237,10 @@ def _uninterrupted(action: Callable[[], None]) -> None:
 
 
 def _put_container(container: Any, saved: Any) -> None:
-    """Puts the same objects back in the same order, with the methods of the plain class: a subclass may forbid them."""
+    """Put the same objects back in order.
+
+    By the methods of the plain class, which a subclass may forbid.
+    """
     plain: Any = next(cls for cls in traversal.CONTAINERS if isinstance(container, cls))
     plain.clear(container)
     if isinstance(container, dict):
@@ -263,7 +277,10 @@ def _tensor_differences(held: Held) -> Iterator[Place]:
 
 
 def _moved(tensor: torch.Tensor, alias: torch.Tensor) -> bool:
-    """Whether it has another storage or shape: by `tensor.data = ...`, `set_`, `resize_`, or `add_` to a sparse one."""
+    """Whether a tensor has another storage or shape.
+
+    By `tensor.data = ...`, `set_`, `resize_`, or `add_` to a sparse one.
+    """
     if tensor.dtype != alias.dtype or tensor.shape != alias.shape or tensor.layout != alias.layout:
         return True
     if traversal.has_storage(tensor):
@@ -276,7 +293,7 @@ def _moved(tensor: torch.Tensor, alias: torch.Tensor) -> bool:
 
 
 def _copy(entries: Iterable[_Entry]) -> list[_Copies]:
-    """Copies storages to the host, the small ones of a device together."""
+    """Copy storages to the host, a device's small ones together."""
     groups: dict[Any, list[_Entry]] = {}
     for entry in entries:
         storage = entry[0]
@@ -289,7 +306,7 @@ def _copy(entries: Iterable[_Entry]) -> list[_Copies]:
 
 
 def _host_copy(storages: list[torch.UntypedStorage]) -> torch.UntypedStorage:
-    """A copy of the storages' bytes, one after the other."""
+    """Return one copy of the storages' bytes, one after the other."""
     first, device = storages[0], storages[0].device
     if len(storages) == 1:
         return torch.UntypedStorage(first.nbytes()).copy_(first, False)  # type: ignore[no-untyped-call]
@@ -312,7 +329,7 @@ def _put_storage(storage: torch.UntypedStorage, nbytes: int, host: torch.Untyped
 
 
 def _equal(one: torch.UntypedStorage, other: torch.UntypedStorage, tensor: torch.Tensor | None = None) -> bool:
-    """Whether two storages on the host hold the same bytes, or the same where a tensor's elements are."""
+    """Whether two host storages have equal bytes within a tensor's elements."""
     if tensor is None:
         word = torch.uint8 if one.nbytes() % 8 else torch.int64  # so that nan equals itself; wide ones are faster
         geometry: Any = 0, (one.nbytes() // word.itemsize,), (1,)
@@ -344,7 +361,10 @@ def _put_gradient(parameter: nn.Parameter, gradient: torch.Tensor | None) -> Non
 
 
 def _leave_out_large(found: Walk) -> None:
-    """Takes out of a walk the largest storages that only functions hold, until half of the free memory is enough."""
+    """Leave out the largest storages held only by functions.
+
+    Until half of the free memory is enough for a copy.
+    """
     if not found.full or not found.held:
         return
     available_bytes = _available_bytes()

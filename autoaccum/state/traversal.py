@@ -1,4 +1,4 @@
-"""Everything that a training step can change: where it is, and what a person calls it.
+"""Find everything that a training step can change, and name it.
 
 Knows how PyTorch keeps state: a model, an optimizer, a scheduler and a scaler are objects whose attributes lead
 through dicts, lists and tuples to tensors. A walk goes along all of them and writes down every container, tensor,
@@ -65,7 +65,7 @@ class Aspect(Enum):
 
 
 class HeldName(str):
-    """The first key in the place of what a function holds: what its code calls it."""
+    """The first key to what a function holds: its code's name."""
 
     __slots__ = ()
 
@@ -82,13 +82,13 @@ class Held(NamedTuple):
 
 
 def has_storage(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has bytes of its own; the others, see `parts`, are made of tensors."""
+    """Whether a tensor has a storage; others have `parts`."""
     is_wrapper = type(tensor) is not torch.Tensor and is_traceable_wrapper_subclass(tensor)
     return tensor.layout is torch.strided and not is_wrapper
 
 
 def parts(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """The tensors that a sparse tensor, or one of a wrapper class, is made of; nothing for the others."""
+    """Return the tensors that a sparse or wrapper tensor consists of."""
     if is_traceable_wrapper_subclass(tensor):
         named = ((name, getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
         return [(name, part) for name, part in named if isinstance(part, torch.Tensor)]  # DTensor names its mesh, too
@@ -133,7 +133,7 @@ class Walk:
         return sum(arrays) + sum(storage.nbytes() for storage, _ in self.storages.values())
 
     def follow(self, root: Any, name: str) -> None:
-        """Walks depth first and in order, so that what is shared is named as `named_parameters` names it."""
+        """Walk depth first, in order, so shared tensors get `named_parameters`' names."""
         kind = _kind(type(root), self.full)  # type: ignore[arg-type]  # mypy finds no hash in type[Any]
         stack: list[_Step] = [(root, (None, name), _OBJECT if kind == _LEAF else kind)]
         while stack:
@@ -145,7 +145,7 @@ class Walk:
                 stack.extend(reversed(inner))
 
     def follow_held(self, held: Holdings) -> None:
-        """Walks from what functions hold, as it is now."""
+        """Walk from what functions hold now."""
         self._limits = _LIMITS[self.full]
         for slot in held.slots:
             value = slot.get()
@@ -163,7 +163,7 @@ class Walk:
         self._limits = None
 
     def _inside(self, value: Any, place: Place, kind: int) -> list[_Step]:
-        """Writes one thing down; returns what it leads to."""
+        """Record one object; return what it leads to."""
         if kind == _TENSOR:
             return self._tensor(value, place)
         if self._limits is not None and kind in (_CELL, _CONTAINER, _ITEMS) and self._is_data(value, place, kind):
@@ -183,7 +183,7 @@ class Walk:
         return self._entries(value.items() if isinstance(value, dict) else enumerate(value), place)
 
     def _is_data(self, value: Any, place: Place, kind: int) -> bool:
-        """Whether it is too large to be followed; of a container the entries are put back then, as they are."""
+        """Whether it is too large to follow."""
         assert self._limits is not None
         most_bytes, most_entries = self._limits
         if kind == _CELL:
@@ -195,7 +195,7 @@ class Walk:
         return True
 
     def _entries(self, entries: Iterable[tuple[Any, Any]], place: Place) -> list[_Step]:
-        """What a container leads to. Containers of plain values only are written down at once: most are empty."""
+        """Return a container's entries; record plain values directly."""
         plain, seen, inner = _PLAIN if self.full else _PLAIN_IF_LIGHT, self.seen, list[_Step]()
         for key, entry in entries:
             if type(entry) in plain:
@@ -213,7 +213,7 @@ class Walk:
         return inner
 
     def _built_in(self, attributes: dict[str, Any], place: Place) -> list[_Step]:
-        """The light walk's way through a module of torch's own: its forward writes to its buffers, and that is all."""
+        """Walk one of torch's modules lightly: only its buffers change."""
         inner: list[_Step] = []
         if buffers := attributes["_buffers"]:
             where = (place, "_buffers")
@@ -256,7 +256,7 @@ class Walk:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to in place, as autograd counts it."""
+    """Return the in-place version that autograd counts for a tensor."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -266,7 +266,7 @@ def _is_of_module(place: Place) -> bool:
 
 
 def walk(full: bool, held: Holdings | None = None, **roots: Any) -> Walk:
-    """Walks from the model, the optimizer, the scaler and the scheduler, where they aren't None, and what is held."""
+    """Walk model, optimizer, scaler, scheduler and held objects."""
     found = Walk(full)
     for name, root in roots.items():
         if root is not None and (full or name in ("model", "scaler")):
@@ -278,7 +278,7 @@ def walk(full: bool, held: Holdings | None = None, **roots: Any) -> Walk:
 
 @lru_cache(maxsize=1024)
 def _kind(cls: type, full: bool) -> int:
-    """What to do with the objects of a class."""
+    """Return how to treat the objects of a class."""
     if not full and issubclass(cls, (nn.Parameter, torch.optim.Optimizer)):
         return _LEAF
     if issubclass(cls, torch.Tensor):
@@ -307,7 +307,7 @@ def _values(container: Any) -> Iterable[Any]:
 
 
 def identical(container: Any, saved: Any) -> bool:
-    """Whether a container holds the very objects of its shallow copy, in their order."""
+    """Whether a container holds its shallow copy's very objects, in order."""
     if isinstance(container, set):
         return {*map(id, container)} == {*map(id, saved)}
     if isinstance(container, dict) and not all(map(is_, container.values(), saved.values())):
@@ -329,7 +329,7 @@ def container_differences(container: Any, saved: Any, place: Place) -> list[Plac
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal to the bit; tensors and arbitrary objects only where they are the same object."""
+    """Whether two values are bitwise equal; tensors and objects by identity."""
     if one is other:
         return True
     if type(one) is not type(other):
@@ -344,7 +344,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def name_of(place: Place, tensors: dict[int, Held]) -> str:
-    """What a person calls a place; `tensors` are the walk's."""
+    """Return a place's readable name; `tensors` are the walk's."""
     keys: list[Any] = []
     owner: Any = place
     while owner is not None:
@@ -367,7 +367,7 @@ def name_of(place: Place, tensors: dict[int, Held]) -> str:
 
 
 def _name_in_model(keys: list[Any], root: str = "") -> str:
-    """The name of what these keys lead to from the model, as `named_parameters` and `named_modules` put it.
+    """Return the name that `named_parameters` or `named_modules` would give.
 
     Args:
         keys: The keys.
@@ -388,7 +388,7 @@ def _name_in_model(keys: list[Any], root: str = "") -> str:
 
 
 def _name_in_held(keys: list[Any], root: str) -> str:
-    """The name of what these keys lead to from what a function holds."""
+    """Return the name of a place in what a function holds."""
     if keys and keys[0] in ("_modules", "_parameters", "_buffers", "training"):
         return _name_in_model(keys, root)
     return root + "".join(f".{key}" if isinstance(key, str) and key.isidentifier() else _indexed([key]) for key in keys)

@@ -1,4 +1,6 @@
-"""Losses over the representations of a whole window: contrastive losses, mined triplets, Dice, AUC.
+"""Compute losses over the representations of a whole window.
+
+Contrastive losses, mined triplets, Dice, AUC.
 
 Such a loss isn't a sum over micro-batches, so their gradients don't add up to its own. But it is a function of the
 representations, and those can be made piece by piece:
@@ -58,7 +60,7 @@ def fill(
     window_samples: int | None = None,
     held: Holdings | None = None,
 ) -> Cache:
-    """Encodes every micro-batch, and takes the loss of all their representations.
+    """Encode every micro-batch, and compute the loss of all representations.
 
     Args:
         model: The model.
@@ -93,13 +95,13 @@ def fill(
 
 
 def _stand_ins(encoded: Any, samples: int) -> list[Any]:
-    """Representations of as many samples, in two pieces, made of those of one micro-batch."""
+    """Expand one micro-batch's representations to this many samples, in two pieces."""
     half = samples // 2
     return [cutting.tile(encoded, half), cutting.tile(encoded, samples - half)]
 
 
 def repeat(cache: Cache, index: int, encode: Callable[[Batch], Any], piece: Batch) -> None:
-    """Encodes a micro-batch again, just as the first time, and backpropagates its representations' gradients."""
+    """Encode a micro-batch again identically, and backpropagate its representations' gradients."""
     put_rng(cache.states[index])
     gradients = cache.gradients[index]
     found = {path: leaf for path, leaf in tree.leaves(encode(piece)) if path in gradients}
@@ -110,7 +112,7 @@ def repeat(cache: Cache, index: int, encode: Callable[[Batch], Any], piece: Batc
 
 
 def _leaf(_: str, value: Any) -> Any:
-    """A representation cut off from its encoder."""
+    """Detach a representation from its encoder."""
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach()
@@ -118,6 +120,6 @@ def _leaf(_: str, value: Any) -> Any:
 
 
 def _gradients(encoded: Any, count: int) -> dict[str, torch.Tensor]:
-    """The gradients of a micro-batch's representations; where a stand-in has more samples, those of the first."""
+    """Return a micro-batch's representation gradients; a stand-in's first ones only."""
     leaves = [(path, leaf) for path, leaf in tree.leaves(encoded) if isinstance(leaf, torch.Tensor)]
     return {path: leaf.grad[:count] for path, leaf in leaves if leaf.grad is not None}

@@ -1,4 +1,4 @@
-"""Compiled models: recorded, asked and judged as they were written; verified and trained compiled.
+"""Record and test compiled models uncompiled; verify and train them compiled.
 
 torch.compile makes a graph for the first batch size it sees, and one for all others (or one for each, with
 dynamic=False, until it silently gives up at eight). Planning runs many sizes that training never will, so none of
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def is_compiled(model: nn.Module, loss: Any = None) -> bool:
-    """Whether torch.compile or Module.compile was called on a model, on a module in it, or on its loss."""
+    """Whether a model, a module in it, or its loss is compiled.
+
+    By torch.compile or Module.compile.
+    """
     if hasattr(loss, "_torchdynamo_orig_callable"):
         return True
     marks = "_orig_mod", "_compiled_call_impl"
@@ -31,7 +34,7 @@ def is_compiled(model: nn.Module, loss: Any = None) -> bool:
 
 
 def runs_compiled(context: TrainingContext) -> bool:
-    """Whether its windows run compiled for real: a virtual GPU runs nothing that a compiler makes."""
+    """Whether its windows really run compiled, which virtual GPUs can't."""
     return is_compiled(context.model, context.loss) and get_device(context.device).computes
 
 
@@ -42,7 +45,7 @@ def as_trained(context: TrainingContext) -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Whatever was compiled runs as it was written, and nothing is compiled, while this is entered."""
+    """Run everything uncompiled within this context, and compile nothing."""
     if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and loading it takes a second
         yield
         return

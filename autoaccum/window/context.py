@@ -1,4 +1,7 @@
-"""What a window works on: a workload whose optimizer and scheduler exist, and its forward."""
+"""The context of a window: a workload with its optimizer made.
+
+And its scheduler, and its forward.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ class TrainingContext:
 
 
 def open_context(workload: Workload) -> TrainingContext:
-    """Makes the optimizer and the scheduler of a workload where it names functions for them.
+    """Make a workload's optimizer and scheduler where it names functions.
 
     Raises:
         UsageError: It can't be trained.
@@ -134,12 +137,15 @@ def open_context(workload: Workload) -> TrainingContext:
 
 
 def held_in_window(workload: Workload) -> Holdings:
-    """What the functions hold that a window calls."""
+    """Return what the functions that a window calls hold."""
     return holdings(workload.model, loss=workload.loss, encode=workload.encode, count=workload.count)
 
 
 def forward(context: TrainingContext, piece: Batch, more: dict[str, Any] | None = None) -> Any:
-    """The loss of one piece, checked; `more` are keywords for a model that brings its own."""
+    """Compute one piece's loss and check it.
+
+    `more` are keywords for a model with its own loss.
+    """
     with autocast(context):
         batch = context.copies.bring(piece)
         if context.encode is not None:
@@ -148,12 +154,12 @@ def forward(context: TrainingContext, piece: Batch, more: dict[str, Any] | None 
 
 
 def autocast(context: TrainingContext) -> AbstractContextManager[Any]:
-    """The workload's precision, around a forward."""
+    """Enter the workload's precision, around a forward."""
     return torch.autocast(context.device.type, dtype=context.autocast_dtype, enabled=context.autocast_dtype is not None)
 
 
 def encode(context: TrainingContext, piece: Batch) -> Any:
-    """The representations of one piece."""
+    """Compute the representations of one piece."""
     assert context.encode is not None
     with autocast(context):
         return context.encode(context.model, context.copies.bring(piece))

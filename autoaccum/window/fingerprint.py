@@ -1,4 +1,4 @@
-"""What a plan is for: the form of a batch, and what model, optimizer and device it was made with."""
+"""Describe and compare a plan's batch form, model, optimizer and device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Signature = tuple[LeafForm, ...]
 
 
 def signature(batch: Any) -> Signature:
-    """The form of a batch: every tensor's place, dtype and trailing shape."""
+    """Return a batch's form: every tensor's place, dtype and trailing shape."""
     return tuple(
         LeafForm(path, str(leaf.dtype), tuple(leaf.shape[1:]))
         for path, leaf in tree.leaves(batch)
@@ -59,7 +59,10 @@ def _names(form: Signature) -> str:
 
 
 def fingerprint(context: TrainingContext) -> dict[str, str]:
-    """What a plan depends on: each entry is compared by the Runner, and named where it differs."""
+    """Return what a plan depends on, by name.
+
+    The Runner compares each entry, and names those that differ.
+    """
     optimizer = context.optimizer
     group = optimizer.param_groups[0]
     flags = [name for name in ("foreach", "fused", "amsgrad", "momentum", "capturable") if group.get(name)]
@@ -79,7 +82,7 @@ def fingerprint(context: TrainingContext) -> dict[str, str]:
 
 
 def _window_words(context: TrainingContext) -> str:
-    """What else a window does that takes memory."""
+    """Describe what else a window does that needs memory."""
     does = {
         "clips": context.clip_grad_norm is not None,
         "scales": context.scaler is not None,
@@ -101,9 +104,11 @@ def check_fingerprint(found: Mapping[str, str], planned: Mapping[str, str]) -> N
     """
     differing = [name for name in {**planned, **found} if found.get(name) != planned.get(name)]
     if differing:
-        told = "; ".join(f"{name}: planned {planned.get(name)!r}, here {found.get(name)!r}" for name in differing)
+        differences = "; ".join(
+            f"{name}: planned {planned.get(name)!r}, here {found.get(name)!r}" for name in differing
+        )
         raise PlanMismatch(
-            f"The plan was made for something else ({told}).",
+            f"The plan was made for something else ({differences}).",
             "Its memory would be another one.",
             "Plan again: autoaccum plan, or fit_plan(workload).",
         )

@@ -19,17 +19,20 @@ Parameters = Sequence[torch.Tensor]
 
 
 def half_parameters(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Parameters whose gradients would add up in half precision; those for which somebody chose a dtype are left."""
+    """Return parameters whose gradients would sum in half precision.
+
+    Without those whose gradients' dtype was chosen.
+    """
     return [p for p in parameters if p.requires_grad and p.dtype in _HALF and p.grad_dtype == p.dtype]
 
 
 def wide_parameters(parameters: Iterable[torch.Tensor], accumulate: str, steps: int) -> list[torch.Tensor]:
-    """Parameters whose gradients add up in fp32 in a window of so many micro-batches."""
+    """Return parameters whose gradients sum in fp32 in such a window."""
     return half_parameters(parameters) if steps > 1 and accumulate == "fp32" else []
 
 
 def widening_bytes(parameters: Iterable[torch.Tensor]) -> int:
-    """What fp32 gradients of half-precision parameters take beyond gradients of the parameters' own precision."""
+    """Return the extra bytes of fp32 gradients of half-precision parameters."""
     return sum(4 * p.numel() - p.nbytes for p in half_parameters(parameters))
 
 
@@ -54,7 +57,10 @@ def wide_gradients(parameters: Parameters) -> Iterator[None]:
 
 
 def narrow(parameters: Parameters) -> None:
-    """Gives parameters the gradients of their own dtype that an optimizer expects; one at a time, for memory's sake."""
+    """Convert gradients to the parameters' dtype, one at a time.
+
+    The optimizer expects that; one at a time saves memory.
+    """
     for parameter in parameters:
         _set(parameter, parameter.grad)
 

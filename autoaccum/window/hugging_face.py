@@ -1,9 +1,11 @@
-"""What a Hugging Face model's own loss averages over: found out by asking the model, not by guessing from its class.
+"""Find the denominator of a Hugging Face model's own loss.
+
+By forward passes, not by guessing from its class.
 
 Their losses are means over the labels that aren't ignored, some of them after a shift by one; some models take the
 window's count as `num_items_in_batch`, others take any keyword and leave it unused. Each of these guesses has been a
 bug in some trainer (transformers#34191, #46204, #46903; trl#2175). So the model is asked, once, on the first
-micro-batch: what is your loss, and what is it when you are told to divide by 1 and by 2?
+micro-batch: what is the loss, and what is it with a given count of 1 and of 2?
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 
 from ..workload import IGNORED, Batch
 
-_AGREES_WITHIN = 1e-3  # of the loss: both are reckoned from the same logits, in fp32 or in half precision
+_AGREES_WITHIN = 1e-3  # of the loss: both are computed from the same logits, in fp32 or in half precision
 _COUNTS_WITHIN = 0.45  # a count is an integer
 
 
@@ -47,7 +49,7 @@ def has_labels(batch: Batch) -> bool:
 
 
 def can_tell(batch: Batch) -> bool:
-    """Whether a batch has labels that count, so that a model can be asked about it."""
+    """Whether a batch has labels that count, which finding needs."""
     return all(count for _, count in _candidates(batch))
 
 

@@ -1,4 +1,4 @@
-"""A model as the Runner trains it, for a while, and afterwards as it was."""
+"""Put a model into training state, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from .compiled import uncompiled
 
 @contextlib.contextmanager
 def as_it_trains(model: nn.Module, held: Holdings, *, everything: bool = False) -> Iterator[None]:
-    """In train mode and not compiled; puts back random states, buffers, attributes and hooks, but no parameters.
+    """Enter train mode, uncompiled; restore everything but parameters.
+
+    Random states, buffers, attributes and hooks.
 
     Args:
         model: The model.
@@ -35,7 +37,10 @@ def as_it_trains(model: nn.Module, held: Holdings, *, everything: bool = False) 
 
 @contextlib.contextmanager
 def _hooks_kept(model: nn.Module) -> Iterator[None]:
-    """Takes away the hooks that a forward added: Hugging Face models add some to capture their router's outputs."""
+    """Remove the hooks that a forward added.
+
+    Hugging Face models add some to capture their router's outputs.
+    """
     kept = [
         (hooks, dict(hooks))
         for module in model.modules()

@@ -25,7 +25,7 @@ Asked = TypeVar("Asked")
 
 
 def window_count(context: TrainingContext, pieces: Sequence[Batch]) -> Any:
-    """What the loss counts in the whole window, known before its first backward.
+    """Return the window's count, before its first backward.
 
     Returns:
         The count, 0 where nothing counts; None where the loss is a mean over samples, or where the window is one
@@ -52,7 +52,7 @@ def window_count(context: TrainingContext, pieces: Sequence[Batch]) -> Any:
 
 
 def _ask_for_denominator(context: TrainingContext, piece: Batch) -> None:
-    """Asks a model that brings its own loss what that averages over; once."""
+    """Find the denominator of a model with its own loss, once."""
 
     def find() -> Denominator | None:
         rng, batch = take_rng(), tree.to_device(piece, context.device)
@@ -73,7 +73,7 @@ def _ask_for_denominator(context: TrainingContext, piece: Batch) -> None:
 
 
 def _is_pair(context: TrainingContext, piece: Batch) -> bool:
-    """Whether the loss returns `(sum, count)`; asked once, of one micro-batch, and remembered."""
+    """Whether the loss returns `(sum, count)`: found once, and remembered."""
     if context.loss_is_mean:
         return False
     few = _few(piece)
@@ -84,7 +84,9 @@ def _is_pair(context: TrainingContext, piece: Batch) -> bool:
 
 
 def asked(context: TrainingContext, ask: Callable[[], Asked], *, keeps: bool = False) -> Asked:
-    """Asks without gradients, which takes least memory; with, where the loss takes some itself (forces, penalties).
+    """Call `ask` without gradients, or with where it computes some.
+
+    Without needs least memory; forces and penalties need them.
 
     A graph of one micro-batch's forward is then there before the window's first, which has as large a one and gradients
     beside it, and is gone again before that begins.
@@ -111,7 +113,10 @@ def asked(context: TrainingContext, ask: Callable[[], Asked], *, keeps: bool = F
 
 
 def _misses_gradients(error: Exception) -> bool:
-    """Whether an error may come of gradients that aren't there: from torch.autograd, or what code makes of a None."""
+    """Whether an error may come from missing gradients.
+
+    From torch.autograd, or from code that gets a None.
+    """
     said = isinstance(error, RuntimeError) and "grad" in str(error)
     return said or isinstance(error, (AssertionError, AttributeError, TypeError))
 
@@ -121,7 +126,10 @@ def _value(count: Any) -> Any:
 
 
 def _few(piece: Batch) -> Batch:
-    """Two samples of it, where it can be cut: a forward that only asks should take less memory than one that trains."""
+    """Return two of its samples, where it can be split.
+
+    A forward that only counts should need less memory than one that trains.
+    """
     try:
         return cutting.tile(piece, min(2, cutting.batch_size(piece)))
     except BatchError:
@@ -129,12 +137,12 @@ def _few(piece: Batch) -> Batch:
 
 
 def _copy(piece: Batch) -> Batch:
-    """A loss may write into its batch; a forward that only counts must not spoil it for the real one."""
+    """Copy a batch, since a counting forward may write into it."""
     return tree.map_leaves(piece, lambda _, leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
 
 
 @contextlib.contextmanager
 def _untouched(context: TrainingContext) -> Iterator[None]:
-    """Puts back the random state and the buffers, which a forward that only counts must not move; compiles nothing."""
+    """Restore random state and buffers after a counting forward; compile nothing."""
     with snapshot.kept(model=context.model, held=context.held, storages=False), uncompiled():
         yield

@@ -1,4 +1,4 @@
-"""What a loss may return, and what it adds to a window of several micro-batches.
+"""What a loss may return, and its share of a window.
 
 A mean over samples; a sum and what it is to be divided by; and terms that come on top of either, a penalty on the
 weights or a mixture of experts' auxiliary loss, which belong to the window once and not once per micro-batch.
@@ -18,7 +18,7 @@ from ..errors import UsageError
 
 @dataclass(frozen=True, eq=False)
 class LossTerms:
-    """A loss whose parts are weighted differently when its batch is cut into micro-batches.
+    """A loss whose parts have different weights when its batch is split.
 
     The whole batch's loss is `sum / count + extra`. In a window of several micro-batches the sums are divided by the
     count of the whole window, and each `extra` by its micro-batch's share of the samples: a term that is the same in
@@ -42,7 +42,7 @@ _HINT = "Return the mean over the batch as a scalar tensor, or (sum, count): ret
 
 
 def check(out: Any) -> Any:
-    """What a loss returned, where it is a mean, a `(sum, count)` pair or `LossTerms`.
+    """Check that a loss is a mean, a `(sum, count)` or `LossTerms`.
 
     A tuple is one of these and nothing else: `(loss, logits)` would be divided by its logits without a word.
 
@@ -56,7 +56,7 @@ def check(out: Any) -> Any:
 
 @contextlib.contextmanager
 def graph_is_there() -> Iterator[None]:
-    """Around a backward: says what it means that the loss has no graph, or that it is gone."""
+    """Explain, around a backward, a loss whose graph is missing or freed."""
     try:
         yield
     except RuntimeError as error:
@@ -105,9 +105,9 @@ def _check_form(out: Any) -> None:
         or not all(map(_is_number, numbers))
         or getattr(numbers[1], "requires_grad", False)
     ):
-        told = ", ".join(f"{tuple(p.shape)}" if isinstance(p, torch.Tensor) else type(p).__name__ for p in numbers)
+        kinds = ", ".join(f"{tuple(p.shape)}" if isinstance(p, torch.Tensor) else type(p).__name__ for p in numbers)
         raise UsageError(
-            f"The loss returned a tuple of {len(numbers)} ({told}), which is not (sum, count).",
+            f"The loss returned a tuple of {len(numbers)} ({kinds}), which is not (sum, count).",
             "A tuple is taken for the sum over the batch and what it is to be divided by.",
             "Return the mean alone as a scalar, (sum, count) with a count that needs no gradient, "
             "or autoaccum.LossTerms(sum, count, extra) where something is added to it.",
@@ -115,14 +115,14 @@ def _check_form(out: Any) -> None:
 
 
 def count_of(out: Any) -> Any:
-    """What a loss counted; None where it is a mean."""
+    """Return a loss's count; None where it is a mean."""
     if isinstance(out, LossTerms):
         return out.count
     return out[1] if isinstance(out, tuple) else None
 
 
 def whole(out: Any) -> torch.Tensor:
-    """The loss of a window that is this one batch, a scalar."""
+    """Return the loss of a window of this one batch, a scalar."""
     if isinstance(out, LossTerms):
         return cast(torch.Tensor, out.sum / nonzero(out.count) + out.extra)
     loss: torch.Tensor = out[0] / nonzero(out[1]) if isinstance(out, tuple) else out
@@ -130,12 +130,12 @@ def whole(out: Any) -> torch.Tensor:
 
 
 def part(out: Any, share: float, count: Any, total: Any) -> torch.Tensor:
-    """What one micro-batch adds to its window's loss, a scalar.
+    """Return one micro-batch's share of its window's loss, a scalar.
 
     Args:
         out: What the loss returned.
         share: The micro-batch's part of the window's samples.
-        count: What a mean averages over in this micro-batch, where `count=` told, more than nothing; None weights a
+        count: What a mean averages over in this micro-batch, where `count=` gave it, above 0; None weights a
             mean by samples.
         total: What the window counts; None where nothing is counted.
     """
@@ -151,7 +151,10 @@ def part(out: Any, share: float, count: Any, total: Any) -> torch.Tensor:
 
 
 def nonzero(count: Any) -> Any:
-    """The count, or 1 where nothing is counted: the sum is 0 then, and 0 / 0 would poison the gradient."""
+    """Return the count, or 1 where nothing is counted.
+
+    The sum is 0 then, and 0 / 0 would make the gradient NaN.
+    """
     return torch.where(count == 0, 1, count) if isinstance(count, torch.Tensor) else count or 1
 
 

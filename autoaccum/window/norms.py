@@ -1,4 +1,6 @@
-"""Modules whose forward depends on, or changes, more than its own sample: what becomes of them within a window.
+"""Normalizations: modules whose forward depends on more than one sample.
+
+Or changes more, and what happens to them within a window.
 
 *Batch normalization* takes the mean and variance of the samples it is given, so those of a micro-batch. Three choices:
 
@@ -51,7 +53,7 @@ class Norms:
 
 
 def find_norms(model: nn.Module, held: Mapping[str, nn.Module] | None = None) -> Norms:
-    """The batch, instance and spectral normalizations of what a window runs.
+    """Find the batch, instance and spectral normalizations of a window.
 
     Args:
         model: The model, which is trained.
@@ -76,12 +78,12 @@ def find_norms(model: nn.Module, held: Mapping[str, nn.Module] | None = None) ->
 
 
 def least_micro_batch(norms: Norms, how: str | None) -> int:
-    """The smallest micro-batch that a model may be given: batch statistics need two samples."""
+    """Return the smallest micro-batch allowed: batch statistics need two samples."""
     return 2 if norms.batch and how != FROZEN else 1
 
 
 def check_choice(norms: Norms, how: str | None, model: nn.Module) -> None:
-    """Refuses a choice that can't be had.
+    """Refuse an unknown or unsupported choice.
 
     Raises:
         UsageError: It isn't known, or one of the modules doesn't allow it.
@@ -112,7 +114,10 @@ def check_choice(norms: Norms, how: str | None, model: nn.Module) -> None:
 
 
 def warning(norms: Norms, how: str | None) -> str:
-    """Return what to warn of in windows of several micro-batches; empty where all is exact."""
+    """Return what to warn of, or "" where all is exact.
+
+    In windows of several micro-batches.
+    """
     return " ".join(filter(None, (_batch_warning(norms, how), _instance_warning(norms, how))))
 
 
@@ -144,7 +149,10 @@ def _batch_warning(norms: Norms, how: str | None) -> str:
 
 
 class Window:
-    """What a window does with these modules; enter it around the micro-batches, and `forward` around each forward."""
+    """The normalizations of one window.
+
+    Enter it around the micro-batches, and `forward` around each forward.
+    """
 
     def __init__(self, norms: Norms, how: str | None, steps: int) -> None:
         self.norms = norms
@@ -179,7 +187,9 @@ class Window:
 
     @contextlib.contextmanager
     def forward(self, *, again: bool = False) -> Iterator[None]:
-        """Around a forward. What runs outside, checkpointing's second forward in a backward, isn't collected.
+        """Collect statistics around a forward.
+
+        What runs outside, checkpointing's second forward in a backward, isn't collected.
 
         Args:
             again: It repeats a forward whose statistics were collected.
@@ -223,7 +233,7 @@ class _Merging:
         self.calls += 1
 
     def end(self, *, commit: bool) -> None:
-        """Puts back the module, and updates its running statistics once where that is wanted."""
+        """Restore the module, and update its running statistics once where wanted."""
         module, (mean, var) = self.module, self.before
         self.hook.remove()
         module.momentum = self.momentum
@@ -255,7 +265,7 @@ class Statistics:
 
 
 def statistics_of(module: _NormBase, x: torch.Tensor) -> Statistics:
-    """The statistics that a module with a momentum of 1 has just written.
+    """Return the statistics that a module with momentum 1 just wrote.
 
     Args:
         module: The module.
@@ -271,7 +281,7 @@ def statistics_of(module: _NormBase, x: torch.Tensor) -> Statistics:
 
 
 def merge(one: Statistics, other: Statistics) -> Statistics:
-    """The statistics of both together.
+    """Merge two sets of statistics.
 
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances"
     (1979), equations 2.1; no difference of large squares.
@@ -287,7 +297,7 @@ def merge(one: Statistics, other: Statistics) -> Statistics:
 
 @torch.no_grad()
 def _update(module: _NormBase, found: Statistics) -> None:
-    """One update of running statistics, as torch makes it in a forward: with the unbiased variance."""
+    """Update running statistics once, as torch does, with unbiased variance."""
     assert module.running_mean is not None and module.running_var is not None
     factor = module.momentum
     if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None:

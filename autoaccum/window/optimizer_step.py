@@ -1,4 +1,4 @@
-"""The end of a window: unscale, clip, step, clear and schedule, each once."""
+"""End a window: unscale, clip, step, clear and schedule, each once."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def _step(context: TrainingContext) -> None:
 
 
 def _schedule(context: TrainingContext, loss: torch.Tensor) -> None:
-    """Steps the scheduler; the metric is taken without one, too, as planning has to see what memory that needs."""
+    """Step the scheduler.
+
+    The metric is computed without one, too, since planning must see its memory.
+    """
     metric = context.metric(context.model) if context.metric is not None else loss
     if context.scheduler is None:
         return
@@ -88,14 +91,17 @@ def _trained(context: TrainingContext) -> list[torch.Tensor]:
 
 
 def _is_finite(context: TrainingContext, grad_norm: torch.Tensor | None) -> bool:
-    """Whether every gradient is: their norm tells, in one pass and one wait for the device."""
+    """Whether every gradient is finite, by their norm.
+
+    That is one pass and one synchronization with the device.
+    """
     if grad_norm is None:
         grad_norm = nn.utils.get_total_norm([p.grad for p in _trained(context) if p.grad is not None])
     return bool(torch.isfinite(grad_norm))
 
 
 def _scaled_step(context: TrainingContext) -> bool:
-    """One step and one update of the scaler; False where it found a gradient that isn't finite."""
+    """Step and update the scaler once; False for a non-finite gradient."""
     scale = context.scaler.get_scale()
     context.scaler.step(context.optimizer)
     context.scaler.update()

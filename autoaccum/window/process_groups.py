@@ -1,4 +1,6 @@
-"""Training over several ranks, which is refused: a window is of one process and one device.
+"""Refuse training over several ranks: a window has one process.
+
+And one device.
 
 Two faults would come without a word. A `(sum, count)` loss divided by one rank's count gives another gradient than one
 batch wherever counts differ. And collectives pair up by their order: a rank whose window has more micro-batches, after
@@ -14,7 +16,7 @@ from ..errors import UsageError
 from ..state.closures import holdings
 from ..workload import Workload
 
-# Told by name: importing the sharded ones takes a second, and whoever has one has imported it.
+# Recognized by name: importing the sharded ones takes a second, and whoever has one has imported it.
 _WRAPPERS = {
     "DistributedDataParallel": "DistributedDataParallel",
     "DDP": "DistributedDataParallel (replicate)",
@@ -28,7 +30,7 @@ _WHY = (
 
 
 def refuse_ranks(workload: Workload) -> None:
-    """Refuses a process group of several ranks, and modules that talk to one.
+    """Refuse a process group of several ranks, and modules that use one.
 
     Args:
         workload: What is trained; its model and the modules that its loss holds are looked through, inner ones too.
@@ -50,7 +52,7 @@ def refuse_ranks(workload: Workload) -> None:
 
 
 def ranks_here() -> int:
-    """Ranks of the process group that this process has joined; 1 where it has joined none."""
+    """Return the ranks of this process's group; 1 without one."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if there else 1
 
@@ -77,6 +79,6 @@ def _refuse_wrapped(root: nn.Module, what: str) -> None:
 
 
 def _wrapper(module: nn.Module) -> str | None:
-    """What makes a module talk to other ranks; None where nothing known does."""
+    """Return what makes a module communicate with ranks, or None."""
     of_torch = (cls for cls in type(module).__mro__ if cls.__module__.startswith("torch."))
     return next((_WRAPPERS[cls.__name__] for cls in of_torch if cls.__name__ in _WRAPPERS), None)

@@ -47,7 +47,7 @@ class WindowResult:
 def train_window(
     context: TrainingContext, pieces: Sequence[Batch], sizes: Sequence[int], *, on_phase: OnPhase | None = None
 ) -> WindowResult:
-    """Trains one window: the gradient of all pieces as of one batch, then one optimizer step.
+    """Train one window: all pieces' gradient as one batch's, then step.
 
     Args:
         context: What is trained. Its gradients must be unset (None) or zero.
@@ -93,7 +93,7 @@ def train_window(
 
 
 def run_between(context: TrainingContext, *, on_phase: OnPhase | None = None) -> None:
-    """Runs what the workload does between windows, an evaluation say; nothing where it does nothing."""
+    """Run what the workload does between windows, like an evaluation."""
     if context.between is not None:
         with (on_phase or _no_phase)(BETWEEN):
             context.between(context.model)
@@ -139,7 +139,10 @@ def _micro_batch(
 def _all_representations(
     context: TrainingContext, norms: batchnorm.Window, pieces: Sequence[Batch]
 ) -> cached_representations.Cache:
-    """The first passes of a loss over representations: those of all micro-batches, and their loss's gradients."""
+    """Encode all micro-batches, and compute their loss's gradients.
+
+    The first passes of a loss over representations.
+    """
 
     def encode_first(piece: Batch) -> Any:
         with norms.forward():
@@ -159,7 +162,10 @@ def _all_representations(
 def _from_cache(
     context: TrainingContext, norms: batchnorm.Window, cache: cached_representations.Cache, index: int, piece: Batch
 ) -> torch.Tensor:
-    """The second pass of one micro-batch; returns its part of the window's loss: all of it, in the first."""
+    """Run one micro-batch's second pass; return its share of the loss.
+
+    The first one has all of it.
+    """
 
     def encode_again(piece: Batch) -> Any:
         with norms.forward(again=True):

@@ -1,4 +1,7 @@
-"""What an optimizer's and a scheduler's `step` call for, read off them before any window is run."""
+"""Find what an optimizer's and a scheduler's `step` require.
+
+Before any window is run.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ _METRICS = ("metrics", "metric")  # ReduceLROnPlateau's own name, and what other
 
 
 def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses an optimizer whose step runs forward and backward itself (LBFGS, sharpness-aware minimization).
+    """Refuse an optimizer whose step runs forward and backward itself.
+
+    LBFGS, sharpness-aware minimization.
 
     Raises:
         UsageError: Its `step` doesn't work without a closure, by its signature or by its source.
@@ -27,7 +32,7 @@ def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
 
 
 def closure_needed(optimizer: torch.optim.Optimizer) -> UsageError:
-    """The refusal of an optimizer that calls for a closure."""
+    """Return the refusal of an optimizer that requires a closure."""
     return UsageError(
         f"{type(optimizer).__name__} calls for a closure: it runs forward and backward itself, several times.",
         "A window's micro-batches are run once, and then the optimizer steps with their gradient.",
@@ -36,7 +41,7 @@ def closure_needed(optimizer: torch.optim.Optimizer) -> UsageError:
 
 
 def is_for_want_of_a_closure(optimizer: torch.optim.Optimizer, error: Exception) -> bool:
-    """Whether an error of a step without a closure says that it needs one."""
+    """Whether an error says that a step needs a closure."""
     if "closure" not in inspect.signature(optimizer.step).parameters:
         return False
     said = f"{type(error).__name__} {error}".lower()
@@ -44,7 +49,7 @@ def is_for_want_of_a_closure(optimizer: torch.optim.Optimizer, error: Exception)
 
 
 def wants_metric(scheduler: Any) -> bool:
-    """Whether a scheduler's step is to be given a figure of how training goes, as ReduceLROnPlateau's is.
+    """Whether a scheduler's step requires a metric, as ReduceLROnPlateau's does.
 
     Raises:
         UsageError: It is to be given something else.
@@ -64,7 +69,10 @@ def wants_metric(scheduler: Any) -> bool:
 
 
 def _insists(step: Callable[..., Any]) -> bool:
-    """Whether the source of a step raises where its closure is None: by an assert, or by an `if` of its own."""
+    """Whether a step's source raises where its closure is None.
+
+    By an assert, or by an `if`.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(step))))
     except (OSError, SyntaxError, TypeError):  # made without a file

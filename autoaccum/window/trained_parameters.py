@@ -1,4 +1,7 @@
-"""Whether the optimizer trains the model: refused where it has no tensor of it, said where it has some only."""
+"""Check that the optimizer trains the model.
+
+Refused where it has no tensor of it, noted where it has some only.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ _SHOWN = 3  # names in a note
 
 
 def refuse_foreign(model: nn.Module, held: Holdings, optimizer: torch.optim.Optimizer) -> None:
-    """Refuses an optimizer that has no tensor of the model, and none of what the loss holds: it would train nothing.
+    """Refuse an optimizer without any tensor of the model or loss.
+
+    It would train nothing.
 
     Raises:
         UsageError: It is over other tensors.
@@ -42,7 +47,10 @@ def refuse_foreign(model: nn.Module, held: Holdings, optimizer: torch.optim.Opti
 
 
 def left_out_note(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """Return what to say of tensors that require a gradient and that the optimizer lacks; empty for none."""
+    """Describe tensors that require a gradient and the optimizer lacks.
+
+    Empty for none.
+    """
     theirs = {id(p) for p in _tensors(optimizer)}
     wanted = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     left = [(name, p) for name, p in wanted if id(p) not in theirs]

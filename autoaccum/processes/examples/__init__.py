@@ -15,6 +15,6 @@ DEFAULT = "chargpt"
 
 
 def built_in(name: str) -> Callable[[], Workload]:
-    """The function that makes a built-in workload."""
+    """Return the function that makes a built-in workload."""
     make: Callable[[], Workload] = import_module("." + name, __name__).workload
     return make

@@ -1,4 +1,4 @@
-"""A small GPT, character by character, on the English text that Python ships for its own `help()`."""
+"""A small character GPT on the English text of Python's `help()`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CharGPT(nn.Module):
 
 
 class Text(Dataset[tuple[Tensor, Tensor]]):
-    """Pieces of the text that don't overlap, each with the same piece one character on."""
+    """Disjoint pieces of the text, each with its successor characters."""
 
     def __init__(self) -> None:
         text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
@@ -67,7 +67,7 @@ class Text(Dataset[tuple[Tensor, Tensor]]):
 
 
 def workload() -> Workload:
-    """The workload: cross-entropy of the next character, AdamW."""
+    """Make the workload: cross-entropy of the next character, AdamW."""
     torch.manual_seed(SEED)
     text = Text()
     sample = torch.utils.data.default_collate([text[i] for i in range(8)])

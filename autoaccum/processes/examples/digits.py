@@ -1,4 +1,7 @@
-"""A convolutional net with BatchNorm on scikit-learn's handwritten digits: 1,797 images of 8 x 8."""
+"""A convolutional net with BatchNorm on scikit-learn's handwritten digits.
+
+1,797 images of 8 x 8.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ SEED = 1
 
 
 def workload() -> Workload:
-    """The workload: the images at four times their size, cross-entropy, SGD with momentum."""
+    """Make the workload: images at four times their size, cross-entropy, SGD."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
