@@ -1,9 +1,9 @@
-"""A configuration: what is chosen beside the split, and what of it changes memory or numbers. No torch here."""
+"""Hold a configuration: the choices beside the split. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .bounds import MOST_SAMPLES
@@ -29,7 +29,6 @@ class Configuration:
         compile: Whether the model is compiled (`torch.compile`).
         loader_workers: Processes that load data; None leaves the workload's.
         micro_batch: The largest micro-batch, or "largest": the largest that fits.
-        extra: Choices of the user's own, by name.
     """
 
     precision: str = AS_IT_IS
@@ -40,26 +39,26 @@ class Configuration:
     compile: bool = False
     loader_workers: int | None = None
     micro_batch: int | str = LARGEST
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Configuration:
-        """Out of a flat mapping: names that aren't of this class are the user's own.
+        """Read a flat mapping of choices.
 
         Raises:
             UsageError: A value that can't be.
         """
-        own = {name: value for name, value in values.items() if name in NAMES}
-        extra = {name: value for name, value in values.items() if name not in NAMES}
-        for name, value in own.items():
+        unknown = [name for name in values if name not in NAMES]
+        if unknown:
+            raise UsageError(
+                f"A configuration has no choice named {unknown[0]!r}.", hint=f"Its choices are {', '.join(NAMES)}."
+            )
+        for name, value in values.items():
             check_choice(name, value)
-        return cls(**own, extra=extra)
+        return cls(**values)
 
     def values(self) -> dict[str, Any]:
         """As a flat mapping, for JSON and for `from_values`."""
-        own = asdict(self)
-        own.pop("extra")
-        return {**own, **self.extra}
+        return asdict(self)
 
     def of_memory(self) -> dict[str, Any]:
         """The choices that change what a micro-batch of a given size takes."""
@@ -76,54 +75,55 @@ class Configuration:
             "compile": "compiled" if self.compile else "",
             "loader_workers": "" if self.loader_workers is None else f"{self.loader_workers} loader workers",
         }
-        extra = {name: f"{name} {value}" for name, value in self.extra.items()}
-        return {name: text for name, text in (told | extra).items() if text}
+        return {name: text for name, text in told.items() if text}
 
     def sentence(self) -> str:
         """The same in one line."""
         return ", ".join(self.words().values()) or "as the workload is"
 
     def numerics(self, plain: Configuration) -> dict[str, str]:
-        """What of it changes numbers, compared with the plain one: by name, and how."""
+        """Return the choices that change numbers compared with the plain ones, with how."""
         changed = {
             "precision": f"autocast in {self.precision}: other numbers, not only another rounding",
             "optimizer": f"the {self.optimizer} optimizer: the same formula, its operations rounded in another order",
             "channels_last": "channels last: other kernels, so sums are rounded in another order",
             "compile": "compiled: fused kernels, so results are rounded in another order",
-            **{name: "your own choice: what it changes isn't known" for name in self.extra},
         }
         mine, others = self.values(), plain.values()
         return {name: text for name, text in changed.items() if mine.get(name) != others.get(name)}
 
 
-NAMES = tuple(each.name for each in fields(Configuration) if each.name != "extra")
+NAMES = tuple(each.name for each in fields(Configuration))
 
 
 def checkpointing_words(every: int) -> str:
-    """0, 1, 2, 3, ... for a person."""
+    """Describe a checkpointing choice."""
     if every == 0:
         return "no checkpointing"
     return "checkpointing every block" if every == 1 else f"checkpointing every {ordinal(every)} block"
 
 
 def sentence(values: Mapping[str, Any]) -> str:
-    """A configuration in one line, what is plain included, but for its micro-batch."""
-    configuration = Configuration.from_values(values)
-    words = configuration.words()
+    """Describe a configuration in one line, without its micro-batch.
+
+    Names that are no choices are shown as they are: text must not fail on values from elsewhere.
+    """
+    words = Configuration.from_values({name: value for name, value in values.items() if name in NAMES}).words()
     words.setdefault("checkpointing", checkpointing_words(0))
+    words |= {name: f"{name} {value}" for name, value in values.items() if name not in NAMES}
     return ", ".join(words.values())
 
 
 def ordinal(n: int) -> str:
-    """2 as 2nd."""
+    """Return an ordinal, such as 2nd."""
     return f"{n}{'th' if 10 < n % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
 
 
 def check_choice(name: str, value: Any) -> None:
-    """Refuses what a configuration can't have.
+    """Refuse an invalid choice.
 
     Raises:
-        UsageError: Names what it could be.
+        UsageError: The value is not allowed; its hint lists those that are.
     """
     number = isinstance(value, int) and not isinstance(value, bool)
     allowed: dict[str, tuple[bool, str]] = {
@@ -145,7 +145,7 @@ def check_choice(name: str, value: Any) -> None:
 
 
 def allocator_settings(present: Mapping[str, str]) -> dict[str, str]:
-    """The caching allocator's variable with expandable segments, whatever else it says kept."""
+    """Return the allocator's variable with expandable segments added."""
     name = "PYTORCH_ALLOC_CONF" if present.get("PYTORCH_ALLOC_CONF") else "PYTORCH_CUDA_ALLOC_CONF"
     others = [part for part in present.get(name, "").split(",") if part and not part.startswith("expandable_segments")]
     return {name: ",".join([*others, "expandable_segments:True"])}

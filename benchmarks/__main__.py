@@ -23,7 +23,7 @@ from typing import Any
 from autoaccum.reporting import table_page
 from autoaccum.reporting.kinds import Kind
 from autoaccum.reporting.table_page import Section, Sheet
-from autoaccum.tuning.compare.figures import Change, Figure, compare, read_figure
+from benchmarks.figures import Change, Figure, compare, read_figure
 
 from .parts import PARTS
 

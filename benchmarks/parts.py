@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autoaccum.reporting.kinds import Kind
-from autoaccum.tuning.compare.figures import Figure, figure_of
+from benchmarks.figures import Figure, figure_of
 
 CPU, VIRTUAL, PREDICTED, GPU = (kind.value for kind in (Kind.CPU, Kind.VIRTUAL, Kind.PREDICTED, Kind.GPU))
 Row = dict[str, Any]

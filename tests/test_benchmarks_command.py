@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from autoaccum.reporting import table_page
-from autoaccum.tuning.compare.figures import Figure, compare, figure_of, read_figure
 from benchmarks import __main__ as command
 from benchmarks import parts, scaling
+from benchmarks.figures import Figure, compare, figure_of, read_figure
 
 CPU = "measured on this CPU"
 

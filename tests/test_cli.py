@@ -323,8 +323,8 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
     }
     assert found == {
         "bench": [
-            "--device", "--force", "--headroom", "--json", "--malloc", "--memory", "--output",
-            "--target-batch", "--tune-trials", "--tuned", "--windows", "--workload",
+            "--device", "--headroom", "--json", "--malloc", "--memory", "--target-batch", "--tune-trials", "--tuned",
+            "--windows", "--workload",
         ],
         "check": ["--json", "--workload"],
         "doctor": ["--gpus", "--json"],
@@ -337,8 +337,7 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         "run": ["--checkpoint", "--checkpoint-seconds", "--epochs", "--json", "--steps"],
         "tune": [
             "--device", "--force", "--gpu", "--headroom", "--json", "--malloc", "--memory", "--output", "--pareto",
-            "--sampler", "--seed", "--study", "--target-batch", "--timeout", "--trials", "--vary", "--workers",
-            "--workload",
+            "--sampler", "--seed", "--study", "--target-batch", "--timeout", "--trials", "--vary", "--workload",
         ],
         "virtual-gpu": [
             "--addresses", "--compute-capability", "--context", "--convolution-fallback", "--convolution-workspace",

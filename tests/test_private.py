@@ -14,7 +14,7 @@ import pytest
 from autoaccum import UsageError
 from autoaccum.devices.virtual import build
 from autoaccum.files.private import lock_file, private_folder, runtime_folder
-from autoaccum.tuning.kept import alone
+from autoaccum.tuning.study import timing_lock
 
 MODE = 0o777
 
@@ -196,10 +196,10 @@ def test_a_lock_lies_in_the_users_own_folder(tmp_path: Path, monkeypatch: pytest
 def test_a_link_where_the_lock_belongs_makes_nothing(tmp_path: Path) -> None:
     target, lock = tmp_path / "made", runtime_folder() / "autoaccum.lock"
     lock.symlink_to(target)
-    with pytest.raises(UsageError, match="it is a link"), alone(None):
+    with pytest.raises(UsageError, match="it is a link"), timing_lock(None):
         pass
     (tmp_path / "study.db.lock").symlink_to(target)
-    with pytest.raises(UsageError, match="it is a link"), alone(str(tmp_path / "study.db")):
+    with pytest.raises(UsageError, match="it is a link"), timing_lock(str(tmp_path / "study.db")):
         pass
     assert not target.exists()
 
@@ -212,7 +212,7 @@ def test_a_lock_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_runtime_folder")
 def test_the_lock_still_locks() -> None:
-    with alone(None), lock_file(runtime_folder() / "autoaccum.lock") as file, pytest.raises(BlockingIOError):
+    with timing_lock(None), lock_file(runtime_folder() / "autoaccum.lock") as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with alone(None):
+    with timing_lock(None):
         pass

@@ -27,12 +27,14 @@ from autoaccum import NotConfirmed, Plan, PlanMismatch, Runner, SearchSpace, Usa
 from autoaccum.configuration import LARGEST, Configuration, allocator_settings
 from autoaccum.plan import PeakRow, window_peak_bytes
 from autoaccum.simulation.solver import CAPACITY_MARGIN, split_within
-from autoaccum.tuning import blocks, measure, session
+from autoaccum.tuning import checkpointing as blocks
+from autoaccum.tuning import session, timing
 from autoaccum.tuning.apply import configured, implementations, plain
-from autoaccum.tuning.finals import LEADERS, NEAR, contenders, time_in_turn
-from autoaccum.tuning.kept import alone, open_study, read_trials
-from autoaccum.tuning.memory import Answer, Memory, answer_from
+from autoaccum.tuning.finals import LEADER_TIME_RATIO, MAX_LEADERS, contenders, in_turn, time_in_turn
+from autoaccum.tuning.fit_check import FitAnswer, FitChecker, answer_from
+from autoaccum.tuning.request import TuningRequest
 from autoaccum.tuning.result import Trial, TuningResult, ranked, summary
+from autoaccum.tuning.search import Search, pareto_numbers
 from autoaccum.tuning.space import (
     choices_for,
     combinations,
@@ -42,8 +44,7 @@ from autoaccum.tuning.space import (
     read_space,
     size_of,
 )
-from autoaccum.tuning.study import Search, pareto_numbers
-from autoaccum.tuning.turns import in_turn
+from autoaccum.tuning.study import open_study, read_trials, timing_lock
 from autoaccum.window import step
 
 MIB = 1 << 20
@@ -282,8 +283,7 @@ def test_fp16_gets_a_scaler_and_other_precisions_lose_it() -> None:
 def test_what_changes_numbers_is_named_and_checkpointing_is_not() -> None:
     base = Configuration("fp32", optimizer="loop")
     assert Configuration("fp32", 1, False, "loop", True, loader_workers=3, micro_batch=4).numerics(base) == {}
-    named = replace(ALL, extra={"depth": 3}).numerics(base)
-    assert set(named) == {"precision", "channels_last", "optimizer", "compile", "depth"}
+    assert set(ALL.numerics(base)) == {"precision", "channels_last", "optimizer", "compile"}
 
 
 def test_a_plan_file_with_a_configuration_comes_back_and_one_without_is_read(tmp_path: Path) -> None:
@@ -309,9 +309,8 @@ def test_the_runner_takes_a_tuned_plan_with_its_configuration_only() -> None:
     assert Runner(ready, plan).step(batch).split == (6, 6)
     assert "forward" in vars(work.model.blocks[0])  # type: ignore[index, arg-type]
     own = replace(plan, configuration={**plan.configuration, "depth": 3})
-    with pytest.raises(UsageError, match=r"choices of your own \(depth\)"):
+    with pytest.raises(UsageError, match="no choice named 'depth'"):
         configure(workload(), own)
-    assert configure(workload(), own, {"depth": lambda w, value: replace(w, name=f"depth {value}")}).name == "depth 3"
 
 
 # The space.
@@ -352,10 +351,6 @@ def test_the_space_is_narrowed_to_what_there_is_and_says_what_was_left_out() -> 
         ({"optimizer": ["loop"]}, "list, not a tuple"),
         ({"compile": (1,)}, "compile can't be 1"),
         ({"optimizer": ("loop", "loop")}, "same choice twice"),
-        ({"extra": {"precision": ((1,), print)}}, "can't name a choice"),
-        ({"extra": {"depth": (1, 2)}}, "isn't"),
-        ({"extra": {"depth": ((), print)}}, "empty"),
-        ({"extra": {"depth": (([],), print)}}, "aren't strings, numbers"),
     ],
 )
 def test_a_space_that_can_not_be_is_refused_in_words(how: dict[str, Any], told: str) -> None:
@@ -436,16 +431,16 @@ def test_one_recording_serves_all_that_needs_memory_alike() -> None:
         made.append(configuration)
         return recorded()
 
-    memory = Memory(record, kept.get, kept.__setitem__)
+    memory = FitChecker(record, kept.get, kept.__setitem__)
     for size in (LARGEST, 4, 8, 64):
         for workers in (None, 0, 2):
             memory.answer(Configuration(micro_batch=size, loader_workers=workers), 64)
-    assert len(made) == 1 and memory.asked == 12
+    assert len(made) == 1 and memory.questions == 12
     memory.answer(Configuration(checkpointing=1), 64)
     assert len(made) == 2 and len(kept) == 2
-    again = Memory(record, kept.get, kept.__setitem__)  # another process, the same study
+    again = FitChecker(record, kept.get, kept.__setitem__)  # another process, the same study
     again.answer(Configuration(checkpointing=1, micro_batch=8), 64)
-    assert len(made) == 2 and again.recorded == 0
+    assert len(made) == 2 and again.recordings == 0
 
 
 # The search, on a machine that is made up.
@@ -457,7 +452,7 @@ GRID = {
 PLAIN = {"precision": "fp32", "micro_batch": LARGEST, "checkpointing": 0, "optimizer": "loop"}
 
 
-def seconds(configuration: Configuration, answer: Answer) -> float:
+def seconds(configuration: Configuration, answer: FitAnswer) -> float:
     cost = {"fp32": 1.0, "bf16": 0.6}[configuration.precision] + {"loop": 0.2, "foreach": 0.15, "fused": 0.1}[
         configuration.optimizer
     ]
@@ -475,7 +470,7 @@ class Machine:
         factor = (1 if configuration.precision == "fp32" else 2) * (2 if configuration.checkpointing else 1)
         return recorded(4 * MIB // factor, self.budget)
 
-    def time(self, configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
+    def time(self, configuration: Configuration, answer: FitAnswer, best: float | None) -> list[float]:
         if len(self.timed) == self.fails_at:
             self.fails_at = None
             raise KeyboardInterrupt
@@ -498,9 +493,9 @@ def search(
     return Search(
         study=study, choices=how.pop("choices", GRID), plain=how.pop("plain", PLAIN),
         base={"precision": "fp32"}, samples=64,
-        memory=Memory(machine.record, lambda key: None, lambda key, told: None),
+        fit_checker=FitChecker(machine.record, lambda key: None, lambda key, told: None),
         timer=None if virtual else machine.time, sampler=sampler, trials=trials,
-        until=how.pop("until", None), workers=how.pop("workers", 1), seed=0, say=lambda text: None, **how,
+        until=how.pop("until", None), seed=0, report=lambda text: None, **how,
     )  # fmt: skip
 
 
@@ -561,7 +556,7 @@ def test_choices_that_do_not_depend_on_each_other_are_settled_in_one_pass_over_t
     costs = {name: {option: chance.uniform(1, 2) for option in options} for name, options in choices.items()}
 
     class Separable(Machine):
-        def time(self, configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
+        def time(self, configuration: Configuration, answer: FitAnswer, best: float | None) -> list[float]:
             values = {name: getattr(configuration, name) for name in choices}
             return [math.prod(costs[name][value] for name, value in values.items())] * 3
 
@@ -582,8 +577,8 @@ def test_every_sampler_ends_when_all_was_tried_and_times_nothing_twice(sampler: 
     assert len(known) == size_of(small) and len(machine.timed) == len(set(map(repr, machine.timed)))
 
 
-def test_memory_alone_ranks_by_steps_then_bytes_with_several_workers() -> None:
-    found = search(Machine(), sampler="grid", virtual=True, workers=4)
+def test_memory_alone_ranks_by_steps_then_bytes_() -> None:
+    found = search(Machine(), sampler="grid", virtual=True)
     found.run()
     best, everything = best_of(found), read_trials(found.study)
     assert len(everything) == size_of(GRID) and {t.state for t in everything} == {"ranked", "pruned", "same"}
@@ -616,7 +611,7 @@ def test_an_interrupt_that_python_drops_ends_the_search() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
 
     class Dropping(Machine):
-        def time(self, configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
+        def time(self, configuration: Configuration, answer: FitAnswer, best: float | None) -> list[float]:
             if len(self.timed) == 2:
                 weakref.finalize(Machine(), os.kill, os.getpid(), signal.SIGINT)  # nobody else has it: it dies here
             return super().time(configuration, answer, best)
@@ -646,7 +641,7 @@ def test_a_timeout_begins_no_further_trial_and_failures_are_told() -> None:
     assert machine.timed == []
 
     class Broken(Machine):
-        def time(self, configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
+        def time(self, configuration: Configuration, answer: FitAnswer, best: float | None) -> list[float]:
             if configuration.precision == "bf16":
                 raise RuntimeError("no kernel for that\nand more lines")
             return super().time(configuration, answer, best)
@@ -678,17 +673,17 @@ def test_who_times_waits_for_who_times(tmp_path: Path) -> None:
     order: list[str] = []
 
     def other() -> None:
-        with alone(str(tmp_path / "a.db"), order.append):
+        with timing_lock(str(tmp_path / "a.db"), order.append):
             order.append("second")
 
-    with alone(str(tmp_path / "a.db")):
+    with timing_lock(str(tmp_path / "a.db")):
         thread = threading.Thread(target=other)
         thread.start()
         time.sleep(0.05)
         order.append("first")
     thread.join()
     assert order == [f"waiting for another tuning, which holds {tmp_path / 'a.db.lock'}", "first", "second"]
-    found = search(Machine(), trials=1, lock=lambda: alone(str(tmp_path / "a.db")))
+    found = search(Machine(), trials=1, lock=lambda: timing_lock(str(tmp_path / "a.db")))
     found.run()
     assert best_of(found).counts
 
@@ -711,10 +706,10 @@ class Moody(Machine):
         super().__init__(budget=1000 * MIB)
         self.mood, self.fails, self.rounds = mood, fails, 0
 
-    def time(self, configuration: Configuration, answer: Answer, best: float | None) -> list[float]:
+    def time(self, configuration: Configuration, answer: FitAnswer, best: float | None) -> list[float]:
         return [self.mood(configuration) * each for each in super().time(configuration, answer, best)]
 
-    def turns(self, asked: dict[int, tuple[Configuration, Answer]], most_seconds: float) -> Any:
+    def turns(self, asked: dict[int, tuple[Configuration, FitAnswer]], most_seconds: float) -> Any:
         self.rounds += 1
         fine = {number: pair for number, pair in asked.items() if pair[0].optimizer != self.fails}
         failed = {number: "it broke" for number in asked if number not in fine}
@@ -722,7 +717,7 @@ class Moody(Machine):
 
 
 def moody_search(machine: Moody, room_bytes: int = 1 << 40, **how: Any) -> Search:
-    found = search(machine, sampler="grid", turns=machine.turns, **how)
+    found = search(machine, sampler="grid", turn_timer=machine.turns, **how)
     found.run()
     time_in_turn(found, 2000, room_bytes)
     return found
@@ -730,15 +725,17 @@ def moody_search(machine: Moody, room_bytes: int = 1 << 40, **how: Any) -> Searc
 
 def test_a_lucky_one_falls_back_in_turn_with_others_and_who_was_unlucky_wins() -> None:
     found = moody_search(Moody(luck), choices=SMALL)
-    by_itself, trials = read_trials(found.study, by_itself=True), read_trials(found.study)
-    assert ranked(by_itself, "seconds")[0].configuration["optimizer"] == "foreach"
+    timed_alone, trials = read_trials(found.study, timed_alone=True), read_trials(found.study)
+    assert ranked(timed_alone, "seconds")[0].configuration["optimizer"] == "foreach"
     best = ranked(trials, "seconds")[0]
     assert (best.configuration["precision"], best.configuration["optimizer"], best.turns) == ("bf16", "fused", 7)
     assert best.step_seconds == pytest.approx(1.1 * 0.7 * 1.48)
     assert trials[0].turns == 7 and trials[0].step_seconds == pytest.approx(1.1 * 1.2 * 1.48)  # what is gained is fair
     tuned = TuningResult(made_up_plan(), tuple(trials), "seconds", size_of(SMALL), plain=0)
     told = summary(tuned)
-    assert "measured; those that led and the plain one in turn, 7 rounds of 4" in told and "1.71 times as fast" in told
+    assert (
+        "measured; the leading ones and the plain one in turn, 7 rounds of 4" in told and "1.71 times as fast" in told
+    )
     assert tuned.table().count("(in turn)") == 4
 
 
@@ -748,14 +745,14 @@ def test_whatever_the_moods_the_best_of_those_in_turn_wins(chance: Any) -> None:
     factors = {json.dumps(values): chance.uniform(0.8, 1.25) for values in combinations(GRID)}
     machine = Moody(lambda chosen: factors[json.dumps({name: chosen.values()[name] for name in GRID})])
     found = moody_search(machine)
-    by_itself, trials = read_trials(found.study, by_itself=True), read_trials(found.study)
+    timed_alone, trials = read_trials(found.study, timed_alone=True), read_trials(found.study)
     in_turn = [t for t in trials if t.turns]
-    chosen = {t.number for t in contenders(by_itself, 0, 1 << 40, 1000)}
-    assert {t.number for t in in_turn} == chosen and 2 <= len(chosen) <= LEADERS + 1 and 0 in chosen
-    slowest = max(t.step_seconds or 0 for t in by_itself if t.number in chosen and t.number != 0)
-    others = [t for t in by_itself if t.state == "measured" and t.number not in chosen]
-    fastest = min(t.step_seconds or 0 for t in by_itself if t.state == "measured")
-    assert all((t.step_seconds or 0) >= min(slowest, NEAR * fastest) for t in others)
+    chosen = {t.number for t in contenders(timed_alone, 0, 1 << 40, 1000)}
+    assert {t.number for t in in_turn} == chosen and 2 <= len(chosen) <= MAX_LEADERS + 1 and 0 in chosen
+    slowest = max(t.step_seconds or 0 for t in timed_alone if t.number in chosen and t.number != 0)
+    others = [t for t in timed_alone if t.state == "measured" and t.number not in chosen]
+    fastest = min(t.step_seconds or 0 for t in timed_alone if t.state == "measured")
+    assert all((t.step_seconds or 0) >= min(slowest, LEADER_TIME_RATIO * fastest) for t in others)
     best = ranked(trials, "seconds")[0]
     least = min(t.step_seconds or 0 for t in in_turn)
     assert best.turns and (best.step_seconds or 0) <= 1.01 * least
@@ -774,10 +771,10 @@ def test_turns_are_kept_and_taken_where_memory_has_room_for_all(tmp_path: Path) 
         count = sum(t.turns > 0 for t in trials)
         assert count >= least and bool(trials[0].turns) == (count > 0)
         assert sum(t.peak_bytes or 0 for t in trials if t.turns) <= room
-    by_itself = read_trials(found.study, by_itself=True)
+    timed_alone = read_trials(found.study, timed_alone=True)
     counts = []
     for allowed in (5, 15, 20, 30, 100):  # a step takes a second or two
-        chosen = contenders(by_itself, 0, 1 << 40, allowed)
+        chosen = contenders(timed_alone, 0, 1 << 40, allowed)
         assert 7 * sum(t.step_seconds or 0 for t in chosen) <= allowed  # of each two, one, and the fewest rounds, four
         counts.append(len(chosen))
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] >= 4
@@ -806,7 +803,8 @@ def test_where_the_winners_plan_is_not_confirmed_the_next_best_in_turn_wins(monk
         return {"plan": made_up_plan().to_json()}
 
     monkeypatch.setattr(session, "call", call)
-    _, winner, refused = session._confirmed("seconds", trials, lambda told: None, "mine", {"gpu": None})
+    request = TuningRequest(64, SearchSpace())
+    _, winner, refused = session._Session(lambda message: None, "mine", request).confirmed(trials)
     first, second = (ranked(left, "seconds")[0] for left in (trials, [t for t in trials if t.number not in refused]))
     assert refused == {first.number: "it took more"} and winner == second and winner.turns and len(tried) == 2
 
@@ -832,12 +830,12 @@ def test_contenders_take_turns_in_copies_that_live_on(tmp_path: Path) -> None:
         "x": lambda: windows("x", 0.3, fails_at=3),
         "y": lambda: windows("y", 0.3, fails_at=0, how=lambda: os._exit(1)),
     }
-    seconds, failed = in_turn(works, most_seconds=0)
+    seconds, failed = in_turn(works, max_seconds=0)
     assert seconds == {"a": [0.3] * 4, "b": [0.25] * 4, "c": pytest.approx([0.07] * 4)}
     assert failed == {"x": "RuntimeError: three are", "y": "it died without a word"}
     # Three windows of c take as long as a turn has to. The first turn of each isn't counted.
     assert log.read_text()[:18] == "abcccx" + "abcccx" + "bcccxa"
-    assert in_turn({"x": works["y"]}, most_seconds=0) == ({}, {"x": "it died without a word"})
+    assert in_turn({"x": works["y"]}, max_seconds=0) == ({}, {"x": "it died without a word"})
 
 
 def test_of_those_as_good_as_the_best_what_changes_fewest_numbers_comes_first() -> None:
@@ -892,22 +890,22 @@ def test_windows_are_timed_after_two_that_do_not_count_and_a_hopeless_one_is_lef
         assert [len(piece[0]) for piece in pieces] == list(sizes)
         clock[0] += 9.0 if len(trained) <= 2 else 0.25
 
-    monkeypatch.setattr(measure.step, "train_window", train)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.step, "train_window", train)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
     def timed(**how: Any) -> list[float]:
         trained.clear()
-        return measure.timed_windows(workload(), (4, 3), **{"best": None, "from_loader": False} | how)
+        return timing.timed_windows(workload(), (4, 3), **{"best": None, "from_loader": False} | how)
 
     assert timed() == [0.25] * 4 and trained == [(4, 3)] * 6  # a second's worth
     assert timed(best=0.2) == [0.25] * 4 and timed(best=0.1) == [0.25] * 2
-    assert timed(most=2, fewest=1) == [0.25] * 2
+    assert timed(max_windows=2, min_windows=1) == [0.25] * 2
 
 
 def test_windows_from_the_loader_are_whole_ones_epoch_after_epoch() -> None:
     data = TensorDataset(torch.randn(10, 8), torch.randint(3, (10,)))
     work = workload(loader=lambda: DataLoader(data, batch_size=2))
-    found = [window.sizes for window, _ in zip(measure._from_loader(work, (2, 2)), range(5), strict=False)]
+    found = [window.sizes for window, _ in zip(timing._from_loader(work, (2, 2)), range(5), strict=False)]
     assert found == [(2, 2)] * 5
-    short = measure._from_loader(work, (8, 8))
+    short = timing._from_loader(work, (8, 8))
     assert [sum(next(short).sizes) for _ in range(3)] == [10, 10, 10]

@@ -1,4 +1,4 @@
-"""`autoaccum tune`."""
+"""Implement `autoaccum tune`."""
 
 from __future__ import annotations
 
@@ -25,53 +25,52 @@ def tune(
     target_batch: int = typer.Option(None, help="Samples in an optimizer step."),
     workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
     trials: int = typer.Option(None, help="Configurations to try at most. Left out: 40, or all with --sampler grid."),
-    timeout: float = typer.Option(None, help="Seconds after which no further trial begins."),
+    timeout: float = typer.Option(None, help="Seconds after which no further trial starts."),
     vary: list[str] = typer.Option([], help="NAME=A,B: the choices for one part, like precision=fp32,bf16."),
     device: str = typer.Option(None, help="cpu, or cuda for this machine's GPU. Left out: cpu, or cuda with --gpu."),
-    gpu: str = typer.Option(None, help="Rank by memory for a GPU that isn't here (doctor --gpus lists them)."),
-    memory: str = typer.Option(None, help="What the whole process may use, like 2GiB. Left out: what is free."),
+    gpu: str = typer.Option(None, help="Rank by memory for a GPU this machine lacks (doctor --gpus lists them)."),
+    memory: str = typer.Option(None, help="Memory limit of the process, like 2GiB. Left out: what is free."),
     headroom: str = typer.Option(None, help="How much of that to keep free, like 500MiB or 5%."),
-    malloc: str = typer.Option("fixed", help="fixed: predictable memory; default: faster, with a quarter kept free."),
+    malloc: str = typer.Option("fixed", help="fixed: predictable memory; default: faster, keeps a quarter free."),
     sampler: str = typer.Option("tpe", help="tpe, random, or grid: all configurations, in order."),
-    pareto: bool = typer.Option(False, "--pareto", help="Search for the best in both, time and peak memory."),
-    study: Path = typer.Option(None, help="Keep the trials in this SQLite file, and go on with those that are there."),
-    workers: int = typer.Option(1, help="Trials at a time, where memory alone is ranked (--gpu)."),
-    seed: int = typer.Option(0, help="For what is drawn."),
+    pareto: bool = typer.Option(False, "--pareto", help="Search for the Pareto front of time and peak memory."),
+    study: Path = typer.Option(None, help="Store trials in this SQLite file, and continue those stored there."),
+    seed: int = typer.Option(0, help="Seed of the sampler."),
     output: Path = typer.Option(None, "--output", "-o", help="Write the winner's plan to this file, as JSON."),
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
     json: bool = typer.Option(False, "--json", help="Print trials and plan as JSON alone."),
 ) -> None:
-    """Find the precision, checkpointing, layout, optimizer and micro-batch that take the least time at that batch."""
+    """Find the precision, checkpointing, layout, optimizer and micro-batch that train fastest at a fixed batch."""
     if target_batch is None:
-        raise UsageError("There is no target to tune for.", hint="Give --target-batch 512, say.")
+        raise UsageError("--target-batch is missing.", hint="Give --target-batch 512, for example.")
     if output is not None:
         check_output(output, force=force)
     from ..tuning import tune
     from ..tuning.space import read_space
 
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "space": read_space(vary), "trials": trials, "timeout": timeout, "device": device, "gpu": gpu,
         "memory": memory, "headroom": headroom, "malloc": malloc, "study": study, "sampler": sampler,
-        "pareto": pareto, "workers": workers, "seed": seed,
+        "pareto": pareto, "seed": seed,
     }  # fmt: skip
     try:
         with _progress() as say:
-            found = tune(workload, target_batch=target_batch, progress=say, **asked)
+            found = tune(workload, target_batch=target_batch, progress=say, **options)
     except KeyboardInterrupt:
         if study is not None:
-            print(f"the trials so far are kept in {study}: the same command goes on with them", file=sys.stderr)
+            print(f"the trials so far are stored in {study}: the same command continues with them", file=sys.stderr)
         raise
     if output is not None:
         keep_plan(found.plan, output)
     if json:
         print(found.to_json(), end="")
         return
-    _tell(found, output)
+    _print_result(found, output)
 
 
 @contextmanager
 def _progress() -> Iterator[Say]:
-    """A line on stderr for each trial; on a terminal, what is being done below them."""
+    """Show a line on stderr for each trial; on a terminal, also what is running."""
     if not sys.stderr.isatty():
 
         def say_trial(message: dict[str, Any]) -> None:
@@ -95,14 +94,14 @@ def _progress() -> Iterator[Say]:
         yield say
 
 
-def _tell(found: TuningResult, output: Path | None) -> None:
+def _print_result(found: TuningResult, output: Path | None) -> None:
     from ..reporting.explain import summary
-    from ..tuning.result import summary as of_trials
+    from ..tuning.result import summary as summary_of_trials
 
     print(found.table())
     print()
-    print(of_trials(found))
+    print(summary_of_trials(found))
     print(summary(found.plan))
-    told = output or "plan.json"
-    keep = "" if output is not None else " (keep the plan: -o plan.json)"
-    print(f"next        autoaccum run {told}, autoaccum explain {told}{keep}")
+    file = output or "plan.json"
+    save = "" if output is not None else " (save the plan: -o plan.json)"
+    print(f"next        autoaccum run {file}, autoaccum explain {file}{save}")

@@ -1,4 +1,4 @@
-"""Functions of the user's own, handed from one process to another that it starts: pickled, through a pipe.
+"""Pass the workload's function to a child process: pickled, through a pipe.
 
 Unpickling runs whatever the bytes say, so nothing else reaches it: no file, option or environment variable has a form
 that means "a function that was handed over". In arguments, None stands for the workload's function.
@@ -10,8 +10,7 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import UsageError
@@ -20,39 +19,23 @@ from .import_path import add_folders
 _received = b""
 
 
-@dataclass(frozen=True)
-class Functions:
-    """What can be handed over.
-
-    Attributes:
-        workload: Makes the workload; None where that has a name.
-        extra: How choices of a search space are applied, by name.
-    """
-
-    workload: Callable[[], Any] | None = None
-    extra: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
-
-
-def pickled(functions: Functions) -> bytes:
-    """The functions as another process can be given them; no bytes for none.
+def pickled(function: Callable[[], Any] | None) -> bytes:
+    """Pickle the workload's function for another process; no bytes for None.
 
     Raises:
-        UsageError: One can't be pickled: a lambda, or a function within another.
+        UsageError: It can't be pickled, as a lambda or a function within another.
     """
-    if functions == Functions():
+    if function is None:
         return b""
-    named = {"The workload's function": functions.workload, **{f"extra[{k!r}]": v for k, v in functions.extra.items()}}
-    for name, function in named.items():
-        try:
-            pickle.dumps(function)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise UsageError(
-                f"{name} can't be given to another process: {error}.",
-                "It is called there, so that nothing of yours is changed here.",
-                "Give a function that stands by itself in a module, or FILE.py:FUNCTION.",
-            ) from None
-    # By themselves, so that their modules can be found before they are asked for
-    return pickle.dumps((sys.path, pickle.dumps((functions.workload, dict(functions.extra)))))
+    try:
+        content = pickle.dumps(function)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"The workload's function can't be given to another process: {error}.",
+            "Other processes call it, so that this one stays unchanged.",
+            "Give a function at the top level of a module, or FILE.py:FUNCTION.",
+        ) from None
+    return pickle.dumps((sys.path, content))  # the path first, so that the function's module can be found
 
 
 def send(content: bytes, descriptor: int) -> None:
@@ -80,11 +63,11 @@ def to_hand_on() -> bytes:
     return _received
 
 
-def functions() -> Functions:
-    """What this process was handed."""
+def workload_function() -> Callable[[], Any] | None:
+    """Return the function that this process was given; None if it was given none."""
     if not _received:
-        return Functions()
+        return None
     folders, content = pickle.loads(_received)
     add_folders(folders)
-    workload, extra = pickle.loads(content)
-    return Functions(workload, extra)
+    function: Callable[[], Any] = pickle.loads(content)
+    return function

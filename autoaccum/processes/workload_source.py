@@ -132,7 +132,7 @@ def _is_file(file: str) -> bool:
 
 
 def _handed() -> Callable[..., Any]:
-    function = function_pipe.functions().workload
+    function = function_pipe.workload_function()
     if function is None:
         raise UsageError("This process was handed no workload.", hint=f"Write {_FORM}.")
     return function

@@ -1,9 +1,9 @@
-"""A workload as a configuration says, and afterwards as it was."""
+"""Configure a workload, temporarily or permanently."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,39 +16,33 @@ from ..errors import UsageError
 from ..plan import Plan
 from ..window.context import open_context
 from ..workload import Workload
-from .blocks import Undo, checkpoint_blocks
+from .checkpointing import Undo, checkpoint_blocks
 
-Apply = Callable[[Workload, Any], Workload]  # a choice of the user's own: the workload, changed
-Extra = Mapping[str, Apply]
 FLAG_NAMES = ("foreach", "fused")
-FLAGS = {"loop": (False, False), "foreach": (True, False), "fused": (False, True)}
+IMPLEMENTATION_FLAGS = {"loop": (False, False), "foreach": (True, False), "fused": (False, True)}
 
 
 @contextlib.contextmanager
-def configured(workload: Workload, configuration: Configuration, extra: Extra | None = None) -> Iterator[Workload]:
-    """The workload as the configuration says, while it is entered; its model is afterwards as it was, bit for bit.
-
-    What a user's own choice changes beside the workload it returns is for the user to put back.
+def configured(workload: Workload, configuration: Configuration) -> Iterator[Workload]:
+    """Configure a workload until exit, then restore its model bit for bit.
 
     Args:
         workload: What is trained.
-        configuration: What to make of it. Its micro-batch is the plan's affair.
-        extra: How each of its own choices is applied, by name.
+        configuration: The configuration; its micro-batch is left to the plan.
 
     Raises:
         UsageError: The workload doesn't allow it.
     """
     with ExitStack() as stack:
-        yield _entered(stack, workload, configuration, extra or {})
+        yield _configured(stack, workload, configuration)
 
 
-def configure(workload: Workload, plan: Plan | Configuration, extra: Extra | None = None) -> Workload:
-    """The workload as a tuned plan says, for good: what its `Runner` is given.
+def configure(workload: Workload, plan: Plan | Configuration) -> Workload:
+    """Configure a workload permanently, as a tuned plan's `Runner` requires.
 
     Args:
         workload: What is trained; its model is changed.
-        plan: A plan that `tune` made, or a configuration.
-        extra: How choices of your own are applied, by name, where the search space had some.
+        plan: A plan from `tune`, or a configuration.
 
     Returns:
         The workload to train.
@@ -60,19 +54,11 @@ def configure(workload: Workload, plan: Plan | Configuration, extra: Extra | Non
         if not plan.configuration:
             return workload
         plan = Configuration.from_values(plan.configuration)
-    return _entered(ExitStack(), workload, plan, extra or {})  # callbacks that nobody will call
+    return _configured(ExitStack(), workload, plan)  # the callbacks that restore it are never called
 
 
-def _entered(stack: ExitStack, workload: Workload, configuration: Configuration, extra: Extra) -> Workload:
-    unknown = [name for name in configuration.extra if name not in extra]
-    if unknown:
-        raise UsageError(
-            f"The configuration has choices of your own ({', '.join(unknown)}), and how they are applied isn't known.",
-            "A plan file holds their values, not the functions of the search space that applied them.",
-            "Train in Python: Runner(configure(workload, plan, extra={name: function}), plan).",
-        )
-    for name, value in configuration.extra.items():
-        workload = extra[name](workload, value)
+def _configured(stack: ExitStack, workload: Workload, configuration: Configuration) -> Workload:
+    """Return the configured workload; the stack's callbacks restore it."""
     workload = _with_precision(workload, configuration.precision)
     if configuration.channels_last:
         stack.callback(lay_out_channels_last(workload.model))
@@ -88,7 +74,7 @@ def _entered(stack: ExitStack, workload: Workload, configuration: Configuration,
 
 
 def _with_precision(workload: Workload, precision: str) -> Workload:
-    """Autocast, and for fp16 a scaler, without which small gradients are lost."""
+    """Set autocast, and for fp16 a scaler, without which small gradients underflow."""
     if precision == AS_IT_IS:
         return workload
     scaler = None
@@ -99,7 +85,7 @@ def _with_precision(workload: Workload, precision: str) -> Workload:
 
 
 def lay_out_channels_last(model: nn.Module) -> Undo:
-    """Lays out four-dimensional tensors with their channels last; images then follow by themselves."""
+    """Store four-dimensional tensors with channels last; activations of images follow."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() == 4]
     strides = [tensor.stride() for tensor in tensors]
     for tensor in tensors:
@@ -114,7 +100,7 @@ def lay_out_channels_last(model: nn.Module) -> Undo:
 
 
 def compile_calls(model: nn.Module) -> Undo:
-    """Compiles calls of the model, in place."""
+    """Compile calls of the model, in place."""
     before = vars(model).get("_compiled_call_impl")
     model.compile()
 
@@ -128,7 +114,7 @@ def compile_calls(model: nn.Module) -> Undo:
 
 
 def implementations(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """What the optimizer's step can be: what its class takes, and what its parameters' device has."""
+    """Return the implementations that an optimizer's class and device support."""
     defaults, kinds = optimizer.defaults, {p.device.type for group in optimizer.param_groups for p in group["params"]}
     found = ["loop"] if {"foreach", "fused"} & defaults.keys() else []
     found += ["foreach"] if "foreach" in defaults else []
@@ -138,7 +124,10 @@ def implementations(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 
 def implementation(optimizer: torch.optim.Optimizer) -> str:
-    """What it is now; torch's own choice, where it is left to it, is a loop on the CPU and foreach on CUDA."""
+    """Return an optimizer's implementation.
+
+    By default torch loops on the CPU and uses foreach on CUDA.
+    """
     group = optimizer.param_groups[0]
     if not {"foreach", "fused"} & group.keys():
         return AS_IT_IS
@@ -150,33 +139,33 @@ def implementation(optimizer: torch.optim.Optimizer) -> str:
     return "foreach" if foreach else "loop"
 
 
-def _implemented(stack: ExitStack, workload: Workload, how: str) -> Any:
-    """The optimizer, or the function that makes one, with its step implemented like that."""
+def _implemented(stack: ExitStack, workload: Workload, name: str) -> Any:
+    """Return the optimizer, or the function that makes one, with an implementation set."""
     given = workload.optimizer
     if isinstance(given, torch.optim.Optimizer):
-        stack.callback(_set_flags(given, how))
+        stack.callback(_set_flags(given, name))
         return given
     make = given or torch.optim.AdamW
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         made = make(parameters)
         if isinstance(made, torch.optim.Optimizer):
-            _flag(made, how)
+            _set_flag(made, name)
         return made
 
     return optimizer
 
 
-def _set_flags(optimizer: torch.optim.Optimizer, how: str) -> Undo:
+def _set_flags(optimizer: torch.optim.Optimizer, name: str) -> Undo:
     if optimizer.state:
         raise UsageError(
-            f"The optimizer has state already, so its implementation can't become {how!r} any more.",
-            "Each implementation keeps its state in its own way.",
+            f"The optimizer has state already, so its implementation can't change to {name!r}.",
+            "Each implementation stores its state differently.",
             "Give a function of the parameters: optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3).",
         )
     groups = (*optimizer.param_groups, optimizer.defaults)
     before: list[dict[str, Any]] = [{name: group[name] for name in FLAG_NAMES if name in group} for group in groups]
-    _flag(optimizer, how)
+    _set_flag(optimizer, name)
 
     def undo() -> None:
         for group, flags in zip(groups, before, strict=True):
@@ -185,18 +174,18 @@ def _set_flags(optimizer: torch.optim.Optimizer, how: str) -> Undo:
     return undo
 
 
-def _flag(optimizer: torch.optim.Optimizer, how: str) -> None:
-    if how not in implementations(optimizer):
-        could = ", ".join(implementations(optimizer)) or "none can be chosen"
-        raise UsageError(f"{type(optimizer).__name__} has no {how!r} implementation.", hint=f"It has: {could}.")
+def _set_flag(optimizer: torch.optim.Optimizer, name: str) -> None:
+    if name not in implementations(optimizer):
+        available = ", ".join(implementations(optimizer)) or "none to choose from"
+        raise UsageError(f"{type(optimizer).__name__} has no {name!r} implementation.", hint=f"It has: {available}.")
     for group in (*optimizer.param_groups, optimizer.defaults):
-        for name, value in zip(FLAG_NAMES, FLAGS[how], strict=True):
-            if name in group:
-                group[name] = value
+        for flag, value in zip(FLAG_NAMES, IMPLEMENTATION_FLAGS[name], strict=True):
+            if flag in group:
+                group[flag] = value
 
 
 def _with_workers(stack: ExitStack, loader: Any, workers: int) -> Any:
-    """The loader, or the function that makes one, with so many processes."""
+    """Return the loader, or the function that makes one, with that many worker processes."""
     if not isinstance(loader, torch.utils.data.DataLoader):
         make = loader
 
@@ -207,7 +196,7 @@ def _with_workers(stack: ExitStack, loader: Any, workers: int) -> Any:
         if callable(make):
             return made
         raise UsageError(
-            f"loader_workers={workers}, but the workload's loader is {type(loader).__name__}, no DataLoader.",
+            f"loader_workers={workers}, but the workload's loader is {type(loader).__name__}, not a DataLoader.",
             hint="Give loader=DataLoader(...) or a function that makes one, or leave loader_workers out.",
         )
     before = loader.num_workers, loader.prefetch_factor
@@ -221,7 +210,7 @@ def _with_workers(stack: ExitStack, loader: Any, workers: int) -> Any:
 
 
 def plain(workload: Workload) -> Configuration:
-    """What the workload is as it stands, in a configuration's terms."""
+    """Return the unchanged workload's configuration."""
     return Configuration(
         precision=workload.precision or "fp32",
         optimizer=implementation(open_context(replace(workload, scheduler=None)).optimizer),

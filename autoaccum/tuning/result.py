@@ -1,4 +1,4 @@
-"""What tuning found: its plan, its trials, and the table of them. No torch here."""
+"""Hold a tuning's plan and trials, rank them, and print their table. No torch here."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from ..units import show_bytes
 
 SCHEMA_VERSION = 1
 SECONDS, MEMORY = "seconds", "memory"
-AS_GOOD = 1.01  # times the best time: as good as the best
+TIE_TIME_RATIO = 1.01  # of the best time: nobody notices the difference
 MEASURED, RANKED, SAME, PRUNED, FAILED = "measured", "ranked", "same", "pruned", "failed"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration that was asked for.
+    """Hold the result of one tried configuration.
 
     Attributes:
         number: Its number in the study.
-        state: "measured", or "ranked" where memory alone counts; "pruned": it can't fit, and was not run; "same": an
-            earlier trial had come to the same; "failed".
+        state: "measured", or "ranked" if memory alone counts; "pruned": it can't fit, and was not run; "same": an
+            earlier trial had the same configuration; "failed".
         configuration: Its choices.
-        micro_batch: The largest of its split; None where there is none.
+        micro_batch: The largest micro-batch of its split; None if nothing fits.
         accumulation_steps: Micro-batches in its window.
-        step_seconds: Median of its windows, or of its turns beside others; None where none was timed.
-        windows: How many were.
-        peak_bytes: What the process comes to, predicted.
-        why: Why it was pruned, or failed, or which trial it is the same as.
-        numerics: What of it changes numbers, by name.
-        pareto: Whether no other is better in both, seconds (or steps) and bytes.
-        turns: How many it had beside others, window by window or nearly so; 0 where it was timed by itself alone.
+        step_seconds: Median of its windows, or of its turns; None if it was not timed.
+        windows: How many windows were timed.
+        peak_bytes: Predicted peak of the process.
+        why: Why it was pruned or failed, or which trial it equals.
+        numerics: The choices that change numbers, by name, with how.
+        pareto: Whether no other trial is better in both seconds (or steps) and bytes.
+        turns: How many turns it had in the final timing; 0 if it was timed alone only.
     """
 
     number: int
@@ -54,11 +54,11 @@ class Trial:
 
     @property
     def counts(self) -> bool:
-        """Whether it has a rank."""
+        """Whether the trial has a rank."""
         return self.state in (MEASURED, RANKED)
 
     def order(self, ranking: str) -> tuple[float, ...]:
-        """What trials are ranked by: seconds; or steps, then bytes."""
+        """Return the sort key of a ranking: seconds, or steps; then bytes."""
         assert self.accumulation_steps is not None and self.peak_bytes is not None
         if ranking == SECONDS:
             return (self.step_seconds or 0.0, self.peak_bytes)
@@ -66,15 +66,17 @@ class Trial:
 
 
 def ranked(trials: Iterable[Trial], ranking: str) -> list[Trial]:
-    """Trials that count, the best first, the others by their order.
+    """Return the trials that have a rank, best first.
 
-    Where some were timed in turn, the best is one of these. Of those as good as the fastest it is the one that changes
-    fewest numbers: within 1 % nobody notices the time, and other numbers are noticed.
+    If some were timed in turn, the best is one of these. Of those within 1 % of the fastest, it is the one that changes
+    the fewest numbers: nobody notices 1 % of time, but other numbers are noticed.
     """
     found = sorted((trial for trial in trials if trial.counts), key=lambda trial: trial.order(ranking))
     if ranking == SECONDS and found:
         known = [trial for trial in found if trial.turns] or found
-        as_good = [trial for trial in known if (trial.step_seconds or 0.0) <= AS_GOOD * (known[0].step_seconds or 0.0)]
+        as_good = [
+            trial for trial in known if (trial.step_seconds or 0.0) <= TIE_TIME_RATIO * (known[0].step_seconds or 0.0)
+        ]
         best = min(as_good, key=lambda trial: len(trial.numerics))
         found.remove(best)
         found.insert(0, best)
@@ -83,16 +85,16 @@ def ranked(trials: Iterable[Trial], ranking: str) -> list[Trial]:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """What tuning found.
+    """Hold what a tuning found.
 
     Attributes:
-        plan: The winner's plan, its configuration in it.
+        plan: The winner's plan, including its configuration.
         trials: All trials, in order.
         ranking: "seconds" per optimizer step, measured; or "memory": fewest steps, then the lowest peak.
-        space: How many configurations there were to choose from.
-        notes: What else the reader should know: what was left out, what the winner changes.
-        plain: Number of the trial of the plain configuration; None where it wasn't tried.
-        seconds: What tuning took.
+        space: Number of configurations in the search space.
+        notes: What was left out of the search, a line each.
+        plain: Number of the plain configuration's trial; None if it wasn't tried.
+        seconds: Duration of the tuning.
     """
 
     plan: Plan
@@ -105,17 +107,17 @@ class TuningResult:
 
     @property
     def ranked(self) -> list[Trial]:
-        """Trials that count, the best first."""
+        """The trials that have a rank, best first."""
         return ranked(self.trials, self.ranking)
 
     @property
     def best(self) -> Trial:
-        """The winner."""
+        """The winning trial."""
         return self.ranked[0]
 
     def to_json(self) -> str:
-        """All of it, for other tools."""
-        told = {
+        """Return everything as JSON, for other tools."""
+        values = {
             "kind": "autoaccum tuning",
             "schema_version": SCHEMA_VERSION,
             "ranking": self.ranking,
@@ -126,10 +128,10 @@ class TuningResult:
             "trials": [asdict(trial) for trial in self.trials],
             "plan": json.loads(self.plan.to_json()),
         }
-        return to_json(told, indent=1) + "\n"
+        return to_json(values, indent=1) + "\n"
 
     def table(self, rows: int = 20) -> str:
-        """The best trials, ranked, and what became of the others."""
+        """Return the table of the best trials, and why others have no rank."""
         lines = [f"{'rank':>4}  {'seconds/step':>12}  {'peak':>10}  {'micro-batch':>14}  configuration"]
         places = self.ranked
         shown = places if len(places) <= rows else places[: rows - 1]
@@ -157,14 +159,14 @@ class TuningResult:
 
 
 def with_configuration(plan: Plan, winner: Trial, ranking: str, trials: tuple[Trial, ...], windows: str) -> Plan:
-    """The winner's plan with its configuration, why it was chosen, and what of it changes numbers.
+    """Add the winner's configuration, its reasons and its notes to its plan.
 
     Args:
-        plan: As planning made it.
+        plan: The plan of the winner's split.
         winner: The winning trial.
-        ranking: What trials were ranked by.
-        trials: All of them.
-        windows: How they were compared, in words.
+        ranking: "seconds" or "memory".
+        trials: All trials.
+        windows: How trials were compared, as a phrase.
     """
     values = {name: value for name, value in winner.configuration.items() if name != "micro_batch"}
     reasons = {"configuration": f"the best of {sum(trial.counts for trial in trials)} that were {windows}"}
@@ -181,7 +183,7 @@ def with_configuration(plan: Plan, winner: Trial, ranking: str, trials: tuple[Tr
 
 
 def _times(trials: tuple[Trial, ...], values: Mapping[str, Any]) -> tuple[TimedSize, ...]:
-    """What that configuration took at other micro-batches."""
+    """Return the configuration's times at other micro-batches."""
     found = {}
     for trial in trials:
         same = {name: value for name, value in trial.configuration.items() if name != "micro_batch"} == values
@@ -191,32 +193,33 @@ def _times(trials: tuple[Trial, ...], values: Mapping[str, Any]) -> tuple[TimedS
 
 
 def summary(found: TuningResult) -> str:
-    """The trials in a few lines: how they were ranked, what the winner gains, and what it changes."""
+    """Summarize a tuning: the ranking, the winner's gain, the numbers it changes."""
     counts = {state: sum(trial.state == state for trial in found.trials) for state in (PRUNED, SAME, FAILED)}
     tried = len(found.trials) - counts[SAME]
     also = ", ".join(f"{count} {word}" for word, count in (
-        ("pruned unrun", counts[PRUNED]), ("failed", counts[FAILED]), ("answered from the study", counts[SAME])
+        ("pruned without running", counts[PRUNED]), ("failed", counts[FAILED]),
+        ("answered from the study", counts[SAME]),
     ) if count)  # fmt: skip
-    how = (
+    ranked_by = (
         f"seconds per optimizer step, measured{_in_turn(found)}"
         if found.ranking == SECONDS
         else "memory: fewest steps, then the lowest peak; a virtual GPU computes nothing, so there is no time"
     )
     lines = [
         ("trials", f"{tried} of {found.space} configurations" + (f" ({also})" if also else "")),
-        ("ranked by", how),
+        ("ranked by", ranked_by),
         ("winner", f"trial {found.best.number}: {sentence(found.best.configuration)}{_gain(found)}"),
     ]
     numerics = "; ".join(found.best.numerics.values())
-    lines.append(("numbers", f"changed by {numerics}" if numerics else "unchanged: nothing chosen alters them"))
+    lines.append(("numbers", f"changed by {numerics}" if numerics else "unchanged by any choice"))
     lines += [("note", note) for note in found.notes]
     return "\n".join(one_line(f"{name:<12}{text}") for name, text in lines)
 
 
 def _in_turn(found: TuningResult) -> str:
-    """How many were timed in turn."""
+    """Return how many trials were timed in turn, as a phrase."""
     turns = [trial.turns for trial in found.trials if trial.turns and trial.counts]
-    return f"; those that led and the plain one in turn, {max(turns)} rounds of {len(turns)}" if turns else ""
+    return f"; the leading ones and the plain one in turn, {max(turns)} rounds of {len(turns)}" if turns else ""
 
 
 def _gain(found: TuningResult) -> str:

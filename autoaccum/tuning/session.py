@@ -1,4 +1,4 @@
-"""One tuning from beginning to end, in a child process: facts, choices, the search, the winner's plan."""
+"""Run one tuning from beginning to end, in a child process: facts, choices, search, the winner's plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..configuration import Configuration, allocator_settings
 from ..devices.cpu.budget import read_cpu_budget
@@ -19,214 +20,204 @@ from ..plan import Plan
 from ..processes.child import Say, call
 from ..processes.function_pipe import to_hand_on
 from .finals import time_in_turn
-from .kept import alone, open_study, read_trials
-from .memory import Memory, Recorded
-from .result import MEMORY, SECONDS, Trial, TuningResult, ranked, with_configuration
-from .space import SearchSpace, choices_for, plain_values, size_of
-from .study import Search, nothing_fits, pareto_numbers
-from .timers import Training, timer, turns
+from .fit_check import FitChecker, Recorded
+from .request import TuningRequest
+from .result import FAILED, MEMORY, SECONDS, Trial, TuningResult, ranked, with_configuration
+from .search import Search, no_winner_error, pareto_numbers
+from .space import Choices, choices_for, micro_batches, plain_values, size_of
+from .study import open_study, read_trials, timing_lock
+from .timing import TrialTraining, make_timer, make_turn_timer
 
-TRIALS = 40  # at most, where no number was given
-CONTENDERS = 3  # winners whose plan is tried, where the first one's isn't confirmed
+DEFAULT_TRIALS = 40
+MAX_CONFIRMATIONS = 3  # winners whose plan is verified, if those before were not confirmed
 
 
-def tune(
-    *,
-    say: Say,
-    workload: str | None,
-    space: dict[str, Any],
-    extra_choices: dict[str, list[Any]],
-    trials: int | None,
-    timeout: float | None,
-    study: str | None,
-    sampler: str,
-    pareto: bool,
-    workers: int,
-    seed: int,
-    **asked: Any,
-) -> dict[str, Any]:
-    """Tunes; the arguments are those of `tuning.tune`, as JSON.
+def tune(*, say: Say, workload: str | None, request: dict[str, Any]) -> dict[str, Any]:
+    """Tune, and return the `TuningResult` as JSON.
 
-    Returns:
-        `TuningResult` as JSON.
+    Args:
+        say: Called with progress.
+        workload: The workload's source; None for the function that this process was given.
+        request: From `TuningRequest.to_values`.
     """
     say({"say": "loading torch and the workload"})
     import torch  # noqa: F401  copies of this process then have it
 
-    started = time.monotonic()
-    wanted = SearchSpace(
-        **cast(Any, {name: None if choices is None else tuple(choices) for name, choices in space.items()}),
-        extra={name: (tuple(choices), _unused) for name, choices in extra_choices.items()},
-    )
-    on_cuda, virtual = asked["device"] == "cuda", asked["gpu"] is not None
-    ranking = MEMORY if virtual else SECONDS
-    lock = functools.partial(alone, study, lambda text: say({"say": text})) if ranking == SECONDS else nullcontext
-    sizes = _sizes(wanted, asked["target_batch"])
-    told = functools.partial(_record, say, workload, sizes, asked, lock)
+    return {"tuned": _Session(say, workload, TuningRequest.from_values(request)).run().to_json()}
 
-    as_it_is = told(None)
-    facts = as_it_is["facts"]
-    choices, left_out = choices_for(wanted, facts, asked["target_batch"], on_cuda=on_cuda, virtual=virtual)
-    say({"say": f"{size_of(choices)} configurations to choose from"})
-    found = open_study(study, _identity(workload, asked, facts, ranking, choices), sampler, pareto, seed)
-    memory = Memory(told, _kept(found), _keep(found))
-    memory.add(Configuration.from_values(facts["plain"]), as_it_is)
-    base = {name: value for name, value in facts["plain"].items() if name in ("precision", "optimizer", "compile")}
-    from_loader = len(choices.get("loader_workers", ())) > 1
-    training = Training(workload, asked["device"], asked["malloc"], from_loader)
-    search = Search(
-        study=found,
-        choices=choices,
-        plain=plain_values(choices, facts["plain"]),
-        base=base,
-        samples=asked["target_batch"],
-        memory=memory,
-        timer=timer(training) if ranking == SECONDS else None,
-        sampler=sampler,
-        trials=size_of(choices) if trials is None and sampler == "grid" else trials or TRIALS,
-        until=None if timeout is None else started + timeout,
-        workers=workers,
-        seed=seed,
-        say=lambda text: say({"trial": text}),
-        turns=turns(training, lambda text: say({"say": text})) if ranking == SECONDS and not on_cuda else None,
-        lock=lock,
-    )
-    began = time.monotonic()
-    search.run()
-    if search.turns is not None:
+
+@dataclass
+class _Session:
+    """A tuning at work: what its steps share."""
+
+    say: Say
+    workload: str | None
+    request: TuningRequest
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+        self.ranking = MEMORY if self.request.virtual else SECONDS
+        self.lock: Callable[[], Any] = nullcontext
+        if self.ranking == SECONDS:
+            self.lock = functools.partial(timing_lock, self.request.study, self.progress)
+
+    def progress(self, text: str) -> None:
+        self.say({"say": text})
+
+    def run(self) -> TuningResult:
+        unchanged = self.record(None)
+        facts = unchanged["facts"]
+        choices, left_out = choices_for(
+            self.request.space, facts, self.request.target_batch,
+            on_cuda=self.request.on_cuda, virtual=self.request.virtual,
+        )  # fmt: skip
+        self.progress(f"{size_of(choices)} configurations to choose from")
+        search = self.search(choices, facts, unchanged)
+        began = time.monotonic()
+        search.run()
         time_in_turn(search, time.monotonic() - began, read_cpu_budget().bytes)
-    return {"tuned": _finished(search, say, workload, asked, left_out, started).to_json()}
+        return self.result(search, left_out)
+
+    def search(self, choices: Choices, facts: dict[str, Any], unchanged: Recorded) -> Search:
+        request = self.request
+        identity = _identity(self.workload, request, facts, self.ranking, choices)
+        study = open_study(request.study, identity, request.sampler, request.pareto, request.seed)
+        checker = FitChecker(
+            self.record,
+            lambda key: study.user_attrs.get(_attribute(key)),
+            lambda key, recorded: study.set_user_attr(_attribute(key), recorded),
+        )
+        checker.add(Configuration.from_values(facts["plain"]), unchanged)
+        from_loader = len(choices.get("loader_workers", ())) > 1
+        training = TrialTraining(self.workload, request.device, request.malloc, from_loader)
+        timed = self.ranking == SECONDS
+        return Search(
+            study=study,
+            choices=choices,
+            plain=plain_values(choices, facts["plain"]),
+            base={name: facts["plain"][name] for name in ("precision", "optimizer", "compile")},
+            samples=request.target_batch,
+            fit_checker=checker,
+            timer=make_timer(training) if timed else None,
+            sampler=request.sampler,
+            trials=request.trials or (size_of(choices) if request.sampler == "grid" else DEFAULT_TRIALS),
+            until=None if request.timeout is None else self.started + request.timeout,
+            seed=request.seed,
+            report=lambda text: self.say({"trial": text}),
+            turn_timer=make_turn_timer(training, self.progress) if timed and not request.on_cuda else None,
+            lock=self.lock,
+        )
+
+    def record(self, configuration: Configuration | None) -> Recorded:
+        """Record a configuration in a new process; None leaves the workload as it is."""
+        arguments = {
+            "workload": self.workload,
+            "values": None if configuration is None else configuration.values(),
+            "sizes": _sizes(self.request),
+            **self.request.planning_values(),
+        }
+        with self.lock():
+            return self.call("tuning.tasks:record", arguments, configuration, "recording")
+
+    def call(
+        self, task: str, arguments: dict[str, Any], configuration: Configuration | None, title: str
+    ) -> dict[str, Any]:
+        """Run a task in a new process whose environment has the configuration's allocator settings."""
+
+        def on_message(message: dict[str, Any]) -> None:
+            if "say" in message:
+                self.progress(f"{title}: {message['say']}")
+
+        env = environment(configuration, self.request.gpu)
+        return call(task, arguments, on_message=on_message, env=env, functions=to_hand_on())
+
+    def result(self, search: Search, left_out: list[str]) -> TuningResult:
+        trials = read_trials(search.study)
+        on_front = pareto_numbers(trials, self.ranking)
+        trials = [replace(trial, pareto=trial.number in on_front) for trial in trials]
+        if not ranked(trials, self.ranking):
+            raise no_winner_error(trials, search.fit_checker.missing_bytes)
+        plan, winner, refused = self.confirmed(trials)
+        trials = [
+            replace(t, state=FAILED, why=refused[t.number], pareto=False) if t.number in refused else t for t in trials
+        ]
+        if self.request.virtual and winner.configuration["checkpointing"]:
+            left_out = [*left_out, "the test that checkpointing keeps the gradient: a virtual GPU computes nothing"]
+        how = "timed" if self.ranking == SECONDS else "ranked by memory: a virtual GPU computes nothing"
+        return TuningResult(
+            plan=with_configuration(plan, winner, self.ranking, tuple(trials), how),
+            trials=tuple(trials),
+            ranking=self.ranking,
+            space=size_of(search.choices),
+            notes=tuple(f"left out: {text}" for text in left_out),
+            plain=search.plain_number(trials),
+            seconds=time.monotonic() - self.started,
+        )
+
+    def confirmed(self, trials: list[Trial]) -> tuple[Plan, Trial, dict[int, str]]:
+        """Return the best trial whose plan a real window confirms, and why better ones were refused, by number."""
+        refused: dict[int, str] = {}
+        while len(refused) < MAX_CONFIRMATIONS:
+            left = ranked((trial for trial in trials if trial.number not in refused), self.ranking)
+            if not left:
+                break
+            trial = left[0]  # recomputed: the best of those timed in turn isn't the second of all
+            configuration = Configuration.from_values(trial.configuration)
+            arguments = {
+                "workload": self.workload,
+                "values": configuration.values(),
+                "max_micro_batch": trial.micro_batch,
+                **self.request.planning_values(),
+            }
+            try:
+                found = self.call("tuning.tasks:plan", arguments, configuration, "planning the winner")
+            except NotConfirmed as error:
+                refused[trial.number] = error.what
+            else:
+                return Plan.from_json(found["plan"]), trial, refused
+        raise NotConfirmed(
+            f"The plans of the best {len(refused)} configurations could not be confirmed.",
+            next(iter(refused.values())),
+            "Tune with more headroom: --headroom 20%.",
+        )
 
 
 def _identity(
-    workload: str | None, asked: dict[str, Any], facts: dict[str, Any], ranking: str, choices: dict[str, Any]
+    workload: str | None, request: TuningRequest, facts: dict[str, Any], ranking: str, choices: Choices
 ) -> dict[str, Any]:
-    """What a study is of: one of something else has no trials for this."""
+    """Return what a study's trials belong to; a study with another identity is refused."""
     return {
         "workload": "a function" if workload is None else workload,
-        **{name: asked[name] for name in ("target_batch", "memory", "headroom", "malloc", "device", "gpu")},
+        **request.planning_values(),
         **facts["fingerprint"],
         "ranking": ranking,
         "choices": {name: list(options) for name, options in choices.items()},
     }
 
 
-def _unused(workload: Any, choice: Any) -> Any:
-    return workload
-
-
-def _sizes(space: SearchSpace, target_batch: int) -> list[int]:
-    """Micro-batches that recordings have to tell of: those of every balanced split that may be asked for."""
-    from .space import micro_batches
-
-    sizes = [size for size in space.micro_batch or micro_batches(target_batch, 1) if isinstance(size, int)]
-    split = [-(-target_batch // -(-target_batch // min(size, target_batch))) for size in sizes]
+def _sizes(request: TuningRequest) -> list[int]:
+    """Return the micro-batches that recordings must cover: those of every balanced split that may be tried."""
+    target = request.target_batch
+    sizes = [size for size in request.space.micro_batch or micro_batches(target, 1) if isinstance(size, int)]
+    split = [-(-target // -(-target // min(size, target))) for size in sizes]
     return sorted({*split, *(size - 1 for size in split if size > 1)})
 
 
-def _record(
-    say: Say,
-    workload: str | None,
-    sizes: list[int],
-    asked: dict[str, Any],
-    lock: Callable[[], Any],
-    configuration: Configuration | None,
-) -> Recorded:
-    """Records in a process of its own, with the allocator's settings in its environment."""
-    values = None if configuration is None else configuration.values()
-    arguments = {"workload": workload, "values": values, "sizes": sizes, **asked}
-    env = environment(configuration, asked["gpu"])
-    with lock():
-        said = _said(say, "recording")
-        return call("tuning.tasks:record", arguments, on_message=said, env=env, functions=to_hand_on())
-
-
 def environment(configuration: Configuration | None, gpu: str | None) -> dict[str, str] | None:
-    """What the configuration needs to be set before torch is loaded; None for nothing."""
+    """Return the environment to set before torch is loaded; None for this process's own."""
     base = None
     if configuration is not None and configuration.expandable_segments:
         base = {**os.environ, **allocator_settings(os.environ)}
     return planning_environment(gpu, base)
 
 
-def _said(say: Say, what: str) -> Say:
-    return lambda message: say({"say": f"{what}: {message['say']}"}) if "say" in message else None
-
-
-def _key(key: str) -> str:
+def _attribute(key: str) -> str:
+    """Return the study's attribute that holds a recording."""
     return "recording " + hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _kept(study: Any) -> Callable[[str], Recorded | None]:
-    return lambda key: study.user_attrs.get(_key(key))
-
-
-def _keep(study: Any) -> Callable[[str, Recorded], None]:
-    return lambda key, recorded: study.set_user_attr(_key(key), recorded)
-
-
-def _finished(
-    search: Search,
-    say: Say,
-    workload: str | None,
-    asked: dict[str, Any],
-    left_out: list[str],
-    started: float,
-) -> TuningResult:
-    from dataclasses import replace
-
-    trials = read_trials(search.study)
-    on_front = pareto_numbers(trials, search.ranking)
-    trials = [replace(trial, pareto=trial.number in on_front) for trial in trials]
-    if not ranked(trials, search.ranking):
-        raise nothing_fits(trials, search.memory.missing_bytes)
-    plan, winner, refused = _confirmed(search.ranking, trials, say, workload, asked)
-    trials = [
-        replace(t, state="failed", why=refused[t.number], pareto=False) if t.number in refused else t for t in trials
-    ]
-    if asked["gpu"] is not None and winner.configuration["checkpointing"]:
-        left_out = [*left_out, "the test that checkpointing leaves the gradient as it is: nothing is computed here"]
-    windows = "timed" if search.ranking == SECONDS else "ranked by memory: nothing is computed on a virtual GPU"
-    plan = with_configuration(plan, winner, search.ranking, tuple(trials), windows)
-    return TuningResult(
-        plan=plan,
-        trials=tuple(trials),
-        ranking=search.ranking,
-        space=size_of(search.choices),
-        notes=tuple(f"left out: {text}" for text in left_out),
-        plain=search.plain_number(trials),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _confirmed(
-    ranking: str, trials: list[Trial], say: Say, workload: str | None, asked: dict[str, Any]
-) -> tuple[Plan, Trial, dict[int, str]]:
-    """The best trial whose plan is confirmed by a real window; and what spoke against those before it."""
-    refused: dict[int, str] = {}
-    while len(refused) < CONTENDERS and (left := ranked((t for t in trials if t.number not in refused), ranking)):
-        trial = left[0]  # who is the best of those timed in turn isn't the second of all
-        configuration = Configuration.from_values(trial.configuration)
-        arguments = {
-            "workload": workload, "values": configuration.values(),
-            "max_micro_batch": trial.micro_batch, **asked,
-        }  # fmt: skip
-        env, said = environment(configuration, asked["gpu"]), _said(say, "planning the winner")
-        try:
-            found = call("tuning.tasks:plan", arguments, on_message=said, env=env, functions=to_hand_on())
-        except NotConfirmed as error:
-            refused[trial.number] = error.what
-        else:
-            return Plan.from_json(found["plan"]), trial, refused
-    raise NotConfirmed(
-        f"The plans of the best {len(refused)} configurations could not be confirmed.",
-        next(iter(refused.values())),
-        "Tune with more headroom: --headroom 20%.",
-    )
-
-
 def read_tuning_result(text: str) -> TuningResult:
-    """What a session's JSON says."""
+    """Read what `TuningResult.to_json` wrote."""
     data = json.loads(text)
     return TuningResult(
         plan=Plan.from_json(json.dumps(data["plan"])),

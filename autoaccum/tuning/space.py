@@ -1,18 +1,17 @@
-"""What is searched: choices for each part of a configuration, narrowed to what a workload and its device allow."""
+"""Define the choices to search, narrowed to what a workload and its device allow."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from ..configuration import IMPLEMENTATIONS, LARGEST, NAMES, Configuration, check_choice
 from ..errors import UsageError
 
-LEAST_POWER, MOST_POWERS = 4, 6  # powers of two that are tried as micro-batches, beside the largest that fits
-PLAIN_TYPES = (str, int, float, bool)
+MIN_POWER_OF_TWO, MAX_POWERS = 4, 6  # powers of two to try as micro-batches, beside the largest that fits
 
 Choices = dict[str, tuple[Any, ...]]  # by name, in the order in which they are tried
 Values = dict[str, Any]
@@ -20,7 +19,9 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The choices to search. Each field is a tuple of what may be chosen; one value alone fixes it.
+    """Hold the choices to search.
+
+    Each field is a tuple of choices; a single one fixes it.
 
     Attributes:
         precision: "fp32", "bf16", "fp16" autocast. None: all on CUDA; fp32 and bf16 on a CPU, where fp16 is mostly
@@ -33,9 +34,6 @@ class SearchSpace:
         compile: `torch.compile`. Left out unless named: a compilation takes longer than most trials.
         loader_workers: Processes that load data. None: the workload's own. Windows are loaded in the timing where there
             are several choices.
-        extra: Choices of your own: a name, what may be chosen (strings, numbers or booleans, the plain one first), and
-            `apply(workload, choice)`, which returns the workload to train. Functions have to pickle: they are called
-            in other processes.
     """
 
     precision: tuple[str, ...] | None = None
@@ -46,7 +44,6 @@ class SearchSpace:
     expandable_segments: tuple[bool, ...] = (False, True)
     compile: tuple[bool, ...] = (False,)
     loader_workers: tuple[int, ...] | None = None
-    extra: Mapping[str, tuple[tuple[Any, ...], Callable[[Any, Any], Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in NAMES:
@@ -55,21 +52,17 @@ class SearchSpace:
                 _check(name, choices)
                 for choice in choices:
                     check_choice(name, choice)
-        for name, pair in self.extra.items():
-            if name in NAMES or not name.isidentifier():
-                raise UsageError(
-                    f"{name!r} can't name a choice of your own.", hint=f"It is none of {', '.join(NAMES)}."
-                )
-            if not (isinstance(pair, tuple) and len(pair) == 2 and callable(pair[1])):
-                raise UsageError(f"extra[{name!r}] isn't (choices, function).", hint="Give ((1, 2), apply).")
-            _check(name, pair[0])
-            if not all(isinstance(choice, PLAIN_TYPES) for choice in pair[0]):
-                raise UsageError(f"extra[{name!r}] has choices that aren't strings, numbers or booleans.")
 
     def to_values(self) -> dict[str, list[Any] | None]:
-        """Its own choices as JSON; `extra` is left out."""
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "extra"}
+        """Return the choices as JSON values."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: None if choices is None else list(choices) for name, choices in own.items()}
+
+    @staticmethod
+    def from_values(values: Mapping[str, list[Any] | None]) -> SearchSpace:
+        """Read what `to_values` returned."""
+        given = {name: None if choices is None else tuple(choices) for name, choices in values.items()}
+        return SearchSpace(**cast(Any, given))
 
 
 def _check(name: str, choices: Any) -> None:
@@ -87,17 +80,17 @@ def _check(name: str, choices: Any) -> None:
 def choices_for(
     space: SearchSpace, facts: Mapping[str, Any], target_batch: int, *, on_cuda: bool, virtual: bool
 ) -> tuple[Choices, list[str]]:
-    """The choices that this workload has on this device.
+    """Return the choices that a workload has on a device, and what was left out.
 
     Args:
-        space: What was asked for.
-        facts: What a recording told of the workload (cli/tasks.py).
+        space: The requested choices.
+        facts: Facts about the workload (tasks.facts_of).
         target_batch: Samples in an optimizer step.
         on_cuda: Whether it is for a CUDA device.
-        virtual: Whether that is a virtual GPU, on which nothing is computed.
+        virtual: Whether that is a virtual GPU, which computes nothing.
 
     Returns:
-        Choices by name, those that change most first; and what was left out, in words.
+        Choices by name, those with the largest effect first; and a line for each one left out.
     """
     plain, left_out = facts["plain"], []
 
@@ -124,32 +117,32 @@ def choices_for(
     if on_cuda:
         found["expandable_segments"] = tuple(space.expandable_segments)
     elif space.expandable_segments == (True,):
-        left_out.append("expandable_segments: only CUDA's allocator has them")
+        left_out.append("expandable_segments: available on CUDA only")
     found["compile"] = narrowed("compile", not virtual, "nothing can be compiled for a virtual GPU", False)
     if space.loader_workers is not None:
         found["loader_workers"] = narrowed("loader_workers", facts["loader"], "the workload has no DataLoader", None)
-    return {**found, **{name: pair[0] for name, pair in space.extra.items()}}, left_out
+    return found, left_out
 
 
-def micro_batches(target_batch: int, least: int) -> tuple[int | str, ...]:
-    """The largest that fits, and powers of two below the target."""
-    powers = [2**power for power in range(20) if max(LEAST_POWER, least) <= 2**power < target_batch]
-    return (LARGEST, *powers[:MOST_POWERS])
+def micro_batches(target_batch: int, min_size: int) -> tuple[int | str, ...]:
+    """Return "largest", and powers of two below the target."""
+    powers = [2**power for power in range(20) if max(MIN_POWER_OF_TWO, min_size) <= 2**power < target_batch]
+    return (LARGEST, *powers[:MAX_POWERS])
 
 
 def size_of(choices: Choices) -> int:
-    """How many configurations there are."""
+    """Return the number of configurations."""
     return math.prod(len(each) for each in choices.values())
 
 
 def combinations(choices: Choices) -> Iterator[Values]:
-    """All of them, in order."""
+    """Yield all configurations in order."""
     for values in itertools.product(*choices.values()):
         yield dict(zip(choices, values, strict=True))
 
 
 def plain_values(choices: Choices, plain: Mapping[str, Any]) -> Values:
-    """What an untuned plan would be, as far as the choices have it."""
+    """Return the untuned configuration, as far as the choices contain it."""
     wanted = Configuration.from_values({name: value for name, value in plain.items() if name in NAMES}).values()
     return {
         name: wanted[name] if name in wanted and wanted[name] in options else options[0]
@@ -158,7 +151,7 @@ def plain_values(choices: Choices, plain: Mapping[str, Any]) -> Values:
 
 
 def neighbours(values: Values, choices: Choices) -> Iterator[Values]:
-    """Those that differ in one choice."""
+    """Yield the configurations that differ in one choice."""
     for name, options in choices.items():
         for option in options:
             if option != values[name] or type(option) is not type(values[name]):
@@ -166,18 +159,18 @@ def neighbours(values: Values, choices: Choices) -> Iterator[Values]:
 
 
 def read_space(texts: list[str]) -> SearchSpace:
-    """A search space out of texts like "precision=fp32,bf16".
+    """Parse texts like "precision=fp32,bf16" into a search space.
 
     Raises:
-        UsageError: A name or a value that can't be.
+        UsageError: A name or a value is not known.
     """
     asked: dict[str, tuple[Any, ...]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
         if name not in NAMES or not equals or name in asked:
-            said = "is given twice" if name in asked else "names nothing that can be varied"
-            raise UsageError(f"--vary {text!r} {said}.", hint=f"--vary NAME=A,B with one of: {', '.join(NAMES)}.")
+            fault = "is given twice" if name in asked else "names nothing that can be varied"
+            raise UsageError(f"--vary {text!r} {fault}.", hint=f"--vary NAME=A,B with one of: {', '.join(NAMES)}.")
         asked[name] = tuple(_value(name, value.strip()) for value in values.split(",") if value.strip())
     return SearchSpace(**cast(Any, asked))
 

@@ -1,4 +1,4 @@
-"""What tuning asks of child processes: a recording of one configuration, and the winner's plan."""
+"""Record one configuration, or plan the winner, in a child process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from ..configuration import Configuration
 from ..errors import AutoaccumError, DoesNotFit
 from ..plan import Plan
-from ..processes import function_pipe
 from ..processes.child import Say
 
 
@@ -22,41 +21,41 @@ def record(
     sizes: list[int],
     **asked: Any,
 ) -> dict[str, Any]:
-    """Records a configuration; what it tells of every micro-batch, or why it can't be had.
+    """Record a configuration: peaks for every micro-batch, or why it doesn't work.
 
     Args:
-        say: Called with what is being done.
-        workload: Its source; None for the function that this process was handed.
+        say: Called with progress.
+        workload: The workload's source; None for the function that this process was given.
         values: The configuration; None leaves the workload as it is.
-        sizes: Micro-batches whose peaks have to be known.
-        **asked: Target, memory, headroom, malloc, device and GPU.
+        sizes: Micro-batches whose peaks are needed.
+        **asked: From `TuningRequest.planning_values`.
 
     Returns:
-        See `memory.recorded_plan`; with `values` None also the `facts` of the workload.
+        See `fit_check.recorded_plan`; and the `facts` of the workload, if `values` is None.
     """
-    from .memory import recorded_plan
+    from .fit_check import recorded_plan
 
     facts: dict[str, Any] = {}
     try:
         plan = _plan(say, workload, values, sizes=tuple(sizes), verify=False, facts=facts, **asked)
-        told = recorded_plan(plan)
+        recorded = recorded_plan(plan)
         wrong = _checkpointing_differs(workload, values, asked)
-        return {**told, **({"why": wrong} if wrong else {}), "facts": facts}
+        return {**recorded, **({"why": wrong} if wrong else {}), "facts": facts}
     except DoesNotFit as error:
         return {"why": error.what, "missing_bytes": error.missing_bytes, "facts": facts}
     except AutoaccumError as error:
         if values is None:
             raise
-        return {"why": f"it can't be had: {error.what}", "facts": facts}
-    except Exception as error:  # whatever a kernel or the user's model says to that precision, layout or compiler
+        return {"why": f"it doesn't work: {error.what}", "facts": facts}
+    except Exception as error:  # a kernel or the user's model may fail in that precision, layout or compiler
         if values is None:
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        return {"why": f"it can't be had: {type(error).__name__}: {first}", "facts": facts}
+        return {"why": f"it doesn't work: {type(error).__name__}: {first}", "facts": facts}
 
 
 def plan(*, say: Say, workload: str | None, values: Mapping[str, Any], **asked: Any) -> dict[str, Any]:
-    """The winner's plan: recorded anew, solved, verified by its window, and its gradient tested."""
+    """Plan the winner: record it anew, solve, verify, and test its gradient."""
     found = _plan(say, workload, values, sizes=(), verify=True, facts={}, **asked)
     return {"plan": found.to_json()}
 
@@ -82,7 +81,7 @@ def _plan(
     from ..processes.workload_source import load_workload
     from ..workload import Workload
 
-    stack = ExitStack()  # never left: the process ends with what was configured
+    stack = ExitStack()  # never closed: the process ends configured
 
     def change(workload: Workload) -> Workload:
         changed: Workload = _changed(stack, workload, values, facts)
@@ -116,17 +115,17 @@ def _changed(stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, 
     if values is None:
         facts |= facts_of(workload)
         return workload
-    return stack.enter_context(configured(workload, Configuration.from_values(values), function_pipe.functions().extra))
+    return stack.enter_context(configured(workload, Configuration.from_values(values)))
 
 
 def _checkpointing_differs(
     source: str | None, values: Mapping[str, Any] | None, asked: Mapping[str, Any]
 ) -> str | None:
-    """Why checkpointing isn't to be had for this model; tested where there is something to compute with."""
+    """Return why checkpointing changes the training; None if not, or on a virtual GPU."""
     if values is None or not values.get("checkpointing") or asked["gpu"] is not None:
         return None
     from ..processes.workload_source import load_workload
-    from .blocks import gradient_differs
+    from .checkpointing import gradient_differs
 
     found = _changed(ExitStack(), load_workload(source, asked["device"]), {**values, "checkpointing": 0}, {})
     if asked["device"] == "cuda":
@@ -136,14 +135,14 @@ def _checkpointing_differs(
 
 
 def facts_of(workload: Any) -> dict[str, Any]:
-    """What the choices depend on."""
+    """Return the facts that the available choices depend on, as JSON values."""
     import torch
 
     from ..window import norms
     from ..window.context import open_context
     from ..window.fingerprint import fingerprint
     from .apply import implementations, plain
-    from .blocks import find_blocks
+    from .checkpointing import find_blocks
 
     context = open_context(replace(workload, scheduler=None))
     blocks = find_blocks(workload.model)

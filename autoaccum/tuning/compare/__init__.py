@@ -1,9 +1,5 @@
-"""Compare a plan with what people use today.
+"""Compare a plan with what people use without one.
 
-    candidates.py  what is compared                     trial.py   trains one, in a child process
-    compare.py     plans, trains all, one after another  page.py    the results as a table and as a page
-
-Nothing here is loaded before it is asked for.
+candidates.py  what is compared               trial.py    train one candidate, in a child process
+comparison.py  plan, then train all in turn   results.py  the results as a table and as JSON
 """
-
-from __future__ import annotations

@@ -1,26 +1,27 @@
-"""What is compared: sizes picked by hand, halving until it fits, autoaccum's plan, a tuned plan. No torch here."""
+"""Define the candidates: hand-picked sizes, halving until it fits, the plan, a tuned plan."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...plan import Plan
 
-HAND, HALVING, PLAN, TUNED = "hand-picked", "halving until it fits", "autoaccum's plan", "the tuned plan"
+HAND_PICKED, HALVING, PLAN, TUNED = "hand-picked", "halving until it fits", "autoaccum's plan", "the tuned plan"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to train the target.
+    """Describe one way to train the target batch.
 
     Attributes:
-        name: What to call it.
-        micro_batch: Samples in a micro-batch; where it is halved, to begin with.
-        steps: Micro-batches in a window; where it is halved, as many as the micro-batch then divides the target into.
-        halves: Whether running out of memory halves the micro-batch.
-        plan: The plan that it trains by; None for a plain loop of equal micro-batches.
+        name: Its name in the table.
+        micro_batch: Samples in a micro-batch; with `halves`, in the first attempt.
+        steps: Micro-batches in a window; with `halves`, recomputed for each attempt.
+        halves: Whether the micro-batch is halved after running out of memory.
+        plan: The plan to train by; None for a plain loop of equal micro-batches.
     """
 
     name: str
@@ -32,21 +33,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trained:
-    """What became of a candidate.
+    """Hold a candidate's result.
 
     Attributes:
-        name: The candidate's.
-        micro_batch: The largest micro-batch that was trained; of one that failed, that was tried.
+        name: The candidate's name.
+        micro_batch: The largest micro-batch that was trained, or tried if it failed.
         steps: Micro-batches in a window.
-        effective_batch: Samples in an optimizer step, as really trained; 0 where none was.
-        window_seconds: Of each window that was timed; empty where nothing trained, or on a device without times.
-        peak_bytes: The most that it took: committed by the process, or reserved on the GPU. Of one that ran out of
-            memory, what it had when it did.
+        effective_batch: Samples in an optimizer step, as trained; 0 if it failed.
+        window_seconds: Duration of each timed window; empty if it failed, or on a device without times.
+        peak_bytes: Peak bytes committed by the process, or reserved on the GPU; up to the failure, if it failed.
         ooms: How often it ran out of memory.
-        search_seconds: What was spent until something trained: failed attempts, or planning.
-        malloc: Whose setting the C library's malloc had.
-        why: Why it did not train, if it did not.
-        changes_numerics: What it changes beside the split, if anything.
+        search_seconds: Time until something trained: failed attempts, or planning.
+        malloc: Setting of the C library's malloc: "default" or "fixed"; empty on CUDA.
+        why: Why it failed; empty if it trained.
+        changes_numerics: The tuned choices beside the split; empty if there are none.
     """
 
     name: str
@@ -63,25 +63,25 @@ class Trained:
 
     @property
     def trains(self) -> bool:
-        """Whether it did."""
+        """Whether the candidate trained."""
         return self.effective_batch > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it.
+    """Hold the results of all candidates.
 
     Attributes:
-        workload: Its name.
-        target_batch: Samples in an optimizer step, as asked for.
-        plan: autoaccum's.
-        rows: What became of each candidate.
-        left_out: Candidates that were not tried, and why.
-        windows: Windows that were asked to be timed.
+        workload: The workload's name.
+        target_batch: Requested samples in an optimizer step.
+        plan: autoaccum's plan.
+        rows: The result of each candidate.
+        left_out: Candidates that were not tried, with why.
+        windows: The most windows timed of each.
         environment: Versions and machine.
     """
 
@@ -95,18 +95,18 @@ class Comparison:
 
 
 def hand_picked(target_batch: int, near: int) -> tuple[Candidate, ...]:
-    """Powers of two around a micro-batch that fits: half of the one below it, that one, and the next two above.
+    """Return powers of two around a micro-batch that fits: two below, two above.
 
-    Accumulation steps are the target divided by the micro-batch, rounded down, as in most training scripts: a target
-    that isn't a multiple isn't met.
+    Accumulation steps are the target divided by the micro-batch, rounded down, as in most training scripts, so a target
+    that isn't a multiple is missed.
     """
     below = 1 << (near.bit_length() - 1)
     sizes = [size for size in (below // 2, below, 2 * below, 4 * below) if 1 <= size <= target_batch]
-    return tuple(Candidate(f"{HAND}: {size}", size, target_batch // size) for size in sizes)
+    return tuple(Candidate(f"{HAND_PICKED}: {size}", size, target_batch // size) for size in sizes)
 
 
 def candidates_for(plan: Plan, tuned: Plan | None = None) -> tuple[Candidate, ...]:
-    """The candidates for a plan's target."""
+    """Return the candidates for a plan's target."""
     found = [*hand_picked(plan.target_batch, plan.micro_batch), Candidate(HALVING, plan.target_batch, 1, halves=True)]
     for name, each in ((PLAN, plan), (TUNED, tuned)):
         if each is not None:
@@ -115,7 +115,5 @@ def candidates_for(plan: Plan, tuned: Plan | None = None) -> tuple[Candidate, ..
 
 
 def median_of(values: Sequence[float]) -> float | None:
-    """The median; None of none."""
-    import statistics
-
+    """Return the median; None without values."""
     return statistics.median(values) if values else None

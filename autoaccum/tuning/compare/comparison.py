@@ -1,11 +1,8 @@
-"""Plans, then trains every candidate in a process of its own, one after the other. No torch in this process."""
+"""Plan, then train every candidate in a new process, one after the other."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +10,10 @@ from ...errors import AutoaccumError, UsageError
 from ...plan import Plan
 from ...planning.environment import versions
 from ...processes.child import Say, call
+from .. import tune
 from .candidates import TUNED, Candidate, Comparison, Trained, candidates_for
 
-TUNE_TRIALS = 12
+DEFAULT_TUNE_TRIALS = 12
 
 
 def compare(
@@ -28,25 +26,25 @@ def compare(
     malloc: str = "fixed",
     windows: int = 5,
     tuned: Plan | None = None,
-    tune_trials: int = TUNE_TRIALS,
+    tune_trials: int = DEFAULT_TUNE_TRIALS,
     say: Say = lambda message: None,
 ) -> Comparison:
-    """Compares autoaccum's plan with what people do without one, on their own workload.
+    """Compare autoaccum's plan with common alternatives on a user's workload.
 
     Args:
         workload: A built-in's name, or FILE.py:FUNCTION.
         target_batch: Samples in an optimizer step.
         device: "cpu" or "cuda".
-        memory: What each process may use.
+        memory: Memory limit of each process, such as "2GiB".
         headroom: How much of it to keep free.
-        malloc: autoaccum's setting of malloc; the others leave it alone, as a plain script does.
-        windows: Windows to time of each; fewer where they take long.
-        tuned: A plan that `autoaccum tune` made; left out, tuning is called if it is installed.
-        tune_trials: Configurations that it may try; 0 for no tuning.
-        say: Called with what is being done.
+        malloc: The plan's malloc setting; the other candidates leave malloc alone, as a plain script does.
+        windows: The most windows to time of each candidate.
+        tuned: A plan from `autoaccum tune`; None to tune now.
+        tune_trials: The most configurations to tune with; 0 leaves the tuned plan out.
+        say: Called with progress.
 
     Raises:
-        UsageError: An argument that can't be used.
+        UsageError: An argument is invalid.
         DoesNotFit: Not even the smallest micro-batch fits.
     """
     asked = {"workload": workload, "memory": memory, "headroom": headroom, "device": device, "malloc": malloc}
@@ -74,33 +72,30 @@ def _say(say: Say, text: str) -> None:
 
 
 def _tuned(asked: dict[str, Any], target_batch: int, trials: int, say: Say) -> tuple[Plan | None, str]:
-    """The tuned plan, or why there is none."""
+    """Return the tuned plan, or why there is none."""
     if trials == 0:
-        return None, "not asked for (--tune-trials 0)"
-    if importlib.util.find_spec("autoaccum.tuning") is None:
-        return None, "this autoaccum has no tuning; give --tuned plan.json"
-    tune: Callable[..., Any] = importlib.import_module("autoaccum.tuning").tune
+        return None, "not requested (--tune-trials 0)"
     _say(say, "tuning")
     started = time.perf_counter()
     try:
-        found: Plan = tune(target_batch=target_batch, trials=trials, progress=say, **asked).plan
+        found = tune(target_batch=target_batch, trials=trials, progress=say, **asked).plan
     except AutoaccumError as error:
         return None, f"tuning failed: {error.what}"
-    return replace(found, seconds=time.perf_counter() - started), ""  # all of tuning, not its last step alone
+    return replace(found, seconds=time.perf_counter() - started), ""  # the whole tuning, not the last plan alone
 
 
 def _check_tuned(tuned: Plan, plan: Plan) -> None:
     if tuned.target_batch != plan.target_batch or tuned.on_cuda != plan.on_cuda:
         raise UsageError(
-            f"The tuned plan is for {tuned.target_batch} samples on {tuned.device}; asked for are {plan.target_batch} "
-            f"on {plan.device}.",
+            f"The tuned plan is for {tuned.target_batch} samples on {tuned.device}, not for {plan.target_batch} on "
+            f"{plan.device}.",
             "Candidates are compared at one target on one device.",
             f"autoaccum tune --target-batch {plan.target_batch} -o tuned.json",
         )
 
 
 def _train(candidate: Candidate, plan: Plan, asked: dict[str, Any], windows: int, say: Say) -> Trained:
-    """One candidate in a process of its own. That it dies of a lack of memory is an answer too."""
+    """Train a candidate in a new process; running out of memory is a result too."""
     _say(say, f"training {candidate.name}")
     own = candidate.plan
     known: dict[str, Any] = {"malloc": _malloc(own), "changes_numerics": _changes(own)}
@@ -110,11 +105,11 @@ def _train(candidate: Candidate, plan: Plan, asked: dict[str, Any], windows: int
         "halves": candidate.halves, "plan": None if own is None else own.to_json(),
     }  # fmt: skip
     try:
-        told = call("tuning.compare.trial:run", arguments, on_message=say)
+        values = call("tuning.compare.trial:run", arguments, on_message=say)
     except AutoaccumError as error:
         ooms = int(type(error).__name__ == "OutOfMemory")
         return Trained(candidate.name, candidate.micro_batch, candidate.steps, 0, ooms=ooms, why=error.what, **known)
-    found = Trained(candidate.name, **(told | known | {"window_seconds": tuple(told.get("window_seconds", ()))}))
+    found = Trained(candidate.name, **(values | known | {"window_seconds": tuple(values.get("window_seconds", ()))}))
     return replace(found, search_seconds=own.seconds) if own is not None else found
 
 
@@ -125,5 +120,5 @@ def _malloc(plan: Plan | None) -> str:
 
 
 def _changes(plan: Plan | None) -> str:
-    configuration = getattr(plan, "configuration", None) or {}
+    configuration = plan.configuration if plan is not None else {}
     return ", ".join(f"{name} {value}" for name, value in configuration.items())

@@ -1,11 +1,10 @@
-"""Trains one candidate for a few windows in this process, which may use the budget and no more.
+"""Train one candidate for a few windows in this process, limited to the budget.
 
-Windows are made of the workload's sample, so that what is timed is training and not a loader.
+Windows are made of the workload's sample, so that training is timed and not a loader.
 """
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -24,8 +23,9 @@ from ...processes.child import Say
 from ...runner.runner import Runner
 from ...window import step
 from ...workload import Workload
+from ..apply import configure
 
-ENOUGH_SECONDS, LEAST_WINDOWS = 30.0, 2
+ENOUGH_SECONDS, MIN_WINDOWS = 30.0, 2
 
 
 def run(
@@ -41,23 +41,23 @@ def run(
     plan: str | None,
     device: str,
 ) -> dict[str, Any]:
-    """Trains a candidate; returns `candidates.Trained`'s fields, without its name and what the caller knows."""
+    """Train a candidate; return fields of `candidates.Trained` that only the run knows."""
     say({"say": "loading torch and the workload"})
     from ...processes.workload_source import load_workload
 
     read = Plan.from_json(plan) if plan is not None else None
     loaded = _with_sample(load_workload(workload, device))
     loaded.model.to(device)
-    on = get_device(torch.device(device))
-    on.limit_memory(limit_bytes)
-    watch = Watch(on)
+    target = get_device(torch.device(device))
+    target.limit_memory(limit_bytes)
+    meter = PeakMeter(target)
     loop = _by_plan(loaded, read) if read is not None else _plain(loaded)
     started, ooms, size, failure = time.perf_counter(), 0, micro_batch, ""
     while True:
         sizes = (size,) * (target_batch // size if halves else steps)
         say({"say": f"{len(sizes)} micro-batches of {size}"})
         try:
-            found = _timed(loop, target_batch if read is not None else sum(sizes), sizes, windows, watch)
+            found = _timed(loop, target_batch if read is not None else sum(sizes), sizes, windows, meter)
             break
         except (RuntimeError, MemoryError) as error:
             if not oom.is_out_of_memory(error):
@@ -67,9 +67,13 @@ def run(
         oom.collect()
         trim()
         if not halves or size == 1:
-            told = f"ran out of memory ({failure})"
-            return {"micro_batch": size, "steps": len(sizes), "effective_batch": 0, "ooms": ooms, "why": told} | {
-                "peak_bytes": watch.peak_bytes,
+            return {
+                "micro_batch": size,
+                "steps": len(sizes),
+                "effective_batch": 0,
+                "ooms": ooms,
+                "why": f"ran out of memory ({failure})",
+                "peak_bytes": meter.peak_bytes,
                 "search_seconds": time.perf_counter() - started,
             }
         size //= 2
@@ -78,37 +82,37 @@ def run(
         "micro_batch": max(trained),
         "steps": len(trained),
         "effective_batch": sum(trained),
-        "window_seconds": found["seconds"] if on.computes else [],
+        "window_seconds": found["seconds"] if target.computes else [],
         "ooms": ooms + found["retries"],
         "search_seconds": found["began"] - started,
-        "peak_bytes": watch.peak_bytes,
+        "peak_bytes": meter.peak_bytes,
     }
 
 
 Loop = Callable[[int, tuple[int, ...]], tuple[tuple[int, ...], int]]
 
 
-def _timed(loop: Loop, samples: int, sizes: tuple[int, ...], windows: int, watch: Watch) -> dict[str, Any]:
-    """A first window, watched; then timed ones, nothing watching; then a last one, watched."""
+def _timed(loop: Loop, samples: int, sizes: tuple[int, ...], windows: int, meter: PeakMeter) -> dict[str, Any]:
+    """Run a metered window, then timed ones without the meter, then a metered one."""
     began, retries = time.perf_counter(), 0
     seconds: list[float] = []
-    with watch.watching():
+    with meter.metering():
         split, again = loop(samples, sizes)
     retries += again
-    while len(seconds) < windows and not (len(seconds) >= LEAST_WINDOWS and sum(seconds) > ENOUGH_SECONDS):
-        watch.settle()
+    while len(seconds) < windows and not (len(seconds) >= MIN_WINDOWS and sum(seconds) > ENOUGH_SECONDS):
+        meter.synchronize()
         started = time.perf_counter()
         split, again = loop(samples, sizes)
-        watch.settle()
+        meter.synchronize()
         seconds.append(time.perf_counter() - started)
         retries += again
-    with watch.watching():
+    with meter.metering():
         split, again = loop(samples, sizes)
     return {"split": split, "seconds": seconds, "retries": retries + again, "began": began}
 
 
 def _plain(workload: Workload) -> Loop:
-    """Equal micro-batches and an optimizer step, as a plain loop has them; nothing is cut or caught."""
+    """Return a plain loop: equal micro-batches and an optimizer step."""
     context = step.open_context(workload)
     context.model.train()
 
@@ -122,9 +126,9 @@ def _plain(workload: Workload) -> Loop:
 
 
 def _by_plan(workload: Workload, plan: Plan) -> Loop:
-    """The Runner with a plan."""
-    if getattr(plan, "configuration", None):
-        workload = importlib.import_module("autoaccum.tuning.apply").configure(workload, plan)
+    """Return a loop that steps the Runner with a plan."""
+    if plan.configuration:
+        workload = configure(workload, plan)
     runner = Runner(workload, plan)
 
     def loop(samples: int, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
@@ -146,16 +150,16 @@ def _with_sample(workload: Workload) -> Workload:
     return replace(workload, sample=infer_sample(workload.model)[0])
 
 
-class Watch:
-    """The peak of what is watched: committed bytes of the process, or reserved bytes of the GPU."""
+class PeakMeter:
+    """Measure peak bytes committed by the process, or reserved on the GPU."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self.peak_bytes = 0
 
     @contextmanager
-    def watching(self) -> Any:
-        """Watches, also where what is watched fails."""
+    def metering(self) -> Any:
+        """Measure until exit, also if the body fails."""
         if self._device.memory_model == CACHING_ALLOCATOR:
             try:
                 yield
@@ -169,6 +173,6 @@ class Watch:
         finally:
             self.peak_bytes = max(self.peak_bytes, sampler.committed_peak_bytes)
 
-    def settle(self) -> None:
-        """Waits for what a GPU is still at."""
+    def synchronize(self) -> None:
+        """Wait until the device is idle."""
         self._device.synchronize()

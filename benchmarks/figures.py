@@ -1,4 +1,4 @@
-"""Figures of benchmarks: how each came to be, how far its repeats spread, and what two runs say of each other.
+"""Hold benchmark figures: their origin, their spread, and changes between runs.
 
 No torch here.
 """
@@ -47,14 +47,14 @@ class Figure:
 
 
 def figure_of(values: Sequence[float], name: str, unit: str, kind: str) -> Figure:
-    """The figure of some repeats."""
+    """Return the figure of some repeats."""
     import statistics
 
     return Figure(name, statistics.median(values), unit, kind, min(values), max(values), len(values))
 
 
 def read_figure(data: dict[str, Any]) -> Figure:
-    """What `to_dict` wrote."""
+    """Read what `to_dict` wrote."""
     return Figure(**{name: value for name, value in data.items() if name != "unstable"})
 
 
@@ -78,7 +78,7 @@ class Change:
 
 
 def compare(old: Sequence[Figure], new: Sequence[Figure]) -> list[Change]:
-    """Every figure of two runs: the same, changed, or too unstable to tell.
+    """Compare every figure of two runs: the same, changed, or unstable.
 
     Figures with repeats have changed where the ranges of their repeats don't overlap; without, where they differ by
     more than 2 % (a difference in percent: by more than a point). Of a time that was taken once nothing is told, nor

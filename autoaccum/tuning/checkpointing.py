@@ -1,7 +1,7 @@
-"""Activation checkpointing of a model's repeated blocks: found by structure, wrapped, and put back.
+"""Checkpoint the activations of a model's repeated blocks, found by structure.
 
-A block's activations are dropped after its forward, which runs once more in backward (torch.utils.checkpoint,
-non-reentrant, random states preserved). The gradient is bitwise the plain one: `gradient_differs` tests that.
+A block's activations are dropped after its forward, which runs again in backward (torch.utils.checkpoint,
+non-reentrant, random states preserved). The gradient stays bitwise the same: `gradient_differs` tests that.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ..workload import Workload
 
 Undo = Callable[[], None]
 
-FEWEST = 2  # one block is no repetition
+MIN_BLOCKS = 2  # a single block doesn't repeat
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The repeated blocks of a model.
+    """Hold the repeated blocks of a model.
 
     Attributes:
-        path: Where they are: the name of their ModuleList or Sequential; empty for the model itself.
-        kind: Their class.
-        modules: They themselves, in order.
+        path: Name of the ModuleList or Sequential that contains them; empty for the model itself.
+        kind: Name of their class.
+        modules: The blocks in order.
     """
 
     path: str
@@ -45,20 +45,21 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
-    """The longest run of children of one class in a ModuleList or Sequential; of two as long, that with more weights.
+    """Find the longest run of children of one class in a ModuleList or Sequential.
 
-    Children without parameters, and bare layers, are no blocks: dropping what one layer keeps saves nothing.
+    Of runs of one length the one with more weights wins. Bare layers don't count: dropping what one layer keeps saves
+    nothing.
     """
     found = []
     for path, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            found += [Blocks(path, type(run[0]).__name__, run) for run in _runs(list(module)) if len(run) >= FEWEST]
+            found += [Blocks(path, type(run[0]).__name__, run) for run in _runs(list(module)) if len(run) >= MIN_BLOCKS]
     weights = {blocks: sum(p.numel() for block in blocks.modules for p in block.parameters()) for blocks in found}
     return max(found, key=lambda blocks: (len(blocks.modules), weights[blocks]), default=None)
 
 
 def _runs(children: list[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
-    """Neighbours of one class that are made of other modules."""
+    """Yield runs of neighbouring children of one class that contain modules."""
     run: list[nn.Module] = []
     for child in children:
         if run and type(child) is not type(run[0]):
@@ -72,7 +73,7 @@ def _runs(children: list[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
 
 @contextlib.contextmanager
 def checkpointed(model: nn.Module, every: int) -> Iterator[None]:
-    """Checkpoints every n-th block while it is entered; afterwards each forward is what it was."""
+    """Checkpoint every n-th block until exit."""
     undo = checkpoint_blocks(model, every)
     try:
         yield
@@ -81,7 +82,7 @@ def checkpointed(model: nn.Module, every: int) -> Iterator[None]:
 
 
 def checkpoint_blocks(model: nn.Module, every: int) -> Undo:
-    """Checkpoints every n-th block; returns what puts each forward back."""
+    """Checkpoint every n-th block; return a function that undoes it."""
     blocks = find_blocks(model) if every else None
     if blocks is None:
         return lambda: None
@@ -96,7 +97,7 @@ def checkpoint_blocks(model: nn.Module, every: int) -> Undo:
 
 
 def _wrap(block: nn.Module) -> Undo:
-    own = block.__dict__.get("forward")  # somebody else's wrapper, or None for the class's own
+    own = block.__dict__.get("forward")  # another library's wrapper; None for the class's forward
     object.__setattr__(block, "forward", _Checkpointed(block, own))
 
     def undo() -> None:
@@ -109,7 +110,7 @@ def _wrap(block: nn.Module) -> Undo:
 
 
 def _drop_cache(model: nn.Module) -> Undo:
-    """A Hugging Face decoder's cache of keys would be filled twice; it goes without, as in transformers itself."""
+    """Disable a Hugging Face decoder's key cache, which a second forward would fill twice."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if not before:
@@ -119,7 +120,10 @@ def _drop_cache(model: nn.Module) -> Undo:
 
 
 class _Checkpointed:
-    """A block's forward. An object that names its block, so that a deep copy of the model calls the copied block."""
+    """Run a block's forward under checkpointing.
+
+    An object that holds its block, so that a deep copy of the model calls the copied block.
+    """
 
     def __init__(self, block: nn.Module, own: Callable[..., Any] | None) -> None:
         self.block, self.own = block, own
@@ -131,12 +135,12 @@ class _Checkpointed:
         return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
 
     def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return contextlib.nullcontext(), _running_kept(self.block)
+        return contextlib.nullcontext(), _keeping_running_statistics(self.block)
 
 
 @contextlib.contextmanager
-def _running_kept(block: nn.Module) -> Iterator[None]:
-    """Statistics are taken of a micro-batch once, not again by the second forward."""
+def _keeping_running_statistics(block: nn.Module) -> Iterator[None]:
+    """Keep the second forward from updating running statistics again."""
     buffers = [
         buffer
         for module in block.modules()
@@ -153,17 +157,17 @@ def _running_kept(block: nn.Module) -> Iterator[None]:
 
 
 def gradient_differs(workload: Workload, every: int, samples: int = 4) -> str | None:
-    """Whether checkpointing changes the sample's gradient, or what a forward leaves in buffers.
+    """Find a gradient or buffer that checkpointing changes on the sample.
 
-    Compared bit for bit, with the same random draws; everything is put back.
+    Compares bit for bit, with the same random draws; restores the model.
 
     Args:
         workload: What is trained.
-        every: Which blocks are checkpointed.
-        samples: How many samples are tried.
+        every: Every n-th block is checkpointed.
+        samples: Number of samples.
 
     Returns:
-        What differs, in words; None where nothing does.
+        The first difference, as a phrase; None if there is none.
     """
     plain = _trained_once(workload, samples)
     with checkpointed(workload.model, every):
@@ -172,12 +176,12 @@ def gradient_differs(workload: Workload, every: int, samples: int = 4) -> str | 
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal, and NaN where the other is NaN."""
+    """Return whether tensors are equal, NaN matching NaN."""
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _trained_once(workload: Workload, samples: int) -> dict[str, torch.Tensor]:
-    """Gradients, and buffers after the forward, by name."""
+    """Return gradients, and buffers after the forward, by name."""
     model = workload.model
     batch = cutting.tile(workload.sample, samples, shared=workload.shared, per_sample=workload.per_sample)
     context = open_context(replace(workload, scheduler=None))
