@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .bounds import MOST_SAMPLES
 from .errors import UsageError
+from .units import MAX_SAMPLES
 from .workload import PRECISIONS
 
 AS_IT_IS = "as it is"
@@ -131,7 +131,7 @@ def check_choice(name: str, value: Any) -> None:
         "checkpointing": (number and value >= 0, "0 for none, 1 for every block, n for every n-th"),
         "optimizer": (value in (*IMPLEMENTATIONS, AS_IT_IS), ", ".join(IMPLEMENTATIONS)),
         "micro_batch": (
-            value == LARGEST or (number and 1 <= value <= MOST_SAMPLES),
+            value == LARGEST or (number and 1 <= value <= MAX_SAMPLES),
             f"a number of samples, or {LARGEST!r}",
         ),
         "loader_workers": (value is None or (number and value >= 0), "a number of processes"),

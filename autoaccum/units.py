@@ -1,11 +1,20 @@
-"""Bytes, as people write and read them. Everywhere else bytes are `int`."""
+"""Parse, check and show sizes, counts and seconds that a person gives.
+
+They are checked before anything runs, on the command line and in Python alike. Everywhere else bytes are `int`.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
+from typing import Any
 
 from .errors import UsageError
+
+MAX_SAMPLES = 9_999_999  # of an effective batch, as in a report's what-if box; a plan lists its micro-batches
+MAX_COUNT = 1_000_000_000  # of anything else that is counted, and seconds: thirty years
+MAX_SEED = 2**32 - 1  # what numpy's generators take
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -80,7 +89,7 @@ def check_memory(memory: str | int | None, headroom: str | int | None) -> None:
 
 
 def show_bytes(size: int) -> str:
-    """`1.50 GiB`, `12.3 MiB`, `512 B`: three digits or so."""
+    """Return a size with about three digits: `1.50 GiB`, `12.3 MiB`, `512 B`."""
     if abs(size) < 1024:
         return f"{size} B"
     for unit in ("KiB", "MiB"):
@@ -88,3 +97,75 @@ def show_bytes(size: int) -> str:
         if abs(float(number)) < 1024:
             return f"{number} {unit}"
     return f"{size / _UNITS['G']:.2f} GiB"
+
+
+def check_samples(name: str, value: Any) -> None:
+    """Refuse anything but a number of samples; None passes.
+
+    Raises:
+        UsageError: It is not a whole number from 1 to what a plan can list.
+    """
+    check_count(name, value, most=MAX_SAMPLES, what="a number of samples", example=512)
+
+
+def check_count(
+    name: str,
+    value: Any,
+    *,
+    least: int = 1,
+    most: int = MAX_COUNT,
+    what: str = "a whole number",
+    example: int | None = None,
+) -> None:
+    """Refuse anything but a whole number within bounds; None passes.
+
+    Raises:
+        UsageError: With the bounds.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or (whole and least <= value <= most):
+        return
+    example = max(least, 1) if example is None else example
+    raise UsageError(
+        f"{name} is {show_number(value)}: {what}, {_bounds(least, most, value if whole else None)}.",
+        hint=f"Give {_written(name, example)}, say.",
+    )
+
+
+def check_seconds(name: str, value: Any, *, zero: bool = True) -> None:
+    """Refuse anything but a number of seconds; None passes.
+
+    Args:
+        name: Of the option or the argument.
+        value: Anything.
+        zero: Whether 0 is allowed.
+
+    Raises:
+        UsageError: It is not a finite number from 0 to thirty years.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    in_range = number and not math.isnan(value) and (value >= 0 if zero else value > 0) and value <= MAX_COUNT
+    if value is None or in_range:
+        return
+    raise UsageError(
+        f"{name} is {show_number(value)}: seconds, {'from' if zero else 'more than'} 0 and at most {MAX_COUNT:,}.",
+        hint=f"Give {_written(name, 30)}, say.",
+    )
+
+
+def show_number(value: Any) -> str:
+    """Return a number as given; a very long one by its length."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return repr(value)
+    digits = int(math.log10(abs(value) or 1)) + 1
+    return str(value) if digits <= 30 else f"a number of about {digits} digits"
+
+
+def _bounds(least: int, most: int, value: int | None) -> str:
+    if value is not None and value > most:
+        return f"at most {most:,}"
+    return f"at least {least}"
+
+
+def _written(name: str, value: int) -> str:
+    return f"{name} {value}" if name.startswith("--") else f"{name}={value}"

@@ -13,9 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from autoaccum import UsageError, Workload, fit_plan, tune
-from autoaccum.bounds import MOST, MOST_SAMPLES, check_count, check_samples, check_seconds
 from autoaccum.cli import app
-from autoaccum.units import check_memory
+from autoaccum.units import MAX_COUNT, MAX_SAMPLES, check_count, check_memory, check_samples, check_seconds
 
 DIGITS = "7" * 400
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from autoaccum.cli import main; main()"
@@ -95,12 +94,12 @@ def test_tune_is_asked_within_the_same_bounds() -> None:
 
 
 def test_bounds_are_inclusive() -> None:
-    check_samples("target_batch", MOST_SAMPLES)
+    check_samples("target_batch", MAX_SAMPLES)
     check_samples("target_batch", None)
-    check_count("steps", MOST)
+    check_count("steps", MAX_COUNT)
     check_seconds("timing_seconds", 0)
     check_memory("2GiB", "10%")
-    for refused in (MOST_SAMPLES + 1, "8", 8.0, math.inf):
+    for refused in (MAX_SAMPLES + 1, "8", 8.0, math.inf):
         with pytest.raises(UsageError):
             check_samples("target_batch", refused)
     with pytest.raises(UsageError):

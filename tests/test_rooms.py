@@ -14,12 +14,12 @@ import autoaccum
 ROOT = Path(autoaccum.__file__).parent
 # A file imports from its own room and from those before it. A name without a folder is a file at the top.
 ROOMS = (
-    "errors", "units", "files", "bounds", "phases", "budget", "process_memory", "workload", "configuration", "plan",
-    "plan_json", "simulation", "data", "state", "processes", "devices", "window", "exactness", "planning", "runner",
-    "reporting", "tuning", "cli",
+    "errors", "units", "files", "phases", "budget", "process_memory", "torch_compat", "workload", "configuration",
+    "plan", "plan_json", "simulation", "data", "state", "processes", "devices", "window", "exactness", "planning",
+    "runner", "reporting", "tuning", "cli",
 )  # fmt: skip
 PURE = (
-    "errors", "units", "files", "bounds", "phases", "budget", "configuration", "plan", "plan_json", "simulation",
+    "errors", "units", "files", "phases", "budget", "configuration", "plan", "plan_json", "simulation",
     "reporting",
 )  # fmt: skip
 FACE = ("__init__", "__main__")  # import from anywhere

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import typer
 
-from ..bounds import check_count, check_samples
 from ..errors import UsageError
 from ..processes.examples import BUILT_IN, DEFAULT
-from ..units import check_memory
+from ..units import check_count, check_memory, check_samples
 
 
 def bench(

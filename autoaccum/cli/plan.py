@@ -6,12 +6,11 @@ from pathlib import Path
 
 import typer
 
-from ..bounds import check_samples, check_seconds
 from ..errors import UsageError
 from ..files.whole import check_output
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..processes.examples import BUILT_IN, DEFAULT
-from ..units import check_memory
+from ..units import check_memory, check_samples, check_seconds
 
 
 def plan(

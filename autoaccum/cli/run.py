@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..bounds import check_count, check_seconds
 from ..errors import AutoaccumError, UsageError
 from ..files.json_text import to_json
 from ..files.whole import check_output
 from ..processes.child import Say
 from ..processes.interrupts import exit_code
-from ..units import show_bytes
+from ..units import check_count, check_seconds, show_bytes
 
 if TYPE_CHECKING:
     from ..plan import Plan

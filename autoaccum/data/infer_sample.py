@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..torch_compat import ConvNd
 
 SAMPLES = 2
 LONGEST = 1024
@@ -63,7 +64,7 @@ def _line(first: nn.Module | None, config: Any) -> str:
     vocabulary = getattr(config, "vocab_size", None)
     if isinstance(vocabulary, int):
         return f'{{"input_ids": torch.randint({vocabulary}, (2, length)), "labels": labels}}'
-    if isinstance(first, nn.modules.conv._ConvNd):
+    if isinstance(first, ConvNd):
         sides = ", ".join(["224"] * len(first.kernel_size))
         return f"(torch.randn(2, {first.in_channels}, {sides}), torch.randint(classes, (2,)))"
     if isinstance(first, nn.Embedding):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from ..errors import BatchError, OutOfMemory
+from ..torch_compat import write_count
 from ..workload import Batch
 from . import split as cutting
 from . import tree
@@ -91,7 +92,7 @@ def _recut_joined(window: Window, split_of: Callable[[int], Sizes], names: Names
 def versions(window: Window) -> list[int]:
     """How often each tensor of the window was written to in place, as autograd counts it."""
     return [
-        leaf._version
+        write_count(leaf)
         for piece in window.pieces
         for _, leaf in tree.leaves(piece)
         if isinstance(leaf, torch.Tensor) and not leaf.is_inference()

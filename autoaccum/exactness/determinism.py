@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..torch_compat import TorchDispatchMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..torch_compat import TorchDispatchMode
 
 DOUBLE_TOLERANCE = {torch.float64: 1e-9}  # relative to the sum of what is compared
 SINGLE_TOLERANCE = 1e-3

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data import tree
+from ..torch_compat import TorchDispatchMode
 from ..workload import Batch
 
 

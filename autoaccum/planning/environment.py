@@ -124,7 +124,9 @@ def _allocator() -> str:
     """The caching allocator's settings as it read them: an environment variable that it ignored doesn't count."""
     import torch
 
-    settings = dict(torch.cuda.memory._snapshot().get("allocator_settings", {}))
+    from ..torch_compat import allocator_settings
+
+    settings = dict(allocator_settings())
     settings.pop("PYTORCH_CUDA_ALLOC_CONF", None)
     divisions = set(settings.get("roundup_power2_divisions", {}).values())
     if len(divisions) == 1:  # the same for every size

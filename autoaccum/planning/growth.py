@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..devices import oom
 from ..phases import FIRST, LATER, PHASE_TITLES
+from ..torch_compat import TorchDispatchMode
 from ..units import show_bytes
 from ..window import step
 from ..window.compiled import uncompiled

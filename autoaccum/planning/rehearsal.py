@@ -15,8 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..devices import oom
 from ..devices.cuda.device import CudaDevice
@@ -25,6 +23,7 @@ from ..simulation.cuda_allocator.replay import replay_cuda
 from ..simulation.cuda_allocator.settings import LARGE_SEGMENT_BYTES
 from ..simulation.recording import Event, Phase
 from ..simulation.solver import CAPACITY_MARGIN
+from ..torch_compat import TorchDispatchMode, storage_id, tree_leaves, tree_map
 from ..units import show_bytes
 from ..window import step
 from ..window.compiled import uncompiled
@@ -189,8 +188,8 @@ def _description(leaf: Any) -> Any:
 def _sizes(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
     """The sizes of an operation's new blocks, by running it on tensors without data."""
     args, kwargs = tree_map(_without_data, (args, kwargs))
-    before = {each.untyped_storage()._cdata for each in _tensors((args, kwargs))}
-    made = {each.untyped_storage()._cdata: each.untyped_storage() for each in _tensors(func(*args, **kwargs))}
+    before = {storage_id(each.untyped_storage()) for each in _tensors((args, kwargs))}
+    made = {storage_id(each.untyped_storage()): each.untyped_storage() for each in _tensors(func(*args, **kwargs))}
     return tuple(storage.nbytes() for name, storage in made.items() if name not in before)
 
 

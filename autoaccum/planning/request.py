@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader
 
-from ..bounds import check_samples, check_seconds
 from ..data import split as cutting
 from ..data.windows import loader_length
 from ..errors import AutoaccumError, UsageError
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..simulation.solver import rank_share
-from ..units import check_memory
+from ..units import check_memory, check_samples, check_seconds
 from ..window import norms as batchnorm
 from ..window.context import held_in_window
 from ..workload import Workload

@@ -8,13 +8,13 @@ check them (see `uses`).
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
+from ..torch_compat import load_compiler
 from .fork import Died, ForkFailed, in_copy
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def run(work: Callable[[], T], is_out_of_memory: Callable[[BaseException], bool]
     """
     if sys.platform != "linux" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return work()
-    importlib.import_module("torch._dynamo")  # optimizers do: here once, and not in each copy again
+    load_compiler()  # optimizers do: here once, and not in each copy again
     try:
         return in_copy(lambda: _able(work), is_out_of_memory=is_out_of_memory)
     except Died as death:

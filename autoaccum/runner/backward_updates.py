@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import AutoaccumError, OutOfMemory, UsageError
-from ..state.traversal import version_of
+from ..torch_compat import accumulation_hooks, write_count
 from ..window.context import TrainingContext
 
 Named = tuple[str, nn.Parameter]
@@ -64,7 +64,7 @@ class BackwardUpdates:
                 raise _refusal(f"{_hook_on(name, hooked)} {what}", "No parameter has changed yet.", steps, failure)
 
         def after_hooks(name: str, version: int, parameter: torch.Tensor) -> None:
-            if version_of(parameter) != version:
+            if write_count(parameter) != version:
                 why = f"{name} has changed by a part of the gradient: create the model again, or load a checkpoint."
                 raise _refusal(f"{_hook_on(name, hooked)} updates it in backward", why, steps, failure)
             if parameter.grad is None:
@@ -74,15 +74,10 @@ class BackwardUpdates:
         with contextlib.ExitStack() as stack:
             stack.callback(register_optimizer_step_pre_hook(before_step).remove)
             for name, parameter in hooked:  # registered last, so it runs after the hooks that are there
-                check = functools.partial(after_hooks, name, version_of(parameter))
+                check = functools.partial(after_hooks, name, write_count(parameter))
                 handle = parameter.register_post_accumulate_grad_hook(check)  # type: ignore[no-untyped-call]
                 stack.callback(handle.remove)
             yield
-
-
-def accumulation_hooks(parameter: torch.Tensor) -> list[Any]:
-    """Return the hooks of a parameter that run when its gradient was added to."""
-    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
 
 
 def hook_title(hook: Any) -> str:

@@ -14,11 +14,12 @@ from torch import nn
 from ..errors import UsageError
 from ..plan import Plan
 from ..simulation.solver import CAPACITY_MARGIN
+from ..torch_compat import accumulation_hooks, compiler_backends, gradient_hooks, wrapped_backends
 from ..window import norms
 from ..window.context import TrainingContext
 from ..window.trained_parameters import left_out_note
 from ..workload import Workload
-from .backward_updates import accumulation_hooks, hook_title
+from .backward_updates import hook_title
 
 _BACKEND_DEPTH = 4  # compilers that are wrapped in one another
 
@@ -58,7 +59,7 @@ def _accumulation_hook_warning(model: nn.Module, steps: int) -> str:
 
 
 def _gradient_hook_warning(model: nn.Module) -> str:
-    hooks = [(name, hook) for name, p in model.named_parameters() for hook in (p._backward_hooks or {}).values()]
+    hooks = [(name, hook) for name, p in model.named_parameters() for hook in gradient_hooks(p)]
     if not hooks:
         return ""
     return (
@@ -108,11 +109,7 @@ def _refuse_graphs(model: nn.Module, steps: int) -> None:
 
 def _compiled_with_graphs(module: nn.Module) -> bool:
     """Return whether torch.compile was asked for CUDA graphs for this module."""
-    compiled = getattr(module, "_orig_mod", None)
-    contexts = [getattr(module, "dynamo_ctx", None)] if compiled is not None else []
-    call = getattr(module, "_compiled_call_impl", None)  # module.compile()
-    backends = [getattr(context, "callback", None) for context in contexts] + ([call] if call is not None else [])
-    return any(_asks_for_graphs(backend, _BACKEND_DEPTH) for backend in backends)
+    return any(_asks_for_graphs(backend, _BACKEND_DEPTH) for backend in compiler_backends(module))
 
 
 def _asks_for_graphs(backend: Any, depth: int) -> bool:
@@ -122,9 +119,7 @@ def _asks_for_graphs(backend: Any, depth: int) -> bool:
     options = getattr(backend, "config", None)
     if isinstance(options, dict) and options.get("triton.cudagraphs"):
         return True
-    names = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "_inner_convert", "backend")
-    inner = [getattr(backend, name, None) for name in names]
-    inner += _closure_contents(backend)
+    inner = [*wrapped_backends(backend), *_closure_contents(backend)]
     return any(_asks_for_graphs(each, depth - 1) for each in inner if each is not backend)
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..errors import OutOfMemory
 from ..state.snapshot import Snapshot
-from ..state.traversal import version_of
+from ..torch_compat import accumulation_hooks, write_count
 from ..window.context import TrainingContext
-from .backward_updates import BackwardUpdates, Named, accumulation_hooks
+from .backward_updates import BackwardUpdates, Named
 
 Versions = list[tuple[str, nn.Parameter, int]]
 
@@ -41,7 +41,7 @@ class UncopiedParameters:
 
     def versions(self) -> Versions:
         """Return how often each was written to in place, as autograd counts it."""
-        return [(name, p, version_of(p)) for name, p in (*self._untrained, *self._updates.hooked())]
+        return [(name, p, write_count(p)) for name, p in (*self._untrained, *self._updates.hooked())]
 
     def refuse_moved(self, before: Versions, snapshot: Snapshot | None, failure: str) -> None:
         """Refuse to repeat a window that changed what nothing puts back.
@@ -54,7 +54,7 @@ class UncopiedParameters:
         Raises:
             OutOfMemory: Names what was changed.
         """
-        changed = [(name, parameter) for name, parameter, version in before if version_of(parameter) != version]
+        changed = [(name, parameter) for name, parameter, version in before if write_count(parameter) != version]
         updated = [name for name, parameter in changed if accumulation_hooks(parameter)]
         if updated:
             raise OutOfMemory(

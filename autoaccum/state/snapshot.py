@@ -30,11 +30,12 @@ from torch import nn
 
 from ..errors import RestoreError, UsageError
 from ..process_memory import available_bytes as _available_bytes
+from ..torch_compat import storage_id, write_count
 from ..units import show_bytes
 from . import traversal
 from .closures import Holdings, Slot
 from .rng import put_rng, read_generator, same_state, take_rng, write_generator
-from .traversal import Aspect, Held, HeldName, Place, Walk, version_of
+from .traversal import Aspect, Held, HeldName, Place, Walk
 
 _CHECKED_BYTES = 1 << 20  # below this, reading /proc/meminfo (30 us) costs more than it tells
 _SMALL_BYTES = 1 << 14  # storages up to this are copied together: a copy each takes 4 us, and on a GPU a wait each
@@ -121,7 +122,7 @@ class Snapshot:
     def unkept(self) -> list[str]:
         """Name changed tensors that were too large for a copy."""
         watched = self._found.watched
-        return [traversal.name_of(place, {}) for tensor, before, place in watched if version_of(tensor) != before]
+        return [traversal.name_of(place, {}) for tensor, before, place in watched if write_count(tensor) != before]
 
     def _stored(self) -> Iterator[_Stored]:
         """Every storage with its own part of the copies."""
@@ -141,7 +142,7 @@ class Snapshot:
         if _equal(now, host):
             return []
         strided = [held for held in self._found.tensors.values() if traversal.has_storage(held.alias)]
-        inside = [held for held in strided if held.alias.untyped_storage()._cdata == storage._cdata]
+        inside = [held for held in strided if storage_id(held.alias.untyped_storage()) == storage_id(storage)]
         return [held.place for held in inside if not _equal(now, host, held.alias)] or [place]
 
 
@@ -284,7 +285,7 @@ def _moved(tensor: torch.Tensor, alias: torch.Tensor) -> bool:
     if tensor.dtype != alias.dtype or tensor.shape != alias.shape or tensor.layout != alias.layout:
         return True
     if traversal.has_storage(tensor):
-        now, then = ((t.untyped_storage()._cdata, t.storage_offset(), t.stride()) for t in (tensor, alias))
+        now, then = ((storage_id(t.untyped_storage()), t.storage_offset(), t.stride()) for t in (tensor, alias))
         return now != then
     if tensor.layout is not torch.sparse_coo:
         return False
@@ -297,7 +298,7 @@ def _copy(entries: Iterable[_Entry]) -> list[_Copies]:
     groups: dict[Any, list[_Entry]] = {}
     for entry in entries:
         storage = entry[0]
-        key = storage.device if storage.nbytes() <= _SMALL_BYTES else storage._cdata
+        key = storage.device if storage.nbytes() <= _SMALL_BYTES else storage_id(storage)
         groups.setdefault(key, []).append(entry)
     return [
         (group, [storage.nbytes() for storage, _ in group], _host_copy([storage for storage, _ in group]))
@@ -376,7 +377,7 @@ def _leave_out_large(found: Walk) -> None:
         room_bytes -= sizes[address]
         if room_bytes < 0:
             del found.storages[address]
-            found.watched += [(tensor, version_of(tensor), place) for tensor, place in found.held[address]]
+            found.watched += [(tensor, write_count(tensor), place) for tensor, place in found.held[address]]
 
 
 def _check_host(needed_bytes: int) -> None:

@@ -23,10 +23,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import UsageError
+from ..torch_compat import (
+    BUFFERS,
+    MODULES,
+    PARAMETERS,
+    is_lazy,
+    is_traceable_wrapper_subclass,
+    sparse_parts,
+    storage_id,
+    write_count,
+)
 from .closures import Holdings, Slot
 from .rng import is_generator
 
@@ -46,7 +54,7 @@ _FOLLOWED = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRSchedu
 _PLAIN: frozenset[type] = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 _PLAIN_IF_LIGHT = _PLAIN | {nn.Parameter}
 # What torch itself keeps in every module and no forward changes: hooks and flags. The light walk leaves them out.
-_LEFT_OUT = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+_LEFT_OUT = frozenset(vars(nn.Module())) - {"training", PARAMETERS, BUFFERS, MODULES}
 _OBJECTS = {_OBJECT, _MODULE, _BUILT_IN}
 # Of what functions hold outside of modules, how many bytes a tensor and how many entries a container may have to be
 # followed: in full, and in the light form, which has to be quick. A data set that an object holds is neither copied
@@ -93,7 +101,7 @@ def parts(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         named = ((name, getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
         return [(name, part) for name, part in named if isinstance(part, torch.Tensor)]  # DTensor names its mesh, too
     if tensor.layout is torch.sparse_coo and not tensor.is_meta:
-        return [("_indices", tensor._indices()), ("_values", tensor._values())]
+        return sparse_parts(tensor)
     return []
 
 
@@ -215,13 +223,13 @@ class Walk:
     def _built_in(self, attributes: dict[str, Any], place: Place) -> list[_Step]:
         """Walk one of torch's modules lightly: only its buffers change."""
         inner: list[_Step] = []
-        if buffers := attributes["_buffers"]:
-            where = (place, "_buffers")
+        if buffers := attributes[BUFFERS]:
+            where = (place, BUFFERS)
             self.containers.append((buffers, _shallow(buffers), where))
             for name, buffer in buffers.items():
                 inner += self._bytes(buffer, (where, name)) if buffer is not None else []
-        if attributes["_modules"]:
-            inner.append((attributes["_modules"], (place, "_modules"), _CONTAINER))
+        if attributes[MODULES]:
+            inner.append((attributes[MODULES], (place, MODULES), _CONTAINER))
         return inner
 
     def _tensor(self, tensor: torch.Tensor, place: Place) -> list[_Step]:
@@ -245,24 +253,20 @@ class Walk:
     def _bytes(self, tensor: torch.Tensor, place: Place) -> list[_Step]:
         if not tensor.is_meta and has_storage(tensor):
             storage = tensor.untyped_storage()
-            if self._limits is not None and (storage._cdata in self.held or storage._cdata not in self.storages):
+            name = storage_id(storage)
+            if self._limits is not None and (name in self.held or name not in self.storages):
                 if storage.nbytes() > self._limits[0] and not _is_of_module(place):
-                    self.watched.append((tensor, version_of(tensor), place))
+                    self.watched.append((tensor, write_count(tensor), place))
                     return []
-                self.held.setdefault(storage._cdata, []).append((tensor, place))
-            self.storages.setdefault(storage._cdata, (storage, place))
+                self.held.setdefault(name, []).append((tensor, place))
+            self.storages.setdefault(name, (storage, place))
             return []
         return [(part, (place, name), _TENSOR) for name, part in parts(tensor)]
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """Return the in-place version that autograd counts for a tensor."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
 def _is_of_module(place: Place) -> bool:
     owner = place[0]
-    return place[1] is Aspect.GRADIENT or (owner is not None and owner[1] in ("_buffers", "_parameters"))
+    return place[1] is Aspect.GRADIENT or (owner is not None and owner[1] in (BUFFERS, PARAMETERS))
 
 
 def walk(full: bool, held: Holdings | None = None, **roots: Any) -> Walk:
@@ -374,13 +378,13 @@ def _name_in_model(keys: list[Any], root: str = "") -> str:
         root: For what a function holds: its name, which comes first.
     """
     modules: list[str] = [root] if root else []
-    while len(keys) > 1 and keys[0] == "_modules":
+    while len(keys) > 1 and keys[0] == MODULES:
         modules.append(keys[1])
         keys = keys[2:]
     module = ".".join(modules)
     if not keys:
         return f"module {module}" if module else "model"
-    if len(keys) == 2 and keys[0] in ("_parameters", "_buffers"):
+    if len(keys) == 2 and keys[0] in (PARAMETERS, BUFFERS):
         return ".".join([*modules, keys[1]])
     if keys == ["training"]:
         return f"training mode of {module or 'the model'}"
@@ -389,7 +393,7 @@ def _name_in_model(keys: list[Any], root: str = "") -> str:
 
 def _name_in_held(keys: list[Any], root: str) -> str:
     """Return the name of a place in what a function holds."""
-    if keys and keys[0] in ("_modules", "_parameters", "_buffers", "training"):
+    if keys and keys[0] in (MODULES, PARAMETERS, BUFFERS, "training"):
         return _name_in_model(keys, root)
     return root + "".join(f".{key}" if isinstance(key, str) and key.isidentifier() else _indexed([key]) for key in keys)
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..configuration import AS_IT_IS, Configuration
 from ..errors import UsageError
 from ..plan import Plan
+from ..torch_compat import compiled_call, restore_compiled_call
 from ..window.context import open_context
 from ..workload import Workload
 from .checkpointing import Undo, checkpoint_blocks
@@ -101,14 +102,11 @@ def lay_out_channels_last(model: nn.Module) -> Undo:
 
 def compile_calls(model: nn.Module) -> Undo:
     """Compile calls of the model, in place."""
-    before = vars(model).get("_compiled_call_impl")
+    before = compiled_call(model)
     model.compile()
 
     def undo() -> None:
-        if before is None:
-            del model._compiled_call_impl
-        else:
-            model._compiled_call_impl = before
+        restore_compiled_call(model, before)
 
     return undo
 
@@ -214,5 +212,5 @@ def plain(workload: Workload) -> Configuration:
     return Configuration(
         precision=workload.precision or "fp32",
         optimizer=implementation(open_context(replace(workload, scheduler=None)).optimizer),
-        compile=workload.model._compiled_call_impl is not None,
+        compile=compiled_call(workload.model) is not None,
     )

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from ..data import split as cutting
+from ..torch_compat import NormBase
 from ..window import loss_terms
 from ..window.context import forward, open_context
 from ..window.isolated import as_it_trains
@@ -142,10 +142,7 @@ class _Checkpointed:
 def _keeping_running_statistics(block: nn.Module) -> Iterator[None]:
     """Keep the second forward from updating running statistics again."""
     buffers = [
-        buffer
-        for module in block.modules()
-        if isinstance(module, _NormBase)
-        for buffer in module.buffers(recurse=False)
+        buffer for module in block.modules() if isinstance(module, NormBase) for buffer in module.buffers(recurse=False)
     ]
     before = [buffer.clone() for buffer in buffers]
     try:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..bounds import MOST_SEED, check_count, check_samples, check_seconds
 from ..errors import UsageError
-from ..units import check_memory
+from ..units import MAX_SEED, check_count, check_memory, check_samples, check_seconds
 from .space import SearchSpace
 
 SAMPLERS = ("tpe", "random", "grid")
@@ -60,7 +59,7 @@ class TuningRequest:
             raise UsageError("No target batch is given.", hint="Give target_batch=512, for example.")
         check_samples("target_batch", self.target_batch)
         check_count("trials", self.trials, example=20)
-        check_count("seed", self.seed, least=0, most=MOST_SEED)
+        check_count("seed", self.seed, least=0, most=MAX_SEED)
         check_seconds("timeout", self.timeout, zero=False)
         check_memory(self.memory, self.headroom)
         if self.device not in ("cpu", "cuda"):

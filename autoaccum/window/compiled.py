@@ -8,7 +8,6 @@ these is compiled: only the two sizes of the plan's own window are, when it is v
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from ..devices.registry import get_device
+from ..torch_compat import compiled_call, is_compiled_function, is_compiled_wrapper, is_compiler_loaded
 
 if TYPE_CHECKING:
     from .context import TrainingContext
@@ -27,10 +27,9 @@ def is_compiled(model: nn.Module, loss: Any = None) -> bool:
 
     By torch.compile or Module.compile.
     """
-    if hasattr(loss, "_torchdynamo_orig_callable"):
+    if is_compiled_function(loss):
         return True
-    marks = "_orig_mod", "_compiled_call_impl"
-    return any(getattr(module, mark, None) is not None for module in model.modules() for mark in marks)
+    return any(is_compiled_wrapper(each) or compiled_call(each) is not None for each in model.modules())
 
 
 def runs_compiled(context: TrainingContext) -> bool:
@@ -46,7 +45,7 @@ def as_trained(context: TrainingContext) -> AbstractContextManager[None]:
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Run everything uncompiled within this context, and compile nothing."""
-    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and loading it takes a second
+    if not is_compiler_loaded():  # nothing can be compiled, and loading it takes a second
         yield
         return
     with torch.compiler.set_stance("force_eager"):

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..state import snapshot
 from ..state.closures import Holdings
+from ..torch_compat import hook_tables
 from .compiled import uncompiled
 
 
@@ -41,12 +42,7 @@ def _hooks_kept(model: nn.Module) -> Iterator[None]:
 
     Hugging Face models add some to capture their router's outputs.
     """
-    kept = [
-        (hooks, dict(hooks))
-        for module in model.modules()
-        for name, hooks in vars(module).items()
-        if name.endswith("_hooks") and isinstance(hooks, dict)
-    ]
+    kept = [(hooks, dict(hooks)) for module in model.modules() for hooks in hook_tables(module)]
     try:
         yield
     finally:

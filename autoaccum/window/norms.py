@@ -23,12 +23,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..errors import UsageError
+from ..torch_compat import (
+    BatchNorm,
+    InstanceNorm,
+    NormBase,
+    forward_pre_hooks,
+    is_compiled_wrapper,
+    unbatched_dimensions,
+)
+from ..torch_compat import SpectralNorm as ParametrizedSpectralNorm
 from .process_groups import ranks_here
 
 PER_MICRO_BATCH, MERGED, FROZEN = CHOICES = ("per_micro_batch", "merged", "frozen")
@@ -44,8 +50,8 @@ class Norms:
         spectral: Spectral normalizations: parametrizations, and hooks of the older kind.
     """
 
-    batch: dict[str, _BatchNorm] = field(default_factory=dict)
-    instance: dict[str, _InstanceNorm] = field(default_factory=dict)
+    batch: dict[str, BatchNorm] = field(default_factory=dict)
+    instance: dict[str, InstanceNorm] = field(default_factory=dict)
     spectral: tuple[Any, ...] = ()
 
     def __bool__(self) -> bool:
@@ -66,12 +72,12 @@ def find_norms(model: nn.Module, held: Mapping[str, nn.Module] | None = None) ->
         inner = {f"{root}.{name}" if name else root: module for name, module in other.named_modules()}
         named |= {name: module for name, module in inner.items() if module.training and id(module) not in own}
         own |= set(map(id, inner.values()))
-    hooks = [hook for module in named.values() for hook in module._forward_pre_hooks.values()]
+    hooks = [hook for module in named.values() for hook in forward_pre_hooks(module)]
     return Norms(
-        {name: module for name, module in named.items() if isinstance(module, _BatchNorm)},
-        {name: m for name, m in named.items() if isinstance(m, _InstanceNorm) and m.running_mean is not None},
+        {name: module for name, module in named.items() if isinstance(module, BatchNorm)},
+        {name: m for name, m in named.items() if isinstance(m, InstanceNorm) and m.running_mean is not None},
         (
-            *(module for module in named.values() if isinstance(module, _SpectralNorm)),
+            *(module for module in named.values() if isinstance(module, ParametrizedSpectralNorm)),
             *(hook for hook in hooks if isinstance(hook, SpectralNorm)),
         ),
     )
@@ -104,7 +110,7 @@ def check_choice(norms: Norms, how: str | None, model: nn.Module) -> None:
             "They are merged over the micro-batches of one rank, which would not be those of all.",
             "Use batchnorm='frozen', which is exact, or 'per_micro_batch'.",
         )
-    compiled = next((n or "the model" for n, m in model.named_modules() if hasattr(m, "_orig_mod")), None)
+    compiled = next((n or "the model" for n, m in model.named_modules() if is_compiled_wrapper(m)), None)
     if how == MERGED and compiled is not None and (norms.batch or norms.instance):
         raise UsageError(
             f"batchnorm='merged', but {compiled} is compiled.",
@@ -212,7 +218,7 @@ class _Merging:
     second pass over its input is needed, and they are just what it normalized by.
     """
 
-    def __init__(self, window: Window, module: _NormBase) -> None:
+    def __init__(self, window: Window, module: NormBase) -> None:
         self.module, self.window, self.momentum, self.calls = module, window, module.momentum, 0
         assert module.running_mean is not None and module.running_var is not None
         self.before = [module.running_mean.clone(), module.running_var.clone()]
@@ -264,7 +270,7 @@ class Statistics:
     of_instances: bool = False
 
 
-def statistics_of(module: _NormBase, x: torch.Tensor) -> Statistics:
+def statistics_of(module: NormBase, x: torch.Tensor) -> Statistics:
     """Return the statistics that a module with momentum 1 just wrote.
 
     Args:
@@ -273,8 +279,8 @@ def statistics_of(module: _NormBase, x: torch.Tensor) -> Statistics:
     """
     assert module.running_mean is not None and module.running_var is not None
     mean, var = module.running_mean.to(_wide(x.device)), module.running_var.to(_wide(x.device))
-    if isinstance(module, _InstanceNorm):
-        samples = x.shape[0] if x.dim() == module._get_no_batch_dim() + 1 else 1  # type: ignore[no-untyped-call]
+    if isinstance(module, InstanceNorm):
+        samples = x.shape[0] if x.dim() == unbatched_dimensions(module) + 1 else 1
         return Statistics(samples, mean.clone(), var * samples, of_instances=True)
     count = x.numel() // module.num_features
     return Statistics(count, mean.clone(), var * (count - 1))
@@ -296,11 +302,11 @@ def merge(one: Statistics, other: Statistics) -> Statistics:
 
 
 @torch.no_grad()
-def _update(module: _NormBase, found: Statistics) -> None:
+def _update(module: NormBase, found: Statistics) -> None:
     """Update running statistics once, as torch does, with unbiased variance."""
     assert module.running_mean is not None and module.running_var is not None
     factor = module.momentum
-    if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None:
+    if isinstance(module, BatchNorm) and module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)
         if factor is None:
             factor = 1.0 / float(module.num_batches_tracked)
@@ -311,7 +317,7 @@ def _update(module: _NormBase, found: Statistics) -> None:
 
 def _set_iterating(spectral: Any, iterates: Any) -> Any:
     """Switches a spectral normalization's power iteration; returns how it was."""
-    name = "training" if isinstance(spectral, _SpectralNorm) else "n_power_iterations"
+    name = "training" if isinstance(spectral, ParametrizedSpectralNorm) else "n_power_iterations"
     before = getattr(spectral, name)
     setattr(spectral, name, iterates if name == "training" else int(iterates))
     return before

@@ -17,6 +17,7 @@ from ...errors import UsageError
 from ...phases import OnPhase
 from ...processes.fork import ForkFailed, in_copy
 from ...simulation.recording import Event, Phase, Recording, name_blocks
+from ...torch_compat import is_profiler_on, profiler_events
 from ..oom import is_out_of_memory
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
 
 def profiler_is_on() -> bool:
     """Whether the user's profiler watches this thread."""
-    return bool(torch._C._autograd._profiler_enabled())
+    return is_profiler_on()
 
 
 def apart(work: Callable[[], T]) -> T:
@@ -91,13 +92,9 @@ def _mark(name: str) -> AbstractContextManager[Any]:
 
 
 def _phases(profiler: torch.profiler.profile) -> tuple[Phase, ...]:
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     raw: list[tuple[int, int, int]] = []
     spans: list[tuple[int, int, str]] = []
-    todo = list(profiler.profiler.kineto_results.experimental_event_tree())
-    while todo:
-        node = todo.pop()
-        todo.extend(node.children)
+    for node in profiler_events(profiler):
         if node.tag.name == "Allocation":
             fields: Any = node.extra_fields
             if fields.device.type == "cpu" and fields.alloc_size:

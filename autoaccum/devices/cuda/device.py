@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from ...simulation.cuda_allocator.replay import replay_cuda
 from ...simulation.malloc import HeapState, Replay
 from ...simulation.recording import Event, Phase, Recording, live_peak
 from ...simulation.solver import Split
+from ...torch_compat import allocator_settings, clear_cublas_workspaces
 from ..base import CACHING_ALLOCATOR, Device, Measurement, RecordingPolicy, Window
 from . import recorder, workspaces
 from .budget import read_cuda_budget
@@ -222,7 +222,7 @@ class CudaDevice(Device):
 
     def release_cache(self) -> None:
         """Give cached blocks and cuBLAS's workspaces back to the driver."""
-        workspaces.clear()
+        clear_cublas_workspaces()
         torch.cuda.empty_cache()
 
     def release_workspaces(self) -> None:
@@ -237,12 +237,3 @@ class CudaDevice(Device):
 def open_device(torch_device: torch.device) -> CudaDevice:
     """Return the device object; called by devices/registry.py."""
     return CudaDevice(torch_device)
-
-
-def allocator_settings() -> dict[str, Any]:
-    """Return the allocator's settings as it has them; the environment's where this torch's snapshot has none."""
-    found: dict[str, Any] | None = torch.cuda.memory._snapshot().get("allocator_settings")
-    if found is not None:
-        return found
-    text = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    return {"PYTORCH_CUDA_ALLOC_CONF": text}

@@ -15,15 +15,22 @@ from ...errors import UsageError
 from ...phases import FIRST, LATER
 from ...simulation.cuda_allocator.snapshot import AllocatorState
 from ...simulation.recording import Event, Phase, Recording, name_blocks
-from .workspaces import WORKSPACES, clear, metadata
+from ...torch_compat import (
+    Entry,
+    clear_cublas_workspaces,
+    history_metadata,
+    is_history_on,
+    read_history,
+    start_history,
+    stop_history,
+)
+from .workspaces import WORKSPACES
 
 T = TypeVar("T")
 
 _MARKS = itertools.count()  # each recording marks its events with a number of its own: older ones may be in the ring
 _MOST_EVENTS = 10_000_000
 _START = "start"
-
-Entry = dict[str, Any]
 
 
 def record(
@@ -55,15 +62,15 @@ def record(
     phases: list[str] = []
     mark = f"autoaccum {next(_MARKS)}:"
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    clear()
+    clear_cublas_workspaces()
     with _history():
-        with metadata(mark + _START):
+        with history_metadata(mark + _START):
             start = _start(index)
         before = _allocations(index)
         run(lambda name: _marked(name, mark, phases))
         torch.cuda.synchronize(index)
         made = _allocations(index) - before
-        trace = _since(mark, torch.cuda.memory._snapshot()["device_traces"][index], made)
+        trace = _since(mark, read_history(index), made)
     found, workspaces = _cut(trace, mark, phases)
     passes = sum(phase.name in (FIRST, LATER) for phase in found)
     return Recording(micro_batch, found, passes, time.perf_counter() - started, start, workspaces)
@@ -80,13 +87,13 @@ def record_build(make: Callable[[], T], index: int) -> tuple[T, tuple[Event, ...
         Its result, and the blocks that were handed out and taken back meanwhile, in order.
     """
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    torch.cuda.memory._record_memory_history("all", context=None)
+    start_history()
     try:
         made = make()
         torch.cuda.synchronize(index)
-        trace = torch.cuda.memory._snapshot()["device_traces"][index]
+        trace = read_history(index)
     finally:
-        torch.cuda.memory._record_memory_history(None)
+        stop_history()
     signs = {"alloc": 1, "free_completed": -1}
     kept = [entry for entry in trace if entry["action"] in signs]
     return made, tuple(name_blocks((e["addr"], signs[e["action"]] * e["size"], e["stream"]) for e in kept))
@@ -95,21 +102,21 @@ def record_build(make: Callable[[], T], index: int) -> tuple[T, tuple[Event, ...
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
     """Switches the history on where it is off, without stack frames; and off again."""
-    if torch._C._cuda_isHistoryEnabled():
+    if is_history_on():
         yield
         return
-    torch.cuda.memory._record_memory_history("all", context=None, max_entries=_MOST_EVENTS)
+    start_history(_MOST_EVENTS)
     try:
         yield
     finally:
-        torch.cuda.memory._record_memory_history(None)
+        stop_history()
 
 
 @contextlib.contextmanager
 def _marked(name: str, mark: str, phases: list[str]) -> Iterator[None]:
     """Marks events with the phase's number; not its name, since names come again."""
     phases.append(name)
-    with metadata(f"{mark}{len(phases) - 1}"):
+    with history_metadata(f"{mark}{len(phases) - 1}"):
         yield
 
 

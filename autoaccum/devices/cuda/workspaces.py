@@ -11,30 +11,13 @@ are split from, in another way than in a new process.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
-import torch
+from ...torch_compat import clear_cublas_workspaces, history_metadata, is_history_on
 
 WORKSPACES = "autoaccum workspaces"  # in the allocator's history, beside the events that give them back
 
 
 def release() -> None:
     """Give cuBLAS's workspaces back to the caching allocator; a history that is being recorded names them."""
-    with metadata(WORKSPACES) if torch._C._cuda_isHistoryEnabled() else contextlib.nullcontext():
-        clear()
-
-
-def clear() -> None:
-    """Give cuBLAS's workspaces back to the caching allocator."""
-    torch._C._cuda_clearCublasWorkspaces()
-
-
-@contextlib.contextmanager
-def metadata(text: str) -> Iterator[None]:
-    """Mark this thread's events in the allocator's history with a text."""
-    before = torch.cuda.memory._get_memory_metadata()
-    torch.cuda.memory._set_memory_metadata(text)
-    try:
-        yield
-    finally:
-        torch.cuda.memory._set_memory_metadata(before)
+    with history_metadata(WORKSPACES) if is_history_on() else contextlib.nullcontext():
+        clear_cublas_workspaces()
