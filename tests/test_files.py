@@ -190,6 +190,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(child, "call", call)
     monkeypatch.setattr("autoaccum.tuning.compare.comparison.call", call)
+    monkeypatch.setattr("autoaccum.reporting.write", lambda plan, path: call("report", None))
     monkeypatch.chdir(tmp_path)
     made_up_plan(workload="digits").save("plan.json")
 

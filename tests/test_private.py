@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from autoaccum import UsageError
+from autoaccum.devices import virtual
 from autoaccum.devices.virtual import build
 from autoaccum.files.private import lock_file, private_folder, runtime_folder
 from autoaccum.tuning.study import timing_lock
@@ -167,6 +170,27 @@ def test_another_users_library_is_refused(compiled: list[Path], monkeypatch: pyt
     monkeypatch.setattr(os, "geteuid", lambda: 4_000_000)
     with pytest.raises(UsageError, match="belongs to"):
         build.built_library()
+
+
+INIT = "import ctypes; raise SystemExit(ctypes.CDLL('libcuda.so.1').cuInit(0))"
+
+
+@pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
+def test_a_truncated_library_is_rebuilt_before_a_process_maps_it(tmp_path: Path) -> None:
+    """Mapped as it is, it would end every process on a virtual GPU by SIGBUS."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "autoaccum", "virtual-gpu", "--memory", "1GiB", "--", sys.executable, "-c", INIT]
+
+    def run() -> Path:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert (done.returncode, done.stderr) == (0, "")
+        (library,) = tmp_path.rglob(build.LIBRARY)
+        return library
+
+    whole = run().read_bytes()
+    (library,) = tmp_path.rglob(build.LIBRARY)
+    os.truncate(library, 4096)
+    assert len(run().read_bytes()) == len(whole)
 
 
 # --- locks ---------------------------------------------------------------------------------------------------------

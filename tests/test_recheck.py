@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +16,12 @@ import torch.nn.functional as F
 from helpers_train import one_thread  # noqa: F401
 from torch import nn
 
-from autoaccum import Workload
+from autoaccum import Workload, fit_plan
+from autoaccum.devices import virtual
 from autoaccum.devices.cpu import recorder
 from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.exactness import check
+from autoaccum.exactness import recheck as second_look
 from autoaccum.exactness.compare import compare
 from autoaccum.exactness.functional_copy import HALF_PRECISION_TOLERANCE, FunctionalCopy
 from autoaccum.exactness.recheck import counts_differ, recheck
@@ -128,3 +135,45 @@ def test_a_large_model_in_half_precision_is_judged_in_it_where_memory_is_short(m
             found = check.check(Workload(model, pieces(8)[1], loss=loss), isolated=False)
             assert found.kind == kind and seen == {dtype}, found
             assert ("half precision" in " ".join(found.advice)) == (kind == "exact" and room is not None)
+
+
+def on_a_gpu(dtype: torch.dtype, precision: str | None, rows: int) -> dict[str, int]:
+    """What the window takes, and the second look; with batches on the host, as a loader gives them.
+
+    The virtual GPU computes nothing, so the look is made to believe that it does: its memory is the same.
+    """
+    batches, sizes = pieces(rows), [rows, rows]
+    momentum = lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)  # noqa: E731
+    work = Workload(Tagger().to(dtype).cuda(), batches[0], loss=mean, precision=precision, optimizer=momentum)
+    plan = fit_plan(work, target_batch=2 * rows, max_micro_batch=rows, budget="3GiB", check=False)
+    context, found = step.open_context(work), {"plan": plan.predicted_peak_bytes}
+    step.train_window(context, batches, sizes)
+    for name, run in (("window", step.train_window), ("look", recheck)):
+        context.model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run(context, batches, sizes)  # type: ignore[operator]
+        found |= {name: torch.cuda.max_memory_reserved(), f"{name} allocated": torch.cuda.max_memory_allocated()}
+    return found
+
+
+def on_gpus() -> None:
+    def fail(error: BaseException) -> None:
+        raise AssertionError("the second look gave up") from error
+
+    second_look.get_device = lambda device: SimpleNamespace(computes=True)  # type: ignore[attr-defined]
+    second_look.drop_frames = fail  # type: ignore[attr-defined,assignment]
+    print(json.dumps([on_a_gpu(dtype, precision, rows) for dtype, precision in FORMS[:2] for rows in (4, 32)]))
+
+
+@pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
+def test_on_a_gpu_it_stays_within_the_plans_peak() -> None:
+    tests = Path(__file__).parent
+    code = f"import sys; sys.path.insert(0, {str(tests)!r}); import test_recheck; test_recheck.on_gpus()"
+    gpu = [sys.executable, "-m", "autoaccum", "virtual-gpu", "--memory", "4GiB", "--"]
+    command = [*gpu, sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for found in json.loads(done.stdout):
+        assert found["look"] <= found["window"] and found["look"] <= found["plan"], found
+        assert found["window allocated"] / 3 < found["look allocated"] < found["window allocated"], found

@@ -337,7 +337,9 @@ def _placed(call: ClassLoss, piece: Batch) -> ClassLoss:
         shifted = leaf[:, 1:] if leaf.dim() == 2 else leaf
         padded = torch.nn.functional.pad(shifted, (0, 1), value=call.ignore_index) if leaf.dim() == 2 else leaf
         for form in (leaf, shifted, padded):  # the last two: next tokens, cut off or filled up as Hugging Face does
-            if form.dtype == targets.dtype and form.numel() == len(targets) and torch.equal(form.flatten(), targets):
+            if form.dtype != targets.dtype or form.numel() != len(targets):
+                continue
+            if torch.equal(form.flatten().to(targets.device), targets):  # a batch may lie on the host
                 return replace(call, path=path)
     return call
 

@@ -181,5 +181,5 @@ def _no_lock(path: Path, why: str) -> UsageError:
     return UsageError(
         f"The lock {str(path)!r} can't be used: {why}.",
         "While something is timed, no other tuning may time anything.",
-        "Remove it if nobody needs it.",
+        "Remove it if nobody needs it." if os.path.lexists(path) else "Name a folder that can be written.",
     )

@@ -20,7 +20,7 @@ from .observe import Evidence, RecordingTarget
 from .predictor import AGREES_WITHIN, RAN_OUT, MemoryPredictor, verified_part
 from .request import PlanRequest
 
-HOLES_SAID = 0.01  # of the budget: holes in the heap from there on are said
+HOLES_SAID = 0.01  # of budget or baseline, whichever is more: holes in the heap from there on are said
 DEFAULT_MALLOC_OVERHEAD = 0.25  # of what training takes: how far the default malloc's fragmentation was seen to go
 
 
@@ -184,8 +184,8 @@ class CpuPredictor(MemoryPredictor):
 
     @property
     def _has_holes(self) -> bool:
-        """Whether what ran here before has left holes that take a part of the budget worth a word."""
-        return self.subject.filled_bytes >= HOLES_SAID * self.budget.bytes
+        """Whether what ran here before has left holes that are worth a word."""
+        return self.subject.filled_bytes >= HOLES_SAID * max(self.budget.bytes, self.baseline_bytes)
 
     def helps(self, needed_bytes: int) -> list[str]:
         """A process whose heap has no large holes."""
