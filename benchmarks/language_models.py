@@ -184,15 +184,15 @@ def planned(of: Case, model: torch.nn.Module) -> dict[str, Any]:
     return {
         "split": plan.split,
         "predicted": plan.predicted_peak_bytes,
-        "predicted here": plan.this_process_peak_bytes,
+        "predicted here": plan.evidence.this_process_peak_bytes,
         "measured": plan.measured_peak_bytes,
-        "by hand": plan.plain_loop_peak_bytes,
-        "keeps": plan.keeps_workspaces,
-        "foreseen retries": sum(plan.retries),
+        "by hand": plan.memory.plain_loop_peak_bytes,
+        "keeps": plan.device.keeps_workspaces,
+        "foreseen retries": sum(plan.memory.retries),
         "method": plan.method,
         "ooms": count("num_ooms"),
         "seconds": round(time.perf_counter() - started, 1),
-        "passes": sum(note.passes for note in plan.recordings),
+        "passes": sum(note.passes for note in plan.evidence.recordings),
     }
 
 

@@ -37,7 +37,7 @@ def table(quick: bool = False) -> list[dict[str, Any]]:
         workload = make(name)
         workload.model.cuda()
         plan = fit_plan(workload, target_batch=TARGET, budget="4GiB")
-        assert plan.measured_peak_bytes is not None and plan.window_seconds is not None
+        assert plan.measured_peak_bytes is not None and plan.timing.window_seconds is not None
         rows.append(
             {
                 "model": name,
@@ -47,8 +47,8 @@ def table(quick: bool = False) -> list[dict[str, Any]]:
                 "predicted GiB": plan.predicted_peak_bytes / 2**30,
                 "measured GiB": plan.measured_peak_bytes / 2**30,
                 "error %": 100 * (plan.predicted_peak_bytes / plan.measured_peak_bytes - 1),
-                "step s": plan.window_seconds,
-                "planning s": plan.seconds,
+                "step s": plan.timing.window_seconds,
+                "planning s": plan.provenance.planning_seconds,
             }
         )
         del workload

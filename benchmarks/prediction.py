@@ -33,7 +33,7 @@ def predict(name: str, n: int) -> dict[str, Any]:
     plan = fit_plan(make(name), **asked, elsewhere=True, verify=False, check=False)
     return {
         "peak": plan.predicted_peak_bytes,
-        "increment": plan.predicted_peak_bytes - plan.baseline_bytes,
+        "increment": plan.predicted_peak_bytes - plan.memory.baseline_bytes,
         "method": plan.method,
     }
 

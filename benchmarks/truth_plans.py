@@ -101,19 +101,19 @@ def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bo
     if less:
         control.set_other(0, control.stats(0).other_bytes + case.capacity_bytes - truth.usable_bytes)
     context = step.open_context(work)
-    context.keeps_workspaces = plan.keeps_workspaces
+    context.keeps_workspaces = plan.device.keeps_workspaces
     here = train(work, context, plan.split)
     return {
         "split": plan.split,
         "largest": plan.largest_micro_batch,
-        "without retries": plan.largest_without_retries,
-        "expandable": plan.largest_with_expandable_segments,
-        "binds": plan.binding_constraint,
+        "without retries": plan.schedule.largest_without_retries,
+        "expandable": plan.schedule.largest_with_expandable_segments,
+        "binds": plan.memory.binding_constraint,
         "method": plan.method,
-        "recordings": [note.micro_batch for note in plan.recordings],
+        "recordings": [note.micro_batch for note in plan.evidence.recordings],
         "predicted": plan.predicted_peak_bytes,
         "measured": plan.measured_peak_bytes,
-        "budget": plan.budget.bytes,
+        "budget": plan.memory.budget.bytes,
         "seconds": seconds,
         "ooms": ooms,
         "left as it was": left == reserved,

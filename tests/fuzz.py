@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from plan_fields import changed_json
 from strategies import made_up_plan
 
 from autoaccum.errors import AutoaccumError, PlanFileError
@@ -33,10 +34,10 @@ def plan_texts() -> list[dict[str, Any]]:
     """Plans to begin with, as JSON: a verified one for a CPU, one of a GPU, and one with as little as there can be."""
     bare = made_up_plan(
         target_batch=1, world_size=1, micro_batch=1, accumulation_steps=1, split=(1,), measured_peak_bytes=None,
-        resident_peak_bytes=None, peaks=(), times=(), timeline=(), composition={}, configuration={}, notes=(),
-        malloc_overhead=0.0, phases={"first": 1}, max_micro_batch=None, window_seconds=None, virtual=False,
+        resident_peak_bytes=None, peaks=(), timed_sizes=(), timeline=(), composition={}, configuration={}, notes=(),
+        malloc_overhead=0.0, phases={"first": 1}, max_micro_batch=None, window_seconds=None, is_virtual=False,
     )  # fmt: skip
-    gpu = made_up_plan(device="NVIDIA A100", virtual=False, objective="fewest-steps")
+    gpu = made_up_plan(device_name="NVIDIA A100", is_virtual=False, objective="fewest-steps")
     return [json.loads(plan.to_json()) for plan in (made_up_plan(), gpu, bare)]
 
 
@@ -76,12 +77,9 @@ def resize(data: dict[str, Any], rng: random.Random) -> None:
     size, more = divmod(share, steps)
     split = [size + 1] * more + [size] * (steps - more)
     ranks = rng.choice((1, 3))
-    data |= {"split": split, "accumulation_steps": steps, "micro_batch": split[0], "world_size": ranks}
-    data |= {
-        "target_batch": share * ranks,
-        "min_micro_batch": rng.choice((1, 2, split[0])),
-        "max_micro_batch": None,
-    }
+    data["schedule"] |= {"split": split, "accumulation_steps": steps, "micro_batch": split[0]}
+    data["request"] |= {"world_size": ranks, "target_batch": share * ranks, "max_micro_batch": None}
+    data["request"]["min_micro_batch"] = rng.choice((1, 2, split[0]))
 
 
 def plan_text(seed: int, beginnings: list[dict[str, Any]]) -> str:
@@ -216,7 +214,7 @@ def command_line(seed: int) -> list[str]:
 def command_folder(folder: Path) -> None:
     """What the words of a command line name."""
     beginnings = plan_texts()
-    (folder / "plan.json").write_text(json.dumps(beginnings[0] | {"workload": "digits"}))
+    (folder / "plan.json").write_text(json.dumps(changed_json(beginnings[0], workload="digits")))
     (folder / "odd.json").write_text(plan_text(3, beginnings))
     (folder / "folder").mkdir()
     (folder / "work.py").write_text("def workload(): ...\n")

@@ -236,7 +236,7 @@ def plan_of(question: Question, data: Flat, evidence: Evidence) -> Plan:
     named = mock.patch.object(torch.cuda, "get_device_name", lambda device: "a GPU")
     with named, mock.patch.object(torch.cuda.memory, "_snapshot", dict):
         plan = build_plan.plan(predictor, solution, measured, predictor.subject.workload, [], timed)
-    return replace(plan, environment={}, fingerprint={})
+    return replace(plan, provenance=replace(plan.provenance, environment={}, fingerprint={}))
 
 
 def answers() -> tuple[Flat, Flat]:
@@ -267,38 +267,47 @@ def numbers_of(plan: Plan) -> Flat:
         "micro_batch": plan.micro_batch,
         "steps": plan.accumulation_steps,
         "split": list(plan.split),
-        "largest": [plan.largest_micro_batch, plan.largest_is_capped],
-        "largest_without_retries": plan.largest_without_retries,
-        "largest_with_expandable_segments": plan.largest_with_expandable_segments,
-        "limits": [plan.min_micro_batch, plan.max_micro_batch, plan.max_tokens, plan.most_rows],
-        "budget": [plan.budget.bytes, plan.budget.limit_bytes, plan.budget.headroom_bytes],
-        "base": plan.baseline_bytes,
-        "data": plan.input_bytes,
-        "sample": plan.sample_bytes,
-        "history": plan.history_bytes,
-        "growth": plan.growth_bytes,
-        "slack": plan.malloc_overhead,
-        "mmap_threshold": plan.mmap_threshold_bytes,
+        "largest": [plan.largest_micro_batch, plan.schedule.largest_is_capped],
+        "largest_without_retries": plan.schedule.largest_without_retries,
+        "largest_with_expandable_segments": plan.schedule.largest_with_expandable_segments,
+        "limits": [
+            plan.request.min_micro_batch,
+            plan.request.max_micro_batch,
+            plan.schedule.max_tokens,
+            plan.schedule.max_rows,
+        ],
+        "budget": [plan.memory.budget.bytes, plan.memory.budget.limit_bytes, plan.memory.budget.headroom_bytes],
+        "base": plan.memory.baseline_bytes,
+        "data": plan.memory.input_bytes,
+        "sample": plan.memory.sample_bytes,
+        "history": plan.memory.history_bytes,
+        "growth": plan.memory.growth_bytes,
+        "slack": plan.memory.malloc_overhead,
+        "mmap_threshold": plan.device.mmap_threshold_bytes,
         "predicted_peak": plan.predicted_peak_bytes,
-        "predicted_here": plan.this_process_peak_bytes,
-        "by_hand_peak": plan.plain_loop_peak_bytes,
-        "keeps_workspaces": plan.keeps_workspaces,
-        "measured": [plan.measured_peak_bytes, plan.resident_peak_bytes, plan.allocated_peak_bytes],
-        "measured_time": None if plan.virtual else [plan.window_seconds, plan.kernel_time_fraction],
-        "retries": list(plan.retries),
-        "phases": {PHASE_NAMES[name]: size for name, size in plan.phases.items()},
+        "predicted_here": plan.evidence.this_process_peak_bytes,
+        "by_hand_peak": plan.memory.plain_loop_peak_bytes,
+        "keeps_workspaces": plan.device.keeps_workspaces,
+        "measured": [plan.measured_peak_bytes, plan.evidence.resident_peak_bytes, plan.evidence.allocated_peak_bytes],
+        "measured_time": None
+        if plan.device.is_virtual
+        else [plan.timing.window_seconds, plan.timing.kernel_time_fraction],
+        "retries": list(plan.memory.retries),
+        "phases": {PHASE_NAMES[name]: size for name, size in plan.memory.phases.items()},
         "fewer_steps_need": list(plan.fewer_steps_need() or ()),
         "peaks": {
             str(row.micro_batch): [row.first_bytes, row.later_bytes, row.optimizer_bytes, row.between_bytes]
-            for row in plan.peaks
+            for row in plan.memory.peaks
         },
         "composition": {
             PHASE_NAMES[name]: {KIND_NAMES[kind]: size for kind, size in context.items()}
-            for name, context in plan.composition.items()
+            for name, context in plan.memory.composition.items()
         },
-        "timeline": [[PHASE_NAMES[p.phase], p.micro_batch, p.events, list(p.bytes)] for p in plan.timeline],
-        "recordings": [[n.micro_batch, n.passes, n.measured_bytes, n.predicted_bytes] for n in plan.recordings],
-        "timed": [[t.micro_batch, t.step_seconds, t.windows, list(t.round_seconds)] for t in plan.times],
+        "timeline": [[PHASE_NAMES[p.phase], p.micro_batch, p.events, list(p.bytes)] for p in plan.memory.timeline],
+        "recordings": [
+            [n.micro_batch, n.passes, n.measured_bytes, n.predicted_bytes] for n in plan.evidence.recordings
+        ],
+        "timed": [[t.micro_batch, t.step_seconds, t.windows, list(t.round_seconds)] for t in plan.timing.timed_sizes],
     }
 
 

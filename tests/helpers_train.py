@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from plan_fields import changed_plan
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -188,7 +189,8 @@ def base_plan() -> Plan:
 def split_otherwise(plan: Plan, target: int, micro_batch: int) -> Plan:
     """The same plan for another target, as though only micro-batches of that size fitted."""
     split = split_within(target, micro_batch)
-    return replace(plan, target_batch=target, micro_batch=split[0], accumulation_steps=len(split), split=split)
+    steps = len(split)
+    return changed_plan(plan, target_batch=target, micro_batch=split[0], accumulation_steps=steps, split=split)
 
 
 def plan_for(work: Workload, target: int, micro_batch: int) -> Plan:
@@ -197,7 +199,7 @@ def plan_for(work: Workload, target: int, micro_batch: int) -> Plan:
         "signature": signature(work.sample),
         "fingerprint": fingerprint(open_context(replace(work, scheduler=None))),
     }
-    return replace(split_otherwise(base_plan(), target, micro_batch), **changes)
+    return changed_plan(split_otherwise(base_plan(), target, micro_batch), **changes)
 
 
 def runner_for(work: Workload, target: int, micro_batch: int) -> Runner:

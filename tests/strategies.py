@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
+from plan_fields import plan_of
 
 from autoaccum.budget import Budget, BudgetItem
 from autoaccum.phases import FIRST, LATER, OPTIMIZER
@@ -242,7 +243,7 @@ def made_up_plan(**changes: Any) -> Plan:
         ),
         "signature": (LeafForm("[0]", "torch.float32", (3, 32, 32)), LeafForm("[1]", "torch.int64", ())),
         "fingerprint": {"model": "Net 0123", "optimizer": "AdamW", "torch": "2.14.1"},
-        "device": "cpu",
+        "device_name": "cpu",
         "method": "replayed",
         "mmap_threshold_bytes": 131072,
         "kernel_time_fraction": 0.125,
@@ -266,7 +267,7 @@ def made_up_plan(**changes: Any) -> Plan:
         "notes": ("Assumed: nothing.",),
         "malloc_overhead": 0.25,
         "min_micro_batch": 2,
-        "virtual": True,
+        "is_virtual": True,
         "retries": (2, 1, 0),
         "allocated_peak_bytes": 1700 * mib,
         "this_process_peak_bytes": 1801 * mib,
@@ -275,25 +276,24 @@ def made_up_plan(**changes: Any) -> Plan:
         "largest_without_retries": 55,
         "largest_with_expandable_segments": 58,
         "workload": "train.py:workload",
-        "seconds": 12.5,
+        "planning_seconds": 12.5,
         "sample_bytes": 2048,
         "max_micro_batch": 60,
         "max_tokens": 26_624,
-        "most_rows": 208,
+        "max_rows": 208,
         "composition": {"later": {"process": 290 * mib, "parameters": 10 * mib, "activations": 1600 * mib}},
         "timeline": (
             TimelinePart("first", 52, 4, (10 * mib, 1400 * mib)),
             TimelinePart("optimizer", 51, 2, (590 * mib,)),
         ),
-        "times": (TimedSize(26, 1.51, 3, (1.5, 1.51, 1.52)), TimedSize(52, 1.5, 3, (1.4, 1.5, 1.6))),
+        "timed_sizes": (TimedSize(26, 1.51, 3, (1.5, 1.51, 1.52)), TimedSize(52, 1.5, 3, (1.4, 1.5, 1.6))),
         "objective": "fastest",
         "environment": {"python": "3.11.7"},
         "configuration": {"precision": "bf16", "checkpointing": 2, "channels_last": False, "loader_workers": None},
         "growth_bytes": 3 * mib,
         "growth_where": "train.py:12",
-        "schema_version": 1,
     }
-    return Plan(**(fields | changes))
+    return plan_of(fields | changes)
 
 
 @st.composite
@@ -335,5 +335,5 @@ def plans(draw: st.DrawFn) -> Plan:
         recordings=(RecordingNote(draw(size), 2, 0.1, draw(size), draw(st.none() | size)),),
         notes=tuple(draw(st.lists(st.text(), max_size=3))),
         workload=draw(st.none() | st.text()),
-        seconds=draw(st.floats(0, 1e9)),
+        planning_seconds=draw(st.floats(0, 1e9)),
     )

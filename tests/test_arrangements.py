@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers_train import base_plan, distance, gradients, mean_of, one_thread  # noqa: F401
+from plan_fields import changed_plan
 from torch import nn
 
 from autoaccum import LossTerms, Workload, fit_plan
@@ -222,8 +223,10 @@ def test_a_plan_of_small_micro_batches_is_tested_on_eight_samples(most: int) -> 
     plan = fit_plan(work, target_batch=12, budget="4GiB", verify=False, max_micro_batch=most)
     assert plan.micro_batch <= most and plan.exactness == "exact (tested on 16 samples)"
     peaks = PeakRow(1, 1500, 1600, 1400), PeakRow(9, 9500, 9600, 1400)  # twice as much in double precision
-    tight = replace(plan, peaks=peaks, budget=replace(plan.budget, bytes=plan.baseline_bytes + 500 + 2000 * most))
-    few = check.check_plan(replace(tight, notes=()), work)
+    tight = changed_plan(
+        plan, peaks=peaks, budget=replace(plan.memory.budget, bytes=plan.memory.baseline_bytes + 500 + 2000 * most)
+    )
+    few = check.check_plan(changed_plan(tight, notes=()), work)
     assert few.exactness == "exact (tested on 8 samples)" if most > 1 else "2 samples at once" in few.exactness
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from plan_fields import changed_plan
 from strategies import made_up_plan
 from test_report import NASTY
 
@@ -73,7 +74,7 @@ def test_the_tuned_plan_is_compared_where_there_is_one() -> None:
     plan = made_up_plan()
     names = [each.name for each in candidates_for(plan)]
     assert names[-2:] == [HALVING, PLAN]
-    tuned = replace(plan, micro_batch=40)
+    tuned = changed_plan(plan, micro_batch=40)
     assert [each.name for each in candidates_for(plan, tuned)] == [*names, TUNED]
     assert candidates_for(plan, tuned)[-1].plan is tuned
 
@@ -93,13 +94,13 @@ def memory(wide: str) -> str:
     """What the process takes anyway, and room for some 50 samples."""
     asked: dict[str, Any] = {"workload": wide, "memory": None, "headroom": None, "malloc": "fixed"}
     asked |= {"target_batch": TARGET, "max_micro_batch": 8, "verify": False}
-    return f"{(Plan.from_json(call('plan', asked)['plan']).baseline_bytes + 250 * MIB) // MIB}MiB"
+    return f"{(Plan.from_json(call('plan', asked)['plan']).memory.baseline_bytes + 250 * MIB) // MIB}MiB"
 
 
 @pytest.mark.slow
 def test_each_trains_under_a_real_limit_and_says_what_it_really_trained(wide: str, memory: str) -> None:
     plan = made_up_plan(target_batch=TARGET)
-    plan = replace(plan, budget=replace(plan.budget, bytes=parse_bytes(memory)))
+    plan = changed_plan(plan, budget=replace(plan.memory.budget, bytes=parse_bytes(memory)))
     asked = {"workload": wide, "device": "cpu"}
 
     def train(candidate: Candidate) -> Trained:
@@ -107,7 +108,7 @@ def test_each_trains_under_a_real_limit_and_says_what_it_really_trained(wide: st
 
     small = train(Candidate("small", 16, 6))
     assert small.trains and small.effective_batch == 96 and small.ooms == 0 and len(small.window_seconds) == 2
-    assert small.malloc == "default" and 0 < small.peak_bytes <= plan.budget.bytes
+    assert small.malloc == "default" and 0 < small.peak_bytes <= plan.memory.budget.bytes
     large = train(Candidate("large", 100, 1))
     assert not large.trains and large.ooms == 1 and "out of memory" in large.why and large.window_seconds == ()
     halved = train(Candidate("halved", 100, 1, halves=True))
@@ -140,7 +141,7 @@ def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     [
         (["--target-batch", "0"], "--target-batch is 0"),
         (["--device", "tpu"], "--device tpu"),
-        (["--tuned", "none.json"], "can't be read"),
+        (["--tuned", "none.json"], "cannot be read"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(args: list[str], told: str) -> None:
@@ -150,7 +151,7 @@ def test_mistakes_are_told_before_anything_runs(args: list[str], told: str) -> N
 def test_a_tuned_plan_for_another_target_is_refused() -> None:
     plan = made_up_plan()
     with pytest.raises(comparison.UsageError, match="not for"):
-        comparison._check_tuned(replace(plan, target_batch=100), plan)
+        comparison._check_tuned(changed_plan(plan, target_batch=100), plan)
     comparison._check_tuned(plan, plan)
 
 
@@ -158,7 +159,7 @@ def test_a_tuned_plan_for_another_target_is_refused() -> None:
 
 
 def made_up(**changes: Any) -> Comparison:
-    plan = made_up_plan(virtual=False, target_batch=500, **changes)
+    plan = made_up_plan(is_virtual=False, target_batch=500, **changes)
     rows = (
         Trained("hand-picked: 32", 32, 15, 480, (2.0, 2.5, 2.1), 900 * MIB, 0, 0.0, "default"),
         Trained("hand-picked: 64", 64, 7, 0, (), 990 * MIB, 1, 3.0, "default", "ran out of memory (refused)"),
@@ -191,6 +192,6 @@ def test_the_users_words_are_escaped_and_json_says_what_is_unstable() -> None:
 def test_without_times_none_are_told() -> None:
     found = made_up()
     rows = tuple(replace(row, window_seconds=()) for row in found.rows)
-    virtual = replace(found, rows=rows, plan=replace(found.plan, virtual=True, device="Virtual GPU"))
+    virtual = replace(found, rows=rows, plan=changed_plan(found.plan, is_virtual=True, device_name="Virtual GPU"))
     text = results.as_text(virtual)
     assert "computes nothing" in text and "real allocator on a virtual GPU" in text

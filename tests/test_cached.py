@@ -330,8 +330,10 @@ def test_all_representations_are_in_the_plans_prediction() -> None:
     context, pieces = open_context(work), [vectors(256, torch.float32)] * 32
     train_window(context, pieces[:1], (256,))  # the optimizer's state
     whole = record(lambda on: train_window(context, pieces, (256,) * 32, on_phase=on), micro_batch=256)
-    increment = plan.predicted_peak_bytes - plan.baseline_bytes
-    assert abs((increment - plan.input_bytes) / live_peak(whole.phases) - 1) < 0.03
+    increment = plan.predicted_peak_bytes - plan.memory.baseline_bytes
+    assert abs((increment - plan.memory.input_bytes) / live_peak(whole.phases) - 1) < 0.03
     _, short = planned(1024)
     representations = (8192 - 1024) * 1024 * 4
-    assert increment - (short.predicted_peak_bytes - short.baseline_bytes) > 2 * representations  # and their gradient
+    assert (
+        increment - (short.predicted_peak_bytes - short.memory.baseline_bytes) > 2 * representations
+    )  # and their gradient

@@ -92,11 +92,15 @@ def test_json_is_alone_on_stdout_and_with_the_default_malloc_a_quarter_is_added(
         "plan", "--target-batch", "64", "--workload", "tiny.py:workload", "--malloc", "default", "--json", cwd=folder
     )
     plan = Plan.from_json(out.stdout)
-    assert plan.split == (64,) and plan.workload == "tiny.py:workload"
+    assert plan.split == (64,) and plan.request.workload == "tiny.py:workload"
     assert json.loads(out.stdout)["schema_version"] == plan.schema_version
-    assert plan.mmap_threshold_bytes is None and plan.malloc_overhead == 0.25 and "25% of what" in plan.explain()
-    taken = max(plan.phases.values()) + plan.history_bytes - plan.baseline_bytes
-    assert plan.predicted_peak_bytes == plan.baseline_bytes + taken + int(0.25 * taken)
+    assert (
+        plan.device.mmap_threshold_bytes is None
+        and plan.memory.malloc_overhead == 0.25
+        and "25% of what" in plan.explain()
+    )
+    taken = max(plan.memory.phases.values()) + plan.memory.history_bytes - plan.memory.baseline_bytes
+    assert plan.predicted_peak_bytes == plan.memory.baseline_bytes + taken + int(0.25 * taken)
 
 
 def test_a_plan_file_is_not_overwritten_unless_forced(folder: Path) -> None:
@@ -135,8 +139,8 @@ def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> Non
         (["plan", "--workload", "tiny.py:broken"], 1, "ValueError: a mistake of the user's"),
         (["plan", "--device", "cuda"], 2, "--gpu a100-40gb"),
         (["plan", "--device", "tpu"], 2, "--device cpu"),
-        (["explain", "none.json"], 2, "can't be read"),
-        (["run", "none.json"], 2, "can't be read"),
+        (["explain", "none.json"], 2, "cannot be read"),
+        (["run", "none.json"], 2, "cannot be read"),
         (["run", "half.json"], 2, "half.json"),
         (["plna"], 2, "plna"),
     ],
@@ -180,7 +184,7 @@ def test_speed_is_of_all_windows_after_the_first_whatever_their_sizes() -> None:
 
 def test_run_refuses_a_plan_for_another_model(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
-    plan["fingerprint"]["model"] = "Another 0123"
+    plan["provenance"]["fingerprint"]["model"] = "Another 0123"
     (folder / "other.json").write_text(json.dumps(plan))
     out = run("run", "other.json", cwd=folder, code=1)
     assert "Another 0123" in out.stderr and "Plan again" in out.stderr

@@ -28,7 +28,7 @@ def plan(loader: Any = None, **how: Any) -> Plan:
 
 def test_without_a_target_the_data_ends_the_search() -> None:
     found = plan(DataLoader(DATA, batch_size=16))
-    assert (found.split, found.largest_is_capped, found.max_micro_batch) == ((300,), True, None)
+    assert (found.split, found.schedule.largest_is_capped, found.request.max_micro_batch) == ((300,), True, None)
     assert any("The data has 300 samples" in note for note in found.notes)
 
 
@@ -41,7 +41,7 @@ def test_a_target_beyond_the_data_is_said() -> None:
 
 def test_without_a_target_or_a_size_the_plan_says_so() -> None:
     found = plan(DataLoader(Stream()), max_micro_batch=1000)
-    assert found.split == (1000,) and found.max_micro_batch == 1000
+    assert found.split == (1000,) and found.request.max_micro_batch == 1000
     assert any("isn't known: 1,000 samples are what fits" in note for note in found.notes)
 
 

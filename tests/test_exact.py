@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from exact_cases import CASES, CHANCE, COUNT, COUPLED, EXACT, Case, classes, mlp, regression, tokens, vectors
 from helpers_train import Capture, base_plan, cut, distance, drained, gradients, mean_of, one_thread  # noqa: F401
+from plan_fields import changed_plan
 from torch import nn
 
 from autoaccum import LossTerms, Workload, fit_plan
@@ -571,7 +572,7 @@ def test_a_plan_says_whether_it_is_exact_and_what_to_type_next() -> None:
 
 
 def test_a_plan_of_one_micro_batch_is_exact_whatever_the_loss() -> None:
-    plan = replace(base_plan(), accumulation_steps=1)
+    plan = changed_plan(base_plan(), accumulation_steps=1)
     told = check.with_verdict(plan, check.check(work(named("infonce"))))
     assert "one micro-batch is the whole batch" in " ".join(told.notes)
     assert "one micro-batch" not in " ".join(check.with_verdict(plan, check.check(work(MSE))).notes)

@@ -211,7 +211,7 @@ def test_a_model_that_cannot_be_lifted_is_bracketed_and_the_plan_says_why() -> N
     budget = committed_bytes() + 250 * 2**20
     plan = fit_plan(work, target_batch=2048, budget=budget)
     assert plan.method == "bracketed"
-    assert "don't follow" in plan.reasons["method"] and any("Bracketed" in note for note in plan.notes)
+    assert "don't follow" in plan.provenance.reasons["method"] and any("Bracketed" in note for note in plan.notes)
     assert sum(plan.split) == 2048
     assert plan.measured_peak_bytes is not None and plan.measured_peak_bytes <= budget
 
@@ -222,7 +222,7 @@ def test_a_budget_too_small_for_two_primes_is_recorded_size_by_size() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
     work = Workload(model, data, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]))
     plan = fit_plan(work, target_batch=6, budget=budget)
-    assert plan.method == "bracketed" and "too small" in plan.reasons["method"]
+    assert plan.method == "bracketed" and "too small" in plan.provenance.reasons["method"]
     assert plan.measured_peak_bytes is not None and plan.measured_peak_bytes <= budget
 
 
@@ -234,14 +234,14 @@ def test_what_samples_share_is_counted_once() -> None:
     sample = {"x": torch.randn(4, 8), "y": torch.randn(4, 4), "table": table}
     work = Workload(net(), sample, loss=loss, shared={"table"})
     plan = fit_plan(work, target_batch=512, budget=committed_bytes() + 300 * 2**20)
-    assert plan.split == (512,) and plan.input_bytes < 2**20
+    assert plan.split == (512,) and plan.memory.input_bytes < 2**20
 
 
 def test_a_model_that_is_mostly_parameters_is_not_taken_for_one_that_hardly_fits() -> None:
     model = nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 1024))  # 48 MiB; gradients and state 144
     sample = torch.randn(4, 2048), torch.zeros(4).long()
     plan = fit_plan(model, sample, target_batch=64, budget=committed_bytes() + 450 * 2**20)
-    assert plan.method == "replayed", plan.reasons["method"]
+    assert plan.method == "replayed", plan.provenance.reasons["method"]
 
 
 def test_a_scheduler_with_few_steps_is_not_used_up_by_planning() -> None:
@@ -273,7 +273,7 @@ def test_what_a_model_keeps_from_window_to_window_is_predicted() -> None:
     plan = fit_plan(work, target_batch=64, budget=committed_bytes() + 400 * 2**20)
     assert plan.method == "replayed" and plan.measured_peak_bytes is not None
     assert abs(plan.predicted_peak_bytes - plan.measured_peak_bytes) < 0.05 * (
-        plan.measured_peak_bytes - plan.baseline_bytes
+        plan.measured_peak_bytes - plan.memory.baseline_bytes
     )
     assert work.model.last is None
 
@@ -322,7 +322,7 @@ def test_a_hugging_face_model_tells_its_own_sample() -> None:
     config = transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)
     plan = fit_plan(transformers.GPT2LMHeadModel(config), target_batch=16, budget=BUDGET)
     assert any("32 tokens" in note and "Assumed" in note for note in plan.notes)
-    assert plan.signature[0].trailing_shape == (32,)
+    assert plan.provenance.signature[0].trailing_shape == (32,)
 
 
 @pytest.mark.parametrize(

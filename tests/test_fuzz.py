@@ -13,6 +13,7 @@ from typing import Any
 import fuzz
 import pytest
 import torch
+from plan_fields import changed_json
 
 from autoaccum.plan import Plan
 from autoaccum.runner.checkpoint import write_checkpoint
@@ -44,28 +45,67 @@ def changed(path: tuple[Any, ...], value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("peaks", 0, "micro_batch"), 0),
-        (("min_micro_batch",), 0),
-        (("times", 0, "round_seconds", 0), 0.0),
-        (("times", 0, "step_seconds"), 1e-320),
-        (("budget", "bytes"), 10**40),
-        (("peaks", 0, "later_bytes"), -1),
-        (("window_seconds",), float("-inf")),
-        (("kernel_time_fraction",), float("nan")),
-        (("phases",), {}),
-        (("timeline", 0, "bytes"), []),
-        (("configuration",), {"precision": "fp7"}),
-        (("history_bytes",), 7),
+        (("memory", "peaks", 0, "micro_batch"), 0),
+        (
+            (
+                "request",
+                "min_micro_batch",
+            ),
+            0,
+        ),
+        (("timing", "timed_sizes", 0, "round_seconds", 0), 0.0),
+        (("timing", "timed_sizes", 0, "step_seconds"), 1e-320),
+        (("memory", "budget", "bytes"), 10**40),
+        (("memory", "peaks", 0, "later_bytes"), -1),
+        (
+            (
+                "timing",
+                "window_seconds",
+            ),
+            float("-inf"),
+        ),
+        (
+            (
+                "timing",
+                "kernel_time_fraction",
+            ),
+            float("nan"),
+        ),
+        (
+            (
+                "memory",
+                "phases",
+            ),
+            {},
+        ),
+        (("memory", "timeline", 0, "bytes"), []),
+        (
+            (
+                "schedule",
+                "configuration",
+            ),
+            {"precision": "fp7"},
+        ),
+        (
+            (
+                "memory",
+                "history_bytes",
+            ),
+            7,
+        ),
     ],
 )
 def test_what_would_break_the_telling_is_refused(path: tuple[Any, ...], value: Any) -> None:
     text = changed(path, value)
-    if path == ("history_bytes",):
+    if path[-1] == "history_bytes":
         text = text.replace('"history_bytes": "a reason', '"other": "a reason')
     assert not fuzz.check_plan(text)
 
 
-@pytest.mark.parametrize(("path", "value"), [(("notes", 0), "\ud800"), (("fingerprint",), {"\ud800": "", "model": ""})])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("provenance", "notes", 0), "\ud800"), (("provenance", "fingerprint"), {"\ud800": "", "model": ""})],
+)
 def test_half_a_character_can_be_told(path: tuple[Any, ...], value: Any) -> None:
     assert fuzz.check_plan(changed(path, value))
 
@@ -73,11 +113,12 @@ def test_half_a_character_can_be_told(path: tuple[Any, ...], value: Any) -> None
 def alone(rows: list[dict[str, int]], **changes: Any) -> str:
     """A plan file with those peaks, beyond which nothing limits what may be asked of it."""
     data = fuzz.plan_texts()[1]
-    peaks = [dict.fromkeys(data["peaks"][0], 0) | row for row in rows]
-    return json.dumps(data | {"peaks": peaks, "max_micro_batch": None, "min_micro_batch": 1} | changes)
+    peaks = [dict.fromkeys(data["memory"]["peaks"][0], 0) | row for row in rows]
+    limits = {"max_micro_batch": None, "min_micro_batch": 1} | changes
+    return json.dumps(changed_json(data, peaks=peaks, **limits))
 
 
-SIZE = fuzz.plan_texts()[1]["micro_batch"]
+SIZE = fuzz.plan_texts()[1]["schedule"]["micro_batch"]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +174,7 @@ def test_a_virtual_gpu_for_an_empty_command_is_refused(words: list[str]) -> None
 
 
 def test_a_file_without_end_is_not_read_to_its_end() -> None:
-    with pytest.raises(Exception, match="can't be read"):
+    with pytest.raises(Exception, match="cannot be read"):
         Plan.load("/dev/zero")
 
 

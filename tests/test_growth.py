@@ -160,12 +160,12 @@ def test_a_plan_counts_what_windows_keep_and_says_so(growing: tuple[Plan, int]) 
     plan, left = growing
     assert left == 0
     assert plan.method == "replayed" and plan.measured_peak_bytes is not None
-    assert plan.growth_bytes == pytest.approx(600 * CLASSES * 4, rel=0.01)
+    assert plan.memory.growth_bytes == pytest.approx(600 * CLASSES * 4, rel=0.01)
     assert abs(plan.predicted_peak_bytes - plan.measured_peak_bytes) < 0.03 * plan.measured_peak_bytes
-    assert "out = model(batch[0])" in plan.growth_where
+    assert "out = model(batch[0])" in plan.memory.growth_where
     note = next(note for note in plan.notes if note.startswith("Memory grows"))
     assert "22.9 MiB more" in note and "more windows fit" in note and "taken out again" in note
-    assert Plan.from_json(plan.to_json()).growth_where == plan.growth_where
+    assert Plan.from_json(plan.to_json()).memory.growth_where == plan.memory.growth_where
 
 
 def test_the_warning_at_run_time_names_the_line(growing: tuple[Plan, int], caplog: pytest.LogCaptureFixture) -> None:
@@ -182,8 +182,8 @@ def test_what_an_evaluation_keeps_is_not_taken_for_the_process(growing: tuple[Pl
     work = Workload(network(), SAMPLE, between=lambda model: history.append(model(VALIDATION.repeat(3, 1)).detach()))
     plan = fit_plan(work, target_batch=600, budget=committed_bytes() + 300 * MIB, check=False, timing_seconds=0)
     assert plan.split == (600,) and not history
-    assert plan.growth_bytes == pytest.approx(300 * CLASSES * 4, rel=0.05)
-    assert "(between windows)" in plan.growth_where
+    assert plan.memory.growth_bytes == pytest.approx(300 * CLASSES * 4, rel=0.05)
+    assert "(between windows)" in plan.memory.growth_where
 
 
 def test_windows_that_keep_too_much_do_not_fit_and_the_error_says_why() -> None:
@@ -204,7 +204,8 @@ def loss(model, batch):
 model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 20000)).cuda()
 sample = (torch.randn(4, 64), torch.zeros(4, dtype=torch.long))
 plan = fit_plan(Workload(model, sample, loss=loss), target_batch=700, budget="1GiB", check=False)
-print(json.dumps([plan.method, plan.growth_bytes, plan.predicted_peak_bytes, plan.measured_peak_bytes, len(history)]))
+peaks = plan.predicted_peak_bytes, plan.measured_peak_bytes
+print(json.dumps([plan.method, plan.memory.growth_bytes, *peaks, len(history)]))
 """
 
 

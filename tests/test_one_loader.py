@@ -109,16 +109,16 @@ def test_run_on_cuda_holds_the_plans_limit_and_recovers_beyond_it(folder: Path, 
     made = run(*plan, "--workload", "asks.py:hungry", "-o", "cuda.json", cwd=folder, env=gpu)
     assert "made for cuda:0" in made.stderr
     planned = json.loads((folder / "cuda.json").read_text())
-    assert planned["accumulation_steps"] > 1
+    assert planned["schedule"]["accumulation_steps"] > 1
     fits = json.loads(run("run", "cuda.json", "--json", cwd=folder, env=gpu).stdout)
-    assert fits["retries"] == 0 and fits["micro_batch"] == planned["micro_batch"]
-    assert 0 < fits["held_bytes"] <= planned["budget"]["bytes"]
-    planned |= {"split": [256], "micro_batch": 256, "accumulation_steps": 1}  # more than the limit, less than the GPU
+    assert fits["retries"] == 0 and fits["micro_batch"] == planned["schedule"]["micro_batch"]
+    assert 0 < fits["held_bytes"] <= planned["memory"]["budget"]["bytes"]
+    planned["schedule"] |= {"split": [256], "micro_batch": 256, "accumulation_steps": 1}  # beyond the limit
     (folder / "beyond.json").write_text(json.dumps(planned))
     beyond = run("run", "beyond.json", "--json", cwd=folder, env=gpu)
     found = json.loads(beyond.stdout)
     assert found["steps"] == 3 and found["samples"] == 768 and found["micro_batch"] < 256
-    assert found["held_bytes"] <= planned["budget"]["bytes"]
+    assert found["held_bytes"] <= planned["memory"]["budget"]["bytes"]
     assert "out of memory" in beyond.stderr.lower()
 
 

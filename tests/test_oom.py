@@ -643,7 +643,7 @@ def test_batch_statistics_are_never_taken_of_a_single_sample() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).double()
     work = Workload(model, vectors(4), loss=lambda m, b: default_loss(m, b))
     plan = fit_plan(work, target_batch=5, budget="4GiB", max_micro_batch=4, verify=False)
-    assert plan.split == (3, 2) and plan.min_micro_batch == 2
+    assert plan.split == (3, 2) and plan.request.min_micro_batch == 2
     runner = Runner(work, plan)
     runner.context.loss = short
     runner.context.loss_is_mean = True

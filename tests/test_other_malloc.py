@@ -88,5 +88,5 @@ def test_a_plan_with_another_malloc_has_no_threshold_and_says_so(monkeypatch: py
     monkeypatch.setattr(process_memory, "glibc", lambda: None)
     work = Workload(nn.Linear(64, 10), (torch.randn(4, 64), torch.zeros(4, dtype=torch.long)))
     plan = fit_plan(work, target_batch=64, check=False, timing_seconds=0)
-    assert (plan.mmap_threshold_bytes, plan.malloc_overhead, plan.split) == (None, 0.25, (64,))
+    assert (plan.device.mmap_threshold_bytes, plan.memory.malloc_overhead, plan.split) == (None, 0.25, (64,))
     assert any(note.startswith("malloc is another, not the C library's") for note in plan.notes)

@@ -7,23 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
+from plan_fields import PLACES, SECTIONS, changed_json, changed_plan
 from strategies import made_up_plan, plans
 
 import autoaccum
 from autoaccum.errors import PlanFileError, UsageError
 from autoaccum.files.whole import write_whole
-from autoaccum.plan import SCHEMA_VERSION, Plan
+from autoaccum.plan import KIND, SCHEMA_VERSION, Plan
 
 HERE = Path(__file__).parent
 PURE = (
     "simulation.solver", "simulation.program", "simulation.malloc", "simulation.cuda_allocator.allocator",
-    "simulation.recording", "plan", "plan_json", "budget", "units", "files.whole", "errors", "reporting.explain",
+    "simulation.recording", "plan", "plan.reader", "budget", "units", "files.whole", "errors", "reporting.explain",
     "reporting.page",
 )  # fmt: skip
 
@@ -39,7 +39,7 @@ def refused(text: str) -> PlanFileError:
 
 def changed(**changes: Any) -> str:
     """The JSON of a plan in which some things are otherwise."""
-    return json.dumps(json.loads(made_up_plan().to_json()) | changes)
+    return json.dumps(changed_json(json.loads(made_up_plan().to_json()), **changes))
 
 
 # The value.
@@ -47,28 +47,39 @@ def changed(**changes: Any) -> str:
 
 def test_a_plan_is_frozen() -> None:
     plan = made_up_plan()
-    for field in dataclasses.fields(plan):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(plan, field.name, None)
+    for value in (plan, *(getattr(plan, section) for section in SECTIONS)):
+        for field in dataclasses.fields(value):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(value, field.name, None)
 
 
 def test_made_up_plans_leave_no_field_to_its_default() -> None:
     plan = made_up_plan()
-    for field in dataclasses.fields(plan):
-        assert (
-            field.default is dataclasses.MISSING
-            or getattr(plan, field.name) != field.default
-            or (field.name == "schema_version")
-        )
+    for section in SECTIONS:
+        value = getattr(plan, section)
+        for field in dataclasses.fields(value):
+            assert field.default is dataclasses.MISSING or getattr(value, field.name) != field.default, field.name
+
+
+def test_no_two_sections_share_a_fields_name_and_what_people_type_is_a_property() -> None:
+    assert len(PLACES) == sum(len(dataclasses.fields(kind)) for kind in SECTIONS.values())  # type: ignore[arg-type]
+    plan = made_up_plan()
+    for name in (
+        "target_batch", "world_size", "micro_batch", "accumulation_steps", "split", "largest_micro_batch",
+        "predicted_peak_bytes", "measured_peak_bytes", "exactness", "method", "notes",
+    ):  # fmt: skip
+        section, field = PLACES[name]
+        assert getattr(plan, name) == getattr(getattr(plan, section), field)
+    assert plan.budget_bytes == plan.memory.budget.bytes
 
 
 def test_a_plan_with_every_field_comes_back_from_json_the_same() -> None:
     plan = made_up_plan()
     back = Plan.from_json(plan.to_json())
     assert back == plan
-    assert [type(getattr(back, f.name)) for f in dataclasses.fields(plan)] == [
-        type(getattr(plan, f.name)) for f in dataclasses.fields(plan)
-    ]
+    for name, (section, field) in PLACES.items():
+        ours, theirs = (getattr(getattr(each, section), field) for each in (plan, back))
+        assert type(ours) is type(theirs), name
     assert back.to_json() == plan.to_json()
 
 
@@ -125,17 +136,36 @@ def test_a_schema_version_that_cannot_be_is_refused(version: Any) -> None:
     refused(changed(schema_version=version))
 
 
-@pytest.mark.parametrize(
-    "name", [f.name for f in dataclasses.fields(Plan) if f.default is f.default_factory is dataclasses.MISSING]
-)
-def test_a_plan_that_lacks_a_field_is_refused_by_its_name(name: str) -> None:
-    fields = json.loads(made_up_plan().to_json())
-    del fields[name]
-    assert name in refused(json.dumps(fields)).what
-    assert name in refused(changed(**{name: {"x": [None]}})).what
+def test_a_plan_of_the_first_version_is_refused_and_is_to_be_made_again() -> None:
+    error = refused(json.dumps({"kind": KIND, "schema_version": 1, "target_batch": 512, "split": [256, 256]}))
+    assert "schema version 1" in error.what and "older" in error.why and "Plan again" in error.hint
 
 
-BUDGET = json.loads(made_up_plan().to_json())["budget"]
+NEEDED = [
+    (section, field.name)
+    for section, kind in SECTIONS.items()
+    for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+    if field.default is field.default_factory is dataclasses.MISSING
+]
+
+
+@pytest.mark.parametrize(("section", "name"), NEEDED, ids=lambda name: name)
+def test_a_plan_that_lacks_a_field_is_refused_by_its_name(section: str, name: str) -> None:
+    data = json.loads(made_up_plan().to_json())
+    del data[section][name]
+    assert f"{section}.{name}" in refused(json.dumps(data)).what
+    data[section][name] = {"x": [None]}
+    assert f"{section}.{name}" in refused(json.dumps(data)).what
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_plan_that_lacks_a_section_is_refused_by_its_name(section: str) -> None:
+    data = json.loads(made_up_plan().to_json())
+    del data[section]
+    assert section in refused(json.dumps(data)).what
+
+
+BUDGET = json.loads(made_up_plan().to_json())["memory"]["budget"]
 
 
 @pytest.mark.parametrize(
@@ -270,14 +300,17 @@ def test_a_plan_is_explained_from_its_file_alone_where_torch_cannot_be_imported(
 
 def test_the_next_smaller_number_of_steps_needs_what_the_table_says() -> None:
     plan = made_up_plan(malloc_overhead=0.0)
-    held = plan.baseline_bytes + plan.input_bytes
+    held = plan.memory.baseline_bytes + plan.memory.input_bytes
     assert plan.fewer_steps_need() == (64, held + 2100 * 2**20)
-    two = replace(plan, split=(32, 32), accumulation_steps=2)
+    two = changed_plan(plan, split=(32, 32), accumulation_steps=2)
     assert two.fewer_steps_need() == (64, held + 1900 * 2**20)  # one step: no later micro-batch
-    assert replace(plan, split=(64,) * 4, accumulation_steps=4).fewer_steps_need() is None
-    assert replace(plan, split=(256,), accumulation_steps=1).fewer_steps_need() is None
-    more = replace(plan, malloc_overhead=0.5, history_bytes=100 * 2**20)
-    assert more.fewer_steps_need() == (64, plan.baseline_bytes + (plan.input_bytes + 2200 * 2**20) * 3 // 2)
+    assert changed_plan(plan, split=(64,) * 4, accumulation_steps=4).fewer_steps_need() is None
+    assert changed_plan(plan, split=(256,), accumulation_steps=1).fewer_steps_need() is None
+    more = changed_plan(plan, malloc_overhead=0.5, history_bytes=100 * 2**20)
+    assert more.fewer_steps_need() == (
+        64,
+        plan.memory.baseline_bytes + (plan.memory.input_bytes + 2200 * 2**20) * 3 // 2,
+    )
 
 
 def test_plans_without_verification_or_with_one_step_explain_themselves() -> None:
@@ -292,7 +325,7 @@ def test_plans_without_verification_or_with_one_step_explain_themselves() -> Non
 def test_a_workload_called_script_is_shown_and_not_run() -> None:
     bad = "<script>alert(1)</script>"
     plan = made_up_plan(
-        workload=bad, device=bad, exactness=bad, notes=(bad,), binding_constraint=bad, fingerprint={bad: bad}
+        workload=bad, device_name=bad, exactness=bad, notes=(bad,), binding_constraint=bad, fingerprint={bad: bad}
     )
     shown = plan._repr_html_()
     assert "<script" not in shown

@@ -253,9 +253,9 @@ def plan_of_half_precision() -> dict[str, int | None]:
     assert plan.measured_peak_bytes is not None
     return {
         "gradients in fp32": 4 * sum(p.numel() for p in model.parameters()),
-        "predicted": plan.predicted_peak_bytes - plan.baseline_bytes,
-        "measured": plan.measured_peak_bytes - plan.baseline_bytes,
-        "later": plan.phases[LATER] - plan.baseline_bytes,
+        "predicted": plan.predicted_peak_bytes - plan.memory.baseline_bytes,
+        "measured": plan.measured_peak_bytes - plan.memory.baseline_bytes,
+        "later": plan.memory.phases[LATER] - plan.memory.baseline_bytes,
     }
 
 

@@ -83,7 +83,7 @@ def test_a_plan_is_made_under_the_users_profiler() -> None:
         plan = fit_plan(work, target_batch=64, max_micro_batch=32, verify=False)
     assert plan.split == (32, 32) and plan.method == "replayed"
     without = fit_plan(work, target_batch=64, max_micro_batch=32, verify=False)
-    peaks = [[row.later_bytes for row in each.peaks if row.micro_batch >= 32] for each in (plan, without)]
+    peaks = [[row.later_bytes for row in each.memory.peaks if row.micro_batch >= 32] for each in (plan, without)]
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02) and min(peaks[0]) > 2**20
     assert "aten::addmm" in {event.name for event in theirs.events()}
 

@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_fields import changed_plan
 from strategies import made_up_plan, recorded_programs
 
 from autoaccum import Plan, UsageError
@@ -56,7 +57,9 @@ def a_plan(**changes: Any) -> Plan:
         predicted_peak_bytes=888 * MIB + 1052672 + 478 * MIB, measured_peak_bytes=1380 * MIB, objective="fewest-steps",
     )  # fmt: skip
     limit = 1400 * MIB
-    return replace(plan, budget=replace(plan.budget, bytes=limit, limit_bytes=limit, headroom_bytes=0), **changes)
+    return changed_plan(
+        plan, budget=replace(plan.memory.budget, bytes=limit, limit_bytes=limit, headroom_bytes=0), **changes
+    )
 
 
 # Data first.
@@ -97,7 +100,7 @@ def test_the_known_numbers_of_steps_are_those_found_one_by_one(sizes: Any, least
     rows = tuple(PeakRow(n, (22 + 7 * n) * MIB, (30 + 7 * n) * MIB, 60 * MIB) for n in sizes)
     for samples in (64, 97, 512):
         plan = a_plan(peaks=rows, min_micro_batch=least)
-        plan = replace(plan, target_batch=samples, split=balanced(samples, 8), micro_batch=-(-samples // 8))
+        plan = changed_plan(plan, target_batch=samples, split=balanced(samples, 8), micro_batch=-(-samples // 8))
         found = frames(plan)["plans"]
         known = list(found["accumulation_steps"])
         assert known == sorted({*steps_one_by_one(plan, samples), plan.accumulation_steps})
@@ -122,9 +125,9 @@ def test_a_report_of_a_million_steps_takes_no_longer_than_one_of_eight(steps: in
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        ({"device": "cpu", "virtual": False}, "measured on this CPU"),
-        ({"device": "NVIDIA H100", "virtual": False}, "measured on a GPU"),
-        ({"device": "Virtual GPU", "virtual": True}, "real allocator on a virtual GPU"),
+        ({"device_name": "cpu", "is_virtual": False}, "measured on this CPU"),
+        ({"device_name": "NVIDIA H100", "is_virtual": False}, "measured on a GPU"),
+        ({"device_name": "Virtual GPU", "is_virtual": True}, "real allocator on a virtual GPU"),
     ],
 )
 def test_measured_figures_are_marked_by_the_device(changes: dict[str, Any], kind: str) -> None:
@@ -141,13 +144,13 @@ def test_measured_figures_are_marked_by_the_device(changes: dict[str, Any], kind
 def test_the_page_draws_each_size_with_its_range_and_tells_the_knee() -> None:
     seconds = {8: 2.0, 16: 1.02, 32: 1.001, 64: 1.0}
     times = tuple(TimedSize(n, s, 9, tuple(s * (1 + i / 10000) for i in range(9))) for n, s in seconds.items())
-    plan = a_plan(times=times, virtual=False)
+    plan = a_plan(timed_sizes=times, is_virtual=False)
     page, text = render(plan, ".html"), render(plan, ".md")
     for told in (page, text):
         assert "32 is the smallest micro-batch within 1 % of the fastest, 64" in told and "free 224.0 MiB" in told
     assert page.count('<i class="range"') == 4 and page.count('class="point knee"') == 1
     assert list(frames(plan)["times"]["is_knee"]) == [False, False, True, False]
-    assert 'id="times-plot"' in page and 'id="times-plot"' not in render(a_plan(times=()), ".html")
+    assert 'id="times-plot"' in page and 'id="times-plot"' not in render(a_plan(timed_sizes=()), ".html")
 
 
 # Answers from the table.
@@ -240,7 +243,7 @@ def test_what_if_repeats_a_size_that_fits_where_the_balanced_split_does_not_and_
 
 def test_a_plan_that_is_not_balanced_stands_in_the_list_of_plans_as_it_is() -> None:
     split = (80,) * 6 + (32,)
-    plan = a_plan(split=split, micro_batch=80, accumulation_steps=7, peaks=a_plan().peaks[20:])
+    plan = a_plan(split=split, micro_batch=80, accumulation_steps=7, peaks=a_plan().memory.peaks[20:])
     plans = frames(plan)["plans"]
     chosen = plans[plans["chosen"]]
     assert list(chosen["split"]) == ["6 \u00d7 80 + 1 \u00d7 32"] and list(chosen["micro_batch"]) == [80]
@@ -478,7 +481,7 @@ def test_counts_are_written_with_commas_and_in_good_english() -> None:
     many = a_plan(target_batch=10_000, split=(1,) * 10_000, micro_batch=1, accumulation_steps=10_000)
     assert "accumulate 10,000 micro-batches of 1:" in words.answer(many)
     assert words.fewer(many) == "9,999 steps would fit too, by the table of peaks: plan again to see."
-    tight = replace(a_plan(), budget=replace(a_plan().budget, bytes=1390 * MIB))
+    tight = replace(a_plan(), budget=replace(a_plan().memory.budget, bytes=1390 * MIB))
     assert words.fewer(tight).startswith("7 steps would need micro-batches of up to 74 and 1.40 GiB, 40.0 MiB over")
     for plan in (many, tight):
         assert "by the measured" not in words.answer(plan) and "the first 1 are" not in render(plan, ".html")
@@ -490,7 +493,8 @@ def test_counts_are_written_with_commas_and_in_good_english() -> None:
 def nasty_plan() -> Plan:
     return a_plan(
         workload=NASTY, exactness=NASTY, notes=(NASTY,), fingerprint={NASTY: NASTY, "model": NASTY},
-        binding_constraint=NASTY, environment={NASTY: NASTY}, reasons={name: NASTY for name in a_plan().reasons},
+        binding_constraint=NASTY, environment={NASTY: NASTY},
+        reasons={name: NASTY for name in a_plan().provenance.reasons},
     )  # fmt: skip
 
 
@@ -615,7 +619,7 @@ def run(*args: str, code: int = 0, without_torch: bool = True) -> subprocess.Com
 
 @pytest.mark.parametrize("suffix", [".html", ".md", ".csv", ".json"])
 def test_a_report_is_made_from_the_file_alone_where_torch_cannot_be_imported(suffix: str, tmp_path: Path) -> None:
-    plan = a_plan(workload="gone.py:workload", device="NVIDIA H100 80GB HBM3")
+    plan = a_plan(workload="gone.py:workload", device_name="NVIDIA H100 80GB HBM3")
     plan.save(tmp_path / "plan.json")
     out = run(str(tmp_path / "plan.json"), "-o", str(tmp_path / f"report{suffix}"))
     assert out.stdout == "" and "wrote" in out.stderr
@@ -633,14 +637,14 @@ def test_the_command_refuses_what_it_cannot_do_and_says_what_to_type(tmp_path: P
     assert "--force" in run(str(plan), "-o", str(there), code=2).stderr and there.read_text() == "mine"
     assert ".html" in run(str(plan), "-o", str(tmp_path / "report.pdf"), code=2).stderr
     assert "no folder" in run(str(plan), "-o", str(tmp_path / "no" / "report.html"), code=2).stderr
-    assert "can't be read" in run(str(tmp_path / "no.json"), code=2).stderr
+    assert "cannot be read" in run(str(tmp_path / "no.json"), code=2).stderr
     assert run(str(plan)).stdout.startswith("# chargpt: autoaccum report")
     with pytest.raises(UsageError):
         render(a_plan(), ".pdf")
 
 
 def test_plans_of_other_kinds_are_reported_too() -> None:
-    plain = dict(composition={}, timeline=(), times=(), environment={})
+    plain = dict(composition={}, timeline=(), timed_sizes=(), environment={})
     others = [
         a_plan(**plain),
         a_plan(**plain, peaks=()),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_train import plan_for
+from plan_fields import changed_plan
 from torch import nn
 from typer.testing import CliRunner
 
@@ -33,7 +33,7 @@ def odd_in(*windows: int) -> Workload:
 
 def run(work: Workload, folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> Any:
     """What `run` prints and how it ends, with the child's task in this process."""
-    plan = replace(plan_for(work, 8, 4), workload=f"{__file__}:odd_in")
+    plan = changed_plan(plan_for(work, 8, 4), workload=f"{__file__}:odd_in")
     plan.save(folder / "plan.json")
 
     def call(task: str, asked: dict[str, Any], *, on_message: Any, env: Any = None) -> dict[str, Any]:

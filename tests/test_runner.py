@@ -35,6 +35,7 @@ from helpers_train import (
     token_sum,
     vectors,
 )
+from plan_fields import changed_plan
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -329,7 +330,9 @@ def test_a_plan_for_something_else_is_refused_by_name(other: dict[str, Any], nam
 
 def test_the_split_that_was_planned_is_the_one_that_is_trained() -> None:
     work = Workload(mlp(), vectors(2), optimizer=Capture)
-    plan = replace(plan_for(work, 10, 2), split=(2, 2, 2, 2, 1, 1), accumulation_steps=6)  # where 5 times 2 doesn't fit
+    plan = changed_plan(
+        plan_for(work, 10, 2), split=(2, 2, 2, 2, 1, 1), accumulation_steps=6
+    )  # where 5 times 2 doesn't fit
     runner = Runner(work, plan)
     assert runner.step(vectors(10)).split == (2, 2, 2, 2, 1, 1)
     assert [result.split for result in runner.epoch([vectors(17)])] == [(2, 2, 2, 2, 1, 1), (2, 2, 2, 1)]
@@ -370,7 +373,7 @@ def test_on_a_gpu_the_model_is_on_both_sides(caplog: pytest.LogCaptureFixture, b
     plan = plan_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
     planned = 1 << 30
     watch = peak_monitor.PeakMonitor(
-        torch.device("cuda"), replace(plan, baseline_bytes=int(base_part * planned), predicted_peak_bytes=planned)
+        torch.device("cuda"), changed_plan(plan, baseline_bytes=int(base_part * planned), predicted_peak_bytes=planned)
     )
     for peak, warned in ((planned, 0), (int(1.019 * planned), 0), (int(1.03 * planned), 1)):
         peaks = iter([0, peak])

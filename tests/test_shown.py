@@ -58,18 +58,18 @@ def test_what_is_not_seen_is_named() -> None:
 
 PLACES: dict[str, Callable[[], Plan]] = {
     "notes": lambda: made_up_plan(notes=(EVIL,)),
-    "device": lambda: made_up_plan(device=EVIL),
+    "device": lambda: made_up_plan(device_name=EVIL),
     "exactness": lambda: made_up_plan(exactness=EVIL),
     "binding_constraint": lambda: made_up_plan(binding_constraint=EVIL),
     "method": lambda: made_up_plan(method=EVIL),
     "workload": lambda: made_up_plan(workload=EVIL),
-    "reasons": lambda: made_up_plan(reasons=dict.fromkeys(made_up_plan().reasons, EVIL) | {"times": EVIL}),
+    "reasons": lambda: made_up_plan(reasons=dict.fromkeys(made_up_plan().provenance.reasons, EVIL) | {"times": EVIL}),
     "names": lambda: made_up_plan(fingerprint={EVIL: EVIL}, environment={EVIL + "!": EVIL}),
     "budget": lambda: made_up_plan(budget=Budget(2**31, 2**31, 0, (BudgetItem(EVIL, 2**31, EVIL),), EVIL)),
     "signature": lambda: made_up_plan(signature=(LeafForm(EVIL, EVIL, ()),)),
     "composition": lambda: made_up_plan(composition={EVIL: {EVIL: 1}}),
     "configuration": lambda: made_up_plan(configuration={EVIL: EVIL, "precision": "bf16"}),
-    "timeline": lambda: made_up_plan(timeline=(replace(made_up_plan().timeline[0], phase=EVIL),)),
+    "timeline": lambda: made_up_plan(timeline=(replace(made_up_plan().memory.timeline[0], phase=EVIL),)),
 }
 FORMS: dict[str, Callable[[Plan], str]] = {
     "summary": summary,

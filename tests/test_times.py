@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_fields import changed_plan
 from strategies import made_up_plan
 from torch import nn
 
@@ -88,11 +89,11 @@ def test_noise_beyond_a_percent_is_not_decided() -> None:
     times = noisy({2: 2.0, 4: 1.001, 8: 1.004, 16: 1.0, 32: 1.002}, noise=0.05, rounds=12)
     found = knee(times)
     assert found is not None and not found.is_sure and 2 not in found.candidates and len(found.candidates) > 1
-    plan = replace(made_up_plan(), times=times, micro_batch=32)
+    plan = changed_plan(made_up_plan(), timed_sizes=times, micro_batch=32)
     assert re.search(r"^\d+ by the medians of 12 rounds; noise leaves [\d, and]+ possible", describe(plan) or "")
     apart = tuple(replace(size, round_seconds=()) for size in times)
-    assert "not timed in turn" in (describe(replace(plan, times=apart)) or "")
-    flat = replace(plan, times=noisy({4: 1.001, 8: 1.0, 16: 1.0}, noise=0.05, rounds=12))
+    assert "not timed in turn" in (describe(changed_plan(plan, timed_sizes=apart)) or "")
+    flat = changed_plan(plan, timed_sizes=noisy({4: 1.001, 8: 1.0, 16: 1.0}, noise=0.05, rounds=12))
     assert "no difference that could be measured between 4, 8 and 16 (12 rounds)" in (describe(flat) or "")
 
 
@@ -101,7 +102,7 @@ def test_five_rounds_are_too_few_to_tell_a_percent_and_six_are_not() -> None:
     few, enough = (knee(noisy(seconds, noise=0.0001, rounds=rounds)) for rounds in (5, 6))
     assert few is not None and not few.is_sure and few.candidates == (4, 8, 16)
     assert enough is not None and enough.is_sure and enough.timed.micro_batch == 8
-    assert "too few to tell" in (describe(made_up_plan(times=noisy(seconds, 0.0001, 5))) or "")
+    assert "too few to tell" in (describe(made_up_plan(timed_sizes=noisy(seconds, 0.0001, 5))) or "")
 
 
 @settings(max_examples=200, deadline=None)
@@ -125,7 +126,11 @@ def test_the_knee_is_the_smallest_within_a_percent_and_one_of_its_candidates(
 def test_what_the_knee_frees_is_the_difference_of_the_tables_rows() -> None:
     rows = (PeakRow(8, 10 * MIB, 20 * MIB, 5 * MIB), PeakRow(64, 80 * MIB, 100 * MIB, 5 * MIB))
     plan = made_up_plan(
-        peaks=rows, micro_batch=64, split=(64,) * 4, malloc_overhead=0.0, times=noisy({8: 1.0, 64: 1.0}, 0.0001, 9)
+        peaks=rows,
+        micro_batch=64,
+        split=(64,) * 4,
+        malloc_overhead=0.0,
+        timed_sizes=noisy({8: 1.0, 64: 1.0}, 0.0001, 9),
     )
     assert "8 would free 80.0 MiB (predicted)" in (describe(plan) or "")
 
@@ -223,13 +228,13 @@ def test_fastest_takes_the_knee_verified_and_everything_agrees_with_it(clock: li
     work, seen = workload(flat_from(8), clock)
     before = [p.clone() for p in work.model.parameters()]
     plan = planned(work, objective="fastest")
-    assert plan.split == (8,) * 8 and plan.verified and plan.objective == "fastest"
+    assert plan.split == (8,) * 8 and plan.verified and plan.request.objective == "fastest"
     assert seen[-3:] == [8, 8, 8]  # the last that ran is the verification of that split
-    assert "8 is the smallest micro-batch within 1 %" in plan.reasons["accumulation_steps"]
+    assert "8 is the smallest micro-batch within 1 %" in plan.provenance.reasons["accumulation_steps"]
     assert "2 steps of up to 32 fit too" in plan.explain() and plan.largest_micro_batch == 32
-    assert "this CPU" in plan.reasons["times"] and "\nknee" in plan.explain()
+    assert "this CPU" in plan.provenance.reasons["times"] and "\nknee" in plan.explain()
     table = what_if.table_of(plan)
-    assert table is not None and what_if.answer(table, 64, plan.budget.bytes).split == ((8, 8),)
+    assert table is not None and what_if.answer(table, 64, plan.memory.budget.bytes).split == ((8, 8),)
     own = frames(plan)["plans"].query("accumulation_steps == 2")
     assert list(own["fits"]) == [True]
     assert all(torch.equal(a, b) for a, b in zip(before, work.model.parameters(), strict=True))
@@ -240,13 +245,13 @@ def test_fastest_takes_the_knee_verified_and_everything_agrees_with_it(clock: li
 def test_a_plan_keeps_to_the_fewest_steps_and_tells_the_knee_or_why_it_has_none(clock: list[float]) -> None:
     work, seen = workload(flat_from(8), clock)
     plan = planned(work, timing_seconds=100)
-    assert plan.split == (32, 32) and plan.objective == "fewest-steps"
-    found = knee(plan.times)
+    assert plan.split == (32, 32) and plan.request.objective == "fewest-steps"
+    found = knee(plan.timing.timed_sizes)
     assert found is not None and found.timed.micro_batch == 8 and found.is_sure
     short = planned(work, timing_seconds=1e-6)
-    assert short.times == () and "--timing" in short.explain()
+    assert short.timing.timed_sizes == () and "--timing" in short.explain()
     seen.clear()
-    assert planned(work, timing_seconds=0).times == () and len(seen) < 40
+    assert planned(work, timing_seconds=0).timing.timed_sizes == () and len(seen) < 40
 
 
 def test_what_has_no_times_is_refused_for_fastest_and_never_timed() -> None:

@@ -26,6 +26,7 @@ from helpers_train import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from plan_fields import changed_plan
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -173,9 +174,11 @@ def test_a_plan_is_made_at_the_longest_that_the_data_has() -> None:
     longest = replace(given, sample=pad(samples[13:]), lengths=None)
     same = fit_plan(longest, target_batch=16, max_micro_batch=6, verify=False, budget="4GiB")
     assert (
-        [leaf.trailing_shape for leaf in plan.signature] == [(50,), (50,)] == [s.trailing_shape for s in same.signature]
+        [leaf.trailing_shape for leaf in plan.provenance.signature]
+        == [(50,), (50,)]
+        == [s.trailing_shape for s in same.provenance.signature]
     )
-    assert [row.later_bytes for row in plan.peaks] == [row.later_bytes for row in same.peaks]
+    assert [row.later_bytes for row in plan.memory.peaks] == [row.later_bytes for row in same.memory.peaks]
     assert any("The sample has 8 positions, the longest by lengths= has 50" in note for note in plan.notes)
     assert not any("positions" in note for note in same.notes)
     runner = Runner(given, plan)
@@ -254,15 +257,15 @@ def test_short_samples_come_in_as_many_rows_as_were_tried(row_bytes: int) -> Non
         loss=lambda m, b: (m(b).sum(), b.numel()),
     )  # fmt: skip
     plan = fit_plan(work, target_batch=32, check=False, elsewhere=True, budget=committed_bytes() + (120 << 20))
-    assert plan.micro_batch == 2 and plan.max_tokens == 128  # two of the longest
+    assert plan.micro_batch == 2 and plan.schedule.max_tokens == 128  # two of the longest
     if row_bytes:  # 28 rows of 4 tokens would take 224 MiB
-        assert plan.most_rows is None or 2 < plan.most_rows <= 14
+        assert plan.schedule.max_rows is None or 2 < plan.schedule.max_rows <= 14
     else:
-        assert plan.most_rows == 28
+        assert plan.schedule.max_rows == 28
     runner = Runner(work, plan)
     loader = DataLoader(Rows([torch.ones(n, dtype=torch.long) for n in lengths]), batch_size=4, collate_fn=torch.stack)
     (result,) = runner.epoch(loader)
-    most = plan.most_rows or 2
+    most = plan.schedule.max_rows or 2
     rest = [most] * (28 // most) + [28 % most] * (28 % most > 0)
     assert result.split == (2, 2, *rest)
     assert Plan.from_json(plan.to_json()) == plan
@@ -280,7 +283,7 @@ def test_short_samples_that_do_not_fit_are_cut_without_cutting_the_long_ones() -
     work = Workload(
         model, pad(samples[:2]), loss=loss, count=token_count, optimizer=Capture, lengths=lengths, max_tokens=100
     )
-    plan = replace(plan_for(work, 16, 2), max_tokens=100, most_rows=14)
+    plan = changed_plan(plan_for(work, 16, 2), max_tokens=100, max_rows=14)
     runner = Runner(work, plan)
     (result,) = runner.epoch(DataLoader(Rows(samples), batch_size=4, collate_fn=pad))
     assert result.split == (2, 4, 4, 3, 3) or (result.split[0] == 2 and max(result.split) <= 6)
@@ -301,7 +304,7 @@ def test_a_checkpoint_keeps_the_limits_that_an_out_of_memory_lowered() -> None:
         work = Workload(
             model, pad(samples[:2]), loss=loss, count=token_count, optimizer=Capture, lengths=lengths, max_tokens=100
         )
-        return Runner(work, replace(plan_for(work, 16, 4), max_tokens=100, most_rows=14))
+        return Runner(work, changed_plan(plan_for(work, 16, 4), max_tokens=100, max_rows=14))
 
     first, second = made(), made()
     (lowered,) = first.epoch(DataLoader(Rows(samples), batch_size=4, collate_fn=pad))

@@ -102,9 +102,14 @@ def test_tune_finds_a_plan_that_run_trains_with(folder: Path) -> None:
     assert set(trial["numerics"]) == set() and trial["peak_bytes"] > 0  # fused is the plain choice of this space
     assert "trial 0 (1 of 40)" in out.stderr and "a workload may print" in out.stderr
     plan = Plan.load(folder / "p.json")
-    assert plan.verified and plan.split == (16,) * 4 and plan.workload == "mine.py:workload"
-    assert plan.configuration["checkpointing"] == 1 and plan.fingerprint["optimizer"] == "AdamW fused"
-    assert "checkpointing every block" in plan.fingerprint["configuration"] and "configuration" in plan.reasons
+    assert plan.verified and plan.split == (16,) * 4 and plan.request.workload == "mine.py:workload"
+    assert (
+        plan.schedule.configuration["checkpointing"] == 1 and plan.provenance.fingerprint["optimizer"] == "AdamW fused"
+    )
+    assert (
+        "checkpointing every block" in plan.provenance.fingerprint["configuration"]
+        and "configuration" in plan.provenance.reasons
+    )
     result = json.loads(run("run", "p.json", "--steps", "2", "--json", cwd=folder).stdout)
     assert result["steps"] == 2 and result["accumulation_steps"] == 4
     assert "checkpointing every block" in run("explain", "p.json", cwd=folder).stdout
@@ -153,7 +158,7 @@ def test_a_function_with_an_argument_and_loader_workers(folder: Path, monkeypatc
     assert torch.equal(before, torch.get_rng_state())
     assert len(found.trials) == found.space == 4 and {trial.state for trial in found.trials} == {"measured"}
     assert found.best.turns and found.trials[found.plain or 0].turns == found.best.turns  # loader workers and all
-    assert found.plan.workload is None
+    assert found.plan.request.workload is None
     work = configure(mine.deeper(2), found.plan)
     assert Runner(work, found.plan).step(tuple(torch.cat([leaf] * 16) for leaf in work.sample)).samples == 64
 
@@ -162,7 +167,9 @@ def test_a_function_with_an_argument_and_loader_workers(folder: Path, monkeypatc
 def test_what_can_not_fit_is_pruned_unrun_and_where_nothing_fits_it_is_said(folder: Path) -> None:
     source = f"{folder / 'mine.py'}:hungry"
     space = SearchSpace(("fp32",), (0, 1), optimizer=("loop",), micro_batch=("largest", 8, 64))
-    base = tune(source, target_batch=64, space=replace(space, micro_batch=(8,), checkpointing=(0,))).plan.baseline_bytes
+    base = tune(
+        source, target_batch=64, space=replace(space, micro_batch=(8,), checkpointing=(0,))
+    ).plan.memory.baseline_bytes
     found = tune(source, target_batch=64, space=space, sampler="grid", memory=base + 150 * MIB)
     states = {(t.configuration["checkpointing"], t.configuration["micro_batch"]): t for t in found.trials}
     pruned = states[0, 64]
@@ -212,5 +219,8 @@ def test_on_a_virtual_gpu_memory_alone_is_ranked_and_said(folder: Path) -> None:
     out = run(*args, "--sampler", "grid", "-o", "gpu.json", cwd=folder)
     assert "a virtual GPU computes nothing, so there is no time" in out.stdout
     plan: Any = Plan.load(folder / "gpu.json")
-    assert plan.virtual and "expandable_segments" in plan.configuration
-    assert "the test that checkpointing keeps the gradient" in out.stdout or not plan.configuration["checkpointing"]
+    assert plan.device.is_virtual and "expandable_segments" in plan.schedule.configuration
+    assert (
+        "the test that checkpointing keeps the gradient" in out.stdout
+        or not plan.schedule.configuration["checkpointing"]
+    )

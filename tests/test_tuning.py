@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_fields import changed_plan
 from strategies import made_up_plan
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -289,10 +290,10 @@ def test_what_changes_numbers_is_named_and_checkpointing_is_not() -> None:
 def test_a_plan_file_with_a_configuration_comes_back_and_one_without_is_read(tmp_path: Path) -> None:
     plan = made_up_plan()
     assert Plan.from_json(plan.to_json()) == plan
-    assert Configuration.from_values(plan.configuration).checkpointing == 2
+    assert Configuration.from_values(plan.schedule.configuration).checkpointing == 2
     old = json.loads(plan.to_json())
-    del old["configuration"]
-    assert Plan.from_json(json.dumps(old)).configuration == {}
+    del old["schedule"]["configuration"]
+    assert Plan.from_json(json.dumps(old)).schedule.configuration == {}
 
 
 def test_the_runner_takes_a_tuned_plan_with_its_configuration_only() -> None:
@@ -301,14 +302,14 @@ def test_the_runner_takes_a_tuned_plan_with_its_configuration_only() -> None:
     with configured(work, configuration) as changed:
         plan = fit_plan(changed, target_batch=12, max_micro_batch=6, budget="8GiB", verify=False, elsewhere=True)
     assert plan.exactness.startswith(("exact", "same distribution"))
-    plan = replace(plan, configuration=configuration.values())
+    plan = changed_plan(plan, configuration=configuration.values())
     with pytest.raises(PlanMismatch, match="configuration: planned 'bf16, checkpointing every block, foreach"):
         Runner(replace(work, precision="bf16", optimizer=lambda p: torch.optim.AdamW(p, foreach=True)), plan)
     ready = configure(work, plan)
     batch = tuple(torch.cat([leaf, leaf]) for leaf in work.sample)
     assert Runner(ready, plan).step(batch).split == (6, 6)
     assert "forward" in vars(work.model.blocks[0])  # type: ignore[index, arg-type]
-    own = replace(plan, configuration={**plan.configuration, "depth": 3})
+    own = changed_plan(plan, configuration={**plan.schedule.configuration, "depth": 3})
     with pytest.raises(UsageError, match="no choice named 'depth'"):
         configure(workload(), own)
 
@@ -875,7 +876,7 @@ def test_run_sets_the_allocators_variable_where_the_plan_was_tuned_with_it() -> 
 
     plan = made_up_plan()
     assert _environment(plan) is None
-    told = _environment(replace(plan, configuration={"expandable_segments": True})) or {}
+    told = _environment(changed_plan(plan, configuration={"expandable_segments": True})) or {}
     assert "expandable_segments:True" in told["PYTORCH_CUDA_ALLOC_CONF"] and "PATH" in told
 
 

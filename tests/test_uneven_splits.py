@@ -9,13 +9,13 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from plan_fields import changed_plan
 from strategies import made_up_plan
 
 from autoaccum import Runner, fit_plan
@@ -159,9 +159,9 @@ def test_a_size_that_fits_beside_a_smaller_one_only_is_not_the_largest_that_fits
 
 
 def test_the_summary_says_that_the_largest_is_smaller_than_the_plans() -> None:
-    plan = replace(made_up_plan(), largest_micro_batch=51, largest_is_capped=False)
+    plan = changed_plan(made_up_plan(), largest_micro_batch=51, largest_is_capped=False)
     assert "a micro-batch of 51 is the largest that fits all through a window; 52 does beside" in plan.explain()
-    plan = replace(plan, largest_micro_batch=57)
+    plan = changed_plan(plan, largest_micro_batch=57)
     assert "a micro-batch of 57 is the largest that fits" in plan.explain() and "beside" not in plan.explain()
 
 
@@ -182,7 +182,7 @@ def test_why_a_step_fewer_does_not_fit_is_said_where_its_sizes_would(
         assert found == {}
         return
     assert found["fewer_steps"].startswith(why)
-    told = replace(made_up_plan(), reasons=dict(made_up_plan().reasons) | found)
+    told = changed_plan(made_up_plan(), reasons=dict(made_up_plan().provenance.reasons) | found)
     assert told.explain().count(found["fewer_steps"]) == 2, "in the summary and under fewer steps"
     assert "would need micro-batches of up to" not in told.explain()
 

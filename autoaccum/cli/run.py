@@ -43,12 +43,12 @@ def run(
     check_count("--steps", steps, example=100)
     check_seconds("--checkpoint-seconds", checkpoint_seconds)
     read = Plan.load(plan)
-    if read.workload is None:
+    if read.request.workload is None:
         raise UsageError(
             f"{plan} was made in Python, so it names no workload to run.",
             hint="Train it there: Runner(workload, plan).epoch(loader); or plan with --workload FILE.py:FUNCTION.",
         )
-    check_source(read.workload)
+    check_source(read.request.workload)
     if checkpoint is not None:
         check_output(checkpoint, force=True)
     arguments = {
@@ -73,7 +73,7 @@ def run(
 
 def _environment(plan: Plan) -> dict[str, str] | None:
     """What a tuned plan needs to be set before torch is loaded; None for nothing."""
-    if not plan.configuration.get("expandable_segments"):
+    if not plan.schedule.configuration.get("expandable_segments"):
         return None
     from ..configuration import allocator_settings
 

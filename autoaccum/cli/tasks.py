@@ -20,27 +20,27 @@ def run(
     from ..runner.loop import train
 
     read = Plan.from_json(plan)
-    assert read.workload is not None
+    assert read.request.workload is not None
     if read.on_cuda:
         import torch
 
         if not torch.cuda.is_available():
             raise UsageError(
-                f"The plan is for {read.device}, and torch sees no CUDA device here.",
+                f"The plan is for {read.device.name}, and torch sees no CUDA device here.",
                 "A plan for one device says nothing about another.",
                 "Run it where that GPU is, or plan for this machine: autoaccum plan --target-batch "
-                f"{read.target_batch} --workload {read.workload}",
+                f"{read.target_batch} --workload {read.request.workload}",
             )
         from ..devices.registry import get_device
 
-        workload = load_workload(read.workload, "cuda")
+        workload = load_workload(read.request.workload, "cuda")
         workload.model.to("cuda")
-        get_device(torch.device("cuda")).limit_memory(read.budget.bytes)
+        get_device(torch.device("cuda")).limit_memory(read.budget_bytes)
     else:
-        workload = load_workload(read.workload)
-        limit_data(read.budget.bytes)
-    say({"say": f"limited to {show_bytes(read.budget.bytes)}"})
-    if read.configuration:
+        workload = load_workload(read.request.workload)
+        limit_data(read.budget_bytes)
+    say({"say": f"limited to {show_bytes(read.budget_bytes)}"})
+    if read.schedule.configuration:
         from ..tuning.apply import configure
 
         workload = configure(workload, read)

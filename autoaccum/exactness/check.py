@@ -148,14 +148,14 @@ def check_plan(plan: Plan, workload: Workload, progress: Callable[[str], None] =
 
 def _rows_at_once(plan: Plan, workload: Workload) -> int:
     """Samples that fit at once in the precision of the test, where that is: in the plan's budget, or on the host."""
-    least, most = plan.peaks[0], plan.peaks[-1]
+    least, most = plan.memory.peaks[0], plan.memory.peaks[-1]
     more = most.micro_batch - least.micro_batch
     each = (most.first_bytes - least.first_bytes) / more if more else least.first_bytes / least.micro_batch
     small = _is_small(workload)
-    if small and plan.device != "cpu":  # tested in double precision on the host, of which half is left alone
+    if small and plan.device.name != "cpu":  # tested in double precision on the host, of which half is left alone
         fit = int((available_bytes() or 0) / 2 / max(each, 1))
     else:
-        room = plan.budget_bytes - plan.baseline_bytes - least.first_bytes
+        room = plan.budget_bytes - plan.memory.baseline_bytes - least.first_bytes
         fit = max(least.micro_batch + int(room / max(each, 1)), plan.micro_batch)
     if small or workload.precision is not None or _is_half(workload.model):
         fit //= 2  # double precision, or single in place of half: a sample takes twice what it takes in the plan
@@ -167,7 +167,9 @@ def with_verdict(plan: Plan, verdict: Verdict) -> Plan:
     notes = verdict.advice
     if plan.accumulation_steps == 1 and not verdict.exact and verdict.kind != UNKNOWN:
         notes = ("This plan's one micro-batch is the whole batch, so that its gradient is exact all the same.", *notes)
-    return replace(plan, exactness=verdict.words, notes=(*plan.notes, *notes))
+    evidence = replace(plan.evidence, exactness=verdict.words)
+    provenance = replace(plan.provenance, notes=(*plan.notes, *notes))
+    return replace(plan, evidence=evidence, provenance=provenance)
 
 
 def unknown(why: str, *told: str) -> Verdict:

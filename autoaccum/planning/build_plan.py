@@ -8,7 +8,17 @@ from typing import Any
 
 from ..errors import DoesNotFit
 from ..phases import PHASE_TITLES, PHASES
-from ..plan import FASTEST, PeakRow, Plan
+from ..plan import (
+    FASTEST,
+    EvidenceSection,
+    MemorySection,
+    PeakRow,
+    Plan,
+    ProvenanceSection,
+    RequestSection,
+    ScheduleSection,
+    TimingSection,
+)
 from ..simulation import breakdown
 from ..simulation.knee import knee
 from ..simulation.solver import Solution, Split, balanced, is_even, largest_micro_batch
@@ -20,18 +30,12 @@ from ..workload import Workload
 from . import observe
 from .environment import versions
 from .growth import told
-from .predictor import MemoryPredictor
+from .predictor import DeviceFigures, MemoryPredictor, VerifiedFigures
 from .request import dataset_note
 from .timing import Times
 
 TABLE_ROWS = 256  # every size up to twice the largest that fits, or where those are more, some of them
 TABLE_ROWS_CUDA = 96  # a replay of the caching allocator takes longer
-UNVERIFIED: dict[str, Any] = {
-    "measured_peak_bytes": None,
-    "resident_peak_bytes": None,
-    "kernel_time_fraction": None,
-    "window_seconds": None,
-}
 
 
 def plan(
@@ -41,61 +45,99 @@ def plan(
     workload: Workload,
     assumed: Sequence[str],
     timed: Times,
-    most_rows: int | None = None,
+    max_rows: int | None = None,
 ) -> Plan:
-    """The plan of a solution, as it stands before everything is put back."""
-    request, evidence, split = predictor.request, predictor.evidence, solution.split
-    in_new_process = predictor.peak_bytes(split, "new_process")
-    phases = dict(predictor.phases(split))
-    history = max(predictor.peak_bytes(split, name) for name in request.histories) - (
-        in_new_process - predictor.kept_bytes(split)
-    )
-    process = "this process" if history > predictor.kept_bytes(split) else "a new process"
-    growth = predictor.growth_bytes(split)
-    binding = max((name for name in phases if name in PHASES), key=lambda name: phases[name])
+    """Build the plan of a solution, before the process's state is restored.
+
+    Args:
+        predictor: The predictor that found the solution.
+        solution: The split.
+        measured: The verification run's measurements; None if it was not run.
+        workload: The workload, its sample at the longest.
+        assumed: Remarks on what was assumed, for the notes.
+        timed: Optimizer steps that were timed.
+        max_rows: The most rows of short samples that were tried.
+    """
+    request, split = predictor.request, solution.split
     largest, capped = _largest(predictor, split)
+    figures = predictor.device_figures(split, largest)
+    verified = predictor.verified_figures(measured, split) if measured is not None else VerifiedFigures()
+    remarks = [*assumed, dataset_note(request, split[0]), _tokens_note(workload, split, max_rows)]
     return Plan(
-        target_batch=request.target_batch or split[0] * request.world_size,
-        world_size=request.world_size,
-        micro_batch=split[0],
-        accumulation_steps=len(split),
-        split=split,
-        largest_micro_batch=largest,
-        largest_is_capped=capped,
+        request=RequestSection(
+            target_batch=request.target_batch or split[0] * request.world_size,
+            world_size=request.world_size,
+            min_micro_batch=request.least,
+            max_micro_batch=request.most if request.is_bounded else None,
+            objective=request.objective,
+            workload=workload.name,
+        ),
+        schedule=ScheduleSection(
+            micro_batch=split[0],
+            accumulation_steps=len(split),
+            split=split,
+            largest_micro_batch=largest,
+            largest_is_capped=capped,
+            largest_without_retries=figures.largest_without_retries,
+            largest_with_expandable_segments=figures.largest_with_expandable_segments,
+            max_tokens=token_budget(workload, split[0]),
+            max_rows=max_rows,
+        ),
+        memory=_memory(predictor, split, figures, {largest, *(size.micro_batch for size in timed.sizes)}),
+        evidence=EvidenceSection(
+            method=predictor.evidence.method,
+            recordings=tuple(predictor.evidence.notes),
+            exactness="unchecked",
+            measured_peak_bytes=verified.measured_peak_bytes,
+            resident_peak_bytes=verified.resident_peak_bytes,
+            allocated_peak_bytes=verified.allocated_peak_bytes,
+            this_process_peak_bytes=figures.this_process_peak_bytes,
+        ),
+        timing=TimingSection(verified.window_seconds, verified.kernel_time_fraction, timed.sizes),
+        provenance=ProvenanceSection(
+            signature=signature(workload.sample),
+            fingerprint=fingerprint(predictor.subject.context),
+            reasons=_reasons(predictor, split, measured, timed, largest),
+            notes=_notes(predictor, split, remarks),
+            environment=versions(),
+        ),
+        device=figures.device,
+    )
+
+
+def _memory(predictor: MemoryPredictor, split: Split, figures: DeviceFigures, known: set[int]) -> MemorySection:
+    """Return the predicted memory of a split's window.
+
+    Args:
+        predictor: The predictor that found the split.
+        split: Samples in each micro-batch.
+        figures: The device's own figures.
+        known: Micro-batches that the table of peaks must include.
+    """
+    phases = dict(predictor.phases(split))
+    kept = predictor.kept_bytes(split)
+    history = max(predictor.peak_bytes(split, name) for name in predictor.request.histories) - (
+        predictor.peak_bytes(split, "new_process") - kept
+    )
+    binding = max((name for name in phases if name in PHASES), key=lambda name: phases[name])
+    found, growth = predictor.evidence.growth, predictor.growth_bytes(split)
+    return MemorySection(
         budget=predictor.budget,
         baseline_bytes=predictor.baseline_bytes,
         input_bytes=predictor.input_bytes(sum(split)),
         history_bytes=history,
         predicted_peak_bytes=predictor.worst_bytes(split),
         phases=phases,
-        binding_constraint=f"{PHASE_TITLES[binding]}, {process}",
-        exactness="unchecked",
-        peaks=_table(predictor, split, {largest, *(size.micro_batch for size in timed.sizes)}),
-        signature=signature(workload.sample),
-        fingerprint=fingerprint(predictor.subject.context),
-        method=evidence.method,
-        mmap_threshold_bytes=predictor.subject.mmap_threshold_bytes,
-        recordings=tuple(evidence.notes),
-        reasons=_reasons(predictor, split, measured, timed, largest),
-        notes=_notes(
-            predictor, split, [*assumed, dataset_note(request, split[0]), _tokens_note(workload, split, most_rows)]
-        ),
+        binding_constraint=f"{PHASE_TITLES[binding]}, {'this process' if history > kept else 'a new process'}",
+        peaks=_table(predictor, split, known),
         malloc_overhead=predictor.malloc_overhead,
-        min_micro_batch=request.least,
-        workload=workload.name,
         sample_bytes=predictor.sample_bytes,
-        max_micro_batch=request.most if request.is_bounded else None,
-        max_tokens=token_budget(workload, split[0]),
-        most_rows=most_rows,
-        composition=_composition(predictor, split, phases),
-        timeline=timeline(*observe.window_of(evidence, split)),
-        times=timed.sizes,
-        objective=request.objective,
-        environment=versions(),
+        retries=figures.retries,
+        plain_loop_peak_bytes=figures.plain_loop_peak_bytes,
         growth_bytes=growth,
-        growth_where=told(evidence.growth) if evidence.growth is not None and growth else "",
-        **predictor.own_fields(split, largest),
-        **(predictor.measured_fields(measured, split) if measured is not None else UNVERIFIED),
+        growth_where=told(found) if found is not None and growth else "",
+        composition=_composition(predictor, split, phases),
+        timeline=timeline(*observe.window_of(predictor.evidence, split)),
     )
 
 
@@ -256,11 +298,11 @@ def _growth_notes(predictor: MemoryPredictor, split: Split) -> list[str]:
     ]
 
 
-def _tokens_note(workload: Workload, split: Split, most_rows: int | None) -> str:
+def _tokens_note(workload: Workload, split: Split, max_rows: int | None) -> str:
     tokens = token_budget(workload, split[0])
     if tokens is None:
         return ""
-    tried = f"shorter ones in up to {most_rows} rows, as was tried" if most_rows else "shorter ones in no more rows"
+    tried = f"shorter ones in up to {max_rows} rows, as was tried" if max_rows else "shorter ones in no more rows"
     return f"For the longest samples; {tried}, and no micro-batch has more than {tokens:,} padded tokens."
 
 

@@ -137,7 +137,7 @@ def fit_plan(
     if progress is not None:
         setting = replace(setting, progress=progress)
     plan = plan_in(setting, workload, request, assumed=assumed, verify=verify, check=check, malloc=malloc)
-    return replace(plan, seconds=time.perf_counter() - started)
+    return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
 
 
 def plan_in(

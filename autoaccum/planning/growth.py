@@ -190,6 +190,7 @@ def told(growth: Growth) -> str:
 
 def at_run_time(plan: Plan) -> str:
     """What planning saw of a growth, for the warning of a window that took too much; "" where it saw none."""
-    if not plan.growth_bytes:
+    memory = plan.memory
+    if not memory.growth_bytes:
         return ""
-    return f"Each window keeps {show_bytes(plan.growth_bytes)} more than the one before it: {plan.growth_where}."
+    return f"Each window keeps {show_bytes(memory.growth_bytes)} more than the one before it: {memory.growth_where}."

@@ -83,7 +83,7 @@ def plan_on_gpu(
     subject = RecordingTarget if gpu is None else predictor_virtual.EmptySubject
     setting = PlanningEnvironment(device, look, build, keep=False, progress=progress, subject=subject)
     plan = plan_in(setting, workload, request, verify=verify, check=check)
-    return replace(plan, seconds=time.perf_counter() - started)
+    return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
 
 
 def build_on(

@@ -14,7 +14,7 @@ import torch
 
 from ..budget import Budget
 from ..data import tree
-from ..plan import PeakRow
+from ..plan import DeviceSection, PeakRow
 from ..simulation.recording import Phase, kept_blocks, live_peak
 from ..simulation.solver import CAPACITY_MARGIN, Solution, Split, is_even
 from ..units import show_bytes
@@ -26,6 +26,29 @@ VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the t
 RAN_OUT = 1.25  # times as much as was thought, where a compiled window ran out of memory
 FAR_OFF = 0.1  # of the whole peak: a prediction so far from a verification is questioned, even where that held
 AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more teaches instead of confirming
+
+
+@dataclass(frozen=True)
+class DeviceFigures:
+    """Figures of a plan that depend on the kind of device; the defaults are a CPU's."""
+
+    device: DeviceSection
+    retries: tuple[int, ...] = ()
+    this_process_peak_bytes: int | None = None
+    plain_loop_peak_bytes: int | None = None
+    largest_without_retries: int | None = None
+    largest_with_expandable_segments: int | None = None
+
+
+@dataclass(frozen=True)
+class VerifiedFigures:
+    """Figures of a plan that its verification run measured; the defaults are those of a plan without one."""
+
+    measured_peak_bytes: int | None = None
+    resident_peak_bytes: int | None = None
+    allocated_peak_bytes: int | None = None
+    window_seconds: float | None = None
+    kernel_time_fraction: float | None = None
 
 
 @dataclass
@@ -116,12 +139,12 @@ class MemoryPredictor(ABC):
         """What the base is, in words."""
 
     @abstractmethod
-    def own_fields(self, split: Split, largest: int) -> dict[str, Any]:
-        """Fields of a plan that this kind of device has a say in."""
+    def device_figures(self, split: Split, largest: int) -> DeviceFigures:
+        """Return the figures of a plan that depend on the kind of device."""
 
     @abstractmethod
-    def measured_fields(self, measured: Any, split: Split) -> dict[str, Any]:
-        """Fields of a plan that come of its verification."""
+    def verified_figures(self, measured: Any, split: Split) -> VerifiedFigures:
+        """Return the figures of a plan that its verification run measured."""
 
     @abstractmethod
     def reasons(self, split: Split) -> dict[str, str]:

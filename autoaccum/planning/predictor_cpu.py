@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from .. import process_memory
 from ..devices.cpu.device import CpuDevice, CpuMeasurement
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
-from ..plan import PeakRow
+from ..plan import DeviceSection, PeakRow
 from ..simulation.malloc import EMPTY, HeapState, Replay
 from ..simulation.recording import Phase, live_peak
 from ..simulation.solver import Split, balanced
@@ -17,7 +16,7 @@ from ..units import show_bytes
 from . import observe
 from .growth import WINDOWS
 from .observe import Evidence, RecordingTarget
-from .predictor import AGREES_WITHIN, RAN_OUT, MemoryPredictor, verified_part
+from .predictor import AGREES_WITHIN, RAN_OUT, DeviceFigures, MemoryPredictor, VerifiedFigures, verified_part
 from .request import PlanRequest
 
 HOLES_SAID = 0.01  # of budget or baseline, whichever is more: holes in the heap from there on are said
@@ -119,24 +118,25 @@ class CpuPredictor(MemoryPredictor):
         """What the base is."""
         return "the process before training"
 
-    def own_fields(self, split: Split, largest: int) -> dict[str, Any]:
-        """The device's name."""
-        return {"device": self.device.name}
+    def device_figures(self, split: Split, largest: int) -> DeviceFigures:
+        """Return the device's name and the malloc setting."""
+        threshold = self.subject.mmap_threshold_bytes
+        return DeviceFigures(DeviceSection(self.device.name, mmap_threshold_bytes=threshold))
 
-    def measured_fields(self, measured: CpuMeasurement, split: Split) -> dict[str, Any]:
-        """What the verified windows took, and the samples that the rest of a whole window adds."""
+    def verified_figures(self, measured: CpuMeasurement, split: Split) -> VerifiedFigures:
+        """Return the verified windows' figures, with the samples that the rest of a whole window adds."""
         verified = verified_part(split)
         rest = self.input_bytes(sum(split)) - self.input_bytes(sum(verified))
         ran = verified[0] + 2 * sum(verified)
         if self.evidence.growth is not None:
             rest = self.worst_bytes(split) - self.worst_bytes(verified) + self._not_kept_yet(verified)
             rest += self.leaked_bytes if "this_process" in self.request.histories else 0
-        return {
-            "measured_peak_bytes": self.baseline_bytes + measured.increment_bytes + rest,
-            "resident_peak_bytes": measured.resident_bytes,
-            "kernel_time_fraction": measured.system_share,
-            "window_seconds": measured.seconds * sum(split) / ran,
-        }
+        return VerifiedFigures(
+            measured_peak_bytes=self.baseline_bytes + measured.increment_bytes + rest,
+            resident_peak_bytes=measured.resident_bytes,
+            kernel_time_fraction=measured.system_share,
+            window_seconds=measured.seconds * sum(split) / ran,
+        )
 
     def reasons(self, split: Split) -> dict[str, str]:
         """In committed bytes."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from ..devices.cuda.device import CudaDevice, CudaMeasurement
 from ..devices.cuda.model_blocks import model_blocks, reserved_bytes_of
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
-from ..plan import PeakRow
+from ..plan import DeviceSection, PeakRow
 from ..simulation import saturation
 from ..simulation.cuda_allocator.allocator import EMPTY, AllocatorState, CudaRules
 from ..simulation.from_verification import distinct_recordings, verified_recording, with_released_workspaces
@@ -31,7 +30,7 @@ from ..window import fp32_accumulation
 from . import observe
 from .growth import WINDOWS
 from .observe import Evidence, RecordingTarget
-from .predictor import AGREES_WITHIN, RAN_OUT, MemoryPredictor, verified_part
+from .predictor import AGREES_WITHIN, RAN_OUT, DeviceFigures, MemoryPredictor, VerifiedFigures, verified_part
 from .request import PlanRequest
 
 THIS_PROCESS = "this_process"
@@ -305,19 +304,18 @@ class CudaPredictor(MemoryPredictor):
         """What the base is."""
         return "the model"
 
-    def own_fields(self, split: Split, largest: int) -> dict[str, Any]:
-        """The GPU, the retries, and what other settings of the allocator would allow."""
+    def device_figures(self, split: Split, largest: int) -> DeviceFigures:
+        """Return the GPU, the retries, and what other settings of the allocator would allow."""
         limited = self.replayed(split, self.request.histories[0], self.budget.bytes, kept=self.keeps(split))
-        return {
-            "device": self.device.name,
-            "virtual": not self.device.computes,
-            "retries": limited.retries,
-            "this_process_peak_bytes": self.peak_bytes(split, THIS_PROCESS),
-            "plain_loop_peak_bytes": None if self._sums_wide(split) else self._peak(split, "new_process", kept=True),
-            "keeps_workspaces": self.keeps(split),
-            "largest_without_retries": self._largest(largest, expandable=None),
-            "largest_with_expandable_segments": self._largest(None, expandable=True),
-        }
+        device, threshold = self.device, self.subject.mmap_threshold_bytes
+        return DeviceFigures(
+            DeviceSection(device.name, not device.computes, threshold, self.keeps(split)),
+            retries=limited.retries,
+            this_process_peak_bytes=self.peak_bytes(split, THIS_PROCESS),
+            plain_loop_peak_bytes=None if self._sums_wide(split) else self._peak(split, "new_process", kept=True),
+            largest_without_retries=self._largest(largest, expandable=None),
+            largest_with_expandable_segments=self._largest(None, expandable=True),
+        )
 
     def _sums_wide(self, split: Split) -> bool:
         """Whether the window's gradients add up in a wider precision than a plain loop's."""
@@ -344,16 +342,14 @@ class CudaPredictor(MemoryPredictor):
         reach = most or self.request.most
         return largest_micro_batch(fits, self.later_floor, budget_bytes=self.usable_bytes, max_size=reach) or None
 
-    def measured_fields(self, measured: CudaMeasurement, split: Split) -> dict[str, Any]:
-        """What the allocator counted. A virtual GPU has no time."""
+    def verified_figures(self, measured: CudaMeasurement, split: Split) -> VerifiedFigures:
+        """Return the allocator's counts, and the time unless the GPU is virtual."""
         seconds = measured.seconds * sum(split) / (2 * sum(verified_part(split)))
-        return {
-            "measured_peak_bytes": measured.peak_bytes,
-            "resident_peak_bytes": None,
-            "allocated_peak_bytes": measured.allocated_bytes,
-            "kernel_time_fraction": None,
-            "window_seconds": seconds if self.device.computes else None,
-        }
+        return VerifiedFigures(
+            measured_peak_bytes=measured.peak_bytes,
+            allocated_peak_bytes=measured.allocated_bytes,
+            window_seconds=seconds if self.device.computes else None,
+        )
 
     def reasons(self, split: Split) -> dict[str, str]:
         """In reserved bytes."""

@@ -224,7 +224,7 @@ def time_smaller(
 ) -> timing.Times:
     """Times the solution's micro-batch and smaller ones, for as long as is allowed."""
     split = solution.split
-    seconds = predictor.measured_fields(measured, split)["window_seconds"] if measured is not None else None
+    seconds = predictor.verified_figures(measured, split).window_seconds if measured is not None else None
     return timing.time_sizes(
         predictor, split, seconds, timing.allowed_seconds(predictor.request, planning_seconds), start_over
     )

@@ -58,14 +58,14 @@ def peaks(plan: Plan, rows: Rows, points: Rows) -> Chart | None:
     if len(rows) < 2:
         return None
     x_most = float(rows[-1]["micro_batch"])
-    y_most = _round_up(max(rows[-1]["peak_bytes"], min(1.15 * plan.budget.bytes, 1.6 * rows[-1]["peak_bytes"])))
+    y_most = _round_up(max(rows[-1]["peak_bytes"], min(1.15 * plan.budget_bytes, 1.6 * rows[-1]["peak_bytes"])))
     line = [(row["micro_batch"], row["peak_bytes"]) for row in rows]
     marks = [
         Mark(point["point"].replace(" ", "-"), _percent(point["micro_batch"], x_most), _percent(size, y_most))
         for point in points
         if (size := point["peak_bytes"]) <= y_most and point["micro_batch"] <= x_most
     ]
-    for name, size in (("base", plan.baseline_bytes), ("budget", plan.budget.bytes)):
+    for name, size in (("base", plan.memory.baseline_bytes), ("budget", plan.budget_bytes)):
         if size <= y_most:
             marks.append(Mark(name, 0, _percent(size, y_most), show_bytes(size)))
     paths = {"peak": _path(line, x_most, y_most)}
@@ -77,13 +77,13 @@ def timeline(plan: Plan, rows: Rows) -> Chart | None:
     if not rows:
         return None
     parts = rows[-1]["part"] + 1
-    y_most = _round_up(max(max(row["bytes"] for row in rows), 1.1 * min(plan.budget.bytes, 2 * rows[0]["bytes"])))
+    y_most = _round_up(max(max(row["bytes"] for row in rows), 1.1 * min(plan.budget_bytes, 2 * rows[0]["bytes"])))
     line = [(row["part"] + row["position"], row["bytes"]) for row in rows]
     ends = [(0, line[0][1]), *line, (parts, line[-1][1])]
     area = _path([(0, 0), *ends, (parts, 0)], parts, y_most) + "Z"
     marks = [
         Mark(name, 0, _percent(size, y_most), show_bytes(size))
-        for name, size in (("base", plan.baseline_bytes), ("budget", plan.budget.bytes))
+        for name, size in (("base", plan.memory.baseline_bytes), ("budget", plan.budget_bytes))
         if size <= y_most
     ]
     paths = {"area": area, "peak": _path(ends, parts, y_most)}

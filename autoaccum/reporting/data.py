@@ -64,7 +64,7 @@ def frames(plan: Plan) -> dict[str, pd.DataFrame]:
 
 def usable_bytes(plan: Plan) -> int:
     """The budget less the margin that a plan keeps."""
-    return int(plan.budget.bytes * (1 - CAPACITY_MARGIN))
+    return int(plan.budget_bytes * (1 - CAPACITY_MARGIN))
 
 
 def show_split(samples: int, steps: int) -> str:
@@ -79,7 +79,7 @@ def show_runs(counts: Mapping[int, int]) -> str:
 
 
 def _figures(plan: Plan) -> Rows:
-    real, reasons = measured(plan), plan.reasons
+    real, reasons = measured(plan), plan.provenance.reasons
     rows: list[tuple[str, float, str, Kind, str]] = [
         ("target batch", plan.target_batch, "samples", Kind.GIVEN, ""),
         ("ranks", plan.world_size, "", Kind.GIVEN, ""),
@@ -88,37 +88,39 @@ def _figures(plan: Plan) -> Rows:
         (
             "largest micro-batch",
             plan.largest_micro_batch,
-            "samples, at least" if plan.largest_is_capped else "samples",
+            "samples, at least" if plan.schedule.largest_is_capped else "samples",
             Kind.PREDICTED,
             reasons.get("largest_micro_batch", ""),
         ),
-        ("budget", plan.budget.bytes, "bytes", Kind.GIVEN, reasons.get("budget_bytes", "")),
-        ("before training", plan.baseline_bytes, "bytes", real, reasons.get("baseline_bytes", "")),
-        ("peak, predicted", plan.predicted_peak_bytes, "bytes", Kind.PREDICTED, plan.binding_constraint),
+        ("budget", plan.budget_bytes, "bytes", Kind.GIVEN, reasons.get("budget_bytes", "")),
+        ("before training", plan.memory.baseline_bytes, "bytes", real, reasons.get("baseline_bytes", "")),
+        ("peak, predicted", plan.predicted_peak_bytes, "bytes", Kind.PREDICTED, plan.memory.binding_constraint),
     ]
     if plan.measured_peak_bytes is not None:
         rows.append(("peak, measured", plan.measured_peak_bytes, "bytes", real, reasons.get("measured_peak_bytes", "")))
-    if plan.resident_peak_bytes is not None and plan.device == "cpu":
-        rows.append(("peak in memory", plan.resident_peak_bytes, "bytes", real, "the part that was resident at once"))
-    if plan.window_seconds is not None:
+    if plan.evidence.resident_peak_bytes is not None and plan.device.name == "cpu":
+        rows.append(
+            ("peak in memory", plan.evidence.resident_peak_bytes, "bytes", real, "the part that was resident at once")
+        )
+    if plan.timing.window_seconds is not None:
         why = "reckoned from the verification's windows, by samples"
-        rows.append(("optimizer step", plan.window_seconds, "seconds", real, why))
-    if plan.seconds and not plan.virtual:  # a virtual GPU has no times
-        rows.append(("planning", plan.seconds, "seconds", real, ""))
+        rows.append(("optimizer step", plan.timing.window_seconds, "seconds", real, why))
+    if plan.provenance.planning_seconds and not plan.device.is_virtual:  # a virtual GPU has no times
+        rows.append(("planning", plan.provenance.planning_seconds, "seconds", real, ""))
     return [dict(zip(("figure", "value", "unit", "kind", "why"), row, strict=True)) for row in rows]
 
 
 def total_bytes(plan: Plan, row: PeakRow, samples: int | None = None) -> int:
     """What the process comes to with micro-batches of a row's size and the plan's own samples, summed or given."""
     steps = -(-(samples or sum(plan.split)) // row.micro_batch)
-    training = plan.input_bytes + plan.history_bytes + row.peak_bytes(steps)
-    return plan.baseline_bytes + training + int(plan.malloc_overhead * training)
+    training = plan.memory.input_bytes + plan.memory.history_bytes + row.peak_bytes(steps)
+    return plan.memory.baseline_bytes + training + int(plan.memory.malloc_overhead * training)
 
 
 def _peaks(plan: Plan) -> Rows:
     rows: Rows = []
     samples = sum(plan.split)
-    for row in sorted(plan.peaks, key=lambda row: row.micro_batch):
+    for row in sorted(plan.memory.peaks, key=lambda row: row.micro_batch):
         total = total_bytes(plan, row, samples)
         phases = {name: getattr(row, name) for name in ("first_bytes", "later_bytes", "optimizer_bytes")}
         rows.append(
@@ -129,8 +131,8 @@ def _peaks(plan: Plan) -> Rows:
 
 
 def _points(plan: Plan) -> Rows:
-    held, real = plan.baseline_bytes + plan.input_bytes, measured(plan)
-    rows = [("recorded", note.micro_batch, held + note.measured_bytes, real) for note in plan.recordings]
+    held, real = plan.memory.baseline_bytes + plan.memory.input_bytes, measured(plan)
+    rows = [("recorded", note.micro_batch, held + note.measured_bytes, real) for note in plan.evidence.recordings]
     rows.append(("chosen", plan.micro_batch, plan.predicted_peak_bytes, Kind.PREDICTED))
     if plan.measured_peak_bytes is not None:
         rows.append(("verified", plan.micro_batch, plan.measured_peak_bytes, real))
@@ -143,23 +145,23 @@ def _points(plan: Plan) -> Rows:
 def _composition(plan: Plan) -> Rows:
     return [
         {"phase": phase, "category": category, "bytes": size, "kind": Kind.PREDICTED}
-        for phase, parts in plan.composition.items()
+        for phase, parts in plan.memory.composition.items()
         for category, size in parts.items()
     ]
 
 
 def _timeline(plan: Plan) -> Rows:
-    held = plan.baseline_bytes + plan.input_bytes
+    held = plan.memory.baseline_bytes + plan.memory.input_bytes
     return [
         {"part": index, "phase": part.phase, "micro_batch": part.micro_batch}
         | {"position": (i + 0.5) / len(part.bytes), "bytes": held + size, "kind": Kind.PREDICTED}
-        for index, part in enumerate(plan.timeline)
+        for index, part in enumerate(plan.memory.timeline)
         for i, size in enumerate(part.bytes)
     ]
 
 
 def _times(plan: Plan) -> Rows:
-    found, rows = knee(plan.times), []
+    found, rows = knee(plan.timing.timed_sizes), []
     for each in found.compared if found is not None else ():
         assert found is not None
         timed = each.timed
@@ -175,9 +177,9 @@ def _times(plan: Plan) -> Rows:
 
 def _plans(plan: Plan) -> Rows:
     table, samples = what_if.table_of(plan), sum(plan.split)
-    times = {timed.micro_batch: timed.step_seconds for timed in plan.times}
-    if plan.window_seconds is not None:
-        times.setdefault(plan.micro_batch, plan.window_seconds)
+    times = {timed.micro_batch: timed.step_seconds for timed in plan.timing.timed_sizes}
+    if plan.timing.window_seconds is not None:
+        times.setdefault(plan.micro_batch, plan.timing.window_seconds)
     if table is None:
         return []
     rows: Rows = []
@@ -195,10 +197,10 @@ def _plans(plan: Plan) -> Rows:
             second = largest if samples % steps != 1 else last
             found = table.peak_of(samples, steps, largest, second, last)
             assert found is not None, "the table has both sizes"
-            peak, fits = found, found <= usable_bytes(plan) and largest <= (plan.max_micro_batch or largest)
+            peak, fits = found, found <= usable_bytes(plan) and largest <= (plan.request.max_micro_batch or largest)
         rows.append(
             {"accumulation_steps": steps, "split": told, "micro_batch": largest}
-            | {"peak_bytes": peak, "free_bytes": plan.budget.bytes - peak, "fits": fits, "passes": steps}
+            | {"peak_bytes": peak, "free_bytes": plan.budget_bytes - peak, "fits": fits, "passes": steps}
             | {"step_seconds": times.get(largest), "chosen": chosen, "kind": Kind.PREDICTED}
         )
     return rows
@@ -230,7 +232,7 @@ def _recordings(plan: Plan) -> Rows:
         | {"measured_bytes": note.measured_bytes, "predicted_bytes": note.predicted_bytes}
         | {"error": None if note.predicted_bytes is None else note.predicted_bytes / note.measured_bytes - 1}
         | {"kind": measured(plan)}
-        for note in plan.recordings
+        for note in plan.evidence.recordings
     ]
 
 
@@ -240,15 +242,17 @@ def _budget(plan: Plan) -> Rows:
             "limit": term.name,
             "bytes": term.bytes,
             "why": term.why,
-            "is_binding": term.name == plan.budget.binding_constraint,
+            "is_binding": term.name == plan.memory.budget.binding_constraint,
         }
         | {"kind": Kind.GIVEN}
-        for term in plan.budget.terms
+        for term in plan.memory.budget.terms
     ]
 
 
 def _environment(plan: Plan) -> Rows:
-    known = {"device": plan.device, "method": plan.method, **plan.fingerprint}
-    known |= {name: value for name, value in plan.environment.items() if name not in plan.fingerprint}
-    known |= {f"sample {leaf.path}": f"{leaf.dtype} {tuple(leaf.trailing_shape)}" for leaf in plan.signature}
+    known = {"device": plan.device.name, "method": plan.method, **plan.provenance.fingerprint}
+    known |= {
+        name: value for name, value in plan.provenance.environment.items() if name not in plan.provenance.fingerprint
+    }
+    known |= {f"sample {leaf.path}": f"{leaf.dtype} {tuple(leaf.trailing_shape)}" for leaf in plan.provenance.signature}
     return [{"name": name, "value": value} for name, value in known.items()]

@@ -19,21 +19,21 @@ class Kind(StrEnum):
 
 def measured(plan: Plan) -> Kind:
     """The kind of what planning measured: it depends on the device alone."""
-    if plan.device == "cpu":
+    if plan.device.name == "cpu":
         return Kind.CPU
     return Kind.VIRTUAL if is_virtual(plan) else Kind.GPU
 
 
 def is_virtual(plan: Plan) -> bool:
     """Whether the plan's GPU was a virtual one, which has an allocator but computes nothing and has no times."""
-    return plan.virtual
+    return plan.device.is_virtual
 
 
 def byte_word(plan: Plan) -> str:
     """What a limit limits: committed bytes on a CPU, reserved ones on a GPU."""
-    return "committed" if plan.device == "cpu" else "reserved"
+    return "committed" if plan.device.name == "cpu" else "reserved"
 
 
 def cached_word(plan: Plan) -> str:
     """What the allocator takes beyond what is alive."""
-    return "rounding and heap" if plan.device == "cpu" else "cached"
+    return "rounding and heap" if plan.device.name == "cpu" else "cached"

@@ -55,13 +55,13 @@ def escape(text: object) -> str:
 
 
 def _composition(plan: Plan) -> str:
-    names = list(dict.fromkeys(name for parts in plan.composition.values() for name in parts))
+    names = list(dict.fromkeys(name for parts in plan.memory.composition.values() for name in parts))
     rows = [
-        [words.category(plan, name), *(_told(parts.get(name), "bytes") for parts in plan.composition.values())]
+        [words.category(plan, name), *(_told(parts.get(name), "bytes") for parts in plan.memory.composition.values())]
         for name in names
     ]
-    rows.append(["in all", *(show_bytes(sum(parts.values())) for parts in plan.composition.values())])
-    return table(["held by", *map(words.phase, plan.composition)], rows)
+    rows.append(["in all", *(show_bytes(sum(parts.values())) for parts in plan.memory.composition.values())])
+    return table(["held by", *map(words.phase, plan.memory.composition)], rows)
 
 
 def _times(rows: Rows) -> str:

@@ -59,11 +59,11 @@ def context(plan: Plan) -> dict[str, Any]:
         "timeline_chart": charts.timeline(plan, data["timeline"]),
         "times_chart": charts.times(data["times"]),
         "bars": _bars(plan),
-        "categories": [name for name in CATEGORIES if any(name in parts for parts in plan.composition.values())],
+        "categories": [name for name in CATEGORIES if any(name in parts for parts in plan.memory.composition.values())],
         "plans": around_chosen(data["plans"]),
         "what_if": None if table is None else what_if.for_page(table),
-        "memory_text": _size_text(plan.budget.limit_bytes),
-        "headroom_text": _size_text(plan.budget.headroom_bytes),
+        "memory_text": _size_text(plan.memory.budget.limit_bytes),
+        "headroom_text": _size_text(plan.memory.budget.headroom_bytes),
     }
 
 
@@ -86,7 +86,7 @@ def _told(row: dict[str, Any]) -> str:
 
 def _bars(plan: Plan) -> list[dict[str, Any]]:
     """For each phase its parts, in percent of the highest phase."""
-    highest = max((sum(parts.values()) for parts in plan.composition.values()), default=0) or 1
+    highest = max((sum(parts.values()) for parts in plan.memory.composition.values()), default=0) or 1
     return [
         {
             "phase": words.phase(name),
@@ -98,7 +98,7 @@ def _bars(plan: Plan) -> list[dict[str, Any]]:
                 if size > 0
             ],
         }
-        for name, parts in plan.composition.items()
+        for name, parts in plan.memory.composition.items()
     ]
 
 

@@ -138,19 +138,19 @@ class Answer:
 
 def table_of(plan: Plan) -> Table | None:
     """The table of a plan; None where the plan has no peaks."""
-    if not plan.peaks:
+    if not plan.memory.peaks:
         return None
-    per_sample = plan.sample_bytes or -(-plan.input_bytes // sum(plan.split))
+    per_sample = plan.memory.sample_bytes or -(-plan.memory.input_bytes // sum(plan.split))
     return Table(
-        rows=tuple(sorted(plan.peaks, key=lambda row: row.micro_batch)),
-        baseline_bytes=plan.baseline_bytes,
-        history_bytes=plan.history_bytes,
-        malloc_overhead=plan.malloc_overhead,
-        sample_bytes=per_sample if plan.input_bytes else 0,
+        rows=tuple(sorted(plan.memory.peaks, key=lambda row: row.micro_batch)),
+        baseline_bytes=plan.memory.baseline_bytes,
+        history_bytes=plan.memory.history_bytes,
+        malloc_overhead=plan.memory.malloc_overhead,
+        sample_bytes=per_sample if plan.memory.input_bytes else 0,
         world_size=plan.world_size,
-        least=plan.min_micro_batch,
-        most=plan.micro_batch if plan.objective == FASTEST else plan.max_micro_batch,
-        chosen=Chosen(plan.target_batch, plan.budget.bytes, _runs(plan.split), plan.predicted_peak_bytes),
+        least=plan.request.min_micro_batch,
+        most=plan.micro_batch if plan.request.objective == FASTEST else plan.request.max_micro_batch,
+        chosen=Chosen(plan.target_batch, plan.budget_bytes, _runs(plan.split), plan.predicted_peak_bytes),
     )
 
 

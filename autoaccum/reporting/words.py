@@ -16,7 +16,7 @@ NONE = "\u2013"
 
 def title(plan: Plan) -> str:
     """What the report is about."""
-    return plan.workload or plan.fingerprint.get("model", "a workload").split(" ")[0]
+    return plan.request.workload or plan.provenance.fingerprint.get("model", "a workload").split(" ")[0]
 
 
 def answer(plan: Plan) -> str:
@@ -28,7 +28,7 @@ def answer(plan: Plan) -> str:
         by_the = "by the " if measured(plan) is Kind.VIRTUAL else ""
         real = f", {show_bytes(plan.measured_peak_bytes)} {by_the}{measured(plan)}"
     return (
-        f"To train {plan.target_batch:,} samples per optimizer step within {show_bytes(plan.budget.bytes)}, accumulate "
+        f"To train {plan.target_batch:,} samples per optimizer step within {show_bytes(plan.budget_bytes)}, accumulate "
         f"{' and '.join(parts)}{ranks}: the peak is {show_bytes(plan.predicted_peak_bytes)} predicted{real}."
     )
 
@@ -38,11 +38,13 @@ def knee_told(plan: Plan) -> str:
     found = knee.describe(plan)
     if found is not None:
         return f"The knee: {found}."
-    if plan.window_seconds is None:
+    seconds = plan.timing.window_seconds
+    if seconds is None:
         return "No time was measured."
+    times = plan.provenance.reasons.get("times", "not timed")
     return (
-        f"{plan.window_seconds:.3g} s per optimizer step at the chosen size, reckoned from the verification "
-        f"({measured(plan)}). Other sizes were {plan.reasons.get('times', 'not timed')}, so no knee is known."
+        f"{seconds:.3g} s per optimizer step at the chosen size, estimated from the verification run "
+        f"({measured(plan)}). Other sizes were {times}, so the knee is unknown."
     )
 
 
@@ -51,17 +53,17 @@ def fewer(plan: Plan) -> str:
     needed = plan.fewer_steps_need()
     if plan.accumulation_steps == 1:
         return "One step is the least there is."
-    if "fewer_steps" in plan.reasons:
-        return f"{plan.reasons['fewer_steps']}."
+    if "fewer_steps" in plan.provenance.reasons:
+        return f"{plan.provenance.reasons['fewer_steps']}."
     fewer_steps = plan.accumulation_steps - 1
     steps = f"{fewer_steps:,} step{'s' * (fewer_steps > 1)}"
     if needed is None:
         return f"{steps} would need micro-batches beyond the table."
     size, total = needed
-    over = total - plan.budget.bytes
-    if over <= 0 and plan.objective == FASTEST:
+    over = total - plan.memory.budget.bytes
+    if over <= 0 and plan.request.objective == FASTEST:
         return f"{steps} would fit too, and the fastest was sought: see the time below."
-    if total <= (1 - CAPACITY_MARGIN) * plan.budget.bytes:
+    if total <= (1 - CAPACITY_MARGIN) * plan.memory.budget.bytes:
         return f"{steps} would fit too, by the table of peaks: plan again to see."
     left = f"{show_bytes(over)} over the budget" if over > 0 else f"only {show_bytes(-over)} under the budget"
     return f"{steps} would need micro-batches of up to {size:,} and {show_bytes(total)}, {left}; a plan keeps 2 % free."
@@ -81,7 +83,7 @@ def category(plan: Plan, name: str) -> str:
 
 def bytes_note(plan: Plan) -> str:
     """What a byte is in this plan."""
-    what = "what a memory limit limits" if plan.device == "cpu" else "what the caching allocator holds"
+    what = "what a memory limit limits" if plan.device.name == "cpu" else "what the caching allocator holds"
     return f"Bytes are {byte_word(plan)} bytes: {what}."
 
 

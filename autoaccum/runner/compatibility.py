@@ -72,7 +72,7 @@ def _gradient_hook_warning(model: nn.Module) -> str:
 def _length_warning(workload: Workload, plan: Plan) -> str:
     """Warn of data that is longer than the plan's sample, before the middle of an epoch."""
     longest = max(workload.lengths or [0], default=0)
-    shaped = [leaf for leaf in plan.signature if leaf.trailing_shape]
+    shaped = [leaf for leaf in plan.provenance.signature if leaf.trailing_shape]
     tokens = [leaf for leaf in shaped if "int" in leaf.dtype] or shaped
     planned = max((leaf.trailing_shape[0] for leaf in tokens), default=longest)
     if longest <= planned:  # fit_plan plans at the longest: longer ones are other data
@@ -87,7 +87,7 @@ def _length_warning(workload: Workload, plan: Plan) -> str:
 def _capacity_warning(context: TrainingContext, plan: Plan) -> str:
     from ..devices.cuda.budget import read_cuda_budget, shrunk_since
 
-    return shrunk_since(plan.budget, read_cuda_budget(context.device), margin=CAPACITY_MARGIN) or ""
+    return shrunk_since(plan.memory.budget, read_cuda_budget(context.device), margin=CAPACITY_MARGIN) or ""
 
 
 def _refuse_graphs(model: nn.Module, steps: int) -> None:

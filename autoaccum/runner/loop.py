@@ -236,7 +236,7 @@ def _resume(path: Path, runner: Runner, place: _Place, plan: Plan) -> None:
 
 def _made_for(plan: Plan) -> dict[str, str]:
     """What a checkpoint can't be taken over to another of; versions and the micro-batch may change."""
-    parts = {name: plan.fingerprint[name] for name in ("model", "optimizer")}
+    parts = {name: plan.provenance.fingerprint[name] for name in ("model", "optimizer")}
     return parts | {"target batch": str(plan.target_batch), "world size": str(plan.world_size)}
 
 

@@ -75,12 +75,12 @@ class Runner:
     def __init__(self, workload: Workload, plan: Plan, *, rank: int = 0) -> None:
         self.workload, self.plan = workload, plan
         self.context = step.open_context(workload)
-        self.context.keeps_workspaces = plan.keeps_workspaces
-        check_fingerprint(fingerprint(self.context), plan.fingerprint)
-        if plan.mmap_threshold_bytes is not None:
-            process_memory.fix_mmap_threshold(plan.mmap_threshold_bytes)
+        self.context.keeps_workspaces = plan.device.keeps_workspaces
+        check_fingerprint(fingerprint(self.context), plan.provenance.fingerprint)
+        if plan.device.mmap_threshold_bytes is not None:
+            process_memory.fix_mmap_threshold(plan.device.mmap_threshold_bytes)
         self.samples = rank_share(plan.target_batch, plan.world_size, rank)
-        least = max(plan.min_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
+        least = max(plan.request.min_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
         self.sizing = Sizing(plan, workload, least)
         self.checks = WindowChecks(self.context, self.sizing.batch_keys)
         self.peak_monitor = PeakMonitor(self.context.device, plan)
@@ -204,7 +204,7 @@ class Runner:
         good: list[int] = []
         for index, piece in enumerate(window.pieces):
             try:
-                check_signature(piece, self.plan.signature)
+                check_signature(piece, self.plan.provenance.signature)
                 good.append(index)
             except BatchError as error:
                 known = bad_batches.of_samples(error, window.samples_of(index), window.origin)

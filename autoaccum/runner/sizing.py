@@ -74,8 +74,8 @@ class Sizing:
 
     def __init__(self, plan: Plan, workload: Workload, least: int) -> None:
         self.plan, self.least = plan, least
-        max_tokens = workload.max_tokens if plan.max_tokens is None else plan.max_tokens
-        self.limits = Limits(plan.micro_batch, max_tokens, plan.most_rows)
+        max_tokens = workload.max_tokens if plan.schedule.max_tokens is None else plan.schedule.max_tokens
+        self.limits = Limits(plan.micro_batch, max_tokens, plan.schedule.max_rows)
         self.batch_keys: dict[str, Collection[str]] = {"shared": workload.shared, "per_sample": workload.per_sample}
 
     def sizes(self, samples: int) -> Sizes:

@@ -116,17 +116,17 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
 
 def freed_bytes(plan: Plan, micro_batch: int) -> int | None:
     """What the plan's peak would be lower with micro-batches of that size, predicted; None beyond its table."""
-    rows = {row.micro_batch: row for row in plan.peaks}
+    rows = {row.micro_batch: row for row in plan.memory.peaks}
     if micro_batch not in rows or plan.micro_batch not in rows:
         return None
     samples = sum(plan.split)
     own, other = (rows[n].peak_bytes(-(-samples // n)) for n in (plan.micro_batch, micro_batch))
-    return int((1 + plan.malloc_overhead) * (own - other))
+    return int((1 + plan.memory.malloc_overhead) * (own - other))
 
 
 def describe(plan: Plan) -> str | None:
     """The knee in one line; None where no sizes were timed."""
-    found = knee(plan.times)
+    found = knee(plan.timing.timed_sizes)
     if found is None:
         return None
     size, rounds = found.timed.micro_batch, f"{found.rounds} round{'s' * (found.rounds > 1)}"

@@ -52,9 +52,9 @@ def configure(workload: Workload, plan: Plan | Configuration) -> Workload:
         UsageError: The workload doesn't allow it.
     """
     if isinstance(plan, Plan):
-        if not plan.configuration:
+        if not plan.schedule.configuration:
             return workload
-        plan = Configuration.from_values(plan.configuration)
+        plan = Configuration.from_values(plan.schedule.configuration)
     return _configured(ExitStack(), workload, plan)  # the callbacks that restore it are never called
 
 

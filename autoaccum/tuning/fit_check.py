@@ -99,7 +99,7 @@ def recorded_plan(plan: Plan) -> Recorded:
         "why": "",
         "split": list(plan.split),
         "peak_bytes": plan.predicted_peak_bytes,
-        "budget_bytes": plan.budget.bytes,
+        "budget_bytes": plan.memory.budget.bytes,
         "table": asdict(table) | {"chosen": None},
     }
 

@@ -175,10 +175,11 @@ def with_configuration(plan: Plan, winner: Trial, ranking: str, trials: tuple[Tr
     times = _times(trials, values) if ranking == SECONDS else ()
     return replace(
         plan,
-        configuration=values,
-        reasons={**plan.reasons, **reasons},
-        notes=(*plan.notes, *notes),
-        times=plan.times or times,
+        schedule=replace(plan.schedule, configuration=values),
+        provenance=replace(
+            plan.provenance, reasons={**plan.provenance.reasons, **reasons}, notes=(*plan.notes, *notes)
+        ),
+        timing=replace(plan.timing, timed_sizes=plan.timing.timed_sizes or times),
     )
 
 

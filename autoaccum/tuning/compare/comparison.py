@@ -63,7 +63,7 @@ def compare(
     else:
         _check_tuned(tuned, plan)
     rows = tuple(_train(each, plan, asked, windows, say) for each in candidates_for(plan, tuned))
-    environment = {**plan.fingerprint, **versions(), **plan.environment}
+    environment = {**plan.provenance.fingerprint, **versions(), **plan.provenance.environment}
     return Comparison(workload, target_batch, plan, rows, tuple(left_out), windows, environment)
 
 
@@ -81,14 +81,15 @@ def _tuned(asked: dict[str, Any], target_batch: int, trials: int, say: Say) -> t
         found = tune(target_batch=target_batch, trials=trials, progress=say, **asked).plan
     except AutoaccumError as error:
         return None, f"tuning failed: {error.what}"
-    return replace(found, seconds=time.perf_counter() - started), ""  # the whole tuning, not the last plan alone
+    seconds = time.perf_counter() - started  # of the whole tuning, not of the last plan alone
+    return replace(found, provenance=replace(found.provenance, planning_seconds=seconds)), ""
 
 
 def _check_tuned(tuned: Plan, plan: Plan) -> None:
     if tuned.target_batch != plan.target_batch or tuned.on_cuda != plan.on_cuda:
         raise UsageError(
-            f"The tuned plan is for {tuned.target_batch} samples on {tuned.device}, not for {plan.target_batch} on "
-            f"{plan.device}.",
+            f"The tuned plan is for {tuned.target_batch} samples on {tuned.device.name}, not for {plan.target_batch} on "
+            f"{plan.device.name}.",
             "Candidates are compared at one target on one device.",
             f"autoaccum tune --target-batch {plan.target_batch} -o tuned.json",
         )
@@ -100,7 +101,7 @@ def _train(candidate: Candidate, plan: Plan, asked: dict[str, Any], windows: int
     own = candidate.plan
     known: dict[str, Any] = {"malloc": _malloc(own), "changes_numerics": _changes(own)}
     arguments = {
-        "workload": asked["workload"], "limit_bytes": plan.budget.bytes, "windows": windows, "device": asked["device"],
+        "workload": asked["workload"], "limit_bytes": plan.budget_bytes, "windows": windows, "device": asked["device"],
         "target_batch": plan.target_batch, "micro_batch": candidate.micro_batch, "steps": candidate.steps,
         "halves": candidate.halves, "plan": None if own is None else own.to_json(),
     }  # fmt: skip
@@ -110,15 +111,15 @@ def _train(candidate: Candidate, plan: Plan, asked: dict[str, Any], windows: int
         ooms = int(type(error).__name__ == "OutOfMemory")
         return Trained(candidate.name, candidate.micro_batch, candidate.steps, 0, ooms=ooms, why=error.what, **known)
     found = Trained(candidate.name, **(values | known | {"window_seconds": tuple(values.get("window_seconds", ()))}))
-    return replace(found, search_seconds=own.seconds) if own is not None else found
+    return replace(found, search_seconds=own.provenance.planning_seconds) if own is not None else found
 
 
 def _malloc(plan: Plan | None) -> str:
     if plan is None:
         return "default"
-    return "" if plan.on_cuda else "default" if plan.mmap_threshold_bytes is None else "fixed"
+    return "" if plan.on_cuda else "default" if plan.device.mmap_threshold_bytes is None else "fixed"
 
 
 def _changes(plan: Plan | None) -> str:
-    configuration = plan.configuration if plan is not None else {}
+    configuration = plan.schedule.configuration if plan is not None else {}
     return ", ".join(f"{name} {value}" for name, value in configuration.items())

@@ -78,7 +78,7 @@ def answer(found: Comparison) -> str:
         return f"autoaccum's plan did not train: {plan.why}{others}."
     at = "" if speed is None else f" at {speed[0]:,.1f} samples/s"
     return (
-        f"Within {show_bytes(found.plan.budget.bytes)}, autoaccum's plan trains exactly {plan.effective_batch:,} "
+        f"Within {show_bytes(found.plan.budget_bytes)}, autoaccum's plan trains exactly {plan.effective_batch:,} "
         f"samples per optimizer step{at}, with {_oom(plan.ooms)}{others}."
     )
 
@@ -91,20 +91,20 @@ def notes(found: Comparison) -> list[str]:
     """Return how the figures were obtained and what limits them."""
     plan, kind = found.plan, measured(found.plan)
     lines = [
-        f"Each candidate trained in a new process limited to {show_bytes(plan.budget.bytes)} "
+        f"Each candidate trained in a new process limited to {show_bytes(plan.budget_bytes)} "
         f"({'a data limit' if not plan.on_cuda else 'the allocator, limited'}): a first window, up to {found.windows} "
         "timed ones, a last one. Windows are made of the workload's sample; no loader is timed.",
         f"Times and peaks: {kind.value}. A peak is {byte_word(plan)} bytes, up to the failure if memory ran out.",
         "Hand-picked sizes accumulate target // micro-batch steps, rounded down, as most scripts do. Halving begins "
         "with the whole target and halves at each out-of-memory.",
     ]
-    if not plan.on_cuda and plan.mmap_threshold_bytes is not None:
+    if not plan.on_cuda and plan.device.mmap_threshold_bytes is not None:
         lines.append(
             "Hand-picked sizes and halving leave malloc alone; autoaccum's plan fixes its mmap threshold, so that "
             "memory is predictable, which costs time for fresh pages. --malloc default compares without that. Holes "
             "that an out-of-memory leaves in malloc's heap stay while halving continues."
         )
-    if plan.virtual:
+    if plan.device.is_virtual:
         lines.append("A virtual GPU computes nothing, so there are no times.")
     lines += [f"Left out: {text}." for text in found.left_out]
     lines += [f"{row.name}: {row.why.rstrip('.')}." for row in found.rows if row.why and not row.ooms]
@@ -121,7 +121,11 @@ def as_json(found: Comparison) -> str:
             row.to_dict() | {"samples_per_second": None if speed is None else speed[0], "unstable": is_unstable(row)}
         )
     values = {"kind": "autoaccum bench", "schema_version": 1, "autoaccum": __version__, "workload": found.workload}
-    values |= {"target_batch": found.target_batch, "budget_bytes": found.plan.budget.bytes, "device": found.plan.device}
+    values |= {
+        "target_batch": found.target_batch,
+        "budget_bytes": found.plan.budget_bytes,
+        "device": found.plan.device.name,
+    }
     values |= {"measured": measured(found.plan).value, "answer": answer(found), "candidates": rows}
     values |= {"left_out": list(found.left_out), "notes": notes(found), "environment": found.environment}
     return to_json(values, indent=1) + "\n"

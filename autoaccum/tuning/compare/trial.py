@@ -127,7 +127,7 @@ def _plain(workload: Workload) -> Loop:
 
 def _by_plan(workload: Workload, plan: Plan) -> Loop:
     """Return a loop that steps the Runner with a plan."""
-    if plan.configuration:
+    if plan.schedule.configuration:
         workload = configure(workload, plan)
     runner = Runner(workload, plan)
 

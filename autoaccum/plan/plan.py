@@ -1,0 +1,196 @@
+"""`Plan`: seven sections, the properties that people type, and its JSON. No torch here."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from dataclasses import asdict, dataclass
+
+from ..files.json_text import to_json
+from .entries import window_peak_bytes
+from .sections import (
+    DeviceSection,
+    EvidenceSection,
+    MemorySection,
+    ProvenanceSection,
+    RequestSection,
+    ScheduleSection,
+    TimingSection,
+)
+
+SCHEMA_VERSION = 2
+KIND = "autoaccum plan"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train an effective batch on one device.
+
+    Attributes:
+        request: The question: target batch, ranks, limits, objective.
+        schedule: The micro-batches of an optimizer step.
+        memory: Budget and predicted peaks, in bytes.
+        evidence: Recordings, the verification run's measurements, exactness.
+        timing: Measured times.
+        provenance: Workload, versions, reasons and notes.
+        device: The device, and the settings that the plan depends on.
+        schema_version: Version of the JSON form.
+    """
+
+    request: RequestSection
+    schedule: ScheduleSection
+    memory: MemorySection
+    evidence: EvidenceSection
+    timing: TimingSection
+    provenance: ProvenanceSection
+    device: DeviceSection
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def target_batch(self) -> int:
+        """Samples in an optimizer step, over all ranks."""
+        return self.request.target_batch
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.request.world_size
+
+    @property
+    def micro_batch(self) -> int:
+        """The largest micro-batch of the split, in samples."""
+        return self.schedule.micro_batch
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches in an optimizer step."""
+        return self.schedule.accumulation_steps
+
+    @property
+    def split(self) -> tuple[int, ...]:
+        """Samples in each micro-batch of this rank, largest first."""
+        return self.schedule.split
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """The largest micro-batch of which a window of two or more fits."""
+        return self.schedule.largest_micro_batch
+
+    @property
+    def budget_bytes(self) -> int:
+        """Memory that the whole process may use."""
+        return self.memory.budget.bytes
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Predicted peak of the window, baseline and inputs included."""
+        return self.memory.predicted_peak_bytes
+
+    @property
+    def measured_peak_bytes(self) -> int | None:
+        """Peak of the verification run; None unless verified."""
+        return self.evidence.measured_peak_bytes
+
+    @property
+    def exactness(self) -> str:
+        """Result of testing whether the window's gradient is the large batch's."""
+        return self.evidence.exactness
+
+    @property
+    def method(self) -> str:
+        """How peaks were predicted: "replayed" or "bracketed"."""
+        return self.evidence.method
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Further remarks for the reader."""
+        return self.provenance.notes
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether bytes are reserved bytes of a CUDA device; else they are committed bytes of a process."""
+        return self.device.name != "cpu"
+
+    @property
+    def verified(self) -> bool:
+        """Whether the plan's window was run for real and its peak was the predicted one."""
+        return self.measured_peak_bytes is not None
+
+    def fewer_steps_need(self) -> tuple[int, int] | None:
+        """Return what one accumulation step fewer would need.
+
+        Returns:
+            Its largest micro-batch, and the peak of its window in bytes; None if there are no fewer steps, or if the
+            table of peaks lacks that size.
+        """
+        memory, samples, steps = self.memory, sum(self.split), self.accumulation_steps - 1
+        size = -(-samples // steps) if steps else 0
+        rows = {row.micro_batch: row for row in memory.peaks}
+        if size not in rows:
+            return None
+        smallest, larger = divmod(samples, steps)
+        first = rows[size]
+        second, last = rows.get(smallest if larger == 1 else size, first), rows.get(smallest, first)
+        training = memory.input_bytes + memory.history_bytes + window_peak_bytes(first, second, last, steps)
+        return size, memory.baseline_bytes + int((1 + memory.malloc_overhead) * training)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON, for `Plan.load` and for other tools."""
+        return _folded(to_json({"kind": KIND, **asdict(self)}, indent=2)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "the plan") -> Plan:
+        """Read the output of `to_json`.
+
+        Args:
+            text: The JSON.
+            source: The text's name in error messages.
+
+        Raises:
+            PlanFileError: It is truncated, foreign, of another schema version, or inconsistent.
+        """
+        from .reader import read_plan
+
+        return read_plan(text, source)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            PlanFileError: It is missing, truncated, foreign, of another schema version, or inconsistent.
+        """
+        from .reader import load_plan
+
+        return load_plan(path)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan file, whole or not at all.
+
+        Raises:
+            UsageError: The file cannot be written.
+        """
+        from ..files.whole import write_whole
+
+        write_whole(path, self.to_json().encode())
+
+    def explain(self) -> str:
+        """Return how each number was derived, and what one accumulation step fewer would have needed."""
+        from ..reporting.explain import explain
+
+        return explain(self)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.explain())}</pre>"
+
+
+_INNERMOST = re.compile(r"[\[{]\n[^\[\]{}]*?\n *[\]}]")
+
+
+def _folded(text: str) -> str:
+    """Fold the innermost lists and objects of indented JSON into lines, so that a table is read by rows.
+
+    A line break within a string is written as an escape, so that nothing inside a string is folded.
+    """
+    return _INNERMOST.sub(lambda match: re.sub(r"\n *", " ", match[0]), text)

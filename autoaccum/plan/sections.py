@@ -1,0 +1,191 @@
+"""The seven sections of a plan: request, schedule, memory, evidence, timing, provenance, device. No torch here.
+
+No two sections have a field of the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..budget import Budget
+from .entries import LeafForm, PeakRow, RecordingNote, TimedSize, TimelinePart
+
+FEWEST_STEPS, FASTEST = OBJECTIVES = ("fewest-steps", "fastest")
+
+
+@dataclass(frozen=True)
+class RequestSection:
+    """The question that the plan answers.
+
+    Attributes:
+        target_batch: Samples in an optimizer step, over all ranks.
+        world_size: Number of ranks.
+        min_micro_batch: The smallest micro-batch allowed: 2 where the model uses batch statistics.
+        max_micro_batch: The largest micro-batch allowed; None if none was named.
+        objective: "fewest-steps", or "fastest", the smallest micro-batch that is as fast as any.
+        workload: Name of the workload, or FILE.py:FUNCTION if the command line created the plan.
+    """
+
+    target_batch: int
+    world_size: int
+    min_micro_batch: int = 1
+    max_micro_batch: int | None = None
+    objective: str = FEWEST_STEPS
+    workload: str | None = None
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """The micro-batches of an optimizer step.
+
+    Attributes:
+        micro_batch: The largest micro-batch of the split.
+        accumulation_steps: Micro-batches in an optimizer step.
+        split: Samples in each micro-batch of this rank, largest first: sizes that differ by at most one, or, if the
+            allocator has no room for these, one size and the rest.
+        largest_micro_batch: The largest of which a window of two or more fits. The split's largest may be larger,
+            where smaller ones beside it leave room.
+        largest_is_capped: Whether more would fit, and the search stopped since nothing larger was requested.
+        largest_without_retries: The largest micro-batch for which the CUDA caching allocator never frees its cache.
+        largest_with_expandable_segments: The same with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+        max_tokens: Padded tokens within which shorter samples may form more rows than `micro_batch`; None without a
+            token budget.
+        max_rows: The most rows of short samples that were tried within these tokens; None if none were.
+        configuration: Choices of `autoaccum tune` beside the split, by name (configuration.py); empty if nothing was
+            tuned. The provenance's reasons state why, and which of them change numbers.
+    """
+
+    micro_batch: int
+    accumulation_steps: int
+    split: tuple[int, ...]
+    largest_micro_batch: int
+    largest_is_capped: bool
+    largest_without_retries: int | None = None
+    largest_with_expandable_segments: int | None = None
+    max_tokens: int | None = None
+    max_rows: int | None = None
+    configuration: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MemorySection:
+    """Predicted memory: committed bytes of a process on the CPU, reserved bytes of the device on CUDA.
+
+    Attributes:
+        budget: What training may use, and why.
+        baseline_bytes: In use before training: interpreter, libraries, the model.
+        input_bytes: The window's samples, kept on the host until their optimizer step is done.
+        history_bytes: Added by the history of the process that planned; a new process does without.
+        predicted_peak_bytes: Peak of the window, baseline and inputs included.
+        phases: Peak of each phase of the window, baseline included.
+        binding_constraint: The phase with the highest peak, and the process (new, or this one) it was estimated for.
+        peaks: Peaks by micro-batch, so that the plan can be explained without the model.
+        malloc_overhead: Fraction of training's memory added for fragmentation, if malloc is left at its default.
+        sample_bytes: Bytes that one more sample adds to a batch; 0 if unknown.
+        retries: Predicted number of times that the CUDA caching allocator frees its cache to make room, by window.
+        plain_loop_peak_bytes: Peak of the same window in a loop other than the Runner's, in which cuBLAS keeps its
+            workspaces where it first put them. None if unknown: on a CPU, or if that loop would accumulate gradients in
+            another precision.
+        growth_bytes: Bytes that each window keeps in addition to the one before; 0 if nothing outlives a window.
+        growth_where: The lines that keep them.
+        composition: By phase, bytes alive at its peak by category (simulation/breakdown.py), baseline included.
+        timeline: Bytes alive through a window of at most three of the split's micro-batches (simulation/timeline.py).
+    """
+
+    budget: Budget
+    baseline_bytes: int
+    input_bytes: int
+    history_bytes: int
+    predicted_peak_bytes: int
+    phases: Mapping[str, int]
+    binding_constraint: str
+    peaks: tuple[PeakRow, ...]
+    malloc_overhead: float = 0.0
+    sample_bytes: int = 0
+    retries: tuple[int, ...] = ()
+    plain_loop_peak_bytes: int | None = None
+    growth_bytes: int = 0
+    growth_where: str = ""
+    composition: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    timeline: tuple[TimelinePart, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvidenceSection:
+    """Recordings, the verification run and the gradient test that the plan rests on.
+
+    Attributes:
+        method: "replayed" from a step program, or "bracketed", measured size by size.
+        recordings: The recorded windows.
+        exactness: Result of testing whether the window's gradient is the large batch's.
+        measured_peak_bytes: Peak of the verification run; None unless verified.
+        resident_peak_bytes: Maximum of it that was resident in memory; None unless verified, and on CUDA.
+        allocated_peak_bytes: Maximum that CUDA tensors used of it; None on a CPU.
+        this_process_peak_bytes: Predicted peak of the verification run, in the process that planned, to compare with
+            the measurement. None on a CPU, where it is `predicted_peak_bytes`.
+    """
+
+    method: str
+    recordings: tuple[RecordingNote, ...]
+    exactness: str
+    measured_peak_bytes: int | None = None
+    resident_peak_bytes: int | None = None
+    allocated_peak_bytes: int | None = None
+    this_process_peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class TimingSection:
+    """Measured times of optimizer steps.
+
+    Attributes:
+        window_seconds: Time of one window, estimated from the verification run; None unless verified.
+        kernel_time_fraction: Fraction of the verification run's processor time spent in the kernel, mostly on new
+            pages: the price of the malloc setting, apart from caches. None unless verified.
+        timed_sizes: Optimizer steps that were timed at this micro-batch and smaller ones; the provenance's
+            `reasons["times"]` states on what.
+    """
+
+    window_seconds: float | None = None
+    kernel_time_fraction: float | None = None
+    timed_sizes: tuple[TimedSize, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProvenanceSection:
+    """What the plan was created from, and why its numbers are what they are.
+
+    Attributes:
+        signature: The tensors of a batch.
+        fingerprint: The workload that the plan was created with; the Runner compares it.
+        reasons: Why each chosen number is what it is.
+        notes: Further remarks for the reader.
+        environment: Versions and machine.
+        planning_seconds: How long planning took.
+    """
+
+    signature: tuple[LeafForm, ...]
+    fingerprint: Mapping[str, str]
+    reasons: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    planning_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class DeviceSection:
+    """The device that the plan is for, and the allocator settings that it depends on.
+
+    Attributes:
+        name: "cpu", or the GPU's name.
+        is_virtual: Whether the GPU was a virtual one: its allocator is the real one, and nothing is computed.
+        mmap_threshold_bytes: The setting of the C library's malloc that the plan depends on; None for its default.
+        keeps_workspaces: Whether the Runner lets cuBLAS keep its workspaces from one micro-batch to the next, which
+            uses less memory for some windows, or frees them, which uses less for most.
+    """
+
+    name: str
+    is_virtual: bool = False
+    mmap_threshold_bytes: int | None = None
+    keeps_workspaces: bool = False
