@@ -88,8 +88,8 @@ def _tuned(asked: dict[str, Any], target_batch: int, trials: int, say: Say) -> t
 def _check_tuned(tuned: Plan, plan: Plan) -> None:
     if tuned.target_batch != plan.target_batch or tuned.on_cuda != plan.on_cuda:
         raise UsageError(
-            f"The tuned plan is for {tuned.target_batch} samples on {tuned.device.name}, not for {plan.target_batch} on "
-            f"{plan.device.name}.",
+            f"The tuned plan is for {tuned.target_batch} samples on {tuned.device.name}, not for {plan.target_batch} "
+            f"on {plan.device.name}.",
             "Candidates are compared at one target on one device.",
             f"autoaccum tune --target-batch {plan.target_batch} -o tuned.json",
         )
