@@ -32,6 +32,7 @@ from autoaccum.simulation.cuda_allocator.settings import CudaRules as Rules
 from autoaccum.simulation.cuda_allocator.settings import MiB
 from autoaccum.simulation.recording import Recording
 from autoaccum.window import step
+from autoaccum.window.loss_form import LossForm, LossKind
 
 sys.path.insert(0, __file__.rsplit("/tests/", 1)[0])
 from benchmarks.models import Block, Recurrent, ViT
@@ -216,8 +217,9 @@ def train(case: tuple[str, str, str], on_phase: OnPhase) -> None:
                 scaler=torch.amp.GradScaler("cuda") if precision == "fp16" else None, clip_grad_norm=1.0,
             )
         )  # fmt: skip
-        context.loss_is_mean = True
-        context.asked_for_denominator = context.has_begun = True  # or the cache would be given back, in no event
+        if context.count is None:
+            context.loss_form = LossForm(LossKind.SAMPLES)
+        context.has_begun = True  # or the cache would be given back, in no event
     for _ in range(3):
         step.train_window(context, split.split(batch(2 * n - 1), (n, n - 1)), (n, n - 1), on_phase=on_phase)
 

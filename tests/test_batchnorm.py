@@ -154,7 +154,7 @@ def short_once(context: Any, at: int, where: str = "forward") -> list[int]:
         return out
 
     context.loss = loss
-    context.loss_is_mean = True
+    context.loss_is_pair = False
     return given
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from autoaccum import Workload
 from autoaccum.window.hugging_face import Denominator
+from autoaccum.window.loss_form import LossKind
 from autoaccum.window.step import open_context, train_window
 
 transformers = pytest.importorskip("transformers")
@@ -108,7 +109,7 @@ def test_ragged_labels_give_the_gradient_of_the_whole_batch(name: str) -> None:
     context, result = window_of(copy.deepcopy(model), batch, sizes)
     assert distance(context.optimizer.seen[-1], want) <= FP32
     assert float(result.loss) == pytest.approx(float(whole_loss(model, batch).detach()), rel=1e-5)
-    assert context.denominator == MODELS[name]
+    assert context.loss_form.denominator == MODELS[name]
     naive = mean_of([gradients(model, whole_loss, piece) for piece in cut(batch, sizes)], [s / 16 for s in sizes])
     assert distance(naive, want) > NAIVE
 
@@ -133,7 +134,7 @@ def test_a_window_whose_labels_are_all_ignored_takes_no_step(name: str, sizes: t
         before = copy.deepcopy(model.state_dict())
         assert not train_window(context, list(cut(empty, sizes)), sizes).stepped
         assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-        assert context.asked_for_denominator == asked
+        assert (context.loss_form is not None) == asked
         assert train_window(context, list(cut(batch, sizes)), sizes).stepped
 
 
@@ -171,7 +172,7 @@ def test_dropout_does_not_keep_a_model_from_answering() -> None:
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     model, batch = transformers.GPT2LMHeadModel(config).train(), ragged("gpt2")
     context, _ = window_of(model, batch, (8, 8))
-    assert context.denominator == MODELS["gpt2"]
+    assert context.loss_form.denominator == MODELS["gpt2"]
 
 
 def test_regression_is_weighted_by_samples() -> None:
@@ -181,7 +182,7 @@ def test_regression_is_weighted_by_samples() -> None:
     batch = {**ragged("bert"), "labels": torch.linspace(-1, 2, 16)}
     want = gradients(model, whole_loss, batch)
     context, _ = window_of(copy.deepcopy(model), batch, (10, 6))
-    assert not context.asked_for_denominator
+    assert context.loss_form.kind is LossKind.SAMPLES
     assert distance(context.optimizer.seen[-1], want) <= FP32
 
 
@@ -201,4 +202,4 @@ def test_a_loss_of_its_own_kind_is_asked_once_and_weighted_by_samples() -> None:
     torch.manual_seed(0)
     model, batch = Odd().double(), {"x": torch.randn(8, 6).double(), "labels": torch.arange(8) % 5}
     context, _ = window_of(model, batch, (4, 4))
-    assert context.asked_for_denominator and context.denominator is None and context.count is None
+    assert context.loss_form.kind is LossKind.UNKNOWN and context.loss_form.count is None

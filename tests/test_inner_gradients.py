@@ -18,7 +18,8 @@ from autoaccum import Runner, Workload, fit_plan
 from autoaccum.devices.cpu import recorder
 from autoaccum.exactness import check
 from autoaccum.phases import FIRST, OnPhase
-from autoaccum.window import loss_count, step
+from autoaccum.window import step
+from autoaccum.window.loss_form import settle_loss_form, window_count
 
 ROWS = 12
 
@@ -122,7 +123,7 @@ def test_others_are_asked_without_gradients_and_nothing_moves() -> None:
         before = torch.get_rng_state()
         for _ in range(2):
             drained(asked)
-            assert loss_count.window_count(context, pieces) in (8, 48)
+            assert window_count(context, settle_loss_form(context, pieces), pieces) in (8, 48)
         assert set(drained(asked)) == {wanted} and context.takes_gradients is wanted
         assert context.model.calls == 0 and torch.equal(torch.get_rng_state(), before)
         assert not any(leaf.requires_grad for piece in pieces for leaf in piece)
@@ -134,7 +135,7 @@ def test_an_error_of_the_losss_own_is_raised_as_it_is() -> None:
 
     context = step.open_context(Workload(potential(), sample(), loss=loss))
     with pytest.raises(ValueError, match="no such batch"):
-        loss_count.window_count(context, [sample()] * 2)
+        settle_loss_form(context, [sample()] * 2)
 
 
 def test_asking_takes_less_memory_than_the_window_does() -> None:
@@ -146,7 +147,7 @@ def test_asking_takes_less_memory_than_the_window_does() -> None:
 
     def asking(on_phase: OnPhase) -> None:
         with on_phase(FIRST):
-            loss_count.window_count(context, pieces)
+            window_count(context, settle_loss_form(context, pieces), pieces)
 
     def window(on_phase: OnPhase) -> None:
         step.train_window(replace(context), pieces, [256, 256], on_phase=on_phase)

@@ -646,7 +646,7 @@ def test_batch_statistics_are_never_taken_of_a_single_sample() -> None:
     assert plan.split == (3, 2) and plan.request.min_micro_batch == 2
     runner = Runner(work, plan)
     runner.context.loss = short
-    runner.context.loss_is_mean = True
+    runner.context.loss_is_pair = False
     with pytest.raises(OutOfMemory, match="micro-batch of 3"):  # 5 samples in micro-batches of two or more: 3 and 2
         runner.step(vectors(5))
     assert seen == [3, 3] or seen == [3]
@@ -675,7 +675,7 @@ def test_a_window_whose_loss_spoils_its_batch_is_not_repeated() -> None:
         raise torch.OutOfMemoryError("short")
 
     runner = runner_for(Workload(mlp(), vectors(4)), 8, 4)
-    runner.context.loss, runner.context.loss_is_mean = loss, True
+    runner.context.loss, runner.context.loss_is_pair = loss, False
     with pytest.raises(OutOfMemory, match="changes its batch in place"):
         runner.step(vectors(8))
 

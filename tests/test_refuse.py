@@ -522,7 +522,8 @@ def test_peft_works() -> None:
     runner.step(batch)
     assert len(seen(runner)[-1]) == len(want) == 8
     assert distance(seen(runner)[-1], want) <= FP32
-    assert runner.context.denominator is not None and runner.context.denominator.shifted
+    form = runner.context.loss_form
+    assert form is not None and form.denominator is not None and form.denominator.shifted
 
 
 def test_a_parameter_that_a_window_does_not_reach_has_no_gradient() -> None:

@@ -58,7 +58,7 @@ def short_at(runner: Runner, at: int) -> None:
                 raise torch.OutOfMemoryError("short")
         return out
 
-    runner.context.loss, runner.context.loss_is_mean = loss, True
+    runner.context.loss, runner.context.loss_is_pair = loss, False
 
 
 @pytest.mark.parametrize("how", [None, "merged"])

@@ -73,7 +73,7 @@ def trained(history: str, n: int) -> dict[str, int]:
         with torch.no_grad():
             loss(work.model, tree_to(tile(work.sample, n // 2)))
     if history == "asked":
-        context.loss_is_mean = True  # as if it had been: so a window of the others' asks once more than this one's
+        context.loss_is_pair = False  # as if it had been: so a window of the others' asks once more than this one's
     torch.cuda.reset_peak_memory_stats()
     for _ in range(4):
         if history == "loop":

@@ -168,7 +168,7 @@ class FunctionalCopy:
             watching = tracing_layers(self.model, forward_trace, rows)
             with watching, without_randomness() as forward_trace.draws, watched(batch) as forward_trace.uses:
                 step.forward(context, batch)
-            context.counts_by_forward, context.loss_is_mean = self._is_pair, not self._is_pair
+            context.loss_is_pair = self._is_pair
 
         self.run(forward)
         forward_trace.draws.class_losses = [_placed(call, batch) for call in forward_trace.draws.class_losses]

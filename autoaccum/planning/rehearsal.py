@@ -27,7 +27,7 @@ from ..torch_compat import TorchDispatchMode, storage_id, tree_leaves, tree_map
 from ..units import show_bytes
 from ..window import step
 from ..window.compiled import uncompiled
-from ..window.loss_count import asked
+from ..window.forward_only import forward_only
 from .observe import SCOUT, RecordingTarget
 
 WINDOWS = 2  # the first makes the optimizer's state, the second has it
@@ -70,7 +70,7 @@ def _comes_near(subject: RecordingTarget, least: int, most: int) -> bool:
     piece = subject.tile(least)
     try:
         with watch:
-            asked(context, lambda: step.forward(context, piece))
+            forward_only(context, lambda: step.forward(context, piece))
     except RuntimeError as error:
         if not oom.is_out_of_memory(error):
             return False  # what goes wrong is the recorded window's to say

@@ -10,7 +10,8 @@ import torch
 from ..data.windows import Window
 from ..exactness.recheck import counts_differ, recheck
 from ..window.context import TrainingContext
-from ..workload import IGNORED, default_loss
+from ..window.loss_form import LossKind
+from ..workload import IGNORED
 from .oom_recovery import TrainedWindow
 from .state_changes import ForwardChanges
 
@@ -48,9 +49,8 @@ class WindowChecks:
         self._warn(self._changes.after_window(trained.before, len(trained.window.pieces)))
 
     def _ignored_warning(self, window: Window) -> str:
-        context = self.context  # the first window asks the model what its loss averages over
-        unknown = context.loss is default_loss and context.count is None and context.asked_for_denominator
-        if self.warned_of_ignored or not unknown or len(window.pieces) < 2:
+        form = self.context.loss_form
+        if self.warned_of_ignored or form is None or form.kind is not LossKind.UNKNOWN or len(window.pieces) < 2:
             return ""
         labels = [piece.get("labels") for piece in window.pieces if isinstance(piece, Mapping)]
         if not any(isinstance(label, torch.Tensor) and bool((label == IGNORED).any()) for label in labels):

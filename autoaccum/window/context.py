@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,11 +18,13 @@ from ..errors import UsageError
 from ..state.closures import Holdings, holdings
 from ..workload import Batch, Loss, Workload, class_count, default_loss, is_pair
 from . import loss_terms
-from .hugging_face import Denominator
 from .norms import Norms, check_choice, find_norms
 from .process_groups import refuse_ranks
 from .step_arguments import refuse_closure, wants_metric
 from .trained_parameters import refuse_foreign
+
+if TYPE_CHECKING:
+    from .loss_form import LossForm
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,12 +38,10 @@ class TrainingContext:
         steps_taken: Optimizer steps so far.
         held: What the loss and the other functions of a window hold, beside the model.
         norms: The modules whose forward is about more than its own sample, of the model and of what the loss holds.
-        counts_by_forward: Found out by the first window: the loss is a `(sum, count)` pair and no `count=` was given,
-            so that each window of several micro-batches first counts by a forward pass without gradients.
-        takes_gradients: Found out by the first window: the loss, or what encodes for it, takes gradients itself, so
-            that it can't be asked without.
-        denominator: Found out by the first window: what a Hugging Face model's own loss averages over.
-        asked_for_denominator: Whether it was looked for.
+        loss_form: What the loss is divided by, settled by the first window that needs it.
+        loss_is_pair: Whether the loss returns `(sum, count)`, where that is known already; None to ask it.
+        takes_gradients: Whether the loss, or the encoder, takes gradients itself, so that it can't run without;
+            found out by the first forward that trains nothing.
         keeps_workspaces: Whether cuBLAS keeps its workspaces between micro-batches; else they are given back.
         has_begun: Whether a window was trained already; before the first, what is cached is given back.
         pins_memory: Whether the workload's loader pins memory, so that copies to a GPU can overlap with computing.
@@ -69,11 +69,9 @@ class TrainingContext:
     steps_taken: int = 0
     held: Holdings = field(default_factory=Holdings)
     norms: Norms = field(default_factory=Norms)
-    counts_by_forward: bool = False
-    loss_is_mean: bool = False
+    loss_form: LossForm | None = None
+    loss_is_pair: bool | None = None
     takes_gradients: bool = False
-    denominator: Denominator | None = None
-    asked_for_denominator: bool = False
     keeps_workspaces: bool = False
     has_begun: bool = False
     window_samples: int | None = None

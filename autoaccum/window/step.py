@@ -20,7 +20,8 @@ from ..workload import Batch
 from . import cached_representations, fp32_accumulation, loss_terms
 from . import norms as batchnorm
 from .context import TrainingContext, autocast, encode, forward, open_context
-from .loss_count import asked, window_count
+from .forward_only import forward_only
+from .loss_form import LossForm, settle_loss_form, window_count
 from .optimizer_step import optimizer_step
 
 __all__ = ["TrainingContext", "WindowResult", "forward", "open_context", "run_between", "train_window"]
@@ -60,7 +61,8 @@ def train_window(
     """
     phase = on_phase or _no_phase
     steps, samples = len(pieces), sum(sizes)
-    total = window_count(context, pieces)
+    form = settle_loss_form(context, pieces)
+    total = window_count(context, form, pieces)
     if not context.has_begun:  # whatever this process did before: the first window finds what a fresh one would
         get_device(context.device).release_cache()
         context.has_begun = True
@@ -76,7 +78,7 @@ def train_window(
                         cache = cache or _all_representations(context, norms, pieces)
                         loss = _from_cache(context, norms, cache, index, piece)
                     else:
-                        loss, total = _micro_batch(context, norms, piece, size / samples, total)
+                        loss, total = _micro_batch(context, form, norms, piece, size / samples, total)
                     window_loss = loss if window_loss is None else window_loss.add_(loss)
                     del loss
                     _release_workspaces(context)
@@ -106,12 +108,13 @@ def _release_workspaces(context: TrainingContext) -> None:
 
 
 def _micro_batch(
-    context: TrainingContext, norms: batchnorm.Window, piece: Batch, share: float, total: Any
+    context: TrainingContext, form: LossForm, norms: batchnorm.Window, piece: Batch, share: float, total: Any
 ) -> tuple[torch.Tensor, Any]:
     """Forward and backward of one piece.
 
     Args:
         context: What is trained.
+        form: What its loss is divided by.
         norms: What the window does with normalizations.
         piece: The micro-batch.
         share: Its part of the window's samples.
@@ -120,14 +123,14 @@ def _micro_batch(
     Returns:
         Its part of the window's loss, detached, and what the window counts.
     """
-    passed = context.denominator is not None and context.denominator.passed
     # Times the share, which the loss is multiplied by: so what the model adds to its loss is weighted by samples.
-    more = {"num_items_in_batch": torch.as_tensor(loss_terms.nonzero(total) * share)} if passed else None
+    more = {"num_items_in_batch": torch.as_tensor(loss_terms.nonzero(total) * share)} if form.passes_count else None
     with norms.forward():
         out = forward(context, piece, more)
     counted = loss_terms.count_of(out)
     total = counted if total is None else total
-    count = context.count(piece) if context.count is not None and not passed and counted is None else None
+    reads_count = None if form.passes_count or counted is not None else form.count
+    count = None if reads_count is None else reads_count(piece)
     if count is not None and not bool(count):
         return torch.zeros_like(out.detach()), total  # a mean of nothing: its backward is 0 / 0, whatever it is times
     loss = loss_terms.part(out, share, count, None if total is None else loss_terms.nonzero(total))
@@ -146,7 +149,7 @@ def _all_representations(
 
     def encode_first(piece: Batch) -> Any:
         with norms.forward():
-            return asked(context, lambda: encode(context, piece), keeps=True)
+            return forward_only(context, lambda: encode(context, piece), keeps=True)
 
     def backward(representations: Any) -> torch.Tensor:
         with autocast(context):

@@ -1,0 +1,163 @@
+"""Decide once what a window's loss is divided by, and count it before the first backward.
+
+The form of a loss is a value, decided before the first window that needs it and kept in the training context. Where it
+isn't plain from the workload, the loss or the model is asked with a forward on two samples that trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from ..data import split as cutting
+from ..data import tree
+from ..devices.registry import get_device
+from ..errors import BatchError
+from ..state.rng import put_rng, take_rng
+from ..workload import Batch, default_loss
+from .context import TrainingContext, autocast, forward
+from .forward_only import forward_only
+from .hugging_face import Denominator, can_tell, find_denominator, has_labels
+from .loss_terms import count_of
+
+_PROBE_SAMPLES = 2  # a forward that only asks should need less memory than one that trains
+
+
+class LossKind(Enum):
+    """What the micro-batches of a window are weighted by."""
+
+    SAMPLES = "a mean over samples"
+    COUNTED = "a mean over what count= returns"
+    LABELS = "the model's own mean over its labels"
+    UNKNOWN = "the model's own loss, of which no average over labels is known; weighted by samples"
+    SUM = "(sum, count): a forward pass counts the window first"
+    REPRESENTATIONS = "one loss of the representations of the whole window"
+    SINGLE = "not asked, as the window has one micro-batch"
+    NOTHING = "not asked, as no label of the window counts"
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """What a loss is divided by over a window.
+
+    Attributes:
+        kind: What the micro-batches are weighted by.
+        count: What a micro-batch counts, read off the batch alone; None where it can't be.
+        denominator: For the model's own loss: which labels it averages over.
+    """
+
+    kind: LossKind
+    count: Callable[[Batch], Any] | None = None
+    denominator: Denominator | None = None
+
+    @property
+    def passes_count(self) -> bool:
+        """Whether the model divides by `num_items_in_batch` where it is given one."""
+        return self.denominator is not None and self.denominator.passed
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it holds for later windows too."""
+        return self.kind not in (LossKind.SINGLE, LossKind.NOTHING)
+
+
+def settle_loss_form(context: TrainingContext, pieces: Sequence[Batch]) -> LossForm:
+    """Return the form of the loss, decided by the first window that needs it.
+
+    Args:
+        context: What is trained; keeps the form once it is settled.
+        pieces: The window's micro-batches.
+    """
+    if context.loss_form is not None:
+        return context.loss_form
+    form = _find_loss_form(context, pieces)
+    if form.is_settled:
+        context.loss_form = form
+    return form
+
+
+def _find_loss_form(context: TrainingContext, pieces: Sequence[Batch]) -> LossForm:
+    if context.count is not None:
+        return LossForm(LossKind.COUNTED, context.count)
+    if context.encode is not None:
+        return LossForm(LossKind.REPRESENTATIONS)
+    mean = LossKind.SAMPLES
+    if context.loss is default_loss and has_labels(pieces[0]):
+        telling = next((piece for piece in pieces if can_tell(piece)), None)
+        if telling is None:
+            return LossForm(LossKind.NOTHING)
+        few = _few(telling)
+        denominator = _ask_for_denominator(context, few if can_tell(few) else telling)
+        if denominator is not None:
+            return LossForm(LossKind.LABELS, denominator.count, denominator)
+        mean = LossKind.UNKNOWN
+    elif len(pieces) < 2:
+        return LossForm(LossKind.SINGLE)
+    return LossForm(LossKind.SUM if _returns_pair(context, pieces[0]) else mean)
+
+
+def window_count(context: TrainingContext, form: LossForm, pieces: Sequence[Batch]) -> Any:
+    """Return what the loss counts in the whole window, before its first backward.
+
+    Returns:
+        The count, 0 where nothing counts; None where micro-batches are weighted by samples, or where the window is one
+        micro-batch whose loss brings its own count.
+    """
+    if form.kind is LossKind.NOTHING:
+        return 0
+    if form.count is not None:
+        return sum(form.count(piece) for piece in pieces)
+    if form.kind is not LossKind.SUM or len(pieces) < 2:
+        return None
+    return forward_only(context, lambda: sum(_value(_count_by_forward(context, piece)) for piece in pieces))
+
+
+def _ask_for_denominator(context: TrainingContext, piece: Batch) -> Denominator | None:
+    """Ask a model that brings its own loss what that averages over."""
+
+    def find() -> Denominator | None:
+        rng, batch = take_rng(), tree.to_device(piece, context.device)
+
+        def ask(keywords: dict[str, Any]) -> Any:
+            put_rng(rng)
+            with autocast(context):
+                return context.model(**{**batch, **keywords})
+
+        return find_denominator(ask, batch)
+
+    denominator = forward_only(context, find)
+    # Blocks that this left would decide where the window's large ones lie.
+    get_device(context.device).release_cache()
+    return denominator
+
+
+def _returns_pair(context: TrainingContext, piece: Batch) -> bool:
+    """Ask a loss whether it returns `(sum, count)`, with one micro-batch."""
+    if context.loss_is_pair is not None:
+        return context.loss_is_pair
+    few = _few(piece)
+    is_pair = forward_only(context, lambda: _count_by_forward(context, few) is not None)
+    get_device(context.device).release_cache()
+    return is_pair
+
+
+def _count_by_forward(context: TrainingContext, piece: Batch) -> Any:
+    """Return what a loss counts; it gets a copy, as it may write into its batch."""
+    copy = tree.map_leaves(piece, lambda _, leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
+    return count_of(forward(context, copy))
+
+
+def _value(count: Any) -> Any:
+    return count.detach() if isinstance(count, torch.Tensor) else count
+
+
+def _few(piece: Batch) -> Batch:
+    """Return two samples of a micro-batch; all of it where it can't be cut."""
+    try:
+        return cutting.tile(piece, min(_PROBE_SAMPLES, cutting.batch_size(piece)))
+    except BatchError:
+        return piece
