@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum import UsageError
-from autoaccum.data.infer_sample import infer_sample
+from autoaccum.data.sample import infer_sample
 
 TINY = {
     "vocab_size": 50,
@@ -36,7 +36,7 @@ def test_a_language_model_is_fed_tokens_that_it_takes(name: str) -> None:
 def test_a_vocabulary_alone_is_no_language_model(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     kind = getattr(transformers, name)
-    with pytest.raises(UsageError, match="doesn't tell") as caught:
+    with pytest.raises(UsageError, match="has no input") as caught:
         infer_sample(kind(kind.config_class(**TINY)))
     assert '{"input_ids": torch.randint(50' in caught.value.hint
 
@@ -54,5 +54,5 @@ class Other(nn.Module):
 
 
 def test_a_model_of_ones_own_with_a_vocabulary_is_not_guessed_at() -> None:
-    with pytest.raises(UsageError, match="Other doesn't tell"):
+    with pytest.raises(UsageError, match="Other has no input"):
         infer_sample(Other())

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from autoaccum import Plan, Runner, UsageError, Workload, fit_plan
 from autoaccum.data import tree
-from autoaccum.data.sample_length import at_longest
+from autoaccum.data.sample import at_longest
 from autoaccum.data.tokens import longest_first, most_rows, padded_tokens, split_by_tokens
 from autoaccum.process_memory import committed_bytes
 

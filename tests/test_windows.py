@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
-from autoaccum.data.windows import Window, loader_length, windows
+from autoaccum.data.loaders import loader_length
+from autoaccum.data.window import Window
+from autoaccum.data.windows import windows
 from autoaccum.errors import BatchError, UsageError
 
 
@@ -272,7 +274,7 @@ def test_the_loaders_own_settings_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr("autoaccum.data.windows.DataLoader", Recorder)
+    monkeypatch.setattr("autoaccum.data.indexed_loader.DataLoader", Recorder)
     settings = {"collate_fn": pad, "num_workers": 1, "timeout": 60, "prefetch_factor": 3, "worker_init_fn": print}
     generator = torch.Generator().manual_seed(0)
     loader = Recorder(Numbers(6), batch_size=4, generator=generator, multiprocessing_context="fork", **settings)

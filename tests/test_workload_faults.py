@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autoaccum import BatchError, LossTerms, Plan, Runner, UsageError, Workload, fit_plan
-from autoaccum.data.windows import loader_length
+from autoaccum.data.loaders import loader_length
 from autoaccum.workload import default_loss
 
 

@@ -60,7 +60,7 @@ def check(*, say: Say, workload: str) -> dict[str, Any]:
     say({"say": "loading torch and the workload"})
     from dataclasses import asdict, replace
 
-    from ..data.infer_sample import infer_sample
+    from ..data.sample import infer_sample
     from ..exactness.check import check
     from ..processes.workload_source import load_workload
 

@@ -1,4 +1,4 @@
-"""Batches that can't be trained, and the epochs that go on without them."""
+"""Name the samples of batches that can't be trained, and iterate past them."""
 
 from __future__ import annotations
 
@@ -8,35 +8,38 @@ from typing import Any, Generic, TypeVar
 from ..errors import BatchError, UsageError
 
 RAISE, SKIP = ON_BAD_BATCH = ("raise", "skip")
-_SHOWN = 8  # samples in a message
+_SHOWN_SAMPLES = 8
 
 T = TypeVar("T")
 
 
 class Surviving(Generic[T]):
-    """An iterator that outlives its errors: where it raised a `BatchError`, the next call goes on behind that.
+    """Iterate past errors: after a `BatchError`, the next call returns the next item.
 
-    A generator ends with the first exception that leaves it, so the errors are handed out of it as items.
+    A generator ends with the first exception that leaves it, so errors leave it as items.
 
     Args:
-        items: What to give, and what to raise.
+        items: What to return, and what to raise.
+
+    Attributes:
+        items: The same, with errors as items.
     """
 
     def __init__(self, items: Iterator[T | BatchError]) -> None:
-        self._items = items
+        self.items = items
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        item = next(self._items)
+        item = next(self.items)
         if isinstance(item, BatchError):
             raise item
         return item
 
 
 def check_choice(on_bad_batch: str) -> None:
-    """Refuses a choice that isn't known.
+    """Refuse an unknown choice.
 
     Raises:
         UsageError: It is neither "raise" nor "skip".
@@ -48,7 +51,7 @@ def check_choice(on_bad_batch: str) -> None:
 
 
 def of_samples(error: BatchError, samples: Sequence[Any], origin: str) -> BatchError:
-    """The same error with the samples that it is about.
+    """Return the error with the indices of its samples.
 
     Args:
         error: What is wrong with them.
@@ -66,5 +69,5 @@ def _listed(samples: Sequence[Any]) -> str:
         return f"sample {first}"
     if isinstance(first, int) and list(samples) == list(range(first, first + len(samples))):
         return f"samples {first} to {samples[-1]}"
-    shown = ", ".join(map(str, samples[:_SHOWN]))
-    return f"samples {shown}" + (f", ... ({len(samples)} in all)" if len(samples) > _SHOWN else "")
+    shown = ", ".join(map(str, samples[:_SHOWN_SAMPLES]))
+    return f"samples {shown}" + (f", ... ({len(samples)} in all)" if len(samples) > _SHOWN_SAMPLES else "")

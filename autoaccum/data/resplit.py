@@ -11,7 +11,7 @@ from ..torch_compat import write_count
 from ..workload import Batch
 from . import split as cutting
 from . import tree
-from .windows import Window
+from .window import Window
 
 Names = Mapping[str, Collection[str]]
 Sizes = tuple[int, ...]

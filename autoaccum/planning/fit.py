@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from ..data.infer_sample import infer_sample
-from ..data.sample_length import at_longest
+from ..data.sample import at_longest, infer_sample
 from ..devices import oom
 from ..devices.base import CACHING_ALLOCATOR, MALLOC, Device
 from ..devices.registry import get_device

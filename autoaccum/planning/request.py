@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch.utils.data import DataLoader
 
 from ..data import split as cutting
-from ..data.windows import loader_length
+from ..data.loaders import loader_length
 from ..errors import AutoaccumError, UsageError
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..simulation.solver import rank_share

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..data.sample_length import shortened
+from ..data.sample import shortened
 from ..data.tokens import most_rows
 from ..devices import oom
 from ..errors import DoesNotFit, NotConfirmed, UsageError

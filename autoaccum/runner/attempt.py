@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data import bad_batches
 from ..data.resplit import refuse_changed, versions
-from ..data.windows import Window
+from ..data.window import Window
 from ..errors import BatchError
 from ..phases import FIRST, LATER
 from ..state import snapshot

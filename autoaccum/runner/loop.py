@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..data.windows import loader_length
+from ..data.loaders import loader_length
 from ..devices.base import Device
 from ..devices.registry import get_device
 from ..errors import UsageError

@@ -18,7 +18,7 @@ import logging
 from dataclasses import dataclass
 
 from .. import process_memory
-from ..data.windows import Window
+from ..data.window import Window
 from ..devices import oom
 from ..devices.registry import get_device
 from ..errors import OutOfMemory

@@ -14,7 +14,8 @@ from .. import process_memory
 from ..data import bad_batches
 from ..data import split as cutting
 from ..data.resplit import counted
-from ..data.windows import Window, windows_and_errors
+from ..data.window import Window
+from ..data.windows import windows
 from ..errors import BatchError, UsageError
 from ..plan import Plan
 from ..simulation.solver import rank_share
@@ -155,7 +156,7 @@ class Runner:
     def _epoch(
         self, loader: Iterable[Batch], skip: int, rng: dict[str, Any] | None, *, skips: bool
     ) -> Iterator[StepResult | BatchError]:
-        found = windows_and_errors(
+        found = windows(
             loader,
             self.samples,
             self.sizing.sizes,
@@ -163,7 +164,7 @@ class Runner:
             split_of_lengths=self.sizing.sizes_of_lengths,
             least=self.least,
             **self.sizing.batch_keys,
-        )
+        ).items
         while skip and (window := next(found, None)) is not None:  # counted are those that were trained before
             with contextlib.suppress(BatchError):
                 self._checked(window, leaves_out=skips)

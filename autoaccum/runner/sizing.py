@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.resplit import cut_one, recut
 from ..data.tokens import split_by_tokens
-from ..data.windows import Window
+from ..data.window import Window
 from ..plan import Plan
 from ..simulation.solver import is_even, repeated_within, split_within
 from ..workload import Workload

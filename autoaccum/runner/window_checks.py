@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from ..data.windows import Window
+from ..data.window import Window
 from ..exactness.recheck import counts_differ, recheck
 from ..window.context import TrainingContext
 from ..window.loss_form import LossKind

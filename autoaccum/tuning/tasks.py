@@ -107,7 +107,7 @@ def _plan(
 
 
 def _changed(stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, facts: dict[str, Any]) -> Any:
-    from ..data.infer_sample import infer_sample
+    from ..data.sample import infer_sample
     from .apply import configured
 
     if workload.sample is None:

@@ -12,7 +12,8 @@ from typing import Any
 from .. import process_memory
 from ..configuration import Configuration, allocator_settings
 from ..data import split as cutting
-from ..data.windows import Window, windows
+from ..data.window import Window
+from ..data.windows import windows
 from ..devices.oom import is_out_of_memory
 from ..devices.registry import get_device
 from ..processes.child import die_with_parent

@@ -145,7 +145,7 @@ def _tile(workload: Workload, samples: int) -> Any:
 def _with_sample(workload: Workload) -> Workload:
     if workload.sample is not None:
         return workload
-    from ...data.infer_sample import infer_sample
+    from ...data.sample import infer_sample
 
     return replace(workload, sample=infer_sample(workload.model)[0])
 

@@ -1,0 +1,96 @@
+"""Load windows from a map-style DataLoader: its indices are put into micro-batches before they are collated."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from .window import Window
+
+PlanOf = Callable[[list[Any]], tuple[list[Any], tuple[int, ...]]]  # a window's indices: in their order, and the sizes
+Planned = tuple[list[Any], tuple[int, ...]]  # the indices of a window in their order, and the sizes
+
+
+def windows_of_indices(loader: Any, target: int, plan_of: PlanOf, least: int) -> Iterator[Window]:
+    """Yield windows, loaded by one DataLoader whose batches are the micro-batches.
+
+    Args:
+        loader: The user's DataLoader.
+        target: Samples in each window.
+        plan_of: Puts a window's indices in order, and gives the sizes of its micro-batches.
+        least: The fewest samples that a micro-batch may have; fewer at the epoch's end join the last window.
+    """
+    rebatched = _rebatched(loader)
+    requested = rebatched.batch_sampler.begin(target, plan_of, least)
+    stream = iter(rebatched)
+    for piece in stream:
+        samples, sizes = requested.popleft()
+        yield Window((piece, *islice(stream, len(sizes) - 1)), sizes, samples, "the dataset")
+
+
+# A loader whose workers persist from epoch to epoch must be the same in each.
+_kept: weakref.WeakKeyDictionary[Any, DataLoader[Any]] = weakref.WeakKeyDictionary()
+
+
+def _rebatched(loader: Any) -> Any:
+    """Return the DataLoader whose batches are the micro-batches; with persistent workers, the same one each time."""
+    if loader in _kept:
+        return _kept[loader]
+    made: DataLoader[Any] = DataLoader(
+        loader.dataset,
+        batch_sampler=_MicroBatches(loader.batch_sampler),  # it has no length
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+    if loader.persistent_workers:
+        _kept[loader] = made
+    return made
+
+
+class _MicroBatches:
+    """A batch sampler that gives one list of indices for each micro-batch of the current epoch."""
+
+    def __init__(self, batch_sampler: Iterable[Iterable[Any]]) -> None:
+        self.batch_sampler = batch_sampler
+
+    def begin(self, target: int, plan_of: PlanOf, least: int) -> deque[Planned]:
+        """Set what the next epoch is cut into; return where the indices and sizes of its windows will be."""
+        self.target, self.plan_of, self.least = target, plan_of, least
+        # Loading runs ahead: each window's sizes wait here for its samples.
+        self.requested = deque[Planned]()
+        return self.requested
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        indices = chain.from_iterable(self.batch_sampler)
+        return _index_lists(_of_window(indices, self.target, self.least), self.plan_of, self.requested)
+
+
+def _of_window(indices: Iterator[Any], target: int, least: int) -> Iterator[list[Any]]:
+    """Yield the indices of each window; fewer than `least` at the end join the last."""
+    ahead: list[Any] = []
+    while of_window := [*ahead, *islice(indices, target - len(ahead))]:
+        ahead = list(islice(indices, least)) if least > 1 else []
+        if len(ahead) < least:
+            of_window, ahead = of_window + ahead, []
+        yield of_window
+
+
+def _index_lists(of_windows: Iterator[list[Any]], plan_of: PlanOf, requested: deque[Planned]) -> Iterator[list[Any]]:
+    """Yield the indices of each micro-batch; note those of its window, and the sizes, when that begins."""
+    for of_window in of_windows:
+        ordered, sizes = plan_of(of_window)
+        requested.append((ordered, sizes))
+        rest = iter(ordered)
+        yield from (list(islice(rest, size)) for size in sizes)

@@ -1,0 +1,95 @@
+"""Cut windows from any iterable of batches: rows in order, what one window doesn't need left for the next."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BatchError
+from .bad_batches import of_samples
+from .split import batch_size, join, joinable, split
+from .window import Window
+
+if TYPE_CHECKING:
+    from ..workload import Batch
+
+BatchKeys = Mapping[str, Collection[str]]  # `shared` and `per_sample`, as `split` takes them
+SizesOf = Callable[[int], tuple[int, ...]]
+Part = tuple[Any, int]  # a batch and its samples
+
+
+def windows_of_batches(
+    batches: Iterable[Batch], target: int, sizes_of: SizesOf, keys: BatchKeys, least: int
+) -> Iterator[Window | BatchError]:
+    """Yield windows; in the place of what can't be cut, the error.
+
+    Args:
+        batches: The loader.
+        target: Samples in each window.
+        sizes_of: Sizes of the micro-batches for so many samples.
+        keys: `shared` and `per_sample`, as `split` takes them.
+        least: The fewest samples that a micro-batch may have; fewer at the end join the last window.
+    """
+    waiting: deque[Part] = deque()
+    waiting_samples = given = 0  # `given` counts those of the windows before
+    enough = target + (least if least > 1 else 0)
+    for number, batch in enumerate(batches):
+        try:
+            size = batch_size(batch, **keys)
+        except BatchError as error:
+            yield of_samples(error, [number], "the loader's batches, counted from 0")
+            continue
+        waiting.append((batch, size))
+        waiting_samples += size
+        while waiting_samples >= enough:
+            yield _window_or_error(waiting, range(given, given + target), sizes_of, keys)
+            waiting_samples, given = waiting_samples - target, given + target
+    if waiting:
+        yield _window_or_error(waiting, range(given, given + waiting_samples), sizes_of, keys)
+
+
+def _window_or_error(waiting: deque[Part], samples: range, sizes_of: SizesOf, keys: BatchKeys) -> Window | BatchError:
+    """Take the next window off the front of what waits; where it can't be cut, drop it and return the error."""
+    try:
+        window = _window(_take(waiting, len(samples), keys), sizes_of, keys)
+    except BatchError as error:
+        return of_samples(error, samples, "the epoch, counted from 0")
+    return Window(window.pieces, window.sizes, samples, "the epoch, counted from 0")
+
+
+def _take(parts: deque[Part], samples: int, keys: BatchKeys) -> list[Part]:
+    """Take so many samples off the front; the last part is cut where it has more."""
+    taken: list[Part] = []
+    while samples:
+        batch, size = parts.popleft()
+        if size > samples:
+            batch, rest = split(batch, (samples, size - samples), **keys)
+            parts.appendleft((rest, size - samples))
+            size = samples
+        taken.append((batch, size))
+        samples -= size
+    return taken
+
+
+def _window(parts: list[Part], sizes_of: SizesOf, keys: BatchKeys) -> Window:
+    """Make micro-batches of consecutive parts; each run of joinable ones is cut separately."""
+    pieces: list[Batch] = []
+    sizes: list[int] = []
+    for run in _runs(parts, keys):
+        for size in sizes_of(sum(samples for _, samples in run)):
+            # Only what a micro-batch takes from several batches is copied; the rest are views.
+            pieces.append(join([batch for batch, _ in _take(run, size, keys)], **keys))
+            sizes.append(size)
+    return Window(tuple(pieces), tuple(sizes))
+
+
+def _runs(parts: list[Part], keys: BatchKeys) -> Iterator[deque[Part]]:
+    """Yield the longest runs of consecutive parts that can be joined."""
+    run: deque[Part] = deque()
+    for part in parts:
+        if run and not joinable(run[0][0], part[0], **keys):
+            yield run
+            run = deque()
+        run.append(part)
+    yield run

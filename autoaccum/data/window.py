@@ -1,0 +1,37 @@
+"""The micro-batches of one optimizer step, as they were loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..workload import Batch
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one optimizer step, on the host.
+
+    Attributes:
+        pieces: The micro-batches, in the loader's order.
+        sizes: Samples in each.
+        samples: The index of each sample, piece after piece; empty where it isn't known.
+        origin: What the indices count: "the dataset", say.
+    """
+
+    pieces: tuple[Batch, ...]
+    sizes: tuple[int, ...]
+    samples: Sequence[Any] = ()
+    origin: str = ""
+
+    def samples_of(self, index: int) -> Sequence[Any]:
+        """Return the indices of one piece's samples."""
+        start = sum(self.sizes[:index])
+        return self.samples[start : start + self.sizes[index]]
+
+    def only(self, indices: Sequence[int]) -> Window:
+        """Return the window with these pieces only."""
+        pieces, sizes = ([each[i] for i in indices] for each in (self.pieces, self.sizes))
+        return Window(tuple(pieces), tuple(sizes), [s for i in indices for s in self.samples_of(i)], self.origin)
