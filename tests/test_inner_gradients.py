@@ -84,7 +84,7 @@ LOSSES = [mean_of_forces, sum_of_forces, penalty, by_backward]
 def test_the_window_has_the_gradient_of_the_whole_batch(loss: Callable[..., Any]) -> None:
     batch = sample()
     work = Workload(potential(), batch, loss=loss, optimizer=Capture)
-    assert check.check(work, apart=False).kind == "exact"
+    assert check.check(work, isolated=False).kind == "exact"
     plan = fit_plan(work, target_batch=ROWS, budget="4GiB", verify=False, max_micro_batch=5)
     assert plan.accumulation_steps == 3 and plan.exactness.startswith("exact (tested on")
     runner = Runner(work, plan)
@@ -102,7 +102,7 @@ def test_representations_that_are_gradients() -> None:
     """The first pass of `encode=` is without gradients, but where it takes some itself."""
     spread = lambda m, z: -z.std(0).log().sum()  # noqa: E731
     work = Workload(potential(), sample(), encode=forces, loss=spread, optimizer=Capture)
-    assert check.check(work, apart=False).kind == "exact"
+    assert check.check(work, isolated=False).kind == "exact"
     context = step.open_context(work)
     step.train_window(context, [tuple(leaf[at : at + 4] for leaf in sample()) for at in (0, 4, 8)], [4, 4, 4])
     whole = gradients(potential(), lambda m, b: spread(m, forces(m, b)), sample())
