@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def forward_only(context: TrainingContext, run: Callable[[], Result], *, keeps: bool = False) -> Result:
-    """Run forwards without gradients, or with them where the loss takes some itself.
+    """Run forwards without gradients, where the loss takes none itself.
 
     Without gradients a forward needs the least memory. A loss of forces or gradient penalties needs them: the graph of
     one micro-batch is then there before the window's first micro-batch, which has as large a graph and gradients
@@ -50,7 +50,10 @@ def forward_only(context: TrainingContext, run: Callable[[], Result], *, keeps: 
 
 
 def _lacks_gradients(error: Exception) -> bool:
-    """Return whether missing gradients may have caused an error: in torch.autograd, or in code that got None."""
+    """Return whether missing gradients may have caused an error.
+
+    They do in torch.autograd, and in code that gets a None.
+    """
     said = isinstance(error, RuntimeError) and "grad" in str(error)
     return said or isinstance(error, (AssertionError, AttributeError, TypeError))
 

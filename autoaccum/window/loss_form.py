@@ -1,4 +1,4 @@
-"""Decide once what a window's loss is divided by, and count it before the first backward.
+"""Decide once what a window's loss is divided by.
 
 The form of a loss is a value, decided before the first window that needs it and kept in the training context. Where it
 isn't plain from the workload, the loss or the model is asked with a forward on two samples that trains nothing.
@@ -46,7 +46,7 @@ class LossForm:
 
     Attributes:
         kind: What the micro-batches are weighted by.
-        count: What a micro-batch counts, read off the batch alone; None where it can't be.
+        count: What a micro-batch counts, read off the batch alone; None where the batch alone doesn't show it.
         denominator: For the model's own loss: which labels it averages over.
     """
 
@@ -66,7 +66,9 @@ class LossForm:
 
 
 def settle_loss_form(context: TrainingContext, pieces: Sequence[Batch]) -> LossForm:
-    """Return the form of the loss, decided by the first window that needs it.
+    """Return the form of the loss, decided once.
+
+    The first window that needs it decides.
 
     Args:
         context: What is trained; keeps the form once it is settled.
@@ -101,7 +103,7 @@ def _find_loss_form(context: TrainingContext, pieces: Sequence[Batch]) -> LossFo
 
 
 def window_count(context: TrainingContext, form: LossForm, pieces: Sequence[Batch]) -> Any:
-    """Return what the loss counts in the whole window, before its first backward.
+    """Count the whole window before its first backward.
 
     Returns:
         The count, 0 where nothing counts; None where micro-batches are weighted by samples, or where the window is one
@@ -146,7 +148,7 @@ def _returns_pair(context: TrainingContext, piece: Batch) -> bool:
 
 
 def _count_by_forward(context: TrainingContext, piece: Batch) -> Any:
-    """Return what a loss counts; it gets a copy, as it may write into its batch."""
+    """Return what a loss counts in a copy of a micro-batch."""
     copy = tree.map_leaves(piece, lambda _, leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
     return count_of(forward(context, copy))
 
@@ -156,7 +158,7 @@ def _value(count: Any) -> Any:
 
 
 def _few(piece: Batch) -> Batch:
-    """Return two samples of a micro-batch; all of it where it can't be cut."""
+    """Return two samples of a micro-batch, or all where it can't be cut."""
     try:
         return cutting.tile(piece, min(_PROBE_SAMPLES, cutting.batch_size(piece)))
     except BatchError:
