@@ -158,7 +158,7 @@ def _value(count: Any) -> Any:
 
 
 def _few(piece: Batch) -> Batch:
-    """Return two samples of a micro-batch, or all where it can't be cut."""
+    """Return two samples of a micro-batch, or all of one packed."""
     try:
         return cutting.tile(piece, min(_PROBE_SAMPLES, cutting.batch_size(piece)))
     except BatchError:
