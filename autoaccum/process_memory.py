@@ -51,7 +51,7 @@ def glibc() -> ctypes.CDLL | None:
 
 
 def _counts(libc: ctypes.CDLL) -> bool:
-    """Whether glibc's statistics count what malloc hands out.
+    """Return whether glibc's statistics count what malloc hands out.
 
     Not where another allocator replaces malloc.
 
@@ -172,7 +172,7 @@ def available_bytes() -> int | None:
 
 
 def begin_resident_peak() -> bool:
-    """Has the kernel forget the highest resident size so far, for `resident_peak_bytes`.
+    """Have the kernel forget the highest resident size so far, for `resident_peak_bytes`.
 
     proc(5), /proc/pid/clear_refs: 5 sets VmHWM back to what is resident now. It is one for the whole process, so the
     last caller's moment counts. (`getrusage`'s ru_maxrss may also be of what the process was before its exec.)
@@ -260,7 +260,7 @@ class Watcher:
 
 
 class PeakSampler:
-    """Watches committed and resident bytes while it is entered.
+    """Watch committed and resident bytes while it is entered.
 
     Attributes:
         baseline_bytes: Committed bytes when it was entered, its own thread included.

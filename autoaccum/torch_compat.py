@@ -1,4 +1,4 @@
-"""Reach the private names of torch that are used, each by a function.
+"""Reach the private names of torch that are used.
 
 No other file of the package uses a private name of torch; tests/test_torch_compat.py reads the sources for them, and
 calls each function here. A docstring gives the versions of torch in which its names were found (2.6.0, 2.9.1, 2.12.1,
@@ -76,7 +76,10 @@ def _find(owner: Any, path: str, purpose: str) -> Any:
 
 
 def clear_cublas_workspaces() -> None:
-    """Give cuBLAS's workspaces back to the caching allocator; nothing before CUDA is used. All four versions."""
+    """Give cuBLAS's workspaces back to the caching allocator.
+
+    Nothing before CUDA is used. All four versions.
+    """
     clear = _find(torch, "_C._cuda_clearCublasWorkspaces", "release cuBLAS's workspaces")
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         clear()
@@ -89,7 +92,9 @@ def is_history_on() -> bool:
 
 
 def start_history(max_events: int | None = None) -> None:
-    """Record the allocator's history from now on, without stack frames. All four versions.
+    """Record the allocator's history from now on.
+
+    Without stack frames. All four versions.
 
     Args:
         max_events: Events that are kept, the latest ones; None for torch's own limit.
@@ -119,7 +124,10 @@ def read_history(index: int) -> list[Entry]:
 
 @contextlib.contextmanager
 def history_metadata(text: str) -> Iterator[None]:
-    """Mark this thread's events in the history with a text, as `user_metadata`. 2.12.1 and 2.15.0; not 2.9.1."""
+    """Mark this thread's events in the history with a text.
+
+    As `user_metadata`. 2.12.1 and 2.15.0; not 2.9.1.
+    """
     purpose = "mark where phases begin in the allocator's history"
     set_metadata = _find(torch.cuda, "memory._set_memory_metadata", purpose)
     before = _find(torch.cuda, "memory._get_memory_metadata", purpose)()
@@ -153,7 +161,9 @@ def is_profiler_on() -> bool:
 
 
 def profiler_events(profiler: torch.profiler.profile) -> Iterator[Any]:
-    """Yield every event of a finished profile, in no particular order. All four versions.
+    """Yield every event of a finished profile, in any order.
+
+    All four versions.
 
     Yields:
         Nodes of Kineto's event tree: `tag.name`, `name`, `start_time_ns`, `end_time_ns`, `extra_fields`.
@@ -171,17 +181,26 @@ def profiler_events(profiler: torch.profiler.profile) -> Iterator[Any]:
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:
-    """Return the address of a storage's implementation: the same for all objects that stand for it."""
+    """Return the address of a storage's implementation.
+
+    The same for all objects that stand for it.
+    """
     return int(storage._cdata)
 
 
 def write_count(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was written to in place, as autograd counts it; -1 for inference tensors."""
+    """Return how often a tensor was written to in place.
+
+    As autograd counts it; -1 for inference tensors.
+    """
     return -1 if tensor.is_inference() else tensor._version
 
 
 def sparse_parts(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Return the indices and values of a COO tensor by name; it need not be coalesced."""
+    """Return the indices and values of a COO tensor by name.
+
+    It need not be coalesced.
+    """
     return [("_indices", tensor._indices()), ("_values", tensor._values())]
 
 
@@ -209,7 +228,10 @@ def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
 
 
 def unbatched_dimensions(norm: InstanceNorm) -> int:
-    """Return the dimensions of one sample of an instance normalization. All four versions."""
+    """Return the dimensions of an instance normalization's sample.
+
+    All four versions.
+    """
     return int(norm._get_no_batch_dim())  # type: ignore[no-untyped-call]
 
 
@@ -227,7 +249,10 @@ def is_compiler_loaded() -> bool:
 
 
 def is_compiled_function(function: Any) -> bool:
-    """Return whether a function came from torch.compile. `_torchdynamo_orig_callable` is in all four versions."""
+    """Return whether a function came from torch.compile.
+
+    `_torchdynamo_orig_callable` is in all four versions.
+    """
     return hasattr(function, "_torchdynamo_orig_callable")
 
 
@@ -237,7 +262,10 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 
 
 def compiled_call(module: nn.Module) -> Any:
-    """Return what `module.compile()` made of a module's call; None where it was not called. All four versions."""
+    """Return what `module.compile()` made of a module's call, or None.
+
+    All four versions.
+    """
     return getattr(module, "_compiled_call_impl", None)
 
 
@@ -255,7 +283,9 @@ def restore_compiled_call(module: nn.Module, before: Any) -> None:
 
 
 def compiler_backends(module: nn.Module) -> list[Any]:
-    """Return what a compiled module calls to compile graphs; empty where it is not compiled.
+    """Return what a compiled module calls to compile graphs.
+
+    Empty where it is not compiled.
 
     `dynamo_ctx` and `_compiled_call_impl` are in all four versions.
     """

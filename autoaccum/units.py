@@ -89,7 +89,7 @@ def check_memory(memory: str | int | None, headroom: str | int | None) -> None:
 
 
 def show_bytes(size: int) -> str:
-    """Return a size with about three digits: `1.50 GiB`, `12.3 MiB`, `512 B`."""
+    """Return a size in three digits: `1.50 GiB`, `12.3 MiB`, `512 B`."""
     if abs(size) < 1024:
         return f"{size} B"
     for unit in ("KiB", "MiB"):

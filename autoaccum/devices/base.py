@@ -52,7 +52,9 @@ class RecordingPolicy:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The result of running windows for real. Subclasses add what their device counts.
+    """The result of running windows for real.
+
+    Subclasses add what their device counts.
 
     Attributes:
         seconds: Duration of the windows that are timed.
@@ -87,7 +89,10 @@ class Device(ABC):
         """The device's name, as plans and reports show it."""
 
     def settings_words(self) -> dict[str, str]:
-        """Describe settings that memory depends on, by name; a plan holds only where they are the same."""
+        """Describe the settings that memory depends on.
+
+        By name. A plan holds only where they are the same.
+        """
         return {}
 
     # Recording and replaying
@@ -105,7 +110,7 @@ class Device(ABC):
 
     @abstractmethod
     def record(self, run: Window, *, micro_batch: int) -> Recording:
-        """Record each block that a window allocates and frees, in order, by phase.
+        """Record each block of a window, in order, by phase.
 
         Args:
             run: Runs the window.
@@ -113,7 +118,10 @@ class Device(ABC):
         """
 
     def unrecorded_bytes(self, run: Window, recording: Recording, threshold_bytes: int | None) -> int:
-        """Return the bytes of a micro-batch that its recording does not show; 0 where it shows all."""
+        """Return a micro-batch's bytes that its recording does not show.
+
+        0 where it shows all.
+        """
         return 0
 
     @abstractmethod
@@ -124,11 +132,14 @@ class Device(ABC):
         start: HeapState | None = None,
         unrecorded_bytes: int = 0,
     ) -> Replay:
-        """Replay phases by the rules of this device's allocator, without a limit on memory."""
+        """Replay phases by this device's allocator, without a limit on memory."""
 
     @abstractmethod
     def input_bytes(self, tensor_bytes: int) -> int:
-        """Return what the samples of a whole window use on the device until their step is done."""
+        """Return the bytes that a window's samples use on the device.
+
+        They are held until the optimizer step is done.
+        """
 
     @abstractmethod
     def measure(self, train: Callable[..., None], windows: Sequence[Split]) -> Measurement:
@@ -155,7 +166,10 @@ class Device(ABC):
 
     @abstractmethod
     def limit_memory(self, limit_bytes: int) -> None:
-        """Refuse allocations above a limit, in the bytes of a budget. A lower limit in force stays."""
+        """Refuse allocations above a limit, in the bytes of a budget.
+
+        A lower limit in force stays.
+        """
 
     @abstractmethod
     def free_bytes(self) -> int:
@@ -167,14 +181,22 @@ class Device(ABC):
 
     @abstractmethod
     def lifetime_peak_bytes(self) -> int:
-        """Return the most that was held since the process began, as far as the system keeps it."""
+        """Return the peak since the process began.
+
+        As far as the system keeps it.
+        """
 
     def read_heap(self) -> Heap | None:
-        """Return the state of the C library's heap; None where it does not matter."""
+        """Return the state of the C library's heap.
+
+        None where it does not matter.
+        """
         return None
 
     def holes_filled(self, threshold_bytes: int | None) -> AbstractContextManager[int]:
-        """Occupy free blocks of the C library's heap that tensors would fit; yields their bytes.
+        """Occupy free blocks of the C library's heap; yield their bytes.
+
+        Those that tensors would fit.
 
         Args:
             threshold_bytes: As `prepare` returned it.
@@ -183,16 +205,28 @@ class Device(ABC):
 
     @abstractmethod
     def clean(self) -> None:
-        """Collect garbage and give all free memory back to the system. Slow: the collector visits every object."""
+        """Collect garbage and give all free memory back to the system.
+
+        Slow: the collector visits every object.
+        """
 
     def release_cache(self) -> None:
-        """Give cached blocks and library workspaces back to the driver; nothing where there are none."""
+        """Give cached blocks and library workspaces back to the driver.
+
+        Nothing where there are none.
+        """
         return
 
     def release_workspaces(self) -> None:
-        """Give library workspaces back to the caching allocator; nothing where there are none."""
+        """Give library workspaces back to the caching allocator.
+
+        Nothing where there are none.
+        """
         return
 
     def synchronize(self) -> None:
-        """Wait until all queued work is done; nothing where work is not queued."""
+        """Wait until all queued work is done.
+
+        Nothing where work is not queued.
+        """
         return

@@ -1,4 +1,4 @@
-"""Which errors are a real out-of-memory, and what one leaves behind."""
+"""Recognize a real out-of-memory, and free what it holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ SHORT_SHARE = 0.25  # memory is short where less than this part of it is left: a
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a real out-of-memory: nothing else is ever retried.
+    """Return whether an error is a real out-of-memory.
+
+    Nothing else is ever retried.
 
     Call it in the handler, while what the failed step allocated is still there.
     """
@@ -41,13 +43,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def cpu_is_short() -> bool:
-    """Whether this process is near the tightest limit on what it may commit: its own, its group's, the machine's."""
+    """Return whether this process is near its tightest memory limit."""
     limit = read_cpu_budget(headroom=0).limit_bytes
     return limit - committed_bytes() < SHORT_SHARE * limit
 
 
 def cuda_is_short() -> bool:
-    """Whether little is left of the current GPU's memory, what torch's cache could give back counted as left."""
+    """Return whether the current GPU's memory is nearly used up.
+
+    What torch's cache could give back counts as left.
+    """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
     free, whole = torch.cuda.mem_get_info()
@@ -55,7 +60,7 @@ def cuda_is_short() -> bool:
 
 
 def drop_frames(error: BaseException) -> str:
-    """Frees what the frames of an error hold, and returns the error's first line.
+    """Free an error's frames; return its first line.
 
     An exception holds its traceback, that the frames, and these the activations. Call it in the handler and recover
     outside of it.
@@ -74,5 +79,8 @@ def drop_frames(error: BaseException) -> str:
 
 
 def collect() -> None:
-    """Frees what only reference cycles still hold (an error in backward leaves some)."""
+    """Free what only reference cycles hold.
+
+    An error in backward leaves some.
+    """
     gc.collect()

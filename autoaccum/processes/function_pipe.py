@@ -39,7 +39,10 @@ def pickled(function: Callable[[], Any] | None) -> bytes:
 
 
 def send(content: bytes, descriptor: int) -> None:
-    """Writes them into a pipe and closes it, in a thread: the reader may not be there yet."""
+    """Write them into a pipe and close it, in a thread.
+
+    The reader may not be there yet.
+    """
 
     def write() -> None:
         try:
@@ -52,7 +55,10 @@ def send(content: bytes, descriptor: int) -> None:
 
 
 def receive(descriptor: int) -> None:
-    """Keeps what this process is handed; nothing is unpickled before it is asked for."""
+    """Keep what this process is handed.
+
+    Nothing is unpickled before it is asked for.
+    """
     global _received
     with os.fdopen(descriptor, "rb") as pipe:
         _received = pipe.read(int.from_bytes(pipe.read(8), "little"))
@@ -64,7 +70,7 @@ def to_hand_on() -> bytes:
 
 
 def workload_function() -> Callable[[], Any] | None:
-    """Return the function that this process was given; None if it was given none."""
+    """Return the function that this process was given, or None."""
     if not _received:
         return None
     folders, content = pickle.loads(_received)

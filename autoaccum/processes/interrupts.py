@@ -45,12 +45,12 @@ def received() -> int | None:
 
 
 def received_more_than_one() -> bool:
-    """Whether it was asked again."""
+    """Return whether it was asked again."""
     return len(_received) > 1
 
 
 def is_watched() -> bool:
-    """Whether `watch` was called in this process."""
+    """Return whether `watch` was called in this process."""
     return _watched
 
 

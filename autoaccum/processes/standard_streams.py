@@ -33,7 +33,7 @@ def flush(stream: IO[str]) -> None:
 
 
 def is_lost(stream: IO[str]) -> bool:
-    """Whether what is printed can't be written, or not any more."""
+    """Return whether what is printed can't be written, or not any more."""
     try:
         stream.write("\n")
         flush(stream)

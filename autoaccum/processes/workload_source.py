@@ -63,7 +63,7 @@ def load_workload(source: str | None, device: str = "cpu", *, made_there: bool =
 
 
 def takes_device(function: Callable[..., Any], source: str | None) -> bool:
-    """Whether a workload's function has a parameter `device`.
+    """Return whether a workload's function has a parameter `device`.
 
     Raises:
         UsageError: It has another one without a default, which nothing could be given for.

@@ -34,6 +34,7 @@ from ..torch_compat import storage_id, write_count
 from ..units import show_bytes
 from . import traversal
 from .closures import Holdings, Slot
+from .place_names import name_of
 from .rng import put_rng, read_generator, same_state, take_rng, write_generator
 from .traversal import Aspect, Held, HeldName, Place, Walk
 
@@ -75,7 +76,7 @@ class Snapshot:
             try:
                 put(*args)
             except Exception as error:  # whatever it is, the rest must go back first
-                name = traversal.name_of(place, self._found.tensors)
+                name = name_of(place, self._found.tensors)
                 failures.append(f"{name} ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
 
         with torch.no_grad():
@@ -117,12 +118,12 @@ class Snapshot:
         places += [(place, Aspect.GRADIENT) for parameter, was, place in gradients if parameter.grad is not was]
         now = take_rng()
         places += [(None, name) for name, state in self._rng.items() if not same_state(now[name], state)]
-        return list(dict.fromkeys(traversal.name_of(place, self._found.tensors) for place in places))
+        return list(dict.fromkeys(name_of(place, self._found.tensors) for place in places))
 
     def unkept(self) -> list[str]:
         """Name changed tensors that were too large for a copy."""
         watched = self._found.watched
-        return [traversal.name_of(place, {}) for tensor, before, place in watched if write_count(tensor) != before]
+        return [name_of(place, {}) for tensor, before, place in watched if write_count(tensor) != before]
 
     def _stored(self) -> Iterator[_Stored]:
         """Every storage with its own part of the copies."""

@@ -1,4 +1,4 @@
-"""What training may use of the CPU's memory, with a reason behind every number.
+"""Read the memory budget of the CPU, with reasons.
 
 A CPU budget is in committed bytes of the whole process, since that is what a limit limits.
 """
@@ -17,7 +17,7 @@ _NO_LIMIT_BYTES = 1 << 60  # version 1 of cgroups writes "no limit" as the large
 
 
 def read_cpu_budget(memory: str | int | None = None, headroom: str | int | None = None) -> Budget:
-    """Reads what this process may commit.
+    """Read what this process may commit.
 
     Args:
         memory: What the whole process may use; left out: what limits and the machine leave.
@@ -49,7 +49,7 @@ def read_cpu_budget(memory: str | int | None = None, headroom: str | int | None 
 
 
 def _limits() -> list[BudgetItem]:
-    """Every limit of this process and this machine, as committed bytes of this process."""
+    """List the limits on this process's committed bytes."""
     _, resident = read_memory()
     found = []
     data_limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
@@ -78,7 +78,9 @@ def _address_space_bytes() -> int:
 
 
 def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int] | None:
-    """Limit and use of the tightest memory cgroup around this process, file cache not counted as used.
+    """Return limit and use of the tightest memory cgroup.
+
+    The file cache is not counted as used.
 
     Version 2's files (Documentation/admin-guide/cgroup-v2.rst), or version 1's (cgroup-v1/memory.rst).
     """
@@ -97,7 +99,7 @@ def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/s
 
 
 def _limits_above(root: Path, path: str, limit_name: str, used_name: str, cache_name: str) -> list[tuple[int, int]]:
-    """Limit and use of a group and of those around it."""
+    """List limit and use of a group and its parents."""
     found: list[tuple[int, int]] = []
     folder = root / path.strip().lstrip("/")
     for place in (folder, *folder.parents):
@@ -114,7 +116,10 @@ def _limits_above(root: Path, path: str, limit_name: str, used_name: str, cache_
 
 
 def _file_cache_bytes(stat: Path, name: str) -> int:
-    """What the kernel can drop at once; 0 where it doesn't say, on the safe side."""
+    """Return the file cache, which the kernel can drop.
+
+    0 where it is not reported, on the safe side.
+    """
     try:
         return next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith(name))
     except (OSError, ValueError, IndexError, StopIteration):

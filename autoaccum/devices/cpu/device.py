@@ -1,4 +1,7 @@
-"""The CPU: recorded by torch's profiler, replayed by the rules of malloc, measured in committed bytes."""
+"""Plan for the CPU, in committed bytes.
+
+Windows are recorded by torch's profiler and replayed by the rules of malloc.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +136,10 @@ class CpuDevice(Device):
         return replay(list(phases), CpuRules(threshold_bytes, unrecorded_bytes), start or HeapState())
 
     def input_bytes(self, tensor_bytes: int) -> int:
-        """Return the samples' bytes as mappings: they lie in the memory that is trained in."""
+        """Return the samples' bytes as memory mappings.
+
+        They lie in the memory that is trained in.
+        """
         return mapping_bytes(tensor_bytes)
 
     def measure(self, train: Callable[..., None], windows: Sequence[Split]) -> CpuMeasurement:
@@ -161,7 +167,7 @@ class CpuDevice(Device):
         return read_cpu_budget(memory, headroom)
 
     def read_baseline(self, before: Heap, after: Heap | None = None) -> Baseline:
-        """Read what the process has committed without training, as a new one would have it.
+        """Read what a new process has committed before training.
 
         Buffers that libraries allocate on first use belong to it, so it is read after a window. The heap counts with
         what is in use now, or with all it had before anything was trained, whichever is more: free parts that training
@@ -193,7 +199,10 @@ class CpuDevice(Device):
         return process_memory.committed_bytes()
 
     def lifetime_peak_bytes(self) -> int:
-        """Return the peak of the resident bytes: the kernel keeps none of committed ones."""
+        """Return the peak of the resident bytes.
+
+        The kernel keeps none of the committed ones.
+        """
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def read_heap(self) -> Heap:

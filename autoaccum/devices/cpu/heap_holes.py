@@ -1,4 +1,4 @@
-"""Free blocks in malloc's heap that are large enough for tensors: kept occupied while a plan is made.
+"""Keep large holes in malloc's heap occupied while planning.
 
 Before its mmap threshold is fixed, glibc lets it rise to 32 MiB, so a process that has trained or loaded data has
 tensors in its heap, and holes once they are freed. With the threshold fixed a large block still goes into a hole that
@@ -22,7 +22,9 @@ _FLAGS = 0x7
 
 @contextlib.contextmanager
 def filled(threshold_bytes: int | None) -> Iterator[int]:
-    """Occupies all holes of at least the threshold; yields their bytes. Nothing is taken from the system.
+    """Occupy all holes of at least the threshold; yield their bytes.
+
+    Nothing is taken from the system.
 
     Args:
         threshold_bytes: Malloc's fixed threshold; None where it isn't fixed, and nothing is done.
@@ -37,7 +39,10 @@ def filled(threshold_bytes: int | None) -> Iterator[int]:
 
 
 def _fill(libc: ctypes.CDLL, threshold_bytes: int) -> list[int]:
-    """Asks for ever smaller blocks, each size until the answer is a mapping: then no hole is as large."""
+    """Allocate ever smaller blocks until no hole is as large.
+
+    An answer that is a mapping means that no hole fits.
+    """
     found: list[int] = []
     least = threshold_bytes - _HEADER_BYTES
     size = max(least, process_memory.read_heap().free_bytes)
@@ -54,5 +59,8 @@ def _fill(libc: ctypes.CDLL, threshold_bytes: int) -> list[int]:
 
 
 def _chunk_bytes(block: int) -> int:
-    """A block's chunk size with its flags, as glibc keeps it in front of the block (malloc.c: mchunk_size)."""
+    """Return a block's chunk size with its flags.
+
+    glibc keeps it in front of the block (malloc.c: mchunk_size).
+    """
     return ctypes.c_size_t.from_address(block - _HEADER_BYTES).value

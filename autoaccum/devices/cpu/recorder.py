@@ -1,4 +1,4 @@
-"""Records a window on the CPU: the allocation events of torch's profiler, in order, by phase."""
+"""Record a window on the CPU with torch's profiler."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINETOS = re.compile(rb"^[A-Z]+:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \d+:\d+ .*\n?", 
 
 
 def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
-    """Records what a run of `step.train_window` allocates.
+    """Record what a run of `step.train_window` allocates.
 
     A process has room for one profiler. Where the user's own is on, a forked copy of the process records; what the run
     changes it changes here as well, as the copy's changes are lost.
@@ -50,12 +50,12 @@ def record(run: Callable[[OnPhase], None], *, micro_batch: int) -> Recording:
 
 
 def profiler_is_on() -> bool:
-    """Whether the user's profiler watches this thread."""
+    """Return whether the user's profiler watches this thread."""
     return is_profiler_on()
 
 
 def apart(work: Callable[[], T]) -> T:
-    """Does what the user's profiler would be in the way of, in a copy of the process without it.
+    """Work in a copy of the process without the user's profiler.
 
     Raises:
         UsageError: The copy can't do it.
@@ -107,7 +107,10 @@ def _phases(profiler: torch.profiler.profile) -> tuple[Phase, ...]:
 
 
 def _cut(events: list[Event], times: list[int], spans: list[tuple[int, int, str]]) -> tuple[Phase, ...]:
-    """Sorts the events into phases; what is freed right after a phase ended still counts as its."""
+    """Sort events into phases.
+
+    What is freed right after a phase ended still counts as its.
+    """
     phases: list[list[Event]] = [[] for _ in spans]
     for event, moment in zip(events, times, strict=True):
         index = next((i for i in reversed(range(len(spans))) if spans[i][0] <= moment), None)
@@ -118,7 +121,7 @@ def _cut(events: list[Event], times: list[int], spans: list[tuple[int, int, str]
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Leaves Kineto's lines out of what is written to descriptor 2 for a moment.
+    """Keep Kineto's lines out of descriptor 2 for a moment.
 
     The descriptor is the whole process's, so whatever else other threads write there meanwhile is written afterwards.
     """

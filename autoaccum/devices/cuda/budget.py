@@ -1,4 +1,4 @@
-"""What training may use of a CUDA device, with a reason behind every number.
+"""Read the memory budget of a CUDA device, with reasons.
 
 A CUDA budget is in *reserved* bytes: what torch's caching allocator may come to hold on the device, in all, in this
 process. What it holds already counts as to be had, since it is this process's own. `--memory` names the whole process,
@@ -27,7 +27,7 @@ _BUS_ID = ("domain", "bus", "device")
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """A device's memory as this process sees it at one moment, in bytes.
+    """A device's memory at one moment, in bytes.
 
     Attributes:
         total_bytes: Of the device, as CUDA has it (nvidia-smi's total is larger by what the driver keeps).
@@ -51,22 +51,28 @@ class DeviceMemory:
 
     @property
     def own(self) -> Process | None:
-        """This process in NVML's list; None where it isn't there, as in a container, or without its bytes."""
+        """This process in NVML's list.
+
+        None where it is not listed, as in a container, or without its bytes.
+        """
         return next((p for p in self.seen.processes if p.pid == self.pid and p.bytes is not None), None)
 
     @property
     def others(self) -> tuple[Process, ...]:
-        """The other processes in that list."""
+        """The other processes in NVML's list."""
         return tuple(process for process in self.seen.processes if process.pid != self.pid)
 
     @property
     def others_bytes(self) -> int:
-        """What they hold, as far as NVML says."""
+        """What the other processes hold, as NVML lists it."""
         return sum(process.bytes or 0 for process in self.others)
 
     @property
     def context_bytes(self) -> int:
-        """This process's context and libraries; at most that, where NVML doesn't list this process."""
+        """This process's context and libraries.
+
+        An upper limit where NVML does not list this process.
+        """
         outside = max(0, self.total_bytes - self.free_bytes - self.reserved_bytes)
         if self.own is None or self.own.bytes is None:
             return max(0, outside - self.others_bytes)
@@ -74,13 +80,16 @@ class DeviceMemory:
 
     @property
     def hidden_bytes(self) -> int:
-        """Neither free, nor this process's, nor another's that NVML lists."""
+        """What is neither free nor held by a process that is listed."""
         taken = self.reserved_bytes + self.context_bytes + self.others_bytes
         return max(0, self.total_bytes - self.free_bytes - taken)
 
     @property
     def foreign_bytes(self) -> int:
-        """What others hold, or may hold: all that isn't known to be this process's own."""
+        """What others may hold.
+
+        All that is not known to be this process's own.
+        """
         own = self.reserved_bytes if self.own is None else self.reserved_bytes + self.context_bytes
         return max(0, self.total_bytes - self.free_bytes - own)
 
@@ -92,7 +101,7 @@ def read_cuda_budget(
     *,
     nvml: Any = None,
 ) -> Budget:
-    """Reads what torch's allocator may come to hold on a device.
+    """Read what torch's allocator may reserve on a device.
 
     Read it after something ran there: contexts and libraries load at their first use.
 
@@ -109,7 +118,10 @@ def read_cuda_budget(
 
 
 def read_device(device: torch.device | int | str | None = None, *, nvml: Any = None) -> DeviceMemory:
-    """Reads a device's memory. It makes this process's context there, if there is none yet."""
+    """Read a device's memory.
+
+    It creates this process's context there, if there is none yet.
+    """
     import torch
 
     at = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(_named(device))
@@ -136,7 +148,7 @@ def _named(device: torch.device | int | str) -> torch.device | str:
 
 
 def cuda_budget(found: DeviceMemory, memory: str | int | None = None, headroom: str | int | None = None) -> Budget:
-    """What torch's allocator may come to hold.
+    """Compute what torch's allocator may reserve.
 
     The headroom, where none is named: nothing of a limit that a person named (`memory`, the memory fraction). Of what
     the device has: as much as others hold, or may hold, since they may come to twice that; 10 % at most. Alone on a
@@ -168,7 +180,7 @@ def cuda_budget(found: DeviceMemory, memory: str | int | None = None, headroom: 
 
 
 def _limits(found: DeviceMemory, memory: str | int | None) -> list[BudgetItem]:
-    """Every limit, as bytes that torch may have reserved."""
+    """List the limits, as bytes that torch may reserve."""
     free, reserved, total = (show_bytes(n) for n in (found.free_bytes, found.reserved_bytes, found.total_bytes))
     why = f"{free} that the driver says are free and {reserved} that torch has reserved, of {total}"
     limits = [BudgetItem(DEVICE, found.free_bytes + found.reserved_bytes, why)]
@@ -215,7 +227,10 @@ def _headroom(found: DeviceMemory, limit: BudgetItem, headroom: str | int | None
 
 
 def _parts(found: DeviceMemory) -> tuple[BudgetItem, ...]:
-    """Where the device's memory is; with what is free, they add up to its total."""
+    """List where the device's memory is.
+
+    With what is free, the items add up to its total.
+    """
     idle = max(0, found.reserved_bytes - found.active_bytes)
     stuck = min(found.stuck_bytes, idle)
     cached = (
@@ -252,13 +267,13 @@ def _others(found: DeviceMemory) -> BudgetItem:
 
 
 def show_process(process: Process) -> str:
-    """`1.50 GiB of python (pid 4711)`."""
+    """Return a process in words: `1.50 GiB of python (pid 4711)`."""
     size = "an unknown amount" if process.bytes is None else show_bytes(process.bytes)
     return f"{size} of {process.name or 'a process'} (pid {process.pid})"
 
 
 def shrunk_since(planned: Budget, now: Budget, *, margin: float = 0.0) -> str | None:
-    """Says whether a plan's budget is still there, before anything runs.
+    """Describe what is missing of a plan's budget, before training.
 
     A process that has just begun has loaded less of CUDA's libraries than the one that planned; what they will take
     still is counted as taken. The headroom is there to be used up by others, so it is not asked for again.

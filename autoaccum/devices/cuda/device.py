@@ -1,4 +1,7 @@
-"""A CUDA device: recorded by the caching allocator's history, replayed by its rules, measured in reserved bytes."""
+"""Plan for a CUDA device, in reserved bytes.
+
+Windows are recorded by the caching allocator's history and replayed by its rules.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CudaMeasurement(Measurement):
-    """The memory and time of windows that were run; `seconds` are of those after the first.
+    """The memory and time of windows that were run.
+
+    `seconds` are of the windows after the first.
 
     Attributes:
         peak_bytes: Peak of the reserved bytes.
@@ -47,7 +52,10 @@ class CudaMeasurement(Measurement):
 
 
 class CudaDevice(Device):
-    """A CUDA device. A byte counts as used when the caching allocator has reserved it from the driver."""
+    """A CUDA device.
+
+    A byte counts as used when the caching allocator has reserved it from the driver.
+    """
 
     kind = "cuda"
     memory_model = CACHING_ALLOCATOR
@@ -71,7 +79,10 @@ class CudaDevice(Device):
         return torch.cuda.current_device() if index is None else int(index)
 
     def settings_words(self) -> dict[str, str]:
-        """Describe the allocator's settings, from the environment or set since, and cuDNN's choice of algorithms."""
+        """Describe the settings of the allocator and of cuDNN.
+
+        From the environment, or set since.
+        """
         text = allocator_settings().get("PYTORCH_CUDA_ALLOC_CONF") or "as it comes"
         return {"allocator": text, **({"cudnn": "benchmark"} if torch.backends.cudnn.benchmark else {})}
 
@@ -80,7 +91,9 @@ class CudaDevice(Device):
         return None
 
     def record(self, run: Window, *, micro_batch: int) -> Recording:
-        """Record a window from an empty cache, so that fragments of smaller sizes are not in its way.
+        """Record a window from an empty cache.
+
+        So fragments of smaller sizes are not in its way.
 
         cuBLAS's workspaces go first: they lie in the middle of large segments, which stay reserved until then.
         """
@@ -104,12 +117,18 @@ class CudaDevice(Device):
         start: HeapState | None = None,
         unrecorded_bytes: int = 0,
     ) -> Replay:
-        """Replay phases from an empty allocator without a limit; the malloc arguments do not matter here."""
+        """Replay phases from an empty allocator without a limit.
+
+        The malloc arguments do not matter here.
+        """
         found = replay_cuda(phases, self.read_rules())
         return Replay(found.peak_reserved_bytes, live_peak(phases), found.phases)
 
     def input_bytes(self, tensor_bytes: int) -> int:
-        """Return 0: samples wait on the host, and those of the current micro-batch are in the recording."""
+        """Return 0: samples wait on the host.
+
+        Those of the current micro-batch are in the recording.
+        """
         return 0
 
     def measure(self, train: Callable[..., None], windows: Sequence[Split]) -> CudaMeasurement:
@@ -143,7 +162,10 @@ class CudaDevice(Device):
         )
 
     def _train_recorded(self, train: Callable[..., None], split: Split) -> Recording | None:
-        """Train a window and record it, nothing cleared from the cache before it."""
+        """Train a window and record it.
+
+        Nothing is cleared from the cache before it.
+        """
         trained = False
 
         def run(on_phase: OnPhase) -> None:
@@ -198,7 +220,10 @@ class CudaDevice(Device):
         return int(free) + self.held_bytes() - self.allocated_bytes()
 
     def obtainable_bytes(self) -> int:
-        """Return what the allocator can still reserve: free in the driver, and below its limit."""
+        """Return what the allocator can still reserve.
+
+        It is free in the driver, and below the allocator's limit.
+        """
         free, total = torch.cuda.mem_get_info(self.torch_device)
         allowed = int(torch.cuda.get_per_process_memory_fraction(self.torch_device) * total)
         return min(int(free), max(0, allowed - self.held_bytes()))
@@ -216,7 +241,7 @@ class CudaDevice(Device):
         return torch.cuda.max_memory_reserved(self.torch_device)
 
     def clean(self) -> None:
-        """Collect garbage and give cached blocks and cuBLAS's workspaces back to the driver."""
+        """Collect garbage and release the cache."""
         gc.collect()
         self.release_cache()
 

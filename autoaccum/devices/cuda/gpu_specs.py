@@ -1,4 +1,6 @@
-"""Real GPUs by name: what the driver says of each, so that a virtual GPU can stand in for it. No torch here.
+"""Describe real GPUs, so that a virtual one can stand in.
+
+No torch here.
 
 Total memory is CUDA's (`cudaMemGetInfo`, `torch.cuda.get_device_properties`), which is what the caching allocator
 meets; nvidia-smi's is larger by what the driver keeps for itself. It differs from driver to driver by up to 1 %; what
@@ -30,7 +32,7 @@ _LIBRARY = "derived: H100, BERT and whisper training (mila-iqia/milabench, confi
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a GPU's figures come from; "derived: ..." where nobody told them.
+    """The sources of a GPU's figures; "derived: ..." where none is published.
 
     Attributes:
         total: Of the total memory.
@@ -71,12 +73,14 @@ class Gpu:
 
     @property
     def capacity_bytes(self) -> int:
-        """What torch's allocator may come to reserve where nobody else uses the GPU."""
+        """What torch's allocator may reserve on an idle GPU."""
         return self.total_bytes - self.context_bytes - self.library_bytes
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name: this table's, or the driver's, however it is spelled.
+    """Find a GPU by its name or the driver's.
+
+    However it is spelled.
 
     Raises:
         UsageError: There is none, or several.
@@ -122,7 +126,10 @@ def _spelled(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Message:
-    """What an out-of-memory message told: held by the process, allocated by torch, reserved but unallocated."""
+    """The figures of an out-of-memory message.
+
+    Held by the process, allocated by torch, reserved but unallocated.
+    """
 
     in_use: str
     allocated: str
@@ -150,7 +157,10 @@ def _gpu(
     *,
     of: str = "",
 ) -> Gpu:
-    """A row; `of` says whose the message is where it isn't this GPU's own."""
+    """Make a row of the table.
+
+    `of` names the GPU of the message where it is another one.
+    """
     sources = Sources(total, processor, f"derived: {of}; {message}" if of else str(message))
     sizes = message.context_bytes, LIBRARY_BYTES
     return Gpu(name, device_name, total_bytes, capability, multiprocessors, *sizes, sources)

@@ -1,4 +1,4 @@
-"""The blocks of a model on a CUDA device, and what the caching allocator reserves for them."""
+"""List a model's blocks and what is reserved for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from ...simulation.recording import Event, Phase
 
 
 def model_blocks(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple[Event, ...]:
-    """List a model's blocks in the order in which `model.cuda()` makes them, then its optimizer's state.
+    """List a model's blocks in the order of `model.cuda()`.
+
+    Then those of its optimizer's state.
 
     torch.nn.Module._apply: children first, then a module's own parameters, then its buffers. A process that builds its
     model otherwise (directly on the device, or loaded from a file) may order them otherwise.
@@ -46,5 +48,5 @@ def _in_order(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def reserved_bytes_of(blocks: tuple[Event, ...], rules: CudaRules) -> int:
-    """Return what the allocator reserves for blocks that are allocated one after the other."""
+    """Return what is reserved for blocks allocated one after another."""
     return replay_cuda([Phase(BUILD, blocks)], replace(rules, capacity_bytes=None)).peak_reserved_bytes

@@ -1,4 +1,6 @@
-"""What NVML says of a device: who uses it, and for how much. Whatever it can't say becomes a note, never an error.
+"""Read from NVML which processes use a device.
+
+What it does not report becomes a note, never an error.
 
 NVML numbers devices by itself, whatever CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER say; so they are matched by UUID.
 No torch here.
@@ -36,7 +38,7 @@ class Process:
 
 @dataclass(frozen=True)
 class NvmlInfo:
-    """What NVML says of one device.
+    """A device as NVML reports it.
 
     Attributes:
         uuid: "GPU-..." or "MIG-..."; "" where the device wasn't found.
@@ -56,7 +58,7 @@ class NvmlInfo:
 def see_device(
     uuid: str, bus_id: str = "", *, library: Any = None, environ: Mapping[str, str] = os.environ
 ) -> NvmlInfo:
-    """Looks a device up and lists who uses it.
+    """Find a device and list the processes that use it.
 
     Args:
         uuid: CUDA's, with or without its prefix.
@@ -84,7 +86,10 @@ def see_device(
 
 
 def describe(*, library: Any = None) -> str:
-    """The driver and every GPU that NVML shows, whatever CUDA_VISIBLE_DEVICES hides; or why it can't be asked."""
+    """Describe the driver and every GPU that NVML lists.
+
+    CUDA_VISIBLE_DEVICES hides none; or why NVML cannot be used.
+    """
     try:
         library = _loaded() if library is None else library
         library.nvmlInit()
@@ -113,7 +118,7 @@ def _loaded() -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Why NVML can't be asked, in words."""
+    """Return why NVML cannot be used, in words."""
     if isinstance(error, ImportError):
         return f"NVML can't be asked: module pynvml is not installed ({_HINT})"
     if isinstance(error, AttributeError):
@@ -154,7 +159,10 @@ def _look(library: Any, uuid: str, bus_id: str, environ: Mapping[str, str]) -> N
 
 
 def _by_uuid(library: Any, uuid: str) -> Any:
-    """The device of that UUID. CUDA's comes without a prefix, and is the instance's own under MIG."""
+    """Return the handle of the device with a UUID.
+
+    CUDA's has no prefix, and is the instance's own under MIG.
+    """
     names = [uuid] if uuid.startswith(("GPU-", "MIG-")) else [f"GPU-{uuid}", f"MIG-{uuid}"]
     for name in names:
         for text in (name, name.encode()):  # bindings of old want bytes
@@ -171,13 +179,16 @@ def _by_bus(library: Any, bus_id: str) -> Any:
 
 
 def _is_cut(library: Any, handle: Any) -> bool:
-    """Whether that is a GPU that is cut into MIG instances."""
+    """Return whether a GPU is divided into MIG instances."""
     modes = _quietly(library.nvmlDeviceGetMigMode, handle) if hasattr(library, "nvmlDeviceGetMigMode") else None
     return bool(modes and modes[0])
 
 
 def _instance(library: Any, gpu: Any, uuid: str, environ: Mapping[str, str]) -> Any:
-    """The MIG instance that CUDA uses: the one CUDA_VISIBLE_DEVICES names first, or the only one there is."""
+    """Return the MIG instance that CUDA uses.
+
+    The one CUDA_VISIBLE_DEVICES names first, or the only one.
+    """
     count = _quietly(library.nvmlDeviceGetMaxMigDeviceCount, gpu) or 0
     found = [_quietly(library.nvmlDeviceGetMigDeviceHandleByIndex, gpu, i) for i in range(count)]
     found = [instance for instance in found if instance is not None]
@@ -190,7 +201,10 @@ def _instance(library: Any, gpu: Any, uuid: str, environ: Mapping[str, str]) -> 
 
 
 def _processes(library: Any, handle: Any) -> tuple[Process, ...]:
-    """Who computes on it, under MPS too, or draws; who does both is one process."""
+    """List the processes that compute or draw on a device.
+
+    Under MPS too. One that does both is listed once.
+    """
     listed = list(library.nvmlDeviceGetComputeRunningProcesses(handle))
     for kind in ("MPSCompute", "Graphics"):
         function = getattr(library, f"nvmlDeviceGet{kind}RunningProcesses", None)
@@ -214,7 +228,7 @@ def _name(pid: int) -> str:
 
 
 def _quietly(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Its result, or None where this driver or this binding can't."""
+    """Return a call's result, or None where it fails."""
     try:
         return call(*arguments)
     except Exception as error:

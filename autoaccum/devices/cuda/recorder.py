@@ -1,4 +1,7 @@
-"""Records a window on a CUDA device: the caching allocator's own history, in order, by phase and stream."""
+"""Record a window on a CUDA device.
+
+From the caching allocator's own history, in order, by phase and stream.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def record(
     micro_batch: int,
     device: torch.device | None = None,
 ) -> Recording:
-    """Records what a run of `step.train_window` allocates.
+    """Record what a run of `step.train_window` allocates.
 
     Where the user's own recording is on, its tail is read and nothing of it is changed. cuBLAS's workspaces are cleared
     first, so that what the run needs of them is in the recording.
@@ -101,7 +104,10 @@ def record_build(make: Callable[[], T], index: int) -> tuple[T, tuple[Event, ...
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """Switches the history on where it is off, without stack frames; and off again."""
+    """Record the history while this is entered, if it is off.
+
+    Without stack frames.
+    """
     if is_history_on():
         yield
         return
@@ -114,25 +120,28 @@ def _history() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _marked(name: str, mark: str, phases: list[str]) -> Iterator[None]:
-    """Marks events with the phase's number; not its name, since names come again."""
+    """Mark events with a phase's number.
+
+    Not with its name, since names are repeated.
+    """
     phases.append(name)
     with history_metadata(f"{mark}{len(phases) - 1}"):
         yield
 
 
 def _start(index: int) -> AllocatorState:
-    """What the allocator holds; asking leaves an entry in the history."""
+    """Read what the allocator holds; reading leaves an entry in the history."""
     return AllocatorState.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
 
 
 def _allocations(index: int) -> int:
-    """How many blocks were ever handed out."""
+    """Return how many blocks were ever handed out."""
     count: int = torch.cuda.memory_stats(index).get("allocation.all.allocated", 0)
     return count
 
 
 def _since(mark: str, trace: list[Entry], made: int) -> list[Entry]:
-    """The entries since the recording began, all of them.
+    """Return all entries since the recording began.
 
     Args:
         mark: The recording's.
@@ -151,7 +160,7 @@ def _since(mark: str, trace: list[Entry], made: int) -> list[Entry]:
 
 
 def _cut(trace: list[Entry], mark: str, names: list[str]) -> tuple[tuple[Phase, ...], frozenset[int]]:
-    """The phases, and which blocks are cuBLAS's workspaces."""
+    """Return the phases, and which blocks are cuBLAS's workspaces."""
     kept = _allocations_and_frees(trace) if names else []
     events = name_blocks((entry["addr"], size, entry["stream"]) for entry, size in kept)
     phases: list[list[Event]] = [[] for _ in names]
@@ -169,7 +178,9 @@ def _cut(trace: list[Entry], mark: str, names: list[str]) -> tuple[tuple[Phase, 
 
 
 def _allocations_and_frees(trace: list[Entry]) -> list[tuple[Entry, int]]:
-    """The entries that matter, each with its bytes: > 0 handed out, < 0 free again.
+    """Return the allocations and frees, each with its bytes.
+
+    > 0 where a block is handed out, < 0 where it is free again.
 
     A free is complete when no stream uses the block any more. Where something happens between the request and that, the
     request counts for itself, with no bytes.

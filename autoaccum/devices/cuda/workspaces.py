@@ -1,4 +1,4 @@
-"""Release cuBLAS's workspaces, which would otherwise decide where a window's large blocks lie.
+"""Release cuBLAS's workspaces, which would fragment the allocator's memory.
 
 cuBLAS keeps a workspace (8 to 32 MiB) for each thread and stream from its first matrix product on. In a backward pass
 the only free block that is large enough may be the one that a language model's logits have just left: hundreds of MiB,
@@ -18,6 +18,9 @@ WORKSPACES = "autoaccum workspaces"  # in the allocator's history, beside the ev
 
 
 def release() -> None:
-    """Give cuBLAS's workspaces back to the caching allocator; a history that is being recorded names them."""
+    """Give cuBLAS's workspaces back to the caching allocator.
+
+    A history that is being recorded names them.
+    """
     with history_metadata(WORKSPACES) if is_history_on() else contextlib.nullcontext():
         clear_cublas_workspaces()

@@ -18,5 +18,8 @@ __all__ = ["VirtualGpu", "available", "environment", "launch", "planning_environ
 
 
 def available() -> str | None:
-    """None where a virtual GPU can be had, else the reason in words, for `pytest.mark.skipif`. Nothing is compiled."""
+    """Return None where a virtual GPU is available, else why not.
+
+    In words, for `pytest.mark.skipif`. Nothing is compiled.
+    """
     return reason_against()

@@ -10,7 +10,7 @@ from .build import reason_against
 
 
 def describe_virtual_gpu() -> str:
-    """Describe whether this process is on a virtual GPU, or could start one that is."""
+    """Describe whether a virtual GPU is in use, or available."""
     if control.is_virtual():
         return "this process runs on one"
     reason = reason_against()

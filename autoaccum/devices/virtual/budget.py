@@ -1,4 +1,7 @@
-"""The budget on a GPU that is planned for without being there. No torch here."""
+"""Compute the budget on a GPU that need not be there.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from ..cuda.gpu_specs import Gpu
 
 
 def stand_in_budget(gpu: Gpu, memory: str | int | None, headroom: str | int | None) -> Budget:
-    """Return what torch's allocator may reserve on a GPU that no other process uses.
+    """Return the budget of an idle GPU, in reserved bytes.
 
     Raises:
         UsageError: A size cannot be read, or leaves nothing.

@@ -1,4 +1,6 @@
-"""Compiles the virtual GPU's library, once for each torch, and keeps it in the user's cache.
+"""Compile the virtual GPU's library and keep it in the user's cache.
+
+Once for each torch.
 
 It is preloaded into every process on a virtual GPU, so what lies in the cache is used only where it is the user's own
 (files/private.py) and, byte for byte, what was compiled: the folder holds its SHA-256. Else it is compiled anew.
@@ -31,7 +33,7 @@ _LAST_LINES = 12
 
 
 def built_library() -> Path:
-    """The library for the torch that is installed here; compiled if it isn't in the cache.
+    """Return the library for the installed torch; compile it if needed.
 
     Raises:
         UsageError: It can't be built, or the cache isn't the user's own; why, in words.
@@ -44,7 +46,10 @@ def built_library() -> Path:
 
 
 def reason_against() -> str | None:
-    """Why it can't be had here, in one sentence; None where it is built or looks as if it could be."""
+    """Return why no virtual GPU is available, in one sentence.
+
+    None where it is built or can probably be built.
+    """
     try:
         torch = find_torch()
         if not _is_whole(cache_folder() / "autoaccum" / "virtual" / _key(torch)):
@@ -55,7 +60,10 @@ def reason_against() -> str | None:
 
 
 def _key(torch: TorchBuild) -> str:
-    """Its folder's name: by torch, CUDA, machine, and all that goes into it, cuDNN's version included."""
+    """Return the library's folder name.
+
+    By torch, CUDA, machine, and all that goes into it, cuDNN's version included.
+    """
     parts = [*sorted(_SOURCES.rglob("*.[ch]")), *(_HERE / name for name in ("build.py", "elf.py", "stubs.py"))]
     digest = hashlib.sha256()
     for path in (*parts, torch.includes[-1] / "cudnn_version.h"):
@@ -64,7 +72,9 @@ def _key(torch: TorchBuild) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether it holds the library as it was compiled, and nothing else that a loader could find there.
+    """Return whether a folder holds the library as it was compiled.
+
+    And nothing else that a loader could find there.
 
     Raises:
         UsageError: Something in it isn't this user's own.
@@ -99,7 +109,10 @@ def _compiler() -> list[str]:
 
 
 def _build(torch: TorchBuild, folder: Path) -> None:
-    """Compiles in a folder beside and renames it, so that nobody ever sees half a library; two may do so at once."""
+    """Compile in a folder beside it, then rename that.
+
+    So nobody ever sees half a library, and two processes may compile simultaneously.
+    """
     compiler = _compiler()
     try:
         making = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
@@ -159,7 +172,7 @@ def _compile(compiler: list[str], torch: TorchBuild, making: Path) -> None:
 
 
 def _seal(making: Path) -> None:
-    """Adds to a compiled library what `_is_whole` looks at."""
+    """Add to a compiled library what `_is_whole` checks."""
     (making / DIGEST).write_text(_digest(making / LIBRARY) + "\n")
     for name in (LIBRARY, DIGEST, _STUBS):
         (making / name).chmod(0o600)  # whatever the umask says

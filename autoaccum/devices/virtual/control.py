@@ -1,4 +1,7 @@
-"""The controls of the virtual GPU, for a process that runs on it. Devices are counted as NVML counts them."""
+"""Control the virtual GPU of this process.
+
+Devices are numbered as NVML numbers them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class _Stats(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Stats:
-    """What the driver of a real GPU would know.
+    """A device's memory, as a real driver would count it.
 
     Attributes:
         used_bytes: Held by this process, without its context.
@@ -41,29 +44,32 @@ class Stats:
 
 
 def is_virtual() -> bool:
-    """Whether this process runs on a virtual GPU."""
+    """Return whether this process runs on a virtual GPU."""
     return hasattr(ctypes.CDLL(None), "autoaccum_gpu_stats")
 
 
 def set_other(device: int, other_bytes: int) -> None:
-    """Lets the other process hold that many bytes from now on."""
+    """Set the bytes that the other process holds from now on."""
     _library(device).autoaccum_gpu_set_other(device, ctypes.c_uint64(other_bytes))
 
 
 def fail_next(count: int) -> None:
-    """Lets the next `count` allocations fail. PyTorch empties its cache and retries once, so 2 make its error."""
+    """Fail the next `count` allocations.
+
+    PyTorch empties its cache and retries once, so 2 make its error.
+    """
     _library().autoaccum_gpu_fail_next(count)
 
 
 def stats(device: int = 0) -> Stats:
-    """What the driver would know of that device."""
+    """Return the driver's figures of a device."""
     found = _Stats()
     _library(device).autoaccum_gpu_stats(device, ctypes.byref(found))
     return Stats(*(getattr(found, name) for name in _FIELDS))
 
 
 def reset_peak(device: int = 0) -> None:
-    """Lets the peak be what is used now."""
+    """Reset the peak to what is used now."""
     _library(device).autoaccum_gpu_reset_peak(device)
 
 

@@ -1,4 +1,7 @@
-"""A CUDA device of a process on the virtual GPU: memory is counted by the real allocator, and nothing is computed."""
+"""Plan on a virtual CUDA device.
+
+The real allocator counts memory, and nothing is computed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ class VirtualGpuDevice(CudaDevice):
 
     @contextlib.contextmanager
     def capacity_limited_to(self, capacity_bytes: int) -> Iterator[None]:
-        """Let another process hold whatever is beyond a capacity, while this is entered."""
+        """Limit the device's capacity while this is entered.
+
+        Another process holds whatever is beyond it.
+        """
         before = control.stats()
         room = max(0, capacity_bytes - before.used_bytes)
         control.set_other(0, before.other_bytes + max(0, before.free_bytes - room))
@@ -32,7 +38,9 @@ class VirtualGpuDevice(CudaDevice):
 
 
 class StandInDevice(VirtualGpuDevice):
-    """A virtual device without a limit on memory that stands in for a GPU which need not be there.
+    """A virtual device that stands in for a real GPU.
+
+    It has no limit on memory.
 
     Args:
         torch_device: The virtual device.
@@ -48,7 +56,7 @@ class StandInDevice(VirtualGpuDevice):
         return self.gpu.total_bytes
 
     def read_budget(self, memory: str | int | None = None, headroom: str | int | None = None) -> Budget:
-        """Return what the caching allocator may reserve on the GPU that is planned for."""
+        """Return the budget on the GPU that is planned for."""
         return stand_in_budget(self.gpu, memory, headroom)
 
 

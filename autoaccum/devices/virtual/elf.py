@@ -1,4 +1,6 @@
-"""The dynamic symbols of a shared library, read from its file: no `nm`, and nothing is loaded.
+"""Read the dynamic symbols of a shared library from its file.
+
+Without `nm`, and nothing is loaded.
 
 Layouts: System V ABI, chapters 4 and 5 (gabi), and the GNU symbol versioning extension, both 64-bit little-endian,
 which x86_64 and aarch64 are.
@@ -22,7 +24,7 @@ _FUNCTION, _UNDEFINED = 2, 0
 
 @dataclass(frozen=True)
 class Symbols:
-    """What a library asks for and what it offers.
+    """What a library imports and exports.
 
     Attributes:
         imported: Name -> the version it is asked for in ("libcudart.so.13"), "" where it has none.
@@ -34,7 +36,7 @@ class Symbols:
 
 
 def read_symbols(path: Path) -> Symbols:
-    """Reads the dynamic symbols of a 64-bit little-endian ELF library.
+    """Read the dynamic symbols of a 64-bit little-endian ELF library.
 
     Raises:
         ValueError: It is no such file.
@@ -80,7 +82,10 @@ def _needed(data: mmap.mmap, section: tuple[int, ...], sections: list[tuple[int,
 
 
 def _versions(data: mmap.mmap, offset: int, names: int) -> Iterator[tuple[int, str]]:
-    """Two linked lists: the libraries that are needed, and each one's versions with the index that symbols name."""
+    """Yield each version that is needed, with its index.
+
+    Two linked lists: the libraries, and each one's versions with the index that symbols name.
+    """
     while True:
         _, count, _, aux, following = _NEED.unpack_from(data, offset)
         at = offset + aux

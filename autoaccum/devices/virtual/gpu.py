@@ -1,4 +1,4 @@
-"""What a virtual GPU is like, as a value and as the settings that its library reads."""
+"""Describe a virtual GPU, as a value and as settings."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ class VirtualGpu:
         _workspace(self.convolution_workspace)
 
     def settings(self) -> dict[str, str]:
-        """The environment variables that the library reads; all of them, so that none is left from elsewhere."""
+        """Return the environment variables that the library reads.
+
+        All of them, so that none is left from elsewhere.
+        """
         told = {
             "MEMORY": self.memory_bytes,
             "CONTEXT": self.context_bytes,
@@ -97,7 +100,10 @@ def _refused(what: str, value: object, why: str) -> UsageError:
 
 
 def _workspace(text: str | None) -> str:
-    """A number of bytes, a factor like 0.5x or "transposed", as the library reads it."""
+    """Return a workspace as the library reads it.
+
+    A number of bytes, a factor like 0.5x, or "transposed".
+    """
     if text is None:
         return "0"
     if text == TRANSPOSED:

@@ -1,4 +1,4 @@
-"""Starts processes on a virtual GPU. Nothing here imports torch."""
+"""Start processes on a virtual GPU. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from .gpu import VirtualGpu
 
 
 def environment(gpu: VirtualGpu, base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment in which a process finds that GPU; its library is compiled first if need be.
+    """Return the environment of a process on a virtual GPU.
+
+    Its library is compiled first if need be.
 
     Args:
         gpu: What it is like.
@@ -37,7 +39,10 @@ def environment(gpu: VirtualGpu, base: Mapping[str, str] | None = None) -> dict[
 
 
 def launch(command: Sequence[str], gpu: VirtualGpu, **popen_kwargs: Any) -> subprocess.Popen[Any]:
-    """Starts a command on that GPU; `env` among the keywords of `subprocess.Popen` is the environment to start from."""
+    """Start a command on a virtual GPU.
+
+    `env` among the keywords of `subprocess.Popen` is the environment to start from.
+    """
     told = environment(gpu, popen_kwargs.pop("env", None))
     return subprocess.Popen(list(command), env=told, **popen_kwargs)
 
@@ -47,7 +52,10 @@ def _put_first(entry: str, path: str) -> str:
 
 
 def _preloaded(library: Path) -> str:
-    """The loader splits LD_PRELOAD at spaces and colons; its bare name is found along LD_LIBRARY_PATH."""
+    """Return the library's entry in LD_PRELOAD.
+
+    The loader splits it at spaces and colons; a bare name is found along LD_LIBRARY_PATH.
+    """
     if ":" in str(library) or ";" in str(library):
         raise UsageError(
             f"The virtual GPU's library can't be loaded from {library.parent}.",

@@ -1,4 +1,4 @@
-"""Virtual GPUs that stand in for real ones. No torch here."""
+"""Make virtual GPUs that stand in for real ones. No torch here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ ANY_AMOUNT_BYTES = 1 << 41  # more than any one GPU has
 
 
 def virtual_settings(gpu: Gpu, *, devices: int = 1) -> VirtualGpu:
-    """The virtual GPU that stands in for it, alone on its machine, with libraries loaded from the start.
+    """Return the virtual GPU that stands in for a real one.
+
+    Alone on its machine, with libraries loaded from the start.
 
     Convolutions have the workspace that real ones showed (docs/ground-truth.md).
     """
@@ -29,7 +31,9 @@ def virtual_settings(gpu: Gpu, *, devices: int = 1) -> VirtualGpu:
 
 
 def planning_environment(name: str | None, base: Mapping[str, str] | None = None) -> dict[str, str] | None:
-    """That of a virtual GPU which stands in for a named real one, with any amount of memory and no copies.
+    """Return the environment of a virtual GPU to plan on.
+
+    It stands in for a named real one, with any amount of memory and no copies.
 
     Args:
         name: As in `--gpu`; None for no virtual GPU.

@@ -1,4 +1,6 @@
-"""A C function for everything in CUDA's libraries that the sources don't model, so that a gap is seen.
+"""Write C functions for what the sources do not model.
+
+So that a gap is seen.
 
 Each returns its library's "not supported", but for those that PyTorch imports from cuBLAS and for cuDNN's batch norm:
 they are kernels, which do nothing here and succeed. All are weak: what `source/*.c` defines takes their place.
@@ -45,7 +47,7 @@ static int stub(const char *name, int code, char *told) {
 
 
 def write_stubs(torch_lib: Path, cuda_libs: Iterable[Path], cuda_header: Path) -> str:
-    """The C source of all stubs.
+    """Return the C source of all stubs.
 
     Args:
         torch_lib: torch's `lib` folder, whose libraries say what PyTorch imports.
@@ -80,6 +82,9 @@ def _imports(imported: Mapping[str, str]) -> dict[str, int]:
 
 
 def _driver_functions(header: str) -> set[str]:
-    """Those that cuda.h declares, under the names that it gives them and under those that it gives instead."""
+    """Return the functions that cuda.h declares.
+
+    Under their names, and under the names that replace them.
+    """
     renamed = _RENAMED.findall(header)
     return set(_DRIVER.findall(header)) | {name for pair in renamed for name in pair}

@@ -1,4 +1,7 @@
-"""Which torch is installed, and where its CUDA headers and libraries lie. Nothing of torch is imported."""
+"""Find the installed torch and its CUDA headers.
+
+Nothing of torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class TorchBuild:
 
 
 def find_torch() -> TorchBuild:
-    """Finds the torch that this interpreter would import.
+    """Find the torch that this interpreter would import.
 
     Raises:
         UsageError: There is none, it has no CUDA or another one, its headers are missing, or this isn't Linux.
