@@ -12,6 +12,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; ch
 import pytest
 import torch
 
+# Files that take longest, for pytest-xdist to start with: one of them begun last would keep one process alone at work.
+LONGEST_FIRST = (
+    "test_cli.py",
+    "test_cuda_plan.py",
+    "test_virtual.py",
+    "test_fit.py",
+    "test_runner_cuda.py",
+    "test_tune.py",
+    "test_workloads.py",
+    "test_exact.py",
+    "test_uneven_splits.py",
+    "test_workspaces.py",
+    "test_one_loader.py",
+    "test_rehearsal.py",
+    "test_compiled.py",
+    "test_oom.py",
+    "test_solve.py",
+)
+
 
 def _hide_a_torchvision_for_another_torch() -> str:
     """On a CPU build, PyPI's torchvision is one for CUDA: it can't be loaded, and takes transformers with it.
@@ -36,6 +55,12 @@ HIDDEN = _hide_a_torchvision_for_another_torch()
 def pytest_report_header() -> list[str]:
     """Return a line that says whether torchvision is hidden."""
     return [HIDDEN] if HIDDEN else []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first; the order within a file stays."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.hookimpl(trylast=True)

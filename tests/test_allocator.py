@@ -1,3 +1,5 @@
+"""malloc's replay: the peak of an event list, by rules of their own and against what a process maps."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The budget on a CPU: which limits there are, which is the tightest, and what is said of each."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The benchmark of measured runs: its rows, and what is predicted for them."""
+
 import importlib.metadata
 import json
 import subprocess

@@ -1,3 +1,5 @@
+"""The plan as a value and as JSON: what is read back, what is refused, and what loads no torch."""
+
 from __future__ import annotations
 
 import dataclasses

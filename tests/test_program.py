@@ -1,3 +1,5 @@
+"""Step programs lifted from recordings: windows of any split, event for event."""
+
 from __future__ import annotations
 
 import itertools

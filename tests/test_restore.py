@@ -1,3 +1,5 @@
+"""Snapshots of the user's state: every bit that training changes is named and put back."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,3 +1,5 @@
+"""The benchmark of what a search costs: its tables, without running a search."""
+
 import importlib.util
 
 import pytest

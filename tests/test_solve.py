@@ -1,3 +1,5 @@
+"""The solver: splits, the fewest steps that fit by brute force, and its time."""
+
 from __future__ import annotations
 
 import functools

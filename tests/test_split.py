@@ -1,3 +1,5 @@
+"""Batches cut, repeated and joined along their samples."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,3 +1,5 @@
+"""Batches as trees of leaves: walking, rebuilding and naming them."""
+
 from __future__ import annotations
 
 import dataclasses

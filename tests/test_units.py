@@ -1,3 +1,5 @@
+"""Bytes, shares and seconds, read and shown."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,3 +1,5 @@
+"""A loader's batches gathered into windows of exactly the target."""
+
 from __future__ import annotations
 
 import gc
