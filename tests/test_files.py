@@ -177,7 +177,6 @@ def test_a_planted_pipe_beside_the_target_is_not_waited_for(tmp_path: Path) -> N
 COMMANDS = {
     "plan": ["plan", "--target-batch", "8", "-o"],
     "tune": ["tune", "--target-batch", "8", "-o"],
-    "bench": ["bench", "--target-batch", "8", "-o"],
     "run": ["run", "plan.json", "--checkpoint"],
     "report": ["report", "plan.json", "-o"],
 }
