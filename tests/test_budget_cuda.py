@@ -390,12 +390,12 @@ def test_libraries_that_a_fresh_process_has_yet_to_load_are_counted() -> None:
         seen=NvmlInfo("GPU-a", processes=(Process(7, "python", 212 * MIB), Process(9, "x", 112 * MIB))),
     )
     told = shrunk_since(cuda_budget(ALONE), cuda_budget(fresh))
-    assert told is not None and "only 15.39 GiB can be had now" in told
+    assert told is not None and "only 15.39 GiB is available now" in told
 
 
 def test_a_limit_that_was_set_since_is_named() -> None:
     told = shrunk_since(cuda_budget(ALONE), cuda_budget(replace(ALONE, fraction=0.25)))
-    assert told is not None and "memory fraction binds now, set_per_process_memory_fraction(0.25)" in told
+    assert told is not None and "memory fraction is the limit now, set_per_process_memory_fraction(0.25)" in told
 
 
 def test_a_cpu_budget_can_shrink_too() -> None:
@@ -498,7 +498,7 @@ def test_context_and_others_are_what_the_virtual_gpu_was_told() -> None:
 def test_without_nvml_what_torch_may_have_is_the_same() -> None:
     size, parts = torchs_limit()["unseen"]
     assert size == (6144 - 400 - 2048) * MIB and parts[CONTEXT][0] == (400 + 2048) * MIB
-    assert "another package, without nvmlInit" in parts[OTHERS][1] and "can't be told apart" in parts[CONTEXT][1]
+    assert "another package, without nvmlInit" in parts[OTHERS][1] and "cannot be distinguished" in parts[CONTEXT][1]
 
 
 @usable

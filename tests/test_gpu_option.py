@@ -61,5 +61,5 @@ def test_memory_that_is_gone_since_the_plan_is_told_of_before_training() -> None
     out, _ = process.communicate(timeout=240)
     before, _, after = out.decode().partition("then")
     assert process.returncode == 0
-    assert "can be had now" not in before
-    assert "The plan is for 1.50 GiB, and only 512.0 MiB can be had now" in after
+    assert "is available now" not in before
+    assert "The plan is for 1.50 GiB, and only 512.0 MiB is available now" in after

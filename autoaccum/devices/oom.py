@@ -65,7 +65,7 @@ def drop_frames(error: BaseException) -> str:
     An exception holds its traceback, that the frames, and these the activations. Call it in the handler and recover
     outside of it.
     """
-    told = str(error).strip().splitlines()
+    lines = str(error).strip().splitlines()
     pending: list[BaseException | None] = [error]
     known: set[int] = set()
     while pending:
@@ -75,7 +75,7 @@ def drop_frames(error: BaseException) -> str:
             traceback.clear_frames(seen.__traceback__)
             seen.__traceback__ = None
             pending += [seen.__cause__, seen.__context__]
-    return f"{type(error).__name__}: {told[0] if told else ''}"
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def collect() -> None:

@@ -1,7 +1,7 @@
 """Read the memory budget of a CUDA device, with reasons.
 
 A CUDA budget is in *reserved* bytes: what torch's caching allocator may come to hold on the device, in all, in this
-process. What it holds already counts as to be had, since it is this process's own. `--memory` names the whole process,
+process. What it holds already counts as available. `--memory` names the whole process,
 so its context and its libraries, which no allocator of torch's sees, are taken off.
 """
 
@@ -253,16 +253,16 @@ def _context(found: DeviceMemory) -> BudgetItem:
         why = "this process's context and libraries: what NVML says it holds, less what torch reserved"
     else:
         reason = found.seen.note or "NVML doesn't list this process, as in a container"
-        why = f"this process's context and libraries, and whatever others hold that can't be told apart: {reason}"
+        why = f"this process's context and libraries, and whatever others hold that cannot be distinguished: {reason}"
     return BudgetItem(CONTEXT, found.context_bytes, why)
 
 
 def _others(found: DeviceMemory) -> BudgetItem:
     if not found.others:
         return BudgetItem(OTHERS, 0, found.seen.note or "NVML lists none")
-    told = sorted(found.others, key=lambda process: -(process.bytes or 0))
-    named = ", ".join(show_process(process) for process in told[:_MOST_NAMED])
-    more = f", and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
+    listed = sorted(found.others, key=lambda process: -(process.bytes or 0))
+    named = ", ".join(show_process(process) for process in listed[:_MOST_NAMED])
+    more = f", and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
     return BudgetItem(OTHERS, found.others_bytes, named + more)
 
 
@@ -294,10 +294,10 @@ def shrunk_since(planned: Budget, now: Budget, *, margin: float = 0.0) -> str | 
     needed = int(planned.bytes * (1 - margin))
     if there >= needed:
         return None
-    told = f"The plan is for {show_bytes(planned.bytes)}, and only {show_bytes(there)} can be had now"
+    message = f"The plan is for {show_bytes(planned.bytes)}, and only {show_bytes(there)} is available now"
     if now.binding_constraint != planned.binding_constraint:
-        return f"{told}: {now.binding_constraint} binds now, {after[now.binding_constraint].why}."
+        return f"{message}: {now.binding_constraint} is the limit now, {after[now.binding_constraint].why}."
     grown = after[OTHERS].bytes - before[OTHERS].bytes if OTHERS in before and OTHERS in after else 0
     if grown > 0:
-        return f"{told}. Other processes hold {show_bytes(grown)} more than then: {after[OTHERS].why}."
-    return f"{told}: {after[now.binding_constraint].why}."
+        return f"{message}. Other processes hold {show_bytes(grown)} more than then: {after[OTHERS].why}."
+    return f"{message}: {after[now.binding_constraint].why}."

@@ -25,7 +25,7 @@ _MIB = 2**20
 # BERT's training on an H100 held 1219 to 1221 MiB beyond what torch reserves for it on the virtual GPU, whatever the
 # batch (docs/ground-truth.md). That was by the first version of NVML's memory info, which counts the driver's own as
 # used (docs.nvidia.com/deploy/nvml-api, nvmlMemory_t): 81559 MiB less CUDA's 81079. So 741 MiB, 75 more than
-# out-of-memory messages there tell; whisper's and ResNet-50's, with cuDNN, 15 to 17 more than that. Rounded up.
+# out-of-memory messages there report; whisper's and ResNet-50's, with cuDNN, 15 to 17 more than that. Rounded up.
 LIBRARY_BYTES = 128 * _MIB
 _LIBRARY = "derived: H100, BERT and whisper training (mila-iqia/milabench, config/scaling), less context; rounded up"
 

@@ -79,7 +79,7 @@ class VirtualGpu:
 
         All of them, so that none is left from elsewhere.
         """
-        told = {
+        values = {
             "MEMORY": self.memory_bytes,
             "CONTEXT": self.context_bytes,
             "OTHER": self.other_bytes,
@@ -92,7 +92,7 @@ class VirtualGpu:
             "COPIES": self.copies,
             "ADDRESSES": self.addresses,
         }
-        return {PREFIX + key: str(value) for key, value in told.items()}
+        return {PREFIX + key: str(value) for key, value in values.items()}
 
 
 def _refused(what: str, value: object, why: str) -> UsageError:

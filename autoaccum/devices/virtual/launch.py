@@ -24,18 +24,18 @@ def environment(gpu: VirtualGpu, base: Mapping[str, str] | None = None) -> dict[
         base: The environment to start from; left out: this process's.
 
     Raises:
-        UsageError: The library can't be had; why, in words.
+        UsageError: The library cannot be built or loaded.
     """
     library = built_library()
-    told = dict(os.environ if base is None else base)
-    told |= gpu.settings()
-    told["LD_LIBRARY_PATH"] = _put_first(str(library.parent), told.get("LD_LIBRARY_PATH", ""))
-    told["LD_PRELOAD"] = _put_first(_preloaded(library), told.get("LD_PRELOAD", ""))
+    variables = dict(os.environ if base is None else base)
+    variables |= gpu.settings()
+    variables["LD_LIBRARY_PATH"] = _put_first(str(library.parent), variables.get("LD_LIBRARY_PATH", ""))
+    variables["LD_PRELOAD"] = _put_first(_preloaded(library), variables.get("LD_PRELOAD", ""))
     # An autograd thread that waits for the process's end (source/ending.c) isn't waited for: torch's limit, in seconds
-    told.setdefault("TORCH_AUTOGRAD_SHUTDOWN_WAIT_LIMIT", "0.5")
+    variables.setdefault("TORCH_AUTOGRAD_SHUTDOWN_WAIT_LIMIT", "0.5")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        told.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")  # Triton compiles its launcher against it, on any GPU
-    return told
+        variables.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")  # Triton compiles its launcher against it, on any GPU
+    return variables
 
 
 def launch(command: Sequence[str], gpu: VirtualGpu, **popen_kwargs: Any) -> subprocess.Popen[Any]:
@@ -43,8 +43,8 @@ def launch(command: Sequence[str], gpu: VirtualGpu, **popen_kwargs: Any) -> subp
 
     `env` among the keywords of `subprocess.Popen` is the environment to start from.
     """
-    told = environment(gpu, popen_kwargs.pop("env", None))
-    return subprocess.Popen(list(command), env=told, **popen_kwargs)
+    variables = environment(gpu, popen_kwargs.pop("env", None))
+    return subprocess.Popen(list(command), env=variables, **popen_kwargs)
 
 
 def _put_first(entry: str, path: str) -> str:

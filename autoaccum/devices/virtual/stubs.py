@@ -34,15 +34,15 @@ _HEAD = """\
 #pragma GCC optimize("O0") /* thousands of functions: half the compiler's time */
 #include <stdio.h>
 #include <stdlib.h>
-static int stub(const char *name, int code, char *told) {
-  if (code && !*told && getenv("AUTOACCUM_GPU_TRACE")) {
-    *told = 1;
+static int stub(const char *name, int code, char *traced) {
+  if (code && !*traced && getenv("AUTOACCUM_GPU_TRACE")) {
+    *traced = 1;
     fprintf(stderr, "virtual GPU: %s is not modelled\\n", name);
   }
   return code;
 }
 #define STUB(name, code) \\
-  __attribute__((weak, visibility("default"))) int name(void) { static char told; return stub(#name, code, &told); }
+  __attribute__((weak, visibility("default"))) int name(void) { static char traced; return stub(#name, code, &traced); }
 """
 
 

@@ -83,7 +83,7 @@ API CUresult cuGetErrorString(CUresult error, const char **text) {
   return *text = cudaGetErrorString((cudaError_t)error), CUDA_SUCCESS;
 }
 #if CUDA_VERSION >= 13000
-/* PyTorch asks to be told of errors that the driver logs: there are none. */
+/* PyTorch asks for errors that the driver logs: there are none. */
 DONE(cuLogsRegisterCallback, (CUlogsCallback call, void *data, CUlogsCallbackHandle *handle))
 DONE(cuLogsUnregisterCallback, (CUlogsCallbackHandle handle))
 #endif

@@ -176,7 +176,7 @@ API cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t pool, enum cudaMemPoolAttr
 DONE(cudaMemPoolSetAccess, (cudaMemPool_t pool, const struct cudaMemAccessDesc *list, size_t count))
 DONE(cudaMemPoolTrimTo, (cudaMemPool_t pool, size_t keep))
 
-/* Pinned host memory: an arena of its own, by which it is told from other memory. */
+/* Pinned host memory: a separate arena, which distinguishes it from other memory. */
 API cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) {
   if (settings.logical) enter();
   pthread_mutex_lock(&lock);
