@@ -36,8 +36,8 @@ from autoaccum.data import tree
 from autoaccum.data.split import tile
 from autoaccum.devices import virtual
 from autoaccum.errors import DoesNotFit
-from autoaccum.planning.observe import SCOUT
-from autoaccum.planning.predictor_virtual import EmptySubject
+from autoaccum.planning.predictor_virtual import UninitializedTarget
+from autoaccum.planning.record import FIRST_STEP_SAMPLES
 from autoaccum.simulation.solver import CAPACITY_MARGIN
 from autoaccum.window import step
 
@@ -206,7 +206,7 @@ def trained(of: Case, model: torch.nn.Module, split: Sequence[int], keeps: bool,
         for _ in range(WINDOWS):
             _loop(context, pieces)
     else:
-        subject = EmptySubject(context, work, None, None)  # type: ignore[arg-type]
+        subject = UninitializedTarget(context, work, None, None)  # type: ignore[arg-type]
         for _ in range(WINDOWS):
             step.train_window(context, [subject.tile(size) for size in split], split)
     return {
@@ -255,7 +255,9 @@ def faults(of: Case, found: Mapping[str, Any]) -> list[str]:
     wrong = []
     if found["ooms"] or runner["ooms"]:
         wrong.append("out of memory")
-    if found["method"] != "replayed" and max(found["split"]) > SCOUT:  # two sizes tell more, where there are two
+    if (
+        found["method"] != "replayed" and max(found["split"]) > FIRST_STEP_SAMPLES
+    ):  # two sizes tell more, where there are two
         wrong.append(found["method"])
     if abs(found["measured"] - found["predicted here"]) > 0.005 * found["measured"]:
         wrong.append("not measured as predicted")

@@ -88,7 +88,7 @@ def _subject(name: str) -> Any:
     import torch
 
     from autoaccum.devices.registry import get_device
-    from autoaccum.planning.observe import RecordingTarget
+    from autoaccum.planning.target import RecordingTarget
     from autoaccum.window import step
 
     from .models import make

@@ -141,8 +141,8 @@ def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> l
 
     from autoaccum.devices.registry import get_device
     from autoaccum.planning import predictor_cpu
-    from autoaccum.planning import verify as answer
     from autoaccum.planning.request import read_request
+    from autoaccum.planning.solution import solve
 
     from .speed import recorded_program
 
@@ -151,7 +151,7 @@ def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> l
     rows = []
     for target in targets:
         device.clean()  # as planning does before it reads the base
-        predictor = predictor_cpu.look(
+        predictor = predictor_cpu.make_predictor(
             subject,
             read_request(workload, target, budget, None, None, None, 0, 1),
             evidence,
@@ -160,9 +160,9 @@ def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> l
         )
         seconds = []
         for _ in range(repeats):
-            evidence._replays.clear()
+            evidence.clear_simulators()
             started = time.perf_counter()
-            solution = answer.solve(predictor)
+            solution = solve(predictor)
             seconds.append(time.perf_counter() - started)
         assert solution is not None and sum(solution.split) == target
         row = {"steps": len(solution.split), "micro-batch": solution.split[0], "splits tried": solution.tried}

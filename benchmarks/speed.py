@@ -97,7 +97,9 @@ def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
 
     from autoaccum import Workload
     from autoaccum.devices.registry import get_device
-    from autoaccum.planning import observe, schedule
+    from autoaccum.planning import schedule
+    from autoaccum.planning.evidence import Evidence
+    from autoaccum.planning.target import RecordingTarget
     from autoaccum.window import step
 
     from .models import Block
@@ -106,28 +108,29 @@ def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
     sample = torch.randn(2, 16, 32), torch.randn(2, 16, 32)
     workload = Workload(model, sample, loss=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
     device = get_device(torch.device("cpu"))
-    subject = observe.RecordingTarget(
-        step.open_context(workload), workload, device, device.prepare(), before=device.read_heap()
+    subject = RecordingTarget(
+        step.open_context(workload), workload, device, device.prepare(), heap_before=device.read_heap()
     )
-    evidence = observe.Evidence()
-    schedule.approach(subject, evidence, lambda found: schedule.Guess(0, 0), lambda found, n: True)
+    evidence = Evidence()
+    schedule.record_towards_answer(subject, evidence, lambda found: schedule.Guess(0, 0), lambda found, n: True)
     device.clean()
     return workload, subject, evidence, device.read_baseline(subject.before).bytes + 200 * 2**20
 
 
 def solving() -> dict[str, Any]:
     """Seconds to solve for a recorded program of 10,000 events or more."""
-    from autoaccum.planning import predictor_cpu, verify
+    from autoaccum.planning import predictor_cpu
     from autoaccum.planning.request import read_request
+    from autoaccum.planning.solution import solve
 
     workload, subject, evidence, budget = recorded_program()
     events = sum(len(steps) for steps in evidence.program().phases.values())
     request = read_request(workload, 512, budget, None, None, None, 0, 1)
-    predictor = predictor_cpu.look(subject, request, evidence, sample_bytes=4096, own_bytes=0)
+    predictor = predictor_cpu.make_predictor(subject, request, evidence, sample_bytes=4096, own_bytes=0)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        solution = verify.solve(predictor)
+        solution = solve(predictor)
         seconds.append(time.perf_counter() - started)
     assert solution is not None
     median, low, high = statistics.median(seconds), min(seconds), max(seconds)

@@ -14,9 +14,8 @@ import torch
 from autoaccum import errors
 from autoaccum.data import split as cutting
 from autoaccum.devices.virtual import control
-from autoaccum.planning import build_plan, fit
-from autoaccum.planning import verify as answer
-from autoaccum.planning.predictor_virtual import EmptySubject
+from autoaccum.planning import build_plan, fit, verify
+from autoaccum.planning.predictor_virtual import UninitializedTarget
 from autoaccum.simulation.solver import Split, balanced
 from autoaccum.window import step
 
@@ -31,7 +30,7 @@ BEYOND = 6  # sizes tried beyond the largest without retries
 def counted() -> Iterator[dict[str, int]]:
     """Count micro-batches and samples of recording and of verification."""
     found = {"passes": 0, "samples": 0, "verifications": 0, "verified samples": 0}
-    inner, verify = step.train_window, answer._run_for_real
+    inner, run = step.train_window, verify.run_for_real
     verifying = False
 
     def train_window(context: Any, pieces: Any, sizes: Sequence[int], **how: Any) -> Any:
@@ -47,15 +46,15 @@ def counted() -> Iterator[dict[str, int]]:
         verifying = True
         found["verifications"] += 1
         try:
-            return verify(predictor, split)
+            return run(predictor, split)
         finally:
             verifying = False
 
-    step.train_window, answer._run_for_real = train_window, run_for_real  # type: ignore[assignment]
+    step.train_window, verify.run_for_real = train_window, run_for_real  # type: ignore[assignment]
     try:
         yield found
     finally:
-        step.train_window, answer._run_for_real = inner, verify
+        step.train_window, verify.run_for_real = inner, run
 
 
 @contextlib.contextmanager
@@ -65,7 +64,7 @@ def only_the_plan() -> Iterator[None]:
     The table of other sizes' peaks, and writing to host batches, of which nothing is copied here.
     """
     setting_for, table = fit.setting_for, build_plan._table
-    fit.setting_for = lambda device: replace(setting_for(device), subject=EmptySubject)
+    fit.setting_for = lambda device: replace(setting_for(device), subject=UninitializedTarget)
     build_plan._table = lambda predictor, split, largest: ()
     try:
         yield

@@ -21,7 +21,7 @@ from torch import nn
 from autoaccum import Workload
 from autoaccum.devices import oom
 from autoaccum.devices.registry import get_device
-from autoaccum.planning.predictor_virtual import EmptySubject
+from autoaccum.planning.predictor_virtual import UninitializedTarget
 from autoaccum.simulation.solver import CAPACITY_MARGIN, Split, balanced
 from autoaccum.simulation.training_run import MAX_WINDOWS
 from autoaccum.window import step
@@ -81,7 +81,7 @@ def train(work: Workload, context: step.TrainingContext, split: Split, windows: 
     retries: list[int] = []
     before = count("num_ooms")
     torch.cuda.reset_peak_memory_stats()
-    subject = EmptySubject(context, work, get_device(context.device), None)
+    subject = UninitializedTarget(context, work, get_device(context.device), None)
     pieces = {size: subject.tile(size) for size in set(split)}
     for index in range(windows):
         retried = count("num_alloc_retries")

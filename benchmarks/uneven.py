@@ -20,8 +20,9 @@ import torch
 from autoaccum import fit_plan
 from autoaccum.devices import virtual
 from autoaccum.devices.virtual.control import is_virtual
-from autoaccum.planning import build_plan, verify
+from autoaccum.planning import build_plan
 from autoaccum.planning.predictor_cuda import CudaPredictor
+from autoaccum.planning.solution import solve
 from autoaccum.simulation import solver
 from autoaccum.simulation.solver import Solution, largest_micro_batch
 
@@ -100,9 +101,9 @@ def _ask_all(predictor: CudaPredictor, found: Count) -> None:
     for target in sorted({max(2, int(largest * load)) for load in LOADS if largest}):
         asked = replace(predictor, request=replace(predictor.request, samples=target, target_batch=target, most=target))
         with mock.patch.object(solver, "uneven", lambda *_, **__: iter(())):
-            balanced = verify.solve(asked)
+            balanced = solve(asked)
         started = time.process_time()  # the balanced splits are remembered: what is left are the others
-        solution = verify.solve(asked)
+        solution = solve(asked)
         if balanced is None or solution is None:
             continue
         found.seconds += time.process_time() - started

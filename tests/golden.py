@@ -30,10 +30,11 @@ from autoaccum.errors import DoesNotFit
 from autoaccum.phases import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER
 from autoaccum.plan import Plan, RecordingNote, TimedSize
 from autoaccum.planning import build_plan, verify
-from autoaccum.planning.observe import Evidence, RecordingTarget
+from autoaccum.planning.evidence import Evidence
 from autoaccum.planning.predictor_cpu import DEFAULT_MALLOC_OVERHEAD, CpuPredictor
 from autoaccum.planning.predictor_cuda import CudaPredictor
 from autoaccum.planning.request import PlanRequest
+from autoaccum.planning.target import RecordingTarget
 from autoaccum.planning.timing import Times
 from autoaccum.simulation.breakdown import CATEGORIES
 from autoaccum.simulation.cuda_allocator.allocator import CudaRules
@@ -171,7 +172,7 @@ def observed_of(data: Flat, setting: str) -> Evidence:
     evidence = Evidence(
         first_step=first, first_step_events=tuple(event for phase in first.phases for event in phase.events)
     )
-    evidence.know(map(read_recording, data["recordings"]))
+    evidence.set_recordings(map(read_recording, data["recordings"]))
     evidence.notes = [RecordingNote(n, passes, 1.0, took, said) for n, passes, took, said in data["notes"]]
     evidence.unrecorded_bytes = 0 if setting == "default" else data["unrecorded_bytes"]
     return evidence

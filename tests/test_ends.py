@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoaccum.phases import FIRST
-from autoaccum.planning import verify
-from autoaccum.planning.observe import Evidence
-from autoaccum.planning.predictor_cuda import MOST_ENDS, CudaPredictor
+from autoaccum.planning import solution
+from autoaccum.planning.evidence import Evidence
+from autoaccum.planning.predictor_cuda import MAX_ENDS, CudaPredictor
 from autoaccum.planning.schedule import Guess
 from autoaccum.simulation import saturation
 from autoaccum.simulation.program import Step, StepProgram
@@ -69,7 +69,7 @@ def predictor(of: StepProgram) -> CudaPredictor:
     return CudaPredictor(none, none, evidence, 0, none, 0)
 
 
-@pytest.mark.parametrize(("n", "asked"), [(100, 1), (104, 1), (105, 2), (130, 1 + 4), (1000, 1 + MOST_ENDS)])
+@pytest.mark.parametrize(("n", "asked"), [(100, 1), (104, 1), (105, 2), (130, 1 + 4), (1000, 1 + MAX_ENDS)])
 def test_every_end_between_the_last_recording_and_a_size_is_asked(
     monkeypatch: pytest.MonkeyPatch, n: int, asked: int
 ) -> None:
@@ -104,7 +104,7 @@ def test_where_a_little_more_does_not_fit_one_step_more_is_reckoned_with(
     seen = SimpleNamespace(
         request=SimpleNamespace(samples=298, least=1), is_open=is_open, fits=lambda split: split[0] <= most
     )
-    monkeypatch.setattr(verify, "solve", lambda predictor: Solution((100, 99, 99), 1))
-    assert verify.guess(cast(Any, seen)) == Guess(100, at_least)
+    monkeypatch.setattr(solution, "solve", lambda predictor: Solution((100, 99, 99), 1))
+    assert solution.guess(cast(Any, seen)) == Guess(100, at_least)
     seen.request.samples = None  # nothing is asked for but the largest
-    assert verify.guess(cast(Any, seen)) == Guess(100, 100)
+    assert solution.guess(cast(Any, seen)) == Guess(100, 100)

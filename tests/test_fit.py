@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autoaccum import DoesNotFit, UsageError, Workload, fit_plan
 from autoaccum.devices.cpu.device import CpuDevice
-from autoaccum.planning import build_plan, observe, verify
+from autoaccum.planning import build_plan, evidence, verify
 from autoaccum.process_memory import committed_bytes
 from autoaccum.window import step
 
@@ -113,7 +113,7 @@ def test_an_error_in_any_micro_batch_leaves_no_trace(
         (CpuDevice, "record"),
         (CpuDevice, "read_budget"),
         (CpuDevice, "measure"),
-        (observe, "lift"),
+        (evidence, "lift"),
         (verify, "solve"),
         (build_plan, "plan"),
     ],

@@ -19,7 +19,8 @@ from autoaccum import DoesNotFit, Plan, Workload, fit_plan
 from autoaccum.devices import virtual
 from autoaccum.devices.registry import get_device
 from autoaccum.phases import BETWEEN, FIRST, LATER, OPTIMIZER
-from autoaccum.planning import growth, observe, verify
+from autoaccum.planning import growth, verify
+from autoaccum.planning.target import RecordingTarget
 from autoaccum.process_memory import committed_bytes
 from autoaccum.runner import peak_monitor
 from autoaccum.simulation.program import as_recorded, lift, plain_window, window_growth
@@ -69,10 +70,10 @@ def remember(out: torch.Tensor) -> None:
     history.append(out)
 
 
-def subject_of(work: Workload) -> observe.RecordingTarget:
+def subject_of(work: Workload) -> RecordingTarget:
     held = holdings(work.model, loss=work.loss, between=work.between)
-    return observe.RecordingTarget(
-        step.open_context(work), work, get_device(torch.device("cpu")), 1 << 17, take_out=keeper(held)
+    return RecordingTarget(
+        step.open_context(work), work, get_device(torch.device("cpu")), 1 << 17, remove_appended=keeper(held)
     )
 
 
@@ -275,7 +276,7 @@ class Trial:
         self.request = SimpleNamespace(samples=64, least=1, most=64)
         self.usable_bytes, self.compiled_share = 1000, 1.0
         self.evidence = SimpleNamespace(fallback_reason="bracketed")
-        self.subject, self.is_rough = SimpleNamespace(say=lambda text: None), False
+        self.subject, self.is_rough = SimpleNamespace(progress=lambda text: None, train=None), False
 
     def fits(self, split: tuple[int, ...]) -> bool:
         return self.share * 50 * split[0] <= self.usable_bytes
@@ -307,7 +308,7 @@ class Trial:
     def compare_compiled(self, split: tuple[int, ...], measured: float) -> None:
         self.share = measured / (50 * split[0])
 
-    def nearer(self, solution: Solution, measured: float, *_: Any) -> tuple[Solution, float]:
+    def try_fewer_steps(self, solution: Solution, measured: float, *_: Any) -> tuple[Solution, float]:
         return solution, measured
 
     def forget(self) -> None:

@@ -24,7 +24,9 @@ from autoaccum import PlanMismatch, Runner, Workload, fit_plan
 from autoaccum.devices.registry import get_device
 from autoaccum.devices.virtual import VirtualGpu, available, control, launch
 from autoaccum.phases import LATER
-from autoaccum.planning import observe
+from autoaccum.planning.evidence import Evidence
+from autoaccum.planning.record import record_first_step, record_window
+from autoaccum.planning.target import RecordingTarget
 from autoaccum.window import step
 
 REASON = available()
@@ -86,9 +88,9 @@ def copies_overlap() -> None:
     work = workload()
     pinned = tuple(leaf.pin_memory() for leaf in batch(TARGET))
     context = step.open_context(work)
-    subject = observe.RecordingTarget(context, work, get_device(context.device), None)
-    observe.scout(subject, observe.Evidence())
-    recording = observe.record_window(subject, MICRO, 3)
+    subject = RecordingTarget(context, work, get_device(context.device), None)
+    record_first_step(subject, Evidence())
+    recording = record_window(subject, MICRO, 3)
     last = [phase for phase in recording.phases if phase.name == LATER][-1]
     side = [event for event in last.events if event.stream]
     assert len(side) == 4, "two leaves come, and the two of the micro-batch before go"

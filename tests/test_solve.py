@@ -387,7 +387,7 @@ def large_program(events: int = 10_000) -> StepProgram:
 def test_a_program_of_10000_events_is_solved_in_half_a_second(target: int, size: int) -> None:
     """Each window twice, fresh and here, by a short window with the same peak, as fit.py does it; and with a
     `later_floor`, which fit.py did not hand on when this was written: without it, the last case tests 900 splits."""
-    from autoaccum.planning.observe import _representative
+    from autoaccum.planning.windows import _representative
 
     program, rules = large_program(), CpuRules(131072)
 

@@ -24,8 +24,8 @@ from autoaccum import Plan, UsageError, Workload, fit_plan
 from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.plan import PeakRow, TimedSize
 from autoaccum.planning import timing as times
-from autoaccum.planning.observe import RecordingTarget
 from autoaccum.planning.request import read_request, with_objective
+from autoaccum.planning.target import RecordingTarget
 from autoaccum.reporting import frames, what_if
 from autoaccum.simulation.knee import describe, interval, knee
 from autoaccum.window.step import open_context

@@ -27,12 +27,12 @@ from ..units import show_bytes
 from ..window import compiled, fp32_accumulation
 from ..window.fingerprint import fingerprint, signature
 from ..workload import Workload
-from . import observe
 from .environment import versions
 from .growth import told
 from .predictor import DeviceFigures, MemoryPredictor, VerifiedFigures
 from .request import dataset_note
 from .timing import Times
+from .windows import window_of
 
 TABLE_ROWS = 256  # every size up to twice the largest that fits, or where those are more, some of them
 TABLE_ROWS_CUDA = 96  # a replay of the caching allocator takes longer
@@ -137,7 +137,7 @@ def _memory(predictor: MemoryPredictor, split: Split, figures: DeviceFigures, kn
         growth_bytes=growth,
         growth_where=told(found) if found is not None and growth else "",
         composition=_composition(predictor, split, phases),
-        timeline=timeline(*observe.window_of(predictor.evidence, split)),
+        timeline=timeline(*window_of(predictor.evidence, split)),
     )
 
 
@@ -152,7 +152,7 @@ def _composition(predictor: MemoryPredictor, split: Split, phases: dict[str, int
     """What lives at the peak of each phase of the plan's window."""
     model = predictor.subject.context.model
     return breakdown.process_composition(
-        breakdown.composition(*observe.window_of(predictor.evidence, split)),
+        breakdown.composition(*window_of(predictor.evidence, split)),
         phases,
         baseline_bytes=predictor.baseline_bytes,
         parameter_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),

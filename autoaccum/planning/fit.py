@@ -1,11 +1,11 @@
 """fit_plan: from a workload to a plan. The page to read first.
 
-    record   the window at small sizes              planning/schedule.py, rehearsal.py, observe.py; devices/*/
+    record   the window at small sizes              planning/schedule.py, record.py, rehearsal.py; devices/*/
     lift     its sizes, as functions of the batch   simulation/program.py
     replay   any window by the allocator's rules    simulation/malloc.py, simulation/cuda_allocator/allocator.py
     solve    for the fewest steps that fit          simulation/solver.py
-    verify   by running that window for real        planning/verify.py (compiled, where it is: window/compiled.py)
-    time     smaller ones, for the knee             planning/timing.py, simulation/knee.py
+    verify   by running that window for real        planning/verify.py, trial.py (compiled models: window/compiled.py)
+    time     smaller ones, for the knee             planning/fastest.py, timing.py, simulation/knee.py
     check    that its gradient is the large batch's exactness/check.py
 
 On the way the model is really trained, so all of it is put back afterwards (state/snapshot.py).
@@ -37,10 +37,16 @@ from ..window.process_groups import refuse_ranks
 from ..window.trained_parameters import left_out_note
 from ..workload import Workload
 from . import build_plan, predictor_cpu, schedule
-from . import verify as answer
-from .observe import SCOUT, Evidence, RecordingTarget
-from .predictor import MemoryPredictor, bytes_per_sample
+from .evidence import Evidence
+from .fastest import fastest, time_smaller
+from .predictor import MemoryPredictor
+from .record import FIRST_STEP_SAMPLES
 from .request import SEARCH_LIMIT, PlanRequest, read_request, with_objective
+from .short_rows import most_short_rows
+from .solution import guess
+from .target import RecordingTarget
+from .trial import compile_at_answer
+from .verify import solve_and_verify
 
 MALLOCS = ("fixed", "default")
 
@@ -51,16 +57,16 @@ class PlanningEnvironment:
 
     Attributes:
         device: The device.
-        look: Makes the outlook on it.
-        build: The model's blocks as a fresh process makes them, where that was seen.
+        make_predictor: Makes the memory predictor for it.
+        model_events: The allocations of the model as a new process makes them; None where they were not recorded.
         keep: Whether everything has to be put back; not so in a process that ends with the plan.
         progress: Called with what is being done.
         subject: The kind of subject: how its batches are made.
     """
 
     device: Device
-    look: Callable[..., MemoryPredictor]
-    build: tuple[Event, ...] | None = None
+    make_predictor: Callable[..., MemoryPredictor]
+    model_events: tuple[Event, ...] | None = None
     keep: bool = True
     progress: Callable[[str], None] = lambda text: None
     subject: type[RecordingTarget] = RecordingTarget
@@ -162,11 +168,11 @@ def plan_in(
         context = step.open_context(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
         context.window_samples = request.samples
         left_out = left_out_note(context.model, context.optimizer)
-        subject = setting.subject(context, longest, setting.device, threshold, setting.progress, setting.build)
-        subject = replace(subject, take_out=keeper(held))
+        subject = setting.subject(context, longest, setting.device, threshold, setting.progress, setting.model_events)
+        subject = replace(subject, remove_appended=keeper(held))
 
         def start_over() -> None:
-            subject.take_out()
+            subject.remove_appended()
             if snapshot is not None:
                 snapshot.restore()
             _make_ready(context, owns_optimizer=context.optimizer is not workload.optimizer)
@@ -174,16 +180,16 @@ def plan_in(
 
         start_over()
         filled_bytes += stack.enter_context(setting.device.holes_filled(threshold))  # where gradients were
-        subject = replace(subject, before=setting.device.read_heap(), filled_bytes=filled_bytes)
+        subject = replace(subject, heap_before=setting.device.read_heap(), filled_bytes=filled_bytes)
         compiles = verify and compiled.runs_compiled(context)
         predictor = _look(
             setting, subject, request, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles
         )
-        solution, measured = answer.solve_and_verify(predictor, start_over, verify=verify, compiles=compiles)
-        timed = answer.time_smaller(predictor, solution, measured, time.perf_counter() - started, start_over)
+        solution, measured = solve_and_verify(predictor, start_over, verify=verify, compiles=compiles)
+        timed = time_smaller(predictor, solution, measured, time.perf_counter() - started, start_over)
         if request.objective == FASTEST:
-            solution, measured = answer.fastest(predictor, solution, measured, timed, start_over)
-        rows = answer.try_short(predictor, solution, start_over) if measured is not None and not compiles else None
+            solution, measured = fastest(predictor, solution, measured, timed, start_over)
+        rows = most_short_rows(predictor, solution, start_over) if measured is not None and not compiles else None
         plan = build_plan.plan(predictor, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
         if check:
             start_over()
@@ -231,10 +237,10 @@ def setting_for(torch_device: torch.device) -> PlanningEnvironment:
     """
     device = get_device(torch_device)
     if device.memory_model == MALLOC:
-        return PlanningEnvironment(device, predictor_cpu.look)
+        return PlanningEnvironment(device, predictor_cpu.make_predictor)
     from . import predictor_cuda  # the caching allocator's rules aren't loaded for a CPU
 
-    return PlanningEnvironment(device, predictor_cuda.look)
+    return PlanningEnvironment(device, predictor_cuda.make_predictor)
 
 
 def _held(workload: Workload) -> Holdings:
@@ -277,26 +283,26 @@ def _look(
     compiles: bool,
 ) -> MemoryPredictor:
     """Records until the answer is predicted, compiles at its sizes, then reads what there is to be used."""
-    sample_bytes = bytes_per_sample(subject)
+    sample_bytes = subject.sample_bytes
 
     def predictor(evidence: Evidence, state_bytes: int) -> MemoryPredictor:
-        return setting.look(subject, request, evidence, sample_bytes, snapshot_bytes + state_bytes)
+        return setting.make_predictor(subject, request, evidence, sample_bytes, snapshot_bytes + state_bytes)
 
     def chosen(evidence: Evidence) -> schedule.Guess:
         now = predictor(evidence, evidence.state_bytes)  # in the middle of planning: what is here now is of no account
-        return answer.guess(replace(now, request=replace(request, histories=("new_process",))))
+        return guess(replace(now, request=replace(request, histories=("new_process",))))
 
     def allowed(evidence: Evidence, n: int) -> bool:
-        too_many = n > begin and begin < SCOUT  # the next larger one was rehearsed in vain
+        too_many = n > begin and begin < FIRST_STEP_SAMPLES  # the next larger one was rehearsed in vain
         return not too_many and predictor(evidence, evidence.state_bytes).is_sure_to_fit(n)
 
-    evidence, begin = Evidence(), SCOUT
+    evidence, begin = Evidence(), FIRST_STEP_SAMPLES
     try:
         if setting.device.memory_model == CACHING_ALLOCATOR:
             from .rehearsal import samples_to_begin_with  # CUDA's rules aren't loaded for a CPU
 
-            begin = samples_to_begin_with(subject, min(request.least, SCOUT), start_over)
-        schedule.approach(subject, evidence, chosen, allowed, request.least, begin)
+            begin = samples_to_begin_with(subject, min(request.least, FIRST_STEP_SAMPLES), start_over)
+        schedule.record_towards_answer(subject, evidence, chosen, allowed, request.least, begin)
     except (RuntimeError, MemoryError) as error:
         if not oom.is_out_of_memory(error):
             raise
@@ -306,5 +312,5 @@ def _look(
         schedule.bracket(subject, evidence, allowed, min(request.most, SEARCH_LIMIT))
     start_over()
     if compiles:
-        answer.compile_at_answer(predictor(evidence, state_bytes=0), start_over)
+        compile_at_answer(predictor(evidence, state_bytes=0), start_over)
     return predictor(evidence, state_bytes=0)

@@ -29,7 +29,7 @@ from ..window.compiled import uncompiled
 
 if TYPE_CHECKING:
     from ..plan import Plan
-    from .observe import RecordingTarget
+    from .target import RecordingTarget
 
 log = logging.getLogger("autoaccum")
 
@@ -83,7 +83,7 @@ def probe(subject: RecordingTarget, n: int) -> Growth | None:
     Returns:
         What each keeps; None where the third finds all as the second did.
     """
-    subject.say(f"three windows of {n} samples, to see what outlives them")
+    subject.progress(f"three windows of {n} samples, to see what outlives them")
     piece = subject.tile(n)
     watch, alive = _Watch(), []
     try:
@@ -102,7 +102,7 @@ def probe(subject: RecordingTarget, n: int) -> Growth | None:
     sites = [Site(where, phase, size) for (where, phase), size in grown.items() if size > 0]
     if not sites:
         return None
-    subject.take_out()
+    subject.remove_appended()
     left = watch.alive(subject.context)
     undone = sum(left[site.where, site.phase] for site in sites) < sum(site.bytes for site in sites)
     return Growth(tuple(sorted(sites, key=lambda site: -site.bytes)), undone)

@@ -24,8 +24,8 @@ from ..simulation.recording import Event
 from ..workload import Workload
 from . import predictor_cuda, predictor_virtual
 from .fit import PlanningEnvironment, plan_in
-from .observe import RecordingTarget
 from .request import read_request, with_objective
+from .target import RecordingTarget
 
 
 def plan_on_gpu(
@@ -79,9 +79,9 @@ def plan_on_gpu(
     request = read_request(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
     request = with_objective(request, objective, timing_seconds, verify=verify, virtual=not device.computes)
     request = replace(request, histories=("new_process",), sizes=sizes)
-    look = predictor_cuda.look if gpu is None else predictor_virtual.look
-    subject = RecordingTarget if gpu is None else predictor_virtual.EmptySubject
-    setting = PlanningEnvironment(device, look, build, keep=False, progress=progress, subject=subject)
+    make_predictor = predictor_cuda.make_predictor if gpu is None else predictor_virtual.make_predictor
+    subject = RecordingTarget if gpu is None else predictor_virtual.UninitializedTarget
+    setting = PlanningEnvironment(device, make_predictor, build, keep=False, progress=progress, subject=subject)
     plan = plan_in(setting, workload, request, verify=verify, check=check)
     return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
 

@@ -1,6 +1,7 @@
-"""What planning knows: what there is to be used, what was observed, and so what a window would come to.
+"""Predict a window's peak memory: what all kinds of devices share.
 
-Each kind of device has its own: `planning/predictor_cpu.py`, `planning/predictor_cuda.py`. Here is what they share.
+Each memory model has a subclass: `planning/predictor_cpu.py` for malloc, `planning/predictor_cuda.py` for a caching
+allocator.
 """
 
 from __future__ import annotations
@@ -10,22 +11,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ..budget import Budget
-from ..data import tree
 from ..plan import DeviceSection, PeakRow
 from ..simulation.recording import Phase, kept_blocks, live_peak
 from ..simulation.solver import CAPACITY_MARGIN, Solution, Split, is_even
 from ..units import show_bytes
-from . import observe
-from .observe import Evidence, RecordingTarget
+from .evidence import Evidence
+from .record import FIRST_STEP_SAMPLES
 from .request import PlanRequest
+from .target import RecordingTarget
+from .windows import FIRST_STEP, WindowSimulator, window_simulator
 
 VERIFIED_STEPS = 3  # micro-batches of a verified window: a fourth repeats the third
-RAN_OUT = 1.25  # times as much as was thought, where a compiled window ran out of memory
-FAR_OFF = 0.1  # of the whole peak: a prediction so far from a verification is questioned, even where that held
-AGREES_WITHIN = 0.02  # of the whole peak: a verification that differs by more teaches instead of confirming
+OUT_OF_MEMORY_FACTOR = 1.25  # by which the compiled share grows where a compiled window ran out of memory
+FAR_OFF_FRACTION = 0.1  # of the measured peak: from there on, a prediction is corrected even where its window fitted
+AGREEMENT_FRACTION = 0.02  # of the predicted peak: a measurement within it confirms the prediction
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,20 @@ class VerifiedFigures:
 
 @dataclass
 class MemoryPredictor(ABC):
-    """What is there to be used, and what is known so far.
+    """Predict the peak memory of windows from evidence, within a budget.
 
     Attributes:
         subject: What is planned.
         request: What is asked for.
         evidence: What was recorded.
-        baseline_bytes: What is taken before training begins.
+        baseline_bytes: Memory in use before training begins.
         budget: What training may use.
-        sample_bytes: What one sample more adds to a batch.
-        compiled_share: What a window takes as it was compiled, of what it takes as it was written and recorded: found
-            by verifying; 1 where nothing is compiled, or where that makes no difference.
-        leaked_bytes: What planning's own windows have left behind in this process, where windows do so.
-        remark: What verifying came to, where that has to be said.
+        sample_bytes: Bytes that each further sample adds to a batch.
+        malloc_overhead: Fraction of training's memory that is added for malloc's fragmentation.
+        compiled_share: Memory of a compiled window as a fraction of the uncompiled one that was recorded. Verification
+            measures it; 1 where nothing is compiled.
+        leaked_bytes: What planning's own windows left behind in this process, where a window keeps memory.
+        remark: A note from verification for the plan.
     """
 
     subject: RecordingTarget
@@ -80,63 +81,102 @@ class MemoryPredictor(ABC):
     remark: str = field(default="", kw_only=True)
 
     @property
+    def windows(self) -> WindowSimulator:
+        """The simulator of single windows."""
+        return window_simulator(self.subject, self.evidence)
+
+    # What fits
+
+    @property
     def usable_bytes(self) -> int:
-        """What the peak may come to, so that it still fits with a little less."""
+        """The budget less a margin of 2 %."""
         return int(self.budget.bytes * (1 - CAPACITY_MARGIN))
 
     @abstractmethod
-    def input_bytes(self, samples: int) -> int:
-        """What the samples of a window take on the device until they are used."""
-
-    @abstractmethod
-    def peak_bytes(self, split: Split, history: str) -> int:
-        """What the process comes to with that window, in a "new_process" or in "this_process".
-
-        Raises:
-            LookupError: Nothing as large was recorded, and nothing follows from what was.
-        """
-
-    def growth_bytes(self, split: Split) -> int:
-        """What each window keeps for ever."""
-        return observe.growth_of(self.subject, self.evidence, split)
-
-    def kept_bytes(self, split: Split) -> int:
-        """What a peak has of windows before it, and its phases don't."""
-        return 0
-
-    @abstractmethod
     def fits(self, split: Split) -> bool:
-        """Whether that window fits, with a little less than there is."""
+        """Return whether the window fits within the budget and its margin."""
 
     def fits_surely(self, split: Split) -> bool:
-        """Whether that window fits whatever can't be known without recording as much."""
+        """Return whether the window fits in each case that recordings leave open."""
         return self.fits(split)
 
     @abstractmethod
     def floor(self, n: int) -> int:
-        """Bytes without which no window whose first micro-batch is n can run."""
+        """Return a lower bound for windows whose first micro-batch has n samples."""
 
     @abstractmethod
     def later_floor(self, n: int) -> int:
-        """Bytes without which no window that has a later micro-batch of n can run."""
+        """Return a lower bound for windows with a later micro-batch of n."""
+
+    def is_sure_to_fit(self, n: int) -> bool:
+        """Return whether recording at n samples fits, by the most pessimistic estimate."""
+        evidence = self.evidence
+        room = self.usable_bytes - self.baseline_bytes - self.input_bytes(2 * n) - self.leaked_bytes
+        if evidence.recordings and evidence.has_program:
+            return self.windows.replay((n, n)).peak_bytes <= room
+        gradients = self.subject.gradient_bytes
+        steady = gradients + evidence.state_bytes  # independent of the batch
+        if evidence.recordings:
+            known, peak = evidence.recordings[-1].micro_batch, evidence.notes[-1].measured_bytes
+        else:
+            # The first step makes gradients and state itself: only the rest depends on the batch.
+            kept = {event.block for event in kept_blocks(evidence.first_step_events)}
+            passing = tuple(event for event in evidence.first_step_events if event.block not in kept)
+            known = evidence.first_step.micro_batch if evidence.first_step is not None else FIRST_STEP_SAMPLES
+            peak = steady + max(0, live_peak([Phase(FIRST_STEP, passing)]) - gradients)
+        scaling = max(peak - steady, peak // 10)  # pessimistic: all the rest grows with the batch
+        return peak + scaling * max(0, n - known) // known <= room
+
+    # Peaks
+
+    @abstractmethod
+    def input_bytes(self, samples: int) -> int:
+        """Return the device memory of a window's waiting samples."""
+
+    @abstractmethod
+    def peak_bytes(self, split: Split, history: str) -> int:
+        """Return the peak of a window in a "new_process" or in "this_process".
+
+        Raises:
+            LookupError: There is neither a program nor a recording that large.
+        """
+
+    def growth_bytes(self, split: Split) -> int:
+        """Return the bytes that each window keeps permanently."""
+        return self.windows.growth_bytes(split)
+
+    def kept_bytes(self, split: Split) -> int:
+        """Return what earlier windows kept, which is in no phase's peak."""
+        return 0
+
+    def worst_bytes(self, split: Split) -> int:
+        """Return the highest peak among the histories that the plan is for."""
+        worst = max(self.peak_bytes(split, history) for history in self.request.histories)
+        return worst + int(self.malloc_overhead * (worst - self.baseline_bytes))
+
+    def needed_bytes(self, split: Split) -> int:
+        """Return the smallest budget that the window fits."""
+        return int(self.worst_bytes(split) / (1 - CAPACITY_MARGIN)) + 1
 
     @abstractmethod
     def phases(self, split: Split) -> Mapping[str, int]:
-        """The peak of each phase of a window, in a fresh process."""
+        """Return the peak of each phase in a new process."""
 
     @abstractmethod
     def row(self, n: int) -> PeakRow:
-        """What windows of micro-batches of n would take above the base, unlimited by any budget."""
+        """Return the unlimited peaks above the baseline of micro-batches of n."""
+
+    # Fields and words of the plan
 
     @property
     def border_words(self) -> str:
-        """What a window has to fit."""
+        """The limit that a window has to fit, in words."""
         return f"{show_bytes(self.usable_bytes)}, the budget less {100 * CAPACITY_MARGIN:.0f} %"
 
     @property
     @abstractmethod
     def base_words(self) -> str:
-        """What the base is, in words."""
+        """What the baseline consists of, in words."""
 
     @abstractmethod
     def device_figures(self, split: Split, largest: int) -> DeviceFigures:
@@ -148,135 +188,103 @@ class MemoryPredictor(ABC):
 
     @abstractmethod
     def reasons(self, split: Split) -> dict[str, str]:
-        """Why base, data, history and budget are what they are."""
+        """Return the reasons for baseline, input, history and budget."""
 
     @abstractmethod
     def notes(self, split: Split) -> list[str]:
-        """What else the reader should know."""
+        """Return further notes for the reader of the plan."""
+
+    def misses(self, split: Split) -> str:
+        """Return what a window would need, to end a sentence with."""
+        return f"would need {show_bytes(self.worst_bytes(split))}"
+
+    def helps(self, needed_bytes: int) -> list[str]:
+        """Return remedies of this kind of device where nothing fits."""
+        return []
+
+    # Verification
 
     def settle(self, split: Split, part: Split) -> None:
-        """Has the part that is run for real be run as the whole window will be."""
+        """Choose for the verified part what was chosen for its whole window."""
         return
 
     def ran_as_chosen(self, split: Split, measured: Any) -> bool:
-        """Whether what was measured was run as the window will be, by what is known now."""
+        """Return whether the measured windows were run as the window will be."""
         return True
 
     @abstractmethod
     def measure(self, train: Callable[..., None], split: Split) -> Any:
-        """Runs the first optimizer step and two windows for real, watched.
+        """Run the first optimizer step and two windows, and measure them.
 
         Args:
             train: Trains one window of a split; takes an `on_phase` too, as `step.train_window` does.
             split: The micro-batches of the window.
         """
 
-    def forget(self) -> None:
-        """Drops what was reckoned from recordings that have been added to."""
-        self.evidence.memo.clear()
-
     @abstractmethod
     def confirms(self, split: Split, measured: Any) -> str | None:
-        """What speaks against the prediction, after a window was run for real; None where it was confirmed."""
+        """Return how a measurement contradicts the prediction; None where it confirms it."""
 
     @abstractmethod
     def holds(self, measured: Any) -> bool:
-        """Whether what was run for real took no more than may be used."""
-
-    def far_off(self, split: Split, measured: Any) -> str | None:
-        """Whether the prediction was far from a verification that held, where each size stands for itself; in words."""
-        if self.evidence.fallback_reason is None and not self.is_rough:
-            return None
-        predicted, took = self.compared(split, measured)
-        if abs(predicted - took) <= FAR_OFF * took:
-            return None
-        way = "less" if took < predicted else "more"
-        return (
-            f"Windows took {way} than their recordings said: {show_bytes(took)}, not {show_bytes(predicted)}. "
-            "Figures here are set right by that."
-        )
+        """Return whether the measured windows stayed within the budget."""
 
     @abstractmethod
     def compared(self, split: Split, measured: Any) -> tuple[int, int]:
-        """What a verified window was predicted to come to, and what it did, of the same history."""
+        """Return the predicted and the measured peak of a verified window."""
+
+    def far_off(self, split: Split, measured: Any) -> str | None:
+        """Describe a prediction far off from a window that fitted, or None."""
+        if self.evidence.fallback_reason is None and not self.is_rough:
+            return None
+        predicted, peak = self.compared(split, measured)
+        if abs(predicted - peak) <= FAR_OFF_FRACTION * peak:
+            return None
+        way = "less" if peak < predicted else "more"
+        return (
+            f"Windows used {way} memory than their recordings: {show_bytes(peak)}, not {show_bytes(predicted)}. "
+            "These figures are corrected by the measurement."
+        )
+
+    # Learning
 
     @property
     def is_rough(self) -> bool:
-        """Whether recordings don't show all that windows take, so that only running one tells."""
+        """Whether recordings miss memory that only a run shows."""
         return False
 
     @property
     def is_open(self) -> bool:
-        """Whether something grows in steps, and nothing tells yet where that ends."""
+        """Whether a large block grows in steps without a known end."""
         return False
 
+    def forget(self) -> None:
+        """Drop the choices that were made by earlier evidence."""
+        return
+
     def teaches(self, split: Split, measured: Any) -> bool:
-        """Whether a verified window tells something new though its peak was as predicted."""
+        """Return whether a confirmed window shows something new."""
         return False
 
     def learns(self, split: Split, measured: Any) -> bool:
-        """Learns from a verified window, by itself; whether that explains it."""
+        """Add a verified window to the evidence where that explains it."""
         return False
 
     @abstractmethod
     def compare_compiled(self, split: Split, measured: Any) -> None:
-        """Corrects the share of a compiled window by its verification; `measured` is None where memory ran out."""
+        """Correct the compiled share; `measured` is None where memory ran out."""
 
-    def nearer(
+    def try_fewer_steps(
         self, solution: Solution, measured: Any, train: Callable[..., None], start_over: Callable[[], None]
     ) -> tuple[Solution, Any]:
-        """A better solution than a confirmed one, where trying costs nothing."""
+        """Return a solution of fewer steps where trying that is free."""
         return solution, measured
-
-    def helps(self, needed_bytes: int) -> list[str]:
-        """What else would help where nothing fits."""
-        return []
-
-    def worst_bytes(self, split: Split) -> int:
-        """What the process comes to in the worse of the histories that the plan is for."""
-        worst = max(self.peak_bytes(split, history) for history in self.request.histories)
-        return worst + int(self.malloc_overhead * (worst - self.baseline_bytes))
-
-    def needed_bytes(self, split: Split) -> int:
-        """The smallest budget that this window would fit."""
-        return int(self.worst_bytes(split) / (1 - CAPACITY_MARGIN)) + 1
-
-    def misses(self, split: Split) -> str:
-        """How a window that doesn't fit misses, in words that go on from its sizes."""
-        return f"would need {show_bytes(self.worst_bytes(split))}"
-
-    def is_sure_to_fit(self, n: int) -> bool:
-        """Whether recording at n can't go over the budget, by the most pessimistic of what is known."""
-        evidence = self.evidence
-        room = self.usable_bytes - self.baseline_bytes - self.input_bytes(2 * n) - self.leaked_bytes
-        if evidence.recordings and evidence.has_program:
-            return observe.peak_of(self.subject, evidence, (n, n)).peak_bytes <= room
-        gradients = sum(p.nbytes for p in self.subject.context.model.parameters() if p.requires_grad)
-        steady = gradients + evidence.state_bytes  # it is there whatever the batch
-        if evidence.recordings:
-            known, peak = evidence.recordings[-1].micro_batch, evidence.notes[-1].measured_bytes
-        else:
-            # The first step makes gradients and state itself: only what comes on top of them is of the batch.
-            kept = {event.block for event in kept_blocks(evidence.first_step_events)}
-            passing = tuple(event for event in evidence.first_step_events if event.block not in kept)
-            known = evidence.first_step.micro_batch if evidence.first_step is not None else observe.SCOUT
-            peak = steady + max(0, live_peak([Phase(observe.PRELUDE, passing)]) - gradients)
-        scaling = max(peak - steady, peak // 10)  # all the rest growing with the batch is the worst there is
-        return peak + scaling * max(0, n - known) // known <= room
-
-
-def bytes_per_sample(subject: RecordingTarget) -> int:
-    """What one sample more adds to a batch; what all samples share adds nothing."""
-    one, two = (
-        sum(leaf.nbytes for _, leaf in tree.leaves(subject.tile(n)) if isinstance(leaf, torch.Tensor)) for n in (1, 2)
-    )
-    return two - one
 
 
 def verified_part(split: Split, *, compiles: bool = False) -> Split:
-    """The micro-batches of a split that are run for real: its first ones, or where a rest is smaller, that among them.
+    """Return the micro-batches to run: the first ones, and a smaller rest.
 
-    Of a compiled window both sizes, as each may be a graph of its own.
+    Of a compiled window both sizes are run, since each may have a graph of its own.
     """
     if len(split) > VERIFIED_STEPS and (compiles or not is_even(split)):
         return (*split[: VERIFIED_STEPS - 1], split[-1])

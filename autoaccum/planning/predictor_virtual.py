@@ -1,7 +1,7 @@
-"""The outlook on a virtual GPU that stands in for a real one: recorded without a limit, then held to its capacity.
+"""Predict for a virtual GPU that stands in for a real one.
 
-The device has any amount of memory, so no recording can run out, and "does not fit" is an answer. Where a try costs
-milliseconds and harms nobody, the prediction is tried: the plan's window, and the one with a step fewer.
+The device has any amount of memory, so recording never runs out, and "does not fit" is an answer. A run takes
+milliseconds there, so the plan's window and one of a step fewer are run within the capacity of the real GPU.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from ..devices.virtual.device import VirtualGpuDevice
 from ..simulation.cuda_allocator.allocator import EMPTY
 from ..simulation.solver import Solution, Split, balanced
 from ..workload import Batch
-from .observe import Evidence, RecordingTarget
+from .evidence import Evidence
 from .predictor import VERIFIED_STEPS
 from .predictor_cuda import CudaPredictor
 from .request import PlanRequest
+from .target import RecordingTarget
 
 
 @dataclass(frozen=True)
-class EmptySubject(RecordingTarget):
-    """A subject whose batches are never written to: nothing reads them there, and pages nobody touched cost nothing."""
+class UninitializedTarget(RecordingTarget):
+    """A target whose batches are never written: no kernel reads them."""
 
     def tile(self, n: int) -> Batch:
-        """A batch of n samples with the shapes of a real one; what is no tensor is as in one of two samples."""
+        """Return an uninitialized batch of n samples."""
         one, two = super().tile(1), super().tile(2)
         shapes = {path: leaf.shape for path, leaf in tree.leaves(one) if isinstance(leaf, torch.Tensor)}
 
@@ -46,43 +47,43 @@ class EmptySubject(RecordingTarget):
 
 @dataclass
 class VirtualGpuPredictor(CudaPredictor):
-    """As on a CUDA device, but for what a device without a limit allows."""
+    """Predict as for CUDA; record any size, and try fewer steps."""
 
     @property
     def device(self) -> VirtualGpuDevice:
-        """Return the device, which has controls of its own."""
+        """The device, whose capacity can be limited."""
         device = self.subject.device
         assert isinstance(device, VirtualGpuDevice)
         return device
 
     def is_sure_to_fit(self, n: int) -> bool:
-        """Any size can be recorded."""
+        """Return True: any size can be recorded."""
         return True
 
     def measure(self, train: Callable[..., None], split: Split) -> CudaMeasurement:
-        """Three windows within the capacity."""
+        """Run three windows within the budget."""
         with self.device.capacity_limited_to(self.budget.bytes):
             return super().measure(train, split)
 
-    def nearer(
+    def try_fewer_steps(
         self, solution: Solution, measured: Any, train: Callable[..., None], start_over: Callable[[], None]
     ) -> tuple[Solution, Any]:
-        """Tries a step fewer for real, for as long as that fits."""
+        """Run a step fewer for as long as that fits."""
         samples = sum(solution.split)
         while len(solution.split) > 1:
             fewer = balanced(samples, len(solution.split) - 1)
             if fewer[0] > self.request.most or self.floor(fewer[0]) > self.usable_bytes:
                 break
-            found = self._tried(fewer[:VERIFIED_STEPS], train, start_over)
+            found = self._measured_within_margin(fewer[:VERIFIED_STEPS], train, start_over)
             if found is None:
                 break
             solution, measured = Solution(fewer, solution.tried + 1), found
         return solution, measured
 
-    def _tried(
+    def _measured_within_margin(
         self, split: Split, train: Callable[..., None], start_over: Callable[[], None]
     ) -> CudaMeasurement | None:
-        """What the windows took; None where they don't fit, as they are or with 2 % less."""
+        """Measure a split within the budget and its margin, or return None."""
         found = None
         for capacity in (self.usable_bytes, self.budget.bytes):
             start_over()
@@ -99,15 +100,22 @@ class VirtualGpuPredictor(CudaPredictor):
         return found
 
 
-def look(
+def make_predictor(
     subject: RecordingTarget, request: PlanRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
 ) -> VirtualGpuPredictor:
-    """Make a predictor for the GPU that the device stands in for."""
+    """Make a predictor for the GPU that the device stands for."""
     device = subject.device
     assert isinstance(device, VirtualGpuDevice)
-    build = subject.build or model_blocks(subject.context.model)
-    settings = device.read_rules()
-    budget = device.read_budget(request.budget, request.headroom)
-    base = reserved_bytes_of(build, settings)
-    start = device.read_allocator() if evidence.recordings else EMPTY
-    return VirtualGpuPredictor(subject, request, evidence, base, budget, sample_bytes, 0.0, build, start, settings)
+    model_events = subject.model_events or model_blocks(subject.context.model)
+    rules = device.read_rules()
+    return VirtualGpuPredictor(
+        subject=subject,
+        request=request,
+        evidence=evidence,
+        baseline_bytes=reserved_bytes_of(model_events, rules),
+        budget=device.read_budget(request.budget, request.headroom),
+        sample_bytes=sample_bytes,
+        model_events=model_events,
+        start=device.read_allocator() if evidence.recordings else EMPTY,
+        rules=rules,
+    )

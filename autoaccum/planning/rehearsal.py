@@ -28,7 +28,8 @@ from ..units import show_bytes
 from ..window import step
 from ..window.compiled import uncompiled
 from ..window.forward_only import forward_only
-from .observe import SCOUT, RecordingTarget
+from .record import FIRST_STEP_SAMPLES
+from .target import RecordingTarget
 
 WINDOWS = 2  # the first makes the optimizer's state, the second has it
 BACKWARD = 4  # times its largest block, in what a backward has beside what was saved for it: gradients of that size
@@ -47,7 +48,7 @@ def samples_to_begin_with(subject: RecordingTarget, least: int, start_over: Call
     Raises:
         NoPlace: Not even the fewest fit.
     """
-    most = max(least, SCOUT)
+    most = max(least, FIRST_STEP_SAMPLES)
     failure = ""
     for n in range(most, least - 1, -1) if _comes_near(subject, least, most) else ():
         found = _rehearsed(subject, n)
@@ -56,7 +57,7 @@ def samples_to_begin_with(subject: RecordingTarget, least: int, start_over: Call
         if not found:
             return n
         failure = f"windows of {n} don't fit: {found}"
-        subject.say(failure)
+        subject.progress(failure)
     if failure:
         raise NoPlace(failure)
     return most
@@ -80,7 +81,7 @@ def _comes_near(subject: RecordingTarget, least: int, most: int) -> bool:
         return False
     finally:
         subject.device.clean()
-        subject.take_out()
+        subject.remove_appended()
     trained = [p for p in context.model.parameters() if p.requires_grad]
     state = STATE_BYTES * sum(p.numel() for p in trained) if not context.optimizer.state else 0
     kept = device.allocated_bytes() + sum(p.nbytes for p in trained) + state

@@ -22,9 +22,9 @@ from ..devices.base import Device
 from ..plan import FASTEST, TimedSize
 from ..simulation.solver import Split, split_within
 from ..window import compiled, step
-from .observe import RecordingTarget
 from .predictor import MemoryPredictor
 from .request import PlanRequest
+from .target import RecordingTarget
 
 log = logging.getLogger("autoaccum")
 
@@ -88,7 +88,7 @@ def time_sizes(
         enough = math.ceil(ROUNDS_THAT_TELL * needed)
         return Times((), f"not timed: to tell 1 % would take about {enough} s (--timing {enough} allows it)")
     start_over()
-    predictor.subject.say(f"timing micro-batches of {', '.join(map(str, sizes))}")
+    predictor.subject.progress(f"timing micro-batches of {', '.join(map(str, sizes))}")
     started = time.perf_counter()
     rounds = _rounds(predictor.subject, sizes, sum(split), allowed_seconds)
     if not rounds:
@@ -141,9 +141,8 @@ def _try_round(
         told = oom.drop_frames(error)
     oom.collect()
     failed = order[len(watch.seconds)] if len(watch.seconds) < len(order) else None
-    subject.say(f"{failed} samples can't be timed: {told}")
-    subject.context.model.zero_grad(set_to_none=True)
-    subject.context.optimizer.zero_grad(set_to_none=True)
+    subject.progress(f"{failed} samples can't be timed: {told}")
+    subject.drop_gradients()
     return None, failed if failed != max(sizes) else None
 
 

@@ -25,8 +25,9 @@ from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.devices.cuda.device import CudaDevice
 from autoaccum.devices.cuda.model_blocks import model_blocks, reserved_bytes_of
 from autoaccum.devices.registry import get_device
-from autoaccum.planning import observe
-from autoaccum.planning.predictor import bytes_per_sample
+from autoaccum.planning.evidence import Evidence
+from autoaccum.planning.record import add_recording, record_first_step
+from autoaccum.planning.target import RecordingTarget
 from autoaccum.window import step
 from autoaccum.workload import Workload
 from tests.golden import FOLDER, flat, flat_recording
@@ -98,17 +99,17 @@ def record(name: str, device: Device) -> dict[str, Any]:
     work = make()
     work.model.to(device.torch_device)
     threshold = device.prepare("fixed")
-    subject = observe.RecordingTarget(step.open_context(work), work, device, threshold, before=device.read_heap())
-    evidence = observe.Evidence()
-    observe.scout(subject, evidence)
+    subject = RecordingTarget(step.open_context(work), work, device, threshold, heap_before=device.read_heap())
+    evidence = Evidence()
+    record_first_step(subject, evidence)
     for n in sizes:
-        observe.add(subject, evidence, n)
+        add_recording(subject, evidence, n)
     assert evidence.first_step is not None and evidence.fallback_reason is None
     subject.context.model.zero_grad(set_to_none=True)
     found: dict[str, Any] = {
         "device": device.kind,
         "parameter_bytes": sum(tensor.nbytes for tensor in (*work.model.parameters(), *work.model.buffers())),
-        "sample_bytes": bytes_per_sample(subject),
+        "sample_bytes": subject.sample_bytes,
         "unrecorded_bytes": evidence.unrecorded_bytes,
         "mmap_threshold_bytes": threshold,
         "first_step": flat_recording(evidence.first_step),
@@ -117,7 +118,7 @@ def record(name: str, device: Device) -> dict[str, Any]:
     }
     if isinstance(device, CpuDevice):
         assert subject.before is not None
-        base = device.read_baseline(subject.before, evidence.after_first)
+        base = device.read_baseline(subject.heap_before, evidence.heap_after_first_step)
         found |= {"base_bytes": base.bytes, "own_bytes": base.planning_bytes}
         return found | {"holes": [base.new_process.heap_free_bytes, base.this_process.heap_free_bytes]}
     assert isinstance(device, CudaDevice)

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoaccum.devices.registry import get_device
-from autoaccum.planning import observe
+from autoaccum.planning.evidence import Evidence
+from autoaccum.planning.record import record_first_step, record_window
+from autoaccum.planning.target import RecordingTarget
 from autoaccum.simulation.recording import Event, Recording
 from autoaccum.window import step
 from autoaccum.workload import Workload
@@ -121,10 +123,10 @@ def record(seed: int) -> dict[str, Any]:
     sample = (torch.randn(4, LENGTH, width), torch.randint(CLASSES, (4,)))
     work = Workload(Classifier(kinds, width), sample, optimizer=optimizer)
     context = step.open_context(work)
-    subject = observe.RecordingTarget(context, work, get_device(context.device), None)
-    evidence = observe.Evidence()
-    observe.scout(subject, evidence)
-    recordings = [observe.record_window(subject, n) for n in sorted(rng.sample(PRIMES, 2))]
+    subject = RecordingTarget(context, work, get_device(context.device), None)
+    evidence = Evidence()
+    record_first_step(subject, evidence)
+    recordings = [record_window(subject, n) for n in sorted(rng.sample(PRIMES, 2))]
     return {
         "name": f"{' '.join(kinds)}, width {width}, {type(context.optimizer).__name__}",
         "prelude": numbers(evidence.first_step_events),

@@ -1,0 +1,83 @@
+"""Describe predictions for a CUDA device: a plan's reasons, notes and remedies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..budget import Budget
+from ..phases import PHASE_TITLES
+from ..simulation.solver import Split
+from ..units import show_bytes
+
+if TYPE_CHECKING:
+    from .predictor_cuda import CudaPredictor
+
+
+def reasons(budget: Budget) -> dict[str, str]:
+    """Return the reasons for baseline, input, history and budget, in reserved bytes."""
+    return {
+        "baseline_bytes": "reserved for the model's parameters and buffers before training",
+        "input_bytes": "none: samples wait on the host, and those of one micro-batch at a time are in its peak",
+        "history_bytes": "fragments of what this process had on the device before",
+        "budget_bytes": f"what the allocator may reserve ({budget.binding_constraint}), less the headroom",
+    }
+
+
+def notes(predictor: CudaPredictor, split: Split) -> list[str]:
+    """Return notes about retries, the plain loop, cuDNN and the virtual GPU."""
+    found = []
+    history, capacity = predictor.request.histories[0], predictor.budget.bytes
+    retries = predictor.replayed(split, history, capacity, kept=predictor.keeps(split)).retries
+    if any(retries):
+        found.append(
+            f"The allocator reaches the budget in the first windows and releases its cache ({sum(retries)} times in "
+            "all). This costs milliseconds and does not happen after them. torch may log 'memory allocation failed "
+            "with OOM' each time, though the allocation then succeeds."
+        )
+    if not predictor.sums_wide(split) and not predictor.fits_in(split, "new_process", kept=True):
+        peak = predictor.peak_with(split, "new_process", kept=True)
+        found.append(
+            f"For the Runner: a loop written by hand would reserve {show_bytes(peak)} with these micro-batches, "
+            "which does not fit."
+        )
+    if torch.backends.cudnn.benchmark:
+        found.append(
+            "cudnn.benchmark is on: the first run at each size tries algorithms whose workspaces are not in these "
+            "figures, which are of later runs. A shorter last window is a new size."
+        )
+    if not predictor.device.computes:
+        found.append(
+            "Real allocator on a virtual GPU, not measured on one: kernels compute nothing, so time and exactness "
+            "are unknown, and workspaces of cuDNN's convolutions are counted as set there (docs/virtual-gpu.md)."
+        )
+    return found
+
+
+def shortfall(predictor: CudaPredictor, split: Split) -> str:
+    """Return what a split needs unlimited, and where the budget fails."""
+    kept, histories = predictor.keeps(split), predictor.request.histories
+    needed = max(predictor.replayed(split, history, None, kept=kept).peak_reserved_bytes for history in histories)
+    text = f"would need {show_bytes(predictor.as_compiled(needed))}"
+    for capacity in (predictor.usable_bytes, predictor.budget.bytes):
+        for history in histories:
+            found = predictor.replayed(split, history, predictor.as_uncompiled(capacity), kept=kept)
+            if found.out_of_memory is not None:
+                where = PHASE_TITLES.get(found.out_of_memory, found.out_of_memory)
+                return f"{text} (within {show_bytes(capacity)} memory runs out: {where})"
+            if not found.fits:
+                return f"{text} (within {show_bytes(capacity)} every window empties the allocator's cache)"
+    return text
+
+
+def sharding(predictor: CudaPredictor, needed_bytes: int) -> list[str]:
+    """Return over how many devices the static memory needs sharding."""
+    static = predictor.static_bytes
+    for devices in (2, 4, 8, 16, 32, 64):
+        if needed_bytes - static + static // devices <= predictor.budget.bytes:
+            return [
+                f"sharding over {devices} such devices (an estimate: parameters, gradients and optimizer "
+                f"state are {show_bytes(static)} of it)"
+            ]
+    return []
