@@ -102,7 +102,7 @@ def test_five_rounds_are_too_few_to_tell_a_percent_and_six_are_not() -> None:
     few, enough = (knee(noisy(seconds, noise=0.0001, rounds=rounds)) for rounds in (5, 6))
     assert few is not None and not few.is_sure and few.candidates == (4, 8, 16)
     assert enough is not None and enough.is_sure and enough.timed.micro_batch == 8
-    assert "too few to tell" in (describe(made_up_plan(timed_sizes=noisy(seconds, 0.0001, 5))) or "")
+    assert "too few to resolve" in (describe(made_up_plan(timed_sizes=noisy(seconds, 0.0001, 5))) or "")
 
 
 @settings(max_examples=200, deadline=None)

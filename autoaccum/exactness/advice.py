@@ -1,4 +1,4 @@
-"""A verdict in words: what is wrong, why, and what to type next.
+"""Explain a verdict: what is wrong, why, and the fix.
 
 A count that is proposed was tried first: with it, the parts' gradients add up to the whole batch's.
 """
@@ -39,7 +39,7 @@ class Count:
 
 
 def ignorable(draws: RandomOps, batch: Batch) -> dict[str, int]:
-    """Paths of the leaves that cross-entropy takes for classes, and the class that it leaves out."""
+    """Return leaves that cross-entropy uses as classes, with the ignored class."""
     leaves = dict(tree.leaves(batch))
     named = [path for path in batch_leaves.target_paths(batch) if not leaves[path].is_floating_point()]
     found: dict[str, int] = {}
@@ -50,7 +50,7 @@ def ignorable(draws: RandomOps, batch: Batch) -> dict[str, int]:
 
 
 def untested_targets(case: CheckCase) -> str | None:
-    """In words, the cross-entropy that averages and was not tested with ignored classes; None where there is none.
+    """Describe averaging cross-entropies untested with ignored classes; None for none.
 
     Classes that are a leaf of the batch were tried, and where that failed the model doesn't take them. What is left are
     classes that the loss makes of something; in-batch negatives have the sample's own place, which is never ignored.
@@ -65,7 +65,10 @@ def untested_targets(case: CheckCase) -> str | None:
 
 
 def _may_be_ignored(case: CheckCase, call: ClassLoss) -> bool:
-    """Whether its classes may be ignored in other data, and weren't tried so: too few rows, or no value is invented."""
+    """Whether classes may be ignored in other data, yet weren't here.
+
+    Too few rows, or no value is invented.
+    """
     if call.path is None:
         return True
     uses, few = case.forward_trace.uses, case.test_batch.rows < test_batches.MIN_ROWS_TO_IGNORE
@@ -78,10 +81,10 @@ def _are_places(targets: torch.Tensor) -> bool:
 
 
 def for_untested() -> tuple[str, ...]:
-    """What to do where ignored classes could not be tried."""
+    """Return the advice where ignored classes could not be tried."""
     return (
-        "The loss calls a cross-entropy that averages over the classes it doesn't ignore. Where these are in the batch "
-        "couldn't be told, so it wasn't tested with some ignored.",
+        "The loss calls a cross-entropy that averages over the classes it doesn't ignore. Their places in the batch "
+        "couldn't be found, so it wasn't tested with some ignored.",
         "Return (sum, count) with reduction='sum', or give Workload(..., count=lambda batch: ...).",
     )
 
@@ -89,7 +92,7 @@ def for_untested() -> tuple[str, ...]:
 def explain(
     kind: str, case: CheckCase, weights: Sequence[float], module: str | None, place: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
-    """The words and the advice of a verdict that isn't exact.
+    """Return the words and advice of a verdict that isn't exact.
 
     Args:
         kind: The verdict's kind.
@@ -112,7 +115,7 @@ def explain(
         words = f"not exact: a term that doesn't depend on the samples is counted for each micro-batch; {off}"
         return words, _advice_on_term(seen)
     if kind == "not exact":
-        words = f"not exact: {off}; with so few parameters it can't be told why"
+        words = f"not exact: {off}; with so few parameters the reason can't be found"
         return words, (f"{seen}.", "Return (sum, count) from the loss if it averages over something else than samples.")
     if kind == "changes with each forward":
         return f"not exact: {module} changes with each forward; {off}", _advice_on_state(str(module), place, seen)
@@ -167,13 +170,13 @@ def _advice_on_term(seen: str) -> tuple[str, ...]:
 
 def _advice_on_module(module: str, seen: str) -> tuple[str, ...]:
     kind = module.partition(" (")[2]
-    told = f"What {module} gives for a sample depends on the others in its micro-batch: {seen}."
+    reason = f"What {module} gives for a sample depends on the others in its micro-batch: {seen}."
     if "BatchNorm" in kind:
-        return told, (
+        return reason, (
             "Workload(..., batchnorm='frozen') is exact, and so are GroupNorm and LayerNorm in its place. Otherwise "
             "each micro-batch is normalized by itself, which trains, but isn't the large batch."
         )
-    return told, (
+    return reason, (
         "Only samples in one micro-batch meet there. Train with one accumulation step, or have it see each sample by "
         "itself."
     )
@@ -197,7 +200,7 @@ def _advice_on_coupling(seen: str) -> tuple[str, ...]:
 
 
 def _fitting(case: CheckCase, weights: Sequence[float]) -> Iterator[Count]:
-    """The counts whose shares are the weights that were found."""
+    """Return the counts whose shares are the weights found."""
     pieces = case.test_batch.pieces(case.gradients.sizes)
     for count in _candidates(case):
         try:
@@ -249,7 +252,7 @@ def _targets(path: str, out: int, *, shifted: bool = False) -> Count:
 
 
 def _weighted(path: str, out: int, weights: torch.Tensor) -> Count:
-    """The sum of the class weights of the classes that aren't ignored."""
+    """Sum the class weights of the classes that aren't ignored."""
 
     def count(batch: Batch) -> Any:
         leaf = _leaf(batch, path).cpu()
@@ -270,7 +273,7 @@ def _leaf(batch: Batch, path: str) -> Any:
 
 
 def percent(error: float) -> str:
-    """A relative error for a person."""
+    """Format a relative error for a person."""
     if error == float("inf"):
         return "anything (not finite)"
     if error < 0.001:

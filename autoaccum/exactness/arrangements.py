@@ -1,4 +1,6 @@
-"""The arrangements of a sample in which a window's gradient has to be the whole batch's before it is called exact.
+"""Arrange a sample in the ways that must agree before "exact".
+
+The window's gradient has to be the whole batch's in each.
 
 One unlucky arrangement proves nothing: class weights taken from the batch's own counts cancel out where each part has
 one class. So the rows are tried sorted, and again in another mix with other counts and with outputs further apart,
@@ -31,7 +33,10 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AutoaccumError)  
 
 
 class Untestable(Exception):
-    """The batch can't be tested on: the loss doesn't take it, or its gradient is zero or not finite."""
+    """The batch can't be tested on.
+
+    The loss doesn't accept it, or its gradient is zero or not finite.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +56,7 @@ class _Bench:
 
 
 def run_cases(workload: Workload, model_copy: FunctionalCopy, max_rows: int) -> list[CheckCase]:
-    """What each arrangement gave, up to the first in which the gradients differ.
+    """Return each arrangement's result, up to the first difference.
 
     Args:
         workload: What is trained.
@@ -89,7 +94,10 @@ def run_cases(workload: Workload, model_copy: FunctionalCopy, max_rows: int) -> 
 
 
 def in_three_parts(workload: Workload, model_copy: FunctionalCopy, seen: CheckCase) -> CheckCase:
-    """The same batch in three parts, where it has enough rows: three tell more of what is wrong than two."""
+    """Return the batch in three parts, where it has enough rows.
+
+    Three tell more of what is wrong than two.
+    """
     sizes = seen.test_batch.sizes
     if len(sizes) == len(seen.gradients.sizes):
         return seen
@@ -118,13 +126,16 @@ def holds_unignored(workload: Workload, model_copy: FunctionalCopy, seen: CheckC
 
 @contextlib.contextmanager
 def as_in_case(model_copy: FunctionalCopy, seen: CheckCase) -> Iterator[None]:
-    """The model as it was in an arrangement."""
+    """Set the model as in an arrangement, within this context."""
     with model_copy.wider(seen.forward_trace) if seen.wide else contextlib.nullcontext():
         yield
 
 
 def context_of(workload: Workload) -> TrainingContext:
-    """The workload's parts, without what would change them or belongs to a device."""
+    """Return the workload's context, without device-specific parts.
+
+    Nor what would change it.
+    """
     plain = replace(
         workload,
         optimizer=GradientRecorder,
@@ -140,13 +151,15 @@ def context_of(workload: Workload) -> TrainingContext:
 
 
 def _hardest(bench: _Bench, easy: TestBatch) -> CheckCase:
-    """The hardest batch that the loss takes; the sample as it is where it takes no other."""
+    """Return the hardest batch the loss accepts, else the sample."""
     found = _first(bench, easy, test_batches.HARDNESSES, wide=False)
     return found if found is not None else _try(bench, easy, easy)
 
 
 def _otherwise(bench: _Bench, easy: TestBatch, known: Sequence[str] | None, *, mixed: bool) -> CheckCase | None:
-    """Another arrangement, as hard as the loss takes it; None where it takes none, which the first has shown enough.
+    """Return another arrangement, as hard as accepted; None for none.
+
+    None where the loss accepts no other, which the first has shown enough.
 
     Args:
         bench: What it is tried with.
@@ -167,7 +180,9 @@ def _otherwise(bench: _Bench, easy: TestBatch, known: Sequence[str] | None, *, m
 
 
 def _more(bench: _Bench, easy: TestBatch, rows: int, least: int, known: Sequence[str] | None) -> Iterator[CheckCase]:
-    """Further arrangements, up to the first that differs, for where samples meet though gradients don't show it.
+    """Yield further arrangements up to the first that differs.
+
+    For where samples meet though gradients don't show it.
 
     Args:
         bench: What they are tried with.
@@ -194,7 +209,7 @@ def _more(bench: _Bench, easy: TestBatch, rows: int, least: int, known: Sequence
 
 
 def _first(bench: _Bench, easy: TestBatch, hardnesses: Sequence[tuple[str, ...]], *, wide: bool) -> CheckCase | None:
-    """The first of these that the loss takes."""
+    """Return the first of these that the loss accepts."""
     ignorable = _ignorable(bench, easy)
     for hardness in hardnesses:
         hard = test_batches.harder(easy, hardness, ignorable, bench.freedom, seed=4 if wide else 2)

@@ -1,4 +1,4 @@
-"""Recognize targets, masks, lengths and weights among a batch's leaves, by their names and shapes."""
+"""Recognize targets, masks, lengths and weights among a batch's leaves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def leaf_of(batch: Batch, path: str) -> Any:
 
 
 def target_paths(batch: Batch) -> list[str]:
-    """Return leaves that hold targets: by name, or the second of a pair. Their lengths don't count."""
+    """Return leaves that hold targets: by name, or second of pairs.
+
+    Their lengths don't count.
+    """
     found = [(path, leaf) for path, leaf in tree.leaves(batch) if not _OF_TARGETS.search(cutting._key(path))]
     named = [path for path, leaf in found if _TARGETS.search(cutting._key(path)) and is_batched(leaf)]
     if not named and isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -66,12 +69,12 @@ def has_rows(leaf: Any, path: str, names: dict[str, Collection[str]]) -> bool:
 
 
 def is_batched(leaf: Any) -> bool:
-    """Return whether a leaf is a real tensor with at least one row and one entry."""
+    """Whether a leaf is a real, non-empty tensor with a batch dimension."""
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.numel() > 0 and not leaf.is_complex()
 
 
 def is_integer(leaf: Any) -> bool:
-    """Return whether a leaf is a tensor of integers; bool does not count."""
+    """Whether a leaf is a tensor of integers, bool excluded."""
     return (
         isinstance(leaf, torch.Tensor)
         and not leaf.is_floating_point()

@@ -1,4 +1,4 @@
-"""Hold a batch that was tested, the gradients it gave, and the tolerance they are judged by."""
+"""A tested batch, its gradients, and the tolerance that judges them."""
 
 from __future__ import annotations
 

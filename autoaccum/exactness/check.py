@@ -1,4 +1,4 @@
-"""The verdict: is the gradient that the Runner adds up the large batch's?
+"""Decide whether the Runner's accumulated gradient is the large batch's.
 
     sample        the workload's own rows, made hard                  exactness/test_batches.py
     arrangements  in which they have to agree                         exactness/arrangements.py
@@ -50,7 +50,7 @@ __all__ = ["Verdict", "check", "check_plan", "counts_differ", "recheck", "unknow
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a window's gradient is that of one whole batch, and why not.
+    """Whether a window's gradient is the whole batch's, else why not.
 
     Attributes:
         kind: "exact"; "same distribution": exact but for what is drawn at random; "sum": micro-batches would have to be
@@ -80,7 +80,10 @@ class Verdict:
 
     @property
     def exact(self) -> bool:
-        """Whether accumulating gives the large batch's gradient, up to rounding and random draws."""
+        """Whether accumulation gives the large batch's gradient.
+
+        Up to rounding and random draws.
+        """
         return self.kind in (EXACT, SAME_DISTRIBUTION)
 
 
@@ -91,7 +94,9 @@ def check(
     progress: Callable[[str], None] = lambda text: None,
     isolated: bool = True,
 ) -> Verdict:
-    """Tests on the sample, made as hard as the loss takes it, whether accumulating gives the large batch's gradient.
+    """Test on the sample whether accumulation gives the large batch's gradient.
+
+    The sample is made as hard as the loss accepts.
 
     Two arrangements of it have to agree before that is said: classes sorted, and another mix with outputs further
     apart. That costs six passes forward and backward of 8 to 16 samples, of fewer at once where fewer fit; where
@@ -142,12 +147,15 @@ def _check(workload: Workload, max_rows: int) -> Verdict:
 
 
 def check_plan(plan: Plan, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Plan:
-    """The plan with a verdict, found on no more samples than fit it."""
+    """Return the plan with a verdict on samples that fit it."""
     return with_verdict(plan, check(workload, max_rows=_rows_at_once(plan, workload), progress=progress))
 
 
 def _rows_at_once(plan: Plan, workload: Workload) -> int:
-    """Samples that fit at once in the precision of the test, where that is: in the plan's budget, or on the host."""
+    """Return the samples that fit in the test's precision.
+
+    In the plan's budget, or on the host, whichever the test uses.
+    """
     least, most = plan.memory.peaks[0], plan.memory.peaks[-1]
     more = most.micro_batch - least.micro_batch
     each = (most.first_bytes - least.first_bytes) / more if more else least.first_bytes / least.micro_batch
@@ -163,7 +171,7 @@ def _rows_at_once(plan: Plan, workload: Workload) -> int:
 
 
 def with_verdict(plan: Plan, verdict: Verdict) -> Plan:
-    """The plan with the verdict's words, and its advice among the notes."""
+    """Return the plan with the verdict's words and advice."""
     notes = verdict.advice
     if plan.accumulation_steps == 1 and not verdict.exact and verdict.kind != UNKNOWN:
         notes = ("This plan's one micro-batch is the whole batch, so that its gradient is exact all the same.", *notes)
@@ -172,14 +180,17 @@ def with_verdict(plan: Plan, verdict: Verdict) -> Plan:
     return replace(plan, evidence=evidence, provenance=provenance)
 
 
-def unknown(why: str, *told: str) -> Verdict:
-    """The verdict where nothing could be tested."""
+def unknown(why: str, *lines: str) -> Verdict:
+    """Return the verdict where nothing could be tested."""
     nan = float("nan")
-    return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=told)
+    return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=lines)
 
 
 def _run(workload: Workload, max_rows: int) -> tuple[FunctionalCopy, list[CheckCase]]:
-    """In double precision on the CPU; where the model is large, or can't do that, in its own."""
+    """Run in double precision on the CPU, else in the model's.
+
+    Where the model is large, or can't do that.
+    """
     if _is_small(workload):
         with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, Untestable):
             model_copy = FunctionalCopy(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
@@ -245,12 +256,15 @@ def _verdict(workload: Workload, model_copy: FunctionalCopy, pair: CheckCase) ->
         place = model_copy.moving_place() if kind == STATEFUL else None
     if kind == COUNT and not found.is_pair:
         case = replace(case, exact_unignored=arrangements.holds_unignored(workload, model_copy, case))
-    words, told = advice.explain(kind, case, weights, module, place)
-    return Verdict(kind, words, found.error(), *found.worst(), rows, module, told)
+    words, lines = advice.explain(kind, case, weights, module, place)
+    return Verdict(kind, words, found.error(), *found.worst(), rows, module, lines)
 
 
 def _kind(case: CheckCase, pair: CheckCase) -> tuple[str, list[float]]:
-    """What least squares says of the parts, and the weights that they should have had, relative to each other."""
+    """Classify least squares of the parts, with their right weights.
+
+    Relative to each other.
+    """
     found = case.gradients
     if found.columns.shape[1] < MIN_ENTRIES_PER_PART * len(found.sizes):
         return INEXACT, []
@@ -267,7 +281,7 @@ def _kind(case: CheckCase, pair: CheckCase) -> tuple[str, list[float]]:
 
 
 def _is_term(case: CheckCase, pair: CheckCase) -> bool:
-    """Whether what is too much is one and the same for each micro-batch after the first.
+    """Whether the excess is the same for each micro-batch after the first.
 
     With sums s and a term t, three parts give s1 + s2 + s3 + 3t, the whole s1 + s2 + s3 + t: twice t too much. The
     first two as one part must then be t less than apart.
@@ -282,7 +296,7 @@ def _is_term(case: CheckCase, pair: CheckCase) -> bool:
 
 
 def _remembers(workload: Workload, model_copy: FunctionalCopy, case: CheckCase) -> bool:
-    """Whether the second part's gradient is another one where no first part came before it."""
+    """Whether the second part's gradient depends on a first part."""
     if model_copy.moving_module() is None:
         return False
     sizes = case.gradients.sizes
@@ -292,7 +306,10 @@ def _remembers(workload: Workload, model_copy: FunctionalCopy, case: CheckCase) 
 
 
 def _coupling(workload: Workload, model_copy: FunctionalCopy, case: CheckCase) -> str | None:
-    """The module where samples mix, if one does; a model that doesn't bear being watched names none."""
+    """Return the module where samples mix, if one does.
+
+    A model that can't be watched names none.
+    """
     trial, batch = case.test_batch, model_copy.cast(case.test_batch.batch)
     parts = replace(arrangements.context_of(workload), device=next(iter(model_copy.copies.values())).device)
     norms = batchnorm.Window(parts.norms, parts.batchnorm, 1)

@@ -1,4 +1,4 @@
-"""Compare the gradient of a window of parts with that of the whole batch.
+"""Compare the gradient of a window of parts with the whole's.
 
 Both come from `step.train_window` itself (functional_copy.py), so that what is compared is what the Runner trains: its
 weights, its count, its loss. Least squares then tells which weights the parts should have had.
@@ -25,7 +25,9 @@ WORST_TENSOR_FACTOR = 10  # times as far may the worst single tensor be off
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """What one window gave, cut into parts and as a whole. Vectors are float64 on the host.
+    """A window's gradients, in parts and as a whole.
+
+    Vectors are float64 on the host.
 
     Attributes:
         whole: The gradient of the whole batch, of shape (entries,).
@@ -57,11 +59,16 @@ class Gradients:
         return bool(self.whole.isfinite().all() and self.whole.norm() > 0)
 
     def error(self) -> float:
-        """Relative L2 distance of the window's gradient from the whole batch's; infinite where one isn't finite."""
+        """Return the window's relative L2 distance from the whole batch.
+
+        Infinite where a gradient isn't finite.
+        """
         return _number((self.window - self.whole).norm() / self.whole.norm())
 
     def worst(self) -> tuple[str, float]:
-        """The parameter whose gradient is furthest off, relative to itself, and by how much.
+        """Return the parameter whose gradient differs most, and by how much.
+
+        Relative to itself.
 
         One whose gradient is less than a thousandth of the whole is judged as if it had that: what cancels out in it
         (an attention's key bias) leaves its rounding only.
@@ -75,11 +82,11 @@ class Gradients:
         return self.places[largest][0], errors[largest]
 
     def agrees(self, tolerance: float) -> bool:
-        """Whether they differ by rounding only: the whole, and the worst single tensor."""
+        """Whether they differ by rounding only, also in the worst tensor."""
         return self.error() <= tolerance and self.worst()[1] <= WORST_TENSOR_FACTOR * tolerance
 
     def fit(self) -> tuple[list[float], float]:
-        """Least squares: the weights with which the parts would add up to the whole, and what is left over.
+        """Fit the whole by the parts: least-squares weights and residual.
 
         Returns:
             A factor for each part, on top of the weight that it had; and the relative residual.
@@ -95,7 +102,9 @@ def compare(
     sizes: tuple[int, ...],
     one: Passes | None = None,
 ) -> Gradients:
-    """The gradient of a window of pieces, and that of the whole batch: one pass more than there are pieces.
+    """Return the gradients of a window of pieces and the whole.
+
+    One pass more than there are pieces.
 
     Where the whole batch's is not finite, or zero, that is all there is.
 
@@ -125,7 +134,10 @@ def compare(
 
 
 def fit(columns: torch.Tensor, target: torch.Tensor) -> tuple[list[float], float]:
-    """Least squares of a vector by others: their factors, and the relative residual."""
+    """Fit a vector by others with least squares; return the residual.
+
+    Their factors, and the relative residual.
+    """
     scale = columns.norm(dim=1).clamp(min=torch.finfo(columns.dtype).tiny)
     scaled = (columns / scale[:, None]).T
     orthogonal, triangle = torch.linalg.qr(scaled)  # millions of rows, three columns: a singular value solver is slow

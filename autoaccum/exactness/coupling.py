@@ -1,4 +1,6 @@
-"""Which module's output rows depend on other samples: batch statistics, in-batch negatives, a mean over the batch.
+"""Find the module whose output rows depend on other samples.
+
+Batch statistics, in-batch negatives, a mean over the batch.
 
 Two forwards, the second with some samples exchanged for others. What a module gives for the samples that stayed must
 stay too; the first module where it doesn't is the one to name.
@@ -25,20 +27,23 @@ MOVED_RATIO = 1e-5  # of an output's largest value: another order of additions m
 
 @dataclass
 class _Trace:
-    """What the modules were given and gave for the samples that stayed, call by call."""
+    """Inputs and outputs of modules for the kept samples, by call."""
 
     rows: int
     stay: int
     calls: list[tuple[str, list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
 
     def kept(self, values: Any) -> list[torch.Tensor]:
-        """The parts of all tensors that belong to the samples that stayed."""
+        """Return the parts of all tensors that belong to kept samples."""
         tensors = [leaf for _, leaf in tree.leaves(values) if isinstance(leaf, torch.Tensor)]
         found = [self._rows(tensor) for tensor in tensors if tensor.is_floating_point()]
         return [rows.detach().clone() for rows in found if rows is not None]
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Those of (samples, ...), of (samples * positions, ...), or of (positions, samples, ...); else None."""
+        """Return a tensor's rows of kept samples, or None.
+
+        For (samples, ...), (samples * positions, ...), or (positions, samples, ...).
+        """
         if tensor.dim() and len(tensor) and len(tensor) % self.rows == 0:
             return tensor[: self.stay * (len(tensor) // self.rows)]
         if tensor.dim() > 1 and tensor.shape[1] == self.rows:
@@ -49,7 +54,7 @@ class _Trace:
 def coupling_module(
     model: nn.Module, forward: Callable[[Batch], object], batch: Batch, names: dict[str, Collection[str]]
 ) -> str | None:
-    """The first module whose output for some samples moves when others are exchanged.
+    """Find the first module whose kept outputs change when others do.
 
     Args:
         model: The model, in the mode in which it trains.
@@ -100,16 +105,18 @@ def _before(trace: _Trace, open_calls: list[list[torch.Tensor]]) -> Callable[...
 
 
 def _after(trace: _Trace, open_calls: list[list[torch.Tensor]], name: str, module: nn.Module) -> Callable[..., None]:
-    told = f"{name} ({type(module).__name__})"
+    label = f"{name} ({type(module).__name__})"
 
     def hook(module: nn.Module, args: Any, out: Any) -> None:
-        trace.calls.append((told, open_calls.pop(), trace.kept(out)))
+        trace.calls.append((label, open_calls.pop(), trace.kept(out)))
 
     return hook
 
 
 def _first_moved(one: _Trace, two: _Trace) -> str | None:
-    """The first module that was given the same for the samples that stayed, and gave something else.
+    """Return the first module with equal inputs and different outputs.
+
+    For the samples that stayed.
 
     Calls are listed as they end, so the innermost comes first. Where a module was already given something else, the
     one around it did that between its modules.

@@ -60,7 +60,10 @@ class RandomOps:
 
 @contextmanager
 def without_randomness() -> Iterator[RandomOps]:
-    """Until it is left, nothing that torch draws on the CPU differs between samples, nor dropout anywhere."""
+    """Disable dropout and per-sample randomness within this context.
+
+    Of all that torch draws on the CPU.
+    """
     draws = RandomOps()
     with ExitStack() as stack:
         stack.enter_context(_Constants(draws))
@@ -116,7 +119,10 @@ class _Functions(TorchFunctionMode):
 
 
 class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Random operators, as they reach a device: dropout in attention or in an LSTM ends in one of them, too."""
+    """Random operators as they reach a device.
+
+    Dropout in attention or in an LSTM ends in one of them, too.
+    """
 
     def __init__(self, draws: RandomOps) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -146,7 +152,10 @@ def _on_cpu(out: Any) -> bool:
 
 
 def _expectation(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Any] | None:
-    """What to make of a draw: the same value for every element, so that it doesn't matter which part drew it."""
+    """Replace a draw by one value for every element.
+
+    So it doesn't matter which part drew it.
+    """
     if name == "randperm":  # the same turning round for every batch: an identity would hide what it mixes
         return lambda out: out.copy_(torch.arange(len(out) - 1, -1, -1, device=out.device))
     if name == "bernoulli":

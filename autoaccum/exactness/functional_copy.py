@@ -68,7 +68,7 @@ class GradientRecorder(torch.optim.Optimizer):
         self.seen: list[torch.Tensor | None] = []
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Keeps the gradient."""
+        """Keep the gradient."""
         self.seen = [p.grad for group in self.param_groups for p in group["params"]]
 
 
@@ -84,7 +84,7 @@ class _Inside(nn.Module):
 
 
 class FunctionalCopy:
-    """A model, and the modules of its loss, on copies of their parameters and buffers.
+    """A model and its loss's modules on copied parameters and buffers.
 
     Args:
         model: The model.
@@ -133,7 +133,10 @@ class FunctionalCopy:
         self._chosen = _choose([self.copies[name].numel() for name in self.trained], entries or MAX_ENTRIES, chosen)
 
     def cast(self, batch: Batch) -> Batch:
-        """The batch in this precision and place, in storage of its own: a loss may write into it."""
+        """Cast and place a batch in separate storage.
+
+        A loss may write into it.
+        """
         return tree.map_leaves(
             batch, lambda _, leaf: self._cast(leaf.detach()).clone() if isinstance(leaf, torch.Tensor) else leaf
         )
@@ -145,12 +148,18 @@ class FunctionalCopy:
         return tensor.to(self.device or tensor.device, dtype)
 
     def run(self, work: Callable[[], Any]) -> Any:
-        """Calls `work` while the model stands on the copies, with its buffers as they were."""
+        """Call `work` while the model runs on the copies.
+
+        With its buffers as they were.
+        """
         self.copies |= {name: buffer.clone() for name, buffer in self.buffers.items()}
         return torch.func.functional_call(self.outside, self.copies, (work,))
 
     def window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int], *, first: int = 0) -> Passes:
-        """One window by `step.train_window`, cast and without chance; `first` rows of the first piece are traced."""
+        """Run one window by `step.train_window`, cast and without randomness.
+
+        `first` rows of the first piece are traced.
+        """
         pieces = [self.cast(piece) for piece in pieces]
         self._trace = RowTrace(sizes[0], first) if first else None
         passes: Passes = self.run(lambda: self._window(make_parts, pieces, sizes))
@@ -158,7 +167,10 @@ class FunctionalCopy:
         return passes
 
     def trace_forward(self, make_parts: MakeParts, batch: Batch, rows: int) -> ForwardTrace:
-        """What a forward of a batch of so many samples calls and draws; no pass of a window."""
+        """Trace a forward's calls and draws at that many samples.
+
+        It is no pass of a window.
+        """
         batch, forward_trace = self.cast(batch), ForwardTrace()
 
         def forward() -> None:
@@ -176,7 +188,7 @@ class FunctionalCopy:
 
     @contextmanager
     def wider(self, forward_trace: ForwardTrace) -> Iterator[None]:
-        """Until it is left, the last layer is larger, so that outputs lie further apart."""
+        """Enlarge the last layer within this context, spreading the outputs."""
         layer = list(forward_trace.layer.parameters(recurse=False)) if forward_trace.layer is not None else []
         own = {id(p) for p in layer if p.dim() > 1} or {id(p) for p in layer}  # a larger bias would move all alike
         names = [name for name, p in self.outside.named_parameters() if id(p) in own and name in self.copies]
@@ -229,7 +241,7 @@ class FunctionalCopy:
         )
 
     def _opened(self, make_parts: MakeParts, trained: list[torch.Tensor]) -> TrainingContext:
-        """The parts, with an optimizer that only looks, and nothing of a scaler or a precision."""
+        """Open the context with an observing optimizer, without scaler or precision."""
         made = make_parts()
         inner = made.loss
 
@@ -253,7 +265,10 @@ class FunctionalCopy:
         )
 
     def _read(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """The chosen entries of a gradient, on the host; zeros where there is none."""
+        """Return the chosen entries of a gradient, on the host.
+
+        Zeros where there is none.
+        """
         read = []
         for name, gradient, chosen in zip(self.trained, gradients, self._chosen, strict=True):
             size = self.copies[name].numel()
@@ -272,12 +287,18 @@ class FunctionalCopy:
         return max(limits.get(dtype, EXACT_TOLERANCE[torch.float32]) for dtype in floats)
 
     def name_of(self, name: str) -> str:
-        """A copy's name as the model has it; of a module that the loss holds, with what the loss calls it before."""
+        """Return the model's name for a copy.
+
+        Of a module that the loss holds, with the loss's name before it.
+        """
         _, index, *inside = name.split(".", 2)
         return ".".join(filter(None, [self.roots[int(index)], *inside]))
 
     def moving_place(self) -> str | None:
-        """The same as an expression of the user's code; None for the model itself, whose mode is the Runner's."""
+        """Return the place as an expression of the user's code.
+
+        None for the model itself, whose mode is the Runner's.
+        """
         owner = self._moving()
         if owner is None or owner == "inner.0":
             return None
@@ -286,7 +307,7 @@ class FunctionalCopy:
         return f"{root}.get_submodule({inside[0]!r})" if inside else root
 
     def moving_module(self) -> str | None:
-        """The first module of which a floating-point buffer was changed by a forward."""
+        """Return the first module whose floating-point buffer a forward changed."""
         owner = self._moving()
         if owner is None:
             return None
@@ -319,13 +340,16 @@ def _choose(sizes: Sequence[int], entries: int, generator: torch.Generator) -> l
 
 
 def _drawn(start: dict[str, Any]) -> bool:
-    """Whether Python or NumPy has drawn; torch's draws are seen as they happen."""
+    """Whether Python or NumPy has drawn; torch's draws are observed directly."""
     now = take_rng()
     return any(not same_state(now[name], start[name]) for name in ("Python RNG", "NumPy RNG") if name in start)
 
 
 def _placed(call: ClassLoss, piece: Batch) -> ClassLoss:
-    """The call with the path of the leaf that its classes are, or were copied from."""
+    """Return the call with the path of its classes' leaf.
+
+    The leaf that they are, or were copied from.
+    """
     address, targets = call.targets.untyped_storage().data_ptr(), call.targets.flatten()
     leaves = [(p, leaf) for p, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
     named = target_paths(piece)

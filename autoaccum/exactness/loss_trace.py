@@ -1,4 +1,4 @@
-"""A look at one forward: what the loss calls, what reads the batch, and how far apart the outputs lie.
+"""Trace one forward: the loss's calls, reads, and output spread.
 
 A margin, a hinge or a threshold makes no difference while all samples lie on one side of it, as they do with the small
 outputs of a model at the start of its training. So a gradient is also tested with outputs that are spread as a trained
@@ -47,13 +47,19 @@ class ForwardTrace:
 
     @property
     def layer_scale(self) -> float:
-        """How many times larger the last layer has to be; 1 where the outputs are as wide already, or unknown."""
+        """Return the factor that the last layer needs.
+
+        1 where the outputs are as wide already, or unknown.
+        """
         if self.layer is None or not 0 < self.spread < self.target_spread:
             return 1.0
         return min(self.target_spread / self.spread, MAX_LAYER_SCALE)
 
     def keys(self, seed: int | None = None) -> torch.Tensor | None:
-        """A number for each sample by which outputs differ: their mean, or how far they lie in some direction."""
+        """Return one number per sample by which outputs differ.
+
+        Their mean, or their projection on some direction.
+        """
         if self.outputs is None or seed is None:
             return None if self.outputs is None else self.outputs.mean(1)
         direction = torch.randn(self.outputs.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -62,7 +68,7 @@ class ForwardTrace:
 
 @contextlib.contextmanager
 def tracing_layers(model: nn.Module, forward_trace: ForwardTrace, rows: int) -> Iterator[None]:
-    """Notes the last layer that is called, and what it gives."""
+    """Note the last layer called, and its output."""
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         given = [leaf for _, leaf in tree.leaves(out) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]

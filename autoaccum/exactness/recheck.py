@@ -1,4 +1,4 @@
-"""The second look: at the first real window whose micro-batches count differently, as the sample may not have."""
+"""Recheck the first real window whose micro-batches count differently."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ Names = dict[str, Any]
 
 
 def counts_differ(pieces: Sequence[Batch], sizes: Sequence[int]) -> bool:
-    """Whether the micro-batches of a window count something differently for each sample: labels, lengths, padding.
+    """Whether a window's micro-batches have different counts per sample.
+
+    Labels, lengths, padding.
 
     A cheap look at the batch alone, for when to `recheck`.
     """
@@ -32,7 +34,10 @@ def counts_differ(pieces: Sequence[Batch], sizes: Sequence[int]) -> bool:
 
 
 def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
-    """What of a micro-batch could be counted: ignored labels, ones of masks, shapes; for each sample."""
+    """Return a micro-batch's possible counts per sample.
+
+    Ignored labels, ones of masks, shapes.
+    """
     found: list[Any] = []
     masks = set(batch_leaves.mask_paths(piece))
     for path, leaf in tree.leaves(piece):
@@ -49,7 +54,7 @@ def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
 def recheck(
     context: TrainingContext, pieces: Sequence[Batch], sizes: Sequence[int], names: Names | None = None
 ) -> str | None:
-    """Tests on a few rows of a real window whether its gradient is that of one batch.
+    """Test a few rows of a real window for one batch's gradient.
 
     For the first window whose `counts_differ`. Takes no more memory than the window itself, since it comes in the
     middle of training: half as many samples as the largest micro-batch has (two of two or three), on views of the
@@ -90,7 +95,10 @@ def recheck(
 
 
 def _most_rows(micro_batch: int, *, autocasts: bool) -> int:
-    """Samples that take no more than a micro-batch does; without autocast, as the test is, each may take twice."""
+    """Return the samples that need no more memory than a micro-batch.
+
+    Without autocast, as in the test, each may need twice as much.
+    """
     if autocasts or micro_batch > 3:
         return micro_batch // 2
     return min(micro_batch, 2)
@@ -99,7 +107,10 @@ def _most_rows(micro_batch: int, *, autocasts: bool) -> int:
 def _few_rows(
     pieces: Sequence[Batch], sizes: Sequence[int], most: int, names: Names
 ) -> tuple[Batch, list[Batch], tuple[int, ...]] | None:
-    """A few rows of two unlike micro-batches: as one batch, and as two parts. None where there are none."""
+    """Return rows of two unlike micro-batches, whole and in parts.
+
+    None where there are none.
+    """
     counts = [_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
     other = next((index for index, count in enumerate(counts) if count != counts[0]), None)
     if other is None or most < 2:

@@ -1,4 +1,6 @@
-"""Whether, within a loss, what is computed for some samples depends on the others, though the gradient doesn't show it.
+"""Detect whether a loss's values for some samples depend on others.
+
+Though the gradient doesn't show it.
 
 A margin taken from the batch's mean changes no gradient while every sample is on one side of it. What is computed for
 the samples on the way shows it all the same: the first part's rows are others in the whole batch than by themselves.
@@ -67,7 +69,10 @@ class RowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def rows_differ(whole: RowTrace | None, part: RowTrace | None) -> bool:
-    """Whether the first rows were others in the whole batch than in a part of its own."""
+    """Whether the first rows differ in the whole batch.
+
+    From those in a part alone.
+    """
     if whole is None or part is None or len(whole.steps) != len(part.steps):
         return False
     pairs = (

@@ -1,4 +1,4 @@
-"""Batches to test a loss on: the sample's own rows, and the same made hard.
+"""Batches to test a loss on: the sample's rows, made harder.
 
 One easy batch proves nothing: cross-entropy that ignores -100 looks like a mean where nothing is ignored, and a masked
 mean where nothing is padded. So the hard batch has what real data has sooner or later: rows that differ, sorted
@@ -83,12 +83,14 @@ class TestBatch:
         return sum(self.sizes[:-1]), self.sizes[-1]
 
     def pieces(self, sizes: Sequence[int] | None = None) -> list[Batch]:
-        """The parts, or others."""
+        """Return the parts, or others."""
         return cutting.split(self.batch, sizes or self.sizes, **self.names)
 
 
 def uneven(rows: int, least: int = 1) -> tuple[int, ...]:
-    """Parts of unlike sizes, since even ones hide errors: three of at least 2 (batch statistics need two), or two.
+    """Return parts of unequal sizes, since equal ones hide errors.
+
+    Three of at least 2 (batch statistics need two), or two.
 
     Args:
         rows: Samples in all.
@@ -102,12 +104,14 @@ def uneven(rows: int, least: int = 1) -> tuple[int, ...]:
 
 
 def any_value(path: str) -> str:
-    """The freedom where everything that reads a leaf checks its values."""
+    """Return the freedom where every reader of a leaf checks values."""
     return ANY
 
 
 def plain(workload: Workload, most: int = MAX_ROWS, least: int = 1) -> TestBatch:
-    """The sample's own rows: as many as fit at once, but at least eight; where it has fewer, they are repeated.
+    """Return the sample's rows: those that fit, at least eight.
+
+    Where it has fewer, they are repeated.
 
     Args:
         workload: What is trained.
@@ -123,14 +127,17 @@ def plain(workload: Workload, most: int = MAX_ROWS, least: int = 1) -> TestBatch
 
 
 def _spread(batch: Batch, own: int, rows: int) -> list[int]:
-    """Some of a batch's rows, of as many classes as there are: a sorted batch begins with one of them only."""
+    """Select rows of as many classes as there are.
+
+    A sorted batch begins with one of them only.
+    """
     targets = target_paths(batch)
     order = torch.argsort(_key_of(batch, targets), stable=True).tolist() if targets else list(range(own))
     return sorted(order[(2 * number + 1) * own // (2 * rows)] for number in range(rows))
 
 
 def easy(plain: TestBatch, freedom: Freedom = any_value) -> TestBatch:
-    """The same, with rows that differ where they were repeated."""
+    """Return the batch with varied rows where they were repeated."""
     if not plain.made_up:
         return plain
     generator = torch.Generator().manual_seed(1)
@@ -139,7 +146,9 @@ def easy(plain: TestBatch, freedom: Freedom = any_value) -> TestBatch:
 
 
 def other_mix(trial: TestBatch, keys: torch.Tensor | None) -> TestBatch:
-    """The rows in another order and with other numbers of each class: some stand in for those of the first.
+    """Reorder the rows, with other counts of each class.
+
+    Some stand in for those of the first.
 
     Args:
         trial: A batch.
@@ -163,13 +172,16 @@ def other_mix(trial: TestBatch, keys: torch.Tensor | None) -> TestBatch:
 
 
 def groups(trial: TestBatch, most: int, least: int = 1) -> list[TestBatch]:
-    """The batch in as many as it takes for each to fit at once; rows go round, so that neighbours are apart."""
+    """Group the batch into parts that fit, interleaving rows.
+
+    So neighbours are in different parts.
+    """
     number = -(-trial.rows // most)
     return [taken(trial, range(trial.rows)[first::number], least) for first in range(number)]
 
 
 def taken(trial: TestBatch, rows: Sequence[int], least: int = 1) -> TestBatch:
-    """Some of a batch's rows."""
+    """Select some of a batch's rows."""
     batch = cutting.select(trial.batch, rows, **trial.names)
     return replace(trial, batch=batch, sizes=uneven(len(rows), least))
 
@@ -183,7 +195,7 @@ def all_alike(batch: Batch, names: dict[str, Collection[str]]) -> bool:
 def harder(
     easy: TestBatch, hardness: tuple[str, ...], ignorable: dict[str, int], freedom: Freedom = any_value, seed: int = 2
 ) -> TestBatch:
-    """The same batch, made hard.
+    """Make a batch harder.
 
     Args:
         easy: The easy one.
@@ -215,7 +227,7 @@ def harder(
 def _vary(
     batch: Batch, own: int, generator: torch.Generator, names: dict[str, Collection[str]], freedom: Freedom
 ) -> Batch:
-    """Makes the rows from `own` on differ from those that they repeat."""
+    """Make repeated rows, from `own` on, differ from the originals."""
 
     def vary(path: str, leaf: Any) -> Any:
         if not has_rows(leaf, path, names) or freedom(path) == KEPT or is_mask(path, leaf):
@@ -233,7 +245,7 @@ def _vary(
 
 
 def _exchanged(leaf: torch.Tensor, own: int, generator: torch.Generator, *, any_place: bool) -> torch.Tensor:
-    """Values of the leaf's own rows in other places: those of other rows where there are any, else of the same row."""
+    """Exchange the leaf's values between rows, else within a row."""
     if own > 1:
         picked = torch.randint(own, leaf.shape, generator=generator).to(leaf.device)
         other = leaf[:own].gather(0, picked)
@@ -249,7 +261,7 @@ def _exchanged(leaf: torch.Tensor, own: int, generator: torch.Generator, *, any_
 
 
 def _noisy(batch: Batch, generator: torch.Generator, names: dict[str, Collection[str]], freedom: Freedom) -> Batch:
-    """Noise on what is continuous; weights that were all alike no longer are."""
+    """Add noise to continuous leaves; make equal weights unequal."""
     weights = set(weight_paths(batch))
 
     def noisy(path: str, leaf: Any) -> Any:
@@ -267,7 +279,10 @@ def _noisy(batch: Batch, generator: torch.Generator, names: dict[str, Collection
 
 
 def _with_noise(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The leaf with noise, inside the range that it had: a picture stays between 0 and 1, and so do ones alone."""
+    """Add noise to a leaf, inside its range.
+
+    A picture stays between 0 and 1, and so do ones alone.
+    """
     low, high, spread = leaf.min(), leaf.max(), leaf.std()
     noise = torch.randn(leaf.shape, generator=generator).to(leaf)
     if not bool(spread > 0):
@@ -276,18 +291,21 @@ def _with_noise(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _sorted(batch: Batch, targets: Sequence[str], names: dict[str, Collection[str]]) -> Batch:
-    """The rows in the order of their targets, so that the parts have other classes."""
+    """Sort rows by their targets, so the parts have different classes."""
     return cutting.select(batch, torch.argsort(_key_of(batch, targets), stable=True).tolist(), **names)
 
 
 def _key_of(batch: Batch, targets: Sequence[str]) -> torch.Tensor:
-    """A number for each row, by its targets."""
+    """Return a number for each row, by its targets."""
     key: torch.Tensor = leaf_of(batch, targets[0])
     return key.reshape(len(key), -1).double().mean(1).cpu()
 
 
 def _lengths(rows: int, generator: torch.Generator) -> torch.Tensor:
-    """A length for each row as a part of the longest, from 1 down to a quarter: longest first, as the Runner sorts."""
+    """Return each row's length as a fraction of the longest.
+
+    From 1 down to a quarter: longest first, as the Runner sorts.
+    """
     return torch.linspace(1, 0.25, rows) * (1 - 0.1 * torch.rand(rows, generator=generator))
 
 
@@ -318,7 +336,10 @@ def _behind(leaf: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def _ignoring(
     batch: Batch, easy: TestBatch, lengths: torch.Tensor, chosen: dict[str, int], generator: torch.Generator
 ) -> tuple[Batch, tuple[str, ...]]:
-    """Ignores a third of the targets, more of them in the first part, but never all of a part."""
+    """Ignore a third of the targets, more in the first part.
+
+    But never all of a part.
+    """
     done = []
 
     def ignoring(path: str, leaf: Any) -> Any:

@@ -1,4 +1,6 @@
-"""What becomes of a batch's values on their way through a loss: which of its leaves may be given invented ones.
+"""Follow a batch's values through a loss.
+
+Which of its leaves may be given invented ones?
 
 An index out of range is an error in most operators on the CPU. In some (CTC loss, `embedding_bag`, packed sequences,
 a library's own) it reads or writes foreign memory; on a GPU an assertion fails and ends the process's use of it. So a
@@ -68,7 +70,10 @@ class Uses:
     unknown: dict[str, set[str]] = field(default_factory=dict)
 
     def freedom(self, path: str, device: torch.device) -> str:
-        """What may be done with a leaf's values: ANY, MOVED or KEPT."""
+        """Return what may be done with a leaf's values.
+
+        ANY, MOVED or KEPT.
+        """
         if path in self.unknown:
             return KEPT
         if device.type == "cpu":
@@ -83,13 +88,16 @@ class Uses:
         return self.freedom(path, device) == ANY
 
     def indexes(self, path: str) -> bool:
-        """Whether the leaf's values are taken for indices: none can be negative then."""
+        """Whether the leaf's values are used as indices, so none is negative."""
         return bool(self.known.get(path, set()) & INDEXING)
 
 
 @contextmanager
 def watched(batch: Batch) -> Iterator[Uses]:
-    """Watches until it is left what reads the tensors of a batch, and what is made of them value by value."""
+    """Watch what reads a batch's tensors, within this context.
+
+    And what is made of them value by value.
+    """
     uses = Uses()
     trail = _Trail(uses)
     for path, leaf in tree.leaves(batch):
@@ -102,7 +110,7 @@ def watched(batch: Batch) -> Iterator[Uses]:
 
 
 class _Trail:
-    """The tensors that hold a leaf's values, or others that follow from them one by one."""
+    """The tensors that hold a leaf's values, or elementwise results."""
 
     def __init__(self, uses: Uses) -> None:
         self.uses = uses
@@ -154,7 +162,10 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Functions(TorchFunctionMode):
-    """Functions that hand values on where no operator shows it: as Python's numbers, or as a list of lengths."""
+    """Functions that pass values on invisibly to operators.
+
+    As Python's numbers, or as a list of lengths.
+    """
 
     def __init__(self, trail: _Trail) -> None:
         super().__init__()
@@ -181,7 +192,7 @@ def _is_known(func: Any, name: str, tensor: torch.Tensor, by_value: bool) -> boo
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
-    """The tensors in an operator's arguments or results."""
+    """Return the tensors in an operator's arguments or results."""
     if isinstance(values, torch.Tensor):
         return [values]
     if isinstance(values, dict):

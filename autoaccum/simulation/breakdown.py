@@ -1,7 +1,9 @@
-"""What lives at the peak of each phase of a window: gradients, optimizer state, activations, temporaries.
+"""Classify what is allocated at the peak of each phase.
 
-A recording knows blocks, not tensors, so each is told by when it is born and when it dies. That needs no look into the
-model and holds for a program of any device. No torch here.
+Gradients, optimizer state, activations, temporaries.
+
+A recording contains blocks, not tensors, so a block is classified by when it is allocated and freed. That needs no look
+into the model and holds for a program of any device. No torch here.
 
     workspaces       cuBLAS's, given back at the end of a phase; or
                      born in the first micro-batch and freed by nothing, no later one making the like: a library's own,
@@ -45,7 +47,7 @@ _Place = tuple[int, int]  # index of the phase, index of the event in it
 
 
 def composition(program: StepProgram, split: Split, *, inputs: Sequence[int] = ()) -> dict[str, dict[str, int]]:
-    """What is alive at the highest instant of each phase, by category.
+    """Return the bytes at each phase's peak, by category.
 
     Args:
         program: The step program.
@@ -87,7 +89,9 @@ def process_composition(
     parameter_bytes: int,
     input_bytes: int,
 ) -> dict[str, dict[str, int]]:
-    """The same for the whole process: with its base, and with what the allocator takes beyond what is alive.
+    """Return the whole process's bytes by category.
+
+    With its base, and with what the allocator holds beyond allocated bytes.
 
     Args:
         parts: From `composition`.
@@ -111,14 +115,14 @@ def process_composition(
 
 
 def _state_bytes(program: StepProgram, workspaces: Sequence[Step]) -> int:
-    """What the first window leaves behind, without the workspaces that it shows too."""
+    """Return the first window's remaining bytes, known workspaces excluded."""
     known = Counter(step.rule.at(program.recorded_at) for step in workspaces if step.rule is not None)
     kept = Counter(event.bytes for event in kept_blocks(program.first_step_events))
     return sum(size * times for size, times in (kept - known).items())
 
 
 def _kinds(program: StepProgram, phases: Sequence[Phase], split: Split, inputs: Sequence[int]) -> dict[int, str]:
-    """The category of every block of the window, by the rules above."""
+    """Return the category of every block of the window."""
     births, deaths = _lives(phases)
     gradients = {
         block
@@ -143,7 +147,7 @@ def _kinds(program: StepProgram, phases: Sequence[Phase], split: Split, inputs: 
 
 
 def _workspaces(program: StepProgram, phases: Sequence[Phase]) -> Iterator[int]:
-    """The blocks of a written window that are cuBLAS's workspaces: told by their places among a phase's allocations."""
+    """Find cuBLAS's workspaces in a window by their allocation indices."""
     for phase in phases:
         steps = [step for step in program.phases[phase.name] if step.rule is not None]
         made = [event.block for event in phase.events if event.bytes > 0]
@@ -162,7 +166,7 @@ def _lives(phases: Sequence[Phase]) -> tuple[dict[int, _Place], dict[int, _Place
 
 
 def _turns(phases: Sequence[Phase], gradients: set[int], leftover: int) -> list[int]:
-    """For each phase the index of the event where backward begins; 0 where it has no such."""
+    """Return each phase's first event of backward; 0 where none."""
     first = phases[0].events
     allocations = [(index, event) for index, event in enumerate(first) if event.bytes > 0][leftover:]
     turn = 0  # which allocation of a micro-batch it is
@@ -178,13 +182,16 @@ def _turns(phases: Sequence[Phase], gradients: set[int], leftover: int) -> list[
 
 
 def _allocation(phase: Phase, number: int) -> int:
-    """The index of the event that is the phase's allocation of that number; 0 where it has fewer."""
+    """Return the event index of a phase's n-th allocation, or 0.
+
+    0 where it has fewer.
+    """
     indices = [index for index, event in enumerate(phase.events) if event.bytes > 0]
     return indices[number] if number < len(indices) else 0
 
 
 def _data_blocks(phases: Sequence[Phase], split: Split, inputs: Sequence[int], leftover: int) -> list[int]:
-    """The leading blocks of each micro-batch, as long as they have the sizes of its tensors one after the other."""
+    """Return each micro-batch's leading blocks that match its tensors' sizes."""
     found = []
     micro_batches = (phase for phase in phases if phase.name in (FIRST, LATER))
     for phase, n in zip(micro_batches, split, strict=True):

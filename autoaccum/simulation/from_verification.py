@@ -1,4 +1,4 @@
-"""A verified window as a recording: where it surprised, it is all there is to learn from, and it is there already.
+"""Use a verified window as a recording, where predictions missed it.
 
 The window was the first of all after planning started over, of two or three micro-batches. Recordings are of windows of
 two, once the optimizer has its state, so what differs is taken out. And where cuBLAS kept its workspaces in it,
@@ -22,7 +22,7 @@ CLOSE_SIZE_RATIO = 0.75  # of the larger one, for a smaller recording to be no c
 
 
 def verified_recording(seen: Recording, split: Split, known: Sequence[Recording]) -> Recording | None:
-    """The window as one that can be lifted together with recordings.
+    """Return the window as a recording that can be lifted with others.
 
     Args:
         seen: What was recorded of it.
@@ -46,7 +46,7 @@ def verified_recording(seen: Recording, split: Split, known: Sequence[Recording]
 
 
 def with_released_workspaces(seen: Recording, like: Recording) -> Recording | None:
-    """The window as it would be if cuBLAS gave its workspaces back after each phase.
+    """Return the window with cuBLAS's workspaces released after each phase.
 
     Args:
         seen: A window in which they were kept: its first micro-batch made them, and nothing freed them.
@@ -76,7 +76,7 @@ def with_released_workspaces(seen: Recording, like: Recording) -> Recording | No
 
 
 def _kept_workspaces(seen: Recording, like: Phase, workspaces: frozenset[int]) -> Iterator[int]:
-    """The first micro-batch's blocks that are workspaces: never freed, and of the sizes that workspaces have."""
+    """Return the first micro-batch's workspaces: never freed, of workspace sizes."""
     freed = {event.block for phase in seen.phases for event in phase.events if event.bytes <= 0}
     sizes = Counter(event.bytes for event in like.events if event.bytes > 0 and event.block in workspaces)
     for event in seen.phases[0].events:
@@ -86,7 +86,10 @@ def _kept_workspaces(seen: Recording, like: Phase, workspaces: frozenset[int]) -
 
 
 def distinct_recordings(known: Sequence[Recording], n: int) -> list[Recording]:
-    """The recordings that tell something beside one at n samples: of two that are close what steps looks constant."""
+    """Return recordings that add information to one at n samples.
+
+    In two that are close, sizes that step look constant.
+    """
     found = [
         recording for recording in known if recording.micro_batch <= CLOSE_SIZE_RATIO * n or recording.micro_batch > n
     ]
@@ -94,7 +97,7 @@ def distinct_recordings(known: Sequence[Recording], n: int) -> list[Recording]:
 
 
 def without_state(first_step: Recording) -> Recording:
-    """A window as it is once the optimizer has its state, out of the first of all, which makes that."""
+    """Return a first window as if the optimizer had state."""
     steps = [phase for phase in first_step.phases if phase.name == OPTIMIZER]
     made = {event.block for phase in steps for event in kept_blocks(phase.events)}
     phases = tuple(
@@ -105,7 +108,9 @@ def without_state(first_step: Recording) -> Recording:
 
 
 def _without_last_later(phases: Sequence[Phase]) -> list[Phase] | None:
-    """One later micro-batch fewer: what it left behind is taken for what the one before it left in its place.
+    """Return one later micro-batch fewer.
+
+    What it left behind replaces what the one before it left.
 
     None where the two didn't do the same.
     """
@@ -126,7 +131,9 @@ def _renamed(events: Sequence[Event], names: dict[int, int]) -> tuple[Event, ...
 
 
 def _is_same_step(one: Recording, other: Recording) -> bool:
-    """Whether two optimizer steps make the same large blocks, and small ones that would share a segment.
+    """Whether two optimizer steps allocate the same large blocks.
+
+    And small ones that would share a segment.
 
     The very first one may differ in a few scalars; one that was skipped makes nothing.
     """

@@ -1,4 +1,4 @@
-"""Where larger micro-batches stop being faster, and how sure that is. No torch here.
+"""Find where larger micro-batches stop being faster. No torch here.
 
 The knee is the smallest micro-batch whose optimizer step takes at most 1 % longer than the fastest one's. Times are
 noisy, and 1 % is little, so sizes are compared round by round (each round times all of them in turn, so that the
@@ -70,7 +70,10 @@ class Knee:
 
 
 def knee(times: Sequence[TimedSize], tolerance: float = KNEE_TOLERANCE) -> Knee | None:
-    """The smallest micro-batch whose optimizer step takes at most that part longer than the fastest; None of none."""
+    """Return the smallest micro-batch nearly as fast as the fastest.
+
+    Its optimizer step takes at most that fraction longer; None where none was timed.
+    """
     if not times:
         return None
     ordered = sorted(times, key=lambda timed: timed.micro_batch)
@@ -96,7 +99,7 @@ def _compare(timed: TimedSize, fastest: TimedSize) -> SizeComparison:
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Between which of the values the median lies with that confidence, whatever the distribution.
+    """Return the distribution-free confidence interval of the median.
 
     The median is below the j-th smallest of n values with the probability that fewer than j of n coins show heads
     (order statistics; Conover, Practical Nonparametric Statistics, 3.2).
@@ -115,7 +118,10 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
 
 
 def freed_bytes(plan: Plan, micro_batch: int) -> int | None:
-    """What the plan's peak would be lower with micro-batches of that size, predicted; None beyond its table."""
+    """Return the predicted bytes that a smaller micro-batch would free.
+
+    None beyond the plan's table.
+    """
     rows = {row.micro_batch: row for row in plan.memory.peaks}
     if micro_batch not in rows or plan.micro_batch not in rows:
         return None
@@ -125,7 +131,7 @@ def freed_bytes(plan: Plan, micro_batch: int) -> int | None:
 
 
 def describe(plan: Plan) -> str | None:
-    """The knee in one line; None where no sizes were timed."""
+    """Describe the knee in one line; None where no sizes were timed."""
     found = knee(plan.timing.timed_sizes)
     if found is None:
         return None
@@ -147,9 +153,9 @@ def describe(plan: Plan) -> str | None:
 def _undecided(found: Knee, rounds: str) -> str:
     size = found.timed.micro_batch
     if not all(each.timed.round_seconds for each in found.compared):
-        return f"{size} by medians, but the sizes were not timed in turn, so 1 % can't be told"
+        return f"{size} by medians, but the sizes were not timed in turn, so 1 % can't be resolved"
     if all(each.low is None for each in found.compared):
-        return f"{size} by {rounds} of timing, too few to tell 1 %"
+        return f"{size} by {rounds} of timing, too few to resolve 1 %"
     if len(found.candidates) == len(found.compared):
         return f"no difference that could be measured between {_listed(found.candidates)} ({rounds})"
     others = _listed([n for n in found.candidates if n != size])

@@ -1,4 +1,6 @@
-"""replay(phases, rules, start): what a window makes an allocator take from the system.
+"""Replay a window's events by the rules of the C library's malloc.
+
+replay(phases, rules, start).
 
 The CPU's allocator is the C library's malloc. Its rules here, from glibc 2.36's malloc.c, with a fixed mmap threshold:
 a request of at least the threshold is a mapping of its own, rounded up to pages, given back to the system when it is
@@ -78,7 +80,7 @@ class Replay:
 
 
 def replay(phases: Iterable[Phase], rules: CpuRules, start: HeapState = EMPTY) -> Replay:
-    """Runs the phases' events through the allocator's rules.
+    """Replay the phases' events by the allocator's rules.
 
     Args:
         phases: What is allocated and freed, in order.
@@ -121,7 +123,9 @@ def replay(phases: Iterable[Phase], rules: CpuRules, start: HeapState = EMPTY) -
 
 
 def smallest_mapping(threshold_bytes: int) -> int:
-    """The smallest request that becomes a mapping of its own, where no free chunk of the heap is as large.
+    """Return the smallest request that becomes a separate mapping.
+
+    Where no free chunk of the heap is as large.
 
     glibc's malloc.c, sysmalloc: `nb >= mp_.mmap_threshold`, nb being what _int_memalign asks for: without the last 8.
     """
@@ -130,12 +134,14 @@ def smallest_mapping(threshold_bytes: int) -> int:
 
 
 def mapping_bytes(size: int) -> int:
-    """What a request that becomes a mapping of its own takes, whole pages."""
+    """Return the bytes of a separately mapped request, in whole pages."""
     return -(-(size + MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES
 
 
 def in_use_peaks(phases: Iterable[Phase], threshold_bytes: int) -> dict[str, int]:
-    """The most that malloc has handed out at once in each phase, above the start, its own overheads included.
+    """Return each phase's peak of malloc's handed-out bytes above the start.
+
+    Its own overheads included.
 
     What `mallinfo2` would say (uordblks + hblkhd) if there were no blocks but the recorded ones.
     """

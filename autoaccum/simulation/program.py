@@ -1,4 +1,4 @@
-"""Recordings -> a step program: the window's allocations as functions of the micro-batch.
+"""Turn recordings into a step program: sizes as functions of micro-batches.
 
 Windows are recorded at *prime* micro-batches, so that sizes alone tell how they follow it (simulation/scaling.py). No
 events have to be paired, and the recording nearest the answer *is* the program: only its sizes are rewritten. No torch
@@ -18,15 +18,13 @@ from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER
 from .recording import Event, Phase, Recording
 from .scaling import Rule, proportional, reduction_buffers, saturating, size_rules
 
-MAX_EXPLICIT_MICRO_BATCHES = (
-    16  # micro-batches of a run of equal ones that each leave something behind; of a longer run, as many
-)
-
+# Of a run of equal micro-batches that each leave something behind; of a longer run, as many
+MAX_EXPLICIT_MICRO_BATCHES = 16
 MAX_GROWTH_BLOCKS = 64  # blocks that stand for what the others leave
 
 
 class Step(NamedTuple):
-    """An event whose size is a rule; None where it is a free."""
+    """An event whose size is a rule; None for a free."""
 
     block: int
     rule: Rule | None
@@ -64,7 +62,7 @@ class StepProgram:
 
 
 def lift(recordings: Sequence[Recording], first_step_events: tuple[Event, ...] = ()) -> StepProgram:
-    """Makes a step program of recordings at different primes.
+    """Lift recordings at different primes into a step program.
 
     Args:
         recordings: At least two, each of a window of two micro-batches and its optimizer step. The largest is the
@@ -86,7 +84,7 @@ def lift(recordings: Sequence[Recording], first_step_events: tuple[Event, ...] =
 
 
 def as_recorded(recording: Recording, first_step_events: tuple[Event, ...] = ()) -> StepProgram:
-    """The program that a single recording is, good for its own micro-batch only."""
+    """Return a single recording as a program for its own micro-batch."""
     phases = {
         phase.name: tuple(
             Step(e.block, Rule(e.bytes) if e.bytes > 0 else None, e.stream) for e in phase.events if e.bytes
@@ -111,7 +109,7 @@ def _program(
 
 
 def _foreign(recording: Recording) -> list[Event]:
-    """What the first micro-batch frees that was there before."""
+    """Return what the first micro-batch frees from before the window."""
     return [
         event
         for phase in recording.phases
@@ -126,7 +124,7 @@ def _leftover(recording: Recording) -> list[int]:
 
 
 def _lift_phase(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> tuple[Step, ...]:
-    """Gives each allocation its rule: buffers of reductions by themselves, since one may be as large as something else.
+    """Give each allocation of a phase its rule.
 
     Args:
         phase: As recorded at n samples.
@@ -143,18 +141,18 @@ def _lift_phase(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> tu
         found |= saturating(sizes, found, [theirs, *(each for _, each in further)], reductions=reductions)
         rules[reductions] = found
     sized = [Step(e.block, rules[e.block in buffers][e.bytes] if e.bytes > 0 else None, e.stream) for e in phase.events]
-    told = _told_apart(phase, n, others)
+    by_place = _rules_by_place(phase, n, others)
     return tuple(
-        step._replace(rule=told.get(index, step.rule))
+        step._replace(rule=by_place.get(index, step.rule))
         for index, (step, event) in enumerate(zip(sized, phase.events, strict=True))
         if event.bytes
     )
 
 
-def _told_apart(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> dict[int, Rule]:
-    """Rules, by place, of sizes that are constant in one place and scale in another: of 3 samples, a third weight.
+def _rules_by_place(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> dict[int, Rule]:
+    """Return rules by place, where equal sizes have different rules.
 
-    Where both stand in another recording, only the place tells; and places are the same where all that happens is.
+    As 3 samples beside the third part of a weight. Only the place distinguishes them, where the course of events is the same.
     """
     here = {event.bytes for event in phase.events if event.bytes > 0 and event.bytes % n == 0}
     for m, other in others:
@@ -172,7 +170,7 @@ def _told_apart(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> di
 
 
 def course(events: Sequence[Event]) -> list[int]:
-    """What happens, sizes left out: an allocation is 0, a free how long ago it was made, -1 for an earlier phase."""
+    """Return the events without sizes."""
     made: dict[int, int] = {}
     course = []
     for index, event in enumerate(events):
@@ -188,9 +186,9 @@ def _sizes(phase: Phase, *, reductions: bool) -> list[int]:
 
 
 def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[int, int]:
-    """Which block of the later micro-batch takes the place of one that the first left behind and the later freed.
+    """Map first-micro-batch blocks to the later blocks that replace them.
 
-    Told by their sizes at n, the recorded micro-batch. Where a size was left behind as often by both, the i-th of one
+    By their sizes at n, the recorded micro-batch. Where a size was left behind as often by both, the i-th of one
     is the i-th of the other: a list that grows may hold blocks of the same size, and those replace nothing.
     """
     freed_later = {step.block for step in later if step.rule is None}
@@ -207,7 +205,7 @@ def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[in
 
 
 def permanent_allocations(program: StepProgram) -> list[Step]:
-    """What the first micro-batch of a window allocates and nothing frees, and no later micro-batch does likewise."""
+    """Return allocations that only the first micro-batch makes, never freed."""
     freed = {step.block for phase in program.phases.values() for step in phase if step.rule is None}
     kept = {
         name: [step for step in program.phases.get(name, ()) if step.rule is not None and step.block not in freed]
@@ -224,7 +222,7 @@ def permanent_allocations(program: StepProgram) -> list[Step]:
 
 
 def left_behind(steps: Sequence[Step], n: int) -> dict[int, list[int]]:
-    """By size at n: the blocks that a phase allocates and doesn't free, in order."""
+    """Return the sizes at n of a phase's unfreed blocks, in order."""
     freed = {step.block for step in steps if step.rule is None}
     left: dict[int, list[int]] = {}
     for step in steps:
@@ -234,7 +232,7 @@ def left_behind(steps: Sequence[Step], n: int) -> dict[int, list[int]]:
 
 
 def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
-    """The events of one whole window.
+    """Return the events of one whole window.
 
     Args:
         program: The step program.
@@ -247,7 +245,7 @@ def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
 
 
 def plain_window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
-    """The same with events that are plain tuples, for a replay: named ones take four times as long to make."""
+    """Return a window's events as plain tuples, for a replay."""
     writer = EventGenerator(program)
     left = writer.leftover(split[-1])
     first = writer.phase(FIRST, split[0])
@@ -259,7 +257,9 @@ def plain_window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
 
 
 def window_growth(program: StepProgram, split: Sequence[int], *, workspaces: bool = False) -> int:
-    """What a window leaves behind, less what it takes away: 0 where the next one finds all as this one did.
+    """Return a window's net bytes left behind.
+
+    0 where the next one starts as this one did.
 
     Args:
         program: The step program.
@@ -291,7 +291,7 @@ class CompiledPhase(NamedTuple):
 
 
 def compile_phase(steps: Sequence[Step]) -> CompiledPhase:
-    """Makes a phase ready to be written."""
+    """Prepare a phase for writing its events."""
     rules: dict[Rule, int] = {}
     for step in steps:
         if step.rule is not None:
@@ -316,7 +316,7 @@ def compile_phase(steps: Sequence[Step]) -> CompiledPhase:
 
 
 class EventGenerator:
-    """Writes phases one after the other, and knows which copy of a recorded block is alive."""
+    """Write phases in order, tracking the live copy of each block."""
 
     def __init__(self, program: StepProgram) -> None:
         self.program = program
@@ -325,7 +325,7 @@ class EventGenerator:
         self.names = max((event.block for event in program.first_step_events), default=0)
 
     def leftover(self, n: int) -> tuple[Event, ...]:
-        """The blocks of the window before, whose last micro-batch had n samples."""
+        """Return the previous window's remaining blocks, at n samples."""
         events = []
         for block, rule, stream in self.program.leftover:
             assert rule is not None
@@ -335,7 +335,7 @@ class EventGenerator:
         return tuple(events)
 
     def phase(self, name: str, n: int) -> Phase:
-        """The events of the next phase, at n samples."""
+        """Return the next phase's events at n samples."""
         return self.written(name, self.program.compiled_phases[name], n)
 
     def later(self, n: int, count: int) -> Iterator[Phase]:
@@ -352,7 +352,7 @@ class EventGenerator:
             yield self.phase(LATER, n)
 
     def _grown(self, n: int, count: int) -> Iterator[Event]:
-        """What so many micro-batches leave behind, in no more blocks than solving has time for."""
+        """Return what this many micro-batches leave, in few blocks."""
         blocks = min(count, MAX_GROWTH_BLOCKS)
         for index in range(blocks):
             together = count // blocks + (index < count % blocks)
@@ -364,13 +364,13 @@ class EventGenerator:
 
     @cached_property
     def growing(self) -> tuple[tuple[int, Rule, int], ...]:
-        """What a later micro-batch leaves behind and the next one doesn't take away."""
+        """Return what a later micro-batch leaves and the next one keeps."""
         steps = self.program.phases.get(LATER, ())
         freed = {step.block for step in steps if step.rule is None} | set(self.program.successors.values())
         return tuple((s.block, s.rule, s.stream) for s in steps if s.rule is not None and s.block not in freed)
 
     def written(self, name: str, compiled: CompiledPhase, n: int) -> Phase:
-        """A score at n samples; events are plain tuples, since solving spends its time here."""
+        """Write a compiled phase at n samples, as plain tuples."""
         base = self.names
         sizes = [rule.at(n) for rule in compiled.rules]
         sizes += [-size for size in sizes]
@@ -386,7 +386,7 @@ class EventGenerator:
         return Phase(name, tuple(events))  # type: ignore[arg-type]
 
     def freed(self, block: int, *, all_copies: bool) -> list[Event]:
-        """The copies of earlier phases that a recorded free of `block` frees here.
+        """Return the copies of earlier phases that this free frees.
 
         A micro-batch frees what the one before it left in that place, the oldest first. The optimizer step frees every
         copy. A block that isn't there (it was there before the recording began) frees nothing, on the safe side.

@@ -1,4 +1,4 @@
-"""The recording: every allocation and free of one window, in order, by phase.
+"""A recording: a window's allocations and frees, in order, by phase.
 
 A value, whatever device it was made on; `devices/cpu/recorder.py` makes one. No torch here.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Event(NamedTuple):
-    """One block handed out (`bytes` > 0, as requested) or taken back (`bytes` < 0).
+    """One block allocated (`bytes` > 0, as requested) or freed (< 0).
 
     `block` names the block within its recording. Blocks that were there before the recording began have negative names.
     No bytes: it was given back while another stream still uses it, and can't be used again before its free follows.
@@ -35,7 +35,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recording:
-    """What was written down of one window, or of the first optimizer step.
+    """The recorded events of one window, or of the first step.
 
     Attributes:
         micro_batch: Samples in each of its micro-batches.
@@ -55,7 +55,9 @@ class Recording:
 
 
 def name_blocks(raw: Iterable[tuple[int, int, int]]) -> list[Event]:
-    """Turns `(address, bytes, stream)` into events: an address is used again and again, a block's name never is.
+    """Turn `(address, bytes, stream)` into events with unique block names.
+
+    Addresses are reused.
 
     Args:
         raw: In order; `bytes` > 0 where the block is handed out, < 0 where it is taken back, 0 where it will be.
@@ -78,7 +80,7 @@ def name_blocks(raw: Iterable[tuple[int, int, int]]) -> list[Event]:
 
 
 def live_peak(phases: Iterable[Phase]) -> int:
-    """The most bytes alive at once, as requested, above what was there at the start."""
+    """Return the peak of live requested bytes, above the start."""
     live = peak = 0
     for phase in phases:
         for event in phase.events:
@@ -88,6 +90,6 @@ def live_peak(phases: Iterable[Phase]) -> int:
 
 
 def kept_blocks(events: Sequence[Event]) -> tuple[Event, ...]:
-    """The allocations that are never freed within `events`, in order."""
+    """Return the allocations never freed within `events`, in order."""
     freed = {event.block for event in events if event.bytes < 0}
     return tuple(event for event in events if event.bytes > 0 and event.block not in freed)

@@ -1,4 +1,6 @@
-"""What grows in steps comes to an end somewhere: a device runs only so many blocks of threads at once.
+"""Limit sizes that grow in steps: devices run limited thread blocks.
+
+Only so many blocks of threads run simultaneously.
 
 Beyond the last recording nobody knows where. Another end isn't on the safe side by being higher: smaller blocks leave
 other gaps. So what has to be sure is asked of every end there may be. No torch here.
@@ -18,12 +20,15 @@ MIN_LARGE_BLOCK_BYTES = 1 << 20  # smaller blocks share segments of 2 MiB (CUDAC
 
 
 def may_saturate(program: StepProgram) -> bool:
-    """Whether there are large blocks that step with the size: only a recording nearer the answer tells how far."""
+    """Whether large blocks step with the size, without a known end.
+
+    Only a recording nearer the answer shows it.
+    """
     return any(_is_open(rule, program.recorded_at) for rule in _rules(program))
 
 
 def predicts_large_blocks(program: StepProgram, recording: Recording) -> bool:
-    """Whether a program has every large block of a recording, of its very size."""
+    """Whether a program has every large block of a recording, exactly."""
     return all(
         Counter(size for event in phase.events if (size := event.bytes) > MIN_LARGE_BLOCK_BYTES)
         == Counter(
@@ -36,13 +41,16 @@ def predicts_large_blocks(program: StepProgram, recording: Recording) -> bool:
 
 
 def steps_until(program: StepProgram, n: int) -> int:
-    """The most steps that any large block takes from the recorded size to n; 0 where none steps."""
+    """Return the most steps of a large block up to n.
+
+    From the recorded size on; 0 where none steps.
+    """
     at = program.recorded_at
     return max(((rule.at(n) - rule.at(at)) // _step(rule) for rule in _rules(program) if _is_open(rule, at)), default=0)
 
 
 def saturated_after(program: StepProgram, steps: int) -> StepProgram:
-    """The program in which large blocks take that many steps more than was recorded, and no further one."""
+    """Return the program whose large blocks stop after that many steps."""
     at = program.recorded_at
 
     def limit(step: Step) -> Step:

@@ -1,4 +1,6 @@
-"""How the sizes of a phase follow the micro-batch, told by size alone.
+"""Infer how sizes of a phase follow the micro-batch.
+
+From sizes alone.
 
 A size that the recorded prime divides scales with the batch; what it doesn't divide is constant, saturated, stepping,
 or rounded up from something that scales, and recordings at other primes tell which. No torch here.
@@ -29,7 +31,7 @@ def size_rules(
     reductions: bool | None = None,
     inputs: Iterable[int] = (),
 ) -> dict[int, Rule]:
-    """Sorts the sizes of a phase recorded at n by those of the same phase recorded at m.
+    """Match a phase's sizes at n samples with those at m.
 
     Args:
         sizes: Bytes of each allocation at n samples, a prime.
@@ -59,7 +61,10 @@ def size_rules(
 
 
 def proportional(rules: Mapping[int, Rule], n: int) -> set[int]:
-    """Bytes per sample of what is proportional to the batch, by rules made at n samples."""
+    """Return bytes per sample of blocks proportional to the batch.
+
+    By rules made at n samples.
+    """
     return {
         rule.per_sample // n
         for rule in rules.values()
@@ -68,7 +73,10 @@ def proportional(rules: Mapping[int, Rule], n: int) -> set[int]:
 
 
 def _plain_rule(size: int, n: int, times: int, there: Counter[int], m: int) -> Rule | None:
-    """Constant, proportional or quadratic, where the other recording bears it out; None where it has to be guessed."""
+    """Return the constant, proportional or quadratic rule that another recording confirms.
+
+    None where it must be guessed.
+    """
     candidates = [Rule(size)]
     if size % n == 0:
         candidates.append(Rule(0, per_sample=size, divisor=n))
@@ -82,7 +90,10 @@ def _plain_rule(size: int, n: int, times: int, there: Counter[int], m: int) -> R
 
 
 def _paired_by_order(unsure: Sequence[int], n: int, rest: Sequence[int], m: int) -> dict[int, Rule]:
-    """Workspaces of the form a + b n: as many here as there, so the i-th distinct one is the same in both."""
+    """Pair workspaces of the form a + b n by order.
+
+    Both recordings have as many, so the i-th distinct one is the same in both.
+    """
     if len(unsure) != len(rest):
         return {}
     rules = {}
@@ -95,7 +106,10 @@ def _paired_by_order(unsure: Sequence[int], n: int, rest: Sequence[int], m: int)
 
 
 def _rounded_rule(size: int, n: int, rest: Sequence[int], m: int) -> Rule:
-    """Saturated where something there grew faster than this one stands for; else it scales, on the safe side."""
+    """Return a saturated rule where something grew faster, else scale.
+
+    Scaling is the safe side.
+    """
     expected = [partner * n / m for partner in rest if partner <= size]
     if any(abs(each - size) <= ROUNDING_TOLERANCE * size for each in expected):
         return Rule(0, per_sample=size, divisor=n)  # rounded up from something proportional

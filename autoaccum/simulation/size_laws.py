@@ -1,4 +1,6 @@
-"""Sizes that are neither constant nor proportional: what grows by a line, in steps, in tiles, and where that ends.
+"""Laws for sizes neither constant nor proportional: affine, stepped, tiled.
+
+And where that ends.
 
 A law is taken where other recordings bear it out to the byte. No torch here.
 """
@@ -26,7 +28,9 @@ MAX_COUNTER_BYTES = 1 << 16  # the counters beside a reduction's buffer are of f
 
 
 class Rule(NamedTuple):
-    """Bytes of a block at n samples: `constant + (per_sample * n + per_pair * n * n) // divisor`.
+    """Bytes at n samples, as a formula.
+
+    `constant + (per_sample * n + per_pair * n * n) // divisor`.
 
     With `samples_per_step` above 1, n is rounded up to whole steps and counts steps. With `unit_bytes` above 1, the
     result is rounded up to a multiple of it. `max_bytes` is the size at which the block saturates; 0 for none.
@@ -42,11 +46,14 @@ class Rule(NamedTuple):
 
     @property
     def may_saturate(self) -> bool:
-        """Whether it steps, as what is made for so many blocks at once does, and nothing tells yet where that ends."""
+        """Whether it steps without a known end.
+
+        As blocks do that exist once per thread block.
+        """
         return (self.samples_per_step > 1 or self.unit_bytes > 1) and not self.max_bytes
 
     def at(self, n: int) -> int:
-        """The bytes at a micro-batch of n samples, at least 1."""
+        """Return the bytes at n samples, at least 1."""
         n = -(-n // self.samples_per_step)
         size = max(1, self.constant + (self.per_sample * n + self.per_pair * n * n) // self.divisor)
         size = -(-size // self.unit_bytes) * self.unit_bytes
@@ -62,7 +69,9 @@ def confirmed_laws(
     scales: Iterable[int],
     reductions: bool | None,
 ) -> dict[int, Rule]:
-    """Laws for sizes that are neither constant nor proportional, where other recordings bear them out.
+    """Find laws for other sizes, confirmed by other recordings.
+
+    Sizes that are neither constant nor proportional.
 
     Args:
         unsure: The sizes at n samples.
@@ -87,7 +96,7 @@ def confirmed_laws(
 
 
 def _take_out(left: Sequence[tuple[int, Counter[int]]], rule: Rule, times: int) -> None:
-    """Counts what a rule explains in each recording as explained."""
+    """Mark what a rule explains in each recording as explained."""
     for m, counts in left:
         counts[rule.at(m)] -= times
 
@@ -100,7 +109,9 @@ def _confirmed_law(
     scales: Iterable[int],
     reductions: bool | None,
 ) -> Rule | None:
-    """The law that most other recordings bear out exactly, the nearest among them; None where there is none.
+    """Return the law that most other recordings confirm exactly, or None.
+
+    The nearest recording decides among equals.
 
     Of laws that as many bear out, the one whose sizes nothing else explains there; of equals the safer.
     """
@@ -129,7 +140,7 @@ def _confirmed_law(
 
 
 def _affine_laws(size: int, n: int, m: int, sizes: set[int]) -> Iterator[Rule]:
-    """A + b n: workspaces of convolutions."""
+    """Yield laws a + b n: workspaces of convolutions."""
     for partner in sizes:
         slope, uneven = divmod(size - partner, n - m)
         if slope > 0 and not uneven and slope * n < size:
@@ -139,7 +150,10 @@ def _affine_laws(size: int, n: int, m: int, sizes: set[int]) -> Iterator[Rule]:
 def _ended_laws(
     size: int, n: int, m: int, sizes: set[int], scales: Iterable[int], reductions: bool | None
 ) -> Iterator[Rule]:
-    """What grew in steps up to m samples and would be larger than this at n: it has come to its end in between."""
+    """Yield laws of stepped sizes that ended between m and n.
+
+    They would be larger than this at n.
+    """
     for partner in sizes:
         if not MAX_COUNTER_BYTES < partner < size:
             continue
@@ -155,7 +169,7 @@ def _ended_laws(
 
 
 def _read_by_blocks(scales: Iterable[int]) -> set[int]:
-    """What partial results take for each sample, where each block of threads reads whole rows of an input.
+    """Yield laws of partial results per whole rows read by blocks.
 
     A block keeps a partial result, of 4 bytes, for each of 128 columns and each output, and reads 16 values for each of
     its threads (Reduce.cuh: global_memory_size, min_values_per_thread): of rows of 4 bytes a value twice as much as it
@@ -165,7 +179,7 @@ def _read_by_blocks(scales: Iterable[int]) -> set[int]:
 
 
 def _row_laws(size: int, n: int) -> Iterator[Rule]:
-    """What grows in steps of so many samples.
+    """Yield laws that step every so many samples.
 
     A sum over rows keeps a partial result for each block of rows (aten/src/ATen/native/cuda/Reduce.cuh: ctas_per_output
     is rounded up).
@@ -176,7 +190,7 @@ def _row_laws(size: int, n: int) -> Iterator[Rule]:
 
 
 def _tile_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]) -> Iterator[Rule]:
-    """What comes in tiles, so many for each so many bytes of an input.
+    """Yield laws of tiles, so many per input bytes.
 
     A tile divides what was seen at both sizes, and what scales is one of the phase's own.
     """
@@ -196,7 +210,7 @@ def _tile_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]
 def saturating(
     sizes: Sequence[int], rules: Mapping[int, Rule], others: Sequence[Sequence[int]], *, reductions: bool
 ) -> dict[int, Rule]:
-    """What grows in steps, up to a size that others of its kind have reached.
+    """Return laws that step up to a size reached by others.
 
     The buffer of a reduction grows with the rows until there are as many blocks as the device runs at once: that many
     bytes are the same for all (Reduce.cuh). Scratch in tiles has no more of them than can be in use at once, which is
@@ -224,7 +238,9 @@ def saturating(
 
 
 def reduction_buffers(events: Sequence[Event]) -> set[int]:
-    """The blocks that look like buffers of reductions: a few counters are allocated right after, both are freed soon.
+    """Find blocks that look like buffers of reductions.
+
+    A few counters are allocated right after, and both are freed soon.
 
     aten/src/ATen/native/cuda/Reduce.cuh: gpu_reduce_kernel, a buffer for partial results and semaphores.
     """

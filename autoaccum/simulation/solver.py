@@ -34,7 +34,9 @@ class Solution:
 
 
 def balanced(samples: int, steps: int) -> Split:
-    """Splits samples into micro-batches whose sizes differ by at most one, larger first.
+    """Split samples into micro-batches that differ by at most one.
+
+    Larger ones first.
 
     Args:
         samples: At least `steps`.
@@ -50,7 +52,7 @@ def balanced(samples: int, steps: int) -> Split:
 
 
 def steps_with_largest(samples: int, size: int) -> range:
-    """The numbers of steps whose balanced split has that size as its largest, without making any."""
+    """Return the step counts whose balanced split has this largest size."""
     if not 1 <= size <= samples:
         return range(0)
     fewest = -(-samples // size)
@@ -58,7 +60,7 @@ def steps_with_largest(samples: int, size: int) -> range:
 
 
 def split_within(samples: int, micro_batch: int, min_size: int = 1) -> Split:
-    """Return the balanced split with the fewest micro-batches of at most `micro_batch` samples.
+    """Return the balanced split with fewest micro-batches of at most `micro_batch`.
 
     If that would make micro-batches smaller than `min_size`, use fewer steps, so that sizes exceed `micro_batch`.
     """
@@ -67,12 +69,14 @@ def split_within(samples: int, micro_batch: int, min_size: int = 1) -> Split:
 
 
 def is_even(split: Split) -> bool:
-    """Whether sizes differ by at most one, as those of a balanced split do."""
+    """Whether sizes differ by at most one, as in balanced splits."""
     return max(split) - min(split) <= 1
 
 
 def uneven(samples: int, steps: int, *, min_size: int = 1, max_size: int | None = None) -> Iterator[Split]:
-    """Splits that repeat one size and end with a smaller rest, the most even first.
+    """Yield splits that repeat one size, then a smaller remainder.
+
+    The most even first.
 
     Args:
         samples: Samples in the window.
@@ -97,7 +101,10 @@ def repeated_sizes(samples: int, steps: int, *, min_size: int = 1, max_size: int
 
 
 def repeated_within(samples: int, size: int, min_size: int = 1) -> Split:
-    """Return micro-batches of `size` and a rest, topped up to `min_size` from the one before."""
+    """Repeat `size`, then a remainder of at least `min_size`.
+
+    It is topped up from the one before.
+    """
     whole, rest = divmod(samples, size)
     if not rest or not whole:
         return (size,) * whole or (samples,)
@@ -108,7 +115,10 @@ def repeated_within(samples: int, size: int, min_size: int = 1) -> Split:
 
 
 def rank_share(target_batch: int, world_size: int, rank: int) -> int:
-    """Samples of an effective batch that one rank trains: shares differ by at most one, and sum to the target."""
+    """Return one rank's share; shares differ by at most one.
+
+    They sum to the target.
+    """
     return balanced(target_batch, world_size)[rank]
 
 
@@ -122,11 +132,11 @@ def smallest_steps(
     max_size: int | None = None,
     later_floor: Floor | None = None,
 ) -> Solution | None:
-    """The smallest k of which a split fits: the balanced one, else one that repeats a size and ends with the rest.
+    """Find the smallest k of which a split fits.
 
-    The second kind is for allocators: 129 + 129 + 129 + 125 may fit where 128 four times leaves gaps that no later
-    block fits into. Of these the most even is taken. A size has to fit by itself, as a window of two, which is asked
-    once for all k: where memory grows with the size, none does that is larger than what was too large in balance.
+    The balanced split, else the most even one of a repeated size and a remainder: 129 + 129 + 129 + 125 may fit where
+    128 four times leaves gaps that no later block fits into. Such a size has to fit as a window of two, which is tested
+    once for all k.
 
     Args:
         fits: Whether the window of a split fits; the truth, however it is found.
@@ -164,7 +174,7 @@ def smallest_steps(
     min_size = min(min_size, samples)
     last, start = samples // min_size, max(1, -(-samples // (max_size or samples)))
     if start == 1 <= last and within_reach(1) and fits_counted((samples,)):
-        return Solution((samples,), tried)  # a case of its own: it has no later micro-batches
+        return Solution((samples,), tried)  # it has no later micro-batches
     for k in range(_first_below(within_reach, max(start, 2), last), last + 1):
         others = (split for split in uneven(samples, k, min_size=min_size, max_size=max_size) if repeats(split[0]))
         for split in itertools.chain([balanced(samples, k)], others):
@@ -174,7 +184,7 @@ def smallest_steps(
 
 
 def largest_micro_batch(fits: Fits, floor: Floor, *, budget_bytes: int, max_size: int, steps: int = 2) -> int:
-    """The largest micro-batch that fits as a window of `steps` equal ones; 0 where none does.
+    """Find the largest micro-batch whose window of `steps` fits, or 0.
 
     Args:
         fits: As above.
@@ -191,7 +201,10 @@ def largest_micro_batch(fits: Fits, floor: Floor, *, budget_bytes: int, max_size
 
 
 def _first_below(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The first number in [low, high) where a condition that stays true once it is true holds; else high."""
+    """Return the first number of [low, high) that satisfies, else high.
+
+    The condition stays true once it is true.
+    """
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)

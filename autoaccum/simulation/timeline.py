@@ -1,4 +1,4 @@
-"""What is alive through a window, thinned out to what a picture can show. No torch here."""
+"""Live bytes over a window, thinned out for a picture. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ MAX_POINTS = 360
 
 
 def timeline(program: StepProgram, split: Split, points: int = MAX_POINTS) -> tuple[TimelinePart, ...]:
-    """The bytes that are alive above the base, as requested, through a window of the split's first micro-batches.
+    """Return live requested bytes over the split's first micro-batches.
+
+    Above the base.
 
     Each phase gets as many points as the others: an optimizer step has many events and little to show. A point is the
     highest of its stretch, so that no peak is thinned away.
@@ -40,7 +42,7 @@ def timeline(program: StepProgram, split: Split, points: int = MAX_POINTS) -> tu
 
 
 def _levels(phase: Phase, live: int) -> list[int]:
-    """What is alive at the phase's beginning and after each of its events."""
+    """Return live bytes at the phase's start and after each event."""
     levels = [live]
     for event in phase.events:
         levels.append(levels[-1] + event.bytes)
@@ -48,7 +50,10 @@ def _levels(phase: Phase, live: int) -> list[int]:
 
 
 def _thinned(levels: Sequence[int], points: int) -> tuple[int, ...]:
-    """The highest of each of that many stretches of equal length; all of them where they are as few."""
+    """Return the maximum of each of that many equal stretches.
+
+    All values where they are as few.
+    """
     points = min(points, len(levels))
     edges = [len(levels) * i // points for i in range(points + 1)]
     return tuple(max(levels[low:high]) for low, high in pairwise(edges))

@@ -1,4 +1,4 @@
-"""A whole training run out of a step program: the build, the first window, and windows until they repeat themselves.
+"""Replay a training run: build, first window, then windows until repetition.
 
 A caching allocator remembers: what a window finds depends on those before it. So windows are replayed one after the
 other from the build on, until the allocator is after one window as it was before it, or a few have passed. No torch.
@@ -21,7 +21,9 @@ MAX_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two 
 
 @dataclass(frozen=True)
 class OneTimeAllocation:
-    """A block that the first micro-batch of all makes and nobody frees: a library's workspace, a scaler's scale.
+    """A block that the very first micro-batch allocates and nobody frees.
+
+    A library's workspace, a scaler's scale.
 
     Attributes:
         after: Other allocations of that micro-batch before it.
@@ -39,14 +41,14 @@ class Training:
     """A step program, and what happens once before windows are alike.
 
     Attributes:
-        program: The step program, without what its first micro-batch makes for good: libraries' workspaces, which each
+        program: The step program, without its first micro-batch's permanent blocks: libraries' workspaces, which each
             recording shows anew since they are cleared before it.
         first: The first micro-batch of all, with these.
-        one_time: What else it makes for good, as the very first window showed.
+        one_time: Its other permanent blocks, as the very first window showed.
         build: The blocks of the model, in the order in which they come to be.
         optimizer: The first optimizer step, which makes the optimizer's state, as recorded.
         gradients: The blocks of the first micro-batch that it frees: its own name of each, and the program's.
-        state_bytes: What is there for good from the first window on, beside the model.
+        state_bytes: Permanent bytes from the first window on, beside the model.
     """
 
     program: StepProgram
@@ -78,12 +80,15 @@ class TrainingReplay:
 
     @property
     def fits(self) -> bool:
-        """It never ran out, and needs no retries once windows repeat themselves: each stalls the GPU."""
+        """Whether it never ran out, nor retries once windows repeat.
+
+        Each retry stalls the GPU.
+        """
         return self.out_of_memory is None and not any(self.retries[2:])
 
 
 def training_of(program: StepProgram, first_step: Recording, build: tuple[Event, ...]) -> Training:
-    """Puts together what was recorded.
+    """Combine the recordings into a training run.
 
     Args:
         program: The step program.
@@ -112,10 +117,10 @@ def training_of(program: StepProgram, first_step: Recording, build: tuple[Event,
 
 
 def with_kept_workspaces(training: Training) -> Training:
-    """The same in a loop written by hand, in which cuBLAS keeps its workspaces from the first micro-batch on."""
+    """Return the run with cuBLAS's workspaces kept, as plain loops do."""
     program = training.program
     if not program.workspaces:
-        return training  # made for good already, if at all: its first micro-batch has them, and its program hasn't
+        return training  # permanent already, if at all: its first micro-batch has them, and its program hasn't
     first = (s for s in program.phases[FIRST] if s.rule is not None or s.block not in program.workspaces)
     others = {
         name: tuple(step for step in phase if step.block not in program.workspaces)
@@ -127,7 +132,10 @@ def with_kept_workspaces(training: Training) -> Training:
 def _made_once(
     first: Sequence[Event], freed: set[int], program: StepProgram, workspaces: Sequence[Step], n: int
 ) -> tuple[OneTimeAllocation, ...]:
-    """What the very first micro-batch, of n samples, keeps for good beside the workspaces that the program shows."""
+    """Return the first micro-batch's permanent blocks beside the known workspaces.
+
+    It has n samples.
+    """
     made = [event for event in first if event.bytes > 0]
     kept = [(index, event) for index, event in enumerate(made) if event.block not in freed]
     others = [event.bytes for event in made if event.block in freed]
@@ -149,7 +157,7 @@ def _taken(counts: Counter[int], size: int) -> bool:
 
 
 def _gradients(first: Sequence[Event], freed: set[int], program: StepProgram) -> dict[int, int]:
-    """Pairs the blocks that both first micro-batches leave to be freed: the i-th of a size with the i-th."""
+    """Pair blocks that both first micro-batches leave, by size and order."""
     freed_here = {event.block for event in first if event.bytes <= 0}
     own: dict[int, list[int]] = {}
     for event in first:
@@ -172,7 +180,7 @@ def replay_training(
     windows: int = MAX_WINDOWS,
     stops_at_retry: bool = False,
 ) -> TrainingReplay:
-    """Trains window after window of one split on a model of the allocator.
+    """Train window after window of one split on a simulated allocator.
 
     Args:
         training: What is trained; its build is left out where the start holds the model.
@@ -205,7 +213,7 @@ def replay_training(
 
 
 class _Run:
-    """An allocator at work on phases, and what came of it so far."""
+    """An allocator running phases, and the results so far."""
 
     def __init__(self, allocator: CachingAllocator, writer: _Writer) -> None:
         self.allocator, self.writer = allocator, writer
@@ -231,7 +239,7 @@ class _Run:
                 return
 
     def state(self) -> object:
-        """Equal for two moments from which on the same phases come to the same."""
+        """Return a key, equal where the same phases give equal results."""
         live = self.writer.live
         return self.allocator.state_key(event.block for role in sorted(live) for event in live[role])
 
@@ -244,7 +252,10 @@ class _Run:
             yield writer.phase(BETWEEN, split[-1])
 
     def _later(self, split: Sequence[int]) -> Iterator[Phase]:
-        """The later micro-batches. Where one leaves the allocator as it found it, those like it would do just so."""
+        """Run the later micro-batches, skipping repetitions.
+
+        Where one leaves the allocator unchanged, those like it would do the same.
+        """
         if self.writer.program.later_growth_bytes > 0:
             for size, run in groupby(split[1:]):
                 yield from self.writer.later(size, len(list(run)))
@@ -264,7 +275,7 @@ class _Run:
 
 
 class _Writer(EventGenerator):
-    """Writes windows one after the other; the first of them with what happens once."""
+    """Write windows in order, the first with one-time events."""
 
     def __init__(self, training: Training) -> None:
         super().__init__(training.program)
@@ -272,7 +283,7 @@ class _Writer(EventGenerator):
         self.names = max([self.names, *(event.block for event in training.build)])
 
     def first_of_all(self, n: int) -> Phase:
-        """The very first micro-batch, with the blocks that are made once put where they were made."""
+        """Return the very first micro-batch, with its one-time blocks in place."""
         events: list[Event] = []
         waiting = list(self.training.one_time)
         made = 0
@@ -285,7 +296,10 @@ class _Writer(EventGenerator):
         return Phase(FIRST, (*events, *map(self._once, waiting)))
 
     def first(self, n: int, last: int) -> Phase:
-        """The first micro-batch of a window that isn't the first; `last` was the size of the one before it."""
+        """Return a later window's first micro-batch.
+
+        `last` was the size of the one before it.
+        """
         for block, rule, stream in self.program.leftover:
             assert rule is not None
             size = rule.at(last)
@@ -298,7 +312,7 @@ class _Writer(EventGenerator):
         return self.phase(FIRST, n)
 
     def first_optimizer_step(self) -> Phase:
-        """The optimizer step that makes the state, as recorded; then all that any other one would free is freed."""
+        """Return the recorded state-making step, then all that another frees."""
         events: list[Event] = []
         own: dict[int, Event] = {}
         for block, size, stream in self.training.optimizer:
@@ -321,7 +335,9 @@ class _Writer(EventGenerator):
 
 
 def _place(after: int, recorded: Sequence[int], sizes: Sequence[int]) -> int:
-    """How many allocations of the program come before what came after so many of the very first micro-batch.
+    """Return the allocations before a place of the first micro-batch.
+
+    The number of the program's allocations before what followed so many there.
 
     As many, where both begin alike up to there; as many from the end, where both end alike from there on; else in
     proportion.

@@ -1,8 +1,7 @@
 """PyTorch's CUDA caching allocator, without CUDA and without torch.
 
-Read from c10/cuda/CUDACachingAllocator.cpp (2025), held against torch 2.14's on a virtual GPU; the name of the function
-stands beside each rule. What is not modelled: private pools (CUDA graphs, `MemPool`), calls of `empty_cache` within a
-phase, and the ages of what a snapshot shows.
+Read from c10/cuda/CUDACachingAllocator.cpp (2025), whose functions stand beside each rule; tested against torch 2.14 on
+a virtual GPU. Not modelled: private pools (CUDA graphs, `MemPool`), `empty_cache` within a phase, ages in snapshots.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["EMPTY", "AllocatorState", "CachingAllocator", "CudaRules", "PhaseRes
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What one phase came to, in the allocator's own statistics.
+    """The result of one phase, in the allocator's own statistics.
 
     Attributes:
         name: The phase's.
@@ -43,11 +42,11 @@ class _OutOfMemory(Exception):
 
 
 class CachingAllocator:
-    """The allocator of one device, as it is after the phases that were run so far.
+    """Simulate one device's allocator, continuing from the phases already run.
 
     Args:
         rules: Its settings and the capacity.
-        start: What it holds before the first event.
+        start: Its contents before the first event.
 
     Attributes:
         reserved_bytes: `memory_reserved` now.
@@ -85,7 +84,7 @@ class CachingAllocator:
                 self._load(segment)
 
     def run(self, phase: Phase) -> PhaseResult:
-        """Runs one phase, reading only allocations, frees, sizes and streams.
+        """Run one phase, reading only allocations, frees, sizes and streams.
 
         An event of no bytes says that its block was given back while another stream still uses it; its free follows.
         Live blocks of the start are named by their addresses, negative, as in the recording that began there. A free of
@@ -119,12 +118,10 @@ class CachingAllocator:
         )
 
     def state_key(self, names: Iterable[int] = ()) -> tuple[object, ...]:
-        """Equal for two moments of one allocator if it behaves the same from then on.
+        """Return a key that is equal where the allocator behaves equally.
 
-        It says in which order the segments stand, which blocks each is cut into, and which of those are free; of live
-        blocks not whose they are. Two moments with equal keys go on alike if the blocks that are freed later lie at the
-        same places: give their names, in the same order of roles, to have that in the key. What is the same again need
-        not be the same as one step ago: two blocks that replace each other take turns, and the key with them.
+        It contains segments, blocks, and which are free, but no names of live blocks. If the blocks that are freed
+        later have to be at the same places, pass their names, in the same order of roles.
 
         Args:
             names: Live blocks by name; a name that isn't live stands for nothing.
@@ -149,7 +146,7 @@ class CachingAllocator:
     # -- malloc and free
 
     def _want(self, requested: int) -> tuple[int, int, dict[int, Pool], int]:
-        """The rounded size, the least key that will do, whose pools, and the least rest that is split off."""
+        """Return rounded size, least fitting key, pools and least split remainder."""
         rules = self.rules
         size = round_size(requested, rules.roundup_power2_divisions)
         small, limit = size <= MAX_SMALL_BYTES, rules.max_split_size_bytes  # get_pool
@@ -162,7 +159,7 @@ class CachingAllocator:
         return found
 
     def _malloc(self, requested: int, stream: int) -> Block:
-        """malloc: the smallest free block that is large enough, ties by oldest segment; else a new segment."""
+        """malloc: use the smallest sufficient free block, else a new segment."""
         size, least_key, pools, least_rest = self._wanted.get(requested) or self._want(requested)
         pool = pools.get(stream) or self._new_pool(stream, small=pools is self._small)
         keys = pool.keys
@@ -186,7 +183,7 @@ class CachingAllocator:
         return block
 
     def _split(self, block: Block, size: int, index: int) -> None:
-        """Cuts a block, whose key stands at `index` of its pool's (-1 for nowhere): the rest takes its place."""
+        """Split a block; the remainder replaces it in the pool."""
         pool = block.pool
         keys = pool.keys
         address = block.address + size
@@ -243,7 +240,7 @@ class CachingAllocator:
             insort(keys, key, index)
 
     def _choice(self, pool: Pool, index: int, size: int) -> int:
-        """get_free_block, from the best fit on: which block is taken, by index; the pool's length for none."""
+        """get_free_block: return the chosen index, from the best fit on."""
         keys, blocks, limit = pool.keys, pool.blocks, self.rules.max_split_size_bytes
         if self._collects and not pool.small:
             self._searches += 1
@@ -272,7 +269,7 @@ class CachingAllocator:
     # -- memory from the driver, and back
 
     def _new_block(self, pool: Pool, size: int) -> Block:
-        """malloc, where no free block will do: alloc_block, with what is done before it gives up."""
+        """alloc_block: allocate a new segment, after what precedes giving up."""
         if self._collects:
             self._collect()
         block = self._alloc_block(pool, size)
@@ -336,10 +333,10 @@ class CachingAllocator:
                 self._give_back(block)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
-        """release_available_cached_blocks, with a maximum split size: one block that is enough, or the largest.
+        """release_available_cached_blocks: release one sufficient oversize block, else the largest.
 
         Returns:
-            Whether it was enough; where not, what it gave back stays given back.
+            Whether it was enough; where not, what was released stays released.
         """
         limit = self.rules.max_split_size_bytes
         if limit is None or self.rules.expandable_segments:
@@ -355,7 +352,7 @@ class CachingAllocator:
         return released >= needed
 
     def _release_cached(self) -> None:
-        """release_cached_blocks: waits for what other streams use, then gives back every page that is free."""
+        """release_cached_blocks: wait for other streams, then release every free page."""
         for block in self._held.values():  # synchronize_and_free_events
             self._free(block)
         self._held.clear()
@@ -377,7 +374,7 @@ class CachingAllocator:
         return pool
 
     def _load(self, segment: CudaSegment) -> None:
-        """Puts a segment of the start where it belongs."""
+        """Load a segment of the start into its pool."""
         pools = self._small if segment.small else self._large
         pool = pools.get(segment.stream) or self._new_pool(segment.stream, small=segment.small)
         page = (SMALL_SEGMENT_BYTES if segment.small else self.rules.large_segment_bytes) if segment.expandable else 0

@@ -1,4 +1,4 @@
-"""The caching allocator's blocks and pools, and how an expandable segment grows and gives pages back. No torch here.
+"""The caching allocator's blocks, pools and expandable segments. No torch.
 
 Read from c10/cuda/CUDACachingAllocator.cpp; the name of the function or type stands beside each rule.
 """
@@ -14,7 +14,10 @@ UNLIMITED_BYTES = 1 << 60
 
 
 class Block:
-    """A piece of a segment; neighbours within the segment are linked. An unmapped one is not free."""
+    """A piece of a segment, linked to its neighbours.
+
+    An unmapped one is not free.
+    """
 
     __slots__ = ("address", "after", "base", "before", "born", "free", "key", "mapped", "page", "pool", "size")
 
@@ -59,14 +62,16 @@ class Pool:
         self.blocks[block.key] = block
 
     def take_out(self, block: Block) -> None:
-        """Takes a free block away."""
+        """Remove a free block."""
         block.free = False
         del self.blocks[block.key]
         del self.keys[bisect_left(self.keys, block.key)]
 
 
 def load(pool: Pool, address: int, sizes: Sequence[int], page: int = 0, span: int = 0) -> list[Block]:
-    """Puts a segment that is there already into a pool; of an expandable one, a range of mapped pages.
+    """Load an existing segment, or a range of mapped pages.
+
+    The latter of an expandable segment.
 
     Args:
         pool: Whose it is.
@@ -170,7 +175,9 @@ def _map(block: Block, size: int, take: Callable[[int], bool]) -> Block | None:
 
 
 def unmap(block: Block) -> int:
-    """unmap_block: gives back the whole pages within a free block; where its segment has none left, that ends.
+    """Unmap the whole pages of a free block; end empty segments.
+
+    unmap_block.
 
     Returns:
         The bytes given back.
@@ -217,7 +224,10 @@ def _unmapped_at(pool: Pool, address: int) -> Block | None:
 
 
 def _merged_with_neighbours(block: Block) -> Block:
-    """try_merge_blocks, of a block that is in no list: mapped with free ones, unmapped with unmapped ones."""
+    """Merge a block with free or unmapped neighbours like it.
+
+    try_merge_blocks, of a block that is in no list.
+    """
     pool = block.pool
     for other in (block.before, block.after):
         if other is None or other.mapped != block.mapped or (other.mapped and not other.free):

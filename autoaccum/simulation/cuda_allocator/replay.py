@@ -32,7 +32,7 @@ class CudaReplay:
 
 
 def replay_cuda(phases: Iterable[Phase], rules: CudaRules, start: AllocatorState = EMPTY) -> CudaReplay:
-    """Runs phases through the allocator, reading only allocations, frees, sizes and streams.
+    """Replay phases on the allocator, reading allocations, frees, sizes and streams.
 
     Args:
         phases: In order. A free of a block that they didn't allocate is passed over.

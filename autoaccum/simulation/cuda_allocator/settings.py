@@ -1,4 +1,4 @@
-"""How PyTorch's CUDA caching allocator is set, and how it rounds: constants, settings, sizes.
+"""The CUDA caching allocator's settings, constants and rounding. No torch.
 
 Read from c10/core/AllocatorConfig.h and .cpp, c10/cuda/CUDAAllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp; the
 name of the function or constant stands beside each rule. No torch here.
@@ -56,7 +56,7 @@ class CudaRules:
 
     @staticmethod
     def from_settings(text: str, *, device_bytes: int | None = None, capacity_bytes: int | None = None) -> CudaRules:
-        """Reads what PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF says.
+        """Parse PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF.
 
         Options that don't change which bytes are reserved (pinned memory, locks) are passed over.
 
@@ -86,7 +86,9 @@ class CudaRules:
 
     @staticmethod
     def from_snapshot(settings: Mapping[str, Any], *, device_bytes: int | None = None) -> CudaRules:
-        """Reads what the allocator says of itself: settings may be changed in a process, whatever its environment says.
+        """Read the allocator's own settings from a snapshot.
+
+        A process may change them, whatever its environment holds.
 
         Args:
             settings: `torch.cuda.memory._snapshot()["allocator_settings"]`. What has a value of its own there is taken
@@ -114,7 +116,10 @@ class CudaRules:
 
 
 def round_size(size: int, divisions: tuple[int, ...] = ()) -> int:
-    """round_size: to multiples of 512; with divisions, to that many equal steps between powers of two."""
+    """Round to multiples of 512, or to divisions of powers of two.
+
+    round_size.
+    """
     if size < MIN_BLOCK_BYTES:
         return MIN_BLOCK_BYTES
     if divisions:

@@ -1,4 +1,4 @@
-"""What a CUDA caching allocator holds before the first event: nothing, or what a snapshot of it says. No torch here."""
+"""A CUDA caching allocator's initial contents, from a snapshot. No torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class CudaBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class CudaSegment:
-    """Memory that the driver gave in one piece; of an expandable segment, a range of mapped pages.
+    """Memory obtained from the driver in one piece.
+
+    Of an expandable segment, a range of mapped pages.
 
     Attributes:
         address: Where it begins.
@@ -65,7 +67,7 @@ class AllocatorState:
 
     @staticmethod
     def from_snapshot(segments: Iterable[Mapping[str, Any]], device: int = 0) -> AllocatorState:
-        """Reads `torch.cuda.memory_snapshot()`.
+        """Read `torch.cuda.memory_snapshot()`.
 
         Of an expandable segment a snapshot shows mapped pages only: what was unmapped below the lowest of them is not
         known and taken as none, and neither is the age of blocks, by which the garbage collection goes.
