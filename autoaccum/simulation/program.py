@@ -152,7 +152,7 @@ def _lift_phase(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> tu
 def _rules_by_place(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> dict[int, Rule]:
     """Return rules by place, where equal sizes have different rules.
 
-    As 3 samples beside the third part of a weight. Only the place distinguishes them, where the course of events is the same.
+    As 3 samples and a third of a weight have. Only the place distinguishes them, in equal courses of events.
     """
     here = {event.bytes for event in phase.events if event.bytes > 0 and event.bytes % n == 0}
     for m, other in others:

@@ -120,11 +120,8 @@ class CachingAllocator:
     def state_key(self, names: Iterable[int] = ()) -> tuple[object, ...]:
         """Return a key that is equal where the allocator behaves equally.
 
-        It contains segments, blocks, and which are free, but no names of live blocks. If the blocks that are freed
-        later have to be at the same places, pass their names, in the same order of roles.
-
         Args:
-            names: Live blocks by name; a name that isn't live stands for nothing.
+            names: Live blocks whose places are part of the key, in the same order of roles; others are ignored.
         """
         layout: list[int] = []
         places: dict[Block, int] = {}
