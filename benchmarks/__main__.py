@@ -104,9 +104,11 @@ def warnings_of(run: dict[str, Any], changes: list[Change]) -> list[str]:
         for figure in unstable
     ]
     warned += [
-        f"too unstable to compare: {change.name}: {change.told}" for change in changes if change.verdict == "unstable"
+        f"too unstable to compare: {change.name}: {change.difference}"
+        for change in changes
+        if change.verdict == "unstable"
     ]
-    warned += [f"changed: {change.name}: {change.told}" for change in changes if change.verdict == "changed"]
+    warned += [f"changed: {change.name}: {change.difference}" for change in changes if change.verdict == "changed"]
     warned += [f"{part['name']} {part['skipped']}" for part in run["parts"] if part.get("failed")]
     return warned + ([f"not run yet: {', '.join(run['left'])}"] if run.get("left") else [])
 
@@ -176,7 +178,7 @@ def _figures(run: dict[str, Any]) -> Section:
 
 def _changes(changes: list[Change], against: str) -> Section:
     rows = tuple(
-        (change.name, _shown(change.old), _shown(change.new), change.told, change.verdict)
+        (change.name, _shown(change.old), _shown(change.new), change.difference, change.verdict)
         for change in sorted(changes, key=lambda change: ("changed", "unstable").count(change.verdict), reverse=True)
     )
     count = {

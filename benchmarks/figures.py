@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-UNSTABLE = 0.1  # of the value: a figure whose repeats spread further can't be told from another within that
+UNSTABLE = 0.1  # of the value: a figure whose repeats spread further can't be distinguished from another within that
 TIMED = ("s", "x")  # units of times and of their ratios, which one repeat says nothing about
 DRIFT = 0.02  # of the value: what a figure without repeats may differ by without being said to have changed
 
@@ -67,21 +67,21 @@ class Change:
         old: Before; None where it wasn't there.
         new: Now; None where it is gone.
         verdict: "same", "changed", "unstable", "new" or "gone".
-        told: By how much, in words.
+        difference: By how much, in words.
     """
 
     name: str
     old: Figure | None
     new: Figure | None
     verdict: str
-    told: str
+    difference: str
 
 
 def compare(old: Sequence[Figure], new: Sequence[Figure]) -> list[Change]:
     """Compare every figure of two runs: the same, changed, or unstable.
 
     Figures with repeats have changed where the ranges of their repeats don't overlap; without, where they differ by
-    more than 2 % (a difference in percent: by more than a point). Of a time that was taken once nothing is told, nor
+    more than 2 % (a difference in percent: by more than a point). Of a time that was taken once nothing is concluded, nor
     where either run's repeats spread beyond 10 % of the value and the ranges overlap.
     """
     before, now = ({figure.name: figure for figure in figures} for figures in (old, new))
@@ -92,17 +92,17 @@ def _change(name: str, old: Figure | None, new: Figure | None) -> Change:
     if old is None or new is None:
         return Change(name, old, new, "new" if old is None else "gone", "")
     if new.unit == "%" or old.value == 0:
-        told = f"{new.value - old.value:+.3g} {new.unit}{' points' if new.unit == '%' else ''}"
+        difference = f"{new.value - old.value:+.3g} {new.unit}{' points' if new.unit == '%' else ''}"
     else:
-        told = f"{100 * (new.value / old.value - 1):+.1f} %"
+        difference = f"{100 * (new.value / old.value - 1):+.1f} %"
     if old.kind != new.kind:
         return Change(name, old, new, "changed", f"{old.kind} before, {new.kind} now")
     if old.repeats > 1 and new.repeats > 1:
         overlap = new.low <= old.high and old.low <= new.high
         if not overlap:
-            return Change(name, old, new, "changed", told)
-        return Change(name, old, new, "unstable" if old.is_unstable or new.is_unstable else "same", told)
+            return Change(name, old, new, "changed", difference)
+        return Change(name, old, new, "unstable" if old.is_unstable or new.is_unstable else "same", difference)
     if new.unit in TIMED:
-        return Change(name, old, new, "unstable", f"{told}, timed once")
+        return Change(name, old, new, "unstable", f"{difference}, timed once")
     allowed = 1.0 if new.unit == "%" else DRIFT * abs(old.value)
-    return Change(name, old, new, "same" if abs(new.value - old.value) <= allowed else "changed", told)
+    return Change(name, old, new, "same" if abs(new.value - old.value) <= allowed else "changed", difference)

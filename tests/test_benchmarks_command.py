@@ -31,7 +31,7 @@ def test_a_figure_is_unstable_where_its_repeats_spread_beyond_a_tenth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "verdict", "told"),
+    ("old", "new", "verdict", "difference"),
     [
         ([1.0, 1.01, 1.02], [1.01, 1.02, 1.03], "same", "+1.0 %"),
         ([1.0, 1.01, 1.02], [1.1, 1.12, 1.13], "changed", "+10.9 %"),
@@ -43,10 +43,10 @@ def test_a_figure_is_unstable_where_its_repeats_spread_beyond_a_tenth() -> None:
     ],
 )
 def test_two_runs_differ_where_their_repeats_do_not_overlap(
-    old: list[float], new: list[float], verdict: str, told: str
+    old: list[float], new: list[float], verdict: str, difference: str
 ) -> None:
     (change,) = compare([figure_of(old, "a", "s", CPU)], [figure_of(new, "a", "s", CPU)])
-    assert (change.verdict, change.told) == (verdict, told)
+    assert (change.verdict, change.difference) == (verdict, difference)
 
 
 def test_figures_without_repeats_differ_by_two_percent_or_a_point_or_their_kind() -> None:
@@ -75,8 +75,8 @@ def run_of(seconds: list[float], **changes: Any) -> dict[str, Any]:
     }
     part |= {"rows": [{"model": "<script>", "seconds": 1.5, "trains": True}], "figures": [figure], "seconds": 60.0}
     left_out = part | {"name": "peers", "rows": [], "figures": [], "skipped": "lightning isn't installed"}
-    told = {"kind": "autoaccum benchmarks", "date": "2026-11-24", "quick": False, "machine": {"processor": "one"}}
-    return told | {"parts": [part, left_out]} | changes
+    run = {"kind": "autoaccum benchmarks", "date": "2026-11-24", "quick": False, "machine": {"processor": "one"}}
+    return run | {"parts": [part, left_out]} | changes
 
 
 def test_the_page_has_tables_figures_what_changed_and_what_was_skipped() -> None:
@@ -84,10 +84,10 @@ def test_the_page_has_tables_figures_what_changed_and_what_was_skipped() -> None
     changes = command.changes_since(old, new)
     made = command.page(new, changes, "old.json", "python -m benchmarks --against old.json")
     page, text = table_page.as_html(made), table_page.as_markdown(made)
-    for told in (page, text):
-        assert "changed" in told and "+38.6 %" in told and "unstable" in told and "1 was skipped" in told
-        assert "1 benchmark ran in 1 minute, " in told and "of 1 figure 1 is unstable" in told
-        assert "lightning isn" in told and CPU in told and "<script>" not in told.replace("\\<", "")
+    for shown in (page, text):
+        assert "changed" in shown and "+38.6 %" in shown and "unstable" in shown and "1 was skipped" in shown
+        assert "1 benchmark ran in 1 minute, " in shown and "of 1 figure 1 is unstable" in shown
+        assert "lightning isn" in shown and CPU in shown and "<script>" not in shown.replace("\\<", "")
     warned = command.warnings_of(new, changes)
     assert [line.split(":")[0] for line in warned] == ["unstable", "changed"]
     assert command.warnings_of(old, []) == []
@@ -113,8 +113,8 @@ def test_a_part_runs_by_itself_and_a_failing_one_does_not_end_the_others(monkeyp
     assert all(figure["repeats"] == 3 and figure["kind"] == CPU for figure in found["figures"])
     failed = command.run_part("no such part", quick=True)
     assert failed["failed"] and "exit code 2" in failed["skipped"]
-    told = run_of([1.0], parts=[found, failed])
-    assert any("failed with exit code 2" in line for line in command.warnings_of(told, []))
+    run = run_of([1.0], parts=[found, failed])
+    assert any("failed with exit code 2" in line for line in command.warnings_of(run, []))
 
 
 def test_what_was_run_is_kept_when_a_later_part_is_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_what_was_run_is_kept_when_a_later_part_is_interrupted(monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         command.main()
     (kept,) = tmp_path.glob("*-here-speed-scaling.json")
-    told = command.read(kept)
-    assert [part["name"] for part in told["parts"]] == ["speed"] and told["left"] == ["scaling"]
+    run = command.read(kept)
+    assert [part["name"] for part in run["parts"]] == ["speed"] and run["left"] == ["scaling"]
     assert "not run yet: scaling" in kept.with_suffix(".md").read_text()
 
 

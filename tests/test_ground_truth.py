@@ -49,8 +49,8 @@ def test_one_benchmark_s_constant_is_applied_to_all_others(monkeypatch):
     data = pandas.DataFrame(rows, columns=["gpu", "bench", "batch_size", "memory_mib_median", "near_capacity"])
     answers = [{"gpu": g, "bench": b, "batch_size": n, "reserved": 10 * 2**20, "out": False} for g, b, n, *_ in rows]
     monkeypatch.setattr(ground_truth, "reserved", lambda data: iter(answers))
-    found, constant, told = ground_truth.predict(data)
-    assert constant == 1220 and "3 rows of bert-fp32 on H100" in told
+    found, constant, text = ground_truth.predict(data)
+    assert constant == 1220 and "3 rows of bert-fp32 on H100" in text
     assert found.predicted_mib.tolist()[:5] == [1230] * 5
     assert found.predicted_mib[5] == pytest.approx(1230 + (143_771 - 143_156) - (81_559 - 85_017_755_648 / 2**20))
     table = ground_truth.summary(found).set_index("rows")
@@ -59,14 +59,14 @@ def test_one_benchmark_s_constant_is_applied_to_all_others(monkeypatch):
     assert table.loc["held out, smaller", "within 400 MiB"] == "100 %"
 
 
-def test_versions_that_were_not_measured_are_told(monkeypatch):
+def test_versions_that_were_not_measured_are_named(monkeypatch):
     monkeypatch.setitem(ground_truth.MEASURED_WITH, "torch", "0.1")
     monkeypatch.setitem(ground_truth.MEASURED_WITH, "no such package", "1.0")
-    told = ground_truth.versions()
+    text = ground_truth.versions()
     assert (
-        told.startswith("torch 2")
-        and "(measured with 0.1)" in told
-        and told.endswith("no such package is not installed")
+        text.startswith("torch 2")
+        and "(measured with 0.1)" in text
+        and text.endswith("no such package is not installed")
     )
     monkeypatch.setitem(ground_truth.MEASURED_WITH, "torch", importlib.metadata.version("torch"))
     assert "(measured with" not in ground_truth.versions().split(",")[0]

@@ -31,7 +31,7 @@ def _state(model, optimizer):
     return accounting.State(tensors, gradients, bool(optimizer.state), modes, {"torch": torch.get_rng_state()})
 
 
-def test_each_kind_of_change_is_told():
+def test_each_kind_of_change_is_named():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     optimizer = torch.optim.AdamW(model.parameters())
     before = _state(model, optimizer)
@@ -41,8 +41,8 @@ def test_each_kind_of_change_is_told():
     optimizer.step()
     torch.rand(1)
     model.eval()
-    told = ["parameters", "buffers", ".grad left", "optimizer state", "train/eval mode", "torch RNG"]
-    assert _state(model, optimizer).changed_since(before) == told
+    text = ["parameters", "buffers", ".grad left", "optimizer state", "train/eval mode", "torch RNG"]
+    assert _state(model, optimizer).changed_since(before) == text
 
 
 def test_a_mark_on_running_statistics_does_not_stop_the_backward_pass():
