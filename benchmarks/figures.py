@@ -81,8 +81,8 @@ def compare(old: Sequence[Figure], new: Sequence[Figure]) -> list[Change]:
     """Compare every figure of two runs: the same, changed, or unstable.
 
     Figures with repeats have changed where the ranges of their repeats don't overlap; without, where they differ by
-    more than 2 % (a difference in percent: by more than a point). Of a time that was taken once nothing is concluded, nor
-    where either run's repeats spread beyond 10 % of the value and the ranges overlap.
+    more than 2 % (a difference in percent: by more than a point). Nothing is concluded from a time that was taken once,
+    nor where either run's repeats spread beyond 10 % of the value and the ranges overlap.
     """
     before, now = ({figure.name: figure for figure in figures} for figures in (old, new))
     return [_change(name, before.get(name), now.get(name)) for name in dict.fromkeys([*before, *now])]
