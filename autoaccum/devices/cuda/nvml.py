@@ -107,7 +107,7 @@ def describe(*, library: Any = None) -> str:
 
 
 def _uuid(library: Any, handle: Any) -> str:
-    cut = ", cut by MIG" if _is_cut(library, handle) else ""
+    cut = ", divided by MIG" if _is_divided(library, handle) else ""
     return _text(_quietly(library.nvmlDeviceGetUUID, handle)) + cut
 
 
@@ -143,11 +143,13 @@ def _look(library: Any, uuid: str, bus_id: str, environ: Mapping[str, str]) -> N
     if handle is None:
         return NvmlInfo(driver=driver, note=f"NVML doesn't know a device {uuid}")
     index = _quietly(library.nvmlDeviceGetIndex, handle)
-    if _is_cut(library, handle):
+    if _is_divided(library, handle):
         instance = _instance(library, handle, uuid, environ)
         if instance is None:
             return NvmlInfo(
-                driver=driver, index=index, note="the GPU is cut by MIG, and NVML doesn't say into which is this"
+                driver=driver,
+                index=index,
+                note="the GPU is divided by MIG, and NVML does not report which instance this is",
             )
         handle = instance
     found = _text(_quietly(library.nvmlDeviceGetUUID, handle)) or uuid
@@ -165,20 +167,19 @@ def _by_uuid(library: Any, uuid: str) -> Any:
     """
     names = [uuid] if uuid.startswith(("GPU-", "MIG-")) else [f"GPU-{uuid}", f"MIG-{uuid}"]
     for name in names:
-        for text in (name, name.encode()):  # bindings of old want bytes
-            handle = _quietly(library.nvmlDeviceGetHandleByUUID, text)
-            if handle is not None:
-                return handle
+        handle = _quietly(library.nvmlDeviceGetHandleByUUID, name)
+        if handle is not None:
+            return handle
     return None
 
 
 def _by_bus(library: Any, bus_id: str) -> Any:
     if not bus_id or not hasattr(library, "nvmlDeviceGetHandleByPciBusId"):
         return None
-    return _quietly(library.nvmlDeviceGetHandleByPciBusId, bus_id.encode())
+    return _quietly(library.nvmlDeviceGetHandleByPciBusId, bus_id)
 
 
-def _is_cut(library: Any, handle: Any) -> bool:
+def _is_divided(library: Any, handle: Any) -> bool:
     """Return whether a GPU is divided into MIG instances."""
     modes = _quietly(library.nvmlDeviceGetMigMode, handle) if hasattr(library, "nvmlDeviceGetMigMode") else None
     return bool(modes and modes[0])
@@ -209,7 +210,7 @@ def _processes(library: Any, handle: Any) -> tuple[Process, ...]:
     for kind in ("MPSCompute", "Graphics"):
         function = getattr(library, f"nvmlDeviceGet{kind}RunningProcesses", None)
         listed += (_quietly(function, handle) if function else None) or []
-    # A container has pids of its own: where this process isn't in the list, its numbers are other processes' here
+    # A container numbers its processes itself: without this process in the list, NVML's numbers mean others here
     here = os.getpid() in [entry.pid for entry in listed]
     found: dict[int, Process] = {}
     for entry in listed:
@@ -237,4 +238,4 @@ def _quietly(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value or "")
+    return str(value or "")
