@@ -73,9 +73,6 @@ def tune(
         UsageError: An argument is invalid, or the study was created for something else.
         DoesNotFit: No configuration fits.
     """
-    from ..processes.child import call
-    from .session import read_tuning_result
-
     device = device or ("cpu" if gpu is None else "cuda")
     file = None if study is None else os.fspath(study)
     source, function = _source_and_function(workload)
@@ -84,6 +81,9 @@ def tune(
         pareto, seed,
     )  # fmt: skip
     arguments = {"workload": source, "request": request.to_values()}
+    from ..processes.child import call  # imports torch, which takes seconds: not before the arguments are read
+    from .session import read_tuning_result
+
     return read_tuning_result(call("tuning.session:tune", arguments, on_message=progress, functions=function)["tuned"])
 
 
