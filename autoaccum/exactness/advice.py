@@ -1,6 +1,6 @@
-"""Explain a verdict: what is wrong, why, and the fix.
+"""Explain a verdict: what is wrong, why, and what to do.
 
-A count that is proposed was tried first: with it, the parts' gradients add up to the whole batch's.
+A proposed count has been tried: with it, the parts' gradients add up to the whole batch's.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from .case import CheckCase
 
 UNIGNORED = "exact on data without ignored targets"
-COUNT_TOLERANCE = 1e-3  # of its weights: what a proposed count gives, and what least squares found
+COUNT_TOLERANCE = 1e-3  # between a proposed count's weights and those of least squares
 
 
 @dataclass(frozen=True)
 class Count:
-    """Something that a loss may average over.
+    """Hold something that a loss may average over.
 
     Attributes:
-        what: In words.
-        code: As a Python expression of `batch`.
+        what: Its name in a message.
+        code: A Python expression of `batch`.
         function: The same as a function.
     """
 
@@ -39,7 +39,7 @@ class Count:
 
 
 def ignorable(draws: RandomOps, batch: Batch) -> dict[str, int]:
-    """Return leaves that cross-entropy uses as classes, with the ignored class."""
+    """Return the leaves with classes, by path, and the class each ignores."""
     leaves = dict(tree.leaves(batch))
     named = [path for path in batch_leaves.target_paths(batch) if not leaves[path].is_floating_point()]
     found: dict[str, int] = {}
@@ -50,10 +50,10 @@ def ignorable(draws: RandomOps, batch: Batch) -> dict[str, int]:
 
 
 def untested_targets(case: CheckCase) -> str | None:
-    """Describe averaging cross-entropies untested with ignored classes; None for none.
+    """Describe the averaging cross-entropy not tested with ignored classes; or None.
 
-    Classes that are a leaf of the batch were tried, and where that failed the model doesn't take them. What is left are
-    classes that the loss makes of something; in-batch negatives have the sample's own place, which is never ignored.
+    Classes that are a leaf of the batch were tested; if that failed, the model refuses them. This leaves classes that
+    the loss computes; in-batch negatives use the sample's own place, which is never ignored.
     """
     if case.gradients.is_pair or case.counted or case.test_batch.ignored:
         return None
@@ -65,10 +65,7 @@ def untested_targets(case: CheckCase) -> str | None:
 
 
 def _may_be_ignored(case: CheckCase, call: ClassLoss) -> bool:
-    """Whether classes may be ignored in other data, yet weren't here.
-
-    Too few rows, or no value is invented.
-    """
+    """Return whether its classes may be ignored elsewhere and weren't tested so."""
     if call.path is None:
         return True
     uses, few = case.forward_trace.uses, case.test_batch.rows < test_batches.MIN_ROWS_TO_IGNORE
@@ -81,10 +78,10 @@ def _are_places(targets: torch.Tensor) -> bool:
 
 
 def for_untested() -> tuple[str, ...]:
-    """Return the advice where ignored classes could not be tried."""
+    """Return advice for ignored classes that could not be tested."""
     return (
-        "The loss calls a cross-entropy that averages over the classes it doesn't ignore. Their places in the batch "
-        "couldn't be found, so it wasn't tested with some ignored.",
+        "The loss averages a cross-entropy over the classes that it doesn't ignore. They were not found in the batch, "
+        "so it wasn't tested with some ignored.",
         "Return (sum, count) with reduction='sum', or give Workload(..., count=lambda batch: ...).",
     )
 
@@ -92,14 +89,14 @@ def for_untested() -> tuple[str, ...]:
 def explain(
     kind: str, case: CheckCase, weights: Sequence[float], module: str | None, place: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
-    """Return the words and advice of a verdict that isn't exact.
+    """Return the words and the advice of an inexact verdict.
 
     Args:
         kind: The verdict's kind.
-        case: What was found.
-        weights: Those that the parts should have had.
-        module: The module that it comes from, for a person.
-        place: That module as an expression of the user's code; None where it can't be switched by itself.
+        case: The case that failed.
+        weights: The weights that the parts need.
+        module: Name of the module at fault.
+        place: That module as an expression of the user's code; None if it can't be switched separately.
     """
     found = case.gradients
     name, worst = found.worst()
@@ -115,7 +112,7 @@ def explain(
         words = f"not exact: a term that doesn't depend on the samples is counted for each micro-batch; {off}"
         return words, _advice_on_term(seen)
     if kind == "not exact":
-        words = f"not exact: {off}; with so few parameters the reason can't be found"
+        words = f"not exact: {off}; the model has too few parameters to determine why"
         return words, (f"{seen}.", "Return (sum, count) from the loss if it averages over something else than samples.")
     if kind == "changes with each forward":
         return f"not exact: {module} changes with each forward; {off}", _advice_on_state(str(module), place, seen)
@@ -170,23 +167,23 @@ def _advice_on_term(seen: str) -> tuple[str, ...]:
 
 def _advice_on_module(module: str, seen: str) -> tuple[str, ...]:
     kind = module.partition(" (")[2]
-    reason = f"What {module} gives for a sample depends on the others in its micro-batch: {seen}."
+    reason = f"The output of {module} for a sample depends on the others in its micro-batch: {seen}."
     if "BatchNorm" in kind:
         return reason, (
             "Workload(..., batchnorm='frozen') is exact, and so are GroupNorm and LayerNorm in its place. Otherwise "
-            "each micro-batch is normalized by itself, which trains, but isn't the large batch."
+            "each micro-batch is normalized separately, which trains, but differs from the large batch."
         )
     return reason, (
-        "Only samples in one micro-batch meet there. Train with one accumulation step, or have it see each sample by "
-        "itself."
+        "Only samples in one micro-batch meet there. Train with one accumulation step, or make the module treat each "
+        "sample separately."
     )
 
 
 def _advice_on_state(module: str, place: str | None, seen: str) -> tuple[str, ...]:
-    still = f"keep it still in between: {place}.eval() after model.train(), and" if place else "take it out of forward:"
+    fix = f"freeze it in between: {place}.eval() after model.train(), and" if place else "move it out of forward:"
     return (
-        f"{module} keeps something that each forward changes, so a micro-batch sees what those before it left: {seen}.",
-        f"Where that is wanted once per optimizer step, {still} move it once a step.",
+        f"{module} has state that each forward changes, so a micro-batch depends on those before it: {seen}.",
+        f"If the state should change once per optimizer step, {fix} update it once a step.",
     )
 
 
@@ -200,7 +197,7 @@ def _advice_on_coupling(seen: str) -> tuple[str, ...]:
 
 
 def _fitting(case: CheckCase, weights: Sequence[float]) -> Iterator[Count]:
-    """Return the counts whose shares are the weights found."""
+    """Yield the counts whose shares match the weights found."""
     pieces = case.test_batch.pieces(case.gradients.sizes)
     for count in _candidates(case):
         try:
@@ -252,7 +249,7 @@ def _targets(path: str, out: int, *, shifted: bool = False) -> Count:
 
 
 def _weighted(path: str, out: int, weights: torch.Tensor) -> Count:
-    """Sum the class weights of the classes that aren't ignored."""
+    """Return the sum of the class weights of classes not ignored."""
 
     def count(batch: Batch) -> Any:
         leaf = _leaf(batch, path).cpu()
@@ -273,7 +270,7 @@ def _leaf(batch: Batch, path: str) -> Any:
 
 
 def percent(error: float) -> str:
-    """Format a relative error for a person."""
+    """Format a relative error."""
     if error == float("inf"):
         return "anything (not finite)"
     if error < 0.001:

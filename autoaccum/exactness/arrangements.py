@@ -1,11 +1,8 @@
-"""Arrange a sample in the ways that must agree before "exact".
+"""Try a sample in several arrangements before its gradient is called exact.
 
-The window's gradient has to be the whole batch's in each.
-
-One unlucky arrangement proves nothing: class weights taken from the batch's own counts cancel out where each part has
-one class. So the rows are tried sorted, and again in another mix with other counts and with outputs further apart,
-each as two uneven parts. Where fewer than eight rows fit at once, they are tried a few at a time, by turns this way and
-that.
+One arrangement may hide an error: class weights computed from the batch's own counts cancel out if each part has one
+class. So the rows are tested sorted, and again in another mix with other counts and wider outputs, each time as two
+uneven parts. If fewer than eight rows fit at once, they are tested in groups, alternating between the two.
 """
 
 from __future__ import annotations
@@ -26,22 +23,19 @@ from .functional_copy import FunctionalCopy, GradientRecorder
 from .loss_trace import ForwardTrace
 from .test_batches import IGNORING, SORTED, WIDE, TestBatch
 
-OUTPUT_SPREADS = (1.0, 2.0, 4.0, 2.0, 4.0, 8.0)  # of the outputs, where samples meet in the loss
-WIDE_TOLERANCE_FACTOR = 10  # times as far may gradients be off for rounding where the last layer is larger
+OUTPUT_SPREADS = (1.0, 2.0, 4.0, 2.0, 4.0, 8.0)  # standard deviations of the outputs, if samples interact in the loss
+WIDE_TOLERANCE_FACTOR = 10  # rounding grows with the last layer
 
-_REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AutoaccumError)  # a loss doesn't take such a batch
+_REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AutoaccumError)  # how a loss refuses a batch
 
 
 class Untestable(Exception):
-    """The batch can't be tested on.
-
-    The loss doesn't accept it, or its gradient is zero or not finite.
-    """
+    """Report a batch that the loss refuses, or without a gradient."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Bench:
-    """What arrangements are tried with."""
+    """Hold what arrangements are tried with."""
 
     workload: Workload
     model_copy: FunctionalCopy
@@ -56,15 +50,15 @@ class _Bench:
 
 
 def run_cases(workload: Workload, model_copy: FunctionalCopy, max_rows: int) -> list[CheckCase]:
-    """Return each arrangement's result, up to the first difference.
+    """Run arrangements up to the first in which the gradients differ.
 
     Args:
         workload: What is trained.
-        model_copy: What stands in for its model.
+        model_copy: Its model on copied parameters.
         max_rows: Samples that fit at once, at least 2.
 
     Raises:
-        Untestable: None of them has a gradient to compare with.
+        Untestable: No arrangement has a usable gradient.
     """
     least = least_micro_batch(find_norms(workload.model), workload.batchnorm)
     if max_rows < 2 * least:
@@ -94,10 +88,7 @@ def run_cases(workload: Workload, model_copy: FunctionalCopy, max_rows: int) -> 
 
 
 def in_three_parts(workload: Workload, model_copy: FunctionalCopy, seen: CheckCase) -> CheckCase:
-    """Return the batch in three parts, where it has enough rows.
-
-    Three tell more of what is wrong than two.
-    """
+    """Split the same batch in three if it has enough rows."""
     sizes = seen.test_batch.sizes
     if len(sizes) == len(seen.gradients.sizes):
         return seen
@@ -113,7 +104,7 @@ def in_three_parts(workload: Workload, model_copy: FunctionalCopy, seen: CheckCa
 
 
 def holds_unignored(workload: Workload, model_copy: FunctionalCopy, seen: CheckCase) -> bool:
-    """Whether the gradient is the whole batch's where no target is ignored."""
+    """Return whether the gradient is exact without ignored targets."""
     if not seen.test_batch.ignored or seen.test_batch.hardness is None or _has_ignored(seen):
         return False
     bench = _Bench(workload, model_copy, seen.forward_trace)
@@ -126,16 +117,13 @@ def holds_unignored(workload: Workload, model_copy: FunctionalCopy, seen: CheckC
 
 @contextlib.contextmanager
 def as_in_case(model_copy: FunctionalCopy, seen: CheckCase) -> Iterator[None]:
-    """Set the model as in an arrangement, within this context."""
+    """Set the model up as in a case until exit."""
     with model_copy.wider(seen.forward_trace) if seen.wide else contextlib.nullcontext():
         yield
 
 
 def context_of(workload: Workload) -> TrainingContext:
-    """Return the workload's context, without device-specific parts.
-
-    Nor what would change it.
-    """
+    """Open the workload without parts that change it or need a device."""
     plain = replace(
         workload,
         optimizer=GradientRecorder,
@@ -151,21 +139,19 @@ def context_of(workload: Workload) -> TrainingContext:
 
 
 def _hardest(bench: _Bench, easy: TestBatch) -> CheckCase:
-    """Return the hardest batch the loss accepts, else the sample."""
+    """Test the hardest batch the loss accepts; else the plain sample."""
     found = _first(bench, easy, test_batches.HARDNESSES, wide=False)
     return found if found is not None else _try(bench, easy, easy)
 
 
 def _otherwise(bench: _Bench, easy: TestBatch, known: Sequence[str] | None, *, mixed: bool) -> CheckCase | None:
-    """Return another arrangement, as hard as accepted; None for none.
-
-    None where the loss accepts no other, which the first has shown enough.
+    """Test another arrangement, as hard as the loss accepts; None if none.
 
     Args:
-        bench: What it is tried with.
+        bench: Workload, model copy and forward trace.
         easy: The rows.
-        known: What was hard about the arrangement that the loss took before.
-        mixed: Whether classes are left mixed and outputs are spread.
+        known: The hardness that the loss accepted before.
+        mixed: Whether classes stay mixed and outputs are spread.
     """
     able = tuple(each for each in known or () if each in (SORTED, IGNORING) or each == test_batches.RAGGED)
     sorts = able if not mixed else tuple(each for each in able if each != SORTED)
@@ -182,14 +168,12 @@ def _otherwise(bench: _Bench, easy: TestBatch, known: Sequence[str] | None, *, m
 def _more(bench: _Bench, easy: TestBatch, rows: int, least: int, known: Sequence[str] | None) -> Iterator[CheckCase]:
     """Yield further arrangements up to the first that differs.
 
-    For where samples meet though gradients don't show it.
-
     Args:
-        bench: What they are tried with.
+        bench: Workload, model copy and forward trace.
         easy: All rows.
-        rows: How many of them at once.
-        least: Samples that a part needs at least.
-        known: What was hard about the arrangement that the loss took before.
+        rows: Number of rows at once.
+        least: The fewest samples in a part.
+        known: The hardness that the loss accepted before.
     """
     for seed, target_spread in enumerate(OUTPUT_SPREADS if rows == easy.rows else OUTPUT_SPREADS * 2):
         forward_trace, some = replace(bench.forward_trace, target_spread=target_spread), easy
@@ -209,7 +193,7 @@ def _more(bench: _Bench, easy: TestBatch, rows: int, least: int, known: Sequence
 
 
 def _first(bench: _Bench, easy: TestBatch, hardnesses: Sequence[tuple[str, ...]], *, wide: bool) -> CheckCase | None:
-    """Return the first of these that the loss accepts."""
+    """Test the first hardness the loss accepts; None if none."""
     ignorable = _ignorable(bench, easy)
     for hardness in hardnesses:
         hard = test_batches.harder(easy, hardness, ignorable, bench.freedom, seed=4 if wide else 2)
@@ -232,7 +216,7 @@ def _ignorable(bench: _Bench, easy: TestBatch) -> dict[str, int]:
 
 def _try(bench: _Bench, trial: TestBatch, sample: TestBatch, times: int = 1) -> CheckCase:
     if test_batches.all_alike(trial.batch, trial.names):
-        raise Untestable("its samples are all alike, and can't be altered safely")
+        raise Untestable("its samples are all alike and cannot be altered safely")
     found = compare.compare(
         bench.model_copy, lambda: context_of(bench.workload), trial.batch, trial.pieces(trial.pair), trial.pair
     )
@@ -245,7 +229,7 @@ def _try(bench: _Bench, trial: TestBatch, sample: TestBatch, times: int = 1) -> 
 
 
 def _has_ignored(seen: CheckCase) -> bool:
-    """Whether the sample has ignored targets of its own."""
+    """Return whether the sample itself has ignored targets."""
     return any(
         bool((batch_leaves.leaf_of(seen.sample.batch, path) == out).any())
         for path, out in advice.ignorable(seen.forward_trace.draws, seen.sample.batch).items()

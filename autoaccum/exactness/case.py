@@ -13,18 +13,18 @@ from .test_batches import TestBatch
 
 @dataclass(frozen=True, eq=False)
 class CheckCase:
-    """A batch and what it gave.
+    """Hold one tested batch and its gradients.
 
     Attributes:
         test_batch: The batch.
-        sample: The workload's own rows, as they were before they were made hard.
+        sample: The workload's own rows, before they were made hard.
         gradients: The gradients.
-        tolerance: How far they may differ for rounding.
-        counted: Whether the workload says `count=`.
-        forward_trace: What a forward of the sample showed.
-        device: Where it was tried.
-        wide: Whether the last layer was larger.
-        exact_unignored: Whether the gradient is the whole batch's where no target is ignored, which was tried.
+        tolerance: Relative difference that rounding may cause.
+        counted: Whether the workload has a `count`.
+        forward_trace: Trace of a forward of the sample.
+        device: Device of the test.
+        wide: Whether the last layer was enlarged.
+        exact_unignored: Whether the gradient was found exact without ignored targets.
     """
 
     test_batch: TestBatch

@@ -1,12 +1,12 @@
-"""Decide whether the Runner's accumulated gradient is the large batch's.
+"""Check whether the Runner's accumulated gradient is the large batch's.
 
-    sample        the workload's own rows, made hard                  exactness/test_batches.py
-    arrangements  in which they have to agree                         exactness/arrangements.py
-    gradients     of a window of uneven parts and of the whole        exactness/compare.py, by step.train_window
-    verdict       from their difference, and from what of it least squares explains
-    advice        what is wrong and what to type next                 exactness/advice.py
+    sample        the workload's own rows, made hard                  test_batches.py
+    arrangements  in which the gradients must agree                   arrangements.py
+    gradients     of a window of uneven parts and of the whole        compare.py, by step.train_window
+    verdict       from their difference, and how least squares explains it
+    advice        what is wrong and what to do                        advice.py
 
-A verdict is about the samples that were tried. Where it is `exact` the words say how many these were.
+A verdict holds for the tested samples; its words name their number.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .recheck import counts_differ, recheck
 
 log = logging.getLogger("autoaccum")
 
-MIN_ENTRIES_PER_PART = 8  # entries of the gradient for each part: with fewer, least squares explains anything
+MIN_ENTRIES_PER_PART = 8  # of the gradient: with fewer, least squares explains anything
 
 EXACT, SAME_DISTRIBUTION, SUM, COUNT = "exact", "same distribution", "sum", "wrong denominator"
 TERM, COUPLED, STATEFUL = "additive term", "not decomposable", "changes with each forward"
@@ -50,7 +50,7 @@ __all__ = ["Verdict", "check", "check_plan", "counts_differ", "recheck", "unknow
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a window's gradient is the whole batch's, else why not.
+    """Hold whether a window's gradient is the whole batch's, and why not.
 
     Attributes:
         kind: "exact"; "same distribution": exact but for what is drawn at random; "sum": micro-batches would have to be
@@ -59,14 +59,14 @@ class Verdict:
             decomposable": no weights would do; "changes with each forward": what a forward leaves in a module changes
             the gradient of the next one; "not exact": there are too few parameters to tell which of these;
             "unknown": it could not be tested.
-        words: The same for a person, in one line.
-        error: Relative L2 distance of the window's gradient from the whole batch's, on the worst batch that was tried;
-            NaN where it is unknown.
-        worst_tensor: The parameter whose gradient was furthest off.
-        worst_tensor_error: By how much, relative to itself.
-        samples: Samples tested on.
-        module: The module where output rows depend on other samples, where there is one.
-        advice: What is wrong, why, and what to type next; empty where it is exact.
+        words: The verdict in one line.
+        error: Relative L2 distance of the window's gradient from the whole batch's, on the worst tested batch; NaN if
+            unknown.
+        worst_tensor: The parameter with the largest relative error.
+        worst_tensor_error: That error.
+        samples: Number of tested samples.
+        module: The module whose output rows depend on other samples; None if there is none.
+        advice: What is wrong, why, and what to do; notes on the test if it is exact.
     """
 
     kind: str
@@ -80,10 +80,7 @@ class Verdict:
 
     @property
     def exact(self) -> bool:
-        """Whether accumulation gives the large batch's gradient.
-
-        Up to rounding and random draws.
-        """
+        """Whether accumulation is exact, up to rounding and random draws."""
         return self.kind in (EXACT, SAME_DISTRIBUTION)
 
 
@@ -96,21 +93,19 @@ def check(
 ) -> Verdict:
     """Test on the sample whether accumulation gives the large batch's gradient.
 
-    The sample is made as hard as the loss accepts.
-
-    Two arrangements of it have to agree before that is said: classes sorted, and another mix with outputs further
-    apart. That costs six passes forward and backward of 8 to 16 samples, of fewer at once where fewer fit; where
-    something is wrong, three to six more to tell what. Besides, a forward that looks at what the loss calls, and one
-    for each part where a `(sum, count)` loss has no `count=`. The model is left bitwise as it was.
+    Two arrangements must agree: classes sorted, and another mix with wider outputs. That takes six passes forward and
+    backward of 8 to 16 samples (fewer at once if fewer fit), and three to six more to explain an error. In addition:
+    one traced forward, and one for each part if a `(sum, count)` loss has no `count=`. The model stays bitwise as it
+    was.
 
     Args:
-        workload: What is trained. Its sample is needed.
+        workload: What is trained, with a sample.
         max_rows: Samples that fit at once, in the precision of the test.
-        progress: Called with what is being done.
-        isolated: Whether to test in a copy of this process, where that is possible: what crashes there is a verdict.
+        progress: Called with messages.
+        isolated: Whether to test in a copy of this process if possible, so that a crash becomes a verdict.
 
     Raises:
-        UsageError: The workload is of several ranks.
+        UsageError: The workload runs on several ranks.
     """
     refuse_ranks(workload)
     if not get_device(next(workload.model.parameters()).device).computes:
@@ -138,8 +133,8 @@ def _check(workload: Workload, max_rows: int) -> Verdict:
                 return _verdict(workload, model_copy, cases[-1])
         except Untestable as error:
             return unknown(str(error), "Give a sample of real data: a batch whose loss is finite and not at its best.")
-        except Exception as error:  # whatever the user's code raises: a plan is a plan without a verdict, too
-            log.debug("the test of exactness failed", exc_info=True)
+        except Exception as error:  # from the user's code; a plan is usable without a verdict
+            log.debug("the exactness test failed", exc_info=True)
             return unknown(
                 f"the test itself failed ({drop_frames(error)})", "Does one step run on the sample? loss(model, sample)"
             )
@@ -147,31 +142,28 @@ def _check(workload: Workload, max_rows: int) -> Verdict:
 
 
 def check_plan(plan: Plan, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Plan:
-    """Return the plan with a verdict on samples that fit it."""
+    """Add a verdict to a plan, tested on samples that fit it."""
     return with_verdict(plan, check(workload, max_rows=_rows_at_once(plan, workload), progress=progress))
 
 
 def _rows_at_once(plan: Plan, workload: Workload) -> int:
-    """Return the samples that fit in the test's precision.
-
-    In the plan's budget, or on the host, whichever the test uses.
-    """
+    """Return the samples that fit at once in the test's precision."""
     least, most = plan.memory.peaks[0], plan.memory.peaks[-1]
     more = most.micro_batch - least.micro_batch
     each = (most.first_bytes - least.first_bytes) / more if more else least.first_bytes / least.micro_batch
     small = _is_small(workload)
-    if small and plan.device.name != "cpu":  # tested in double precision on the host, of which half is left alone
+    if small and plan.device.name != "cpu":  # tested in double precision on the host, which keeps half free
         fit = int((available_bytes() or 0) / 2 / max(each, 1))
     else:
         room = plan.budget_bytes - plan.memory.baseline_bytes - least.first_bytes
         fit = max(least.micro_batch + int(room / max(each, 1)), plan.micro_batch)
     if small or workload.precision is not None or _is_half(workload.model):
-        fit //= 2  # double precision, or single in place of half: a sample takes twice what it takes in the plan
+        fit //= 2  # the test's precision is twice the plan's
     return min(fit, test_batches.MAX_ROWS if small else test_batches.MIN_ROWS)  # each further one costs as much again
 
 
 def with_verdict(plan: Plan, verdict: Verdict) -> Plan:
-    """Return the plan with the verdict's words and advice."""
+    """Add a verdict's words and its advice to a plan."""
     notes = verdict.advice
     if plan.accumulation_steps == 1 and not verdict.exact and verdict.kind != UNKNOWN:
         notes = ("This plan's one micro-batch is the whole batch, so that its gradient is exact all the same.", *notes)
@@ -180,22 +172,19 @@ def with_verdict(plan: Plan, verdict: Verdict) -> Plan:
     return replace(plan, evidence=evidence, provenance=provenance)
 
 
-def unknown(why: str, *lines: str) -> Verdict:
-    """Return the verdict where nothing could be tested."""
+def unknown(why: str, *advice: str) -> Verdict:
+    """Return the verdict for an impossible test."""
     nan = float("nan")
-    return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=lines)
+    return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=advice)
 
 
 def _run(workload: Workload, max_rows: int) -> tuple[FunctionalCopy, list[CheckCase]]:
-    """Run in double precision on the CPU, else in the model's.
-
-    Where the model is large, or can't do that.
-    """
+    """Test in double precision on the CPU, or in the model's own."""
     if _is_small(workload):
         with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, Untestable):
             model_copy = FunctionalCopy(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
             return model_copy, arrangements.run_cases(workload, model_copy, max_rows)
-    # Where there is no room for more, on views, and in half precision if that is the model's.
+    # Without room for copies: on views, and in half precision if that is the model's.
     parameters = list(workload.model.parameters())
     single = sum(4 * p.numel() for p in parameters)  # copies in single precision, and their gradients as well
     has_room = 2 * single < get_device(parameters[0].device).free_bytes()
@@ -208,12 +197,12 @@ def _is_half(model: torch.nn.Module) -> bool:
 
 
 def _is_small(workload: Workload) -> bool:
-    """Whether it is tested in double precision."""
+    """Return whether the model is tested in double precision."""
     return sum(p.numel() for p in workload.model.parameters()) <= MAX_DOUBLE_PARAMETERS
 
 
 def _holds(cases: Sequence[CheckCase], *, settled: bool) -> Verdict:
-    """Exact; `settled` where the loss isn't averaged over micro-batches at all."""
+    """Return the verdict exact; `settled` if the loss isn't averaged over micro-batches."""
     first = cases[0]
     rows = first.sample.rows if len(cases) < 2 or first.sample.rows >= test_batches.MIN_ROWS else _rows(cases)
     found = max((each.gradients for each in cases), key=Gradients.error)
@@ -221,12 +210,12 @@ def _holds(cases: Sequence[CheckCase], *, settled: bool) -> Verdict:
     if blind is not None and not settled:
         words = f"{UNIGNORED} (tested on {rows} samples); not exact where some are: {blind}"
         return Verdict(COUNT, words, found.error(), *found.worst(), rows, advice=advice.for_untested())
-    made = f"{first.test_batch.made_up} of the {rows} samples tested on were made of the sample's own."
+    made = f"{first.test_batch.made_up} of the {rows} tested samples were derived from the sample's own."
     notes: tuple[str, ...] = (made,) if first.test_batch.made_up else ()
     if first.test_batch.hardness is None:
-        notes += ("The loss takes no batch but one like the sample, so nothing harder was tested.",)
+        notes += ("The loss accepts only batches like the sample, so nothing harder was tested.",)
     if first.tolerance >= HALF_PRECISION_TOLERANCE[torch.float16]:
-        notes += ("Memory was short, so it was tested in half precision, where only what is off by percents is seen.",)
+        notes += ("Memory was short, so the test ran in half precision, which detects only errors of percents.",)
     if any(each.gradients.is_random for each in cases):
         names = {name for each in cases for name in each.gradients.draws.replaced | each.gradients.draws.kept}
         drawn = ", ".join(sorted(names)) or "Python's or NumPy's draws"
@@ -240,7 +229,7 @@ def _rows(cases: Sequence[CheckCase]) -> int:
 
 
 def _verdict(workload: Workload, model_copy: FunctionalCopy, pair: CheckCase) -> Verdict:
-    """Why the window's gradient isn't the whole batch's."""
+    """Return why the window's gradient isn't the whole batch's."""
     with arrangements.as_in_case(model_copy, pair):
         case = arrangements.in_three_parts(workload, model_copy, pair)
         kind, weights = _kind(case, pair)
@@ -261,17 +250,14 @@ def _verdict(workload: Workload, model_copy: FunctionalCopy, pair: CheckCase) ->
 
 
 def _kind(case: CheckCase, pair: CheckCase) -> tuple[str, list[float]]:
-    """Classify least squares of the parts, with their right weights.
-
-    Relative to each other.
-    """
+    """Return the kind of error, and the weights the parts need."""
     found = case.gradients
     if found.columns.shape[1] < MIN_ENTRIES_PER_PART * len(found.sizes):
         return INEXACT, []
     if not bool(found.columns.isfinite().all()):
         return COUPLED, []
     factors, residual = found.fit()
-    if residual > case.tolerance or found.error() <= case.tolerance:  # the latter: a single tensor is off, and only it
+    if residual > case.tolerance or found.error() <= case.tolerance:  # the latter: a single tensor differs
         return (TERM if found.is_pair and _is_term(case, pair) else COUPLED), []
     own = [size / sum(found.sizes) for size in found.sizes]
     weights = [factor * share for factor, share in zip(factors, own, strict=True)]
@@ -281,10 +267,10 @@ def _kind(case: CheckCase, pair: CheckCase) -> tuple[str, list[float]]:
 
 
 def _is_term(case: CheckCase, pair: CheckCase) -> bool:
-    """Whether the excess is the same for each micro-batch after the first.
+    """Return whether each further micro-batch adds the same excess term.
 
-    With sums s and a term t, three parts give s1 + s2 + s3 + 3t, the whole s1 + s2 + s3 + t: twice t too much. The
-    first two as one part must then be t less than apart.
+    With sums s and a term t, three parts give s1 + s2 + s3 + 3t, the whole s1 + s2 + s3 + t: an excess of 2t. The
+    first two parts joined must then give t less than separately.
     """
     found = case.gradients
     if len(found.sizes) == len(pair.gradients.sizes):
@@ -296,7 +282,7 @@ def _is_term(case: CheckCase, pair: CheckCase) -> bool:
 
 
 def _remembers(workload: Workload, model_copy: FunctionalCopy, case: CheckCase) -> bool:
-    """Whether the second part's gradient depends on a first part."""
+    """Return whether the second part's gradient changes without the first."""
     if model_copy.moving_module() is None:
         return False
     sizes = case.gradients.sizes
@@ -306,10 +292,7 @@ def _remembers(workload: Workload, model_copy: FunctionalCopy, case: CheckCase) 
 
 
 def _coupling(workload: Workload, model_copy: FunctionalCopy, case: CheckCase) -> str | None:
-    """Return the module where samples mix, if one does.
-
-    A model that can't be watched names none.
-    """
+    """Return the module that mixes samples, if one is found."""
     trial, batch = case.test_batch, model_copy.cast(case.test_batch.batch)
     parts = replace(arrangements.context_of(workload), device=next(iter(model_copy.copies.values())).device)
     norms = batchnorm.Window(parts.norms, parts.batchnorm, 1)

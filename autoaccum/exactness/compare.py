@@ -16,30 +16,27 @@ from .determinism import RandomOps
 from .functional_copy import FunctionalCopy, MakeParts, Passes
 from .row_trace import rows_differ
 
-SMALL_TENSOR_RATIO = (
-    1e-3  # part of the whole gradient's norm below which a tensor is too small to be judged by its own norm
-)
+SMALL_TENSOR_RATIO = 1e-3  # of the whole gradient's norm; smaller tensors are judged by that
 
-WORST_TENSOR_FACTOR = 10  # times as far may the worst single tensor be off
+
+WORST_TENSOR_FACTOR = 10  # of the tolerance, for the worst single tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """A window's gradients, in parts and as a whole.
-
-    Vectors are float64 on the host.
+    """Hold the gradients of one window, in parts and whole.
 
     Attributes:
         whole: The gradient of the whole batch, of shape (entries,).
-        window: That of the window of parts, as its optimizer step got it, of shape (entries,).
+        window: The gradient of the window of parts, as its optimizer step got it, of shape (entries,).
         columns: What each micro-batch added to it, of shape (parts, entries).
         sizes: Samples in each part.
         places: Name and number of entries of each parameter, in order.
-        draws: What was drawn and called on the way.
-        is_random: Whether something was drawn.
+        draws: Random operators and class losses of the passes.
+        is_random: Whether anything was drawn at random.
         is_pair: Whether the loss returns a sum and its count.
         one: The whole batch's pass.
-        depends: Whether something in the loss was another for the same samples in the whole batch.
+        depends: Whether values within the loss changed for the same samples in the whole batch.
     """
 
     whole: torch.Tensor
@@ -55,23 +52,18 @@ class Gradients:
 
     @property
     def finite(self) -> bool:
-        """Whether there is a gradient to compare with: finite, and not zero."""
+        """Whether the whole gradient is finite and not zero."""
         return bool(self.whole.isfinite().all() and self.whole.norm() > 0)
 
     def error(self) -> float:
-        """Return the window's relative L2 distance from the whole batch.
-
-        Infinite where a gradient isn't finite.
-        """
+        """Return the window's relative L2 distance; infinite if not finite."""
         return _number((self.window - self.whole).norm() / self.whole.norm())
 
     def worst(self) -> tuple[str, float]:
-        """Return the parameter whose gradient differs most, and by how much.
+        """Return the parameter with the largest relative error, and the error.
 
-        Relative to itself.
-
-        One whose gradient is less than a thousandth of the whole is judged as if it had that: what cancels out in it
-        (an attention's key bias) leaves its rounding only.
+        A gradient below a thousandth of the whole is judged as if it had that norm: where values cancel out (an
+        attention's key bias), only rounding is left.
         """
         floor = SMALL_TENSOR_RATIO * self.whole.norm()
         sizes = [entries for _, entries in self.places]
@@ -82,14 +74,14 @@ class Gradients:
         return self.places[largest][0], errors[largest]
 
     def agrees(self, tolerance: float) -> bool:
-        """Whether they differ by rounding only, also in the worst tensor."""
+        """Return whether gradients differ by rounding only, also by tensor."""
         return self.error() <= tolerance and self.worst()[1] <= WORST_TENSOR_FACTOR * tolerance
 
     def fit(self) -> tuple[list[float], float]:
-        """Fit the whole by the parts: least-squares weights and residual.
+        """Fit the parts to the whole by least squares.
 
         Returns:
-            A factor for each part, on top of the weight that it had; and the relative residual.
+            A factor for each part, on top of its weight in the window; and the relative residual.
         """
         return fit(self.columns, self.whole)
 
@@ -102,19 +94,17 @@ def compare(
     sizes: tuple[int, ...],
     one: Passes | None = None,
 ) -> Gradients:
-    """Return the gradients of a window of pieces and the whole.
+    """Compare the gradient of a window of pieces with the whole batch's.
 
-    One pass more than there are pieces.
-
-    Where the whole batch's is not finite, or zero, that is all there is.
+    If the whole batch's gradient is not finite, or zero, nothing else is run.
 
     Args:
-        model_copy: What stands in for the model.
-        make_parts: Makes what is trained.
+        model_copy: The model on copied parameters.
+        make_parts: Makes the training context.
         whole: The whole batch.
         pieces: Its parts.
-        sizes: Samples in each.
-        one: The whole batch's pass, where there has been one.
+        sizes: Samples in each part.
+        one: An earlier pass of the whole batch.
     """
     one = one or model_copy.window(make_parts, [whole], [sum(sizes)], first=sizes[0])
     if not (one.gradient.isfinite().all() and one.gradient.norm() > 0):  # there is nothing to compare with
@@ -134,13 +124,10 @@ def compare(
 
 
 def fit(columns: torch.Tensor, target: torch.Tensor) -> tuple[list[float], float]:
-    """Fit a vector by others with least squares; return the residual.
-
-    Their factors, and the relative residual.
-    """
+    """Fit a vector by others: least-squares factors and relative residual."""
     scale = columns.norm(dim=1).clamp(min=torch.finfo(columns.dtype).tiny)
     scaled = (columns / scale[:, None]).T
-    orthogonal, triangle = torch.linalg.qr(scaled)  # millions of rows, three columns: a singular value solver is slow
+    orthogonal, triangle = torch.linalg.qr(scaled)  # millions of rows, three columns: an SVD is slow
     factors = torch.linalg.pinv(triangle) @ (orthogonal.T @ target)
     residual = _number((scaled @ factors - target).norm() / target.norm())
     return (factors / scale).tolist(), residual

@@ -1,9 +1,7 @@
 """Find the module whose output rows depend on other samples.
 
-Batch statistics, in-batch negatives, a mean over the batch.
-
-Two forwards, the second with some samples exchanged for others. What a module gives for the samples that stayed must
-stay too; the first module where it doesn't is the one to name.
+Examples are batch statistics, in-batch negatives, a mean over the batch. Two forwards are compared, the second with
+some samples exchanged: a module's outputs for the other samples must stay. The first module where they don't is named.
 """
 
 from __future__ import annotations
@@ -21,29 +19,26 @@ from ..state.rng import put_rng, take_rng
 from ..workload import Batch
 from .determinism import without_randomness
 
-MAX_ROWS = 7  # a number that is rarely also the length of something else
-MOVED_RATIO = 1e-5  # of an output's largest value: another order of additions moves it by 1e-7
+MAX_ROWS = 7  # rarely the length of another dimension
+MOVED_RATIO = 1e-5  # of an output's largest value; the order of additions changes 1e-7
 
 
 @dataclass
 class _Trace:
-    """Inputs and outputs of modules for the kept samples, by call."""
+    """Hold module inputs and outputs of the samples that stayed, by call."""
 
     rows: int
     stay: int
     calls: list[tuple[str, list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
 
     def kept(self, values: Any) -> list[torch.Tensor]:
-        """Return the parts of all tensors that belong to kept samples."""
+        """Return the parts of all tensors that belong to these samples."""
         tensors = [leaf for _, leaf in tree.leaves(values) if isinstance(leaf, torch.Tensor)]
         found = [self._rows(tensor) for tensor in tensors if tensor.is_floating_point()]
         return [rows.detach().clone() for rows in found if rows is not None]
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return a tensor's rows of kept samples, or None.
-
-        For (samples, ...), (samples * positions, ...), or (positions, samples, ...).
-        """
+        """Return a tensor's rows of these samples, by shape; else None."""
         if tensor.dim() and len(tensor) and len(tensor) % self.rows == 0:
             return tensor[: self.stay * (len(tensor) // self.rows)]
         if tensor.dim() > 1 and tensor.shape[1] == self.rows:
@@ -54,7 +49,7 @@ class _Trace:
 def coupling_module(
     model: nn.Module, forward: Callable[[Batch], object], batch: Batch, names: dict[str, Collection[str]]
 ) -> str | None:
-    """Find the first module whose kept outputs change when others do.
+    """Return the first module whose output moves when other samples are exchanged.
 
     Args:
         model: The model, in the mode in which it trains.
@@ -105,25 +100,23 @@ def _before(trace: _Trace, open_calls: list[list[torch.Tensor]]) -> Callable[...
 
 
 def _after(trace: _Trace, open_calls: list[list[torch.Tensor]], name: str, module: nn.Module) -> Callable[..., None]:
-    label = f"{name} ({type(module).__name__})"
+    title = f"{name} ({type(module).__name__})"
 
     def hook(module: nn.Module, args: Any, out: Any) -> None:
-        trace.calls.append((label, open_calls.pop(), trace.kept(out)))
+        trace.calls.append((title, open_calls.pop(), trace.kept(out)))
 
     return hook
 
 
 def _first_moved(one: _Trace, two: _Trace) -> str | None:
-    """Return the first module with equal inputs and different outputs.
+    """Return the first module with equal inputs and unequal outputs.
 
-    For the samples that stayed.
-
-    Calls are listed as they end, so the innermost comes first. Where a module was already given something else, the
-    one around it did that between its modules.
+    Calls are listed as they end, innermost first. If a module's input changed already, the module around it is the
+    cause.
     """
     for (name, given, gave), (other, given_too, gave_too) in zip(one.calls, two.calls, strict=False):
         if name != other:
-            return None  # it takes another way for other samples
+            return None  # the forward branches on the samples
         if _moved(gave, gave_too) and not _moved(given, given_too):
             return name
     return None

@@ -1,7 +1,7 @@
-"""Passes without chance: dropout off, every other random draw at its expectation.
+"""Run passes without randomness: dropout off, other draws at their expectation.
 
-The gradient of parts and of a whole can be compared only where both draw the same; a draw that is the same constant
-for every element is. Also watches what the loss calls, since that tells what it averages over.
+Gradients of parts and of a whole are comparable only with equal draws: each draw becomes one constant for every
+element. Calls of class losses are recorded too, since they show what the loss averages over.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _SEEDED = torch.Tag.nondeterministic_seeded
 
 @dataclass(frozen=True)
 class ClassLoss:
-    """A call of cross-entropy or of the negative log-likelihood with integer classes.
+    """Hold a call of cross-entropy or NLL with integer classes.
 
     Attributes:
         targets: The classes it was given.
         ignore_index: The class that it leaves out.
         weights: A weight for each class, or None.
-        averages: Whether it divides by what it counts.
-        path: The leaf of the batch that they are; None where they were copied from it, or come from elsewhere.
+        averages: Whether the result is a mean.
+        path: The leaf of the batch that holds the classes; None if unknown.
     """
 
     targets: torch.Tensor
@@ -45,7 +45,7 @@ class ClassLoss:
 
 @dataclass
 class RandomOps:
-    """What was seen on the way.
+    """Hold the random operators and class losses seen in a pass.
 
     Attributes:
         replaced: Names of the random draws that a constant stood in for.
@@ -60,10 +60,7 @@ class RandomOps:
 
 @contextmanager
 def without_randomness() -> Iterator[RandomOps]:
-    """Disable dropout and per-sample randomness within this context.
-
-    Of all that torch draws on the CPU.
-    """
+    """Replace random draws and dropout until exit."""
     draws = RandomOps()
     with ExitStack() as stack:
         stack.enter_context(_Constants(draws))
@@ -72,7 +69,7 @@ def without_randomness() -> Iterator[RandomOps]:
 
 
 class _Functions(TorchFunctionMode):
-    """Functions of torch.nn.functional, before they reach a device."""
+    """Intercept functions of torch.nn.functional before dispatch."""
 
     def __init__(self, draws: RandomOps) -> None:
         super().__init__()
@@ -119,10 +116,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Random operators as they reach a device.
-
-    Dropout in attention or in an LSTM ends in one of them, too.
-    """
+    """Intercept random operators at dispatch, also those inside attention or LSTMs."""
 
     def __init__(self, draws: RandomOps) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -152,11 +146,8 @@ def _on_cpu(out: Any) -> bool:
 
 
 def _expectation(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Any] | None:
-    """Replace a draw by one value for every element.
-
-    So it doesn't matter which part drew it.
-    """
-    if name == "randperm":  # the same turning round for every batch: an identity would hide what it mixes
+    """Return what replaces a draw: the same value for every element."""
+    if name == "randperm":  # reversed for every batch: an identity would hide the mixing
         return lambda out: out.copy_(torch.arange(len(out) - 1, -1, -1, device=out.device))
     if name == "bernoulli":
         p = args[1] if len(args) > 1 else args[0]

@@ -37,8 +37,8 @@ MAX_ENTRIES = 1 << 20  # of the gradient that are compared; of more, a random pa
 MIN_TENSOR_ENTRIES = 1 << 10  # of a tensor, or all it has
 
 # Measured on the losses of docs/exactness.md: rounding stays under 1e-12 in double and under 1e-6 in single precision,
-# and what isn't exact is off by 1e-3 and more. The limits lie between, nearer the rounding: a model may compute parts
-# of itself in single precision whatever its parameters are (a Hugging Face RMSNorm does).
+# and inexact losses differ by 1e-3 and more. The limits lie between, closer to the rounding: a model may compute parts
+# in single precision whatever its parameters are (a Hugging Face RMSNorm does).
 EXACT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # Where gradients are in half precision: rounding of bfloat16 stays under 4e-3 on the models of tests/test_recheck.py.
 HALF_PRECISION_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -50,7 +50,7 @@ MakeParts = Callable[[], TrainingContext]
 
 @dataclass(frozen=True, eq=False)
 class Passes:
-    """What one call of `train_window` gave."""
+    """Hold the results of one call of `train_window`."""
 
     gradient: torch.Tensor
     cumulative: torch.Tensor
@@ -61,7 +61,7 @@ class Passes:
 
 
 class GradientRecorder(torch.optim.Optimizer):
-    """An optimizer whose step keeps the gradient and changes nothing."""
+    """Record the gradient at each step and change nothing."""
 
     def __init__(self, params: Iterable[torch.Tensor]) -> None:
         super().__init__(params, {})
@@ -73,7 +73,7 @@ class GradientRecorder(torch.optim.Optimizer):
 
 
 class _Inside(nn.Module):
-    """Runs whatever it is given while its modules have other parameters."""
+    """Run a function while its modules have replaced parameters."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -84,17 +84,17 @@ class _Inside(nn.Module):
 
 
 class FunctionalCopy:
-    """A model and its loss's modules on copied parameters and buffers.
+    """Run a model and its loss's modules on copied parameters and buffers.
 
     Args:
         model: The model.
-        loss: The loss; modules that it holds are copied alike.
-        dtype: What floating-point tensors become; None for what they are, but at least single precision.
-        device: Where the copies are; None for where the originals are.
-        alias: Views instead of copies of what is large, for where memory is short.
-        widens: Whether half precision becomes single where no `dtype` is given; else gradients are its own, as a
-            window's are, and can be compared less closely.
-        entries: Of the gradient that are compared.
+        loss: The loss; its modules are copied too.
+        dtype: Type of floating-point copies; None for their own, but at least single precision.
+        device: Device of the copies; None for that of the originals.
+        alias: Whether large tensors are views instead of copies, if memory is short.
+        widens: Whether half precision becomes single without a `dtype`; otherwise gradients stay in half precision, as
+            in a window, and compare less closely.
+        entries: Number of gradient entries to compare.
     """
 
     def __init__(
@@ -127,16 +127,13 @@ class FunctionalCopy:
         self._parts: TrainingContext | None = None
         self._is_pair = False
         self._trace: RowTrace | None = None
-        self._start = take_rng()  # every part of every window draws from here on: Python's and NumPy's draws are alike
+        self._start = take_rng()  # each part starts from it, so that Python's and NumPy's draws are equal
         chosen = torch.Generator().manual_seed(0)
         self.trained = [name for name, p in self.copies.items() if p.requires_grad]
         self._chosen = _choose([self.copies[name].numel() for name in self.trained], entries or MAX_ENTRIES, chosen)
 
     def cast(self, batch: Batch) -> Batch:
-        """Cast and place a batch in separate storage.
-
-        A loss may write into it.
-        """
+        """Copy a batch to this precision and device."""
         return tree.map_leaves(
             batch, lambda _, leaf: self._cast(leaf.detach()).clone() if isinstance(leaf, torch.Tensor) else leaf
         )
@@ -148,18 +145,12 @@ class FunctionalCopy:
         return tensor.to(self.device or tensor.device, dtype)
 
     def run(self, work: Callable[[], Any]) -> Any:
-        """Call `work` while the model runs on the copies.
-
-        With its buffers as they were.
-        """
+        """Call `work` with the model on the copies and initial buffers."""
         self.copies |= {name: buffer.clone() for name, buffer in self.buffers.items()}
         return torch.func.functional_call(self.outside, self.copies, (work,))
 
     def window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int], *, first: int = 0) -> Passes:
-        """Run one window by `step.train_window`, cast and without randomness.
-
-        `first` rows of the first piece are traced.
-        """
+        """Run one window by `step.train_window` without randomness."""
         pieces = [self.cast(piece) for piece in pieces]
         self._trace = RowTrace(sizes[0], first) if first else None
         passes: Passes = self.run(lambda: self._window(make_parts, pieces, sizes))
@@ -167,16 +158,13 @@ class FunctionalCopy:
         return passes
 
     def trace_forward(self, make_parts: MakeParts, batch: Batch, rows: int) -> ForwardTrace:
-        """Trace a forward's calls and draws at that many samples.
-
-        It is no pass of a window.
-        """
+        """Trace what a forward calls and draws, outside a window."""
         batch, forward_trace = self.cast(batch), ForwardTrace()
 
         def forward() -> None:
             context = self._made(make_parts)
             put_rng(self._start)
-            # With gradients: a loss may take some itself, by torch.autograd.grad.
+            # With gradients: a loss may call torch.autograd.grad.
             watching = tracing_layers(self.model, forward_trace, rows)
             with watching, without_randomness() as forward_trace.draws, watched(batch) as forward_trace.uses:
                 step.forward(context, batch)
@@ -188,9 +176,9 @@ class FunctionalCopy:
 
     @contextmanager
     def wider(self, forward_trace: ForwardTrace) -> Iterator[None]:
-        """Enlarge the last layer within this context, spreading the outputs."""
+        """Enlarge the last layer until exit, which spreads the outputs."""
         layer = list(forward_trace.layer.parameters(recurse=False)) if forward_trace.layer is not None else []
-        own = {id(p) for p in layer if p.dim() > 1} or {id(p) for p in layer}  # a larger bias would move all alike
+        own = {id(p) for p in layer if p.dim() > 1} or {id(p) for p in layer}  # a larger bias would move all equally
         names = [name for name, p in self.outside.named_parameters() if id(p) in own and name in self.copies]
         before, context = {name: self.copies[name] for name in names}, self._parts
         if forward_trace.layer_scale == 1.0 or context is None:
@@ -207,7 +195,7 @@ class FunctionalCopy:
             self._parts = context
 
     def _made(self, make_parts: MakeParts) -> TrainingContext:
-        if self._parts is None:  # once: what its first window finds out about the loss holds for the others
+        if self._parts is None:  # once: the first window determines the kind of loss
             self._parts = self._opened(make_parts, [self.copies[name] for name in self.trained])
         return self._parts
 
@@ -228,7 +216,7 @@ class FunctionalCopy:
         with without_randomness() as draws:
             step.train_window(context, pieces, sizes, on_phase=phase)
         draws.class_losses = [_placed(call, pieces[0]) for call in draws.class_losses]
-        gradient, optimizer.seen = self._read(optimizer.seen), []  # or it would lie beside the next window's
+        gradient, optimizer.seen = self._read(optimizer.seen), []  # freed before the next window's
         for p in trained:
             p.grad = None
         return Passes(
@@ -241,7 +229,7 @@ class FunctionalCopy:
         )
 
     def _opened(self, make_parts: MakeParts, trained: list[torch.Tensor]) -> TrainingContext:
-        """Open the context with an observing optimizer, without scaler or precision."""
+        """Return the context with a recording optimizer, no scaler, no autocast."""
         made = make_parts()
         inner = made.loss
 
@@ -265,10 +253,7 @@ class FunctionalCopy:
         )
 
     def _read(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """Return the chosen entries of a gradient, on the host.
-
-        Zeros where there is none.
-        """
+        """Return a gradient's chosen entries on the host, zeros if missing."""
         read = []
         for name, gradient, chosen in zip(self.trained, gradients, self._chosen, strict=True):
             size = self.copies[name].numel()
@@ -281,24 +266,18 @@ class FunctionalCopy:
 
     @property
     def tolerance(self) -> float:
-        """How far gradients may differ for rounding."""
+        """The relative difference that rounding may cause."""
         floats = {copied.dtype for copied in self.copies.values() if copied.is_floating_point()}
         limits = {**EXACT_TOLERANCE, **HALF_PRECISION_TOLERANCE}
         return max(limits.get(dtype, EXACT_TOLERANCE[torch.float32]) for dtype in floats)
 
     def name_of(self, name: str) -> str:
-        """Return the model's name for a copy.
-
-        Of a module that the loss holds, with the loss's name before it.
-        """
+        """Return a copy's name in the model, or below the loss."""
         _, index, *inside = name.split(".", 2)
         return ".".join(filter(None, [self.roots[int(index)], *inside]))
 
     def moving_place(self) -> str | None:
-        """Return the place as an expression of the user's code.
-
-        None for the model itself, whose mode is the Runner's.
-        """
+        """Return the moving module as an expression; None for the model itself."""
         owner = self._moving()
         if owner is None or owner == "inner.0":
             return None
@@ -307,7 +286,7 @@ class FunctionalCopy:
         return f"{root}.get_submodule({inside[0]!r})" if inside else root
 
     def moving_module(self) -> str | None:
-        """Return the first module whose floating-point buffer a forward changed."""
+        """Return the first module whose float buffer a forward changed."""
         owner = self._moving()
         if owner is None:
             return None
@@ -319,7 +298,7 @@ class FunctionalCopy:
 
     @property
     def places(self) -> tuple[tuple[str, int], ...]:
-        """Name, as the model has it, and entries of each parameter."""
+        """Names, as the model has them, and compared entries of parameters."""
         names = [self.name_of(name) for name in self.trained]
         sizes = [self.copies[name].numel() for name in self.trained]
         pairs = zip(sizes, self._chosen, strict=True)
@@ -328,7 +307,7 @@ class FunctionalCopy:
 
 
 def _choose(sizes: Sequence[int], entries: int, generator: torch.Generator) -> list[torch.Tensor | None]:
-    """Which entries of each tensor are compared; None for all."""
+    """Choose the entries of each tensor to compare; None for all."""
     total = sum(sizes)
     if total <= entries:
         return [None] * len(sizes)
@@ -340,27 +319,24 @@ def _choose(sizes: Sequence[int], entries: int, generator: torch.Generator) -> l
 
 
 def _drawn(start: dict[str, Any]) -> bool:
-    """Whether Python or NumPy has drawn; torch's draws are observed directly."""
+    """Return whether Python or NumPy drew; torch's draws are intercepted."""
     now = take_rng()
     return any(not same_state(now[name], start[name]) for name in ("Python RNG", "NumPy RNG") if name in start)
 
 
 def _placed(call: ClassLoss, piece: Batch) -> ClassLoss:
-    """Return the call with the path of its classes' leaf.
-
-    The leaf that they are, or were copied from.
-    """
+    """Add the path of the leaf that holds a call's classes."""
     address, targets = call.targets.untyped_storage().data_ptr(), call.targets.flatten()
     leaves = [(p, leaf) for p, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
     named = target_paths(piece)
-    leaves.sort(key=lambda item: item[0] not in named)  # labels that are a copy of the inputs are the labels
+    leaves.sort(key=lambda item: item[0] not in named)  # prefer labels to inputs that they copy
     for path, leaf in leaves:
         if leaf.untyped_storage().data_ptr() == address:
             return replace(call, path=path)
     for path, leaf in leaves:
         shifted = leaf[:, 1:] if leaf.dim() == 2 else leaf
         padded = torch.nn.functional.pad(shifted, (0, 1), value=call.ignore_index) if leaf.dim() == 2 else leaf
-        for form in (leaf, shifted, padded):  # the last two: next tokens, cut off or filled up as Hugging Face does
+        for form in (leaf, shifted, padded):  # the last two: next tokens, cut off or padded as in Hugging Face
             if form.dtype != targets.dtype or form.numel() != len(targets):
                 continue
             if torch.equal(form.flatten().to(targets.device), targets):  # a batch may lie on the host

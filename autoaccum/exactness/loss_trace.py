@@ -1,8 +1,7 @@
-"""Trace one forward: the loss's calls, reads, and output spread.
+"""Trace one forward: calls, readers of the batch, spread of outputs.
 
-A margin, a hinge or a threshold makes no difference while all samples lie on one side of it, as they do with the small
-outputs of a model at the start of its training. So a gradient is also tested with outputs that are spread as a trained
-model's, by a larger last layer.
+A margin, a hinge or a threshold has no effect while all samples lie on one side of it, as with the small outputs of an
+untrained model. So a gradient is also tested with outputs spread like a trained model's, by a larger last layer.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ MAX_LAYER_ENTRIES = 1 << 24  # of a layer that is copied for that: 64 MiB in sin
 
 @dataclass(eq=False)
 class ForwardTrace:
-    """What a forward showed.
+    """Hold what a forward showed.
 
     Attributes:
         draws: What was drawn at random, and the calls of cross-entropy.
-        uses: Which operators read the batch.
-        layer: The last module with parameters of its own that was called, and is small enough to be copied.
-        spread: The standard deviation over samples of what it gave, on average; NaN where it gave nothing.
-        outputs: What it gave, of shape (samples, columns), cut off where it is long; None where rows are no samples.
-        target_spread: The standard deviation that is wanted.
+        uses: The operators that read the batch.
+        layer: The last called module that has parameters and is small enough to copy.
+        spread: Standard deviation of its outputs over samples, averaged; NaN without outputs.
+        outputs: Its outputs of shape (samples, columns), truncated; None if rows aren't samples.
+        target_spread: The standard deviation to reach.
     """
 
     draws: RandomOps = field(default_factory=RandomOps)
@@ -47,19 +46,13 @@ class ForwardTrace:
 
     @property
     def layer_scale(self) -> float:
-        """Return the factor that the last layer needs.
-
-        1 where the outputs are as wide already, or unknown.
-        """
+        """The last layer's factor; 1 if outputs are wide or unknown."""
         if self.layer is None or not 0 < self.spread < self.target_spread:
             return 1.0
         return min(self.target_spread / self.spread, MAX_LAYER_SCALE)
 
     def keys(self, seed: int | None = None) -> torch.Tensor | None:
-        """Return one number per sample by which outputs differ.
-
-        Their mean, or their projection on some direction.
-        """
+        """Return a number for each sample by which outputs differ."""
         if self.outputs is None or seed is None:
             return None if self.outputs is None else self.outputs.mean(1)
         direction = torch.randn(self.outputs.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -68,7 +61,7 @@ class ForwardTrace:
 
 @contextlib.contextmanager
 def tracing_layers(model: nn.Module, forward_trace: ForwardTrace, rows: int) -> Iterator[None]:
-    """Note the last layer called, and its output."""
+    """Record the last called layer and its outputs until exit."""
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         given = [leaf for _, leaf in tree.leaves(out) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]

@@ -1,4 +1,4 @@
-"""Recheck the first real window whose micro-batches count differently."""
+"""Test the first real window whose micro-batches count differently."""
 
 from __future__ import annotations
 
@@ -24,20 +24,15 @@ Names = dict[str, Any]
 
 
 def counts_differ(pieces: Sequence[Batch], sizes: Sequence[int]) -> bool:
-    """Whether a window's micro-batches have different counts per sample.
+    """Return whether a window's micro-batches count differently per sample.
 
-    Labels, lengths, padding.
-
-    A cheap look at the batch alone, for when to `recheck`.
+    Counted are labels, lengths and padding. Cheap; decides when to `recheck`.
     """
     return len(pieces) > 1 and len({_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)}) > 1
 
 
 def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
-    """Return a micro-batch's possible counts per sample.
-
-    Ignored labels, ones of masks, shapes.
-    """
+    """Return per-sample counts: ignored labels, ones of masks, shapes."""
     found: list[Any] = []
     masks = set(batch_leaves.mask_paths(piece))
     for path, leaf in tree.leaves(piece):
@@ -54,21 +49,21 @@ def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
 def recheck(
     context: TrainingContext, pieces: Sequence[Batch], sizes: Sequence[int], names: Names | None = None
 ) -> str | None:
-    """Test a few rows of a real window for one batch's gradient.
+    """Test a few rows of a real window for exactness.
 
-    For the first window whose `counts_differ`. Takes no more memory than the window itself, since it comes in the
-    middle of training: half as many samples as the largest micro-batch has (two of two or three), on views of the
-    parameters, in their own precision. In half precision only what is off by percents is seen. The model, its gradients
-    and random states are left as they were.
+    For the first window whose `counts_differ`. Needs no more memory than the window, since it runs during training:
+    half as many samples as the largest micro-batch (two of two or three), on views of the parameters, in their
+    precision. In half precision only errors of percents are detected. The model, its gradients and random states stay
+    as they were.
 
     Args:
-        context: What is trained, between two windows.
+        context: The training context, between two windows.
         pieces: The window's micro-batches.
         sizes: Samples in each.
         names: `shared` and `per_sample`, as `split` takes them.
 
     Returns:
-        What to warn of; None where the gradients agree, or where this window can't tell.
+        A warning; None if the gradients agree, or the window can't be tested.
     """
     if not get_device(context.device).computes:
         return None
@@ -90,15 +85,12 @@ def recheck(
     return (
         f"The gradient of this window's micro-batches is not that of one batch: off by {found.error():.2g} "
         f"on {sum(counts)} of its samples ({name}: {worst:.2g}). Its micro-batches count differently, and "
-        "the sample didn't show it. Return (sum, count) from the loss, or give count=: autoaccum check tells more."
+        "the sample didn't show it. Return (sum, count) from the loss, or give count=: autoaccum check explains more."
     )
 
 
 def _most_rows(micro_batch: int, *, autocasts: bool) -> int:
-    """Return the samples that need no more memory than a micro-batch.
-
-    Without autocast, as in the test, each may need twice as much.
-    """
+    """Return the samples that fit in a micro-batch's memory."""
     if autocasts or micro_batch > 3:
         return micro_batch // 2
     return min(micro_batch, 2)
@@ -107,10 +99,7 @@ def _most_rows(micro_batch: int, *, autocasts: bool) -> int:
 def _few_rows(
     pieces: Sequence[Batch], sizes: Sequence[int], most: int, names: Names
 ) -> tuple[Batch, list[Batch], tuple[int, ...]] | None:
-    """Return rows of two unlike micro-batches, whole and in parts.
-
-    None where there are none.
-    """
+    """Return a few rows of two unlike micro-batches, whole and parted."""
     counts = [_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
     other = next((index for index, count in enumerate(counts) if count != counts[0]), None)
     if other is None or most < 2:

@@ -1,10 +1,8 @@
-"""Detect whether a loss's values for some samples depend on others.
+"""Detect values within a loss that depend on other samples.
 
-Though the gradient doesn't show it.
-
-A margin taken from the batch's mean changes no gradient while every sample is on one side of it. What is computed for
-the samples on the way shows it all the same: the first part's rows are others in the whole batch than by themselves.
-That alone is no fault (a maximum that is taken off before an exponential cancels out), but a reason to look harder.
+A margin derived from the batch's mean changes no gradient while every sample is on one side of it. Intermediate values
+show it nevertheless: the first part's rows differ between the whole batch and the part. That alone isn't an error (a
+maximum subtracted before an exponential cancels out), but a reason for further tests.
 """
 
 from __future__ import annotations
@@ -22,13 +20,13 @@ SINGLE_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """What one operator gave for the first rows.
+    """Hold one operator's result for the first rows.
 
     Attributes:
-        name: The operator's.
-        per_row: How many of the result's rows belong to a sample.
-        sums: The sum, and that of absolute values.
-        tolerance: How far sums may differ for rounding, relative to the latter.
+        name: The operator's name.
+        per_row: Rows of the result for each sample.
+        sums: The sum, and the sum of absolute values.
+        tolerance: Difference of sums that rounding may cause, relative to the latter.
     """
 
     name: str
@@ -38,11 +36,11 @@ class _Step:
 
 
 class RowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down what operators give for the first rows of a batch.
+    """Record operators' results for the first rows of a batch.
 
     Args:
         rows: Samples in the batch.
-        first: How many of them are looked at.
+        first: Number of rows to record.
     """
 
     def __init__(self, rows: int, first: int) -> None:
@@ -69,10 +67,7 @@ class RowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def rows_differ(whole: RowTrace | None, part: RowTrace | None) -> bool:
-    """Whether the first rows differ in the whole batch.
-
-    From those in a part alone.
-    """
+    """Return whether the first rows differ between whole batch and part."""
     if whole is None or part is None or len(whole.steps) != len(part.steps):
         return False
     pairs = (

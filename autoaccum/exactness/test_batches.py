@@ -1,12 +1,12 @@
-"""Batches to test a loss on: the sample's rows, made harder.
+"""Make batches to test a loss on, plain and hard.
 
-One easy batch proves nothing: cross-entropy that ignores -100 looks like a mean where nothing is ignored, and a masked
-mean where nothing is padded. So the hard batch has what real data has sooner or later: rows that differ, sorted
-classes, unequal lengths, ignored targets, unequal weights. And one hard batch proves little: weights taken from the
-batch's own class counts cancel out where each part has one class. So the same rows come in another mix, too.
+An easy batch hides errors: cross-entropy that ignores -100 looks like a mean while nothing is ignored, and so does a
+masked mean without padding. So the hard batch has what real data has: rows that differ, sorted classes, unequal
+lengths, ignored targets, unequal weights. One hard batch is not enough: weights computed from the batch's own class
+counts cancel out if each part has one class. So the same rows are mixed in another way too.
 
-Rows are moved, repeated and cut. A value that the sample doesn't have is made up only where `freedom` allows it, since
-not every operator checks its indices. Knows names and shapes, nothing of models.
+Rows are moved, repeated and cut. Values that the sample lacks are invented only if `freedom` allows it, since not every
+operator checks its indices. This file uses names and shapes, no models.
 """
 
 from __future__ import annotations
@@ -34,19 +34,17 @@ from .batch_leaves import (
 from .value_uses import ANY, KEPT
 
 MIN_ROWS, MAX_ROWS = 8, 16
-MIN_ROWS_AT_ONCE = 2  # at once, where no more fit: as often as it takes to come to the least
+MIN_ROWS_AT_ONCE = 2  # in groups, if no more fit
 NOISE_RATIO = 0.5  # of a leaf's own standard deviation, added to floating-point rows
 IGNORED_FRACTION = 1 / 3
-MIN_ROWS_TO_IGNORE = 3  # of two samples none can be ignored: a part of one would have nothing left
+MIN_ROWS_TO_IGNORE = 3  # of two samples none can be ignored: a part would be empty
 
-MIN_SEQUENCE_LENGTH = (
-    16  # positions from which on a row of integers is a sequence, whose values may change places: not columns
-)
-ROWS_PER_REPLACEMENT = 4  # one row in so many gives way to another class's in the other mix
+MIN_SEQUENCE_LENGTH = 16  # positions of a row of integers that is a sequence, not columns: its values may be permuted
+ROWS_PER_REPLACEMENT = 4  # in the other mix, one row of that many is replaced by another class's
 
 Freedom = Callable[[str], str]  # from a leaf's path to ANY, MOVED or KEPT
 
-# From the hardest on: a loss may not take what another does.
+# The hardest first: a loss may refuse what another accepts.
 SORTED, RAGGED, IGNORING = "sorted classes", "unequal lengths", "ignored targets"
 HARDNESSES = ((SORTED, RAGGED, IGNORING), (RAGGED, IGNORING), (SORTED, RAGGED), (RAGGED,), ())
 MIXED, WIDE = "another mix of the samples", "outputs that lie wide apart"
@@ -54,14 +52,14 @@ MIXED, WIDE = "another mix of the samples", "outputs that lie wide apart"
 
 @dataclass(frozen=True, eq=False)
 class TestBatch:
-    """A batch to test on.
+    """Hold a batch to test on.
 
     Attributes:
         batch: The whole of it.
-        sizes: The uneven parts that it is cut into where it has to be found out what is wrong.
-        made_up: Rows that the sample didn't have.
-        hardness: What was made hard about it, besides noise; None for the sample's own rows.
-        ignored: Paths of the leaves of which a part is ignored.
+        sizes: The uneven parts that it is split into to explain an error.
+        made_up: Number of rows that the sample didn't have.
+        hardness: What was made hard, besides noise; None for the sample's own rows.
+        ignored: Paths of the leaves with ignored targets.
         names: `shared` and `per_sample`, as `split` takes them.
     """
 
@@ -74,23 +72,21 @@ class TestBatch:
 
     @property
     def rows(self) -> int:
-        """Samples in it."""
+        """Number of samples."""
         return sum(self.sizes)
 
     @property
     def pair(self) -> tuple[int, int]:
-        """The same parts as two: enough to see whether something is wrong."""
+        """The same parts as two, enough to detect an error."""
         return sum(self.sizes[:-1]), self.sizes[-1]
 
     def pieces(self, sizes: Sequence[int] | None = None) -> list[Batch]:
-        """Return the parts, or others."""
+        """Split the batch into its parts, or into others."""
         return cutting.split(self.batch, sizes or self.sizes, **self.names)
 
 
 def uneven(rows: int, least: int = 1) -> tuple[int, ...]:
-    """Return parts of unequal sizes, since equal ones hide errors.
-
-    Three of at least 2 (batch statistics need two), or two.
+    """Return part sizes that differ, since even ones hide errors.
 
     Args:
         rows: Samples in all.
@@ -104,14 +100,12 @@ def uneven(rows: int, least: int = 1) -> tuple[int, ...]:
 
 
 def any_value(path: str) -> str:
-    """Return the freedom where every reader of a leaf checks values."""
+    """Allow every value; for leaves whose readers check them."""
     return ANY
 
 
 def plain(workload: Workload, most: int = MAX_ROWS, least: int = 1) -> TestBatch:
-    """Return the sample's rows: those that fit, at least eight.
-
-    Where it has fewer, they are repeated.
+    """Return the sample's own rows, repeated up to eight.
 
     Args:
         workload: What is trained.
@@ -127,17 +121,14 @@ def plain(workload: Workload, most: int = MAX_ROWS, least: int = 1) -> TestBatch
 
 
 def _spread(batch: Batch, own: int, rows: int) -> list[int]:
-    """Select rows of as many classes as there are.
-
-    A sorted batch begins with one of them only.
-    """
+    """Return rows spread over all classes; a sorted batch starts with one."""
     targets = target_paths(batch)
     order = torch.argsort(_key_of(batch, targets), stable=True).tolist() if targets else list(range(own))
     return sorted(order[(2 * number + 1) * own // (2 * rows)] for number in range(rows))
 
 
 def easy(plain: TestBatch, freedom: Freedom = any_value) -> TestBatch:
-    """Return the batch with varied rows where they were repeated."""
+    """Vary the rows that were repeated."""
     if not plain.made_up:
         return plain
     generator = torch.Generator().manual_seed(1)
@@ -146,9 +137,7 @@ def easy(plain: TestBatch, freedom: Freedom = any_value) -> TestBatch:
 
 
 def other_mix(trial: TestBatch, keys: torch.Tensor | None) -> TestBatch:
-    """Reorder the rows, with other counts of each class.
-
-    Some stand in for those of the first.
+    """Reorder the rows and change the number of each class.
 
     Args:
         trial: A batch.
@@ -172,22 +161,19 @@ def other_mix(trial: TestBatch, keys: torch.Tensor | None) -> TestBatch:
 
 
 def groups(trial: TestBatch, most: int, least: int = 1) -> list[TestBatch]:
-    """Group the batch into parts that fit, interleaving rows.
-
-    So neighbours are in different parts.
-    """
+    """Divide the batch into groups that fit at once, rows interleaved."""
     number = -(-trial.rows // most)
     return [taken(trial, range(trial.rows)[first::number], least) for first in range(number)]
 
 
 def taken(trial: TestBatch, rows: Sequence[int], least: int = 1) -> TestBatch:
-    """Select some of a batch's rows."""
+    """Return some of a batch's rows."""
     batch = cutting.select(trial.batch, rows, **trial.names)
     return replace(trial, batch=batch, sizes=uneven(len(rows), least))
 
 
 def all_alike(batch: Batch, names: dict[str, Collection[str]]) -> bool:
-    """Whether all rows are equal: then any loss looks exact."""
+    """Return whether all rows are equal, so that any loss looks exact."""
     leaves = [leaf for path, leaf in tree.leaves(batch) if has_rows(leaf, path, names)]
     return all(bool((leaf == leaf[:1]).all()) for leaf in leaves)
 
@@ -195,7 +181,7 @@ def all_alike(batch: Batch, names: dict[str, Collection[str]]) -> bool:
 def harder(
     easy: TestBatch, hardness: tuple[str, ...], ignorable: dict[str, int], freedom: Freedom = any_value, seed: int = 2
 ) -> TestBatch:
-    """Make a batch harder.
+    """Make a batch hard.
 
     Args:
         easy: The easy one.
@@ -227,7 +213,7 @@ def harder(
 def _vary(
     batch: Batch, own: int, generator: torch.Generator, names: dict[str, Collection[str]], freedom: Freedom
 ) -> Batch:
-    """Make repeated rows, from `own` on, differ from the originals."""
+    """Vary the rows from `own` on, which repeat others."""
 
     def vary(path: str, leaf: Any) -> Any:
         if not has_rows(leaf, path, names) or freedom(path) == KEPT or is_mask(path, leaf):
@@ -245,7 +231,7 @@ def _vary(
 
 
 def _exchanged(leaf: torch.Tensor, own: int, generator: torch.Generator, *, any_place: bool) -> torch.Tensor:
-    """Exchange the leaf's values between rows, else within a row."""
+    """Return values exchanged between rows, or within a row."""
     if own > 1:
         picked = torch.randint(own, leaf.shape, generator=generator).to(leaf.device)
         other = leaf[:own].gather(0, picked)
@@ -261,7 +247,7 @@ def _exchanged(leaf: torch.Tensor, own: int, generator: torch.Generator, *, any_
 
 
 def _noisy(batch: Batch, generator: torch.Generator, names: dict[str, Collection[str]], freedom: Freedom) -> Batch:
-    """Add noise to continuous leaves; make equal weights unequal."""
+    """Add noise to continuous leaves; make equal weights differ."""
     weights = set(weight_paths(batch))
 
     def noisy(path: str, leaf: Any) -> Any:
@@ -279,10 +265,7 @@ def _noisy(batch: Batch, generator: torch.Generator, names: dict[str, Collection
 
 
 def _with_noise(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Add noise to a leaf, inside its range.
-
-    A picture stays between 0 and 1, and so do ones alone.
-    """
+    """Add noise within the leaf's range: a picture stays in [0, 1]."""
     low, high, spread = leaf.min(), leaf.max(), leaf.std()
     noise = torch.randn(leaf.shape, generator=generator).to(leaf)
     if not bool(spread > 0):
@@ -291,7 +274,7 @@ def _with_noise(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _sorted(batch: Batch, targets: Sequence[str], names: dict[str, Collection[str]]) -> Batch:
-    """Sort rows by their targets, so the parts have different classes."""
+    """Sort the rows by target, so that parts have different classes."""
     return cutting.select(batch, torch.argsort(_key_of(batch, targets), stable=True).tolist(), **names)
 
 
@@ -302,10 +285,7 @@ def _key_of(batch: Batch, targets: Sequence[str]) -> torch.Tensor:
 
 
 def _lengths(rows: int, generator: torch.Generator) -> torch.Tensor:
-    """Return each row's length as a fraction of the longest.
-
-    From 1 down to a quarter: longest first, as the Runner sorts.
-    """
+    """Return relative lengths from 1 down to a quarter, longest first."""
     return torch.linspace(1, 0.25, rows) * (1 - 0.1 * torch.rand(rows, generator=generator))
 
 
@@ -326,7 +306,7 @@ def _ragged(batch: Batch, lengths: torch.Tensor, names: dict[str, Collection[str
 
 
 def _behind(leaf: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Which positions of (rows, longest, ...) lie behind each row's length."""
+    """Mark the positions of (rows, longest, ...) beyond each row's length."""
     longest = leaf.shape[1]
     ends = (lengths * longest).ceil().clamp(min=1)
     behind = torch.arange(longest)[None, :] >= ends[:, None]
@@ -336,10 +316,7 @@ def _behind(leaf: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def _ignoring(
     batch: Batch, easy: TestBatch, lengths: torch.Tensor, chosen: dict[str, int], generator: torch.Generator
 ) -> tuple[Batch, tuple[str, ...]]:
-    """Ignore a third of the targets, more in the first part.
-
-    But never all of a part.
-    """
+    """Ignore a third of the targets, never all of a part."""
     done = []
 
     def ignoring(path: str, leaf: Any) -> Any:

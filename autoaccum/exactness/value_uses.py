@@ -1,10 +1,8 @@
-"""Follow a batch's values through a loss.
+"""Find which leaves of a batch may be given invented values.
 
-Which of its leaves may be given invented ones?
-
-An index out of range is an error in most operators on the CPU. In some (CTC loss, `embedding_bag`, packed sequences,
-a library's own) it reads or writes foreign memory; on a GPU an assertion fails and ends the process's use of it. So a
-value that the sample doesn't have is tried only where all that reads the leaf is known to check, or not to care.
+An index out of range is an error in most operators on the CPU. Some (CTC loss, `embedding_bag`, packed sequences, a
+library's own) read or write foreign memory; on a GPU an assertion fails and the process loses the device. So a value
+that the sample lacks is used only if every operator that reads the leaf is known to check it, or to accept any.
 """
 
 from __future__ import annotations
@@ -27,14 +25,14 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# These take values for indices and check each on the CPU (aten/src/ATen/native: TORCH_CHECK_INDEX and the like).
+# These use values as indices and check each on the CPU (aten/src/ATen/native: TORCH_CHECK_INDEX and the like).
 INDEXING = _names(
     """
     embedding index index_put index_put_ _index_put_impl_ index_select gather scatter scatter_ scatter_add
     scatter_add_ index_add index_add_ index_fill index_fill_ index_copy index_copy_ take bincount one_hot
     """
 )
-# These take them for values, or leave out the class that is to be ignored; any will do.
+# These use them as values, or skip the ignored class; any value is safe.
 VALUING = _names(
     """
     clone _to_copy copy_ _unsafe_view _reshape_alias cat stack constant_pad_nd pad sum mean any all max min amax aminmax
@@ -46,12 +44,12 @@ VALUING = _names(
     record_stream
     """
 )
-# Floating-point values that are taken for places.
+# These use floating-point values as positions.
 _PLACES = frozenset(["grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "_grid_sampler_2d_cpu_fallback"])
 # What may be done with a leaf's values.
-ANY = "any"  # values that the sample doesn't have
-MOVED = "moved"  # those that it has, in other places
-KEPT = "kept"  # rows as they are
+ANY = "any"  # invent values
+MOVED = "moved"  # move the sample's values to other places
+KEPT = "kept"  # keep the rows as they are
 
 _ESCAPES = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr)
 _UNCHECKING = (F.ctc_loss, F.embedding_bag, F.grid_sample, torch.ctc_loss)
@@ -59,45 +57,39 @@ _UNCHECKING = (F.ctc_loss, F.embedding_bag, F.grid_sample, torch.ctc_loss)
 
 @dataclass
 class Uses:
-    """Which operators read the leaves of a batch, by path.
+    """Hold which operators read the leaves of a batch, by path.
 
     Attributes:
-        known: Those that are known not to mind a value that isn't the sample's, on the CPU at least.
-        unknown: The others.
+        known: Operators known to check or accept any value, at least on the CPU.
+        unknown: The other operators.
     """
 
     known: dict[str, set[str]] = field(default_factory=dict)
     unknown: dict[str, set[str]] = field(default_factory=dict)
 
     def freedom(self, path: str, device: torch.device) -> str:
-        """Return what may be done with a leaf's values.
-
-        ANY, MOVED or KEPT.
-        """
+        """Return what may be done with a leaf's values."""
         if path in self.unknown:
             return KEPT
         if device.type == "cpu":
             return ANY
         read = self.known.get(path, set())
         if not read:
-            return KEPT  # a kernel of somebody's own may read it, unseen
+            return KEPT  # a custom kernel may read it, undetected
         return MOVED if read & INDEXING else ANY
 
     def invents(self, path: str, device: torch.device) -> bool:
-        """Whether a leaf may be given values that the sample doesn't have."""
+        """Return whether a leaf may be given values the sample lacks."""
         return self.freedom(path, device) == ANY
 
     def indexes(self, path: str) -> bool:
-        """Whether the leaf's values are used as indices, so none is negative."""
+        """Return whether a leaf's values are used as indices."""
         return bool(self.known.get(path, set()) & INDEXING)
 
 
 @contextmanager
 def watched(batch: Batch) -> Iterator[Uses]:
-    """Watch what reads a batch's tensors, within this context.
-
-    And what is made of them value by value.
-    """
+    """Watch what reads a batch's tensors until exit."""
     uses = Uses()
     trail = _Trail(uses)
     for path, leaf in tree.leaves(batch):
@@ -110,7 +102,7 @@ def watched(batch: Batch) -> Iterator[Uses]:
 
 
 class _Trail:
-    """The tensors that hold a leaf's values, or elementwise results."""
+    """Track tensors that hold a leaf's values or follow from them."""
 
     def __init__(self, uses: Uses) -> None:
         self.uses = uses
@@ -134,7 +126,7 @@ class _Trail:
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operators, as they reach a device."""
+    """Intercept operators at dispatch."""
 
     def __init__(self, trail: _Trail) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -162,10 +154,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Functions(TorchFunctionMode):
-    """Functions that pass values on invisibly to operators.
-
-    As Python's numbers, or as a list of lengths.
-    """
+    """Intercept functions that pass values on unseen, as Python numbers."""
 
     def __init__(self, trail: _Trail) -> None:
         super().__init__()

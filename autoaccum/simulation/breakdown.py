@@ -1,23 +1,20 @@
-"""Classify what is allocated at the peak of each phase.
+"""Attribute the bytes alive at each phase's peak to categories.
 
-Gradients, optimizer state, activations, temporaries.
+A recording has blocks, not tensors, so each is classified by when it is born and when it dies. That works without the
+model and for a program of any device. No torch here.
 
-A recording contains blocks, not tensors, so a block is classified by when it is allocated and freed. That needs no look
-into the model and holds for a program of any device. No torch here.
-
-    workspaces       cuBLAS's, given back at the end of a phase; or
-                     born in the first micro-batch and freed by nothing, no later one making the like: a library's own,
-                     which recordings of a CUDA device show anew each time; it is there from the start
-    optimizer state  left behind by the first optimizer step, before the window, but for these
+    workspaces       cuBLAS's, released at the end of a phase; or born in the first micro-batch, never freed, and not
+                     repeated by later ones: a library's, which each CUDA recording shows anew; present from the start
+    optimizer state  left behind by the first optimizer step, before the window, workspaces excluded
     gradients        born in the first micro-batch, freed by the optimizer step
     data             the first blocks of a micro-batch, where they have the sizes of its samples' tensors
-    activations      born before the turn from forward to backward and freed after it; and what a micro-batch leaves
-                     behind for the next one (a module's last output)
-    temporaries      all else that is alive for part of a phase
+    activations      born before the turn from forward to backward and freed after it; or left behind by a micro-batch
+                     for the next one (a module's last output)
+    temporaries      everything else that is alive for part of a phase
 
-The turn is where backward begins. `loss.backward()` first makes a gradient of the loss, which is a scalar, and soon
-after that the first parameter's gradient; so the turn is the last block of a scalar's size before the first gradient.
-A later micro-batch has its turn at the same allocation, counted from its beginning: up to there it does the same.
+The turn is where backward begins. `loss.backward()` first allocates the gradient of the loss, a scalar, and soon after
+the first parameter's gradient; so the turn is the last block of a scalar's size before the first gradient. A later
+micro-batch has its turn at the same allocation, counted from its start: up to there it does the same.
 """
 
 from __future__ import annotations
@@ -42,21 +39,21 @@ PROCESS, PARAMETERS, WORKSPACES, STATE, GRADIENTS, ACTIVATIONS, TEMPORARIES, DAT
     "data",
     "cached",
 )
-SCALAR_BYTES = 8  # the loss, in the widest type there is
+SCALAR_BYTES = 8  # the loss, in the widest type
 _Place = tuple[int, int]  # index of the phase, index of the event in it
 
 
 def composition(program: StepProgram, split: Split, *, inputs: Sequence[int] = ()) -> dict[str, dict[str, int]]:
-    """Return the bytes at each phase's peak, by category.
+    """Return the bytes alive at each phase's peak, by category.
 
     Args:
         program: The step program.
         split: Samples in each micro-batch of the window.
-        inputs: Bytes per sample of the tensors that each micro-batch first moves to the device; empty where it doesn't.
+        inputs: Bytes per sample of the tensors that each micro-batch first moves to the device; empty if none.
 
     Returns:
-        By phase's name, requested bytes by category, those of nothing left out. Phases of one name are one, the
-        highest instant of all of them. Their sum is the most that is alive at once in that phase.
+        By phase name, requested bytes by category, zeros left out; phases of one name share their highest instant. The
+        sum is the peak of live bytes in that phase.
     """
     workspaces = permanent_allocations(program)
     names = {step.block for step in workspaces}
@@ -89,9 +86,7 @@ def process_composition(
     parameter_bytes: int,
     input_bytes: int,
 ) -> dict[str, dict[str, int]]:
-    """Return the whole process's bytes by category.
-
-    With its base, and with what the allocator holds beyond allocated bytes.
+    """Return the same for the whole process, base and allocator overhead included.
 
     Args:
         parts: From `composition`.
@@ -115,14 +110,14 @@ def process_composition(
 
 
 def _state_bytes(program: StepProgram, workspaces: Sequence[Step]) -> int:
-    """Return the first window's remaining bytes, known workspaces excluded."""
+    """Return the bytes the first window leaves behind, program workspaces excluded."""
     known = Counter(step.rule.at(program.recorded_at) for step in workspaces if step.rule is not None)
     kept = Counter(event.bytes for event in kept_blocks(program.first_step_events))
     return sum(size * times for size, times in (kept - known).items())
 
 
 def _kinds(program: StepProgram, phases: Sequence[Phase], split: Split, inputs: Sequence[int]) -> dict[int, str]:
-    """Return the category of every block of the window."""
+    """Return the category of every block of a window."""
     births, deaths = _lives(phases)
     gradients = {
         block
@@ -147,16 +142,16 @@ def _kinds(program: StepProgram, phases: Sequence[Phase], split: Split, inputs: 
 
 
 def _workspaces(program: StepProgram, phases: Sequence[Phase]) -> Iterator[int]:
-    """Find cuBLAS's workspaces in a window by their allocation indices."""
+    """Yield the blocks that are cuBLAS's workspaces, by their place among allocations."""
     for phase in phases:
         steps = [step for step in program.phases[phase.name] if step.rule is not None]
         made = [event.block for event in phase.events if event.bytes > 0]
-        made = made[len(made) - len(steps) :]  # after what was there before
+        made = made[len(made) - len(steps) :]  # without the leftover blocks
         yield from (block for step, block in zip(steps, made, strict=True) if step.block in program.workspaces)
 
 
 def _lives(phases: Sequence[Phase]) -> tuple[dict[int, _Place], dict[int, _Place]]:
-    """Where each block is born, and where it dies if it does."""
+    """Return where each block is born, and where it dies."""
     births: dict[int, _Place] = {}
     deaths: dict[int, _Place] = {}
     for phase, each in enumerate(phases):
@@ -166,10 +161,10 @@ def _lives(phases: Sequence[Phase]) -> tuple[dict[int, _Place], dict[int, _Place
 
 
 def _turns(phases: Sequence[Phase], gradients: set[int], leftover: int) -> list[int]:
-    """Return each phase's first event of backward; 0 where none."""
+    """Return for each phase the index where backward begins, or 0."""
     first = phases[0].events
     allocations = [(index, event) for index, event in enumerate(first) if event.bytes > 0][leftover:]
-    turn = 0  # which allocation of a micro-batch it is
+    turn = 0  # number of the allocation within a micro-batch
     for count, (_, event) in enumerate(allocations):
         if event.bytes <= SCALAR_BYTES:
             turn = count
@@ -182,16 +177,13 @@ def _turns(phases: Sequence[Phase], gradients: set[int], leftover: int) -> list[
 
 
 def _allocation(phase: Phase, number: int) -> int:
-    """Return the event index of a phase's n-th allocation, or 0.
-
-    0 where it has fewer.
-    """
+    """Return the event index of a phase's n-th allocation, or 0."""
     indices = [index for index, event in enumerate(phase.events) if event.bytes > 0]
     return indices[number] if number < len(indices) else 0
 
 
 def _data_blocks(phases: Sequence[Phase], split: Split, inputs: Sequence[int], leftover: int) -> list[int]:
-    """Return each micro-batch's leading blocks that match its tensors' sizes."""
+    """Return each micro-batch's leading blocks whose sizes match its tensors."""
     found = []
     micro_batches = (phase for phase in phases if phase.name in (FIRST, LATER))
     for phase, n in zip(micro_batches, split, strict=True):

@@ -1,8 +1,8 @@
-"""Use a verified window as a recording, where predictions missed it.
+"""Turn a verified window into a recording to learn from.
 
-The window was the first of all after planning started over, of two or three micro-batches. Recordings are of windows of
-two, once the optimizer has its state, so what differs is taken out. And where cuBLAS kept its workspaces in it,
-recordings tell where it would have made and given back each of them. No torch here.
+The verified window is the first one of a restarted training, with two or three micro-batches. Recordings have two
+micro-batches and existing optimizer state, so the difference is removed. If cuBLAS kept its workspaces, recordings show
+where it would have allocated and released them. No torch here.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .program import course
 from .recording import Event, Phase, Recording, kept_blocks
 from .solver import Split
 
-CLOSE_SIZE_RATIO = 0.75  # of the larger one, for a smaller recording to be no close one
+CLOSE_SIZE_RATIO = 0.75  # between two close sizes a stepping size looks constant
 
 
 def verified_recording(seen: Recording, split: Split, known: Sequence[Recording]) -> Recording | None:
-    """Return the window as a recording that can be lifted with others.
+    """Convert a verified window into a recording of two micro-batches.
 
     Args:
-        seen: What was recorded of it.
+        seen: The window's recording.
         split: Samples in its micro-batches.
-        known: The recordings there are.
+        known: The earlier recordings.
 
     Returns:
-        A window of two micro-batches; None where it has but one or they aren't of one size, where that size is known,
-        or where its optimizer step isn't the recordings' (a GradScaler may have skipped the first).
+        A window of two micro-batches; None if it has one, if sizes differ, if the size is recorded already, or if its
+        optimizer step differs from the recordings' (a GradScaler may have skipped it).
     """
     if len(split) < 2 or len(set(split)) > 1 or split[0] in (recording.micro_batch for recording in known):
         return None
@@ -46,14 +46,14 @@ def verified_recording(seen: Recording, split: Split, known: Sequence[Recording]
 
 
 def with_released_workspaces(seen: Recording, like: Recording) -> Recording | None:
-    """Return the window with cuBLAS's workspaces released after each phase.
+    """Rewrite a window as if cuBLAS released its workspaces after each phase.
 
     Args:
-        seen: A window in which they were kept: its first micro-batch made them, and nothing freed them.
-        like: A recording of the same model in which they were given back: it tells the places.
+        seen: A window whose first micro-batch allocated workspaces that nothing freed.
+        like: A recording of the same model with released workspaces, which gives their places.
 
     Returns:
-        The window with them put in; None where the two don't do the same, workspaces apart.
+        The rewritten window; None if the two differ in more than workspaces.
     """
     there = {phase.name: phase for phase in like.phases}
     if [phase.name for phase in seen.phases] != list(there):
@@ -76,7 +76,7 @@ def with_released_workspaces(seen: Recording, like: Recording) -> Recording | No
 
 
 def _kept_workspaces(seen: Recording, like: Phase, workspaces: frozenset[int]) -> Iterator[int]:
-    """Return the first micro-batch's workspaces: never freed, of workspace sizes."""
+    """Yield the first micro-batch's blocks that are workspaces: unfreed, of workspace sizes."""
     freed = {event.block for phase in seen.phases for event in phase.events if event.bytes <= 0}
     sizes = Counter(event.bytes for event in like.events if event.bytes > 0 and event.block in workspaces)
     for event in seen.phases[0].events:
@@ -86,10 +86,7 @@ def _kept_workspaces(seen: Recording, like: Phase, workspaces: frozenset[int]) -
 
 
 def distinct_recordings(known: Sequence[Recording], n: int) -> list[Recording]:
-    """Return recordings that add information to one at n samples.
-
-    In two that are close, sizes that step look constant.
-    """
+    """Return the recordings far enough from size n to be informative."""
     found = [
         recording for recording in known if recording.micro_batch <= CLOSE_SIZE_RATIO * n or recording.micro_batch > n
     ]
@@ -97,7 +94,7 @@ def distinct_recordings(known: Sequence[Recording], n: int) -> list[Recording]:
 
 
 def without_state(first_step: Recording) -> Recording:
-    """Return a first window as if the optimizer had state."""
+    """Remove from the first window the blocks that become optimizer state."""
     steps = [phase for phase in first_step.phases if phase.name == OPTIMIZER]
     made = {event.block for phase in steps for event in kept_blocks(phase.events)}
     phases = tuple(
@@ -108,11 +105,9 @@ def without_state(first_step: Recording) -> Recording:
 
 
 def _without_last_later(phases: Sequence[Phase]) -> list[Phase] | None:
-    """Return one later micro-batch fewer.
+    """Drop the last later micro-batch; what it left behind is renamed.
 
-    What it left behind replaces what the one before it left.
-
-    None where the two didn't do the same.
+    None if the two differ.
     """
     last = max(index for index, phase in enumerate(phases) if phase.name == LATER)
     before, dropped = phases[last - 1].events, phases[last].events
@@ -131,11 +126,9 @@ def _renamed(events: Sequence[Event], names: dict[int, int]) -> tuple[Event, ...
 
 
 def _is_same_step(one: Recording, other: Recording) -> bool:
-    """Whether two optimizer steps allocate the same large blocks.
+    """Return whether two optimizer steps allocate alike, up to small blocks.
 
-    And small ones that would share a segment.
-
-    The very first one may differ in a few scalars; one that was skipped makes nothing.
+    The very first step may differ in a few scalars; a skipped step allocates nothing.
     """
     made = [
         Counter(

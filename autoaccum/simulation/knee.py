@@ -1,9 +1,8 @@
-"""Find where larger micro-batches stop being faster. No torch here.
+"""Find where larger micro-batches stop being faster, and how certainly.
 
-The knee is the smallest micro-batch whose optimizer step takes at most 1 % longer than the fastest one's. Times are
-noisy, and 1 % is little, so sizes are compared round by round (each round times all of them in turn, so that the
-machine's moods hit all alike), and the median of the ratios comes with an interval. What the interval doesn't decide is
-said to be undecided.
+The knee is the smallest micro-batch whose optimizer step takes at most 1 % longer than the fastest one's. Sizes are
+compared round by round: each round times all of them in turn, so that noise affects all sizes equally. The median of
+the ratios comes with a confidence interval; what it doesn't decide is reported as undecided. No torch here.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from dataclasses import dataclass
 from ..plan import Plan, TimedSize
 from ..units import show_bytes
 
-KNEE_TOLERANCE = 0.01
+KNEE_TOLERANCE = 0.01  # of the fastest time
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class SizeComparison:
-    """One size against the fastest.
+    """Compare one size's times with those of the fastest.
 
     Attributes:
         timed: The size.
-        ratio: Its time over the fastest's: the median over the rounds.
-        low: Where that median begins, with 95 %; None where there are too few rounds to say.
-        high: Where it ends.
+        ratio: Its time over the fastest's, the median over rounds.
+        low: Lower end of the median's 95 % confidence interval; None with too few rounds.
+        high: Its upper end.
     """
 
     timed: TimedSize
@@ -37,24 +36,24 @@ class SizeComparison:
     high: float | None
 
     def is_within(self, tolerance: float) -> bool:
-        """Whether it surely takes at most that part longer."""
+        """Return whether it takes at most that fraction longer, with confidence."""
         return self.high is not None and self.high <= 1 + tolerance
 
     def is_beyond(self, tolerance: float) -> bool:
-        """Whether it surely takes longer than that."""
+        """Return whether it takes more than that fraction longer, with confidence."""
         return self.low is not None and self.low > 1 + tolerance
 
 
 @dataclass(frozen=True)
 class Knee:
-    """What the times say.
+    """Hold the knee and the comparisons behind it.
 
     Attributes:
         timed: The smallest size within 1 % of the fastest, by the medians.
         fastest: The fastest size, by the medians.
-        compared: Every size against it, ascending.
-        candidates: The sizes that may be the knee, by the intervals; one where it is sure.
-        rounds: How often each was timed.
+        compared: Every size compared with it, ascending.
+        candidates: The sizes that may be the knee, by the intervals.
+        rounds: Number of rounds.
     """
 
     timed: TimedSize
@@ -65,15 +64,12 @@ class Knee:
 
     @property
     def is_sure(self) -> bool:
-        """Whether the rounds decide which size it is."""
+        """Whether the rounds determine the size."""
         return self.candidates == (self.timed.micro_batch,) and self.compared[0].low is not None
 
 
 def knee(times: Sequence[TimedSize], tolerance: float = KNEE_TOLERANCE) -> Knee | None:
-    """Return the smallest micro-batch nearly as fast as the fastest.
-
-    Its optimizer step takes at most that fraction longer; None where none was timed.
-    """
+    """Return the smallest micro-batch about as fast as the fastest."""
     if not times:
         return None
     ordered = sorted(times, key=lambda timed: timed.micro_batch)
@@ -99,13 +95,13 @@ def _compare(timed: TimedSize, fastest: TimedSize) -> SizeComparison:
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Return the distribution-free confidence interval of the median.
+    """Return the values between which the median lies with that confidence.
 
     The median is below the j-th smallest of n values with the probability that fewer than j of n coins show heads
     (order statistics; Conover, Practical Nonparametric Statistics, 3.2).
 
     Returns:
-        The tightest such pair; None where even the lowest and the highest don't give it (fewer than 6 values for 95 %).
+        The tightest such pair; None if the extremes don't reach the confidence (fewer than 6 values for 95 %).
     """
     ordered, n = sorted(values), len(values)
     below, least = 0.0, 0
@@ -118,10 +114,7 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
 
 
 def freed_bytes(plan: Plan, micro_batch: int) -> int | None:
-    """Return the predicted bytes that a smaller micro-batch would free.
-
-    None beyond the plan's table.
-    """
+    """Return the predicted decrease of a plan's peak with smaller micro-batches."""
     rows = {row.micro_batch: row for row in plan.memory.peaks}
     if micro_batch not in rows or plan.micro_batch not in rows:
         return None
@@ -131,7 +124,7 @@ def freed_bytes(plan: Plan, micro_batch: int) -> int | None:
 
 
 def describe(plan: Plan) -> str | None:
-    """Describe the knee in one line; None where no sizes were timed."""
+    """Describe the knee in one line; None without times."""
     found = knee(plan.timing.timed_sizes)
     if found is None:
         return None
@@ -153,7 +146,7 @@ def describe(plan: Plan) -> str | None:
 def _undecided(found: Knee, rounds: str) -> str:
     size = found.timed.micro_batch
     if not all(each.timed.round_seconds for each in found.compared):
-        return f"{size} by medians, but the sizes were not timed in turn, so 1 % can't be resolved"
+        return f"{size} by medians, but the sizes were not timed in turn, so a difference of 1 % can't be resolved"
     if all(each.low is None for each in found.compared):
         return f"{size} by {rounds} of timing, too few to resolve 1 %"
     if len(found.candidates) == len(found.compared):

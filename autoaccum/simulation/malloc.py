@@ -1,11 +1,9 @@
-"""Replay a window's events by the rules of the C library's malloc.
-
-replay(phases, rules, start).
+"""Replay a window's events on the C library's malloc.
 
 The CPU's allocator is the C library's malloc. Its rules here, from glibc 2.36's malloc.c, with a fixed mmap threshold:
-a request of at least the threshold is a mapping of its own, rounded up to pages, given back to the system when it is
-freed (sysmalloc_mmap, munmap_chunk); a smaller one lives in the heap, which grows to the most that was ever alive in it
-and keeps that. No pools, no splits. (Where the heap has a hole of at least the threshold, malloc uses that instead of a
+a request of at least the threshold is a separate mapping, rounded up to pages, returned to the system when it is freed
+(sysmalloc_mmap, munmap_chunk); a smaller one lives in the heap, which grows to its peak of live bytes and keeps that.
+There are no pools and no splits. (Where the heap has a hole of at least the threshold, malloc uses that instead of a
 mapping; the rules leave that out.) No torch here.
 """
 
@@ -22,20 +20,20 @@ ALIGNMENT_BYTES = 64  # c10's alloc_cpu (impl_alloc_cpu.cpp): posix_memalign(&da
 CHUNK_STEP_BYTES = 16
 # glibc's malloc.c: a chunk is its bytes and a header of 8, rounded up to 16 (checked_request2size). To align one, it
 # asks itself for chunk + 64 + MINSIZE, 32 (_int_memalign), with a header of 8 and rounded up to 16 again. A mapping
-# takes 8 more (sysmalloc_mmap: ALIGN_UP (nb + SIZE_SZ, pagesize)). Rounded up to pages in the end, that comes to the
-# same as adding the most that all of this can add: 8 + 64 + 32 + 8 + 8, and 16.
+# takes 8 more (sysmalloc_mmap: ALIGN_UP (nb + SIZE_SZ, pagesize)). Rounded up to pages, that equals adding the most
+# that all of this can add: 8 + 64 + 32 + 8 + 8, and 16.
 MAPPING_OVERHEAD_BYTES = ALIGNMENT_BYTES + 32 + 3 * 8 + CHUNK_STEP_BYTES
 
 
 @dataclass(frozen=True)
 class CpuRules:
-    """How the C library's malloc takes memory from the system.
+    """Describe how the C library's malloc takes memory from the system.
 
     Attributes:
-        mmap_threshold_bytes: Requests from here on are mappings of their own; None counts requested bytes only, which
-            is what can be said of glibc's default, whose threshold moves.
-        unrecorded_bytes: Small blocks of a micro-batch that no recording shows, autograd's nodes above all. They are
-            in the heap from its begin to its end.
+        mmap_threshold_bytes: Requests from here on are separate mappings; None counts requested bytes only, since
+            glibc's default threshold moves.
+        unrecorded_bytes: Small blocks of a micro-batch that recordings miss, mostly autograd's nodes. They occupy the
+            heap from its start to its end.
     """
 
     mmap_threshold_bytes: int | None
@@ -44,7 +42,7 @@ class CpuRules:
 
 @dataclass(frozen=True)
 class HeapState:
-    """What is there before the first event.
+    """Hold the heap's state before the first event.
 
     Attributes:
         heap_free_bytes: Free bytes inside the heap, which small blocks fill before it grows.
@@ -58,7 +56,7 @@ EMPTY = HeapState()
 
 @dataclass(frozen=True)
 class PhasePeak:
-    """The highest a phase got, in bytes above the start."""
+    """Hold a phase's peak, in bytes above the start."""
 
     name: str
     bytes: int
@@ -66,11 +64,11 @@ class PhasePeak:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay came to.
+    """Hold the peaks of a replay.
 
     Attributes:
-        peak_bytes: The most that was taken from the system at once, above the start.
-        live_bytes: The most that was alive at once, as requested: no allocator can do with less.
+        peak_bytes: Peak of bytes taken from the system, above the start.
+        live_bytes: Peak of requested bytes alive: the minimum for any allocator.
         phases: The peak of each phase, in order, phases of one name together.
     """
 
@@ -80,12 +78,12 @@ class Replay:
 
 
 def replay(phases: Iterable[Phase], rules: CpuRules, start: HeapState = EMPTY) -> Replay:
-    """Replay the phases' events by the allocator's rules.
+    """Run the phases' events through the allocator's rules.
 
     Args:
         phases: What is allocated and freed, in order.
         rules: The allocator.
-        start: The state it is in before the first event.
+        start: Its state before the first event.
     """
     threshold = rules.mmap_threshold_bytes
     mapped = heap = heap_top = live = live_peak = peak = 0
@@ -125,8 +123,6 @@ def replay(phases: Iterable[Phase], rules: CpuRules, start: HeapState = EMPTY) -
 def smallest_mapping(threshold_bytes: int) -> int:
     """Return the smallest request that becomes a separate mapping.
 
-    Where no free chunk of the heap is as large.
-
     glibc's malloc.c, sysmalloc: `nb >= mp_.mmap_threshold`, nb being what _int_memalign asks for: without the last 8.
     """
     nb = -(-threshold_bytes // CHUNK_STEP_BYTES) * CHUNK_STEP_BYTES
@@ -134,16 +130,14 @@ def smallest_mapping(threshold_bytes: int) -> int:
 
 
 def mapping_bytes(size: int) -> int:
-    """Return the bytes of a separately mapped request, in whole pages."""
+    """Return the bytes of a separate mapping, in whole pages."""
     return -(-(size + MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES
 
 
 def in_use_peaks(phases: Iterable[Phase], threshold_bytes: int) -> dict[str, int]:
-    """Return each phase's peak of malloc's handed-out bytes above the start.
+    """Return the peak bytes in use in each phase, overhead included.
 
-    Its own overheads included.
-
-    What `mallinfo2` would say (uordblks + hblkhd) if there were no blocks but the recorded ones.
+    Equals `mallinfo2`'s uordblks + hblkhd if the recorded blocks were the only ones.
     """
     smallest, in_use = smallest_mapping(threshold_bytes), 0
     peaks: dict[str, int] = {}

@@ -1,8 +1,7 @@
-"""Turn recordings into a step program: sizes as functions of micro-batches.
+"""Lift recordings into a step program: allocations as functions of the micro-batch.
 
-Windows are recorded at *prime* micro-batches, so that sizes alone tell how they follow it (simulation/scaling.py). No
-events have to be paired, and the recording nearest the answer *is* the program: only its sizes are rewritten. No torch
-here.
+Windows are recorded at *prime* micro-batches, so that sizes alone show how they scale (scaling.py). Events need not be
+paired: the recording nearest the answer *is* the program, and only its sizes are rewritten. No torch here.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER
 from .recording import Event, Phase, Recording
 from .scaling import Rule, proportional, reduction_buffers, saturating, size_rules
 
-# Of a run of equal micro-batches that each leave something behind; of a longer run, as many
-MAX_EXPLICIT_MICRO_BATCHES = 16
-MAX_GROWTH_BLOCKS = 64  # blocks that stand for what the others leave
+MAX_EXPLICIT_MICRO_BATCHES = 16  # of a run of equal micro-batches that each leave blocks behind
+
+MAX_GROWTH_BLOCKS = 64  # merged blocks in place of what the other micro-batches leave behind
 
 
 class Step(NamedTuple):
-    """An event whose size is a rule; None for a free."""
+    """Hold an event whose size is a rule; None for a free."""
 
     block: int
     rule: Rule | None
@@ -33,18 +32,18 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class StepProgram:
-    """A window whose sizes follow the micro-batch.
+    """Hold a window whose sizes follow the micro-batch.
 
     Attributes:
         recorded_at: The micro-batch of the recording that is the program.
-        first_step_events: The first optimizer step, as recorded: it makes the optimizer's state.
-        phases: By name: first and later micro-batch, optimizer step, and what runs between windows.
+        first_step_events: The first optimizer step as recorded; it allocates the optimizer's state.
+        phases: By name: first and later micro-batch, optimizer step, and the code between windows.
         successors: Blocks that outlive the first micro-batch and are freed in the next, each with the block of the
             later micro-batch that takes its place, so that a window can have any number of later micro-batches.
-        later_growth_bytes: What a later micro-batch leaves behind, less what it takes away.
-        workspaces: Blocks that are cuBLAS's workspaces, given back at the end of each phase.
-        leftover: What the window before left behind and the first micro-batch frees (a module that keeps its last
-            activation): such blocks are there when a window begins.
+        later_growth_bytes: Net bytes that a later micro-batch leaves behind.
+        workspaces: Blocks that are cuBLAS's workspaces, released at the end of each phase.
+        leftover: Blocks of the window before that the first micro-batch frees (a module that keeps its last
+            activation); they exist when a window starts.
     """
 
     recorded_at: int
@@ -57,16 +56,16 @@ class StepProgram:
 
     @cached_property
     def compiled_phases(self) -> Mapping[str, CompiledPhase]:
-        """The phases made ready to be written."""
+        """The phases, compiled for generating events."""
         return {name: compile_phase(steps) for name, steps in self.phases.items()}
 
 
 def lift(recordings: Sequence[Recording], first_step_events: tuple[Event, ...] = ()) -> StepProgram:
-    """Lift recordings at different primes into a step program.
+    """Make a step program from recordings at different primes.
 
     Args:
         recordings: At least two, each of a window of two micro-batches and its optimizer step. The largest is the
-            program, the next largest sorts its sizes, and smaller ones confirm what two can only suggest.
+            program, the next largest determines its rules, and smaller ones confirm them.
         first_step_events: The events of the first optimizer step.
     """
     *_, base = ordered = sorted(recordings, key=lambda recording: recording.micro_batch)
@@ -84,7 +83,7 @@ def lift(recordings: Sequence[Recording], first_step_events: tuple[Event, ...] =
 
 
 def as_recorded(recording: Recording, first_step_events: tuple[Event, ...] = ()) -> StepProgram:
-    """Return a single recording as a program for its own micro-batch."""
+    """Make the program of a single recording, valid for its micro-batch only."""
     phases = {
         phase.name: tuple(
             Step(e.block, Rule(e.bytes) if e.bytes > 0 else None, e.stream) for e in phase.events if e.bytes
@@ -109,7 +108,7 @@ def _program(
 
 
 def _foreign(recording: Recording) -> list[Event]:
-    """Return what the first micro-batch frees from before the window."""
+    """Return the first micro-batch's frees of blocks that existed before."""
     return [
         event
         for phase in recording.phases
@@ -124,7 +123,7 @@ def _leftover(recording: Recording) -> list[int]:
 
 
 def _lift_phase(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> tuple[Step, ...]:
-    """Give each allocation of a phase its rule.
+    """Give each allocation its rule; buffers of reductions are handled separately.
 
     Args:
         phase: As recorded at n samples.
@@ -150,9 +149,9 @@ def _lift_phase(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> tu
 
 
 def _rules_by_place(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> dict[int, Rule]:
-    """Return rules by place, where equal sizes have different rules.
+    """Separate sizes that are constant in one place and scale in another.
 
-    As 3 samples and a third of a weight have. Only the place distinguishes them, in equal courses of events.
+    If both occur in another recording, only the place distinguishes them; places agree if the courses do.
     """
     here = {event.bytes for event in phase.events if event.bytes > 0 and event.bytes % n == 0}
     for m, other in others:
@@ -170,7 +169,7 @@ def _rules_by_place(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -
 
 
 def course(events: Sequence[Event]) -> list[int]:
-    """Return the events without sizes."""
+    """Return what happens, without sizes: 0 for an allocation, a free's distance."""
     made: dict[int, int] = {}
     course = []
     for index, event in enumerate(events):
@@ -186,10 +185,10 @@ def _sizes(phase: Phase, *, reductions: bool) -> list[int]:
 
 
 def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[int, int]:
-    """Map first-micro-batch blocks to the later blocks that replace them.
+    """Pair blocks the first micro-batch left behind with those that replace them.
 
-    By their sizes at n, the recorded micro-batch. Where a size was left behind as often by both, the i-th of one
-    is the i-th of the other: a list that grows may hold blocks of the same size, and those replace nothing.
+    Matched by size at n, the recorded micro-batch. If both left a size behind equally often, the i-th matches the
+    i-th; otherwise only freed blocks count: a growing list may hold blocks of the same size, which replace nothing.
     """
     freed_later = {step.block for step in later if step.rule is None}
     before, after = left_behind(first, n), left_behind(later, n)
@@ -205,7 +204,7 @@ def _successors(first: Sequence[Step], later: Sequence[Step], n: int) -> dict[in
 
 
 def permanent_allocations(program: StepProgram) -> list[Step]:
-    """Return allocations that only the first micro-batch makes, never freed."""
+    """Return what a window's first micro-batch alone allocates and nothing frees."""
     freed = {step.block for phase in program.phases.values() for step in phase if step.rule is None}
     kept = {
         name: [step for step in program.phases.get(name, ()) if step.rule is not None and step.block not in freed]
@@ -222,7 +221,7 @@ def permanent_allocations(program: StepProgram) -> list[Step]:
 
 
 def left_behind(steps: Sequence[Step], n: int) -> dict[int, list[int]]:
-    """Return the sizes at n of a phase's unfreed blocks, in order."""
+    """Return the blocks that a phase allocates and doesn't free, by size."""
     freed = {step.block for step in steps if step.rule is None}
     left: dict[int, list[int]] = {}
     for step in steps:
@@ -232,7 +231,7 @@ def left_behind(steps: Sequence[Step], n: int) -> dict[int, list[int]]:
 
 
 def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
-    """Return the events of one whole window.
+    """Generate the events of one window.
 
     Args:
         program: The step program.
@@ -245,7 +244,7 @@ def window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
 
 
 def plain_window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
-    """Return a window's events as plain tuples, for a replay."""
+    """Generate one window with events as plain tuples, four times as fast."""
     writer = EventGenerator(program)
     left = writer.leftover(split[-1])
     first = writer.phase(FIRST, split[0])
@@ -257,14 +256,12 @@ def plain_window(program: StepProgram, split: Sequence[int]) -> list[Phase]:
 
 
 def window_growth(program: StepProgram, split: Sequence[int], *, workspaces: bool = False) -> int:
-    """Return a window's net bytes left behind.
-
-    0 where the next one starts as this one did.
+    """Return the bytes a window leaves behind, net; 0 in steady state.
 
     Args:
         program: The step program.
         split: Samples in each micro-batch.
-        workspaces: Whether the first micro-batch of each recording makes the libraries' workspaces anew (on CUDA),
+        workspaces: Whether each recording's first micro-batch allocates the libraries' workspaces anew (on CUDA),
             which isn't growth.
     """
     made = sum(event[1] for phase in plain_window(program, split) for event in phase.events)
@@ -274,7 +271,7 @@ def window_growth(program: StepProgram, split: Sequence[int], *, workspaces: boo
 
 
 class CompiledPhase(NamedTuple):
-    """A phase made ready to be written at any size.
+    """Hold a phase ready for generating events at any size.
 
     Attributes:
         rules: The distinct rules of its allocations.
@@ -282,6 +279,7 @@ class CompiledPhase(NamedTuple):
             An event is the place of its block among the phase's, the index of its size, and its stream; the sizes of
             allocations come first, then the same ones negative, for frees.
         kept: Blocks that the phase leaves: the recorded block, its place, the index of its size, its stream.
+        blocks: Number of its allocations.
     """
 
     rules: tuple[Rule, ...]
@@ -291,7 +289,7 @@ class CompiledPhase(NamedTuple):
 
 
 def compile_phase(steps: Sequence[Step]) -> CompiledPhase:
-    """Prepare a phase for writing its events."""
+    """Prepare a phase for generating events at any size."""
     rules: dict[Rule, int] = {}
     for step in steps:
         if step.rule is not None:
@@ -316,7 +314,7 @@ def compile_phase(steps: Sequence[Step]) -> CompiledPhase:
 
 
 class EventGenerator:
-    """Write phases in order, tracking the live copy of each block."""
+    """Generate phases in order, tracking which copy of a block is alive."""
 
     def __init__(self, program: StepProgram) -> None:
         self.program = program
@@ -325,7 +323,7 @@ class EventGenerator:
         self.names = max((event.block for event in program.first_step_events), default=0)
 
     def leftover(self, n: int) -> tuple[Event, ...]:
-        """Return the previous window's remaining blocks, at n samples."""
+        """Return the previous window's blocks, for a last micro-batch of n samples."""
         events = []
         for block, rule, stream in self.program.leftover:
             assert rule is not None
@@ -335,14 +333,14 @@ class EventGenerator:
         return tuple(events)
 
     def phase(self, name: str, n: int) -> Phase:
-        """Return the next phase's events at n samples."""
+        """Return the events of the next phase at n samples."""
         return self.written(name, self.program.compiled_phases[name], n)
 
     def later(self, n: int, count: int) -> Iterator[Phase]:
-        """So many later micro-batches of n samples.
+        """Yield that many later micro-batches of n samples.
 
-        Where each leaves something behind for the rest of the window, those in the middle of a long run are written as
-        that alone: what else they take, the ones before and after them take too.
+        If each leaves blocks behind for the rest of the window, the middle of a long run is reduced to those blocks:
+        its other allocations repeat those of the neighbours.
         """
         growing = self.growing if count > MAX_EXPLICIT_MICRO_BATCHES and self.program.later_growth_bytes > 0 else ()
         for _ in range(MAX_EXPLICIT_MICRO_BATCHES - 1 if growing else count):
@@ -352,7 +350,7 @@ class EventGenerator:
             yield self.phase(LATER, n)
 
     def _grown(self, n: int, count: int) -> Iterator[Event]:
-        """Return what this many micro-batches leave, in few blocks."""
+        """Yield the blocks that many micro-batches leave behind, merged into few."""
         blocks = min(count, MAX_GROWTH_BLOCKS)
         for index in range(blocks):
             together = count // blocks + (index < count % blocks)
@@ -364,13 +362,13 @@ class EventGenerator:
 
     @cached_property
     def growing(self) -> tuple[tuple[int, Rule, int], ...]:
-        """Return what a later micro-batch leaves and the next one keeps."""
+        """The blocks a later micro-batch leaves and the next doesn't free."""
         steps = self.program.phases.get(LATER, ())
         freed = {step.block for step in steps if step.rule is None} | set(self.program.successors.values())
         return tuple((s.block, s.rule, s.stream) for s in steps if s.rule is not None and s.block not in freed)
 
     def written(self, name: str, compiled: CompiledPhase, n: int) -> Phase:
-        """Write a compiled phase at n samples, as plain tuples."""
+        """Return a compiled phase's events at n samples, as plain tuples."""
         base = self.names
         sizes = [rule.at(n) for rule in compiled.rules]
         sizes += [-size for size in sizes]
@@ -386,10 +384,10 @@ class EventGenerator:
         return Phase(name, tuple(events))  # type: ignore[arg-type]
 
     def freed(self, block: int, *, all_copies: bool) -> list[Event]:
-        """Return the copies of earlier phases that this free frees.
+        """Return the earlier copies that a recorded free of `block` frees here.
 
         A micro-batch frees what the one before it left in that place, the oldest first. The optimizer step frees every
-        copy. A block that isn't there (it was there before the recording began) frees nothing, on the safe side.
+        copy. A block from before the recording frees nothing, on the safe side.
         """
         substitute = self.program.successors.get(block, self.predecessors.get(block, block))
         copies = self.live.get(block) or self.live.get(substitute, [])

@@ -1,6 +1,6 @@
-"""A recording: a window's allocations and frees, in order, by phase.
+"""Define a recording: every allocation and free of one window, by phase.
 
-A value, whatever device it was made on; `devices/cpu/recorder.py` makes one. No torch here.
+It is the same for every device; `devices/cpu/recorder.py` makes one. No torch here.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Event(NamedTuple):
-    """One block allocated (`bytes` > 0, as requested) or freed (< 0).
+    """Hold one allocation (`bytes` > 0, as requested) or free (< 0).
 
-    `block` names the block within its recording. Blocks that were there before the recording began have negative names.
-    No bytes: it was given back while another stream still uses it, and can't be used again before its free follows.
+    `block` names the block within its recording; blocks from before the recording have negative names. 0 bytes mean
+    that it was freed while another stream still uses it: it is unavailable until its free follows.
     """
 
     block: int
@@ -27,7 +27,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Phase:
-    """The events of one phase of a window."""
+    """Hold the events of one phase of a window."""
 
     name: str
     events: tuple[Event, ...]
@@ -35,15 +35,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recording:
-    """The recorded events of one window, or of the first step.
+    """Hold the recording of one window, or of the first optimizer step.
 
     Attributes:
         micro_batch: Samples in each of its micro-batches.
         phases: In the order in which they ran.
-        passes: Forward/backward passes that it took.
-        seconds: What it took.
-        start: What the caching allocator held when it began; None on a CPU.
-        workspaces: Blocks that are cuBLAS's workspaces, given back at the end of each phase.
+        passes: Number of forward/backward passes.
+        seconds: Its duration.
+        start: The caching allocator's state at its start; None on a CPU.
+        workspaces: Blocks that are cuBLAS's workspaces, released at the end of each phase.
     """
 
     micro_batch: int
@@ -55,12 +55,10 @@ class Recording:
 
 
 def name_blocks(raw: Iterable[tuple[int, int, int]]) -> list[Event]:
-    """Turn `(address, bytes, stream)` into events with unique block names.
-
-    Addresses are reused.
+    """Turn `(address, bytes, stream)` into events with a unique name per block.
 
     Args:
-        raw: In order; `bytes` > 0 where the block is handed out, < 0 where it is taken back, 0 where it will be.
+        raw: In order; `bytes` > 0 for an allocation, < 0 for a free, 0 for a deferred free.
     """
     live: dict[int, int] = {}
     events: list[Event] = []
@@ -80,7 +78,7 @@ def name_blocks(raw: Iterable[tuple[int, int, int]]) -> list[Event]:
 
 
 def live_peak(phases: Iterable[Phase]) -> int:
-    """Return the peak of live requested bytes, above the start."""
+    """Return the peak of requested bytes alive, above the start."""
     live = peak = 0
     for phase in phases:
         for event in phase.events:
@@ -90,6 +88,6 @@ def live_peak(phases: Iterable[Phase]) -> int:
 
 
 def kept_blocks(events: Sequence[Event]) -> tuple[Event, ...]:
-    """Return the allocations never freed within `events`, in order."""
+    """Return the allocations that `events` never free, in order."""
     freed = {event.block for event in events if event.bytes < 0}
     return tuple(event for event in events if event.bytes > 0 and event.block not in freed)

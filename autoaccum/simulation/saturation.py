@@ -1,9 +1,8 @@
-"""Limit sizes that grow in steps: devices run limited thread blocks.
+"""Handle sizes that grow in steps up to an unknown maximum.
 
-Only so many blocks of threads run simultaneously.
-
-Beyond the last recording nobody knows where. Another end isn't on the safe side by being higher: smaller blocks leave
-other gaps. So what has to be sure is asked of every end there may be. No torch here.
+A device runs a limited number of thread blocks at once, so such sizes have a maximum, unknown beyond the last
+recording. A higher maximum isn't always the safe assumption: smaller blocks leave other gaps. So what must be certain
+is checked for every possible maximum. No torch here.
 """
 
 from __future__ import annotations
@@ -20,15 +19,12 @@ MIN_LARGE_BLOCK_BYTES = 1 << 20  # smaller blocks share segments of 2 MiB (CUDAC
 
 
 def may_saturate(program: StepProgram) -> bool:
-    """Whether large blocks step with the size, without a known end.
-
-    Only a recording nearer the answer shows it.
-    """
+    """Return whether large blocks step with the size and may saturate."""
     return any(_is_open(rule, program.recorded_at) for rule in _rules(program))
 
 
 def predicts_large_blocks(program: StepProgram, recording: Recording) -> bool:
-    """Whether a program has every large block of a recording, exactly."""
+    """Return whether a program has every large block of a recording."""
     return all(
         Counter(size for event in phase.events if (size := event.bytes) > MIN_LARGE_BLOCK_BYTES)
         == Counter(
@@ -41,16 +37,13 @@ def predicts_large_blocks(program: StepProgram, recording: Recording) -> bool:
 
 
 def steps_until(program: StepProgram, n: int) -> int:
-    """Return the most steps of a large block up to n.
-
-    From the recorded size on; 0 where none steps.
-    """
+    """Return the most steps of any large block up to n samples."""
     at = program.recorded_at
     return max(((rule.at(n) - rule.at(at)) // _step(rule) for rule in _rules(program) if _is_open(rule, at)), default=0)
 
 
 def saturated_after(program: StepProgram, steps: int) -> StepProgram:
-    """Return the program whose large blocks stop after that many steps."""
+    """Return the program whose large blocks saturate after that many more steps."""
     at = program.recorded_at
 
     def limit(step: Step) -> Step:
@@ -70,5 +63,5 @@ def _is_open(rule: Rule, n: int) -> bool:
 
 
 def _step(rule: Rule) -> int:
-    """Bytes that one step adds."""
+    """Return the bytes that one step adds."""
     return rule.unit_bytes if rule.unit_bytes > 1 else max(1, rule.per_sample // rule.divisor)

@@ -1,9 +1,7 @@
-"""Infer how sizes of a phase follow the micro-batch.
+"""Infer from sizes alone how a phase follows the micro-batch.
 
-From sizes alone.
-
-A size that the recorded prime divides scales with the batch; what it doesn't divide is constant, saturated, stepping,
-or rounded up from something that scales, and recordings at other primes tell which. No torch here.
+A size that the recorded prime divides scales with the batch. Any other is constant, saturated, stepping, or rounded up
+from something that scales; recordings at other primes decide. No torch here.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ def size_rules(
     reductions: bool | None = None,
     inputs: Iterable[int] = (),
 ) -> dict[int, Rule]:
-    """Match a phase's sizes at n samples with those at m.
+    """Infer each size's rule from the phase at n and m.
 
     Args:
         sizes: Bytes of each allocation at n samples, a prime.
@@ -39,9 +37,8 @@ def size_rules(
         other_sizes: The same phase's at m samples, another prime.
         m: The other prime.
         further: Smaller recordings of the phase: their micro-batches, and their sizes.
-        reductions: Whether they are buffers of reductions, or none is (see `reduction_buffers`); None where it isn't
-            known.
-        inputs: What else of the phase scales with the batch, in bytes per sample.
+        reductions: Whether all are buffers of reductions, or none (see `reduction_buffers`); None if unknown.
+        inputs: Bytes per sample of the phase's other proportional sizes.
 
     Returns:
         A rule for each distinct size.
@@ -61,10 +58,7 @@ def size_rules(
 
 
 def proportional(rules: Mapping[int, Rule], n: int) -> set[int]:
-    """Return bytes per sample of blocks proportional to the batch.
-
-    By rules made at n samples.
-    """
+    """Return the bytes per sample of the rules proportional to the batch."""
     return {
         rule.per_sample // n
         for rule in rules.values()
@@ -73,10 +67,7 @@ def proportional(rules: Mapping[int, Rule], n: int) -> set[int]:
 
 
 def _plain_rule(size: int, n: int, times: int, there: Counter[int], m: int) -> Rule | None:
-    """Return the constant, proportional or quadratic rule that another recording confirms.
-
-    None where it must be guessed.
-    """
+    """Return a constant, proportional or quadratic rule; None if unconfirmed."""
     candidates = [Rule(size)]
     if size % n == 0:
         candidates.append(Rule(0, per_sample=size, divisor=n))
@@ -85,15 +76,12 @@ def _plain_rule(size: int, n: int, times: int, there: Counter[int], m: int) -> R
     seen = [rule for rule in candidates if there[rule.at(m)]]
     if not seen:
         return candidates[1] if size % n == 0 else None
-    # Two explanations: the one that stands there as often as here; else that which scales, to be on the safe side.
+    # Of several explanations: the one that occurs there as often as here; else the one that scales, for safety.
     return max(seen, key=lambda rule: (there[rule.at(m)] == times, rule.per_sample > 0, rule.per_pair > 0))
 
 
 def _paired_by_order(unsure: Sequence[int], n: int, rest: Sequence[int], m: int) -> dict[int, Rule]:
-    """Pair workspaces of the form a + b n by order.
-
-    Both recordings have as many, so the i-th distinct one is the same in both.
-    """
+    """Pair workspaces of the form a + b n by their order."""
     if len(unsure) != len(rest):
         return {}
     rules = {}
@@ -106,10 +94,7 @@ def _paired_by_order(unsure: Sequence[int], n: int, rest: Sequence[int], m: int)
 
 
 def _rounded_rule(size: int, n: int, rest: Sequence[int], m: int) -> Rule:
-    """Return a saturated rule where something grew faster, else scale.
-
-    Scaling is the safe side.
-    """
+    """Return a constant if something grew faster; else scale, for safety."""
     expected = [partner * n / m for partner in rest if partner <= size]
     if any(abs(each - size) <= ROUNDING_TOLERANCE * size for each in expected):
         return Rule(0, per_sample=size, divisor=n)  # rounded up from something proportional

@@ -1,8 +1,6 @@
-"""Laws for sizes neither constant nor proportional: affine, stepped, tiled.
+"""Infer sizes that grow linearly, in steps or in tiles, and saturate.
 
-And where that ends.
-
-A law is taken where other recordings bear it out to the byte. No torch here.
+A law is accepted if other recordings confirm it to the byte. No torch here.
 """
 
 from __future__ import annotations
@@ -22,9 +20,9 @@ STEP_SAMPLES = (
     32,
     64,
     128,
-)  # samples to a step, where a size steps: powers of two, as blocks of threads are
-TILE_DIVISORS = range(1, 9)  # of what two sizes have in common, that may be a tile
-MAX_COUNTER_BYTES = 1 << 16  # the counters beside a reduction's buffer are of fewer bytes
+)  # samples per step, powers of two as thread blocks are
+TILE_DIVISORS = range(1, 9)  # a tile may be the greatest common divisor of two sizes over one of these
+MAX_COUNTER_BYTES = 1 << 16  # the counters beside a reduction's buffer are smaller
 
 
 class Rule(NamedTuple):
@@ -46,10 +44,7 @@ class Rule(NamedTuple):
 
     @property
     def may_saturate(self) -> bool:
-        """Whether it steps without a known end.
-
-        As blocks do that exist once per thread block.
-        """
+        """Whether it steps and its maximum is not known yet."""
         return (self.samples_per_step > 1 or self.unit_bytes > 1) and not self.max_bytes
 
     def at(self, n: int) -> int:
@@ -69,18 +64,15 @@ def confirmed_laws(
     scales: Iterable[int],
     reductions: bool | None,
 ) -> dict[int, Rule]:
-    """Find laws for other sizes, confirmed by other recordings.
-
-    Sizes that are neither constant nor proportional.
+    """Return laws for unexplained sizes that other recordings confirm.
 
     Args:
         unsure: The sizes at n samples.
         here: How often each size stands there at n.
         n: The recording that is lifted.
         seen: The other recordings, the nearest first: their micro-batches, and how often each size stands there.
-        plain: The rules of the sizes that are constant or proportional: what they come to in the other recordings is
-            explained, and bears out no law.
-        scales: Bytes per sample of what scales in this phase.
+        plain: The rules of constant and proportional sizes; the sizes that they explain confirm no law.
+        scales: Bytes per sample of this phase's proportional sizes.
         reductions: As in `size_rules`.
     """
     left = [(m, counts.copy()) for m, counts in seen]
@@ -109,11 +101,9 @@ def _confirmed_law(
     scales: Iterable[int],
     reductions: bool | None,
 ) -> Rule | None:
-    """Return the law that most other recordings confirm exactly, or None.
+    """Return the law that most recordings confirm, the nearest included; or None.
 
-    The nearest recording decides among equals.
-
-    Of laws that as many bear out, the one whose sizes nothing else explains there; of equals the safer.
+    Of laws with equally many confirmations, the one whose sizes nothing else explains; of equals the safer.
     """
     m, rest = left[0]
     partners = {partner for partner, times in rest.items() if times > 0}
@@ -150,10 +140,7 @@ def _affine_laws(size: int, n: int, m: int, sizes: set[int]) -> Iterator[Rule]:
 def _ended_laws(
     size: int, n: int, m: int, sizes: set[int], scales: Iterable[int], reductions: bool | None
 ) -> Iterator[Rule]:
-    """Yield laws of stepped sizes that ended between m and n.
-
-    They would be larger than this at n.
-    """
+    """Yield laws that grew in steps and saturated before n."""
     for partner in sizes:
         if not MAX_COUNTER_BYTES < partner < size:
             continue
@@ -169,7 +156,7 @@ def _ended_laws(
 
 
 def _read_by_blocks(scales: Iterable[int]) -> set[int]:
-    """Yield laws of partial results per whole rows read by blocks.
+    """Return the partial-result bytes per sample if blocks read whole rows.
 
     A block keeps a partial result, of 4 bytes, for each of 128 columns and each output, and reads 16 values for each of
     its threads (Reduce.cuh: global_memory_size, min_values_per_thread): of rows of 4 bytes a value twice as much as it
@@ -179,7 +166,7 @@ def _read_by_blocks(scales: Iterable[int]) -> set[int]:
 
 
 def _row_laws(size: int, n: int) -> Iterator[Rule]:
-    """Yield laws that step every so many samples.
+    """Yield laws that grow in steps of several samples.
 
     A sum over rows keeps a partial result for each block of rows (aten/src/ATen/native/cuda/Reduce.cuh: ctas_per_output
     is rounded up).
@@ -190,7 +177,7 @@ def _row_laws(size: int, n: int) -> Iterator[Rule]:
 
 
 def _tile_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]) -> Iterator[Rule]:
-    """Yield laws of tiles, so many per input bytes.
+    """Yield laws in whole tiles, proportional to an input's bytes.
 
     A tile divides what was seen at both sizes, and what scales is one of the phase's own.
     """
@@ -210,7 +197,7 @@ def _tile_laws(size: int, n: int, m: int, sizes: set[int], scales: Iterable[int]
 def saturating(
     sizes: Sequence[int], rules: Mapping[int, Rule], others: Sequence[Sequence[int]], *, reductions: bool
 ) -> dict[int, Rule]:
-    """Return laws that step up to a size reached by others.
+    """Return rules that saturate at a size others have reached.
 
     The buffer of a reduction grows with the rows until there are as many blocks as the device runs at once: that many
     bytes are the same for all (Reduce.cuh). Scratch in tiles has no more of them than can be in use at once, which is
@@ -238,9 +225,7 @@ def saturating(
 
 
 def reduction_buffers(events: Sequence[Event]) -> set[int]:
-    """Find blocks that look like buffers of reductions.
-
-    A few counters are allocated right after, and both are freed soon.
+    """Return the blocks that look like buffers of reductions.
 
     aten/src/ATen/native/cuda/Reduce.cuh: gpu_reduce_kernel, a buffer for partial results and semaphores.
     """

@@ -1,8 +1,8 @@
-"""The smallest number of accumulation steps whose window fits.
+"""Find the smallest number of accumulation steps whose window fits.
 
-Knows a target, a test of whether a split fits, and a floor under what a micro-batch needs; knows no models, no devices
-and no torch. Nothing here assumes that "fits" is monotone: near an allocator's capacity it isn't, neither in the
-micro-batch nor in the capacity.
+It uses a target, a test of whether a split fits, and a lower bound of a micro-batch's bytes; no models, no devices, no
+torch. It does not assume that "fits" is monotone: near an allocator's capacity it isn't, neither in the micro-batch nor
+in the capacity.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-CAPACITY_MARGIN = 0.02  # a plan still fits when there turns out to be this much less
-MAX_UNEVEN_SIZES = 64  # sizes that are tried for a number of steps whose balanced split doesn't fit
+CAPACITY_MARGIN = 0.02  # fraction of the capacity that may be missing later
+MAX_UNEVEN_SIZES = 64  # tried for a number of steps whose balanced split doesn't fit
 
 Split = tuple[int, ...]
 Fits = Callable[[Split], bool]
@@ -22,11 +22,11 @@ Floor = Callable[[int], int]
 
 @dataclass(frozen=True)
 class Solution:
-    """What was found.
+    """Hold the split that was found.
 
     Attributes:
         split: Samples in each micro-batch, largest first; its length is the number of accumulation steps.
-        tried: How many splits were tested.
+        tried: Number of tested splits.
     """
 
     split: Split
@@ -52,7 +52,7 @@ def balanced(samples: int, steps: int) -> Split:
 
 
 def steps_with_largest(samples: int, size: int) -> range:
-    """Return the step counts whose balanced split has this largest size."""
+    """Return the step counts whose balanced split has `size` as its largest."""
     if not 1 <= size <= samples:
         return range(0)
     fewest = -(-samples // size)
@@ -69,20 +69,18 @@ def split_within(samples: int, micro_batch: int, min_size: int = 1) -> Split:
 
 
 def is_even(split: Split) -> bool:
-    """Whether sizes differ by at most one, as in balanced splits."""
+    """Return whether sizes differ by at most one."""
     return max(split) - min(split) <= 1
 
 
 def uneven(samples: int, steps: int, *, min_size: int = 1, max_size: int | None = None) -> Iterator[Split]:
-    """Yield splits that repeat one size, then a smaller remainder.
-
-    The most even first.
+    """Yield splits that repeat one size and end with a smaller rest.
 
     Args:
         samples: Samples in the window.
         steps: At least 2.
         min_size: The smallest micro-batch allowed, the rest included.
-        max_size: The largest allowed; none is a quarter larger than the balanced split's.
+        max_size: The largest allowed; sizes stay within 5/4 of the balanced split's.
 
     Yields:
         At most `MAX_UNEVEN_SIZES` + 1 splits; none if `steps` exceeds the size, where one more step costs little.
@@ -92,7 +90,7 @@ def uneven(samples: int, steps: int, *, min_size: int = 1, max_size: int | None 
 
 
 def repeated_sizes(samples: int, steps: int, *, min_size: int = 1, max_size: int | None = None) -> Iterator[int]:
-    """Sizes that `uneven` repeats, without its splits."""
+    """Yield the sizes that `uneven` repeats."""
     even = -(-samples // steps)
     largest = min(max_size or samples, (samples - min_size) // (steps - 1), even + -(-even // 4))
     for size in range(even, largest + 1, 1 + even // (4 * MAX_UNEVEN_SIZES)):
@@ -115,10 +113,7 @@ def repeated_within(samples: int, size: int, min_size: int = 1) -> Split:
 
 
 def rank_share(target_batch: int, world_size: int, rank: int) -> int:
-    """Return one rank's share; shares differ by at most one.
-
-    They sum to the target.
-    """
+    """Return the samples of an effective batch that one rank trains."""
     return balanced(target_batch, world_size)[rank]
 
 
@@ -132,25 +127,25 @@ def smallest_steps(
     max_size: int | None = None,
     later_floor: Floor | None = None,
 ) -> Solution | None:
-    """Find the smallest k of which a split fits.
+    """Find the smallest number of steps for which a split fits.
 
-    The balanced split, else the most even one of a repeated size and a remainder: 129 + 129 + 129 + 125 may fit where
-    128 four times leaves gaps that no later block fits into. Such a size has to fit as a window of two, which is tested
-    once for all k.
+    For each k the balanced split is tried first, then splits that repeat one size and end with the rest, the most even
+    first: with a caching allocator 129 + 129 + 129 + 125 may fit where 128 four times leaves unusable gaps. A repeated
+    size must fit as a window of two, which is tested once for all k.
 
     Args:
-        fits: Whether the window of a split fits; the truth, however it is found.
-        floor: Bytes without which no window with a micro-batch of that size can run; must not fall with the size. It
-            only saves tests: a k whose largest micro-batch has its floor above the budget is passed over.
+        fits: Whether the window of a split fits.
+        floor: Lower bound of the bytes of a window with a micro-batch of that size, not decreasing. It only saves
+            tests: a k whose largest micro-batch exceeds the budget by it is skipped.
         samples: Samples in the window.
-        budget_bytes: What the floor is held against.
+        budget_bytes: Compared with the floor.
         min_size: The smallest micro-batch allowed (2 where batch statistics are taken).
         max_size: The largest micro-batch allowed.
-        later_floor: The same for a micro-batch that isn't the first, when gradients exist. Where these are large and
-            samples small, it spares hundreds of tests.
+        later_floor: The same for a later micro-batch, when gradients exist. If these are large and samples small, it
+            saves hundreds of tests.
 
     Returns:
-        The solution, or None where no k fits.
+        The solution; None if no k fits.
     """
 
     def within_reach(k: int) -> bool:
@@ -174,7 +169,7 @@ def smallest_steps(
     min_size = min(min_size, samples)
     last, start = samples // min_size, max(1, -(-samples // (max_size or samples)))
     if start == 1 <= last and within_reach(1) and fits_counted((samples,)):
-        return Solution((samples,), tried)  # it has no later micro-batches
+        return Solution((samples,), tried)  # a special case: it has no later micro-batches
     for k in range(_first_below(within_reach, max(start, 2), last), last + 1):
         others = (split for split in uneven(samples, k, min_size=min_size, max_size=max_size) if repeats(split[0]))
         for split in itertools.chain([balanced(samples, k)], others):
@@ -184,13 +179,13 @@ def smallest_steps(
 
 
 def largest_micro_batch(fits: Fits, floor: Floor, *, budget_bytes: int, max_size: int, steps: int = 2) -> int:
-    """Find the largest micro-batch whose window of `steps` fits, or 0.
+    """Find the largest micro-batch that fits; 0 if none does.
 
     Args:
         fits: As above.
-        floor: As above; of a later micro-batch, where `steps` is more than 1, it spares the most tests.
+        floor: As above; with `steps` above 1, that of a later micro-batch saves the most tests.
         budget_bytes: As above.
-        max_size: Where to stop looking.
+        max_size: Upper end of the search.
         steps: Micro-batches in the window: 1 and 2 differ by the gradients; beyond 2 little changes.
     """
     # The first size, from 1 up, whose floor is above the budget; everything from there on is out of reach.
@@ -201,10 +196,7 @@ def largest_micro_batch(fits: Fits, floor: Floor, *, budget_bytes: int, max_size
 
 
 def _first_below(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the first number of [low, high) that satisfies, else high.
-
-    The condition stays true once it is true.
-    """
+    """Return the first number in [low, high) that satisfies a monotone condition."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)

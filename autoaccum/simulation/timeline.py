@@ -1,4 +1,4 @@
-"""Live bytes over a window, thinned out for a picture. No torch."""
+"""Thin a window's live bytes to what a chart can show."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ MAX_POINTS = 360
 
 
 def timeline(program: StepProgram, split: Split, points: int = MAX_POINTS) -> tuple[TimelinePart, ...]:
-    """Return live requested bytes over the split's first micro-batches.
+    """Return the live bytes through a window's first micro-batches, thinned.
 
-    Above the base.
-
-    Each phase gets as many points as the others: an optimizer step has many events and little to show. A point is the
-    highest of its stretch, so that no peak is thinned away.
+    Bytes are as requested, above the base. Each phase gets equally many points, since an optimizer step has many events
+    and little to show. A point is the maximum of its stretch, so that no peak is lost.
 
     Args:
         program: The step program.
@@ -42,7 +40,7 @@ def timeline(program: StepProgram, split: Split, points: int = MAX_POINTS) -> tu
 
 
 def _levels(phase: Phase, live: int) -> list[int]:
-    """Return live bytes at the phase's start and after each event."""
+    """Return the live bytes at the phase's start and after each event."""
     levels = [live]
     for event in phase.events:
         levels.append(levels[-1] + event.bytes)
@@ -50,10 +48,7 @@ def _levels(phase: Phase, live: int) -> list[int]:
 
 
 def _thinned(levels: Sequence[int], points: int) -> tuple[int, ...]:
-    """Return the maximum of each of that many equal stretches.
-
-    All values where they are as few.
-    """
+    """Return the maximum of each of that many stretches of equal length."""
     points = min(points, len(levels))
     edges = [len(levels) * i // points for i in range(points + 1)]
     return tuple(max(levels[low:high]) for low, high in pairwise(edges))

@@ -1,7 +1,7 @@
-"""Replay a training run: build, first window, then windows until repetition.
+"""Replay a training run until its windows repeat.
 
-A caching allocator remembers: what a window finds depends on those before it. So windows are replayed one after the
-other from the build on, until the allocator is after one window as it was before it, or a few have passed. No torch.
+A caching allocator has memory: what a window finds depends on those before it. So windows are replayed in order from
+the build on, until one leaves the allocator as it found it, or a few have passed. No torch here.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ from .cuda_allocator.allocator import EMPTY, AllocatorState, CachingAllocator, C
 from .program import CompiledPhase, EventGenerator, Step, StepProgram, compile_phase, left_behind, permanent_allocations
 from .recording import Event, Phase, Recording
 
-MAX_WINDOWS = 6  # where windows didn't repeat themselves by then, the last two stand for those to come
+MAX_WINDOWS = 6  # if windows don't repeat by then, the last two represent those to come
 
 
 @dataclass(frozen=True)
 class OneTimeAllocation:
-    """A block that the very first micro-batch allocates and nobody frees.
-
-    A library's workspace, a scaler's scale.
+    """Hold a block that the very first micro-batch makes and nothing frees.
 
     Attributes:
-        after: Other allocations of that micro-batch before it.
+        after: Number of other allocations of that micro-batch before it.
         bytes: Its size.
         stream: Its stream.
     """
@@ -38,17 +36,17 @@ class OneTimeAllocation:
 
 @dataclass(frozen=True)
 class Training:
-    """A step program, and what happens once before windows are alike.
+    """Hold a step program, and what happens once before windows repeat.
 
     Attributes:
         program: The step program, without its first micro-batch's permanent blocks: libraries' workspaces, which each
             recording shows anew since they are cleared before it.
-        first: The first micro-batch of all, with these.
+        first: The very first micro-batch, workspaces included.
         one_time: Its other permanent blocks, as the very first window showed.
-        build: The blocks of the model, in the order in which they come to be.
-        optimizer: The first optimizer step, which makes the optimizer's state, as recorded.
-        gradients: The blocks of the first micro-batch that it frees: its own name of each, and the program's.
-        state_bytes: Permanent bytes from the first window on, beside the model.
+        build: The model's blocks in the order of their allocation.
+        optimizer: The first optimizer step as recorded, which allocates the optimizer's state.
+        gradients: The first micro-batch's blocks that this step frees: its name of each, and the program's.
+        state_bytes: Bytes that stay from the first window on, beside the model.
     """
 
     program: StepProgram
@@ -62,14 +60,14 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainingReplay:
-    """What a replayed training run came to.
+    """Hold the peaks and retries of a replayed training run.
 
     Attributes:
-        peak_reserved_bytes: The most that was reserved.
-        peak_allocated_bytes: The most that was handed out.
-        phases: The most that was reserved in each phase, the same phase of all windows together.
-        retries: How often the cache was given back to make room, by window.
-        out_of_memory: The phase in which it ran out; None where it did not.
+        peak_reserved_bytes: Peak of reserved bytes.
+        peak_allocated_bytes: Peak of allocated bytes.
+        phases: Peak of reserved bytes by phase name, over all windows.
+        retries: Number of cache flushes to make room, by window.
+        out_of_memory: The phase in which memory ran out; None if it did not.
     """
 
     peak_reserved_bytes: int
@@ -80,20 +78,17 @@ class TrainingReplay:
 
     @property
     def fits(self) -> bool:
-        """Whether it never ran out, nor retries once windows repeat.
-
-        Each retry stalls the GPU.
-        """
+        """Whether it never ran out of memory, nor retried once windows repeat."""
         return self.out_of_memory is None and not any(self.retries[2:])
 
 
 def training_of(program: StepProgram, first_step: Recording, build: tuple[Event, ...]) -> Training:
-    """Combine the recordings into a training run.
+    """Combine recordings into a training run.
 
     Args:
         program: The step program.
         first_step: The very first window, of small micro-batches.
-        build: The model's blocks in the order in which a fresh process makes them.
+        build: The model's blocks in the order in which a new process allocates them.
     """
     events = {phase.name: phase.events for phase in first_step.phases}
     freed = {event.block for phase in first_step.phases for event in phase.events if event.bytes <= 0}
@@ -117,10 +112,10 @@ def training_of(program: StepProgram, first_step: Recording, build: tuple[Event,
 
 
 def with_kept_workspaces(training: Training) -> Training:
-    """Return the run with cuBLAS's workspaces kept, as plain loops do."""
+    """Return the run of a hand-written loop, in which cuBLAS keeps workspaces."""
     program = training.program
     if not program.workspaces:
-        return training  # permanent already, if at all: its first micro-batch has them, and its program hasn't
+        return training  # kept while recorded, if any: `first` has them, and the program hasn't
     first = (s for s in program.phases[FIRST] if s.rule is not None or s.block not in program.workspaces)
     others = {
         name: tuple(step for step in phase if step.block not in program.workspaces)
@@ -132,10 +127,7 @@ def with_kept_workspaces(training: Training) -> Training:
 def _made_once(
     first: Sequence[Event], freed: set[int], program: StepProgram, workspaces: Sequence[Step], n: int
 ) -> tuple[OneTimeAllocation, ...]:
-    """Return the first micro-batch's permanent blocks beside the known workspaces.
-
-    It has n samples.
-    """
+    """Return the first micro-batch's permanent blocks beside the program's workspaces."""
     made = [event for event in first if event.bytes > 0]
     kept = [(index, event) for index, event in enumerate(made) if event.block not in freed]
     others = [event.bytes for event in made if event.block in freed]
@@ -150,14 +142,14 @@ def _made_once(
 
 
 def _taken(counts: Counter[int], size: int) -> bool:
-    """Whether there is one of that size left, which is taken then."""
+    """Return whether one of that size is left, and take it."""
     there = counts[size] > 0
     counts[size] -= there
     return there
 
 
 def _gradients(first: Sequence[Event], freed: set[int], program: StepProgram) -> dict[int, int]:
-    """Pair blocks that both first micro-batches leave, by size and order."""
+    """Pair the blocks both first micro-batches leave to be freed, by size."""
     freed_here = {event.block for event in first if event.bytes <= 0}
     own: dict[int, list[int]] = {}
     for event in first:
@@ -180,15 +172,15 @@ def replay_training(
     windows: int = MAX_WINDOWS,
     stops_at_retry: bool = False,
 ) -> TrainingReplay:
-    """Train window after window of one split on a simulated allocator.
+    """Train window after window of one split on an allocator model.
 
     Args:
-        training: What is trained; its build is left out where the start holds the model.
+        training: The training run; its build is skipped if the start holds the model.
         split: Samples in each micro-batch of a window.
         rules: The allocator and its capacity.
-        start: What it holds before.
+        start: The allocator's state before.
         windows: The most windows to replay.
-        stops_at_retry: Whether the first retry ends it, since that is all that is to be known.
+        stops_at_retry: Whether to stop at the first retry.
     """
     allocator = CachingAllocator(rules, start)
     run = _Run(allocator, _Writer(training))
@@ -213,7 +205,7 @@ def replay_training(
 
 
 class _Run:
-    """An allocator running phases, and the results so far."""
+    """Run phases on an allocator and accumulate their results."""
 
     def __init__(self, allocator: CachingAllocator, writer: _Writer) -> None:
         self.allocator, self.writer = allocator, writer
@@ -239,7 +231,7 @@ class _Run:
                 return
 
     def state(self) -> object:
-        """Return a key, equal where the same phases give equal results."""
+        """Return a key, equal for moments from which the run continues alike."""
         live = self.writer.live
         return self.allocator.state_key(event.block for role in sorted(live) for event in live[role])
 
@@ -252,10 +244,7 @@ class _Run:
             yield writer.phase(BETWEEN, split[-1])
 
     def _later(self, split: Sequence[int]) -> Iterator[Phase]:
-        """Run the later micro-batches, skipping repetitions.
-
-        Where one leaves the allocator unchanged, those like it would do the same.
-        """
+        """Yield the later micro-batches, skipping those that would repeat."""
         if self.writer.program.later_growth_bytes > 0:
             for size, run in groupby(split[1:]):
                 yield from self.writer.later(size, len(list(run)))
@@ -275,7 +264,7 @@ class _Run:
 
 
 class _Writer(EventGenerator):
-    """Write windows in order, the first with one-time events."""
+    """Generate windows in order; the first includes what happens once."""
 
     def __init__(self, training: Training) -> None:
         super().__init__(training.program)
@@ -283,7 +272,7 @@ class _Writer(EventGenerator):
         self.names = max([self.names, *(event.block for event in training.build)])
 
     def first_of_all(self, n: int) -> Phase:
-        """Return the very first micro-batch, with its one-time blocks in place."""
+        """Return the very first micro-batch, with its one-time blocks."""
         events: list[Event] = []
         waiting = list(self.training.one_time)
         made = 0
@@ -296,10 +285,7 @@ class _Writer(EventGenerator):
         return Phase(FIRST, (*events, *map(self._once, waiting)))
 
     def first(self, n: int, last: int) -> Phase:
-        """Return a later window's first micro-batch.
-
-        `last` was the size of the one before it.
-        """
+        """Return the first micro-batch of a later window."""
         for block, rule, stream in self.program.leftover:
             assert rule is not None
             size = rule.at(last)
@@ -312,7 +298,7 @@ class _Writer(EventGenerator):
         return self.phase(FIRST, n)
 
     def first_optimizer_step(self) -> Phase:
-        """Return the recorded state-making step, then all that another frees."""
+        """Return the recorded step that makes the state, then all frees."""
         events: list[Event] = []
         own: dict[int, Event] = {}
         for block, size, stream in self.training.optimizer:
@@ -335,12 +321,9 @@ class _Writer(EventGenerator):
 
 
 def _place(after: int, recorded: Sequence[int], sizes: Sequence[int]) -> int:
-    """Return the allocations before a place of the first micro-batch.
+    """Map a position in the very first micro-batch to the program.
 
-    The number of the program's allocations before what followed so many there.
-
-    As many, where both begin alike up to there; as many from the end, where both end alike from there on; else in
-    proportion.
+    The same position if both start alike up to there; the same from the end if both end alike; else in proportion.
     """
     if len(recorded) == len(sizes) or tuple(sizes[:after]) == tuple(recorded[:after]):
         return after

@@ -1,7 +1,8 @@
-"""PyTorch's CUDA caching allocator, without CUDA and without torch.
+"""Simulate PyTorch's CUDA caching allocator without CUDA and without torch.
 
-Read from c10/cuda/CUDACachingAllocator.cpp (2025), whose functions stand beside each rule; tested against torch 2.14 on
-a virtual GPU. Not modelled: private pools (CUDA graphs, `MemPool`), `empty_cache` within a phase, ages in snapshots.
+Read from c10/cuda/CUDACachingAllocator.cpp (2025) and compared with torch 2.14's on a virtual GPU; each rule names its
+function there. Not modelled: private pools (CUDA graphs, `MemPool`), calls of `empty_cache` within a phase, and the
+ages of blocks in a snapshot.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ __all__ = ["EMPTY", "AllocatorState", "CachingAllocator", "CudaRules", "PhaseRes
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """The result of one phase, in the allocator's own statistics.
+    """Hold one phase's result, in the allocator's own statistics.
 
     Attributes:
-        name: The phase's.
+        name: The phase's name.
         peak_reserved_bytes: `max_memory_reserved`, were it reset when the phase began.
         peak_allocated_bytes: `max_memory_allocated` likewise: whole blocks, their slack included.
-        retries: `num_alloc_retries`: how often the cache was given back to make room.
-        out_of_memory: Whether it ran out, and the phase ended there.
+        retries: `num_alloc_retries`: number of cache flushes to make room.
+        out_of_memory: Whether memory ran out, which ended the phase.
     """
 
     name: str
@@ -42,17 +43,17 @@ class _OutOfMemory(Exception):
 
 
 class CachingAllocator:
-    """Simulate one device's allocator, continuing from the phases already run.
+    """Simulate the allocator of one device.
 
     Args:
         rules: Its settings and the capacity.
-        start: Its contents before the first event.
+        start: Its state before the first event.
 
     Attributes:
         reserved_bytes: `memory_reserved` now.
         allocated_bytes: `memory_allocated` now.
         retries: `num_alloc_retries` since the start.
-        out_of_memory: Whether it ran out: it runs no more phases then.
+        out_of_memory: Whether memory ran out; it runs no more phases then.
     """
 
     def __init__(self, rules: CudaRules, start: AllocatorState = EMPTY) -> None:
@@ -63,7 +64,7 @@ class CachingAllocator:
         self.out_of_memory = False
         self._peak_reserved = self._peak_allocated = 0
         self._live: dict[int, Block] = {}
-        self._held: dict[int, Block] = {}  # given back, and in use by another stream (record_stream)
+        self._held: dict[int, Block] = {}  # freed, and in use by another stream (record_stream)
         self._large: dict[int, Pool] = {}  # by stream
         self._small: dict[int, Pool] = {}
         self._wanted: dict[int, tuple[int, int, dict[int, Pool], int]] = {}  # by requested bytes: see _want
@@ -73,9 +74,9 @@ class CachingAllocator:
         self._looks_further = expandable or self._collects or rules.max_split_size_bytes is not None
         span = UNLIMITED_BYTES if rules.device_bytes is None else rules.device_bytes + rules.device_bytes // 8
         self._spans = {page: -(-span // page) * page for page in (SMALL_SEGMENT_BYTES, rules.large_segment_bytes)}
-        # Of free blocks of one size the one in the oldest segment is taken (registration_counter, in torch 2.14's
-        # library; measured), within a segment the lowest: so new segments lie above all others here. Of a start's
-        # segments the age isn't known; their addresses stand for it.
+        # Of free blocks of one size torch takes the one in the oldest segment (registration_counter, in torch 2.14's
+        # library; measured), within a segment the lowest. So new segments lie above all others here. The age of a
+        # start's segments is unknown; their addresses replace it.
         self._next_address = (
             max((s.address + s.bytes for s in start.segments), default=-2 * UNLIMITED_BYTES) + 2 * UNLIMITED_BYTES
         )
@@ -84,11 +85,11 @@ class CachingAllocator:
                 self._load(segment)
 
     def run(self, phase: Phase) -> PhaseResult:
-        """Run one phase, reading only allocations, frees, sizes and streams.
+        """Run one phase, reading allocations, frees, sizes and streams.
 
-        An event of no bytes says that its block was given back while another stream still uses it; its free follows.
-        Live blocks of the start are named by their addresses, negative, as in the recording that began there. A free of
-        a block that is not there is passed over.
+        An event of 0 bytes frees its block while another stream still uses it; its free follows. Live blocks of the
+        start are named by their negative addresses, as in the recording that began there. A free of an unknown block is
+        ignored.
 
         Raises:
             ValueError: Where an earlier phase ran out of memory.
@@ -118,7 +119,12 @@ class CachingAllocator:
         )
 
     def state_key(self, names: Iterable[int] = ()) -> tuple[object, ...]:
-        """Return a key that is equal where the allocator behaves equally.
+        """Return a key, equal for two moments with the same future behaviour.
+
+        The key holds the order of the segments, the blocks of each, and which are free, but not the owners of live
+        blocks. Two moments with equal keys continue alike if the blocks that are freed later lie at the same places:
+        pass their names, in the same order of roles, to include that. A key may return after several windows only: two
+        blocks that replace each other alternate.
 
         Args:
             names: Live blocks whose places are part of the key, in the same order of roles; others are ignored.
@@ -143,7 +149,7 @@ class CachingAllocator:
     # -- malloc and free
 
     def _want(self, requested: int) -> tuple[int, int, dict[int, Pool], int]:
-        """Return rounded size, least fitting key, pools and least split remainder."""
+        """Return rounded size, least key, pools and the smallest split-off rest."""
         rules = self.rules
         size = round_size(requested, rules.roundup_power2_divisions)
         small, limit = size <= MAX_SMALL_BYTES, rules.max_split_size_bytes  # get_pool
@@ -156,7 +162,7 @@ class CachingAllocator:
         return found
 
     def _malloc(self, requested: int, stream: int) -> Block:
-        """malloc: use the smallest sufficient free block, else a new segment."""
+        """Allocate (malloc): best fit, oldest segment first; else a new segment."""
         size, least_key, pools, least_rest = self._wanted.get(requested) or self._want(requested)
         pool = pools.get(stream) or self._new_pool(stream, small=pools is self._small)
         keys = pool.keys
@@ -180,7 +186,7 @@ class CachingAllocator:
         return block
 
     def _split(self, block: Block, size: int, index: int) -> None:
-        """Split a block; the remainder replaces it in the pool."""
+        """Split a block; the rest takes its place among the keys."""
         pool = block.pool
         keys = pool.keys
         address = block.address + size
@@ -202,7 +208,7 @@ class CachingAllocator:
             insort(keys, key, 0, index)
 
     def _free(self, block: Block) -> None:
-        """free_block: merges with free neighbours (try_merge_blocks), and goes back to its pool."""
+        """Free (free_block): merge with free neighbours (try_merge_blocks), return to the pool."""
         pool = block.pool
         keys, old = pool.keys, None
         before, after = block.before, block.after
@@ -237,7 +243,7 @@ class CachingAllocator:
             insort(keys, key, index)
 
     def _choice(self, pool: Pool, index: int, size: int) -> int:
-        """get_free_block: return the chosen index, from the best fit on."""
+        """Choose a block (get_free_block) from the best fit on, by index."""
         keys, blocks, limit = pool.keys, pool.blocks, self.rules.max_split_size_bytes
         if self._collects and not pool.small:
             self._searches += 1
@@ -266,7 +272,7 @@ class CachingAllocator:
     # -- memory from the driver, and back
 
     def _new_block(self, pool: Pool, size: int) -> Block:
-        """alloc_block: allocate a new segment, after what precedes giving up."""
+        """Get memory (malloc, alloc_block), with the steps before giving up."""
         if self._collects:
             self._collect()
         block = self._alloc_block(pool, size)
@@ -296,7 +302,7 @@ class CachingAllocator:
         return block
 
     def _take(self, size: int) -> bool:
-        """cudaMalloc, cuMemCreate: whether the driver has that many bytes left."""
+        """Take bytes from the driver (cudaMalloc, cuMemCreate), if it has them."""
         reserved, capacity = self.reserved_bytes + size, self.rules.capacity_bytes
         if capacity is not None and reserved > capacity:
             return False
@@ -306,13 +312,13 @@ class CachingAllocator:
         return True
 
     def _give_back(self, block: Block) -> None:
-        """release_block."""
+        """Return a segment to the driver (release_block)."""
         block.pool.take_out(block)
         del block.pool.heads[block.address]
         self.reserved_bytes -= block.size
 
     def _collect(self) -> None:
-        """garbage_collect_cached_blocks: above the threshold, unused large segments older than the average go."""
+        """Collect garbage (garbage_collect_cached_blocks): unused large segments older than average."""
         most = int(self.rules.garbage_collection_threshold * (self.rules.allowed_bytes or 0))
         target = self.reserved_bytes - most
         unused = [
@@ -330,10 +336,10 @@ class CachingAllocator:
                 self._give_back(block)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
-        """release_available_cached_blocks: release one sufficient oversize block, else the largest.
+        """Release one large enough block (release_available_cached_blocks), or the largest.
 
         Returns:
-            Whether it was enough; where not, what was released stays released.
+            Whether it was enough; if not, what was released stays released.
         """
         limit = self.rules.max_split_size_bytes
         if limit is None or self.rules.expandable_segments:
@@ -349,7 +355,7 @@ class CachingAllocator:
         return released >= needed
 
     def _release_cached(self) -> None:
-        """release_cached_blocks: wait for other streams, then release every free page."""
+        """Release all free pages (release_cached_blocks), after waiting for other streams."""
         for block in self._held.values():  # synchronize_and_free_events
             self._free(block)
         self._held.clear()
@@ -371,7 +377,7 @@ class CachingAllocator:
         return pool
 
     def _load(self, segment: CudaSegment) -> None:
-        """Load a segment of the start into its pool."""
+        """Put a segment of the start into its pool."""
         pools = self._small if segment.small else self._large
         pool = pools.get(segment.stream) or self._new_pool(segment.stream, small=segment.small)
         page = (SMALL_SEGMENT_BYTES if segment.small else self.rules.large_segment_bytes) if segment.expandable else 0

@@ -1,6 +1,6 @@
-"""The caching allocator's blocks, pools and expandable segments. No torch.
+"""Model the allocator's blocks and pools, and expandable segments. No torch here.
 
-Read from c10/cuda/CUDACachingAllocator.cpp; the name of the function or type stands beside each rule.
+Read from c10/cuda/CUDACachingAllocator.cpp; each rule names its function or type there.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ UNLIMITED_BYTES = 1 << 60
 
 
 class Block:
-    """A piece of a segment, linked to its neighbours.
-
-    An unmapped one is not free.
-    """
+    """Hold a piece of a segment, linked to its neighbours."""
 
     __slots__ = ("address", "after", "base", "before", "born", "free", "key", "mapped", "page", "pool", "size")
 
@@ -31,12 +28,12 @@ class Block:
         self.key = self.born = 0
 
     def is_whole_segment(self) -> bool:
-        """Not is_split."""
+        """Return whether the block is a whole segment (not is_split)."""
         return self.before is None and self.after is None
 
 
 class Pool:
-    """BlockPool: what one stream has of small, or of large blocks.
+    """Hold one stream's small or large blocks (BlockPool).
 
     Attributes:
         keys: Of free blocks: sizes above addresses, ascending (BlockComparatorSize).
@@ -55,7 +52,7 @@ class Pool:
         self.heads: dict[int, Block] = {}
 
     def put_in(self, block: Block) -> None:
-        """insert_into_blocks."""
+        """Insert a free block (insert_into_blocks)."""
         block.free = True
         block.key = block.size << ADDRESS_BITS | block.address
         insort(self.keys, block.key)
@@ -69,9 +66,7 @@ class Pool:
 
 
 def load(pool: Pool, address: int, sizes: Sequence[int], page: int = 0, span: int = 0) -> list[Block]:
-    """Load an existing segment, or a range of mapped pages.
-
-    The latter of an expandable segment.
+    """Put an existing segment, or a range of pages, into a pool.
 
     Args:
         pool: Whose it is.
@@ -103,7 +98,7 @@ def load(pool: Pool, address: int, sizes: Sequence[int], page: int = 0, span: in
 
 
 def expand(pool: Pool, size: int, page: int, span: int, take: Callable[[int], bool]) -> Block | None:
-    """try_allocate_expandable_block: maps pages until there is a block of at least `size`.
+    """Map pages until a block of `size` exists (try_allocate_expandable_block).
 
     Args:
         pool: Whose segment it is.
@@ -113,7 +108,7 @@ def expand(pool: Pool, size: int, page: int, span: int, take: Callable[[int], bo
         take: Takes bytes from the driver, if it has them.
 
     Returns:
-        The block, not free any more; None where the driver ran out. What was mapped up to then stays mapped.
+        The block, no longer free; None if the driver ran out. Pages mapped so far stay mapped.
     """
     block = _room_for(pool, size) or _new_segment(pool, page, span)
     if not block.mapped:
@@ -133,7 +128,7 @@ def expand(pool: Pool, size: int, page: int, span: int, take: Callable[[int], bo
 
 
 def _room_for(pool: Pool, size: int) -> Block | None:
-    """find_expandable_block: the lowest addresses, free or unmapped, that have room."""
+    """Find the lowest free or unmapped addresses with room (find_expandable_block)."""
     for unmapped in pool.unmapped:
         before = unmapped.before
         first = before if before is not None and before.free else unmapped
@@ -150,7 +145,7 @@ def _room_for(pool: Pool, size: int) -> Block | None:
 
 
 def _new_segment(pool: Pool, page: int, span: int, address: int | None = None) -> Block:
-    """ExpandableSegment: addresses without memory, above all that there are."""
+    """Reserve addresses without memory, above all others (ExpandableSegment)."""
     if address is None:
         address = max(pool.heads, default=0) + 2 * span
     block = Block(pool, address, span, page=page, base=address)
@@ -161,7 +156,7 @@ def _new_segment(pool: Pool, page: int, span: int, address: int | None = None) -
 
 
 def _map(block: Block, size: int, take: Callable[[int], bool]) -> Block | None:
-    """map_block: whole pages, all or none; then merged with its free neighbours."""
+    """Map whole pages, then merge with free neighbours (map_block)."""
     pool, mapped = block.pool, -(-size // block.page) * block.page
     if not take(mapped):
         return None
@@ -175,9 +170,7 @@ def _map(block: Block, size: int, take: Callable[[int], bool]) -> Block | None:
 
 
 def unmap(block: Block) -> int:
-    """Unmap the whole pages of a free block; end empty segments.
-
-    unmap_block.
+    """Release the whole pages within a free block (unmap_block).
 
     Returns:
         The bytes given back.
@@ -203,7 +196,7 @@ def unmap(block: Block) -> int:
 
 
 def _cut(block: Block, size: int) -> Block:
-    """Shortens a block to `size`; returns the rest, neither free nor unmapped."""
+    """Shorten a block to `size`; return the rest, neither free nor unmapped."""
     rest = Block(block.pool, block.address + size, block.size - size, block, block.page, block.base)
     rest.after = block.after
     if rest.after is not None:
@@ -224,10 +217,7 @@ def _unmapped_at(pool: Pool, address: int) -> Block | None:
 
 
 def _merged_with_neighbours(block: Block) -> Block:
-    """Merge a block with free or unmapped neighbours like it.
-
-    try_merge_blocks, of a block that is in no list.
-    """
+    """Merge an unlisted block with neighbours of its kind (try_merge_blocks)."""
     pool = block.pool
     for other in (block.before, block.after):
         if other is None or other.mapped != block.mapped or (other.mapped and not other.free):

@@ -14,14 +14,14 @@ from .snapshot import EMPTY, AllocatorState
 
 @dataclass(frozen=True)
 class CudaReplay:
-    """What a replay came to, in the allocator's own statistics.
+    """Hold a replay's results, in the allocator's own statistics.
 
     Attributes:
         peak_reserved_bytes: `max_memory_reserved`.
         peak_allocated_bytes: `max_memory_allocated`: whole blocks, their slack included.
-        retries: `num_alloc_retries`: how often the cache was given back to make room, by phase in order of its parts.
+        retries: `num_alloc_retries`: number of cache flushes to make room, by phase in order.
         phases: Highest reserved bytes in each phase, phases of one name together.
-        out_of_memory: Index of the phase in which it ran out; None where it did not.
+        out_of_memory: Index of the phase in which memory ran out; None if it did not.
     """
 
     peak_reserved_bytes: int
@@ -32,12 +32,12 @@ class CudaReplay:
 
 
 def replay_cuda(phases: Iterable[Phase], rules: CudaRules, start: AllocatorState = EMPTY) -> CudaReplay:
-    """Replay phases on the allocator, reading allocations, frees, sizes and streams.
+    """Run phases through a fresh allocator.
 
     Args:
-        phases: In order. A free of a block that they didn't allocate is passed over.
+        phases: In order. A free of an unknown block is ignored.
         rules: The allocator's settings and the capacity.
-        start: What it holds before the first event.
+        start: Its state before the first event.
     """
     allocator = CachingAllocator(rules, start)
     results: list[PhaseResult] = []

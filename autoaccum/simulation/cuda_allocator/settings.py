@@ -1,7 +1,7 @@
-"""The CUDA caching allocator's settings, constants and rounding. No torch.
+"""Read the CUDA caching allocator's settings and round sizes as it does.
 
-Read from c10/core/AllocatorConfig.h and .cpp, c10/cuda/CUDAAllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp; the
-name of the function or constant stands beside each rule. No torch here.
+Read from c10/core/AllocatorConfig.h and .cpp, c10/cuda/CUDAAllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp;
+each rule names its function or constant there. No torch here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROUNDUP_INTERVALS = 16  # kRoundUpPowerOfTwoIntervals: from 1 MiB (and less) to 
 
 @dataclass(frozen=True)
 class CudaRules:
-    """How the allocator is set, and what the device can give it.
+    """Hold the allocator's settings and the device's capacity.
 
     Attributes:
         capacity_bytes: What the driver can hand out in all, what the allocator holds already included; None for any
@@ -56,9 +56,9 @@ class CudaRules:
 
     @staticmethod
     def from_settings(text: str, *, device_bytes: int | None = None, capacity_bytes: int | None = None) -> CudaRules:
-        """Parse PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF.
+        """Parse the text of PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF.
 
-        Options that don't change which bytes are reserved (pinned memory, locks) are passed over.
+        Options that don't change which bytes are reserved (pinned memory, locks) are ignored.
 
         Args:
             text: The variable's text, like "max_split_size_mb:64,expandable_segments:True".
@@ -86,9 +86,7 @@ class CudaRules:
 
     @staticmethod
     def from_snapshot(settings: Mapping[str, Any], *, device_bytes: int | None = None) -> CudaRules:
-        """Read the allocator's own settings from a snapshot.
-
-        A process may change them, whatever its environment holds.
+        """Read the allocator's own report of its current settings.
 
         Args:
             settings: `torch.cuda.memory._snapshot()["allocator_settings"]`. What has a value of its own there is taken
@@ -116,10 +114,7 @@ class CudaRules:
 
 
 def round_size(size: int, divisions: tuple[int, ...] = ()) -> int:
-    """Round to multiples of 512, or to divisions of powers of two.
-
-    round_size.
-    """
+    """Round a request: to 512 bytes, or between powers of two (round_size)."""
     if size < MIN_BLOCK_BYTES:
         return MIN_BLOCK_BYTES
     if divisions:
@@ -132,7 +127,7 @@ def round_size(size: int, divisions: tuple[int, ...] = ()) -> int:
 
 
 def segment_bytes(size: int, large_segment_bytes: int = LARGE_SEGMENT_BYTES) -> int:
-    """get_allocation_size: what is asked of cudaMalloc for a rounded size."""
+    """Return the bytes asked of cudaMalloc for a rounded size (get_allocation_size)."""
     if size <= MAX_SMALL_BYTES:
         return SMALL_SEGMENT_BYTES
     if size < MIN_LARGE_BYTES:
@@ -209,7 +204,7 @@ def _steps(value: str) -> int:
 
 
 def _divisions(value: str) -> tuple[int, ...]:
-    """parseRoundUpPower2Divisions: one number for all, or [megabytes:steps, ..., >:steps].
+    """Parse one number for all, or [megabytes:steps, ..., >:steps] (parseRoundUpPower2Divisions).
 
     The first pair holds for all smaller sizes too, ">" for all larger than the pair before it; what lies between two
     pairs that are not neighbours has none.
@@ -242,7 +237,7 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "expandable_segments": ("expandable_segments", _flag),
     "large_segment_size_mb": ("large_segment_bytes", _large_segment),
 }
-_HARMLESS = ("pinned_", "release_lock_on_", "graph_capture_record_stream_reuse")  # nothing of the layout hangs on them
+_HARMLESS = ("pinned_", "release_lock_on_", "graph_capture_record_stream_reuse")  # they don't affect the layout
 _HARMLESS_VALUES = {"backend": "native", "throw_on_cudamalloc_oom": "False"}
 
 
@@ -252,17 +247,17 @@ def _check_harmless(name: str, value: str) -> None:
     known = name in _HARMLESS_VALUES
     raise UsageError(
         f"The allocator setting {name}:{value} isn't modelled." if known else f"There is no allocator setting {name}.",
-        "It changes what is reserved in ways that the replay doesn't know." if known else f"It was set to {value}.",
+        "It changes the reserved bytes in a way that the replay doesn't model." if known else f"It was set to {value}.",
         f"Leave {name} out of PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF.",
     )
 
 
 def _part_of(device_bytes: int | None, fraction: float) -> int:
-    """setMemoryFraction: allowed_memory_maximum."""
+    """Return the bytes a fraction of the device allows (setMemoryFraction)."""
     if device_bytes is None:
         raise UsageError(
             f"The allocator setting per_process_memory_fraction:{fraction} needs the device's memory.",
-            "It is a part of it.",
+            "The setting is a fraction of it.",
             "Give device_bytes.",
         )
     return int(fraction * device_bytes)

@@ -1,4 +1,4 @@
-"""A CUDA caching allocator's initial contents, from a snapshot. No torch."""
+"""Hold a CUDA caching allocator's state before the first event."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STATES: dict[str, State] = {
 
 
 class CudaBlock(NamedTuple):
-    """A piece of a segment.
+    """Hold a piece of a segment.
 
     Attributes:
         bytes: Its size, slack included.
@@ -29,9 +29,7 @@ class CudaBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class CudaSegment:
-    """Memory obtained from the driver in one piece.
-
-    Of an expandable segment, a range of mapped pages.
+    """Hold memory the driver gave in one piece.
 
     Attributes:
         address: Where it begins.
@@ -51,13 +49,13 @@ class CudaSegment:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """The segment's size."""
         return sum(block.bytes for block in self.blocks)
 
 
 @dataclass(frozen=True)
 class AllocatorState:
-    """What the allocator of one device holds before the first event.
+    """Hold what one device's allocator holds at the start.
 
     Attributes:
         segments: By address.
@@ -81,12 +79,12 @@ class AllocatorState:
 
     @property
     def reserved_bytes(self) -> int:
-        """`memory_reserved` at that moment."""
+        """The value of `memory_reserved`."""
         return sum(segment.bytes for segment in self.segments)
 
     @property
     def allocated_bytes(self) -> int:
-        """`memory_allocated` at that moment."""
+        """The value of `memory_allocated`."""
         return sum(b.bytes for segment in self.segments for b in segment.blocks if b.state == "live")
 
 
