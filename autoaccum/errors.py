@@ -31,7 +31,7 @@ __all__ = [
 
 
 class AutoaccumError(Exception):
-    """The base of every error that autoaccum raises on purpose.
+    """Carry what happened, why, and what to do next.
 
     Args:
         what: What happened, with its numbers, in one sentence.
@@ -50,21 +50,21 @@ class AutoaccumError(Exception):
 
 
 class UsageError(AutoaccumError):
-    """An argument or an input that can't be used."""
+    """Report an argument or an input that can't be used."""
 
     exit_code = 2
 
 
 class BatchError(UsageError):
-    """A batch that can't be split, or differs from the plan's."""
+    """Report a batch that can't be split, or differs from the plan's."""
 
 
 class PlanFileError(UsageError):
-    """A plan file that is missing, incomplete, foreign or of another version."""
+    """Report a plan file that is missing, incomplete, foreign or newer."""
 
 
 class DoesNotFit(AutoaccumError):
-    """Not even the smallest micro-batch fits the budget.
+    """Report that not even the smallest micro-batch fits the budget.
 
     Attributes:
         missing_bytes: How many bytes the smallest window lacks.
@@ -78,20 +78,20 @@ class DoesNotFit(AutoaccumError):
 
 
 class NotConfirmed(AutoaccumError):
-    """What was run for real kept differing from what was predicted."""
+    """Report that real runs kept differing from the prediction."""
 
 
 class PlanMismatch(AutoaccumError):
-    """The plan was made for another model, optimizer, precision or device."""
+    """Report a plan for another model, optimizer, precision or device."""
 
 
 class OutOfMemory(AutoaccumError):
-    """The Runner could not finish a window, however small its micro-batches."""
+    """Report that no micro-batch, however small, finishes a window."""
 
 
 class NotFinite(AutoaccumError):
-    """A window's gradient isn't finite, with `on_nonfinite="raise"`; no step was taken."""
+    """Report a non-finite gradient under `on_nonfinite="raise"`; no step was taken."""
 
 
 class RestoreError(AutoaccumError):
-    """Planning couldn't restore something; the message names it."""
+    """Report what planning couldn't restore; the message names it."""

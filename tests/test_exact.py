@@ -464,7 +464,7 @@ def test_with_too_few_parameters_least_squares_is_not_believed() -> None:
     model = nn.Linear(1, 1)
     batch = torch.linspace(-1, 2, 8)[:, None], torch.linspace(0, 1, 8)[:, None]
     found = check.check(Workload(model, batch, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]).sqrt()))
-    assert found.kind == "not exact" and "so few parameters" in found.words
+    assert found.kind == "not exact" and "too few parameters" in found.words
     assert check.check(Workload(model, batch, loss=MSE.loss)).kind == EXACT
 
 

@@ -15,7 +15,7 @@ from strategies import made_up_plan
 from autoaccum.budget import Budget, BudgetItem
 from autoaccum.cli.terminal import show_error
 from autoaccum.errors import AutoaccumError
-from autoaccum.files.escape import MOST, lines, one_line
+from autoaccum.files.escape import MAX_CHARACTERS, lines, one_line
 from autoaccum.plan import LeafForm, Plan
 from autoaccum.processes.child import _described
 from autoaccum.reporting import render
@@ -51,8 +51,8 @@ def test_what_is_seen_stays(text: str) -> None:
 def test_what_is_not_seen_is_named() -> None:
     assert one_line("a\x1b[0m\n\t\u202e\ud800") == "a\\x1b[0m\\n\\t\\u202e\\ud800"
     assert one_line("pass\u200dword") == "pass\\u200dword"
-    assert one_line("x" * 10**6) == "x" * MOST + "... (cut: 1,000,000 characters)"
-    assert len(one_line("\x1b" * 10**6)) < MOST + 40
+    assert one_line("x" * 10**6) == "x" * MAX_CHARACTERS + "... (cut: 1,000,000 characters)"
+    assert len(one_line("\x1b" * 10**6)) < MAX_CHARACTERS + 40
     assert lines("one\x07\ntwo") == "one\\x07\ntwo" and lines("a\n" * 9, most=2).endswith("... (cut: 10 lines)")
 
 

@@ -131,7 +131,7 @@ def test_a_setting_that_cannot_be_read_ends_the_process(setting: str) -> None:
     [
         (["--memory", "much", "--", "true"], "'much' is not an amount of memory"),
         (["--context", "17GiB", "--", "true"], "take 17.00 GiB of it"),
-        (["--memory", "4GiB"], "There is no command to run."),
+        (["--memory", "4GiB"], "The command to run is missing."),
     ],
 )
 def test_command_line_refuses(words: list[str], told: str) -> None:

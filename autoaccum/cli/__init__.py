@@ -34,7 +34,7 @@ app.command("tune")(tune.tune)
 app.command("report")(report.report)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
-# What stands after the command to run is that command's own.
+# Options after the command to run belong to that command.
 app.command("virtual-gpu", context_settings={"allow_interspersed_args": False})(virtual_gpu.virtual_gpu)
 
 
@@ -51,16 +51,16 @@ def _options(
 
 
 def main() -> None:
-    """The `autoaccum` command; ends with its exit code.
+    """Run the `autoaccum` command and exit with its code.
 
     0 ok, 1 failure, 2 usage, 3 does not fit; 130 and 143 where SIGINT and SIGTERM ended it.
     """
     interrupts.watch(end_if_dropped=True)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding doesn't have is no failure
+        if isinstance(stream, io.TextIOWrapper):  # a name outside the terminal's encoding is printed escaped
             stream.reconfigure(errors="backslashreplace")
     with_traceback = "--traceback" in sys.argv
-    # As a global option it may stand anywhere: it is what people add at the end of a command that failed.
+    # Accepted anywhere: people append it to a command that failed.
     sys.argv = [
         sys.argv[0],
         *(["--traceback"] if with_traceback else []),
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def _code_of(command: Callable[[], Any], *, with_traceback: bool) -> int:
-    """Runs a command and shows its error, if any; its exit code."""
+    """Run a command, show its error, and return its exit code."""
     try:
         try:
             command()
@@ -88,7 +88,7 @@ def _code_of(command: Callable[[], Any], *, with_traceback: bool) -> int:
     except AutoaccumError as error:
         show_error(error, with_traceback=with_traceback)
         return error.exit_code
-    except BrokenPipeError:  # whoever reads has enough, as `head` has
+    except BrokenPipeError:  # the reader closed its end, as `head` does
         standard_streams.silence(sys.stdout)
         return 1
     except Exception as error:
@@ -100,16 +100,18 @@ def _code_of(command: Callable[[], Any], *, with_traceback: bool) -> int:
         if lost:
             show_error(_cant_print(error), with_traceback=False)
             return 1
-        told = AutoaccumError(
-            f"{type(error).__name__}: {error}", "That is an error of autoaccum's own.", "Run it again with --traceback."
+        shown = AutoaccumError(
+            f"{type(error).__name__}: {error}",
+            "This is an error in autoaccum itself.",
+            "Run it again with --traceback.",
         )
-        show_error(told, with_traceback=False)
+        show_error(shown, with_traceback=False)
         return 1
     return 0
 
 
 def _raise_interrupt(error: BaseException | None) -> None:
-    """Raises the interrupt that typer made an ordinary end of, if there was one."""
+    """Raise the interrupt that typer turned into an ordinary exit, if any."""
     interrupts.raise_if_received()
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
@@ -121,6 +123,6 @@ def _cant_print(error: BaseException) -> AutoaccumError:
     why = getattr(error, "strerror", None) or str(error)
     return AutoaccumError(
         "The results can't be written to standard output.",
-        f"The system says: {why}.",
+        f"The system reports: {why}.",
         "Print elsewhere, or make room on the disk; a plan goes to a file with -o plan.json.",
     )

@@ -1,4 +1,4 @@
-"""`autoaccum check`."""
+"""Implement `autoaccum check`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..processes.examples import BUILT_IN, DEFAULT
 
 def check(
     workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
-    json: bool = typer.Option(False, "--json", help="Print the verdict's JSON alone."),
+    json: bool = typer.Option(False, "--json", help="Print the verdict as JSON only."),
 ) -> None:
-    """Test whether accumulating gives the large batch's gradient. Exit code 1 where it doesn't, or isn't known."""
+    """Test whether accumulation gives the large batch's gradient. Exit code 1 if not, or unknown."""
     from ..processes.child import call
     from ..processes.workload_source import check_source
     from .terminal import progress

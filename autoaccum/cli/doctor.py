@@ -1,4 +1,4 @@
-"""`autoaccum doctor`."""
+"""Implement `autoaccum doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..files.json_text import to_json
 def doctor(
     json: bool = typer.Option(False, "--json", help="Print JSON."),
     gpus: bool = typer.Option(
-        False, "--gpus", help="List the GPUs that --gpu knows, and where their figures come from."
+        False, "--gpus", help="List the GPUs that --gpu accepts, with the sources of their figures."
     ),
 ) -> None:
     """Print what a bug report needs: versions, devices, limits, settings."""
@@ -25,7 +25,7 @@ def doctor(
     facts = host_facts()
     try:
         facts |= call("cli.tasks:doctor", {})
-    except AutoaccumError as error:  # that torch doesn't load is what a report is about
+    except AutoaccumError as error:  # a report may be about torch failing to load
         facts["torch"] = f"does not load: {error.what}"
     if json:
         print(to_json(facts, indent=2))

@@ -1,4 +1,4 @@
-"""What commands run in a child process: training, the exactness test, what torch says of itself."""
+"""Run commands' work in a child process: training, checking, diagnosis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..units import show_bytes
 def run(
     *, say: Say, plan: str, epochs: int, steps: int | None, checkpoint: str | None, checkpoint_seconds: float
 ) -> dict[str, Any]:
-    """Trains a plan's workload under the plan's own limit."""
+    """Train a plan's workload under the plan's memory limit."""
     say({"say": "loading torch and the workload"})
     from ..processes.workload_source import load_workload
     from ..runner.loop import train
@@ -27,8 +27,8 @@ def run(
         if not torch.cuda.is_available():
             raise UsageError(
                 f"The plan is for {read.device.name}, and torch sees no CUDA device here.",
-                "A plan for one device says nothing about another.",
-                "Run it where that GPU is, or plan for this machine: autoaccum plan --target-batch "
+                "A plan for one device does not apply to another.",
+                "Run it on a machine with that GPU, or plan for this machine: autoaccum plan --target-batch "
                 f"{read.target_batch} --workload {read.request.workload}",
             )
         from ..devices.registry import get_device
@@ -56,7 +56,7 @@ def run(
 
 
 def check(*, say: Say, workload: str) -> dict[str, Any]:
-    """Tests a workload's gradient; returns the verdict."""
+    """Check a workload's gradient and return the verdict."""
     say({"say": "loading torch and the workload"})
     from dataclasses import asdict, replace
 
@@ -74,7 +74,7 @@ def check(*, say: Say, workload: str) -> dict[str, Any]:
 
 
 def doctor(*, say: Say) -> dict[str, Any]:
-    """What torch says of itself and its devices."""
+    """Return what torch reports about itself and its devices."""
     from ..planning.environment import torch_facts
 
     return torch_facts()

@@ -1,4 +1,4 @@
-"""What every command shows alike: errors, and progress on a terminal's stderr."""
+"""Show errors and progress in the terminal."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def show_error(error: AutoaccumError, *, with_traceback: bool) -> None:
-    """Three lines on stderr: what happened, why, what to do next."""
+    """Print an error on stderr: what happened, why, what to do."""
     if with_traceback:
         import traceback
 
         notes = getattr(error, "__notes__", []) or traceback.format_exception(error)
         print(*(lines(note.rstrip("\n")) for note in notes), sep="\n", file=sys.stderr)
-    # Only `why` may have several lines, like what a compiler said; each is set in, so that none looks like ours
+    # Only `why` may have several lines, such as a compiler's output; each is indented, so that none looks like ours
     parts = [one_line(error.what), *lines(error.why).split("\n"), one_line(error.hint)]
     first, *others = [part for part in parts if part]
     print("error: " + first, *others, sep="\n  ", file=sys.stderr)
 
 
 def keep_plan(plan: Plan, output: Path) -> None:
-    """Writes a plan's file; where that fails after all, prints it, so that what was found isn't lost.
+    """Write a plan's file; print the plan if that fails.
 
     Raises:
         UsageError: The file can't be written.
@@ -40,13 +40,13 @@ def keep_plan(plan: Plan, output: Path) -> None:
         plan.save(output)
     except UsageError as error:
         print(plan.to_json(), end="", flush=True)
-        raise UsageError(error.what, error.why, f"The plan is on stdout, whole: keep it. {error.hint}") from error
+        raise UsageError(error.what, error.why, f"The complete plan is on stdout. {error.hint}") from error
     print(f"wrote {output}", file=sys.stderr)
 
 
 @contextmanager
 def progress(title: str) -> Iterator[Say]:
-    """Shows what a child process says, with the seconds so far; nothing where stderr isn't a terminal."""
+    """Show a child process's progress and the elapsed seconds on a terminal."""
     if not sys.stderr.isatty():
         yield lambda message: None
         return
@@ -58,7 +58,7 @@ def progress(title: str) -> Iterator[Say]:
 
         def say(message: dict[str, Any]) -> None:
             if "say" in message:
-                told = f"{title}: {one_line(message['say'])} ({time.monotonic() - started:.0f} s)"
-                status.update(escape(told))
+                text = f"{title}: {one_line(message['say'])} ({time.monotonic() - started:.0f} s)"
+                status.update(escape(text))
 
         yield say

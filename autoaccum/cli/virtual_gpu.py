@@ -1,4 +1,4 @@
-"""`autoaccum virtual-gpu`."""
+"""Implement `autoaccum virtual-gpu`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _ADDRESSES = ("up", "down")
 def virtual_gpu(
     command: list[str] = typer.Argument(None, metavar="-- COMMAND ...", help="What to run.", show_default=False),
     memory: str = typer.Option("16GiB", metavar="SIZE", help="Memory of each device."),
-    context: str = typer.Option("512MiB", metavar="SIZE", help="Taken by the process's context."),
-    other: str = typer.Option("0", metavar="SIZE", help="Taken by another process."),
-    devices: int = typer.Option(_DEFAULT.devices, metavar="N", help="How many devices."),
+    context: str = typer.Option("512MiB", metavar="SIZE", help="Memory that the process's context uses."),
+    other: str = typer.Option("0", metavar="SIZE", help="Memory that another process uses."),
+    devices: int = typer.Option(_DEFAULT.devices, metavar="N", help="Number of devices."),
     compute_capability: str = typer.Option(_DEFAULT.compute_capability, metavar="X.Y", help="Compute capability."),
     multiprocessors: int = typer.Option(_DEFAULT.multiprocessors, metavar="N", help="Multiprocessors."),
     name: str = typer.Option(_DEFAULT.name, help="The device's name."),
@@ -31,20 +31,20 @@ def virtual_gpu(
     convolution_fallback: bool = typer.Option(True, help="A convolution can run without its workspace."),
     copies: str = typer.Option(_DEFAULT.copies, metavar="|".join(_COPIES), help="What copies write."),
     addresses: str = typer.Option(_DEFAULT.addresses, metavar="|".join(_ADDRESSES), help="Order of new addresses."),
-    trace: bool = typer.Option(False, "--trace", help="Name each function that was called and isn't modelled, once."),
+    trace: bool = typer.Option(False, "--trace", help="Print each called function that isn't modelled, once."),
 ) -> None:
-    """Run a command on a GPU that isn't there: kernels compute nothing, memory is counted."""
+    """Run a command on a virtual GPU: kernels compute nothing, memory is counted."""
     from ..devices.virtual import environment
     from ..units import parse_bytes, parse_part
 
     if not command or not command[0]:
         raise UsageError(
-            "The command to run is empty." if command else "There is no command to run.",
+            "The command to run is empty." if command else "The command to run is missing.",
             hint="Name it after --: autoaccum virtual-gpu --memory 4GiB -- python train.py",
         )
     for option, value, allowed in (("--copies", copies, _COPIES), ("--addresses", addresses, _ADDRESSES)):
         if value not in allowed:
-            raise UsageError(f"{option} is {value!r}.", hint=f"It is one of: {', '.join(allowed)}.")
+            raise UsageError(f"{option} cannot be {value!r}.", hint=f"Use one of: {', '.join(allowed)}.")
     memory_bytes = parse_bytes(memory, what="an amount of memory")
     gpu = VirtualGpu(
         memory_bytes=memory_bytes,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 
-MOST = 2000  # characters of one line; a plan's longest sentence of ours has some 400
+MAX_CHARACTERS = 2000  # of one line; the longest sentence of a plan has some 400
 
 # What isn't seen and yet does something (Unicode's categories Cc, Zl, Zp and Cs, and the marks of Cf): control
 # characters, soft hyphen, marks, embeddings, overrides and isolates of direction (UAX 9), what has no width, tags.
@@ -25,7 +25,7 @@ _JOINS = "[^\x00-\x7f\u200c\u200d]"
 _STRAY_JOINER = re.compile(f"(?<!{_JOINS})[\u200c\u200d]|[\u200c\u200d](?!{_JOINS})")
 
 
-def one_line(text: object, most: int = MOST) -> str:
+def one_line(text: object, most: int = MAX_CHARACTERS) -> str:
     r"""Return the text in one line, invisible characters escaped, cut to length."""
     whole = str(text)
     shown = _STRAY_JOINER.sub(_escaped, _UNSEEN.sub(_escaped, whole[:most]))[:most]
@@ -45,7 +45,7 @@ def finalize(value: object) -> object:
 
 
 class OneLine(logging.Filter):
-    """Makes each record's message one line."""
+    """Make each record's message one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Insert the arguments into the record; let every record pass."""

@@ -58,7 +58,7 @@ def private_folder(root: Path, *names: str) -> Path:
 
 
 def check_own(path: Path, *, is_folder: bool = False) -> None:
-    """Refuses what isn't this user's own file or folder, whatever it is.
+    """Refuse what isn't this user's own file or folder.
 
     Raises:
         UsageError: It is a link, another user's, or others may write to it.

@@ -24,7 +24,7 @@ _OTHER = "Name another file, or make room on the disk."
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a path leads: a file, or something to write into.
+    """Hold where a path leads: a file, or something to write into.
 
     A file is written whole or not at all; a terminal or pipe is written into as it is.
     """
@@ -35,7 +35,7 @@ class _Place:
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Refuses what couldn't be written after the work; leaves nothing behind.
+    """Refuse what couldn't be written after the work; leave nothing behind.
 
     Args:
         path: The target.
@@ -131,7 +131,7 @@ def _mode_of(target: Path) -> int:
 
 
 def _place(path: str | os.PathLike[str]) -> _Place:
-    """Where a path leads, its links followed.
+    """Return where a path leads, its links followed.
 
     Raises:
         UsageError: To a folder, a disk, a socket, or nothing; or by a link that somebody else may have planted.
@@ -158,7 +158,7 @@ def _place(path: str | os.PathLike[str]) -> _Place:
 
 
 def _is_descriptor(path: Path) -> bool:
-    """Whether the path names an open file, like /dev/stdout or /dev/fd/3.
+    """Return whether the path names an open file, like /dev/stdout.
 
     Then that file is meant, not its name.
     """
