@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..recording import Phase
-from .blocks import ADDRESS_BITS, UNLIMITED_BYTES, Block, Pool, expand, load, unmap
+from .blocks import ADDRESS_BITS, UNLIMITED_BYTES, Block, Pool, expand, expandable_size, load, unmap
 from .settings import MAX_SMALL_BYTES, MIN_BLOCK_BYTES, SMALL_SEGMENT_BYTES, CudaRules, round_size, segment_bytes
 from .snapshot import EMPTY, AllocatorState, CudaSegment
 
@@ -253,7 +253,7 @@ class CachingAllocator:
         if self.rules.expandable_segments:
             # A block that can grow counts as large as it can get: the next larger is taken if it can't get as large.
             while blocks[keys[index]].page and index + 1 < none:
-                if _expandable_size(blocks[keys[index + 1]]) >= _expandable_size(blocks[keys[index]]):
+                if expandable_size(blocks[keys[index + 1]]) >= expandable_size(blocks[keys[index]]):
                     break
                 index += 1
         else:
@@ -397,8 +397,3 @@ class CachingAllocator:
             pool.blocks[key] for stream in sorted(self._large) for pool in [self._large[stream]] for key in pool.keys
         )
         return tuple(self._searches - block.born for block in keyed)
-
-
-def _expandable_size(block: Block) -> int:
-    after = block.after
-    return block.size if after is None or after.mapped else block.size + after.size

@@ -127,6 +127,12 @@ def expand(pool: Pool, size: int, page: int, span: int, take: Callable[[int], bo
     return block
 
 
+def expandable_size(block: Block) -> int:
+    """Return a block's size including the unmapped range after it."""
+    after = block.after
+    return block.size if after is None or after.mapped else block.size + after.size
+
+
 def _room_for(pool: Pool, size: int) -> Block | None:
     """Find the lowest free or unmapped addresses with room (find_expandable_block)."""
     for unmapped in pool.unmapped:
