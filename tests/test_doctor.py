@@ -58,7 +58,7 @@ def test_what_else_uses_a_device_and_what_is_left() -> None:
     facts = on_the_virtual_gpu()
     assert facts["cuda:1 other processes"].startswith("1.00 GiB: 1.00 GiB of ")
     assert facts["cuda:1 context"].startswith("512.0 MiB: ")
-    assert facts["cuda:1 to use"] == "2.25 GiB for torch to reserve; what binds is: device"
+    assert facts["cuda:1 to use"] == "2.25 GiB for torch to reserve; the binding limit is: device"
 
 
 @usable
@@ -75,8 +75,8 @@ def test_the_allocators_settings_as_it_read_them() -> None:
 def test_host_facts_need_no_gpu() -> None:
     facts = environment.host_facts()
     assert facts["NVML"] and facts["virtual GPU"]
-    name = facts["host memory"].split("what binds is: ")[1]
-    assert name in facts and " to use; " in facts["host memory"]
+    name = facts["host memory"].split("the binding limit is: ")[1]
+    assert name in facts and " usable; " in facts["host memory"]
 
 
 @usable
@@ -108,9 +108,9 @@ def test_no_cuda_device_is_told_with_torchs_reason(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     facts = environment.torch_facts()
-    assert (facts["cuda devices"], facts["cuda"]) == (0, "not to be had: Found no NVIDIA driver.")
+    assert (facts["cuda devices"], facts["cuda"]) == (0, "not available: Found no NVIDIA driver.")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert environment.torch_facts()["cuda"] == "not to be had: this build of torch has no CUDA"
+    assert environment.torch_facts()["cuda"] == "not available: this build of torch has no CUDA"
 
 
 def test_a_device_that_cannot_be_used_is_told_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

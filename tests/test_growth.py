@@ -91,7 +91,9 @@ def test_a_list_of_outputs_is_named_with_its_line_and_emptied() -> None:
     assert found is not None and found.undone and history == ["mine"]
     assert found.bytes == 2 * 3 * CLASSES * 4  # of a window of two micro-batches
     assert {site.phase for site in found.sites} == {FIRST, LATER}
-    assert growth.told(found).startswith("test_growth.py:") and "out = model(batch[0])" in growth.told(found)
+    assert growth.describe_growth(found).startswith(
+        "test_growth.py:"
+    ) and "out = model(batch[0])" in growth.describe_growth(found)
 
 
 def test_a_graph_that_an_evaluation_keeps_is_all_counted() -> None:

@@ -82,7 +82,7 @@ def test_memory_never_runs_out_while_planning(answers: dict[str, dict[str, Any]]
 def test_what_does_not_fit_is_refused_with_what_it_would_need(answers: dict[str, dict[str, Any]]) -> None:
     found = answers["none"]
     assert found["split"] is None
-    assert "(windows of 1 don't fit: 48.0 MiB more would be needed, where" in found["text"]
+    assert "(windows of 1 don't fit: 48.0 MiB more are needed, where" in found["text"]
     assert not any(text.startswith("recording") for text in found["said"])
 
 

@@ -102,14 +102,13 @@ def loop(context: step.TrainingContext, pieces: list[Any]) -> None:
 def planned(n: int) -> dict[str, Any]:
     work = workload()
     plan = fit_plan(work, target_batch=2 * n, max_micro_batch=n, check=False)
-    fields = (
-        "predicted_peak_bytes",
-        "this_process_peak_bytes",
-        "measured_peak_bytes",
-        "plain_loop_peak_bytes",
-        "split",
-    )
-    found = {name: getattr(plan, name) for name in fields}
+    found = {
+        "predicted_peak_bytes": plan.predicted_peak_bytes,
+        "this_process_peak_bytes": plan.evidence.this_process_peak_bytes,
+        "measured_peak_bytes": plan.measured_peak_bytes,
+        "plain_loop_peak_bytes": plan.memory.plain_loop_peak_bytes,
+        "split": plan.split,
+    }
     context = step.open_context(work)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):

@@ -28,7 +28,7 @@ from ..window import compiled, fp32_accumulation
 from ..window.fingerprint import fingerprint, signature
 from ..workload import Workload
 from .environment import versions
-from .growth import told
+from .growth import describe_growth
 from .predictor import DeviceFigures, MemoryPredictor, VerifiedFigures
 from .request import dataset_note
 from .timing import Times
@@ -135,7 +135,7 @@ def _memory(predictor: MemoryPredictor, split: Split, figures: DeviceFigures, kn
         retries=figures.retries,
         plain_loop_peak_bytes=figures.plain_loop_peak_bytes,
         growth_bytes=growth,
-        growth_where=told(found) if found is not None and growth else "",
+        growth_where=describe_growth(found) if found is not None and growth else "",
         composition=_composition(predictor, split, phases),
         timeline=timeline(*window_of(predictor.evidence, split)),
     )
@@ -292,8 +292,9 @@ def _growth_notes(predictor: MemoryPredictor, split: Split) -> list[str]:
         else f" Planning's own windows left {show_bytes(predictor.leaked_bytes)} behind, which it can't find to free."
     )
     return [
-        f"Memory grows: each window keeps {show_bytes(growth)} more than the one before, allocated at {told(found)}. "
-        f"The peak is the third window's; {left:,} more windows fit the budget, then memory runs out. Keep less: "
+        f"Memory grows: each window keeps {show_bytes(growth)} more than the one before, allocated at "
+        f"{describe_growth(found)}. The peak is the third window's; {left:,} more windows fit the budget, then memory "
+        "runs out. Keep less: "
         f"numbers instead of tensors, a running sum, or tensors detached and moved off the device.{planning}"
     ]
 
@@ -353,7 +354,7 @@ def _keeping_less(predictor: MemoryPredictor, split: Split) -> str | None:
     found = predictor.evidence.growth
     growth = predictor.growth_bytes(split) if found is not None else 0
     return (
-        f"keeping less than {show_bytes(growth)} of each window (allocated at {told(found)})"
+        f"keeping less than {show_bytes(growth)} of each window (allocated at {describe_growth(found)})"
         if found and growth
         else None
     )

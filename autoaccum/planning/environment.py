@@ -1,4 +1,4 @@
-"""The facts that a bug report needs."""
+"""Collect the facts that a bug report needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SETTINGS = (
 
 
 def versions() -> dict[str, str]:
-    """Of the packages, of Python and of the system, and how many processors there are; no torch needed."""
+    """Return versions of packages, Python and system, and the processors, without torch."""
     facts: dict[str, str] = {}
     for name in _PACKAGES:
         try:
@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def host_facts() -> dict[str, Any]:
-    """Versions, machine, limits, what NVML shows, and settings; no torch needed."""
+    """Return versions, machine, limits, NVML's state and settings, without torch."""
     from ..devices.cpu.budget import read_cpu_budget
     from ..devices.cuda import nvml
     from ..devices.virtual.availability import describe_virtual_gpu
@@ -41,7 +41,7 @@ def host_facts() -> dict[str, Any]:
     host = read_cpu_budget()
     for term in host.terms:
         facts[term.name] = f"{show_bytes(term.bytes)}: {term.why}"
-    facts["host memory"] = f"{show_bytes(host.bytes)} to use; what binds is: {host.binding_constraint}"
+    facts["host memory"] = f"{show_bytes(host.bytes)} usable; the binding limit is: {host.binding_constraint}"
     for name, limit in (("data limit", resource.RLIMIT_DATA), ("address space limit", resource.RLIMIT_AS)):
         soft, _ = resource.getrlimit(limit)
         facts.setdefault(name, "none" if soft == resource.RLIM_INFINITY else show_bytes(soft))
@@ -54,7 +54,7 @@ def host_facts() -> dict[str, Any]:
 
 
 def torch_facts() -> dict[str, Any]:
-    """What torch says of itself, its devices and its caches."""
+    """Return torch's build, its devices and its allocator."""
     import torch
 
     from .. import process_memory
@@ -78,20 +78,20 @@ def torch_facts() -> dict[str, Any]:
 
 
 def _reason_against_cuda() -> str:
-    """Why torch has no CUDA device; "" where it has."""
+    """Return why torch has no CUDA device; "" where it has one."""
     import torch
 
     if torch.version.cuda is None:
-        return "not to be had: this build of torch has no CUDA"
+        return "not available: this build of torch has no CUDA"
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-    except Exception as error:  # RuntimeError, AssertionError, torch's own: whatever it is is what a report is about
-        return f"not to be had: {_first_line(error)}"
-    return "" if torch.cuda.device_count() else "not to be had: no device is visible"
+    except Exception as error:  # RuntimeError, AssertionError, torch's own: the report shows it
+        return f"not available: {_first_line(error)}"
+    return "" if torch.cuda.device_count() else "not available: no device is visible"
 
 
 def _device_facts(index: int) -> dict[str, Any]:
-    """One device: what it is, what is free and who has the rest, as a plan would count it."""
+    """Return one device's kind, free memory and limits."""
     import torch
 
     from ..devices.cuda.budget import cuda_budget, read_device
@@ -115,13 +115,13 @@ def _device_facts(index: int) -> dict[str, Any]:
         return facts | {f"{name} to use": f"nothing: {error.what}"}
     facts |= {f"{name} {term.name}": f"{show_bytes(term.bytes)}: {term.why}" for term in budget.terms}
     facts[f"{name} to use"] = (
-        f"{show_bytes(budget.bytes)} for torch to reserve; what binds is: {budget.binding_constraint}"
+        f"{show_bytes(budget.bytes)} for torch to reserve; the binding limit is: {budget.binding_constraint}"
     )
     return facts
 
 
 def _allocator() -> str:
-    """The caching allocator's settings as it read them: an environment variable that it ignored doesn't count."""
+    """Return the caching allocator's settings as it read them."""
     import torch
 
     from ..torch_compat import allocator_settings
@@ -131,8 +131,8 @@ def _allocator() -> str:
     divisions = set(settings.get("roundup_power2_divisions", {}).values())
     if len(divisions) == 1:  # the same for every size
         settings["roundup_power2_divisions"] = divisions.pop()
-    told = ", ".join(f"{name}={value}" for name, value in settings.items())
-    return f"{torch.cuda.get_allocator_backend()}: {told}"
+    text = ", ".join(f"{name}={value}" for name, value in settings.items())
+    return f"{torch.cuda.get_allocator_backend()}: {text}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,9 @@
-"""Memory that outlives a window: what is kept from one to the next, how much, and by which line.
+"""Find memory that outlives a window, and the lines that keep it.
 
-A loss that appends its output to a list, an evaluation that keeps its predictions: each window then takes more than the
-one before, and no peak holds for long. Recordings show that something stays; three windows of equal size, with every
-tensor's making noted, show what: the lines of whose tensors more is there after the third window than after the second,
-and after the second than after the first.
+A loss that appends its output to a list or an evaluation that keeps its predictions makes each window use more than the
+one before, so no peak holds for long. Recordings show that memory stays. Which lines keep it is shown by three windows
+of equal size in which each new tensor is noted with its line: those with more bytes alive after the third window than
+after the second, and after the second than after the first.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autoaccum")
 
-WINDOWS = 3  # of equal size: what the first one makes for all later ones isn't growth, what the second one adds is
-_OWN = str(Path(__file__).parent.parent)
-_LIBRARIES = tuple({_OWN, str(Path(torch.__file__).parent), *(sysconfig.get_paths()[k] for k in ("stdlib", "purelib"))})
-_MOST_NAMED = 3
+WINDOWS = 3  # of equal size: what the first one makes for all later ones is not growth; what the second one adds is
+_PACKAGE = str(Path(__file__).parent.parent)
+_LIBRARIES = tuple(
+    {_PACKAGE, str(Path(torch.__file__).parent), *(sysconfig.get_paths()[k] for k in ("stdlib", "purelib"))}
+)
+_MAX_LINES_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Site:
     """A line whose tensors outlive their window.
 
     Attributes:
-        where: "mine.py:12: kept.append(model(x))"; "" where no line of the user's was at work, as in backward.
+        where: "mine.py:12: kept.append(model(x))"; "" where none of the user's was running, as in backward.
         phase: The phase of the window.
-        bytes: What stays of one window of the probe's size.
+        bytes: Bytes kept by one window of the probe's size.
     """
 
     where: str
@@ -55,17 +57,17 @@ class Site:
 
     @property
     def when(self) -> str:
-        """When it ran, in words."""
+        """When the line ran, in words."""
         return "each micro-batch" if self.phase in (FIRST, LATER) else PHASE_TITLES.get(self.phase, "between phases")
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What each window keeps.
+    """The memory that each window keeps.
 
     Attributes:
         sites: The lines that keep it, the largest first.
-        undone: Whether all that planning's windows left could be taken out again (see state/appended.py).
+        undone: Whether what planning's windows left could be removed again (see state/appended.py).
     """
 
     sites: tuple[Site, ...]
@@ -73,17 +75,17 @@ class Growth:
 
     @property
     def bytes(self) -> int:
-        """What stays of one window of the probe's size."""
+        """Bytes kept by one window of the probe's size."""
         return sum(site.bytes for site in self.sites)
 
 
 def probe(subject: RecordingTarget, n: int) -> Growth | None:
-    """Trains three windows of two micro-batches of n samples and sees what outlives them.
+    """Train three windows, and find what outlives them.
 
     Returns:
-        What each keeps; None where the third finds all as the second did.
+        What each window keeps; None where the third ends as the second did.
     """
-    subject.progress(f"three windows of {n} samples, to see what outlives them")
+    subject.progress(f"three windows of {n} samples, to find what outlives them")
     piece = subject.tile(n)
     watch, alive = _Watch(), []
     try:
@@ -95,7 +97,9 @@ def probe(subject: RecordingTarget, n: int) -> Growth | None:
     except (RuntimeError, MemoryError) as error:
         if oom.is_out_of_memory(error):
             raise
-        log.debug("what outlives a window could not be seen: some op refuses to be watched", exc_info=True)
+        log.debug(
+            "what outlives a window could not be found: an operation does not run under a dispatch mode", exc_info=True
+        )
         return None
     before, second, third = alive
     grown = {key: min(second[key] - before[key], third[key] - second[key]) for key in third}
@@ -109,7 +113,7 @@ def probe(subject: RecordingTarget, n: int) -> Growth | None:
 
 
 def _state(context: step.TrainingContext) -> set[int]:
-    """The storages that training keeps by design: parameters, buffers, gradients, optimizer state."""
+    """Return the storages of parameters, buffers, gradients and optimizer state."""
     tensors: list[Any] = [*context.model.parameters(), *context.model.buffers()]
     tensors += [tensor.grad for tensor in context.model.parameters()]
     tensors += [value for state in context.optimizer.state.values() for value in state.values()]
@@ -117,7 +121,7 @@ def _state(context: step.TrainingContext) -> set[int]:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes for each tensor that an op makes which line asked for it, without keeping it."""
+    """Note the user's line for each tensor that an operation makes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -138,16 +142,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, tensor: torch.Tensor) -> None:
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # of a layout without one (sparse)
+        except (NotImplementedError, RuntimeError):  # sparse layouts have none
             return
         ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         known = self.made.get(ref.cdata)
-        # An address is used again; a view, or an op in place, makes nothing.
+        # Addresses are reused; a view and an operation in place make no storage.
         if known is None or known[0].expired():  # type: ignore[no-untyped-call]
             self.made[ref.cdata] = ref, Site(_users_line(), self.phase, storage.nbytes())
 
     def alive(self, context: step.TrainingContext) -> Counter[tuple[str, str]]:
-        """By line and phase: bytes made so far that are there now, but for what training keeps by design."""
+        """Return the live bytes by line and phase, training state excluded."""
         state, found = _state(context), Counter[tuple[str, str]]()
         for address, (ref, site) in self.made.items():
             if address not in state and not ref.expired():  # type: ignore[no-untyped-call]
@@ -156,7 +160,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _InPhase:
-    """Says which phase of the window it is, while it is entered."""
+    """Set the phase of the window while it is entered."""
 
     def __init__(self, watch: _Watch, name: str) -> None:
         self.watch, self.name = watch, name
@@ -169,7 +173,7 @@ class _InPhase:
 
 
 def _users_line() -> str:
-    """The innermost line that is neither torch's, nor a library's, nor ours."""
+    """Return the innermost line outside of torch, libraries and this package."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
@@ -180,16 +184,16 @@ def _users_line() -> str:
     return ""
 
 
-def told(growth: Growth) -> str:
-    """The lines that keep something, in words."""
-    lines = list(dict.fromkeys((site.when, site.where or "by no line of yours") for site in growth.sites))
-    named = [f"{where} ({when})" for when, where in lines[:_MOST_NAMED]]
-    more = len(lines) - _MOST_NAMED
+def describe_growth(growth: Growth) -> str:
+    """Return the lines that keep memory, in words."""
+    lines = list(dict.fromkeys((site.when, site.where or "by none of your lines") for site in growth.sites))
+    named = [f"{where} ({when})" for when, where in lines[:_MAX_LINES_NAMED]]
+    more = len(lines) - _MAX_LINES_NAMED
     return "; ".join(named) + (f"; and {more} more lines" if more > 0 else "")
 
 
 def at_run_time(plan: Plan) -> str:
-    """What planning saw of a growth, for the warning of a window that took too much; "" where it saw none."""
+    """Return planning's finding of growth for a warning, or ""."""
     memory = plan.memory
     if not memory.growth_bytes:
         return ""

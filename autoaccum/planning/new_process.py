@@ -1,7 +1,7 @@
-"""Planning in a process that is thrown away: on this machine's GPU, or on a virtual one that stands in for another.
+"""Plan on a GPU in a process that ends afterwards.
 
-The workload's function is called with the allocator's history on, so the build of the model is known as a fresh process
-makes it; and nothing has to be put back.
+The workload's function is called with the allocator's history on, so the model's allocations are known as a new process
+makes them; and nothing has to be put back.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def plan_on_gpu(
     sizes: tuple[int, ...] = (),
     check: bool = True,
 ) -> Plan:
-    """Plans a workload in this process, on the GPU that it sees.
+    """Plan a workload in this process, on the GPU that it sees.
 
     Args:
-        source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was handed.
+        source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was given.
         gpu: The GPU that a virtual one stands in for; None for a real one.
         target_batch: Samples in an optimizer step.
         memory: What the whole process may use on the device.
@@ -93,13 +93,13 @@ def build_on(
     virtual: bool,
     change: Callable[[Workload], Workload] = lambda workload: workload,
 ) -> tuple[Workload, tuple[Event, ...]]:
-    """Calls a workload's function and moves what it made to the device.
+    """Call a workload's function, and move its model to the device.
 
-    On a virtual GPU its tensors are made there at once: a model far larger than this machine's memory costs nothing
-    there. Their values are meaningless, so a function that looks at values may fail; it is called anew on the CPU then.
+    On a virtual GPU its tensors are created there: a model far larger than this machine's memory costs nothing there.
+    Their values are meaningless, so a function that reads values may fail; it is then called again on the CPU.
 
     Returns:
-        The workload, its sample on the host; and what the allocator did meanwhile.
+        The workload, its sample on the host; and the allocator's events meanwhile.
     """
 
     def make() -> Workload:

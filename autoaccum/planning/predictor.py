@@ -30,7 +30,7 @@ AGREEMENT_FRACTION = 0.02  # of the predicted peak: a measurement within it conf
 
 @dataclass(frozen=True)
 class DeviceFigures:
-    """Figures of a plan that depend on the kind of device; the defaults are a CPU's."""
+    """A plan's figures that depend on the device; defaults: a CPU's."""
 
     device: DeviceSection
     retries: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class DeviceFigures:
 
 @dataclass(frozen=True)
 class VerifiedFigures:
-    """Figures of a plan that its verification run measured; the defaults are those of a plan without one."""
+    """A plan's figures that verification measured; defaults: no verification."""
 
     measured_peak_bytes: int | None = None
     resident_peak_bytes: int | None = None
@@ -180,7 +180,7 @@ class MemoryPredictor(ABC):
 
     @abstractmethod
     def device_figures(self, split: Split, largest: int) -> DeviceFigures:
-        """Return the figures of a plan that depend on the kind of device."""
+        """Return the plan's figures that depend on the device."""
 
     @abstractmethod
     def verified_figures(self, measured: Any, split: Split) -> VerifiedFigures:

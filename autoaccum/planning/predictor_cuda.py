@@ -232,7 +232,7 @@ class CudaPredictor(MemoryPredictor):
         return "the model"
 
     def device_figures(self, split: Split, largest: int) -> DeviceFigures:
-        """Return the GPU, the retries, and what other settings of the allocator would allow."""
+        """Return GPU, retries, and what other allocator settings would allow."""
         limited = self.replayed(split, self.request.histories[0], self.budget.bytes, kept=self.keeps(split))
         device, threshold = self.device, self.subject.mmap_threshold_bytes
         return DeviceFigures(

@@ -1,11 +1,12 @@
-"""How many samples the very first window can have on a CUDA device, known before the allocator runs out of memory.
+"""Find how many samples the first window can have, without an out-of-memory.
 
-Recording begins with a window of two samples. Where not even that fits, trying it would cost an out-of-memory, with
-torch's lines about it. So one forward without gradients is weighed first: all that it makes is more than what it saves
-for a backward. Where a window made of that may come near the device's end, it is rehearsed operation by operation: what
-each makes is known from its arguments' shapes, and where the allocator would have no place for it, the rehearsal ends.
+Recording begins with a window of two samples. Where not even that fits, trying it would cause an out-of-memory and
+torch's log of it. So the memory of one forward without gradients is added up first, which is more than what a forward
+saves for its backward. Where a window of that much may come near the capacity, it is rehearsed operation by operation:
+the outputs of each are known from its arguments' shapes, and the rehearsal ends where the allocator has no place for
+one.
 
-Nothing of this is recorded, since operations that are watched hand their gradients on in other ways.
+A rehearsal is not recorded: under a dispatch mode autograd adds gradients out of place.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from .record import FIRST_STEP_SAMPLES
 from .target import RecordingTarget
 
 WINDOWS = 2  # the first makes the optimizer's state, the second has it
-BACKWARD = 4  # times its largest block, in what a backward has beside what was saved for it: gradients of that size
-STATE_BYTES = 8  # for each parameter: an Adam's two averages in fp32
-SMALL = 1 << 20  # what is no larger shares segments of 2 MiB, for which the margin has room
+BACKWARD_BLOCKS = 4  # of the largest size, that a backward has beside saved tensors: gradients
+STATE_BYTES_PER_PARAMETER = 8  # an Adam's two averages in fp32
+SMALL_BYTES = 1 << 20  # smaller blocks share segments of 2 MiB, for which the margin has room
 
 
 def samples_to_begin_with(subject: RecordingTarget, least: int, start_over: Callable[[], None]) -> int:
-    """The samples of the first window: two, or fewer where two run out of memory.
+    """Return the first window's samples: two, or fewer in short memory.
 
     Args:
         subject: What is planned.
         least: The smallest micro-batch allowed.
-        start_over: Puts all back as it was.
+        start_over: Puts back what training changed.
 
     Raises:
         NoPlace: Not even the fewest fit.
@@ -64,7 +65,7 @@ def samples_to_begin_with(subject: RecordingTarget, least: int, start_over: Call
 
 
 def _comes_near(subject: RecordingTarget, least: int, most: int) -> bool:
-    """Whether the first window, at worst, takes more than there is."""
+    """Return whether the first window may exceed the capacity."""
     context, device = subject.context, subject.device
     assert isinstance(device, CudaDevice)
     watch = Watch(device)
@@ -74,7 +75,7 @@ def _comes_near(subject: RecordingTarget, least: int, most: int) -> bool:
             forward_only(context, lambda: step.forward(context, piece))
     except RuntimeError as error:
         if not oom.is_out_of_memory(error):
-            return False  # what goes wrong is the recorded window's to say
+            return False  # the recorded window reports the error
         oom.drop_frames(error)
         return True
     except Exception:
@@ -83,14 +84,14 @@ def _comes_near(subject: RecordingTarget, least: int, most: int) -> bool:
         subject.device.clean()
         subject.remove_appended()
     trained = [p for p in context.model.parameters() if p.requires_grad]
-    state = STATE_BYTES * sum(p.numel() for p in trained) if not context.optimizer.state else 0
+    state = STATE_BYTES_PER_PARAMETER * sum(p.numel() for p in trained) if not context.optimizer.state else 0
     kept = device.allocated_bytes() + sum(p.nbytes for p in trained) + state
-    worst = kept + (watch.made_bytes + BACKWARD * watch.largest_bytes) * -(-most // least)
+    worst = kept + (watch.made_bytes + BACKWARD_BLOCKS * watch.largest_bytes) * -(-most // least)
     return worst > watch.capacity_bytes - watch.margin_bytes
 
 
 def _rehearsed(subject: RecordingTarget, n: int) -> str:
-    """What was asked for in vain in windows of n samples; empty where they fit, or where that can't be seen."""
+    """Return the failure of windows of n samples, or ""."""
     assert isinstance(subject.device, CudaDevice)
     context, piece, steps = subject.context, subject.tile(n), subject.device.policy.first_step_micro_batches
     try:
@@ -104,20 +105,20 @@ def _rehearsed(subject: RecordingTarget, n: int) -> str:
 
 
 class NoPlace(torch.OutOfMemoryError):
-    """The allocator would have no place for a block; it wasn't asked."""
+    """The allocator would have no place for a block; it was not requested."""
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up what operations make on a device, and stops one that the allocator would have no place for.
+    """Add up operations' outputs; stop before one that does not fit.
 
     Args:
         device: The CUDA device.
 
     Attributes:
-        made_bytes: What was made so far, whatever has become of it.
-        largest_bytes: The largest block among that.
-        capacity_bytes: What the allocator can have, what it holds included.
-        margin_bytes: What has to be left, for what kernels take for themselves.
+        made_bytes: Bytes of all outputs so far, freed ones included.
+        largest_bytes: The largest of them.
+        capacity_bytes: What the allocator can reserve, what it holds included.
+        margin_bytes: What has to stay free for the memory that kernels allocate themselves.
     """
 
     supports_higher_order_operators = True
@@ -127,22 +128,22 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.device = device
         self.made_bytes = self.largest_bytes = 0
         self._known: dict[Any, tuple[int, ...]] = {}
-        self._room = 0  # what surely can be had from the driver still
+        self._room = 0  # a lower bound of what the driver can still give
         self.margin_bytes = 0
         self.capacity_bytes = device.held_bytes() + device.obtainable_bytes()
         self.margin_bytes = int(CAPACITY_MARGIN * self.capacity_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Asks for the operation's outputs, then runs it."""
+        """Check that the operation's outputs fit, then run it."""
         for size in self._made_by(func, args, kwargs or {}):
             self.made_bytes += size
             self.largest_bytes = max(self.largest_bytes, size)
-            if size > SMALL:
-                self._ask(size)
+            if size > SMALL_BYTES:
+                self._check(size)
         return func(*args, **(kwargs or {}))
 
-    def _ask(self, size: int) -> None:
-        """Raises where the allocator would have no place for a block of that size."""
+    def _check(self, size: int) -> None:
+        """Raise where the allocator would have no place for a block."""
         self._room -= size + LARGE_SEGMENT_BYTES
         if self._room >= 0:
             return
@@ -156,11 +157,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if found.out_of_memory is not None:
             used, whole = self.device.allocated_bytes(), self.capacity_bytes
             raise NoPlace(
-                f"{show_bytes(size)} more would be needed, where {show_bytes(used)} of {show_bytes(whole)} are in use"
+                f"{show_bytes(size)} more are needed, where {show_bytes(used)} of {show_bytes(whole)} are in use"
             )
 
     def _made_by(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
-        """The sizes of what an operation makes on the device; none where that can't be known beforehand."""
+        """Return the sizes of an operation's outputs; none where unknown beforehand."""
         leaves = tree_leaves((args, kwargs))
         if not self._is_here(leaves, kwargs):
             return ()
@@ -180,14 +181,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _description(leaf: Any) -> Any:
-    """Equal for arguments with which an operation makes equally large blocks."""
+    """Return a key that is equal for equally large outputs."""
     if isinstance(leaf, torch.Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype
     return type(leaf), leaf
 
 
 def _sizes(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The sizes of an operation's new blocks, by running it on tensors without data."""
+    """Return the sizes of an operation's outputs by its meta kernel."""
     args, kwargs = tree_map(_without_data, (args, kwargs))
     before = {storage_id(each.untyped_storage()) for each in _tensors((args, kwargs))}
     made = {storage_id(each.untyped_storage()): each.untyped_storage() for each in _tensors(func(*args, **kwargs))}

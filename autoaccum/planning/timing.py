@@ -1,8 +1,8 @@
-"""Times an optimizer step at smaller micro-batches than the plan's own, on a device where time is real.
+"""Time an optimizer step at smaller micro-batches than the plan's own.
 
-In rounds: one window of micro-batches of all the sizes, one of each, and one optimizer step. A round times every size
-in the same mood of the machine, for about twice the largest's samples; what an optimizer step of all the plan's samples
-takes at each size is put together from that.
+Each round is one window with one micro-batch of each size, and one optimizer step: about twice the largest size's
+samples. So noise affects all sizes of a round equally. The duration of an optimizer step of all the plan's samples is
+composed from these for each size.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from .target import RecordingTarget
 
 log = logging.getLogger("autoaccum")
 
-SHARE, MOST_SECONDS = 0.15, 3.0  # of planning so far, and no more than that
-FASTEST_SECONDS = 30.0  # where the choice hangs on it
-OVER = 2.0  # times what is allowed, for what nothing is known without
-ROUNDS_THAT_TELL = 6  # the median's interval needs as many (knee.interval)
-MOST_SIZES, MOST_ROUNDS = 8, 15
+PLANNING_FRACTION, MAX_SECONDS = 0.15, 3.0  # timing takes this fraction of planning so far, at most so many seconds
+FASTEST_SECONDS = 30.0  # where the choice depends on it
+MAX_OVERRUN = 2.0  # of the allowed seconds, where fewer rounds would resolve nothing
+ROUNDS_NEEDED = 6  # for the median's confidence interval (knee.interval)
+MAX_SIZES, MAX_ROUNDS = 8, 15
 
 
 @dataclass(frozen=True)
 class Times:
-    """What timing came to.
+    """The results of timing.
 
     Attributes:
         sizes: What was timed, ascending; empty where nothing was.
-        why: What it was measured on and how, or why it wasn't.
+        why: How it was measured, or why it was not.
     """
 
     sizes: tuple[TimedSize, ...]
@@ -49,10 +49,10 @@ class Times:
 
 
 def allowed_seconds(request: PlanRequest, planning_seconds: float) -> float:
-    """How long timing may take, after planning for so long."""
+    """Return how long timing may take after so much planning."""
     if request.timing_seconds is not None:
         return request.timing_seconds
-    return FASTEST_SECONDS if request.objective == FASTEST else min(MOST_SECONDS, SHARE * planning_seconds)
+    return FASTEST_SECONDS if request.objective == FASTEST else min(MAX_SECONDS, PLANNING_FRACTION * planning_seconds)
 
 
 def time_sizes(
@@ -62,44 +62,44 @@ def time_sizes(
     allowed_seconds: float,
     start_over: Callable[[], None],
 ) -> Times:
-    """Times optimizer steps of the split's samples at its own micro-batch and at smaller ones.
+    """Time optimizer steps at the split's micro-batch and at smaller ones.
 
     Args:
         predictor: What is known; its subject is trained.
         split: The plan's.
-        step_seconds: What a step takes by its verification; None where nothing was run, or time isn't real.
-        allowed_seconds: How long it may take; 0 for not at all.
+        step_seconds: Duration of a step by its verification; None where nothing was run, or kernels compute nothing.
+        allowed_seconds: How long timing may take; 0 for no timing.
         start_over: Puts back what training changed.
     """
     if step_seconds is None:
-        return Times((), "not timed: nothing was run for real, or on a device whose time is none")
+        return Times((), "not timed: nothing was run, or on a device whose kernels compute nothing")
     if predictor.request.samples is None:
         return Times((), "not timed: without a target, steps of different micro-batches aren't of the same samples")
     if predictor.subject.context.encode is not None:
-        return Times((), "not timed: a loss over representations takes passes of its own for each window")
+        return Times((), "not timed: a loss over representations needs additional passes for each window")
     if compiled.runs_compiled(predictor.subject.context):
-        return Times((), "not timed: each size of a compiled model is compiled anew, which takes longer than it tells")
+        return Times((), "not timed: each size of a compiled model is compiled, which takes longer than timing saves")
     sizes = candidate_sizes(split, predictor.request.least, lambda found: predictor.fits(found))
     if allowed_seconds == 0 or len(sizes) < 2:
         return Times((), "not timed: not asked for" if len(sizes) > 1 else "not timed: there is no smaller size")
     needed = step_seconds * (sum(sizes) + sizes[0]) / sum(split)
     asked = predictor.request.timing_seconds is not None or predictor.request.objective == FASTEST
-    if (1 if asked else ROUNDS_THAT_TELL) * needed > OVER * allowed_seconds:
-        enough = math.ceil(ROUNDS_THAT_TELL * needed)
-        return Times((), f"not timed: to tell 1 % would take about {enough} s (--timing {enough} allows it)")
+    if (1 if asked else ROUNDS_NEEDED) * needed > MAX_OVERRUN * allowed_seconds:
+        enough = math.ceil(ROUNDS_NEEDED * needed)
+        return Times((), f"not timed: resolving 1 % needs about {enough} s (--timing {enough} allows it)")
     start_over()
     predictor.subject.progress(f"timing micro-batches of {', '.join(map(str, sizes))}")
     started = time.perf_counter()
     rounds = _rounds(predictor.subject, sizes, sum(split), allowed_seconds)
     if not rounds:
-        return Times((), "not timed: smaller micro-batches than the plan's can't be run")
-    return Times(_medians(rounds), _told(predictor.subject, rounds, time.perf_counter() - started))
+        return Times((), "not timed: smaller micro-batches than the plan's do not run")
+    return Times(_medians(rounds), _how(predictor.subject, rounds, time.perf_counter() - started))
 
 
 def candidate_sizes(split: Split, least: int, fits: Callable[[Split], bool] = lambda split: True) -> tuple[int, ...]:
-    """The largest micro-batch of a split, and those of the splits into powers of two up to two thirds of it."""
+    """Return a split's largest micro-batch, and smaller powers of two."""
     samples, largest = sum(split), split[0]
-    powers = [1 << p for p in range(largest.bit_length()) if least <= 1 << p <= 2 * largest / 3][1 - MOST_SIZES :]
+    powers = [1 << p for p in range(largest.bit_length()) if least <= 1 << p <= 2 * largest / 3][1 - MAX_SIZES :]
     splits = [split_within(samples, n, least) for n in powers]
     return tuple(sorted({largest, *(found[0] for found in splits if found[0] < largest and fits(found))}))
 
@@ -107,13 +107,14 @@ def candidate_sizes(split: Split, least: int, fits: Callable[[Split], bool] = la
 def _rounds(
     subject: RecordingTarget, sizes: Sequence[int], samples: int, allowed_seconds: float
 ) -> list[dict[int, float]]:
-    """Seconds of an optimizer step by size, round by round; sizes that can't be run are left out of all.
+    """Return the seconds of an optimizer step by size for each round.
 
-    The first round loads what loads lazily: it is dropped where others follow.
+    Sizes that do not run are left out of all rounds. The first round loads libraries, and is dropped where others
+    follow.
     """
     rounds: list[dict[int, float]] = []
     left, started = list(sizes), time.perf_counter()
-    while len(rounds) <= MOST_ROUNDS:
+    while len(rounds) <= MAX_ROUNDS:
         found, failed = _try_round(subject, left, samples)
         if found is None:
             if failed is None or len(left) <= 2:
@@ -131,17 +132,17 @@ def _rounds(
 def _try_round(
     subject: RecordingTarget, sizes: Sequence[int], samples: int
 ) -> tuple[dict[int, float] | None, int | None]:
-    """A round; or None, and the size that can't be run: a model may fail on one sample, for all that is known."""
+    """Time a round, or return the size that does not run."""
     watch = Stopwatch(subject.device)
     order = [min(sizes), *sorted((n for n in sizes if n < samples), reverse=True)]
     try:
         return _round(subject, watch, order, sizes, samples), None
     except Exception as error:
         log.debug("a round of timing failed", exc_info=True)
-        told = oom.drop_frames(error)
+        failure = oom.drop_frames(error)
     oom.collect()
     failed = order[len(watch.seconds)] if len(watch.seconds) < len(order) else None
-    subject.progress(f"{failed} samples can't be timed: {told}")
+    subject.progress(f"{failed} samples can't be timed: {failure}")
     subject.drop_gradients()
     return None, failed if failed != max(sizes) else None
 
@@ -149,10 +150,10 @@ def _try_round(
 def _round(
     subject: RecordingTarget, watch: Stopwatch, order: list[int], sizes: Sequence[int], samples: int
 ) -> dict[int, float]:
-    """One of each size, the largest first but for a small one that makes the gradients.
+    """Time one micro-batch of each size in one window.
 
-    A step has one first micro-batch, later ones and an optimizer step. What the window does outside of these (counting
-    what a loss averages over) is shared out by samples. A micro-batch that is the whole batch is a window of its own.
+    A step has a first micro-batch, later ones and an optimizer step. The rest of the window (counting what a loss
+    averages over) is divided by samples. A micro-batch that is the whole batch is timed as a separate window.
     """
     pieces = [subject.tile(n) for n in order]
     started = time.perf_counter()
@@ -160,7 +161,7 @@ def _round(
     whole = time.perf_counter() - started
     first, *later, optimizer = watch.seconds
     rest = (whole - sum(watch.seconds)) * samples / sum(order)
-    # Of the same size, but it makes the gradients: where it took less, something else kept the machine meanwhile
+    # The first is of the same size and also makes the gradients: a shorter duration is noise.
     once = rest + optimizer + max(0.0, first - later[-1])
     found = {n: once + seconds * samples / n for n, seconds in zip(order[1:], later, strict=True)}
     if samples in sizes:
@@ -173,14 +174,14 @@ def _round(
 
 @dataclass
 class Stopwatch:
-    """Seconds of each phase that was finished, in order; what a GPU is still at belongs to its phase."""
+    """Measure the seconds of each phase, pending work included."""
 
     device: Device
     seconds: list[float] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times one phase."""
+        """Time one phase."""
         self._settle()
         started = time.perf_counter()
         yield
@@ -196,7 +197,7 @@ def _medians(rounds: list[dict[int, float]]) -> tuple[TimedSize, ...]:
     return tuple(TimedSize(n, statistics.median(each), len(each), each) for n, each in by_size.items())
 
 
-def _told(subject: RecordingTarget, rounds: list[dict[int, float]], seconds: float) -> str:
+def _how(subject: RecordingTarget, rounds: list[dict[int, float]], seconds: float) -> str:
     on = "this GPU" if subject.device.kind != "cpu" else f"this CPU with {torch.get_num_threads()} threads"
     threshold = subject.mmap_threshold_bytes
     malloc = f", blocks from {threshold:,} bytes on mapped" if threshold is not None else ""
