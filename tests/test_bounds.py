@@ -44,7 +44,6 @@ WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from autoaccum.cli imp
         (["tune", "--target-batch", "64", "--trials", "-1"], "trials is -1"),
         (["tune", "--target-batch", "64", "--timeout", "nan"], "timeout is nan"),
         (["tune", "--target-batch", "64", "--seed", "-1"], "seed is -1"),
-        (["tune", "--target-batch", "64", "--workers", "0"], "workers is 0"),
         (["tune", "--target-batch", "64", "--vary", "micro_batch=0"], "micro_batch"),
         (["tune", "--target-batch", "64", "--memory", "0"], "more than 0 bytes"),
     ],

@@ -169,7 +169,7 @@ def test_a_foreign_study_is_refused_at_once(content: bytes, tmp_path: Path, monk
 
     monkeypatch.setattr("autoaccum.processes.child.call", started)
     (tmp_path / "study.db").write_bytes(content)
-    with pytest.raises(UsageError, match="is no SQLite file"):
+    with pytest.raises(UsageError, match="is not a SQLite file"):
         tune("digits", target_batch=64, study=tmp_path / "study.db")
     with pytest.raises(UsageError, match="is a folder"):
         tune("digits", target_batch=64, study=tmp_path)
