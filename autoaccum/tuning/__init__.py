@@ -45,7 +45,7 @@ def tune(
     seed: int = 0,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> TuningResult:
-    """Find the configuration with the fastest optimizer step at a fixed effective batch.
+    """Find the configuration with the fastest optimizer step at a batch.
 
     Everything runs in child processes. Configurations that cannot fit are pruned from recordings, without running.
 
@@ -101,7 +101,7 @@ def _source_and_function(workload: str | Callable[[], Workload]) -> tuple[str | 
 
 
 def _source_of(function: Any) -> str | None:
-    """Return FILE.py:FUNCTION for a function of the running script; None if it can be pickled by its module."""
+    """Return FILE.py:FUNCTION for the running script's function; else None."""
     if not callable(function):
         raise UsageError(
             f"tune was given {type(function).__name__}, neither FILE.py:FUNCTION nor a function that makes a workload.",

@@ -138,7 +138,7 @@ def implementation(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _implemented(stack: ExitStack, workload: Workload, name: str) -> Any:
-    """Return the optimizer, or the function that makes one, with an implementation set."""
+    """Return the optimizer, or its factory, with an implementation set."""
     given = workload.optimizer
     if isinstance(given, torch.optim.Optimizer):
         stack.callback(_set_flags(given, name))
@@ -183,7 +183,7 @@ def _set_flag(optimizer: torch.optim.Optimizer, name: str) -> None:
 
 
 def _with_workers(stack: ExitStack, loader: Any, workers: int) -> Any:
-    """Return the loader, or the function that makes one, with that many worker processes."""
+    """Return the loader, or its factory, with that many workers."""
     if not isinstance(loader, torch.utils.data.DataLoader):
         make = loader
 

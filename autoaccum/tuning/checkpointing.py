@@ -45,7 +45,7 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
-    """Find the longest run of children of one class in a ModuleList or Sequential.
+    """Find the longest run of same-class children of a container.
 
     Of runs of one length the one with more weights wins. Bare layers don't count: dropping what one layer keeps saves
     nothing.
@@ -110,7 +110,7 @@ def _wrap(block: nn.Module) -> Undo:
 
 
 def _drop_cache(model: nn.Module) -> Undo:
-    """Disable a Hugging Face decoder's key cache, which a second forward would fill twice."""
+    """Disable a Hugging Face decoder's key cache, which would fill twice."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if not before:

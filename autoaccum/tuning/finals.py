@@ -1,4 +1,4 @@
-"""Time the leading trials and the plain configuration once more, in turn, before one is called the best.
+"""Time the leading trials and the plain one again, in turn.
 
 A shared machine varies by a third for seconds at a time, so a trial timed alone may lead by luck. Contenders that take
 turns share that variance, and differences of one or two percent become measurable. Each runs in a copy of this process
@@ -32,7 +32,7 @@ Windows = Iterator[float]  # seconds of window after window
 
 
 def contenders(trials: Sequence[Trial], plain: int | None, room_bytes: int, seconds: float) -> list[Trial]:
-    """Return the trials that may be the fastest, fastest first, and the plain one; none if only one qualifies.
+    """Return the trials that may be fastest, and the plain one.
 
     Args:
         trials: All trials, with the times of their own runs.
@@ -55,7 +55,7 @@ def contenders(trials: Sequence[Trial], plain: int | None, room_bytes: int, seco
 
 
 def time_in_turn(search: Search, trials_seconds: float, room_bytes: int) -> None:
-    """Time the contenders in turn and store it in the study, unless the study has it.
+    """Time the contenders in turn, unless the study has it.
 
     Args:
         search: A search that has run.
@@ -93,7 +93,7 @@ def time_in_turn(search: Search, trials_seconds: float, room_bytes: int) -> None
 def in_turn(
     works: Mapping[Key, Callable[[], Windows]], max_seconds: float, progress: Callable[[str], None] = lambda text: None
 ) -> tuple[dict[Key, list[float]], dict[Key, str]]:
-    """Return each contender's seconds per window, turn by turn, the first in a round changing.
+    """Return each contender's seconds per window, turn by turn.
 
     Args:
         works: By name, what a copy of this process runs: it prepares, then yields the seconds of its windows.
@@ -135,7 +135,7 @@ def in_turn(
 
 @contextlib.contextmanager
 def _contender(context: Any, work: Callable[[], Windows]) -> Iterator[Callable[[], float]]:
-    """Start a copy of this process; yield a function that runs its next turn, in seconds per window."""
+    """Start a copy of this process; yield its turn function."""
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(work, here, there))  # not a daemon: those can't start loader workers
     process.start()
@@ -161,7 +161,7 @@ def _contender(context: Any, work: Callable[[], Windows]) -> Iterator[Callable[[
 
 
 def _serve(work: Callable[[], Windows], other_end: Connection, pipe: Connection) -> None:
-    """Run a turn in the copy each time it is asked for one."""
+    """Run a turn in the copy at each request."""
     other_end.close()
     windows: Windows | None = None
     while True:
@@ -176,7 +176,7 @@ def _serve(work: Callable[[], Windows], other_end: Connection, pipe: Connection)
 
 
 def _turn(windows: Windows, turn_seconds: float) -> float:
-    """Return the seconds per window of a turn of at least that long."""
+    """Return the seconds per window of one turn."""
     seconds = [next(windows)]
     while sum(seconds) < turn_seconds:
         seconds.append(next(windows))

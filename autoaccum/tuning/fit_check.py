@@ -71,11 +71,11 @@ class FitChecker:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes missing in the configuration that comes closest to fitting; at least 1."""
+        """The bytes missing in the closest configuration; at least 1."""
         return min((each["missing_bytes"] for each in self._known.values() if each.get("missing_bytes")), default=1)
 
     def recording(self, configuration: Configuration) -> Recorded:
-        """Return the recording that stands for a configuration, made now if there is none."""
+        """Return a configuration's recording, made now if there is none."""
         key = _key(configuration)
         if key not in self._known:
             found = self._load(key)
@@ -92,7 +92,7 @@ def _key(configuration: Configuration) -> str:
 
 
 def recorded_plan(plan: Plan) -> Recorded:
-    """Return the parts of a plan that answer for every micro-batch, as JSON values."""
+    """Return the parts of a plan that answer for every size."""
     table = table_of(plan)
     assert table is not None
     return {

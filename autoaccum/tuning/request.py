@@ -81,7 +81,7 @@ class TuningRequest:
 
     @property
     def virtual(self) -> bool:
-        """Whether the device is a virtual GPU, which computes nothing and has no times."""
+        """Whether the device is a virtual GPU, without times."""
         return self.gpu is not None
 
     def planning_values(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class TuningRequest:
 
 
 def _check_study(file: Path) -> None:
-    """Refuse a path that is neither a SQLite file, nor empty, nor free."""
+    """Refuse a path that can't become a study."""
     if not file.resolve().parent.is_dir():
         raise UsageError(f"There is no folder {file.parent}.", hint="Create it first, or name another file.")
     try:

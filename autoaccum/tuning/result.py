@@ -1,4 +1,4 @@
-"""Hold a tuning's plan and trials, rank them, and print their table. No torch here."""
+"""Hold a tuning's plan and trials, and rank them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class TuningResult:
         return to_json(values, indent=1) + "\n"
 
     def table(self, rows: int = 20) -> str:
-        """Return the table of the best trials, and why others have no rank."""
+        """Return the table of the best trials and the failures."""
         lines = [f"{'rank':>4}  {'seconds/step':>12}  {'peak':>10}  {'micro-batch':>14}  configuration"]
         places = self.ranked
         shown = places if len(places) <= rows else places[: rows - 1]

@@ -86,7 +86,7 @@ class Search:
         return MEMORY if self.timer is None else SECONDS
 
     def plain_number(self, trials: Iterable[Trial]) -> int | None:
-        """Return the number of the plain configuration's trial, if it has a rank."""
+        """Return the number of the plain configuration's ranked trial."""
         plain = {**self.base, **self.plain}
         return next((trial.number for trial in trials if trial.counts and dict(trial.configuration) == plain), None)
 
@@ -115,7 +115,7 @@ class Search:
         return trial
 
     def _choose(self, known: list[Trial], tried: set[str]) -> Values | None:
-        """Return the values to try; None to leave the choice to optuna's sampler."""
+        """Return the values to try; None leaves it to optuna."""
         if self.sampler == "grid":
             return next(each for each in combinations(self.choices) if _params(each, self.choices) not in tried)
         if self.sampler == "tpe":
@@ -178,7 +178,7 @@ class Search:
         return Trial(**common, state=MEASURED, step_seconds=statistics.median(seconds), windows=len(seconds))
 
     def _same_trial(self, values: Values, micro_batch: int | None) -> Trial | None:
-        """Return an earlier trial of the same configuration, with "largest" resolved to its size."""
+        """Return an earlier trial of the same configuration, sizes resolved."""
         key = _resolved(values, micro_batch)
         found = (trial for trial in read_trials(self.study) if trial.counts)
         return next((trial for trial in found if _resolved(trial.configuration, trial.micro_batch) == key), None)
@@ -255,7 +255,7 @@ def _resolved(values: Mapping[str, Any], micro_batch: int | None) -> str:
 
 
 def pareto_numbers(trials: list[Trial], ranking: str) -> set[int]:
-    """Return the numbers of trials that no other beats in both seconds (or steps) and bytes."""
+    """Return the numbers of trials on the Pareto front."""
     points = {trial.number: (trial.order(ranking)[0], trial.peak_bytes or 0) for trial in trials if trial.counts}
     return {
         number
@@ -265,7 +265,7 @@ def pareto_numbers(trials: list[Trial], ranking: str) -> set[int]:
 
 
 def no_winner_error(trials: list[Trial], missing_bytes: int) -> AutoaccumError:
-    """Return the error for a search in which every trial was pruned or failed."""
+    """Return the error for a search without a ranked trial."""
     pruned = [trial for trial in trials if trial.state == PRUNED]
     if pruned and len(pruned) == len([trial for trial in trials if trial.state != SAME]):
         return DoesNotFit(

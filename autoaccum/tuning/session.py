@@ -1,4 +1,4 @@
-"""Run one tuning from beginning to end, in a child process: facts, choices, search, the winner's plan."""
+"""Run one tuning from beginning to end, in a child process."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class _Session:
         )
 
     def record(self, configuration: Configuration | None) -> Recorded:
-        """Record a configuration in a new process; None leaves the workload as it is."""
+        """Record a configuration, or the unchanged workload, in a new process."""
         arguments = {
             "workload": self.workload,
             "values": None if configuration is None else configuration.values(),
@@ -122,7 +122,7 @@ class _Session:
     def call(
         self, task: str, arguments: dict[str, Any], configuration: Configuration | None, title: str
     ) -> dict[str, Any]:
-        """Run a task in a new process whose environment has the configuration's allocator settings."""
+        """Run a task in a process with the configuration's allocator settings."""
 
         def on_message(message: dict[str, Any]) -> None:
             if "say" in message:
@@ -155,7 +155,7 @@ class _Session:
         )
 
     def confirmed(self, trials: list[Trial]) -> tuple[Plan, Trial, dict[int, str]]:
-        """Return the best trial whose plan a real window confirms, and why better ones were refused, by number."""
+        """Return the best trial with a confirmed plan, and refused ones."""
         refused: dict[int, str] = {}
         while len(refused) < MAX_CONFIRMATIONS:
             left = ranked((trial for trial in trials if trial.number not in refused), self.ranking)
@@ -185,7 +185,7 @@ class _Session:
 def _identity(
     workload: str | None, request: TuningRequest, facts: dict[str, Any], ranking: str, choices: Choices
 ) -> dict[str, Any]:
-    """Return what a study's trials belong to; a study with another identity is refused."""
+    """Return what a study's trials belong to."""
     return {
         "workload": "a function" if workload is None else workload,
         **request.planning_values(),
@@ -196,7 +196,7 @@ def _identity(
 
 
 def _sizes(request: TuningRequest) -> list[int]:
-    """Return the micro-batches that recordings must cover: those of every balanced split that may be tried."""
+    """Return the micro-batches that recordings must cover."""
     target = request.target_batch
     sizes = [size for size in request.space.micro_batch or micro_batches(target, 1) if isinstance(size, int)]
     split = [-(-target // -(-target // min(size, target))) for size in sizes]
@@ -204,7 +204,7 @@ def _sizes(request: TuningRequest) -> list[int]:
 
 
 def environment(configuration: Configuration | None, gpu: str | None) -> dict[str, str] | None:
-    """Return the environment to set before torch is loaded; None for this process's own."""
+    """Return the environment to set before loading torch; or None."""
     base = None
     if configuration is not None and configuration.expandable_segments:
         base = {**os.environ, **allocator_settings(os.environ)}

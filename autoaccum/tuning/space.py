@@ -1,4 +1,4 @@
-"""Define the choices to search, narrowed to what a workload and its device allow."""
+"""Define the choices to search, narrowed to workload and device."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _check(name: str, choices: Any) -> None:
 def choices_for(
     space: SearchSpace, facts: Mapping[str, Any], target_batch: int, *, on_cuda: bool, virtual: bool
 ) -> tuple[Choices, list[str]]:
-    """Return the choices that a workload has on a device, and what was left out.
+    """Return a workload's choices on a device, and those left out.
 
     Args:
         space: The requested choices.

@@ -1,4 +1,4 @@
-"""Store trials in an optuna study: open it, write and read trials, and hold the timing lock."""
+"""Store trials in an optuna study, and hold the timing lock."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def store_trial(study: optuna.Study, trial: optuna.Trial, result: Trial, ranking
 
 
 def _objectives(result: Trial, ranking: str) -> tuple[float, float]:
-    """Return what optuna minimizes: seconds, or steps with bytes as a fraction; then bytes."""
+    """Return what optuna minimizes: seconds or steps; then bytes."""
     assert result.accumulation_steps is not None and result.peak_bytes is not None
     peak = float(result.peak_bytes)
     if ranking == SECONDS:
@@ -75,7 +75,7 @@ def stored_turns(study: optuna.Study) -> dict[str, Any]:
 
 
 def store_turns(study: optuna.Study, seconds: Mapping[int, list[float]], failed: Mapping[int, str]) -> None:
-    """Write the contenders' seconds by turn and why any failed, in place of earlier turns."""
+    """Write the contenders' seconds by turn, replacing earlier turns."""
     stored = {str(number): {"seconds": each, "why": ""} for number, each in seconds.items()}
     stored |= {str(number): {"seconds": [], "why": why} for number, why in failed.items()}
     study.set_user_attr(IN_TURN, stored)
@@ -140,7 +140,7 @@ def _check_identity(study: optuna.Study, file: str | None, identity: dict[str, A
 
 
 def _fail_abandoned(study: optuna.Study) -> None:
-    """Mark running trials of killed processes as failed, so that they are tried again."""
+    """Fail running trials of killed processes, to try them again."""
     import optuna
 
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):

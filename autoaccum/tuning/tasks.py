@@ -121,7 +121,7 @@ def _changed(stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, 
 def _checkpointing_differs(
     source: str | None, values: Mapping[str, Any] | None, asked: Mapping[str, Any]
 ) -> str | None:
-    """Return why checkpointing changes the training; None if not, or on a virtual GPU."""
+    """Return why checkpointing changes the training; None if not tested."""
     if values is None or not values.get("checkpointing") or asked["gpu"] is not None:
         return None
     from ..processes.workload_source import load_workload

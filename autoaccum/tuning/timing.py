@@ -1,4 +1,4 @@
-"""Time a configuration's optimizer steps in copies of this process, alone or in turn with others."""
+"""Time a configuration's optimizer steps, alone or in turn."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TrialTraining:
 
 
 def make_timer(training: TrialTraining) -> Timer:
-    """Return a function that times one configuration in a copy of this process."""
+    """Return a function that times one configuration in a copy."""
 
     def timed(configuration: Configuration, answer: FitAnswer, best_seconds: float | None) -> list[float]:
         def work() -> list[float]:
@@ -65,7 +65,7 @@ def make_timer(training: TrialTraining) -> Timer:
 
 
 def make_turn_timer(training: TrialTraining, progress: Callable[[str], None]) -> TurnTimer:
-    """Return a function that times several configurations in turn, each in a copy of this process."""
+    """Return a function that times several configurations in turn."""
 
     def work(configuration: Configuration, answer: FitAnswer) -> Windows:
         workload = _prepared(training, configuration, answer)
@@ -79,7 +79,7 @@ def make_turn_timer(training: TrialTraining, progress: Callable[[str], None]) ->
 
 
 def _prepared(training: TrialTraining, configuration: Configuration, answer: FitAnswer) -> Workload:
-    """Return the configured workload, in a new copy of this process with the plan's settings and limit."""
+    """Return the configured workload, under the plan's settings and limit."""
     die_with_parent()
     on_cuda = training.device == "cuda"
     if configuration.expandable_segments:
@@ -125,7 +125,7 @@ def timed_windows(
 
 
 def endless_windows(workload: Workload, split: Split, *, from_loader: bool) -> Iterator[float]:
-    """Yield the seconds of window after window, after the warm-up; arguments as in `timed_windows`."""
+    """Yield the seconds of window after window, after the warm-up."""
     context = step.open_context(replace(workload, scheduler=None))
     context.model.train()
     source = _from_loader(workload, split) if from_loader else _of_sample(workload, split)
@@ -146,7 +146,7 @@ def _of_sample(workload: Workload, split: Split) -> Iterator[Window]:
 
 
 def _from_loader(workload: Workload, split: Split) -> Iterator[Window]:
-    """Yield whole windows, epoch after epoch; an epoch's shorter last one only if it is the only one."""
+    """Yield whole windows from the loader, epoch after epoch."""
     shared, per_sample = workload.shared, workload.per_sample
     while True:
         loader: Any = workload.loader() if callable(workload.loader) else workload.loader

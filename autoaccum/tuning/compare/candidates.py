@@ -1,4 +1,4 @@
-"""Define the candidates: hand-picked sizes, halving until it fits, the plan, a tuned plan."""
+"""Define the candidates: hand-picked, halving, the plan, a tuned plan."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Comparison:
 
 
 def hand_picked(target_batch: int, near: int) -> tuple[Candidate, ...]:
-    """Return powers of two around a micro-batch that fits: two below, two above.
+    """Return powers of two around a micro-batch that fits.
 
     Accumulation steps are the target divided by the micro-batch, rounded down, as in most training scripts, so a target
     that isn't a multiple is missed.

@@ -1,4 +1,4 @@
-"""Plan, then train every candidate in a new process, one after the other."""
+"""Plan, then train every candidate in a new process."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _check_tuned(tuned: Plan, plan: Plan) -> None:
 
 
 def _train(candidate: Candidate, plan: Plan, asked: dict[str, Any], windows: int, say: Say) -> Trained:
-    """Train a candidate in a new process; running out of memory is a result too."""
+    """Train a candidate in a new process; OOM is a result."""
     _say(say, f"training {candidate.name}")
     own = candidate.plan
     known: dict[str, Any] = {"malloc": _malloc(own), "changes_numerics": _changes(own)}

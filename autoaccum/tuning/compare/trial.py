@@ -1,4 +1,4 @@
-"""Train one candidate for a few windows in this process, limited to the budget.
+"""Train one candidate for a few windows, limited to the budget.
 
 Windows are made of the workload's sample, so that training is timed and not a loader.
 """
@@ -93,7 +93,7 @@ Loop = Callable[[int, tuple[int, ...]], tuple[tuple[int, ...], int]]
 
 
 def _timed(loop: Loop, samples: int, sizes: tuple[int, ...], windows: int, meter: PeakMeter) -> dict[str, Any]:
-    """Run a metered window, then timed ones without the meter, then a metered one."""
+    """Run a metered window, timed ones, and a metered one."""
     began, retries = time.perf_counter(), 0
     seconds: list[float] = []
     with meter.metering():
