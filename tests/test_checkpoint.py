@@ -40,7 +40,7 @@ def trained(checkpoint: Path, **how: Any) -> dict[str, Any]:
         loader=lambda: DataLoader(Rows(rows), batch_size=8, shuffle=True),
         **how,
     )
-    return train(work, plan_for(work, 8, 4), say=lambda figures: None, checkpoint=str(checkpoint), steps=1)
+    return train(work, plan_for(work, 8, 4), progress=lambda figures: None, checkpoint=str(checkpoint), steps=1)
 
 
 @pytest.fixture(scope="module")

@@ -176,10 +176,10 @@ def test_speed_is_of_all_windows_after_the_first_whatever_their_sizes() -> None:
     moments = iter([10.0, 12.0, 13.0])
     speed = Speed(lambda: next(moments))
     speed.add(1000)
-    assert speed.told == "- samples/s"
+    assert speed.text == "- samples/s"
     for samples in (64, 8):
         speed.add(samples)
-    assert speed.told == "24 samples/s"
+    assert speed.text == "24 samples/s"
 
 
 def test_run_refuses_a_plan_for_another_model(folder: Path) -> None:

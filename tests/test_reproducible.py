@@ -153,7 +153,7 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(stop: int, tmp_path: 
 
     def trained(model: nn.Module, **how: Any) -> dict[str, Any]:
         work = work_for(model, batchnorm="merged", loader=loader, clip_grad_norm=0.5)
-        return train(work, plan_for(work, 16, 5), say=lambda figures: None, epochs=2, **how)
+        return train(work, plan_for(work, 16, 5), progress=lambda figures: None, epochs=2, **how)
 
     first, second = dropping(), dropping()
     torch.manual_seed(11)

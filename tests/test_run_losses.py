@@ -37,7 +37,7 @@ def run(work: Workload, folder: Path, monkeypatch: pytest.MonkeyPatch, *args: st
     plan.save(folder / "plan.json")
 
     def call(task: str, asked: dict[str, Any], *, on_message: Any, env: Any = None) -> dict[str, Any]:
-        return train(work, Plan.from_json(asked["plan"]), say=on_message)
+        return train(work, Plan.from_json(asked["plan"]), progress=on_message)
 
     monkeypatch.setattr("autoaccum.processes.child.call", call)
     return CliRunner().invoke(app, ["run", str(folder / "plan.json"), *args])

@@ -23,7 +23,7 @@ from ..units import check_count, check_seconds, show_bytes
 if TYPE_CHECKING:
     from ..plan import Plan
 
-LINE_SECONDS = 30.0  # without a terminal: how long it may be silent within an epoch
+LINE_INTERVAL_SECONDS = 30.0  # without a terminal: the longest interval between lines within an epoch
 
 
 def run(
@@ -60,19 +60,22 @@ def run(
     }
     with _shown(read, json=json) as say:
         result = call("cli.tasks:run", arguments, on_message=say, env=_environment(read))
-    _tell(result, json=json)
+    _print_result(result, json=json)
     if result["interrupted"]:
         raise typer.Exit(exit_code(result["signal"]))
     if result["nonfinite_windows"] and not math.isfinite(result["loss"]):
         raise AutoaccumError(
-            f"The last loss is {result['loss']}: {_odd(result)}.",
+            f"The last loss is {result['loss']}: {_nonfinite_text(result)}.",
             "Such a loss leaves parameters that aren't finite either, unless its gradient was passed over.",
             "Lower the learning rate, set clip_grad_norm=, or stop at the first: Workload(..., on_nonfinite='raise').",
         )
 
 
 def _environment(plan: Plan) -> dict[str, str] | None:
-    """What a tuned plan needs to be set before torch is loaded; None for nothing."""
+    """Return the environment that a tuned plan needs; None for nothing.
+
+    It must be set before torch is loaded.
+    """
     if not plan.schedule.configuration.get("expandable_segments"):
         return None
     from ..configuration import allocator_settings
@@ -82,7 +85,7 @@ def _environment(plan: Plan) -> dict[str, str] | None:
 
 @contextmanager
 def _shown(plan: Plan, *, json: bool) -> Iterator[Say]:
-    """A progress bar where stderr is a terminal; lines on stdout where it isn't, for who reads a job's log."""
+    """Show progress: a bar on a terminal, otherwise lines on stdout."""
     if sys.stderr.isatty():
         with _bar(plan) as say:
             yield say
@@ -98,8 +101,8 @@ def _bar(plan: Plan) -> Iterator[Say]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(10), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[told]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=None, epoch=1, told="loading torch and the workload")
+    with Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task("training", total=None, epoch=1, text="loading torch and the workload")
         speed = Speed()
 
         def say(message: dict[str, Any]) -> None:
@@ -109,17 +112,20 @@ def _bar(plan: Plan) -> Iterator[Say]:
                 return
             step = message["step"]
             speed.add(step["samples"])
-            told = (
-                f"loss {step['loss']:.4f}  {speed.told}  {show_bytes(step['held_bytes'])} held, "
+            text = (
+                f"loss {step['loss']:.4f}  {speed.text}  {show_bytes(step['held_bytes'])} held, "
                 f"{show_bytes(plan.predicted_peak_bytes)} planned"
             )
-            bar.update(task, total=step["windows"], completed=step["window"], epoch=step["epoch"] + 1, told=told)
+            bar.update(task, total=step["windows"], completed=step["window"], epoch=step["epoch"] + 1, text=text)
 
         yield say
 
 
 class Speed:
-    """Samples per second since the first window ended: what it loads lazily doesn't count, nor does its own size."""
+    """Measure samples per second since the first window ended.
+
+    So neither lazy loading nor the first window's samples count.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -128,7 +134,7 @@ class Speed:
         self._seconds = 0.0
 
     def add(self, samples: int) -> None:
-        """A window of so many samples has ended."""
+        """Return a window of so many samples has ended."""
         now = self._clock()
         if self._started is None:
             self._started = now
@@ -137,39 +143,42 @@ class Speed:
         self._seconds = now - self._started
 
     @property
-    def told(self) -> str:
-        """In words; nothing is known after one window."""
+    def text(self) -> str:
+        """The speed as text; a dash after the first window."""
         return f"{self._samples / self._seconds:.0f} samples/s" if self._seconds > 0 else "- samples/s"
 
 
 class _Lines:
-    """A line per epoch, and one now and then within a long one; of a silent one, warnings only."""
+    """Print a line per epoch, and more within a long one.
+
+    If silent, only warnings are printed.
+    """
 
     def __init__(self, *, silent: bool) -> None:
         self._silent = silent
         self._speed = Speed()
-        self._told = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def say(self, message: dict[str, Any]) -> None:
-        """Prints what a window came to, where a line is due."""
+        """Print a window's figures, where a line is due."""
         if "warning" in message:
             print(f"warning: {message['warning']}", file=sys.stderr, flush=True)
         if "step" not in message or self._silent:
             return
         step = message["step"]
         self._speed.add(step["samples"])
-        if step["window"] != step["windows"] and time.monotonic() - self._told < LINE_SECONDS:
+        if step["window"] != step["windows"] and time.monotonic() - self._printed_at < LINE_INTERVAL_SECONDS:
             return
-        self._told = time.monotonic()
+        self._printed_at = time.monotonic()
         of = f" of {step['windows']}" if step["windows"] is not None else ""
         print(
-            f"epoch {step['epoch'] + 1}, window {step['window']}{of}: loss {step['loss']:.4f}, {self._speed.told}, "
+            f"epoch {step['epoch'] + 1}, window {step['window']}{of}: loss {step['loss']:.4f}, {self._speed.text}, "
             f"{show_bytes(step['held_bytes'])} held",
             flush=True,
         )
 
 
-def _tell(result: dict[str, Any], *, json: bool) -> None:
+def _print_result(result: dict[str, Any], *, json: bool) -> None:
     if json:
         print(to_json(result))
         return
@@ -177,11 +186,11 @@ def _tell(result: dict[str, Any], *, json: bool) -> None:
     if result["loss"] is None:
         print(f"{ended}: nothing was left to train after {result['steps']} optimizer steps")
         return
-    odd = f", {_odd(result)}" if result["nonfinite_windows"] else ""
+    nonfinite = f", {_nonfinite_text(result)}" if result["nonfinite_windows"] else ""
     pieces = f"{result['accumulation_steps']} micro-batch{'es' * (result['accumulation_steps'] > 1)}"
     print(
         f"{ended}: {result['steps']} optimizer steps, {result['samples']} samples, "
-        f"last loss {result['loss']:.4f}{odd}, {pieces} of at most {result['micro_batch']} in the last window"
+        f"last loss {result['loss']:.4f}{nonfinite}, {pieces} of at most {result['micro_batch']} in the last window"
     )
     print(
         f"checkpoint: {result['checkpoint']}"
@@ -190,6 +199,6 @@ def _tell(result: dict[str, Any], *, json: bool) -> None:
     )
 
 
-def _odd(result: dict[str, Any]) -> str:
+def _nonfinite_text(result: dict[str, Any]) -> str:
     many, first = result["nonfinite_windows"], result["first_nonfinite"]
     return f"not finite in {many} window{'s' * (many > 1)}, first in epoch {first['epoch']}, window {first['window']}"

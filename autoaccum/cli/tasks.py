@@ -47,7 +47,7 @@ def run(
     return train(
         workload,
         read,
-        say=say,
+        progress=say,
         epochs=epochs,
         steps=steps,
         checkpoint=checkpoint,

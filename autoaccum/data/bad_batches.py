@@ -1,4 +1,4 @@
-"""Name the samples of batches that can't be trained, and iterate past them."""
+"""Name the samples of bad batches, and iterate past them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Surviving(Generic[T]):
-    """Iterate past errors: after a `BatchError`, the next call returns the next item.
+    """Iterate past errors: after one, the next item follows.
 
     A generator ends with the first exception that leaves it, so errors leave it as items.
 

@@ -1,4 +1,7 @@
-"""Load windows from a map-style DataLoader: its indices are put into micro-batches before they are collated."""
+"""Load windows from a map-style DataLoader, by its indices.
+
+These are put into micro-batches before they are collated.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ _kept: weakref.WeakKeyDictionary[Any, DataLoader[Any]] = weakref.WeakKeyDictiona
 
 
 def _rebatched(loader: Any) -> Any:
-    """Return the DataLoader whose batches are the micro-batches; with persistent workers, the same one each time."""
+    """Return the DataLoader whose batches are the micro-batches.
+
+    With persistent workers it is the same one each time.
+    """
     if loader in _kept:
         return _kept[loader]
     made: DataLoader[Any] = DataLoader(
@@ -60,13 +66,13 @@ def _rebatched(loader: Any) -> Any:
 
 
 class _MicroBatches:
-    """A batch sampler that gives one list of indices for each micro-batch of the current epoch."""
+    """A batch sampler that yields the indices of each micro-batch."""
 
     def __init__(self, batch_sampler: Iterable[Iterable[Any]]) -> None:
         self.batch_sampler = batch_sampler
 
     def begin(self, target: int, plan_of: PlanOf, least: int) -> deque[Planned]:
-        """Set what the next epoch is cut into; return where the indices and sizes of its windows will be."""
+        """Begin an epoch; return where its windows' indices and sizes appear."""
         self.target, self.plan_of, self.least = target, plan_of, least
         # Loading runs ahead: each window's sizes wait here for its samples.
         self.requested = deque[Planned]()
@@ -78,7 +84,10 @@ class _MicroBatches:
 
 
 def _of_window(indices: Iterator[Any], target: int, least: int) -> Iterator[list[Any]]:
-    """Yield the indices of each window; fewer than `least` at the end join the last."""
+    """Yield the indices of each window.
+
+    Fewer than `least` at the end join the last one.
+    """
     ahead: list[Any] = []
     while of_window := [*ahead, *islice(indices, target - len(ahead))]:
         ahead = list(islice(indices, least)) if least > 1 else []
@@ -88,7 +97,10 @@ def _of_window(indices: Iterator[Any], target: int, least: int) -> Iterator[list
 
 
 def _index_lists(of_windows: Iterator[list[Any]], plan_of: PlanOf, requested: deque[Planned]) -> Iterator[list[Any]]:
-    """Yield the indices of each micro-batch; note those of its window, and the sizes, when that begins."""
+    """Yield the indices of each micro-batch.
+
+    Those of its window, and the sizes, are noted when it begins.
+    """
     for of_window in of_windows:
         ordered, sizes = plan_of(of_window)
         requested.append((ordered, sizes))

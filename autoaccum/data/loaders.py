@@ -1,4 +1,4 @@
-"""Check what is given as a loader, distinguish its kinds, and count its windows."""
+"""Check loaders, distinguish their kinds, and count their windows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def check_loader(loader: Any, target: int) -> None:
 
 
 def is_map_style(loader: object) -> bool:
-    """Return whether a loader can be batched anew by its indices: not where a subclass has its own iteration."""
+    """Return whether a loader can be batched anew by its indices.
+
+    A subclass with its own iteration can't.
+    """
     return (
         isinstance(loader, DataLoader)
         and type(loader).__iter__ is DataLoader.__iter__
@@ -87,7 +90,7 @@ def loader_length(
 
 
 def _samples(loader: DataLoader[Any]) -> int | None:
-    """Return the samples of one epoch of a DataLoader; None where it doesn't know them."""
+    """Return the samples of a DataLoader's epoch; None where unknown."""
     if type(loader).__iter__ is not DataLoader.__iter__:
         return None
     if not isinstance(loader.dataset, IterableDataset):

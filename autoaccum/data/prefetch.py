@@ -38,7 +38,7 @@ class Copies:
     def __init__(self, device: torch.device, *, ahead: bool) -> None:
         self._device = device
         self.ahead = ahead and device.type == "cuda"
-        self._stream: torch.cuda.Stream | None = None  # one for all windows: each has pools of its own
+        self._stream: torch.cuda.Stream | None = None  # one for all windows: each has separate pools
         self._held: list[torch.Tensor] = []
         self._ids: list[torch.Tensor] = []
         self._in_window = False
@@ -46,7 +46,7 @@ class Copies:
 
     @contextlib.contextmanager
     def window(self) -> Iterator[None]:
-        """Hold micro-batches of ids until the next one; release the last one when the window ends."""
+        """Hold micro-batches of ids until the next, or the window's end."""
         self._in_window = True
         try:
             yield
@@ -55,7 +55,9 @@ class Copies:
             self.release()
 
     def bring(self, piece: Batch) -> Batch:
-        """Copy a micro-batch to the device for the current stream; release the one before.
+        """Copy a micro-batch to the device; release the one before.
+
+        The current stream can use it.
 
         The host doesn't wait for copies of pinned memory, which overlap with what the device still computes.
         """
@@ -76,7 +78,7 @@ class Copies:
         return batch
 
     def release_copied_ahead(self) -> None:
-        """Release the copy of pinned memory, after the window's last backward was issued."""
+        """Release the copy of pinned memory after the last backward."""
         if self._held:
             self._held = []
             self._read = torch.cuda.current_stream(self._device).record_event()
@@ -94,7 +96,10 @@ def _copied(piece: Batch, batch: Batch) -> list[torch.Tensor]:
 
 
 def _copied_ids(piece: Batch, batch: Batch) -> list[torch.Tensor]:
-    """Return the copied tensors where all are ids, labels or masks; else nothing."""
+    """Return the copied tensors where all are ids, labels or masks.
+
+    Else nothing is returned.
+    """
     found = _copied(piece, batch)
     return found if all(tensor.dtype in _IDS for tensor in found) else []
 

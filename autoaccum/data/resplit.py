@@ -1,4 +1,4 @@
-"""Windows as they arrive: the samples that are really there, and the same ones in smaller pieces."""
+"""Count a window's samples as loaded, and cut it again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ Sizes = tuple[int, ...]
 
 
 def counted(window: Window, names: Names) -> Window:
-    """The window with the samples that are really there: a collate function may have left some out, or all.
+    """Leave out micro-batches that a collate function emptied.
+
+    The sizes become those that were loaded.
 
     Args:
         window: As it was loaded.
@@ -48,16 +50,18 @@ def _rows(piece: Batch, planned: int, names: Names) -> int:
 
 
 def recut(window: Window, split_of: Callable[[int], Sizes], micro_batch: int, names: Names, *, joins: bool) -> Window:
-    """The same samples in smaller pieces: the pieces are all that is left of the batch, so they are cut again.
+    """Cut a window's samples into smaller pieces.
 
-    A packed piece can't be, and stays.
+    The pieces are all that is left of the batch, so they are cut again.
+
+    A packed piece stays, as cutting it is impossible.
 
     Args:
         window: The window.
         split_of: Sizes of the pieces of so many samples.
         micro_batch: The largest wanted.
         names: As for `counted`.
-        joins: Whether to join the pieces first where one can't be cut small enough by itself, at the price of a copy
+        joins: Whether to join the pieces first where one can't be cut small enough separately, at the price of a copy
             of the window: batch statistics keep a piece of three samples from being cut.
     """
     smaller = window
@@ -69,7 +73,7 @@ def recut(window: Window, split_of: Callable[[int], Sizes], micro_batch: int, na
 
 
 def cut_one(window: Window, index: int, sizes: Sizes, names: Names) -> Window:
-    """The window with one of its pieces cut; as it is where that can't be."""
+    """Cut one piece of a window; return it unchanged where impossible."""
     try:
         pieces = cutting.split(window.pieces[index], sizes, **names)
     except BatchError:
@@ -90,7 +94,10 @@ def _recut_joined(window: Window, split_of: Callable[[int], Sizes], names: Names
 
 
 def versions(window: Window) -> list[int]:
-    """How often each tensor of the window was written to in place, as autograd counts it."""
+    """Return how often each tensor of a window was written to.
+
+    Autograd counts writes in place.
+    """
     return [
         write_count(leaf)
         for piece in window.pieces
@@ -100,7 +107,7 @@ def versions(window: Window) -> list[int]:
 
 
 def refuse_changed(window: Window, before: list[int], failure: str) -> None:
-    """A loss that writes into its batch has spoilt what a repetition needs."""
+    """Refuse to repeat a window whose loss wrote into its batch."""
     if versions(window) != before:
         raise OutOfMemory(
             f"Out of memory in a window whose loss changes its batch in place ({failure}).",

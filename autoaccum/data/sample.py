@@ -1,4 +1,4 @@
-"""Infer a sample where none was given, and lengthen or shorten one to any number of positions.
+"""Infer a sample for a model, and change a sample's length.
 
 The first batch rarely has the longest sequence, and memory follows the length.
 """
@@ -23,7 +23,7 @@ INFERRED_TOKENS = 1024  # at most; a model's own context is often longer than it
 
 
 def infer_sample(model: nn.Module) -> tuple[Any, str]:
-    """Return a small batch for a model, and what was assumed to create it.
+    """Return a small batch for a model, and what was assumed.
 
     Args:
         model: A module whose first leaf is a Linear, or a Hugging Face model with a configuration of a language model.
@@ -48,7 +48,7 @@ def infer_sample(model: nn.Module) -> tuple[Any, str]:
 
 
 def _is_language_model(model: nn.Module, config: Any) -> bool:
-    """Return whether a model takes `input_ids` and `labels` alike: a class per token.
+    """Return whether a model has a class per token.
 
     A causal or masked language model does. A vocabulary alone is no sign: an encoder has one and no loss, a classifier
     has one and a label per sample, an encoder-decoder has one and two sequences.
@@ -166,7 +166,10 @@ def _largest(batch: Batch) -> int:
 
 
 def _is_ambiguous(leaf: Any, length: int) -> bool:
-    """Return whether a leaf has its length twice: a mask of pairs, or as many features."""
+    """Return whether a leaf has its length twice.
+
+    A mask of pairs has, and so has a leaf with as many features.
+    """
     return isinstance(leaf, torch.Tensor) and list(leaf.shape[1:]).count(length) > 1
 
 

@@ -1,8 +1,10 @@
-"""One batch into micro-batches, strictly: what can't be cut for certain raises, with the key's name.
+"""Cut one batch into micro-batches, or raise with the key's name.
+
+What can't be cut for certain raises.
 
 Knows which leaves have a row for each sample and which are shared by all micro-batches; knows nothing of loaders,
 memory or models. Samples lie in dimension 0. A name in `shared` or `per_sample` is a key (or field), or a whole path
-such as `batch[1]`; it settles what can't be told from the shapes.
+such as `batch[1]`; it settles what the shapes leave open.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _LIKE_POSITIONS = re.compile(r"cu_?seq_?len|offsets|indptr|row_splits|batch_size
 
 @dataclass(frozen=True)
 class _Survey:
-    """What a batch is made of: its number of samples, its leaves, and the paths of those to cut."""
+    """A batch's number of samples, its leaves, and which are cut."""
 
     rows: int
     leaves: list[tuple[str, Any]]
@@ -44,7 +46,9 @@ class _Survey:
 
 
 def batch_size(batch: Batch, *, shared: Collection[str] = (), per_sample: Collection[str] = ()) -> int:
-    """The number of samples in a batch, on which all that has a row for each sample agrees.
+    """Return the number of samples in a batch.
+
+    All that has a row for each sample must agree on it.
 
     Args:
         batch: A tree whose tensors of one dimension or more have the shape (samples, ...). Lists and tuples of
@@ -63,7 +67,7 @@ def batch_size(batch: Batch, *, shared: Collection[str] = (), per_sample: Collec
 def split(
     batch: Batch, sizes: Sequence[int], *, shared: Collection[str] = (), per_sample: Collection[str] = ()
 ) -> list[Batch]:
-    """Cuts a batch into consecutive pieces; concatenated they are the batch again.
+    """Cut a batch into consecutive pieces; concatenated they are the batch again.
 
     Args:
         batch: As for `batch_size`.
@@ -88,7 +92,7 @@ def split(
 
 
 def tile(batch: Batch, n: int, *, shared: Collection[str] = (), per_sample: Collection[str] = ()) -> Batch:
-    """A batch of exactly n samples, made by repeating the batch's own in order.
+    """Repeat a batch's samples in order, up to n.
 
     Args:
         batch: As for `batch_size`; a batch of s samples.
@@ -97,7 +101,7 @@ def tile(batch: Batch, n: int, *, shared: Collection[str] = (), per_sample: Coll
         per_sample: As for `batch_size`.
 
     Returns:
-        A batch whose row i is row i % s, in storage of its own. What is shared is the batch's own.
+        A batch whose row i is row i % s, in new storage. What is shared is the same object.
 
     Raises:
         BatchError: n is below 1, or the batch can't be cut.
@@ -111,7 +115,7 @@ def tile(batch: Batch, n: int, *, shared: Collection[str] = (), per_sample: Coll
 def select(
     batch: Batch, rows: Sequence[int], *, shared: Collection[str] = (), per_sample: Collection[str] = ()
 ) -> Batch:
-    """A batch of some of another's samples, in any order, each as often as it is named.
+    """Select samples of a batch, in any order, with repetition.
 
     Args:
         batch: As for `batch_size`.
@@ -120,7 +124,7 @@ def select(
         per_sample: As for `batch_size`.
 
     Returns:
-        A batch in storage of its own. What is shared is the batch's own.
+        A batch in new storage. What is shared is the same object.
     """
     survey = _survey(batch, shared, per_sample)
     index = torch.tensor(rows, device="cpu")
@@ -136,7 +140,9 @@ def select(
 
 
 def joinable(first: Batch, second: Batch, *, shared: Collection[str] = (), per_sample: Collection[str] = ()) -> bool:
-    """Whether two batches differ in their samples only: same structure, trailing shapes, dtypes and shared values.
+    """Return whether two batches differ in their samples only.
+
+    Structure, trailing shapes, dtypes and shared values must be the same.
 
     Raises:
         BatchError: One of them can't be cut.
@@ -145,7 +151,7 @@ def joinable(first: Batch, second: Batch, *, shared: Collection[str] = (), per_s
 
 
 def join(batches: Sequence[Batch], *, shared: Collection[str] = (), per_sample: Collection[str] = ()) -> Batch | None:
-    """Concatenates batches, in order.
+    """Concatenate batches, in order.
 
     Args:
         batches: At least one batch, each as for `batch_size`.
@@ -176,7 +182,7 @@ def join(batches: Sequence[Batch], *, shared: Collection[str] = (), per_sample: 
 
 
 def _survey(batch: Batch, shared: Collection[str], per_sample: Collection[str]) -> _Survey:
-    """Lists the leaves and finds which are cut, or raises."""
+    """List the leaves and finds which are cut, or raises."""
     whole, rowwise = _names(shared), _names(per_sample)
 
     def is_leaf(path: str, node: Any) -> bool:
@@ -201,7 +207,10 @@ def _survey(batch: Batch, shared: Collection[str], per_sample: Collection[str]) 
 
 
 def _names(names: Collection[str]) -> frozenset[str]:
-    """The names as a set; one alone, given as a string, is not the set of its letters."""
+    """Return the names as a set.
+
+    A single string is one name, not the set of its letters.
+    """
     return frozenset((names,) if isinstance(names, str) else names)
 
 
@@ -211,13 +220,16 @@ def _named(path: str, names: frozenset[str]) -> bool:
 
 @lru_cache(maxsize=4096)
 def _key(path: str) -> str:
-    """The last key or field of a path, past list positions; the path itself where it has none."""
+    """Return the last key or field of a path.
+
+    List positions are left out; without a key it is the path itself.
+    """
     match = re.search(r"(?:\['([^']+)'\]|\.(\w+))(?:\[\d+\])*$", path)
     return (match[1] or match[2]) if match else path
 
 
 def _length(path: str, leaf: Any, *, settled: bool) -> int | None:
-    """The rows of a leaf; None where it is shared by all micro-batches."""
+    """Return the rows of a leaf; None where it is shared."""
     if isinstance(leaf, torch.Tensor):
         if leaf.is_nested or leaf.layout is not torch.strided:
             raise _cannot_cut(path, "a nested tensor" if leaf.is_nested else f"a tensor in layout {leaf.layout}")
@@ -238,7 +250,7 @@ def _is_integer(leaf: torch.Tensor) -> bool:
 
 
 def _agreed(leaves: Mapping[str, Any], lengths: Mapping[str, int], settled: Collection[str]) -> int:
-    """The number of rows that all leaves with rows have."""
+    """Return the number of rows that all leaves with rows have."""
     if not lengths:
         listed = ", ".join(f"{path} ({_describe(leaf)})" for path, leaf in list(leaves.items())[:5]) or "no leaf at all"
         raise BatchError(
@@ -258,7 +270,10 @@ def _agreed(leaves: Mapping[str, Any], lengths: Mapping[str, int], settled: Coll
 
 
 def _disagreement(leaves: Mapping[str, Any], lengths: Mapping[str, int], settled: Collection[str]) -> BatchError:
-    """Names the leaf that the others contradict, and the lists, whose elements may be the samples."""
+    """Name the leaf that the others contradict.
+
+    Lists are named too, as their elements may be the samples.
+    """
     votes: Counter[int] = Counter()
     for path, length in lengths.items():  # a tensor of many dimensions is data, a vector may be anything
         leaf = leaves[path]
@@ -280,7 +295,10 @@ def _disagreement(leaves: Mapping[str, Any], lengths: Mapping[str, int], settled
 
 
 def _refuse_class_weights(path: str, leaf: Any, rows: int) -> None:
-    """Raises for a vector that may have a value for each class and has as many as there are samples by chance."""
+    """Refuse a vector that may have a value for each class.
+
+    By chance it has as many values as there are samples.
+    """
     if not isinstance(leaf, torch.Tensor) or leaf.dim() != 1 or not leaf.is_floating_point():
         return
     if _LIKE_CLASS_WEIGHTS.search(_key(path)) and not _SAYS_PER_SAMPLE.search(_key(path)):
@@ -324,7 +342,10 @@ def _piece(batch: Batch, survey: _Survey, start: int, size: int) -> Batch:
 
 
 def _select(leaf: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The rows of a tensor, copied, in its own memory format: the sample's is the one whose memory is recorded."""
+    """Copy rows of a tensor, in its own memory format.
+
+    The sample's format is the one whose memory is recorded.
+    """
     chosen = leaf.detach().index_select(0, rows.to(leaf.device))
     for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if leaf.dim() == dims and not leaf.is_contiguous() and leaf.is_contiguous(memory_format=memory_format):
@@ -339,7 +360,7 @@ def _concatenate(parts: list[Any]) -> Any:
 
 
 def _agree(first: _Survey, second: _Survey) -> bool:
-    """Whether two batches have the same leaves, up to the rows of those that are cut."""
+    """Return whether two batches agree, up to the rows that are cut."""
     if first.cut != second.cut or [path for path, _ in first.leaves] != [path for path, _ in second.leaves]:
         return False
     pairs = zip(first.leaves, second.leaves, strict=True)
@@ -347,14 +368,14 @@ def _agree(first: _Survey, second: _Survey) -> bool:
 
 
 def _alike(first: Any, second: Any) -> bool:
-    """Whether rows of the one can follow rows of the other."""
+    """Return whether rows of the one can follow rows of the other."""
     if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
         return type(first) is type(second)
     return (first.shape[1:], first.dtype, first.device) == (second.shape[1:], second.dtype, second.device)
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two shared values are equal; what can't be compared isn't."""
+    """Return whether two shared values are equal; what can't be compared isn't."""
     if first is second:
         return True
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):

@@ -1,4 +1,7 @@
-"""Cut windows from any iterable of batches: rows in order, what one window doesn't need left for the next."""
+"""Cut windows from any iterable of batches, in order.
+
+What one window doesn't need is left for the next.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ def windows_of_batches(
 
 
 def _window_or_error(waiting: deque[Part], samples: range, sizes_of: SizesOf, keys: BatchKeys) -> Window | BatchError:
-    """Take the next window off the front of what waits; where it can't be cut, drop it and return the error."""
+    """Take the next window off the front of what waits.
+
+    Where it can't be cut, it is dropped and the error returned.
+    """
     try:
         window = _window(_take(waiting, len(samples), keys), sizes_of, keys)
     except BatchError as error:
@@ -59,7 +65,10 @@ def _window_or_error(waiting: deque[Part], samples: range, sizes_of: SizesOf, ke
 
 
 def _take(parts: deque[Part], samples: int, keys: BatchKeys) -> list[Part]:
-    """Take so many samples off the front; the last part is cut where it has more."""
+    """Take so many samples off the front.
+
+    The last part is cut where it has more.
+    """
     taken: list[Part] = []
     while samples:
         batch, size = parts.popleft()
@@ -73,7 +82,10 @@ def _take(parts: deque[Part], samples: int, keys: BatchKeys) -> list[Part]:
 
 
 def _window(parts: list[Part], sizes_of: SizesOf, keys: BatchKeys) -> Window:
-    """Make micro-batches of consecutive parts; each run of joinable ones is cut separately."""
+    """Make micro-batches of consecutive parts.
+
+    Each run of joinable ones is cut separately.
+    """
     pieces: list[Batch] = []
     sizes: list[int] = []
     for run in _runs(parts, keys):

@@ -1,7 +1,9 @@
-"""Ragged sequences: longest first inside the window, and micro-batches within a budget of tokens as well as of rows.
+"""Order and cut sequences of different lengths.
+
+Longest first inside the window, and within a budget of tokens as well as of rows.
 
 A micro-batch is padded to its own longest sample, so samples of like length belong together. Inside a window their
-order doesn't matter to the gradient; and with the longest first, memory that doesn't suffice shows at once. No torch.
+order doesn't matter to the gradient; and with the longest first, too little memory shows immediately. No torch.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from collections.abc import Sequence
 
 
 def longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """A window's indices, longest sample first; those of one length stay in their order.
+    """Sort a window's indices, longest sample first.
+
+    Those of one length stay in their order.
 
     Args:
         indices: Into the data set.
@@ -20,14 +24,14 @@ def longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
 
 
 def split_by_tokens(lengths: Sequence[int], most_rows: int, most_tokens: int | None, least: int = 1) -> tuple[int, ...]:
-    """Sizes of micro-batches for samples in this order, as few as keep within both budgets.
+    """Return the fewest sizes that keep within both budgets.
 
     Args:
         lengths: Of the window's samples, longest first.
         most_rows: Samples allowed in a micro-batch.
         most_tokens: Tokens allowed in one, padding included: its samples times its longest. None for no such budget.
         least: The smallest micro-batch allowed; where the two are at odds, this one holds. A single sample that is
-            longer than the budget is a micro-batch by itself.
+            longer than the budget is a micro-batch alone.
 
     Returns:
         Sizes that sum to the samples.
@@ -38,14 +42,16 @@ def split_by_tokens(lengths: Sequence[int], most_rows: int, most_tokens: int | N
         rows = most_rows if most_tokens is None else min(most_rows, most_tokens // max(1, lengths[start]))
         sizes.append(min(max(rows, least), len(lengths) - start))
         start += sizes[-1]
-    if len(sizes) > 1 and sizes[-1] < least:  # the rest of a window: the one before gives of its own, or takes it in
+    if len(sizes) > 1 and sizes[-1] < least:  # the rest of a window: the one before gives some, or takes it in
         both = sizes[-2] + sizes[-1]
         sizes[-2:] = [both - least, least] if both >= 2 * least else [both]
     return tuple(sizes)
 
 
 def most_rows(lengths: Sequence[int], most_tokens: int, samples: int) -> int:
-    """The most samples that a micro-batch can have within a budget of tokens: the shortest of all.
+    """Return the most samples of a micro-batch within a token budget.
+
+    These are the shortest of all.
 
     Args:
         lengths: Of all samples of the data set.
@@ -60,7 +66,7 @@ def most_rows(lengths: Sequence[int], most_tokens: int, samples: int) -> int:
 
 
 def padded_tokens(lengths: Sequence[int], sizes: Sequence[int]) -> int:
-    """Tokens of the micro-batches, padding included."""
+    """Return tokens of the micro-batches, padding included."""
     total = start = 0
     for size in sizes:
         total += size * max(lengths[start : start + size])

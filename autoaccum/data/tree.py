@@ -1,4 +1,6 @@
-"""A batch as a tree: mappings, lists, tuples and dataclasses hold other nodes, everything else is a leaf.
+"""Traverse and rebuild a batch as a tree.
+
+Mappings, lists, tuples and dataclasses hold other nodes; everything else is a leaf.
 
 Knows how to list the leaves with readable paths and how to rebuild the same tree around other leaves; knows nothing
 of samples or of what can be cut (see `split`).
@@ -22,7 +24,9 @@ IsLeaf = Callable[[str, Any], bool]
 
 
 def leaves(batch: Batch, *, is_leaf: IsLeaf | None = None) -> list[tuple[str, Any]]:
-    """The leaves of a batch in order, each with its path, such as `batch['image'][0]` or `batch.ids`.
+    """Return the leaves of a batch in order, with their paths.
+
+    A path reads `batch['image'][0]` or `batch.ids`.
 
     Args:
         batch: Any tree of mappings, lists, tuples, namedtuples and dataclass instances.
@@ -34,7 +38,7 @@ def leaves(batch: Batch, *, is_leaf: IsLeaf | None = None) -> list[tuple[str, An
 
 
 def map_leaves(batch: Batch, function: Callable[[str, Any], Any], *, is_leaf: IsLeaf | None = None) -> Batch:
-    """The same tree around `function(path, leaf)` in place of each leaf.
+    """Return the same tree around `function(path, leaf)` in place of each leaf.
 
     Containers are made anew, of their own types and with their keys in order; the batch itself is not changed.
 
@@ -50,7 +54,7 @@ def map_leaves(batch: Batch, function: Callable[[str, Any], Any], *, is_leaf: Is
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch with its tensors on the device, in containers of its own.
+    """Move a batch's tensors to a device, in new containers.
 
     The containers are new even where no tensor moves: a loss may pop keys, and the window's piece has to stay whole
     for a repetition. Pinned tensors are copied without waiting for the copy, which the device's stream orders before
@@ -84,13 +88,13 @@ def _map(path: str, node: Any, function: Callable[[str, Any], Any], is_leaf: IsL
     except (TypeError, ValueError) as error:
         raise BatchError(
             f"{path} is a {type(node).__name__}, which could not be made anew around other tensors: {error}",
-            "Each micro-batch needs a container of its own.",
+            "Each micro-batch needs a separate container.",
             "Give that part of the batch as a dict, a tuple or a plain dataclass.",
         ) from error
 
 
 def _children(path: str, node: Any) -> list[tuple[str, Any]] | None:
-    """The nodes directly below this one with their paths; None for a leaf."""
+    """Return the child nodes with their paths; None for a leaf."""
     if isinstance(node, (torch.Tensor, str)):  # most nodes: answered first, since this runs for each micro-batch
         return None
     if isinstance(node, Mapping):
@@ -105,7 +109,10 @@ def _children(path: str, node: Any) -> list[tuple[str, Any]] | None:
 
 
 def _rebuild(node: Any, values: list[Any]) -> Any:
-    """A container like this one around other values, which come in the order of its children."""
+    """Rebuild a container around other values.
+
+    They come in the order of its children.
+    """
     if type(node) in (list, tuple):
         return type(node)(values)
     if isinstance(node, Mapping):
@@ -124,5 +131,8 @@ def _rebuild(node: Any, values: list[Any]) -> Any:
 
 
 def _fields(node: Any) -> list[str]:
-    """The fields that a dataclass is made from; what its `__post_init__` derives from them is derived anew."""
+    """Return the fields that a dataclass is created from.
+
+    What its `__post_init__` derives from them is derived anew.
+    """
     return [field.name for field in dataclasses.fields(node) if field.init]

@@ -1,4 +1,4 @@
-"""Turn a loader into windows, each of exactly the samples of one optimizer step.
+"""Turn a loader into windows, one for each optimizer step.
 
 Knows loaders, sizes and order; knows nothing of models or memory. No sample is lost, repeated or moved to another
 window: the windows hold the loader's samples in the loader's order, or each its own longest first.
@@ -35,7 +35,9 @@ def windows(
     split_of_lengths: SizesOfLengths | None = None,
     least: int = 1,
 ) -> Surviving[Window]:
-    """Return one epoch of a loader as windows; the last has what is left.
+    """Return one epoch of a loader as windows.
+
+    Each has `target` samples; the last has what is left.
 
     A map-style DataLoader is batched anew at the level of its sampler's indices: one collate per micro-batch, so
     that it is padded to its own longest sample only. Of any other loader each batch is cut, and pieces of different
@@ -95,7 +97,7 @@ def _checked_sizes(samples: int, split_of: SizesOf) -> tuple[int, ...]:
 
 
 def _plan_of(sizes_of: SizesOf, lengths: Sequence[int] | None, of_lengths: SizesOfLengths | None) -> PlanOf:
-    """Return how the indices of a window are put in order and cut."""
+    """Return how a window's indices are ordered and cut."""
     if lengths is None:
         return lambda indices: (indices, sizes_of(len(indices)))
 

@@ -1,4 +1,4 @@
-"""Train a window once, and put back what it changed when it fails."""
+"""Train a window once, and undo it when it fails."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ class Attempt:
             self.before.restore()
 
     def refuse_moved(self, failure: str) -> None:
-        """Refuse to repeat a window that changed what nothing puts back: its batch, or parameters.
+        """Refuse to repeat a window that changed its batch, or parameters.
+
+        Nothing puts these back.
 
         Raises:
             OutOfMemory: Names what changed.
@@ -100,6 +102,6 @@ class Attempt:
 
 
 def drop_gradients(context: TrainingContext) -> None:
-    """Set all gradients to None: of the model, and of what else the optimizer trains."""
+    """Set the gradients of the model and the optimizer to None."""
     context.model.zero_grad(set_to_none=True)
     context.optimizer.zero_grad(set_to_none=True)

@@ -36,7 +36,7 @@ class BackwardUpdates:
         self._trained = {id(p) for group in context.optimizer.param_groups for p in group["params"]}
 
     def hooked(self) -> list[Named]:
-        """Return the parameters that have hooks now that run when a gradient was added to."""
+        """Return the parameters that have post-accumulation hooks now."""
         return [(name, p) for name, p in self._parameters if accumulation_hooks(p)]
 
     @contextlib.contextmanager

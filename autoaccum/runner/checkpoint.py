@@ -1,4 +1,6 @@
-"""Checkpoint files: read without running anything that they say, and refused where a byte isn't as it was written.
+"""Write and read checkpoint files, without running what they hold.
+
+A file whose bytes aren't as they were written is refused.
 
 A checkpoint is a file of torch.save's, which `torch.load` reads as well, with a seal: the archive's comment (ZIP's
 APPNOTE.TXT, 4.3.16) holds the SHA-256 of all that stands before it. The seal notices damage. Against a file that
@@ -37,7 +39,7 @@ _UNREADABLE = (
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Writes a state, whole or not at all.
+    """Write a state, whole or not at all.
 
     Raises:
         UsageError: It holds what couldn't be read again, or the file can't be written.
@@ -53,7 +55,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads what `write_checkpoint` wrote; tensors come to the host.
+    """Read what `write_checkpoint` wrote; tensors come to the host.
 
     Raises:
         UsageError: It can't be read, isn't whole, or was written by something else.
@@ -79,7 +81,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def unusable(path: str | os.PathLike[str], why: str) -> UsageError:
-    """The one message for a file that is cut short, changed, foreign or odd."""
+    """Return the error for an incomplete, changed or foreign file."""
     return UsageError(
         f"The checkpoint {os.fspath(path)!r} can't be read: {why}.",
         "It was cut short or changed, or something else wrote it. Nothing of it was used.",
@@ -88,13 +90,16 @@ def unusable(path: str | os.PathLike[str], why: str) -> UsageError:
 
 
 class _Sealed:
-    """Hands on what torch.save writes, but for the archive's end, which gets its comment first."""
+    """Append a checksum to the archive that torch.save writes.
+
+    All is handed on but the archive's end, which gets its comment first.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._digest, self._kept = file, hashlib.sha256(), b""
 
     def write(self, part: Any) -> int:
-        """Writes all but the last bytes so far."""
+        """Write all but the last bytes so far."""
         view = memoryview(part).cast("B")
         held = self._kept + bytes(view[-_END_BYTES:])
         self._put(self._kept[: max(0, len(self._kept) + len(view) - _END_BYTES)])
@@ -106,7 +111,7 @@ class _Sealed:
         """Nothing is held back but the end."""
 
     def end(self) -> None:
-        """Writes the archive's end with the seal in it."""
+        """Write the archive's end with the seal in it."""
         assert self._kept.startswith(_END) and self._kept.endswith(b"\0\0"), "torch.save has written no plain archive"
         self._put(self._kept[:-2] + _SEAL_BYTES.to_bytes(2, "little"))
         self._file.write(_SEAL + self._digest.hexdigest().encode())
@@ -132,7 +137,9 @@ def _check_seal(path: str | os.PathLike[str], file: IO[bytes]) -> None:
 
 
 def plain(value: Any, place: str) -> Any:
-    """The same in tensors and plain values, which are read again without running anything.
+    """Convert a value to tensors and plain values.
+
+    These are read again without running anything.
 
     Raises:
         UsageError: It holds something else; where, in words.
@@ -159,7 +166,10 @@ def _plain_key(key: Any, place: str) -> Any:
 
 
 def _tried(value: Any, place: str) -> Any:
-    """What isn't known: a type that torch reads anyhow, or that the user vouches for, is kept."""
+    """Keep a value of an unknown type that torch.load reads.
+
+    Torch reads it anyway, or the user vouches for it.
+    """
     try:
         content = io.BytesIO()
         torch.save(value, content)

@@ -1,4 +1,4 @@
-"""Warn of what a model does that means something else in windows of several micro-batches.
+"""Warn of what works differently in windows of several micro-batches.
 
 Looked for when a Runner is created, by what is attached to parameters and modules. What windows change is compared
 afterwards (runner/state_changes.py), and hooks that update parameters are refused as they do (backward_updates.py).
@@ -70,7 +70,10 @@ def _gradient_hook_warning(model: nn.Module) -> str:
 
 
 def _length_warning(workload: Workload, plan: Plan) -> str:
-    """Warn of data that is longer than the plan's sample, before the middle of an epoch."""
+    """Warn of data that is longer than the plan's sample.
+
+    It would be refused in the middle of an epoch.
+    """
     longest = max(workload.lengths or [0], default=0)
     shaped = [leaf for leaf in plan.provenance.signature if leaf.trailing_shape]
     tokens = [leaf for leaf in shaped if "int" in leaf.dtype] or shaped
@@ -91,7 +94,10 @@ def _capacity_warning(context: TrainingContext, plan: Plan) -> str:
 
 
 def _refuse_graphs(model: nn.Module, steps: int) -> None:
-    """Refuse CUDA graphs: gradients lie in their pool, and the next replay writes over them (pytorch#96693)."""
+    """Refuse CUDA graphs.
+
+    Gradients lie in their pool, and the next replay writes over them (pytorch#96693).
+    """
     for name, module in model.named_modules():
         how = None
         if "make_graphed" in getattr(vars(module).get("forward"), "__qualname__", ""):
@@ -113,7 +119,10 @@ def _compiled_with_graphs(module: nn.Module) -> bool:
 
 
 def _asks_for_graphs(backend: Any, depth: int) -> bool:
-    """Return whether a backend, or one that it wraps, has inductor's option `triton.cudagraphs` on."""
+    """Return whether a backend, or one it wraps, uses CUDA graphs.
+
+    Inductor's option for it is `triton.cudagraphs`.
+    """
     if backend is None or depth == 0:
         return False
     options = getattr(backend, "config", None)
@@ -124,7 +133,7 @@ def _asks_for_graphs(backend: Any, depth: int) -> bool:
 
 
 def _closure_contents(function: Any) -> list[Any]:
-    """Return what a function's closure holds; cells that are still empty are left out."""
+    """Return what a function's closure holds, without empty cells."""
     found = []
     for cell in getattr(function, "__closure__", None) or ():
         try:

@@ -1,4 +1,7 @@
-"""`autoaccum run`: epochs of a workload with its plan, resumable from a checkpoint at a window's end."""
+"""Train epochs of a workload, resumable after each window.
+
+`autoaccum run` calls it.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +27,25 @@ from .checkpoint import plain, read_checkpoint, unusable, write_checkpoint
 from .runner import Runner, StepResult
 
 # What taking over a state that is no state of this workload's raises, torch's and the workload's own classes included.
-_UNFIT = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+_MISMATCH_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def train(
     workload: Workload,
     plan: Plan,
     *,
-    say: Callable[[dict[str, Any]], None],
+    progress: Callable[[dict[str, Any]], None],
     epochs: int = 1,
     steps: int | None = None,
     checkpoint: str | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> dict[str, Any]:
-    """Trains whole windows; stops at the end of one when interrupted.
+    """Train whole windows; stop at the end of one when interrupted.
 
     Args:
         workload: What is trained; must have a loader.
         plan: Its plan.
-        say: Called after each window with its figures.
+        progress: Called after each window with its figures.
         epochs: Passes over the loader.
         steps: Optimizer steps at most, those before a resume included.
         checkpoint: File to resume from, where it exists, and to write.
@@ -58,60 +61,68 @@ def train(
         )
     runner = Runner(workload, plan)
     device = get_device(runner.context.device)
-    place = _Place()
+    position = _Position()
     if checkpoint is not None:
-        plain(runner.state_dict(), "the checkpoint")  # what it can't hold is said before the first window
+        plain(runner.state_dict(), "the checkpoint")  # what it can't hold is an error before the first window
         if Path(checkpoint).exists():
-            _resume(Path(checkpoint), runner, place, plan)
-    saved, last, odd = time.monotonic(), {"loss": None}, _Odd(device)
+            _resume(Path(checkpoint), runner, position, plan)
+    saved, last, nonfinite = time.monotonic(), {"loss": None}, _NonfiniteLosses(device)
     length = loader_length(_loader(workload), runner.samples, least=runner.least)
-    with _interrupts(say) as interrupted:
+    with _interrupts(progress) as interrupted:
         enough = steps is not None and runner.number >= steps
-        for result in () if enough else _windows(runner, workload, place, epochs):
-            last = _figures(result, runner, place, length, device)
-            odd.see(result, place, say)
-            say({"step": last})
+        for result in () if enough else _windows(runner, workload, position, epochs):
+            last = _figures(result, runner, position, length, device)
+            nonfinite.count(result, position, progress)
+            progress({"step": last})
             if interrupted() is not None or (steps is not None and runner.number >= steps):
                 break
             if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
-                _save(checkpoint, runner, place, plan)
+                _save(checkpoint, runner, position, plan)
                 saved = time.monotonic()
         if checkpoint is not None:
-            _save(checkpoint, runner, place, plan)
+            _save(checkpoint, runner, position, plan)
         number = interrupted()
-        ended = {"steps": runner.number, "samples": place.samples, "interrupted": number is not None, "signal": number}
-        return {**last, **ended, **odd.figures(), "checkpoint": checkpoint}
+        ended = {
+            "steps": runner.number,
+            "samples": position.samples,
+            "interrupted": number is not None,
+            "signal": number,
+        }
+        return {**last, **ended, **nonfinite.figures(), "checkpoint": checkpoint}
 
 
-class _Odd:
-    """Windows whose loss is not finite. On a virtual GPU there are none: values mean nothing there."""
+class _NonfiniteLosses:
+    """Count windows whose loss is not finite.
+
+    On a device that computes nothing there are none: values mean nothing there.
+    """
 
     def __init__(self, device: Device) -> None:
-        self._counts = device.computes
+        self._is_counting = device.computes
         self._first: dict[str, int] | None = None
         self._windows = 0
 
-    def see(self, result: StepResult, place: _Place, say: Callable[[dict[str, Any]], None]) -> None:
-        """Counts a window, and says the first that isn't finite."""
+    def count(self, result: StepResult, position: _Position, progress: Callable[[dict[str, Any]], None]) -> None:
+        """Count a window; report the first that isn't finite."""
         loss = float(result.loss)
-        if math.isfinite(loss) or not self._counts:
+        if math.isfinite(loss) or not self._is_counting:
             return
         self._windows += 1
         if self._first is None:
-            self._first = {"epoch": place.epoch + 1, "window": place.windows}
-            told = f"epoch {place.epoch + 1}, window {place.windows}: the loss is {loss}; training goes on"
-            say({"warning": told})
+            self._first = {"epoch": position.epoch + 1, "window": position.windows}
+            message = f"epoch {position.epoch + 1}, window {position.windows}: the loss is {loss}; training goes on"
+            progress({"warning": message})
 
     def figures(self) -> dict[str, Any]:
-        """How many there were, and which was the first."""
+        """Return how many there were, and which was the first."""
         return {"nonfinite_windows": self._windows, "first_nonfinite": self._first}
 
 
-_COUNTS, _RNG = ("epoch", "windows", "samples"), ("rng_at_epoch", "rng_now")
+_COUNT_FIELDS, _RNG_FIELDS = ("epoch", "windows", "samples"), ("rng_at_epoch", "rng_now")
 
 
-class _Place:
-    """Where training is: the epoch, its windows done, and the random states that reproduce its order."""
+class _Position:
+    """The position in training, and the random states that reproduce it."""
 
     def __init__(self) -> None:
         self.epoch = self.windows = self.samples = 0
@@ -120,25 +131,25 @@ class _Place:
         self.order_at_epoch: list[torch.Tensor] = []
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, in tensors and plain values."""
-        rng = {name: None if (each := getattr(self, name)) is None else as_plain(each) for name in _RNG}
-        return {name: getattr(self, name) for name in _COUNTS} | rng | {"order_at_epoch": self.order_at_epoch}
+        """Return the position in tensors and plain values, for a checkpoint."""
+        rng = {name: None if (each := getattr(self, name)) is None else as_plain(each) for name in _RNG_FIELDS}
+        return {name: getattr(self, name) for name in _COUNT_FIELDS} | rng | {"order_at_epoch": self.order_at_epoch}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Puts back what `state` gave.
+        """Put back what `state` returned.
 
         Raises:
             ValueError: It is something else, in a way that can be seen.
             RuntimeError, TypeError, LookupError: So do generators that are given it.
         """
-        counts, order = {name: state[name] for name in _COUNTS}, state["order_at_epoch"]
+        counts, order = {name: state[name] for name in _COUNT_FIELDS}, state["order_at_epoch"]
         if not all(type(each) is int and each >= 0 for each in counts.values()):
             raise ValueError(f"counts of {counts}")
         if type(order) is not list or not all(isinstance(each, torch.Tensor) for each in order):
             raise ValueError("the loader's generators have no such states")
         for each in order:
             torch.Generator().set_state(each)
-        found = {name: None if state[name] is None else from_plain(dict(state[name])) for name in _RNG}
+        found = {name: None if state[name] is None else from_plain(dict(state[name])) for name in _RNG_FIELDS}
         before = take_rng()
         try:
             for states in found.values():
@@ -148,32 +159,35 @@ class _Place:
         vars(self).update(counts | found | {"order_at_epoch": order})
 
 
-def _windows(runner: Runner, workload: Workload, place: _Place, epochs: int) -> Iterator[StepResult]:
-    """Every window of the epochs that are left; an epoch begun before a resume is entered where it was left."""
-    while place.epoch < epochs:
-        skip, rng = place.windows, place.rng_now
+def _windows(runner: Runner, workload: Workload, position: _Position, epochs: int) -> Iterator[StepResult]:
+    """Train the windows of the epochs that are left.
+
+    An epoch that was begun before a resume continues where it was left.
+    """
+    while position.epoch < epochs:
+        skip, rng = position.windows, position.rng_now
         loader = _loader(workload)
         generators = _generators(loader)
-        if place.rng_at_epoch is None:
-            place.rng_at_epoch = take_rng()
-            place.order_at_epoch = [generator.get_state() for generator in generators]
+        if position.rng_at_epoch is None:
+            position.rng_at_epoch = take_rng()
+            position.order_at_epoch = [generator.get_state() for generator in generators]
         else:  # the loader draws its order from these
-            put_rng(place.rng_at_epoch)
-            if len(generators) != len(place.order_at_epoch):
+            put_rng(position.rng_at_epoch)
+            if len(generators) != len(position.order_at_epoch):
                 raise UsageError(
-                    f"The checkpoint has {len(place.order_at_epoch)} generators of the loader; the loader has "
+                    f"The checkpoint has {len(position.order_at_epoch)} generators of the loader; the loader has "
                     f"{len(generators)}.",
                     "An epoch is gone on with in its own order, which the loader's generators draw.",
                     "Give the loader the generator that it had, or start over without the checkpoint.",
                 )
-            for generator, state in zip(generators, place.order_at_epoch, strict=True):
+            for generator, state in zip(generators, position.order_at_epoch, strict=True):
                 generator.set_state(state)
         for result in runner.epoch(loader, skip=skip, rng=rng if skip else None):
-            place.windows += 1
-            place.samples += result.samples
-            place.rng_now = take_rng()
+            position.windows += 1
+            position.samples += result.samples
+            position.rng_now = take_rng()
             yield result
-        place.epoch, place.windows, place.rng_at_epoch = place.epoch + 1, 0, None
+        position.epoch, position.windows, position.rng_at_epoch = position.epoch + 1, 0, None
 
 
 def _loader(workload: Workload) -> Iterable[Batch]:
@@ -182,17 +196,22 @@ def _loader(workload: Workload) -> Iterable[Batch]:
 
 
 def _generators(loader: Iterable[Batch]) -> list[torch.Generator]:
-    """The generators that a DataLoader and its sampler draw their order from, beside the global one."""
+    """Return the generators that determine a DataLoader's order.
+
+    These are its own and its sampler's, beside the global one.
+    """
     holders = loader, getattr(loader, "sampler", None)
     found = [getattr(holder, "generator", None) for holder in holders]
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
-def _figures(result: StepResult, runner: Runner, place: _Place, length: int | None, device: Device) -> dict[str, Any]:
+def _figures(
+    result: StepResult, runner: Runner, position: _Position, length: int | None, device: Device
+) -> dict[str, Any]:
     return {
         "number": result.number,
-        "epoch": place.epoch,
-        "window": place.windows,
+        "epoch": position.epoch,
+        "window": position.windows,
         "windows": length,
         "loss": float(result.loss),
         "held_bytes": device.held_bytes(),
@@ -203,11 +222,11 @@ def _figures(result: StepResult, runner: Runner, place: _Place, length: int | No
     }
 
 
-def _save(path: str, runner: Runner, place: _Place, plan: Plan) -> None:
-    write_checkpoint(path, {"runner": runner.state_dict(), "place": place.state(), "for": _made_for(plan)})
+def _save(path: str, runner: Runner, position: _Position, plan: Plan) -> None:
+    write_checkpoint(path, {"runner": runner.state_dict(), "place": position.state(), "for": _made_for(plan)})
 
 
-def _resume(path: Path, runner: Runner, place: _Place, plan: Plan) -> None:
+def _resume(path: Path, runner: Runner, position: _Position, plan: Plan) -> None:
     state = read_checkpoint(path)
     for name in ("runner", "place", "for"):
         if not isinstance(state.get(name), dict):
@@ -221,33 +240,41 @@ def _resume(path: Path, runner: Runner, place: _Place, plan: Plan) -> None:
         raise unusable(path, f"it says {', '.join(f'{name} {each!r}' for name, each in numbers.items())}")
     made_for, here = state["for"], _made_for(plan)
     if made_for != here:
-        told = "; ".join(f"{k}: {made_for.get(k)} there, {here[k]} here" for k in here if made_for.get(k) != here[k])
+        differing = "; ".join(
+            f"{k}: {made_for.get(k)} there, {here[k]} here" for k in here if made_for.get(k) != here[k]
+        )
         raise UsageError(
-            f"The checkpoint {str(path)!r} is of another training ({told}).",
-            "It counts windows of its own size, and holds the state of its own model and optimizer.",
+            f"The checkpoint {str(path)!r} is of another training ({differing}).",
+            "It counts windows of another size, or holds the state of another model or optimizer.",
             "Go on with a plan for the same target, or name another --checkpoint.",
         )
     try:
-        place.load_state(state["place"])
+        position.load_state(state["place"])
         runner.load_state_dict(state["runner"])
-    except _UNFIT as error:
+    except _MISMATCH_ERRORS as error:
         raise unusable(path, f"its state isn't this workload's ({type(error).__name__}: {error})") from error
 
 
 def _made_for(plan: Plan) -> dict[str, str]:
-    """What a checkpoint can't be taken over to another of; versions and the micro-batch may change."""
+    """Return what must be the same to resume from a checkpoint.
+
+    Versions and the micro-batch may change.
+    """
     parts = {name: plan.provenance.fingerprint[name] for name in ("model", "optimizer")}
     return parts | {"target batch": str(plan.target_batch), "world size": str(plan.world_size)}
 
 
 @contextmanager
-def _interrupts(say: Callable[[dict[str, Any]], None]) -> Iterator[Callable[[], int | None]]:
-    """The first signal asks to stop at the window's end, the second stops at once; gives the first one's number."""
+def _interrupts(progress: Callable[[dict[str, Any]], None]) -> Iterator[Callable[[], int | None]]:
+    """Stop at the window's end after a signal, immediately after a second.
+
+    Yields a function that returns the first signal's number.
+    """
 
     def handle(number: int, frame: object) -> None:
         if not interrupts.is_repeated(number) and interrupts.received_more_than_one():
             raise interrupts.Interrupted(number)
 
     with interrupts.handled_by(handle):
-        say({FINISHES: True})
+        progress({FINISHES: True})
         yield interrupts.received

@@ -95,7 +95,7 @@ class OomRecovery:
             window = self._start_over(attempt, failure)
 
     def _start_over(self, attempt: Attempt, failure: str) -> Window:
-        """Return the window to repeat, with everything else as it was before it."""
+        """Return the window to repeat, with all else put back."""
         attempt.refuse_moved(failure)
         _refuse_optimizer_step(attempt, failure)
         attempt.put_back()

@@ -27,7 +27,7 @@ class PeakMonitor:
     """Compare the peak of each window with the plan.
 
     Attributes:
-        warned: Whether a window was above the plan, and it was said.
+        warned: Whether a window was above the plan, and a warning given.
     """
 
     def __init__(self, device: torch.device, plan: Plan) -> None:
@@ -40,7 +40,7 @@ class PeakMonitor:
         self._before_bytes = 0 if self.warned else self._peak_bytes()
 
     def end(self) -> None:
-        """Compare it after the window; warn at the first that used more than was planned."""
+        """Compare the peak after a window; warn once of an excess."""
         if self.warned:
             return
         peak = self._peak_bytes()
@@ -58,15 +58,24 @@ class PeakMonitor:
             )
 
     def _peak_bytes(self) -> int:
-        """Return the highest of the process's life: resident, or reserved on the GPU."""
+        """Return the process's highest resident or reserved bytes.
+
+        Reserved on a GPU.
+        """
         return get_device(self.device).lifetime_peak_bytes()
 
     def _planned_bytes(self) -> int:
-        """Return the plan's figure for the same; both include what is there before a window, the model above all."""
+        """Return the plan's figure for the same.
+
+        Both include what is there before a window, the model above all.
+        """
         return self.plan.predicted_peak_bytes
 
     def _shared_bytes(self) -> int:
-        """Return resident bytes of files and of shared memory, which the plan's private bytes don't include."""
+        """Return resident bytes of files and of shared memory.
+
+        The plan's private bytes don't include them.
+        """
         if self.device.type == "cuda":
             return 0
         lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())

@@ -1,4 +1,7 @@
-"""Train with a plan: one window, one optimizer step, the gradient of one whole batch."""
+"""Train with a plan, window by window.
+
+A window is one optimizer step, with the gradient of one whole batch.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,9 @@ class StepResult:
 
 
 class Runner:
-    """Trains a workload with a plan: one window, one optimizer step, the gradient of one whole batch.
+    """Trains a workload with a plan, window by window.
+
+    A window is one optimizer step, with the gradient of one whole batch.
 
     Args:
         workload: What is trained; the same that was planned.
@@ -104,7 +109,10 @@ class Runner:
 
     @property
     def micro_batch(self) -> int:
-        """The largest micro-batch now, in samples; lower than the plan's after an out-of-memory."""
+        """The largest micro-batch now, in samples.
+
+        It is lower than the plan's after an out-of-memory.
+        """
         return self.sizing.limits.micro_batch
 
     @micro_batch.setter
@@ -112,7 +120,9 @@ class Runner:
         self.sizing.limits = replace(self.sizing.limits, micro_batch=samples)
 
     def step(self, batch: Batch) -> StepResult:
-        """Trains one window: the whole batch given, whatever its size, cut as the plan says.
+        """Train one window: a whole batch of any size.
+
+        It is cut as the plan says.
 
         What the workload does `between` windows is the caller's business here.
 
@@ -134,7 +144,7 @@ class Runner:
         rng: dict[str, Any] | None = None,
         on_bad_batch: str = bad_batches.RAISE,
     ) -> Iterator[StepResult]:
-        """Trains once over a loader, yielding a result per optimizer step.
+        """Train once over a loader, yielding a result per optimizer step.
 
         A map-style DataLoader is read at the level of its indices: same sampler, same collate function, same workers,
         but one collate per micro-batch, so that each is padded to its own longest only. Other loaders are cut within
@@ -181,7 +191,7 @@ class Runner:
                 yield result
 
     def _result(self, window: Window | BatchError, *, skips: bool) -> StepResult | BatchError | None:
-        """What comes of a window of an epoch; None where it is passed over."""
+        """Train a window of an epoch; return None where it is skipped."""
         try:
             return self._train(self._checked(window, leaves_out=skips))
         except BatchError as error:
@@ -191,7 +201,9 @@ class Runner:
             return None
 
     def _checked(self, window: Window | BatchError, *, leaves_out: bool = False) -> Window:
-        """The window, when each of its micro-batches has the planned form: none is trained before all were seen.
+        """Check that each micro-batch of a window has the planned form.
+
+        None is trained before all were checked.
 
         Args:
             window: The window, or why there is none.

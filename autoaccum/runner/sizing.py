@@ -59,7 +59,7 @@ def _smaller(planned: int | None, kept: int | None) -> int | None:
 
 
 class Sizing:
-    """Sizes of micro-batches: the plan's split, or what an out-of-memory has left of it.
+    """Sizes of micro-batches: the plan's split, within the limits now.
 
     Args:
         plan: The plan.
@@ -88,19 +88,22 @@ class Sizing:
         return split_within(samples, largest, self.least)
 
     def sizes_of_lengths(self, lengths: Sequence[int]) -> Sizes:
-        """Return the sizes for sequences of these lengths, longest first, within the limit of tokens too."""
+        """Return sizes for sequences of these lengths, longest first.
+
+        They keep within the limit of tokens too.
+        """
         if self.limits.max_tokens is None:
             return self.sizes(len(lengths))
         return split_by_tokens(lengths, self.limits.max_samples, self.limits.max_tokens, self.least)
 
     def fitted(self, window: Window) -> Window:
-        """Cut a window again that was loaded before an out-of-memory lowered the limits."""
+        """Cut a window again that was loaded before limits were lowered."""
         if max(window.sizes) <= self.limits.max_samples or window.sizes == self.sizes(sum(window.sizes)):
             return window
         return self._cut_again(window)
 
     def shrink(self, window: Window, micro_batches_begun: int) -> tuple[Window, int]:
-        """Lower the limit that the failed micro-batch was at, and cut the window again.
+        """Lower the limit that was exceeded, and cut the window again.
 
         With a limit of tokens only the failed micro-batch is cut: a long one lowers that limit, one with more short
         samples than `micro_batch` lowers the limit for those. In all other cases every micro-batch gets smaller.
@@ -131,7 +134,10 @@ class Sizing:
 
 
 def failed_samples(window: Window, micro_batches_begun: int, limits: Limits) -> int:
-    """Return the samples of the micro-batch that ran out of memory; without a limit of tokens, of the largest."""
+    """Return the samples of the micro-batch that ran out of memory.
+
+    Without a limit of tokens it is taken to be the largest.
+    """
     if limits.max_tokens is not None and micro_batches_begun:
         return window.sizes[micro_batches_begun - 1]
     return max(window.sizes)

@@ -1,4 +1,4 @@
-"""Compare state before and after a window: what it changed, and what can't be put back.
+"""Compare state before and after a window.
 
 `UncopiedParameters` is about windows that ran out of memory: a window keeps no copy of parameters, so one that changed
 some can't be repeated. `ForwardChanges` is about windows that went well: a module that counts its own forwards counts
@@ -26,7 +26,9 @@ _POWER_ITERATIONS = ("_u", "_v")  # vectors of a spectral normalization
 
 
 class UncopiedParameters:
-    """Parameters that must stay as they are until the optimizer step, as no window keeps a copy of them.
+    """Parameters that must not change until the optimizer step.
+
+    No window keeps a copy of them.
 
     These are the ones that aren't trained (a momentum encoder that the loss moves, a discriminator that it steps), and
     those with hooks that may step an optimizer in backward.
@@ -40,7 +42,10 @@ class UncopiedParameters:
         self._untrained, self._updates = list(_untrained(context)), updates
 
     def versions(self) -> Versions:
-        """Return how often each was written to in place, as autograd counts it."""
+        """Return how often each parameter was written to in place.
+
+        Autograd counts it.
+        """
         return [(name, p, write_count(p)) for name, p in (*self._untrained, *self._updates.hooked())]
 
     def refuse_moved(self, before: Versions, snapshot: Snapshot | None, failure: str) -> None:
@@ -91,7 +96,7 @@ class ForwardChanges:
         self._changed: list[str] = []
 
     def after_window(self, before: Snapshot, steps: int) -> str:
-        """Return what to warn of after a window; empty where nothing counts, or where it was said.
+        """Return what to warn of after a window; empty for nothing.
 
         Args:
             before: Taken before the window.
@@ -113,7 +118,10 @@ class ForwardChanges:
 
 
 def _unknown(changed: Sequence[str], context: TrainingContext) -> list[str]:
-    """Leave out what is known to change: batch statistics, power iterations, random states, gradients, lists."""
+    """Leave out what is known to change in forwards.
+
+    That is batch statistics, power iterations, random states, gradients and lists.
+    """
     prefixes = [f"{name}." if name else "" for name in (*context.norms.batch, *context.norms.instance)]
     known = {prefix + statistic for prefix in prefixes for statistic in _STATISTICS}
     # What a loss appends to its own lists is a record of micro-batches, and counts nothing.

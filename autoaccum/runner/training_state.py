@@ -1,4 +1,4 @@
-"""Collect all that training changes between windows, for a checkpoint, and put it back."""
+"""Collect and put back all that training changes between windows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _OPTIONAL = ("scheduler", "scaler")
 
 
 def training_state(context: TrainingContext) -> dict[str, Any]:
-    """Return the state of the model, the optimizer, the scheduler and the scaler, and the steps taken."""
+    """Return the state of all parts of training, for a checkpoint."""
     optional = {name: getattr(context, name) for name in _OPTIONAL}
     return {
         "model": context.model.state_dict(),

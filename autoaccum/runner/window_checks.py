@@ -1,4 +1,4 @@
-"""Check around windows whether their gradient is that of one batch, and warn once."""
+"""Check that windows have the gradient of one batch; warn once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("autoaccum")
 
 
 class WindowChecks:
-    """What is looked at in the windows of one training, each until it was found or settled.
+    """Checks around each window, until they are settled.
 
     Args:
         context: What is trained.
@@ -37,14 +37,17 @@ class WindowChecks:
         self._changes = ForwardChanges(context)
 
     def before_window(self, window: Window) -> None:
-        """Compare gradients on the first real window that the plan's sample may not have stood for."""
+        """Compare gradients where micro-batches count differently.
+
+        The plan's sample may not have shown it.
+        """
         if self.rechecked or self.context.encode is not None or not counts_differ(window.pieces, window.sizes):
             return
         self.rechecked = True
         self._warn(recheck(self.context, window.pieces, window.sizes, self._batch_keys))
 
     def after_window(self, trained: TrainedWindow) -> None:
-        """Look for ignored labels that the loss may average over otherwise, and for modules that count forwards."""
+        """Look for ignored labels, and for modules that count forwards."""
         self._warn(self._ignored_warning(trained.window))
         self._warn(self._changes.after_window(trained.before, len(trained.window.pieces)))
 
