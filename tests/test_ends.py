@@ -95,14 +95,14 @@ def test_a_size_that_one_end_leaves_no_room_for_is_not_sure_to_fit(
 
 
 @pytest.mark.parametrize(
-    ("most", "is_open", "at_least"),
+    ("most", "may_saturate", "at_least"),
     [(104, False, 100), (103, False, 75), (104, True, 75), (112, True, 100)],
 )
 def test_where_a_little_more_does_not_fit_one_step_more_is_reckoned_with(
-    monkeypatch: pytest.MonkeyPatch, most: int, is_open: bool, at_least: int
+    monkeypatch: pytest.MonkeyPatch, most: int, may_saturate: bool, at_least: int
 ) -> None:
     seen = SimpleNamespace(
-        request=SimpleNamespace(samples=298, least=1), is_open=is_open, fits=lambda split: split[0] <= most
+        request=SimpleNamespace(samples=298, least=1), may_saturate=may_saturate, fits=lambda split: split[0] <= most
     )
     monkeypatch.setattr(solution, "solve", lambda predictor: Solution((100, 99, 99), 1))
     assert solution.guess(cast(Any, seen)) == Guess(100, at_least)

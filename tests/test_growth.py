@@ -278,7 +278,7 @@ class Trial:
         self.request = SimpleNamespace(samples=64, least=1, most=64)
         self.usable_bytes, self.compiled_share = 1000, 1.0
         self.evidence = SimpleNamespace(fallback_reason="bracketed")
-        self.subject, self.is_rough = SimpleNamespace(progress=lambda text: None, train=None), False
+        self.subject, self.is_incomplete = SimpleNamespace(progress=lambda text: None, train=None), False
 
     def fits(self, split: tuple[int, ...]) -> bool:
         return self.share * 50 * split[0] <= self.usable_bytes
@@ -303,11 +303,11 @@ class Trial:
     def teaches(self, split: tuple[int, ...], measured: float) -> bool:
         return False
 
-    def far_off(self, split: tuple[int, ...], measured: float) -> str | None:
+    def describe_mismatch(self, split: tuple[int, ...], measured: float) -> str | None:
         off = abs(self.share * 50 * split[0] - measured) > 0.1 * measured
         return "far off." if off else None
 
-    def compare_compiled(self, split: tuple[int, ...], measured: float) -> None:
+    def correct_compiled_share(self, split: tuple[int, ...], measured: float) -> None:
         self.share = measured / (50 * split[0])
 
     def try_fewer_steps(self, solution: Solution, measured: float, *_: Any) -> tuple[Solution, float]:

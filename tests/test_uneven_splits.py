@@ -143,7 +143,7 @@ def an_outlook(fits: Any, most: int = 256) -> Any:
         fits_surely=fits,
         later_floor=lambda n: n,
         usable_bytes=60,
-        misses=lambda split: f"would need {sum(split)} GiB",
+        shortfall=lambda split: f"would need {sum(split)} GiB",
     )
 
 

@@ -199,11 +199,11 @@ def _reasons(predictor: MemoryPredictor, split: Split, measured: Any, timed: Tim
             if steps == 1
             else f"the fewest that micro-batches of at most {predictor.request.most} allow"
             if steps == -(-samples // predictor.request.most)
-            else f"the fewest whose own window fits {predictor.border_words}{_why_uneven(predictor, split)}"
+            else f"the fewest whose own window fits {predictor.limit_words}{_why_uneven(predictor, split)}"
         ),
         "split": f"{samples} samples in {steps} micro-batches"
         + (" whose sizes differ by at most one, largest first" if is_even(split) else ": one size and the rest"),
-        "largest_micro_batch": f"the largest of which a window of several fits {predictor.border_words}",
+        "largest_micro_batch": f"the largest of which a window of several fits {predictor.limit_words}",
         "malloc_overhead": f"{predictor.malloc_overhead:.0%} of training's memory, since malloc's default fragments",
         "budget_bytes": f"the tightest of the limits ({predictor.budget.binding_constraint}) less the headroom",
     }
@@ -231,7 +231,7 @@ def _reasons(predictor: MemoryPredictor, split: Split, measured: Any, timed: Tim
 def _why_uneven(predictor: MemoryPredictor, split: Split) -> str:
     """What is wrong with the balanced split of as many steps, where another was taken."""
     even = balanced(sum(split), len(split))
-    return "" if is_even(split) else f"; {split[0]} is repeated, since {_counted(even)} {predictor.misses(even)}"
+    return "" if is_even(split) else f"; {split[0]} is repeated, since {_counted(even)} {predictor.shortfall(even)}"
 
 
 def _why_not_fewer(predictor: MemoryPredictor, split: Split, largest: int) -> dict[str, str]:
@@ -242,7 +242,7 @@ def _why_not_fewer(predictor: MemoryPredictor, split: Split, largest: int) -> di
     even = balanced(samples, steps)
     if even[0] > min(largest, predictor.request.most):
         return {}
-    told = f"{steps} step{'s don' if steps > 1 else ' doesn'}'t fit: {_counted(even)} {predictor.misses(even)}"
+    told = f"{steps} step{'s don' if steps > 1 else ' doesn'}'t fit: {_counted(even)} {predictor.shortfall(even)}"
     return {"fewer_steps": told + (", and neither does a larger size, repeated, with the rest" if steps > 1 else "")}
 
 
@@ -327,7 +327,7 @@ def does_not_fit(predictor: MemoryPredictor, split: Split, needed_bytes: int | N
     missing = max(1, needed_bytes - budget.bytes) if needed_bytes is not None else 0
     state = predictor.evidence.state_bytes
     helps = (
-        *(predictor.helps(needed_bytes) if needed_bytes is not None else ()),
+        *(predictor.remedies(needed_bytes) if needed_bytes is not None else ()),
         _larger_budget(predictor, needed_bytes),
         f"an optimizer without state (this one's is {show_bytes(state)})" if state and state > missing / 4 else None,
         _keeping_less(predictor, split),
@@ -342,7 +342,7 @@ def does_not_fit(predictor: MemoryPredictor, split: Split, needed_bytes: int | N
     )
     return DoesNotFit(
         f"Not even a micro-batch of {split[0]} fits: {needs}",
-        f"{show_bytes(predictor.baseline_bytes)} of it are {predictor.base_words}; "
+        f"{show_bytes(predictor.baseline_bytes)} of it are {predictor.baseline_words}; "
         f"the tightest limit is {budget.binding_constraint}.",
         f"What would help: {all_told}.",
         missing_bytes=missing,
@@ -365,7 +365,7 @@ def ran_out(predictor: MemoryPredictor, failure: str) -> DoesNotFit:
     budget = predictor.budget
     return DoesNotFit(
         f"Memory is too short for a few samples ({failure}); the budget is {show_bytes(budget.bytes)}.",
-        f"{show_bytes(predictor.baseline_bytes)} are {predictor.base_words}; "
+        f"{show_bytes(predictor.baseline_bytes)} are {predictor.baseline_words}; "
         f"the tightest limit is {budget.binding_constraint}.",
         f"What would help: {_larger_budget(predictor, None)}, a leaner optimizer, or a smaller model.",
         missing_bytes=1,

@@ -38,7 +38,7 @@ def teaches(predictor: CudaPredictor, split: Split, measured: CudaMeasurement) -
     found = _as_recording(predictor, split, measured)
     if found is None:
         return False
-    return predictor.is_open or not saturation.predicts_large_blocks(predictor.evidence.program(), found)
+    return predictor.may_saturate or not saturation.predicts_large_blocks(predictor.evidence.program(), found)
 
 
 def learn(predictor: CudaPredictor, split: Split, measured: CudaMeasurement | None) -> bool:

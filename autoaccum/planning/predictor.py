@@ -169,13 +169,13 @@ class MemoryPredictor(ABC):
     # Fields and words of the plan
 
     @property
-    def border_words(self) -> str:
+    def limit_words(self) -> str:
         """The limit that a window has to fit, in words."""
         return f"{show_bytes(self.usable_bytes)}, the budget less {100 * CAPACITY_MARGIN:.0f} %"
 
     @property
     @abstractmethod
-    def base_words(self) -> str:
+    def baseline_words(self) -> str:
         """What the baseline consists of, in words."""
 
     @abstractmethod
@@ -194,11 +194,11 @@ class MemoryPredictor(ABC):
     def notes(self, split: Split) -> list[str]:
         """Return further notes for the reader of the plan."""
 
-    def misses(self, split: Split) -> str:
+    def shortfall(self, split: Split) -> str:
         """Return what a window would need, to end a sentence with."""
         return f"would need {show_bytes(self.worst_bytes(split))}"
 
-    def helps(self, needed_bytes: int) -> list[str]:
+    def remedies(self, needed_bytes: int) -> list[str]:
         """Return remedies of this kind of device where nothing fits."""
         return []
 
@@ -230,14 +230,14 @@ class MemoryPredictor(ABC):
         """Return whether the measured windows stayed within the budget."""
 
     @abstractmethod
-    def compared(self, split: Split, measured: Any) -> tuple[int, int]:
+    def predicted_and_measured(self, split: Split, measured: Any) -> tuple[int, int]:
         """Return the predicted and the measured peak of a verified window."""
 
-    def far_off(self, split: Split, measured: Any) -> str | None:
+    def describe_mismatch(self, split: Split, measured: Any) -> str | None:
         """Describe a prediction far off from a window that fitted, or None."""
-        if self.evidence.fallback_reason is None and not self.is_rough:
+        if self.evidence.fallback_reason is None and not self.is_incomplete:
             return None
-        predicted, peak = self.compared(split, measured)
+        predicted, peak = self.predicted_and_measured(split, measured)
         if abs(predicted - peak) <= FAR_OFF_FRACTION * peak:
             return None
         way = "less" if peak < predicted else "more"
@@ -249,12 +249,12 @@ class MemoryPredictor(ABC):
     # Learning
 
     @property
-    def is_rough(self) -> bool:
+    def is_incomplete(self) -> bool:
         """Whether recordings miss memory that only a run shows."""
         return False
 
     @property
-    def is_open(self) -> bool:
+    def may_saturate(self) -> bool:
         """Whether a large block grows in steps without a known end."""
         return False
 
@@ -271,7 +271,7 @@ class MemoryPredictor(ABC):
         return False
 
     @abstractmethod
-    def compare_compiled(self, split: Split, measured: Any) -> None:
+    def correct_compiled_share(self, split: Split, measured: Any) -> None:
         """Correct the compiled share; `measured` is None where memory ran out."""
 
     def try_fewer_steps(

@@ -130,7 +130,7 @@ class CpuPredictor(MemoryPredictor):
     # Fields and words of the plan
 
     @property
-    def base_words(self) -> str:
+    def baseline_words(self) -> str:
         """What the baseline consists of."""
         return "the process before training"
 
@@ -162,7 +162,7 @@ class CpuPredictor(MemoryPredictor):
         """Return notes about holes in the heap and about malloc."""
         return cpu_words.notes(self)
 
-    def helps(self, needed_bytes: int) -> list[str]:
+    def remedies(self, needed_bytes: int) -> list[str]:
         """Recommend a new process where this one's heap has large holes."""
         return cpu_words.remedies(self)
 
@@ -185,12 +185,12 @@ class CpuPredictor(MemoryPredictor):
         allowed = AGREEMENT_FRACTION * (self.baseline_bytes + predicted) + self.malloc_overhead * predicted
         if abs(measured.increment_bytes - predicted) <= allowed:
             return None
-        is_predicted = self.evidence.fallback_reason is None and self.compiled_share == 1 and not self.is_rough
+        is_predicted = self.evidence.fallback_reason is None and self.compiled_share == 1 and not self.is_incomplete
         if not is_predicted and self.holds(measured):
             return None
         return f"allocated {measured.increment_bytes:,} bytes, not {predicted:,}"
 
-    def compared(self, split: Split, measured: CpuMeasurement) -> tuple[int, int]:
+    def predicted_and_measured(self, split: Split, measured: CpuMeasurement) -> tuple[int, int]:
         """Return the predicted and the measured peak, with the baseline."""
         return self.baseline_bytes + self._predicted_increment(split), self.baseline_bytes + measured.increment_bytes
 
@@ -199,7 +199,7 @@ class CpuPredictor(MemoryPredictor):
         return self.baseline_bytes + measured.increment_bytes <= self.usable_bytes
 
     @property
-    def is_rough(self) -> bool:
+    def is_incomplete(self) -> bool:
         """Whether malloc is not glibc's, so that recordings miss what it keeps."""
         return self.present_bytes is not None
 
@@ -213,7 +213,7 @@ class CpuPredictor(MemoryPredictor):
         """Return what the verified windows keep less than whole ones."""
         return self.growth_bytes(split) - self.growth_bytes(split[:1])
 
-    def compare_compiled(self, split: Split, measured: CpuMeasurement | None) -> None:
+    def correct_compiled_share(self, split: Split, measured: CpuMeasurement | None) -> None:
         """Correct the compiled share by the window's own memory."""
         if measured is None:
             self.compiled_share *= OUT_OF_MEMORY_FACTOR

@@ -222,12 +222,12 @@ class CudaPredictor(MemoryPredictor):
     # Fields and words of the plan
 
     @property
-    def border_words(self) -> str:
+    def limit_words(self) -> str:
         """The whole budget: the allocator fills it before it releases memory."""
         return f"{show_bytes(self.budget.bytes)}, and would with {100 * CAPACITY_MARGIN:.0f} % less too"
 
     @property
-    def base_words(self) -> str:
+    def baseline_words(self) -> str:
         """What the baseline consists of."""
         return "the model"
 
@@ -286,11 +286,11 @@ class CudaPredictor(MemoryPredictor):
         """Return notes about retries, the plain loop, cuDNN and the virtual GPU."""
         return cuda_words.notes(self, split)
 
-    def misses(self, split: Split) -> str:
+    def shortfall(self, split: Split) -> str:
         """Return what it needs unlimited, and where the budget fails."""
         return cuda_words.shortfall(self, split)
 
-    def helps(self, needed_bytes: int) -> list[str]:
+    def remedies(self, needed_bytes: int) -> list[str]:
         """Return over how many devices the static memory needs sharding."""
         return cuda_words.sharding(self, needed_bytes)
 
@@ -309,7 +309,7 @@ class CudaPredictor(MemoryPredictor):
         """Return how the measurement contradicts the prediction, or None."""
         return cuda_learning.contradiction(self, split, measured)
 
-    def compared(self, split: Split, measured: CudaMeasurement) -> tuple[int, int]:
+    def predicted_and_measured(self, split: Split, measured: CudaMeasurement) -> tuple[int, int]:
         """Return the predicted and the measured peak, in reserved bytes."""
         expected = self.replayed(split, THIS_PROCESS, self.budget.bytes, kept=measured.kept)
         return expected.peak_reserved_bytes, measured.peak_bytes
@@ -319,7 +319,7 @@ class CudaPredictor(MemoryPredictor):
         return not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes
 
     @property
-    def is_open(self) -> bool:
+    def may_saturate(self) -> bool:
         """Whether a large block still grows in steps at the largest recording."""
         return self.evidence.has_program and saturation.may_saturate(self.evidence.program())
 
@@ -336,7 +336,7 @@ class CudaPredictor(MemoryPredictor):
         """Add the verified window's recording where it explains the measurement."""
         return cuda_learning.learn(self, split, measured)
 
-    def compare_compiled(self, split: Split, measured: CudaMeasurement | None) -> None:
+    def correct_compiled_share(self, split: Split, measured: CudaMeasurement | None) -> None:
         """Correct the compiled share by what was reserved above the model."""
         cuda_learning.correct_compiled_share(self, split, measured)
 

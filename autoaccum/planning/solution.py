@@ -39,7 +39,7 @@ def guess(predictor: MemoryPredictor) -> Guess:
     if solution is None:
         return Guess(0, 0)
     split, samples = solution.split, predictor.request.samples
-    margin = FIT_MARGIN_OF_STEPS if predictor.is_open else FIT_MARGIN
+    margin = FIT_MARGIN_OF_STEPS if predictor.may_saturate else FIT_MARGIN
     larger = tuple(int(margin * size) + 1 for size in split)
     if samples is None or split[0] <= predictor.request.least or predictor.fits(larger):
         return Guess(split[0], split[0])

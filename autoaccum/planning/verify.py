@@ -109,12 +109,12 @@ class _Verification:
     def _corrected(self, solution: Solution, split: Split, measured: Any) -> bool:
         """Correct a prediction that was far off from a fitting window."""
         predictor = self.predictor
-        remark = predictor.far_off(split, measured)
+        remark = predictor.describe_mismatch(split, measured)
         if remark is None:
             return False
         predictor.subject.progress(f"{remark} Solving again with them")
         self.safe, predictor.remark = (solution, measured), remark
-        predictor.compare_compiled(split, measured)
+        predictor.correct_compiled_share(split, measured)
         self.start_over()
         return True
 
@@ -132,8 +132,8 @@ class _Verification:
         predictor = self.predictor
         predictor.subject.progress(f"{failure}: learning from it")
         self.start_over()
-        if self.compiles or predictor.is_rough:  # recordings are of uncompiled windows, and right about those
-            predictor.compare_compiled(split, measured)
+        if self.compiles or predictor.is_incomplete:  # recordings are of uncompiled windows, and right about those
+            predictor.correct_compiled_share(split, measured)
         elif predictor.learns(split, measured):
             self.learned_from = split, measured
         else:
