@@ -30,7 +30,7 @@ def predict(name: str, n: int) -> dict[str, Any]:
     from .models import make
 
     asked = {"target_batch": n * STEPS, "max_micro_batch": n, "min_micro_batch": n}
-    plan = fit_plan(make(name), **asked, elsewhere=True, verify=False, check=False)
+    plan = fit_plan(make(name), **asked, train_in_new_process=True, verify=False, check=False)
     return {
         "peak": plan.predicted_peak_bytes,
         "increment": plan.predicted_peak_bytes - plan.memory.baseline_bytes,

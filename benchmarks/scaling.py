@@ -141,7 +141,8 @@ def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> l
 
     from autoaccum.devices.registry import get_device
     from autoaccum.planning import predictor_cpu
-    from autoaccum.planning.request import read_request
+    from autoaccum.planning.request import PlanRequest
+    from autoaccum.planning.resolved_request import resolve
     from autoaccum.planning.solution import solve
 
     from .speed import recorded_program
@@ -153,7 +154,7 @@ def solve(targets: Sequence[int], repeats: int = REPEATS, blocks: int = 24) -> l
         device.clean()  # as planning does before it reads the base
         predictor = predictor_cpu.make_predictor(
             subject,
-            read_request(workload, target, budget, None, None, None, 0, 1),
+            resolve(PlanRequest(target_batch=target, budget=budget), workload, computes=True),
             evidence,
             sample_bytes=0,
             own_bytes=0,

@@ -120,12 +120,13 @@ def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
 def solving() -> dict[str, Any]:
     """Seconds to solve for a recorded program of 10,000 events or more."""
     from autoaccum.planning import predictor_cpu
-    from autoaccum.planning.request import read_request
+    from autoaccum.planning.request import PlanRequest
+    from autoaccum.planning.resolved_request import resolve
     from autoaccum.planning.solution import solve
 
     workload, subject, evidence, budget = recorded_program()
     events = sum(len(steps) for steps in evidence.program().phases.values())
-    request = read_request(workload, 512, budget, None, None, None, 0, 1)
+    request = resolve(PlanRequest(target_batch=512, budget=budget), workload, computes=True)
     predictor = predictor_cpu.make_predictor(subject, request, evidence, sample_bytes=4096, own_bytes=0)
     seconds = []
     for _ in range(5):

@@ -63,13 +63,13 @@ def only_the_plan() -> Iterator[None]:
 
     The table of other sizes' peaks, and writing to host batches, of which nothing is copied here.
     """
-    setting_for, table = fit.setting_for, build_plan._table
-    fit.setting_for = lambda device: replace(setting_for(device), subject=UninitializedTarget)
+    environment_for, table = fit.environment_for, build_plan._table
+    fit.environment_for = lambda device: replace(environment_for(device), subject=UninitializedTarget)
     build_plan._table = lambda predictor, split, largest: ()
     try:
         yield
     finally:
-        fit.setting_for, build_plan._table = setting_for, table
+        fit.environment_for, build_plan._table = environment_for, table
 
 
 def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bool = True) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def planned(truth: Truth, target: int, *, state: bool, less: bool, histories: bo
     started, reserved = time.perf_counter(), torch.cuda.memory_reserved()
     try:
         with counted() as counts, only_the_plan():
-            plan = fit.fit_plan(work, target_batch=target, headroom=0, elsewhere=not histories, check=False)
+            plan = fit.fit_plan(work, target_batch=target, headroom=0, train_in_new_process=not histories, check=False)
     except errors.AutoaccumError as error:
         return {"refused": f"{type(error).__name__}: {error}", "ooms": count("num_ooms"), **counts}
     seconds = time.perf_counter() - started

@@ -90,7 +90,7 @@ def counted(case: Case) -> list[float]:
     truth = Truth(case)
     work = workload(case, truth.model.cuda(), truth.batch)
     with mock.patch.object(build_plan, "plan", ask), contextlib.suppress(_Recorded):
-        fit_plan(work, target_batch=int(case.load), headroom=0, check=False, verify=False, elsewhere=True)
+        fit_plan(work, target_batch=int(case.load), headroom=0, check=False, verify=False, train_in_new_process=True)
     return list(vars(found).values())
 
 

@@ -33,7 +33,7 @@ from autoaccum.planning import build_plan, verify
 from autoaccum.planning.evidence import Evidence
 from autoaccum.planning.predictor_cpu import DEFAULT_MALLOC_OVERHEAD, CpuPredictor
 from autoaccum.planning.predictor_cuda import CudaPredictor
-from autoaccum.planning.request import PlanRequest
+from autoaccum.planning.resolved_request import ResolvedRequest
 from autoaccum.planning.target import RecordingTarget
 from autoaccum.planning.timing import Times
 from autoaccum.simulation.breakdown import CATEGORIES
@@ -204,7 +204,7 @@ def outlook_of(question: Question, data: Flat, evidence: Evidence) -> CpuPredict
         total, total, 0, (BudgetItem("asked", total, "you named it"), BudgetItem("headroom", 0, "none")), "asked"
     )
     most = min(question.most, question.target or question.most)
-    request = PlanRequest(question.target, question.target, 1, None, None, question.least, most)
+    request = ResolvedRequest(question.target, question.target, 1, None, None, question.least, most)
     subject = subject_of(data, setting)
     if data["device"] == "cpu":
         overhead = DEFAULT_MALLOC_OVERHEAD if setting == "default" else 0.0

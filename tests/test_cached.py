@@ -323,7 +323,7 @@ def test_all_representations_are_in_the_plans_prediction() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 1024), nn.Dropout(0.3))
         work = Workload(model, vectors(4, torch.float32), encode=lambda m, b: m(b[0]), loss=loss)
-        how = {"target_batch": samples, "max_micro_batch": 256, "check": False, "elsewhere": True}
+        how = {"target_batch": samples, "max_micro_batch": 256, "check": False, "train_in_new_process": True}
         return work, fit_plan(work, **how, verify=False)
 
     work, plan = planned(8192)

@@ -137,7 +137,7 @@ def test_a_compiled_window_that_takes_another_amount_is_planned_with_that() -> N
     layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Hardswish(), nn.Hardswish())
     work = Workload(wrapped(layers, backend=Greedy(3 << 20)), torch.randn(2, 8192, 8), loss=loss)
     budget = committed_bytes() + (100 << 20)
-    plan = fit_plan(work, target_batch=60, check=False, elsewhere=True, budget=budget)
+    plan = fit_plan(work, target_batch=60, check=False, train_in_new_process=True, budget=budget)
     assert plan.measured_peak_bytes is not None
     assert max(plan.measured_peak_bytes, plan.predicted_peak_bytes) <= budget
     assert abs(plan.predicted_peak_bytes / plan.measured_peak_bytes - 1) < 0.03

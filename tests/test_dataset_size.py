@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from autoaccum import Plan, Workload, fit_plan
-from autoaccum.planning.request import dataset_samples
+from autoaccum.planning.resolved_request import dataset_samples
 
 DATA = TensorDataset(torch.randn(300, 8), torch.zeros(300, dtype=torch.long))
 
@@ -42,7 +42,7 @@ def test_a_target_beyond_the_data_is_said() -> None:
 def test_without_a_target_or_a_size_the_plan_says_so() -> None:
     found = plan(DataLoader(Stream()), max_micro_batch=1000)
     assert found.split == (1000,) and found.request.max_micro_batch == 1000
-    assert any("isn't known: 1,000 samples are what fits" in note for note in found.notes)
+    assert any("is unknown: 1,000 samples fit" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

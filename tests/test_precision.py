@@ -249,7 +249,7 @@ def plan_of_half_precision() -> dict[str, int | None]:
 
     sample = torch.ones(2, 2048, dtype=torch.bfloat16)
     work = Workload(model, sample, loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-    plan = fit_plan(work, target_batch=9, max_micro_batch=3, check=False, elsewhere=True)
+    plan = fit_plan(work, target_batch=9, max_micro_batch=3, check=False, train_in_new_process=True)
     assert plan.measured_peak_bytes is not None
     return {
         "gradients in fp32": 4 * sum(p.numel() for p in model.parameters()),

@@ -24,7 +24,8 @@ from autoaccum import Plan, UsageError, Workload, fit_plan
 from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.plan import PeakRow, TimedSize
 from autoaccum.planning import timing as times
-from autoaccum.planning.request import read_request, with_objective
+from autoaccum.planning.request import PlanRequest
+from autoaccum.planning.resolved_request import resolve
 from autoaccum.planning.target import RecordingTarget
 from autoaccum.reporting import frames, what_if
 from autoaccum.simulation.knee import describe, interval, knee
@@ -256,10 +257,9 @@ def test_a_plan_keeps_to_the_fewest_steps_and_tells_the_knee_or_why_it_has_none(
 
 def test_what_has_no_times_is_refused_for_fastest_and_never_timed() -> None:
     work, _ = workload(flat_from(1), [0.0])
-    request = read_request(work, 64, None, None, None, None, 0, 1)
-    for changes in ({"virtual": True}, {"verify": False}):
+    for verify, computes in ((True, False), (False, True)):
         with pytest.raises(UsageError, match="no times"):
-            with_objective(request, "fastest", None, **({"virtual": False, "verify": True} | changes))
+            resolve(PlanRequest(target_batch=64, objective="fastest", verify=verify), work, computes=computes)
     with pytest.raises(UsageError, match="no times"):
         fit_plan(work, objective="fastest")
     with pytest.raises(UsageError, match="not known"):

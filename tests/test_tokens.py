@@ -256,7 +256,9 @@ def test_short_samples_come_in_as_many_rows_as_were_tried(row_bytes: int) -> Non
         PerRow(row_bytes), torch.ones(2, 64, dtype=torch.long), lengths=lengths, max_tokens=128, optimizer=Capture,
         loss=lambda m, b: (m(b).sum(), b.numel()),
     )  # fmt: skip
-    plan = fit_plan(work, target_batch=32, check=False, elsewhere=True, budget=committed_bytes() + (120 << 20))
+    plan = fit_plan(
+        work, target_batch=32, check=False, train_in_new_process=True, budget=committed_bytes() + (120 << 20)
+    )
     assert plan.micro_batch == 2 and plan.schedule.max_tokens == 128  # two of the longest
     if row_bytes:  # 28 rows of 4 tokens would take 224 MiB
         assert plan.schedule.max_rows is None or 2 < plan.schedule.max_rows <= 14

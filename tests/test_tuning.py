@@ -300,7 +300,9 @@ def test_the_runner_takes_a_tuned_plan_with_its_configuration_only() -> None:
     configuration = Configuration("bf16", 1, optimizer="foreach")
     work = workload()
     with configured(work, configuration) as changed:
-        plan = fit_plan(changed, target_batch=12, max_micro_batch=6, budget="8GiB", verify=False, elsewhere=True)
+        plan = fit_plan(
+            changed, target_batch=12, max_micro_batch=6, budget="8GiB", verify=False, train_in_new_process=True
+        )
     assert plan.exactness.startswith(("exact", "same distribution"))
     plan = changed_plan(plan, configuration=configuration.values())
     with pytest.raises(PlanMismatch, match="configuration: planned 'bf16, checkpointing every block, foreach"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from ..errors import UsageError
 from ..files.whole import check_output
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
+from ..planning.request import PlanRequest
 from ..processes.examples import BUILT_IN, DEFAULT
 from ..units import check_memory, check_samples, check_seconds
 
@@ -33,8 +35,14 @@ def plan(
     json: bool = typer.Option(False, "--json", help="Print the plan's JSON alone."),
 ) -> None:
     """Find the fewest accumulation steps that fit, and verify them."""
-    _check(target_batch, max_micro_batch, timing, device, gpu, memory, headroom, output, force)
-    _check_times(objective, target_batch, gpu, verify)
+    request = PlanRequest(
+        target_batch=target_batch, budget=memory, headroom=headroom, max_micro_batch=max_micro_batch, verify=verify,
+        malloc=malloc, objective=objective, timing_seconds=timing, train_in_new_process=True,
+    )  # fmt: skip
+    _check_device(device, gpu)
+    _check_request(request, gpu)
+    if output is not None:
+        check_output(output, force=force)
     from ..devices.virtual import planning_environment
     from ..plan import Plan
     from ..processes.child import call
@@ -42,19 +50,8 @@ def plan(
     from .terminal import keep_plan, progress
 
     check_source(workload)
-    arguments = {
-        "workload": workload,
-        "target_batch": target_batch,
-        "memory": memory,
-        "headroom": headroom,
-        "max_micro_batch": max_micro_batch,
-        "verify": verify,
-        "malloc": malloc,
-        "device": "cuda" if gpu is not None else device or "cpu",
-        "gpu": gpu,
-        "objective": objective,
-        "timing_seconds": timing,
-    }
+    kind = "cuda" if gpu is not None else device or "cpu"
+    arguments = {"workload": workload, "request": asdict(request), "device": kind, "gpu": gpu}
     with progress("planning") as say:
         found = Plan.from_json(
             call("planning.tasks:plan", arguments, on_message=say, env=planning_environment(gpu))["plan"]
@@ -67,32 +64,30 @@ def plan(
     from ..reporting.explain import summary
 
     print(summary(found))
-    told = output or "plan.json"
+    file = output or "plan.json"
     keep = "" if output is not None else " (keep the plan: -o plan.json)"
-    print(f"next        autoaccum run {told}, autoaccum explain {told}{keep}")
+    print(f"next        autoaccum run {file}, autoaccum explain {file}{keep}")
 
 
-def _check(
-    target_batch: int | None, max_micro_batch: int | None, timing: float | None, device: str | None, gpu: str | None,
-    memory: str | None, headroom: str | None, output: Path | None, force: bool,
-) -> None:  # fmt: skip
-    """Refuses what can be seen to be wrong before two seconds are spent on importing torch."""
-    check_samples("--target-batch", target_batch)
-    check_samples("--max-micro-batch", max_micro_batch)
-    check_seconds("--timing", timing)
-    if device not in (None, "cpu", "cuda") or (gpu is not None and device == "cpu"):
-        given = f"--device {device}" + (f" with --gpu {gpu}" if gpu is not None else "")
-        raise UsageError(f"{given} can't be.", hint="Give --device cpu, --device cuda, or --gpu NAME alone.")
-    check_memory(memory, headroom)
-    if output is not None:
-        check_output(output, force=force)
+def _check_device(device: str | None, gpu: str | None) -> None:
+    """Refuse an unknown device, and a GPU to plan for beside --device cpu."""
+    hint = "Give --device cpu, --device cuda, or --gpu NAME alone."
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device must be cpu or cuda, and is {device}.", hint=hint)
+    if gpu is not None and device == "cpu":
+        raise UsageError("--gpu cannot be combined with --device cpu.", hint=hint)
 
 
-def _check_times(objective: str, target_batch: int | None, gpu: str | None, verify: bool) -> None:
-    """What has no times; `wish.with_objective` says the same, after torch was imported."""
-    if objective not in OBJECTIVES:
-        raise UsageError(f"--objective {objective} is not known.", hint=f"Give {' or '.join(OBJECTIVES)}.")
-    if objective == FASTEST and (gpu is not None or target_batch is None or not verify):
+def _check_request(request: PlanRequest, gpu: str | None) -> None:
+    """Refuse invalid options before torch is imported, which takes seconds; `resolve` checks them again."""
+    check_samples("--target-batch", request.target_batch)
+    check_samples("--max-micro-batch", request.max_micro_batch)
+    check_seconds("--timing", request.timing_seconds)
+    check_memory(request.budget, request.headroom)
+    if request.objective not in OBJECTIVES:
+        raise UsageError(f"--objective {request.objective} is not known.", hint=f"Give {' or '.join(OBJECTIVES)}.")
+    timed = gpu is None and request.target_batch is not None and request.verify
+    if request.objective == FASTEST and not timed:
         raise UsageError(
             "--objective fastest needs times.",
             "A virtual GPU has none, nothing is run without verifying, and steps are compared at one target.",

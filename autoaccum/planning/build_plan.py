@@ -30,7 +30,7 @@ from ..workload import Workload
 from .environment import versions
 from .growth import describe_growth
 from .predictor import DeviceFigures, MemoryPredictor, VerifiedFigures
-from .request import dataset_note
+from .resolved_request import dataset_note
 from .timing import Times
 from .windows import window_of
 

@@ -41,14 +41,13 @@ from .evidence import Evidence
 from .fastest import fastest, time_smaller
 from .predictor import MemoryPredictor
 from .record import FIRST_STEP_SAMPLES
-from .request import SEARCH_LIMIT, PlanRequest, read_request, with_objective
+from .request import PlanRequest
+from .resolved_request import SEARCH_LIMIT, ResolvedRequest, resolve
 from .short_rows import most_short_rows
 from .solution import guess
 from .target import RecordingTarget
 from .trial import compile_at_answer
 from .verify import solve_and_verify
-
-MALLOCS = ("fixed", "default")
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,12 @@ def fit_plan(
     check: bool = True,
     rank: int = 0,
     world_size: int = 1,
-    elsewhere: bool = False,
+    train_in_new_process: bool = False,
     malloc: str = "fixed",
     objective: str = FEWEST_STEPS,
     timing_seconds: float | None = None,
     progress: Callable[[str], None] | None = None,
-    **how: Any,
+    **workload_kwargs: Any,
 ) -> Plan:
     """Finds the fewest accumulation steps whose window fits, and checks them by running one.
 
@@ -112,7 +111,7 @@ def fit_plan(
         check: Whether to test on the sample that the window's gradient is the large batch's (see `Plan.exactness`).
         rank: This process's rank.
         world_size: Ranks that share the target.
-        elsewhere: Whether another process will train, so that what planning leaves behind in this one doesn't matter.
+        train_in_new_process: Whether another process will train, so that the plan need not hold in this one.
         malloc: On the CPU. "fixed": blocks from 128 KiB on become mappings, so that memory can be predicted to a
             percent, at the price of fresh pages; "default": the C library's own way, faster, and a quarter is kept
             free for its fragmentation.
@@ -121,7 +120,7 @@ def fit_plan(
         timing_seconds: How long smaller micro-batches may be timed for that; 0 for not at all. Left out: 15 % of
             planning and 3 s at most, or 30 s where the fastest is sought.
         progress: Called with what is being done.
-        **how: `Workload`'s own arguments, where a model is given.
+        **workload_kwargs: `Workload`'s own arguments, where a model is given.
 
     Returns:
         The plan.
@@ -130,45 +129,74 @@ def fit_plan(
         UsageError: An argument that can't be used.
         DoesNotFit: Not even the smallest micro-batch fits.
     """
-    started = time.perf_counter()
-    workload, assumed = _as_workload(workload, sample, how)
-    request = read_request(workload, target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size)
-    setting = _setting(workload.model, device)
-    request = with_objective(request, objective, timing_seconds, verify=verify, virtual=not setting.device.computes)
-    if malloc not in MALLOCS:
-        raise UsageError(f"malloc {malloc!r} is not known.", hint="Use malloc='fixed' or malloc='default'.")
-    if elsewhere:
-        request = replace(request, histories=("new_process",))
+    request = PlanRequest(
+        target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size, objective, timing_seconds,
+        verify, check, malloc, train_in_new_process,
+    )  # fmt: skip
+    return plan_workload(_as_workload(workload, sample, workload_kwargs), request, device=device, progress=progress)
+
+
+def plan_workload(
+    workload: Workload,
+    request: PlanRequest,
+    *,
+    device: str | torch.device | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Plan a workload on the device of its model; `fit_plan` with a request in place of arguments.
+
+    Args:
+        workload: The workload; without a sample, one is inferred from the model if possible.
+        request: The request.
+        device: The device that the model must be on; None for any.
+        progress: Called with progress messages.
+
+    Raises:
+        UsageError: The request cannot be met, whatever the memory.
+        DoesNotFit: Not even the smallest micro-batch fits.
+    """
+    started, assumed = time.perf_counter(), ""
+    if workload.sample is None:
+        inferred, text = infer_sample(workload.model)
+        workload, assumed = replace(workload, sample=inferred), f"Assumed, as no sample was given: {text}."
+    environment = _environment_of(workload.model, device)
     if progress is not None:
-        setting = replace(setting, progress=progress)
-    plan = plan_in(setting, workload, request, assumed=assumed, verify=verify, check=check, malloc=malloc)
+        environment = replace(environment, progress=progress)
+    plan = plan_in(environment, workload, request, assumed=assumed)
     return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
 
 
 def plan_in(
-    setting: PlanningEnvironment,
-    workload: Workload,
-    request: PlanRequest,
-    *,
-    assumed: str = "",
-    verify: bool = True,
-    check: bool = True,
-    malloc: str = "fixed",
+    environment: PlanningEnvironment, workload: Workload, plan_request: PlanRequest, *, assumed: str = ""
 ) -> Plan:
-    """Records, solves and verifies in a setting; what `fit_plan` does once it knows what is asked for."""
+    """Record, solve and verify in an environment.
+
+    Args:
+        environment: The environment.
+        workload: The workload, with a sample.
+        plan_request: The request.
+        assumed: A remark on an assumed sample, for the plan's notes.
+
+    Raises:
+        UsageError: The request cannot be met, whatever the memory.
+        DoesNotFit: Not even the smallest micro-batch fits.
+    """
+    request = resolve(plan_request, workload, computes=environment.device.computes)
     refuse_ranks(workload)  # before anything is run: its collectives would wait for ranks that don't plan
-    started, threshold = time.perf_counter(), setting.device.prepare(malloc)
+    started, threshold = time.perf_counter(), environment.device.prepare(plan_request.malloc)
     sample, lengthened = at_longest(workload)
     longest = replace(workload, sample=sample)
     held = _held(workload)
     with contextlib.ExitStack() as stack:
-        setting.device.clean()
-        filled_bytes = stack.enter_context(setting.device.holes_filled(threshold))
-        snapshot = stack.enter_context(_as_it_was(workload, held)) if setting.keep else None
+        environment.device.clean()
+        filled_bytes = stack.enter_context(environment.device.holes_filled(threshold))
+        snapshot = stack.enter_context(_as_it_was(workload, held)) if environment.keep else None
         context = step.open_context(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
         context.window_samples = request.samples
         left_out = left_out_note(context.model, context.optimizer)
-        subject = setting.subject(context, longest, setting.device, threshold, setting.progress, setting.model_events)
+        subject = environment.subject(
+            context, longest, environment.device, threshold, environment.progress, environment.model_events
+        )
         subject = replace(subject, remove_appended=keeper(held))
 
         def start_over() -> None:
@@ -176,30 +204,32 @@ def plan_in(
             if snapshot is not None:
                 snapshot.restore()
             _make_ready(context, owns_optimizer=context.optimizer is not workload.optimizer)
-            setting.device.clean()
+            environment.device.clean()
 
         start_over()
-        filled_bytes += stack.enter_context(setting.device.holes_filled(threshold))  # where gradients were
-        subject = replace(subject, heap_before=setting.device.read_heap(), filled_bytes=filled_bytes)
-        compiles = verify and compiled.runs_compiled(context)
+        filled_bytes += stack.enter_context(environment.device.holes_filled(threshold))  # where gradients were
+        subject = replace(subject, heap_before=environment.device.read_heap(), filled_bytes=filled_bytes)
+        compiles = plan_request.verify and compiled.runs_compiled(context)
         predictor = _look(
-            setting, subject, request, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles
+            environment, subject, request, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles
         )
-        solution, measured = solve_and_verify(predictor, start_over, verify=verify, compiles=compiles)
+        solution, measured = solve_and_verify(predictor, start_over, verify=plan_request.verify, compiles=compiles)
         timed = time_smaller(predictor, solution, measured, time.perf_counter() - started, start_over)
         if request.objective == FASTEST:
             solution, measured = fastest(predictor, solution, measured, timed, start_over)
         rows = most_short_rows(predictor, solution, start_over) if measured is not None and not compiles else None
         plan = build_plan.plan(predictor, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
-        if check:
+        if plan_request.check:
             start_over()
-            plan = exact.check_plan(plan, workload, setting.progress)  # within: a forward may write to what it likes
+            plan = exact.check_plan(
+                plan, workload, environment.progress
+            )  # within: a forward may write to what it likes
         start_over()  # what the plan says of this process holds for it as it was when it was read, its cache empty
         return plan
 
 
-def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workload, str]:
-    """The workload, and what was assumed where no sample was given."""
+def _as_workload(workload: Workload | torch.nn.Module, sample: Any, workload_kwargs: dict[str, Any]) -> Workload:
+    """Return the workload that `fit_plan`'s arguments describe."""
     if not isinstance(workload, Workload):
         if not isinstance(workload, torch.nn.Module):
             raise UsageError(
@@ -207,29 +237,26 @@ def _as_workload(workload: Any, sample: Any, how: dict[str, Any]) -> tuple[Workl
                 hint="fit_plan(Workload(model, sample, ...), target_batch=512) or fit_plan(model, sample, ...)",
             )
         try:
-            workload = Workload(workload, sample, **how)
+            workload = Workload(workload, sample, **workload_kwargs)
         except TypeError as error:
             raise UsageError(
                 f"{error}.".replace("Workload.__init__()", "fit_plan"), hint="See help(Workload)."
             ) from None
-    elif sample is not None or how:
-        given = ", ".join(["sample"] * (sample is not None) + list(how))
-        raise UsageError(f"{given}: given beside a Workload.", hint="Give it to the Workload itself.")
-    if workload.sample is not None:
-        return workload, ""
-    inferred, assumed = infer_sample(workload.model)
-    return replace(workload, sample=inferred), f"Assumed, as no sample was given: {assumed}."
+    elif sample is not None or workload_kwargs:
+        given = ", ".join(["sample"] * (sample is not None) + list(workload_kwargs))
+        raise UsageError(f"{given} cannot be combined with a Workload.", hint="Give it to the Workload itself.")
+    return workload
 
 
-def _setting(model: torch.nn.Module, device: str | torch.device | None) -> PlanningEnvironment:
+def _environment_of(model: torch.nn.Module, device: str | torch.device | None) -> PlanningEnvironment:
     here = next(model.parameters()).device
     wanted = torch.device(device) if device is not None else here
     if wanted.type != here.type:
         raise UsageError(f"The model is on {here}, not on {wanted}.", hint=f"Move it first: model.to({str(wanted)!r})")
-    return setting_for(here)
+    return environment_for(here)
 
 
-def setting_for(torch_device: torch.device) -> PlanningEnvironment:
+def environment_for(torch_device: torch.device) -> PlanningEnvironment:
     """Make the environment for planning on a device.
 
     Raises:
@@ -274,9 +301,9 @@ def _make_ready(context: step.TrainingContext, *, owns_optimizer: bool) -> None:
 
 
 def _look(
-    setting: PlanningEnvironment,
+    environment: PlanningEnvironment,
     subject: RecordingTarget,
-    request: PlanRequest,
+    request: ResolvedRequest,
     snapshot_bytes: int,
     start_over: Callable[[], None],
     *,
@@ -286,7 +313,7 @@ def _look(
     sample_bytes = subject.sample_bytes
 
     def predictor(evidence: Evidence, state_bytes: int) -> MemoryPredictor:
-        return setting.make_predictor(subject, request, evidence, sample_bytes, snapshot_bytes + state_bytes)
+        return environment.make_predictor(subject, request, evidence, sample_bytes, snapshot_bytes + state_bytes)
 
     def chosen(evidence: Evidence) -> schedule.Guess:
         now = predictor(evidence, evidence.state_bytes)  # in the middle of planning: what is here now is of no account
@@ -298,7 +325,7 @@ def _look(
 
     evidence, begin = Evidence(), FIRST_STEP_SAMPLES
     try:
-        if setting.device.memory_model == CACHING_ALLOCATOR:
+        if environment.device.memory_model == CACHING_ALLOCATOR:
             from .rehearsal import samples_to_begin_with  # CUDA's rules aren't loaded for a CPU
 
             begin = samples_to_begin_with(subject, min(request.least, FIRST_STEP_SAMPLES), start_over)

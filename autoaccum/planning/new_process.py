@@ -18,51 +18,35 @@ from ..devices.cuda.gpu_specs import Gpu
 from ..devices.registry import get_device
 from ..devices.virtual.device import StandInDevice
 from ..errors import UsageError
-from ..plan import FEWEST_STEPS, Plan
+from ..plan import Plan
 from ..processes.workload_source import load_workload
 from ..simulation.recording import Event
 from ..workload import Workload
 from . import predictor_cuda, predictor_virtual
 from .fit import PlanningEnvironment, plan_in
-from .request import read_request, with_objective
+from .request import PlanRequest
 from .target import RecordingTarget
 
 
 def plan_on_gpu(
     source: str | None,
+    request: PlanRequest,
     *,
     gpu: Gpu | None,
-    target_batch: int | None,
-    memory: str | None,
-    headroom: str | None,
-    max_micro_batch: int | None,
-    verify: bool,
     progress: Callable[[str], None],
-    objective: str = FEWEST_STEPS,
-    timing_seconds: float | None = None,
     change: Callable[[Workload], Workload] = lambda workload: workload,
-    sizes: tuple[int, ...] = (),
-    check: bool = True,
 ) -> Plan:
-    """Plan a workload in this process, on the GPU that it sees.
+    """Plan a workload in this process, on the GPU that it sees, for training in another.
 
     Args:
         source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was given.
+        request: The request.
         gpu: The GPU that a virtual one stands in for; None for a real one.
-        target_batch: Samples in an optimizer step.
-        memory: What the whole process may use on the device.
-        headroom: How much of it to keep free.
-        max_micro_batch: The largest micro-batch allowed.
-        verify: Whether to run the plan's window.
-        progress: Called with what is being done.
-        objective: "fewest-steps" or "fastest".
-        timing_seconds: How long smaller micro-batches may be timed.
+        progress: Called with progress messages.
         change: Called with the workload before its model is moved to the device.
-        sizes: Micro-batches that the plan's table of peaks has to have.
-        check: Whether to test that the window's gradient is the large batch's.
 
     Raises:
-        UsageError: There is no GPU, or the workload can't be used.
+        UsageError: There is no GPU, or the workload cannot be used.
         DoesNotFit: Not even the smallest micro-batch fits.
     """
     if not torch.cuda.is_available():
@@ -76,13 +60,11 @@ def plan_on_gpu(
     assert isinstance(here, CudaDevice)
     device = here if gpu is None else StandInDevice(here.torch_device, gpu)
     workload, build = build_on(source, device, virtual=gpu is not None, change=change)
-    request = read_request(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
-    request = with_objective(request, objective, timing_seconds, verify=verify, virtual=not device.computes)
-    request = replace(request, histories=("new_process",), sizes=sizes)
+    request = replace(request, train_in_new_process=True)
     make_predictor = predictor_cuda.make_predictor if gpu is None else predictor_virtual.make_predictor
     subject = RecordingTarget if gpu is None else predictor_virtual.UninitializedTarget
-    setting = PlanningEnvironment(device, make_predictor, build, keep=False, progress=progress, subject=subject)
-    plan = plan_in(setting, workload, request, verify=verify, check=check)
+    environment = PlanningEnvironment(device, make_predictor, build, keep=False, progress=progress, subject=subject)
+    plan = plan_in(environment, workload, request)
     return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
 
 

@@ -18,7 +18,7 @@ from ..simulation.solver import CAPACITY_MARGIN, Solution, Split, is_even
 from ..units import show_bytes
 from .evidence import Evidence
 from .record import FIRST_STEP_SAMPLES
-from .request import PlanRequest
+from .resolved_request import ResolvedRequest
 from .target import RecordingTarget
 from .windows import FIRST_STEP, WindowSimulator, window_simulator
 
@@ -70,7 +70,7 @@ class MemoryPredictor(ABC):
     """
 
     subject: RecordingTarget
-    request: PlanRequest
+    request: ResolvedRequest
     evidence: Evidence
     baseline_bytes: int
     budget: Budget

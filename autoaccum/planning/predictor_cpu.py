@@ -23,7 +23,7 @@ from .predictor import (
     VerifiedFigures,
     verified_part,
 )
-from .request import PlanRequest
+from .resolved_request import ResolvedRequest
 from .target import RecordingTarget
 from .windows import FIRST_STEP, window_simulator
 
@@ -224,7 +224,7 @@ class CpuPredictor(MemoryPredictor):
 
 
 def make_predictor(
-    subject: RecordingTarget, request: PlanRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
+    subject: RecordingTarget, request: ResolvedRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
 ) -> CpuPredictor:
     """Read the process and the budget, and make a predictor.
 

@@ -19,7 +19,7 @@ from ..window import fp32_accumulation
 from . import cuda_learning, cuda_words
 from .evidence import Evidence
 from .predictor import DeviceFigures, MemoryPredictor, VerifiedFigures, verified_part
-from .request import PlanRequest
+from .resolved_request import ResolvedRequest
 from .target import RecordingTarget
 from .training_simulator import TrainingSimulator
 
@@ -342,7 +342,7 @@ class CudaPredictor(MemoryPredictor):
 
 
 def make_predictor(
-    subject: RecordingTarget, request: PlanRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
+    subject: RecordingTarget, request: ResolvedRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
 ) -> CudaPredictor:
     """Read the allocator and the budget, and make a predictor.
 

@@ -23,7 +23,7 @@ from ..workload import Batch
 from .evidence import Evidence
 from .predictor import VERIFIED_STEPS
 from .predictor_cuda import CudaPredictor
-from .request import PlanRequest
+from .resolved_request import ResolvedRequest
 from .target import RecordingTarget
 
 
@@ -101,7 +101,7 @@ class VirtualGpuPredictor(CudaPredictor):
 
 
 def make_predictor(
-    subject: RecordingTarget, request: PlanRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
+    subject: RecordingTarget, request: ResolvedRequest, evidence: Evidence, sample_bytes: int, own_bytes: int
 ) -> VirtualGpuPredictor:
     """Make a predictor for the GPU that the device stands for."""
     device = subject.device

@@ -1,47 +1,39 @@
-"""What planning runs in a child process."""
+"""Plan a workload in a child process."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from ..plan import FEWEST_STEPS
 from ..processes.child import Say
+from .request import PlanRequest
 
 
 def plan(
-    *,
-    say: Say,
-    workload: str,
-    target_batch: int | None,
-    memory: str | None,
-    headroom: str | None,
-    max_micro_batch: int | None,
-    verify: bool,
-    malloc: str,
-    device: str = "cpu",
-    gpu: str | None = None,
-    objective: str = FEWEST_STEPS,
-    timing_seconds: float | None = None,
+    *, say: Say, workload: str, request: Mapping[str, Any], device: str = "cpu", gpu: str | None = None
 ) -> dict[str, Any]:
-    """Plans a workload; returns the plan's JSON."""
-    say({"say": "loading torch and the workload"})
-    asked: dict[str, Any] = {
-        "target_batch": target_batch,
-        "headroom": headroom,
-        "max_micro_batch": max_micro_batch,
-        "verify": verify,
-        "progress": lambda text: say({"say": text}),
-        "objective": objective,
-        "timing_seconds": timing_seconds,
-    }
+    """Plan a workload and return the plan's JSON.
+
+    Args:
+        say: Called with progress messages.
+        workload: A built-in's name, or FILE.py:FUNCTION.
+        request: The fields of a `PlanRequest`, as JSON.
+        device: "cpu" or "cuda".
+        gpu: Name of the GPU that a virtual one stands in for; None for a real device.
+    """
+
+    def progress(text: str) -> None:
+        say({"say": text})
+
+    progress("loading torch and the workload")
+    wanted = PlanRequest(**{**request, "sizes": tuple(request["sizes"])})
     if device == "cuda":
         from ..devices.cuda.gpu_specs import find_gpu
         from .new_process import plan_on_gpu
 
-        found = plan_on_gpu(workload, gpu=find_gpu(gpu) if gpu is not None else None, memory=memory, **asked)
+        found = plan_on_gpu(workload, wanted, gpu=find_gpu(gpu) if gpu is not None else None, progress=progress)
         return {"plan": found.to_json()}
     from ..processes.workload_source import load_workload
-    from .fit import fit_plan
+    from .fit import plan_workload
 
-    found = fit_plan(load_workload(workload), budget=memory, malloc=malloc, elsewhere=True, **asked)
-    return {"plan": found.to_json()}
+    return {"plan": plan_workload(load_workload(workload), wanted, progress=progress).to_json()}

@@ -23,7 +23,7 @@ from ..plan import FASTEST, TimedSize
 from ..simulation.solver import Split, split_within
 from ..window import compiled, step
 from .predictor import MemoryPredictor
-from .request import PlanRequest
+from .resolved_request import ResolvedRequest
 from .target import RecordingTarget
 
 log = logging.getLogger("autoaccum")
@@ -48,7 +48,7 @@ class Times:
     why: str
 
 
-def allowed_seconds(request: PlanRequest, planning_seconds: float) -> float:
+def allowed_seconds(request: ResolvedRequest, planning_seconds: float) -> float:
     """Return how long timing may take after so much planning."""
     if request.timing_seconds is not None:
         return request.timing_seconds

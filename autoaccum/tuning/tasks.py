@@ -76,8 +76,8 @@ def _plan(
     gpu: str | None,
     max_micro_batch: int | None = None,
 ) -> Plan:
-    from ..planning.fit import plan_in, setting_for
-    from ..planning.request import read_request
+    from ..planning.fit import plan_workload
+    from ..planning.request import PlanRequest
     from ..processes.workload_source import load_workload
     from ..workload import Workload
 
@@ -90,20 +90,17 @@ def _plan(
     def progress(text: str) -> None:
         say({"say": text})
 
+    request = PlanRequest(
+        target_batch=target_batch, budget=memory, headroom=headroom, max_micro_batch=max_micro_batch, verify=verify,
+        check=verify, malloc=malloc, timing_seconds=0.0, train_in_new_process=True, sizes=sizes,
+    )  # fmt: skip
     if device == "cuda":
         from ..devices.cuda.gpu_specs import find_gpu
         from ..planning.new_process import plan_on_gpu
 
-        return plan_on_gpu(
-            source, gpu=find_gpu(gpu) if gpu is not None else None, target_batch=target_batch, memory=memory,
-            headroom=headroom, max_micro_batch=max_micro_batch, verify=verify, progress=progress, change=change,
-            sizes=sizes, check=verify, timing_seconds=0.0,
-        )  # fmt: skip
-    workload = change(load_workload(source))
-    request = read_request(workload, target_batch, memory, headroom, max_micro_batch, None, 0, 1)
-    request = replace(request, histories=("new_process",), sizes=sizes, timing_seconds=0.0)  # tuning times on its own
-    setting = replace(setting_for(next(workload.model.parameters()).device), progress=progress)
-    return plan_in(setting, workload, request, verify=verify, check=verify, malloc=malloc)
+        stand_in = find_gpu(gpu) if gpu is not None else None
+        return plan_on_gpu(source, request, gpu=stand_in, progress=progress, change=change)
+    return plan_workload(change(load_workload(source)), request, progress=progress)
 
 
 def _changed(stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, facts: dict[str, Any]) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ...errors import AutoaccumError, UsageError
 from ...plan import Plan
 from ...planning.environment import versions
+from ...planning.request import PlanRequest
 from ...processes.child import Say, call
 from .. import tune
 from .candidates import TUNED, Candidate, Comparison, Trained, candidates_for
@@ -48,11 +49,15 @@ def compare(
         DoesNotFit: Not even the smallest micro-batch fits.
     """
     asked = {"workload": workload, "memory": memory, "headroom": headroom, "device": device, "malloc": malloc}
+    request = PlanRequest(
+        target_batch=target_batch, budget=memory, headroom=headroom, malloc=malloc, timing_seconds=0.0,
+        train_in_new_process=True,
+    )  # fmt: skip
     _say(say, "planning")
     plan = Plan.from_json(
         call(
             "planning.tasks:plan",
-            asked | {"target_batch": target_batch, "max_micro_batch": None, "verify": True, "timing_seconds": 0},
+            {"workload": workload, "request": asdict(request), "device": device},
             on_message=say,
         )["plan"]
     )
