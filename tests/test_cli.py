@@ -97,7 +97,7 @@ def test_json_is_alone_on_stdout_and_with_the_default_malloc_a_quarter_is_added(
     assert (
         plan.device.mmap_threshold_bytes is None
         and plan.memory.malloc_overhead == 0.25
-        and "25% of what" in plan.explain()
+        and "25% of training" in plan.explain()
     )
     taken = max(plan.memory.phases.values()) + plan.memory.history_bytes - plan.memory.baseline_bytes
     assert plan.predicted_peak_bytes == plan.memory.baseline_bytes + taken + int(0.25 * taken)
