@@ -83,7 +83,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('counting: return 0  # all labels', 'autoaccum/window/loss_form.py', '        return 0\n', '        return None\n', ('tests/test_hugging_face.py', '-k', 'no_step')),
     ('optimizer_step: finite or parts.on_nonfinite == "warn"', 'autoaccum/window/optimizer_step.py', 'finite or context.on_nonfinite == "warn"', 'True', ('tests/test_step.py', '-k', 'finite')),
     ('runner: return planned  # which', 'autoaccum/runner/sizing.py', '            return planned  # which', '            pass  # which', ('tests/test_runner.py', '-k', 'planned')),
-    ('drift: peak <= self._before_bytes or', 'autoaccum/runner/peak_monitor.py', 'peak <= self._before_bytes or ', '', ('tests/test_runner.py', '-k', 'told')),
+    ('drift: peak <= self._before_bytes or', 'autoaccum/runner/peak_monitor.py', 'peak <= self._before_bytes or ', '', ('tests/test_runner.py', '-k', 'planned_is_reported')),
     ('drift: peak - self._shared_bytes()', 'autoaccum/runner/peak_monitor.py', 'peak - self._shared_bytes()', 'peak', ('tests/test_runner.py', '-k', 'shared')),
     ('oom: return cpu_is_short()', 'autoaccum/devices/oom.py', 'return cpu_is_short()', 'return True', ('tests/test_oom.py', '-k', 'short')),
     ('oom: < SHORT_SHARE * limit', 'autoaccum/devices/oom.py', '< SHORT_SHARE * limit', '< 0.05 * limit', ('tests/test_oom.py', '-k', 'short')),

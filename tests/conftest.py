@@ -35,7 +35,7 @@ LONGEST_FIRST = (
 def _hide_a_torchvision_for_another_torch() -> str:
     """On a CPU build, PyPI's torchvision is one for CUDA: it can't be loaded, and takes transformers with it.
 
-    Without it transformers works; what needs it here needs CUDA, too. Returns what is told of it.
+    Without it transformers works; what needs it here needs CUDA, too. Returns a line about it.
     """
     if torch.version.cuda is not None:
         return ""

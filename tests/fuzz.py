@@ -22,7 +22,7 @@ from autoaccum.plan import Plan
 from autoaccum.reporting import SUFFIXES, render, what_if
 from autoaccum.reporting.explain import summary
 
-MOST_SECONDS = 5.0  # that anything read may take to be told; a busy machine is slower
+MOST_SECONDS = 5.0  # that rendering anything read may take; a busy machine is slower
 TEXTS = ("", "\x1b[2J", "a\nexactness   exact", "\u202e", "\ud800", "x" * 5000, "[bold]", "<script>", "=1+1", "{{7*7}}",
          "pickled:gASVAAAA", "digits", "cpu", "fastest", "nan", "1e999", "../../etc/passwd")  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 3, 255, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 10**40, -(10**40), 0.0, -0.0, 0.5, 1e-320, 1e308,
@@ -98,10 +98,10 @@ def plan_text(seed: int, beginnings: list[dict[str, Any]]) -> str:
 
 
 def check_plan(text: str) -> bool:
-    """Whether it is a plan; then everything can be told of it, safely and soon.
+    """Whether it is a plan; then it can be rendered in every form, safely and soon.
 
     Raises:
-        AssertionError: It is accepted and can't be told, or is refused in another way than in three parts.
+        AssertionError: It is accepted and can't be rendered, or is refused in another way than in three parts.
     """
     try:
         plan = Plan.from_json(text)
@@ -112,11 +112,11 @@ def check_plan(text: str) -> bool:
     tellers: list[Callable[[Plan], str]] = [summary, Plan.explain, Plan._repr_html_, Plan.to_json]
     tellers += [lambda plan, suffix=suffix: render(plan, suffix) for suffix in SUFFIXES]  # type: ignore[misc]
     for tell in tellers:
-        told = tell(plan)
-        told.encode()
-        assert not set(told) & set("\x1b\x07\x00\u202e"), tell
-    for told in (plan.to_json(), render(plan, ".json")):
-        json.loads(told, parse_constant=_no_number)
+        message = tell(plan)
+        message.encode()
+        assert not set(message) & set("\x1b\x07\x00\u202e"), tell
+    for message in (plan.to_json(), render(plan, ".json")):
+        json.loads(message, parse_constant=_no_number)
     assert Plan.from_json(plan.to_json()) == plan
     table = what_if.table_of(plan)
     if table is not None:

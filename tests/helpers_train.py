@@ -232,7 +232,7 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+def recoveries(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was said about running out of memory."""
     return [
         record.getMessage()

@@ -67,7 +67,7 @@ def figures() -> tuple[int, int, int]:
 
 
 def size_of(rng: random.Random) -> int:
-    """Any size up to 64 MiB, or one of a few, so that free blocks of the same size have to be told apart."""
+    """Any size up to 64 MiB, or one of a few, so that free blocks of the same size have to be distinguished."""
     if rng.random() < 0.4:
         return rng.choice((700, 300_000, 3 * MiB, 12 * MiB, 20 * MiB, 30 * MiB))
     return int(2 ** rng.uniform(0, rng.choice((20, 24, 26))))

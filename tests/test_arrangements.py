@@ -247,5 +247,5 @@ def test_a_loss_that_could_ignore_targets_is_exact_on_data_that_has_none() -> No
         isolated=False,
     )
     assert both.words.startswith("not exact: ") and "without ignored" not in both.words
-    told = check.with_verdict(base_plan(), found)
-    assert told.exactness == found.words
+    message = check.with_verdict(base_plan(), found)
+    assert message.exactness == found.words

@@ -1,4 +1,4 @@
-"""autoaccum bench: candidates, what becomes of them under a real limit, and how it is told."""
+"""autoaccum bench: candidates, what becomes of them under a real limit, and how it is reported."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ def test_each_trains_under_a_real_limit_and_says_what_it_really_trained(wide: st
 def test_the_command_compares_under_a_real_limit(wide: str, memory: str) -> None:
     out = run("--workload", wide, "--target-batch", str(TARGET), "--memory", memory, "--windows", "2", "--tune-trials",
               "0", "--json")  # fmt: skip
-    told = json.loads(out.stdout)
-    rows = {row["name"]: row for row in told["candidates"]}
+    shown = json.loads(out.stdout)
+    rows = {row["name"]: row for row in shown["candidates"]}
     assert rows[PLAN]["effective_batch"] == TARGET and rows[PLAN]["ooms"] == 0 and rows[PLAN]["malloc"] == "fixed"
     assert rows[PLAN]["micro_batch"] * rows[PLAN]["steps"] >= TARGET
-    assert any(row["ooms"] and not row["effective_batch"] for row in told["candidates"])
-    assert told["left_out"] == [f"{TUNED}: not requested (--tune-trials 0)"]
+    assert any(row["ooms"] and not row["effective_batch"] for row in shown["candidates"])
+    assert shown["left_out"] == [f"{TUNED}: not requested (--tune-trials 0)"]
 
 
 def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -137,15 +137,15 @@ def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "shown"),
     [
         (["--target-batch", "0"], "--target-batch is 0"),
         (["--device", "tpu"], "--device tpu"),
         (["--tuned", "none.json"], "cannot be read"),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(args: list[str], told: str) -> None:
-    assert told in run(*args, code=2).stderr
+def test_mistakes_are_reported_before_anything_runs(args: list[str], shown: str) -> None:
+    assert shown in run(*args, code=2).stderr
 
 
 def test_a_tuned_plan_for_another_target_is_refused() -> None:
@@ -155,7 +155,7 @@ def test_a_tuned_plan_for_another_target_is_refused() -> None:
     comparison._check_tuned(plan, plan)
 
 
-# How it is told.
+# How it is reported.
 
 
 def made_up(**changes: Any) -> Comparison:
@@ -189,7 +189,7 @@ def test_the_users_words_are_escaped_and_json_says_what_is_unstable() -> None:
     assert json.loads(results.as_json(made_up()))["candidates"][0]["unstable"] is True
 
 
-def test_without_times_none_are_told() -> None:
+def test_without_times_none_are_reported() -> None:
     found = made_up()
     rows = tuple(replace(row, window_seconds=()) for row in found.rows)
     virtual = replace(found, rows=rows, plan=changed_plan(found.plan, is_virtual=True, device_name="Virtual GPU"))

@@ -21,7 +21,7 @@ WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from autoaccum.cli imp
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["plan", "--target-batch", "1000000000000"], "at most 9,999,999"),
         (["plan", "--target-batch", DIGITS], "a number of about 400 digits: a number of samples, at most 9,999,999"),
@@ -50,14 +50,14 @@ WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from autoaccum.cli imp
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_a_number_beyond_its_bounds_is_refused_before_anything_is_started(
-    args: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def started(*args: Any, **how: Any) -> None:
         raise AssertionError("a process was started")
 
     monkeypatch.setattr("autoaccum.processes.child.call", started)
     result = CliRunner().invoke(app, args)
-    assert isinstance(result.exception, UsageError) and told in str(result.exception), result.output
+    assert isinstance(result.exception, UsageError) and message in str(result.exception), result.output
 
 
 def test_it_takes_no_torch_to_refuse_it(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_it_takes_no_torch_to_refuse_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "message"),
     [
         ({"target_batch": 10**12}, "target_batch is 1000000000000: a number of samples, at most"),
         ({"target_batch": int(DIGITS)}, "a number of about 400 digits"),
@@ -81,9 +81,9 @@ def test_it_takes_no_torch_to_refuse_it(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_in_python_too(asked: dict[str, Any], told: str) -> None:
+def test_in_python_too(asked: dict[str, Any], message: str) -> None:
     work = Workload(torch.nn.Linear(4, 2), (torch.randn(4, 4), torch.randint(2, (4,))))
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         fit_plan(work, **asked)
 
 

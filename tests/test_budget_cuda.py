@@ -69,7 +69,7 @@ def test_alone_all_that_is_free_and_all_that_torch_has_is_to_be_had() -> None:
     assert all(term.why for term in found.terms)
 
 
-def test_what_the_cache_can_give_back_is_told_from_what_it_cannot() -> None:
+def test_what_the_cache_can_give_back_is_distinguished_from_what_it_cannot() -> None:
     why = terms(cuda_budget(replace(ALONE, stuck_bytes=100 * MIB)))["cached"].why
     assert "412.0 MiB can be given back, 100.0 MiB only used again" in why
 
@@ -139,7 +139,7 @@ def test_a_device_that_others_have_filled() -> None:
     assert "autoaccum doctor" in error.value.hint
 
 
-def test_in_a_container_nobody_can_be_told_apart() -> None:
+def test_in_a_container_nobody_can_be_distinguished() -> None:
     hidden = replace(ALONE, seen=NvmlInfo("GPU-a"))
     found = cuda_budget(hidden)
     assert terms(found)[CONTEXT].bytes == GIB // 2 and "doesn't list this process" in terms(found)[CONTEXT].why
@@ -311,7 +311,7 @@ def raising(text: str, kind: str = "NVMLError") -> Any:
 
 
 @pytest.mark.parametrize(
-    ("library", "told"),
+    ("library", "message"),
     [
         (SimpleNamespace(), "another package, without nvmlInit (pip install nvidia-ml-py)"),
         (SimpleNamespace(nvmlInit=None, nvmlShutdown=None), "another package, without nvmlDeviceGetHandleByUUID"),
@@ -322,9 +322,9 @@ def raising(text: str, kind: str = "NVMLError") -> Any:
         (Library(nvmlInit=raising("")), "can't be asked: NVMLError"),
     ],
 )
-def test_where_nvml_cannot_be_asked_there_is_a_note(library: Any, told: str) -> None:
+def test_where_nvml_cannot_be_asked_there_is_a_note(library: Any, message: str) -> None:
     seen = see_device("aaaa", library=library)
-    assert told in seen.note and seen.processes == () and seen.uuid == ""
+    assert message in seen.note and seen.processes == () and seen.uuid == ""
 
 
 def test_without_permission_to_list_the_rest_is_still_known() -> None:
@@ -358,9 +358,9 @@ def test_others_may_use_up_the_headroom() -> None:
 def test_others_that_grew_are_named() -> None:
     planned = cuda_budget(ALONE)
     now = cuda_budget(shared(Process(9, "notebook", 3 * GIB), free_bytes=10 * GIB))
-    told = shrunk_since(planned, now)
-    assert told is not None and "15.50 GiB" in told and "12.50 GiB" in told
-    assert "hold 3.00 GiB more than then: 3.00 GiB of notebook (pid 9)" in told
+    message = shrunk_since(planned, now)
+    assert message is not None and "15.50 GiB" in message and "12.50 GiB" in message
+    assert "hold 3.00 GiB more than then: 3.00 GiB of notebook (pid 9)" in message
 
 
 def test_the_plans_margin_is_let_go_first() -> None:
@@ -378,13 +378,13 @@ def test_libraries_that_a_fresh_process_has_yet_to_load_are_counted() -> None:
         active_bytes=0,
         seen=NvmlInfo("GPU-a", processes=(Process(7, "python", 212 * MIB), Process(9, "x", 112 * MIB))),
     )
-    told = shrunk_since(cuda_budget(ALONE), cuda_budget(fresh))
-    assert told is not None and "only 15.39 GiB is available now" in told
+    message = shrunk_since(cuda_budget(ALONE), cuda_budget(fresh))
+    assert message is not None and "only 15.39 GiB is available now" in message
 
 
 def test_a_limit_that_was_set_since_is_named() -> None:
-    told = shrunk_since(cuda_budget(ALONE), cuda_budget(replace(ALONE, fraction=0.25)))
-    assert told is not None and "memory fraction is the limit now, set_per_process_memory_fraction(0.25)" in told
+    message = shrunk_since(cuda_budget(ALONE), cuda_budget(replace(ALONE, fraction=0.25)))
+    assert message is not None and "memory fraction is the limit now, set_per_process_memory_fraction(0.25)" in message
 
 
 def test_a_cpu_budget_can_shrink_too() -> None:
@@ -405,7 +405,7 @@ from autoaccum.devices.virtual import control
 
 
 @given(total=st.integers(1, 2**40), fraction=st.floats(0.01, 0.999))
-def test_a_memory_fraction_is_told_to_the_byte(total: int, fraction: float) -> None:
+def test_a_memory_fraction_is_reported_to_the_byte(total: int, fraction: float) -> None:
     """By the allocator's own way: a whole number of bytes, which it tells as a part of the total."""
     allowed = int(fraction * total)
     if allowed:
@@ -472,7 +472,7 @@ def test_torch_comes_to_reserve_the_budget_and_not_a_segment_more(asked: str, re
 
 
 @usable
-def test_context_and_others_are_what_the_virtual_gpu_was_told() -> None:
+def test_context_and_others_are_what_the_virtual_gpu_was_given() -> None:
     found = torchs_limit()
     size, _, binds, parts = found["plain"]
     assert (size, binds) == ((6144 - 400 - 700) * MIB, "device")

@@ -75,9 +75,9 @@ def test_random_events_leave_the_same_after_each_as_with_the_allocator(numbers: 
     assert out.returncode == 0, out.stderr[-3000:]
     found = [json.loads(line) for line in out.stdout.splitlines() if line.startswith("{")]
     assert len(found) == len(numbers.split(","))
-    for told in found:
-        assert told["wrong"] == 0, told
-        assert told["retries"] > 0, told
+    for message in found:
+        assert message["wrong"] == 0, message
+        assert message["retries"] > 0, message
 
 
 @usable

@@ -114,8 +114,8 @@ def test_explain_needs_no_model_and_no_torch(folder: Path) -> None:
         capture_output=True, text=True, cwd=folder.parent,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
-    for told in ("later micro-batch", "optimizer step", "3 would need", "fewer steps", "MemAvailable", "Sequential"):
-        assert told in out.stdout
+    for message in ("later micro-batch", "optimizer step", "3 would need", "fewer steps", "MemAvailable", "Sequential"):
+        assert message in out.stdout
 
 
 def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> None:
@@ -127,7 +127,7 @@ def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "told"),
+    ("args", "code", "message"),
     [
         (["plan", "--target-batch", "0"], 2, "--target-batch is 0"),
         (["plan", "--target-batch", "many"], 2, "valid integer"),
@@ -145,11 +145,11 @@ def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> Non
         (["plna"], 2, "plna"),
     ],
 )
-def test_mistakes_get_a_sentence_and_no_traceback(folder: Path, args: list[str], code: int, told: str) -> None:
+def test_mistakes_get_a_sentence_and_no_traceback(folder: Path, args: list[str], code: int, message: str) -> None:
     text = (folder / "plan.json").read_text()
     (folder / "half.json").write_text(text[: len(text) // 2])
     out = run(*args, cwd=folder, code=code)
-    assert told in out.stderr and "Traceback" not in out.stderr and out.stdout == ""
+    assert message in out.stderr and "Traceback" not in out.stderr and out.stdout == ""
 
 
 def test_traceback_shows_the_users_own_line(folder: Path) -> None:

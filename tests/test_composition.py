@@ -46,7 +46,7 @@ def made_up_program() -> StepProgram:
     return lift([recording(5), recording(7)], first_step_events=(Event(1, 2000), Event(2, 60), Event(2, -60)))
 
 
-def test_each_category_is_told_by_when_its_blocks_live() -> None:
+def test_each_category_is_reported_by_when_its_blocks_live() -> None:
     found = composition(made_up_program(), (10, 10), inputs=(7,))
     assert found[FIRST] == {
         "optimizer state": 2000, "gradients": 1000, "data": 70, "activations": 1004, "temporaries": 504,

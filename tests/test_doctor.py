@@ -99,7 +99,7 @@ def test_a_limit_of_the_host_that_binds(monkeypatch: pytest.MonkeyPatch, limit: 
     assert availability.describe_virtual_gpu() == f"not available: {limit} may forbid the addresses that it reserves"
 
 
-def test_no_cuda_device_is_told_with_torchs_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cuda_device_is_reported_with_torchs_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     def init() -> None:
@@ -113,7 +113,7 @@ def test_no_cuda_device_is_told_with_torchs_reason(monkeypatch: pytest.MonkeyPat
     assert environment.torch_facts()["cuda"] == "not available: this build of torch has no CUDA"
 
 
-def test_a_device_that_cannot_be_used_is_told_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_cannot_be_used_is_reported_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     from autoaccum.devices.cuda import budget
 
     def read(index: int) -> None:
@@ -131,7 +131,7 @@ def test_nvml_without_a_driver_or_of_another_make(monkeypatch: pytest.MonkeyPatc
 
 def test_the_gpus_that_are_known() -> None:
     env = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
-    told = subprocess.run([*DOCTOR, "--gpus"], env=env, capture_output=True, text=True, check=True)
-    assert [line.split()[0] for line in told.stdout.splitlines() if line[0] != " "] == [gpu.name for gpu in GPUS]
-    told = subprocess.run([*DOCTOR, "--gpus", "--json"], env=env, capture_output=True, text=True, check=True)
-    assert [gpu["total_bytes"] for gpu in json.loads(told.stdout)] == [gpu.total_bytes for gpu in GPUS]
+    message = subprocess.run([*DOCTOR, "--gpus"], env=env, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in message.stdout.splitlines() if line[0] != " "] == [gpu.name for gpu in GPUS]
+    message = subprocess.run([*DOCTOR, "--gpus", "--json"], env=env, capture_output=True, text=True, check=True)
+    assert [gpu["total_bytes"] for gpu in json.loads(message.stdout)] == [gpu.total_bytes for gpu in GPUS]

@@ -98,7 +98,7 @@ def test_a_size_that_one_end_leaves_no_room_for_is_not_sure_to_fit(
     ("most", "may_saturate", "at_least"),
     [(104, False, 100), (103, False, 75), (104, True, 75), (112, True, 100)],
 )
-def test_where_a_little_more_does_not_fit_one_step_more_is_reckoned_with(
+def test_where_a_little_more_does_not_fit_one_step_more_is_considered(
     monkeypatch: pytest.MonkeyPatch, most: int, may_saturate: bool, at_least: int
 ) -> None:
     seen = SimpleNamespace(

@@ -323,7 +323,7 @@ def test_next_tokens_made_of_the_inputs_need_no_count() -> None:
 
     ids = torch.randint(1, 5, (8, 6), generator=torch.Generator().manual_seed(0))
     assert check.check(Workload(named("count=").model(), ids, loss=plain)).kind == EXACT
-    made = check.check(Workload(named("count=").model(), ids * 2, loss=loss))  # it can't be told what they are made of
+    made = check.check(Workload(named("count=").model(), ids * 2, loss=loss))  # their parts can't be found
     assert made.kind == COUNT and "exact on data without ignored targets" in made.words and made.advice
 
 
@@ -345,7 +345,7 @@ class Images(nn.Module):
         return self.out(h).view(*x.shape[:2], -1).mean(1)
 
 
-def test_rows_of_flattened_positions_are_told_apart() -> None:
+def test_rows_of_flattened_positions_are_distinguished() -> None:
     sample = torch.randn(8, 3, 4), torch.randint(5, (8,))
     assert check.check(Workload(Images(nn.BatchNorm1d(16)), sample)).module == "norm (BatchNorm1d)"
     assert check.check(Workload(Images(nn.LayerNorm(16)), sample)).kind == EXACT
@@ -386,9 +386,12 @@ def test_labels_of_hugging_face_models_force_the_counted_form(kind: str) -> None
     code = "batch['labels']" if kind == "bert" else "batch['labels'][:, 1:]"
     assert found.kind == COUNT and found.error > 0.05
     assert found.advice[-1] == f"Workload(..., count=lambda batch: ({code} != -100).sum())"
-    told = re.search(r"count=(.*)\)$", found.advice[-1])
-    assert told is not None
-    for mended in (replace(naive, count=eval(told[1])), replace(naive, loss=None)):  # what it says to type; the default
+    message = re.search(r"count=(.*)\)$", found.advice[-1])
+    assert message is not None
+    for mended in (
+        replace(naive, count=eval(message[1])),
+        replace(naive, loss=None),
+    ):  # what it says to type; the default
         found = check.check(mended)
         assert found.kind == (CHANCE if kind != "llama" else EXACT) and found.error < 1e-6
 
@@ -449,15 +452,15 @@ def test_what_a_mixture_of_experts_gets_wrong_shows_in_its_gate() -> None:
 
 
 def test_nothing_is_claimed_where_nothing_can_be_tested() -> None:
-    def told(loss: Callable[..., Any]) -> check.Verdict:
+    def message(loss: Callable[..., Any]) -> check.Verdict:
         found = check.check(Workload(mlp(), vectors(False), loss=loss))
         assert found.kind == "unknown" and found.words.startswith("unknown: ") and found.advice and not found.exact
         return found
 
-    assert "zero or not finite" in told(lambda m, b: m(b[0]).sum() * 0).words
-    assert "zero or not finite" in told(lambda m, b: m(b[0]).sum() * float("nan")).words
-    assert "mat1 and mat2" in told(lambda m, b: m(b[0][:, :3]).sum()).words
-    assert "multinomial" in told(lambda m, b: m(b[0])[torch.multinomial(torch.ones(len(b[0])), 2)].mean()).words
+    assert "zero or not finite" in message(lambda m, b: m(b[0]).sum() * 0).words
+    assert "zero or not finite" in message(lambda m, b: m(b[0]).sum() * float("nan")).words
+    assert "mat1 and mat2" in message(lambda m, b: m(b[0][:, :3]).sum()).words
+    assert "multinomial" in message(lambda m, b: m(b[0])[torch.multinomial(torch.ones(len(b[0])), 2)].mean()).words
 
 
 def test_with_too_few_parameters_least_squares_is_not_believed() -> None:
@@ -526,7 +529,7 @@ def test_one_sample_at_a_time_tells_nothing() -> None:
     assert found.kind == "unknown" and "2 samples at once" in found.words
 
 
-def test_batch_statistics_are_told_on_four_samples_and_not_on_three() -> None:
+def test_batch_statistics_are_reported_on_four_samples_and_not_on_three() -> None:
     norm = work(named("batchnorm"))
     assert check.check(norm, max_rows=4).module == "1 (BatchNorm1d)"
     assert "4 samples at once" in check.check(norm, max_rows=3).words
@@ -573,8 +576,8 @@ def test_a_plan_says_whether_it_is_exact_and_what_to_type_next() -> None:
 
 def test_a_plan_of_one_micro_batch_is_exact_whatever_the_loss() -> None:
     plan = changed_plan(base_plan(), accumulation_steps=1)
-    told = check.with_verdict(plan, check.check(work(named("infonce"))))
-    assert "one micro-batch is the whole batch" in " ".join(told.notes)
+    message = check.with_verdict(plan, check.check(work(named("infonce"))))
+    assert "one micro-batch is the whole batch" in " ".join(message.notes)
     assert "one micro-batch" not in " ".join(check.with_verdict(plan, check.check(work(MSE))).notes)
 
 
@@ -623,8 +626,8 @@ def test_a_real_window_whose_counts_differ_is_tested_again() -> None:
     before = snapshot.take(model=context.model)
     assert not counts_differ(*window(False)) and recheck(context, *window(False)) is None
     assert counts_differ(*window(True))
-    told = recheck(context, *window(True))
-    assert told is not None and "not that of one batch" in told and "on 3 of its samples" in told
+    message = recheck(context, *window(True))
+    assert message is not None and "not that of one batch" in message and "on 3 of its samples" in message
     counted = step.open_context(work(named("count="), optimizer=Capture))
     assert recheck(counted, *window(True)) is None
     assert not before.differences()

@@ -279,7 +279,7 @@ def test_what_a_model_keeps_from_window_to_window_is_predicted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
         ({"target_batch": 0}, "target_batch is 0"),
         ({"target_batch": -3}, "at least 1"),
@@ -291,8 +291,8 @@ def test_what_a_model_keeps_from_window_to_window_is_predicted() -> None:
         ({"max_micro_batch": 0}, "max_micro_batch is 0"),
     ],
 )
-def test_bad_input_is_refused_in_words(how: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_bad_input_is_refused_in_words(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         fit_plan(net(), batch(busy()), **how)
 
 

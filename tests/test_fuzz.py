@@ -21,7 +21,7 @@ from autoaccum.runner.checkpoint import write_checkpoint
 SEEDS = 80
 
 
-def test_mutated_plans_are_refused_or_can_be_told() -> None:
+def test_mutated_plans_are_refused_or_can_be_rendered() -> None:
     beginnings = fuzz.plan_texts()
     assert all(fuzz.check_plan(json.dumps(each)) for each in beginnings)
     accepted = 0
@@ -106,7 +106,7 @@ def test_what_would_break_the_telling_is_refused(path: tuple[Any, ...], value: A
     ("path", "value"),
     [(("provenance", "notes", 0), "\ud800"), (("provenance", "fingerprint"), {"\ud800": "", "model": ""})],
 )
-def test_half_a_character_can_be_told(path: tuple[Any, ...], value: Any) -> None:
+def test_half_a_character_can_be_rendered(path: tuple[Any, ...], value: Any) -> None:
     assert fuzz.check_plan(changed(path, value))
 
 

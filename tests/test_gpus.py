@@ -23,25 +23,25 @@ each = pytest.mark.parametrize("gpu", GPUS, ids=[gpu.name for gpu in GPUS])
 
 @each
 def test_every_figure_has_a_source_that_can_be_looked_up(gpu: Gpu) -> None:
-    told = gpu.sources
-    for source in (told.total, told.processor):
+    shown = gpu.sources
+    for source in (shown.total, shown.processor):
         assert "https://github.com/" in source or "'" in source
-    assert told.context.startswith(("out-of-memory message: ", "derived: "))
-    assert told.library.startswith("derived: ") and gpu.library_bytes == LIBRARY_BYTES
+    assert shown.context.startswith(("out-of-memory message: ", "derived: "))
+    assert shown.library.startswith("derived: ") and gpu.library_bytes == LIBRARY_BYTES
 
 
 @each
 def test_the_figures_are_those_of_the_sources(gpu: Gpu) -> None:
-    told = gpu.sources
-    quoted = [int(size) for size in re.findall(r"\((\d{10,}) bytes\)", told.total)]
-    rounded = [int(size) * MIB for size in re.findall(r"total_memory=(\d+)MB", told.total)]
-    capacities = [parse_bytes(f"{size}GiB") for size in re.findall(r"capacity of ([\d.]+) GiB", told.total)]
+    shown = gpu.sources
+    quoted = [int(size) for size in re.findall(r"\((\d{10,}) bytes\)", shown.total)]
+    rounded = [int(size) * MIB for size in re.findall(r"total_memory=(\d+)MB", shown.total)]
+    capacities = [parse_bytes(f"{size}GiB") for size in re.findall(r"capacity of ([\d.]+) GiB", shown.total)]
     near = [size for size in (*quoted, *rounded, *capacities) if abs(size - gpu.total_bytes) <= 10 * MIB]
-    assert near or "https://" in told.total
-    counts = re.findall(r"multi_processor_count=(\d+)|\(0*(\d+)\) Multiprocessors", told.processor)
+    assert near or "https://" in shown.total
+    counts = re.findall(r"multi_processor_count=(\d+)|\(0*(\d+)\) Multiprocessors", shown.processor)
     assert all(int(a or b) == gpu.multiprocessors for a, b in counts)
-    assert counts or "https://" in told.processor
-    in_use, allocated, idle = re.findall(r"([\d.]+ [GM]iB) (?:memory in use|allocated|reserved)", told.context)
+    assert counts or "https://" in shown.processor
+    in_use, allocated, idle = re.findall(r"([\d.]+ [GM]iB) (?:memory in use|allocated|reserved)", shown.context)
     assert gpu.context_bytes == parse_bytes(in_use) - parse_bytes(allocated) - parse_bytes(idle)
     assert 100 * MIB < gpu.context_bytes < GIB
 
@@ -81,7 +81,7 @@ def test_the_names_that_the_command_line_promises() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "shown"),
     [
         ("h100", "Near it are: h100-80gb, h100-pcie-80gb."),
         ("v100-24gb", "v100-32gb"),
@@ -90,10 +90,10 @@ def test_the_names_that_the_command_line_promises() -> None:
         ("", "Nothing in the table is near it."),
     ],
 )
-def test_a_name_that_is_not_known(name: str, told: str) -> None:
+def test_a_name_that_is_not_known(name: str, shown: str) -> None:
     with pytest.raises(UsageError, match=f"No GPU is known as '{name}'") as error:
         find_gpu(name)
-    assert told in error.value.why and "autoaccum doctor --gpus" in error.value.hint
+    assert shown in error.value.why and "autoaccum doctor --gpus" in error.value.hint
 
 
 def test_the_list_tells_each_with_its_sources() -> None:

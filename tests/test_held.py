@@ -402,7 +402,7 @@ def test_batch_statistics_of_what_a_loss_holds_follow_the_same_rules(caplog: pyt
     assert not find_norms(model, context.held.modules).batch
 
 
-def test_what_a_module_of_the_loss_keeps_is_told_by_its_own_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_module_of_the_loss_keeps_is_reported_by_its_own_name(caplog: pytest.LogCaptureFixture) -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
             super().__init__()

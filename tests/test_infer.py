@@ -27,8 +27,8 @@ def test_a_language_model_is_fed_tokens_that_it_takes(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     kind = getattr(transformers, name)
     model = kind(kind.config_class(**TINY))
-    sample, told = infer_sample(model)
-    assert sample["input_ids"].shape == (2, 32) and "32 tokens" in told
+    sample, message = infer_sample(model)
+    assert sample["input_ids"].shape == (2, 32) and "32 tokens" in message
     assert torch.isfinite(model(**sample).loss)
 
 

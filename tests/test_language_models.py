@@ -79,7 +79,7 @@ def trained(mib: int, **changed: int) -> dict[str, int]:
         ({"refused": "Not even 1 fits", "Runner": {"failed": "OutOfMemoryError"}}, []),
     ],
 )
-def test_what_is_wrong_with_a_case_is_told(changed: dict[str, Any], wrong: list[str]) -> None:
+def test_what_is_wrong_with_a_case_is_reported(changed: dict[str, Any], wrong: list[str]) -> None:
     assert FOUND[0].memory_bytes - CONTEXT_BYTES > 3000 * MIB
     assert faults(FOUND[0], line(**changed)) == wrong
 

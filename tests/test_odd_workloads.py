@@ -69,7 +69,7 @@ def test_what_has_no_line_is_said_without() -> None:
     assert error_origin.explained(SystemExit())[0].endswith("sys.exit().")
 
 
-def test_a_lack_of_room_is_told_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_room_is_reported_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: dict[int, int] = {resource.RLIMIT_AS: 300 << 20, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
     monkeypatch.setattr(error_origin.resource, "getrlimit", lambda which: (limits[which], limits[which]))
     _, why, hint = error_origin.explained(ImportError("libtorch_cpu.so: failed to map segment from shared object"))

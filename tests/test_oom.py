@@ -28,6 +28,7 @@ from helpers_train import (
     mlp,
     one_thread,  # noqa: F401
     pad,
+    recoveries,
     runner_for,
     same_tensors,
     seen,
@@ -35,7 +36,6 @@ from helpers_train import (
     state_of,
     token_count,
     token_sum,
-    told,
     vectors,
 )
 from torch import nn
@@ -187,7 +187,7 @@ def test_running_out_anywhere_changes_nothing_but_the_micro_batch(
     result = runner.step(batch)
 
     assert fault.forwards == index + 1 + 8  # the whole window was started over
-    assert result.retries == len(told(caplog)) == 1
+    assert result.retries == len(recoveries(caplog)) == 1
     assert result.split == expected.split == (2,) * 8
     if kind == "plain":
         assert distance(seen(runner)[0], want) <= FP64
@@ -238,20 +238,20 @@ def test_running_out_while_counting_is_recovered_from(
     runner.checks.rechecked = True  # the second look counts too, and would be what runs out
     fault.fails_counting_at = window * 5 + index
     results = [runner.step(batch) for _ in range(window + 1)]
-    assert results[-1].retries == len(told(caplog)) == 1
-    assert "count" in told(caplog)[0]
+    assert results[-1].retries == len(recoveries(caplog)) == 1
+    assert "count" in recoveries(caplog)[0]
     assert distance(seen(runner)[-1], want) <= FP64
 
 
-def test_running_out_twice_in_a_window_is_told_twice(caplog: pytest.LogCaptureFixture) -> None:
+def test_running_out_twice_in_a_window_is_reported_twice(caplog: pytest.LogCaptureFixture) -> None:
     fault, batch = Fault(), vectors(16)
     fault.at = {1: "backward", 2 + 5: "forward"}
     runner = faulty_runner(fault)
     result = runner.step(batch)
-    assert result.retries == len(told(caplog)) == 2
+    assert result.retries == len(recoveries(caplog)) == 2
     assert result.split == (1,) * 16
     assert distance(seen(runner)[0], gradients(faulty(Fault()), default_loss, batch)) <= FP64
-    first, second = told(caplog)
+    first, second = recoveries(caplog)
     assert "4" in first and "at most 3" in first and "all 16 samples" in first
     assert "2" in second and "at most 1" in second
 
@@ -320,7 +320,7 @@ def test_any_other_error_is_not_swallowed(where: str, error: BaseException, capl
     assert raised.value is error
     assert fault.forwards == 2
     assert runner.micro_batch == 4
-    assert not told(caplog)
+    assert not recoveries(caplog)
 
 
 @pytest.mark.parametrize("kind", ["plain", "dropout"])
@@ -359,7 +359,7 @@ def test_running_out_in_the_optimizer_step_says_that_it_cannot_be_repeated(caplo
         runner.step(vectors(16))
     assert "can't be repeated" in str(raised.value)
     assert fault.forwards == 4
-    assert not told(caplog)
+    assert not recoveries(caplog)
     assert runner.micro_batch == 4
 
 
@@ -584,7 +584,7 @@ if limited:
     found = {
         "retries": [result.retries for result in results],
         "splits": [result.split for result in results],
-        "told": [text for text in warnings if "ut of memory" in text],
+        "recoveries": [text for text in warnings if "ut of memory" in text],
         "block": half,
     }
 else:
@@ -625,8 +625,8 @@ def test_a_real_out_of_memory_is_recovered_from_exactly(tmp_path: Path) -> None:
     both = children(tmp_path)
     (found, got), (_, want) = both["limited"], both["whole"]
     assert found["retries"][0] >= 1, found
-    assert sum(found["retries"]) == len(found["told"])
-    assert all("allocate" in text or "MemoryError" in text for text in found["told"]), found["told"]
+    assert sum(found["retries"]) == len(found["recoveries"])
+    assert all("allocate" in text or "MemoryError" in text for text in found["recoveries"]), found["recoveries"]
     assert [sum(split) for split in found["splits"]] == [64] * 2
     assert max(found["splits"][0]) <= 16
     for name, value in want.items():

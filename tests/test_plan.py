@@ -292,12 +292,12 @@ def without_torch(code: str) -> str:
 
 def test_a_plan_is_explained_from_its_file_alone_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     made_up_plan().save(tmp_path / "plan.json")
-    told = without_torch(f"from autoaccum import Plan\nprint(Plan.load({str(tmp_path / 'plan.json')!r}).explain())")
+    message = without_torch(f"from autoaccum import Plan\nprint(Plan.load({str(tmp_path / 'plan.json')!r}).explain())")
     for phase in ("first micro-batch", "later micro-batch", "optimizer step", "between windows"):
-        assert phase in told
-    assert "4 would need micro-batches of up to 64, 2.87 GiB in all: 940.0 MiB over the budget" in told
-    assert "1 of 52 and 4 of 51 samples = 256 x 2 ranks" in told
-    assert "a reason for accumulation_steps" in told
+        assert phase in message
+    assert "4 would need micro-batches of up to 64, 2.87 GiB in all: 940.0 MiB over the budget" in message
+    assert "1 of 52 and 4 of 51 samples = 256 x 2 ranks" in message
+    assert "a reason for accumulation_steps" in message
 
 
 def test_the_next_smaller_number_of_steps_needs_what_the_table_says() -> None:
@@ -316,12 +316,12 @@ def test_the_next_smaller_number_of_steps_needs_what_the_table_says() -> None:
 
 
 def test_plans_without_verification_or_with_one_step_explain_themselves() -> None:
-    told = made_up_plan(
+    message = made_up_plan(
         measured_peak_bytes=None, resident_peak_bytes=None, kernel_time_fraction=None, window_seconds=None,
         split=(256,), micro_batch=256, accumulation_steps=1,
     ).explain()  # fmt: skip
-    assert "not verified" in told
-    assert "there are none: one step is the least" in told
+    assert "not verified" in message
+    assert "there are none: one step is the least" in message
 
 
 def test_a_workload_called_script_is_shown_and_not_run() -> None:

@@ -93,11 +93,11 @@ def test_the_second_look_stays_within_the_windows_own_peak(
     context = step.open_context(work)
     step.train_window(context, batches, sizes)  # the optimizer's state is there, as in the middle of training
     context.model.zero_grad(set_to_none=True)
-    before, told = snapshot.take(model=context.model), []
+    before, message = snapshot.take(model=context.model), []
 
     def look(on_phase: OnPhase) -> None:
         with on_phase(FIRST):
-            told.append(recheck(context, batches, sizes))
+            message.append(recheck(context, batches, sizes))
 
     assert counts_differ(batches, sizes)
     looked = peak_bytes(look)
@@ -105,7 +105,7 @@ def test_the_second_look_stays_within_the_windows_own_peak(
     window = peak_bytes(lambda on_phase: step.train_window(context, batches, sizes, on_phase=on_phase))
     assert looked <= window, f"{looked / 2**20:.1f} MiB over {window / 2**20:.1f}"
     if precision is None or rows >= 4:  # without autocast two samples may take more than a micro-batch of two or three
-        assert told[0] is not None and "not that of one batch" in told[0]
+        assert message[0] is not None and "not that of one batch" in message[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

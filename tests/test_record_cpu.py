@@ -102,7 +102,7 @@ def _raise(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "text"),
     [
         (lambda: _raise(ValueError("not in a fork")), "ValueError: not in a fork"),
         (lambda: os._exit(3), "it ended itself with exit code 3"),
@@ -110,13 +110,13 @@ def _raise(error: BaseException) -> None:
     ],
 )
 def test_where_the_copy_cannot_do_it_the_error_says_why(
-    monkeypatch: pytest.MonkeyPatch, what: Callable[[], object], told: str
+    monkeypatch: pytest.MonkeyPatch, what: Callable[[], object], text: str
 ) -> None:
     monkeypatch.setattr(fork, "STUCK_SECONDS", 2.0)
     context = make(_only_in_the_copy(what))
     with profiled(), pytest.raises(UsageError) as caught:
         record(window_of(context), micro_batch=7)
-    assert told in caught.value.what and "autoaccum plan" in caught.value.hint
+    assert text in caught.value.what and "autoaccum plan" in caught.value.hint
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)  # nobody is left behind
 

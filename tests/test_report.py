@@ -146,8 +146,8 @@ def test_the_page_draws_each_size_with_its_range_and_tells_the_knee() -> None:
     times = tuple(TimedSize(n, s, 9, tuple(s * (1 + i / 10000) for i in range(9))) for n, s in seconds.items())
     plan = a_plan(timed_sizes=times, is_virtual=False)
     page, text = render(plan, ".html"), render(plan, ".md")
-    for told in (page, text):
-        assert "32 is the smallest micro-batch within 1 % of the fastest, 64" in told and "free 224.0 MiB" in told
+    for message in (page, text):
+        assert "32 is the smallest micro-batch within 1 % of the fastest, 64" in message and "free 224.0 MiB" in message
     assert page.count('<i class="range"') == 4 and page.count('class="point knee"') == 1
     assert list(frames(plan)["times"]["is_knee"]) == [False, False, True, False]
     assert 'id="times-plot"' in page and 'id="times-plot"' not in render(a_plan(timed_sizes=()), ".html")
@@ -410,22 +410,22 @@ def test_the_box_answers_as_python_does_in_a_browser(tmp_path: Path) -> None:
     table, asked = what_if.table_of(plan), questions(150)
     assert table is not None
     typist = (
-        "const told = [], form = document.getElementById('what-if-form');"
+        "const message = [], form = document.getElementById('what-if-form');"
         "const output = document.getElementById('what-if-answer');"
         f"for (const each of {json.dumps(asked)}) {{"
         "  ['target', 'memory', 'headroom'].forEach((name, i) => { form.elements.namedItem(name).value = each[i]; });"
         "  form.dispatchEvent(new Event('input', { bubbles: true }));"
-        "  told.push([output.dataset.answer, output.textContent]); }"
-        "const pre = document.createElement('pre'); pre.id = 'told';"
-        "pre.textContent = JSON.stringify(told); document.body.append(pre);"
+        "  message.push([output.dataset.answer, output.textContent]); }"
+        "const pre = document.createElement('pre'); pre.id = 'message';"
+        "pre.textContent = JSON.stringify(message); document.body.append(pre);"
     )
     page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render(plan, ".html"))
     (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{typist}</script></body>"))
-    match = re.search(r'<pre id="told">(.*?)</pre>', dump_dom(tmp_path / "page.html"), flags=re.S)
+    match = re.search(r'<pre id="message">(.*?)</pre>', dump_dom(tmp_path / "page.html"), flags=re.S)
     assert match is not None
-    told = json.loads(html.unescape(match[1]))
-    assert len(told) >= 100
-    for question, (answer, text) in zip(asked, told, strict=True):
+    message = json.loads(html.unescape(match[1]))
+    assert len(message) >= 100
+    for question, (answer, text) in zip(asked, message, strict=True):
         expected = what_if.ask(table, *question)
         assert json.loads(answer) == as_page_has_it(expected), question
         if expected.status == "fits":
@@ -451,7 +451,7 @@ def test_the_box_reads_its_question_from_the_address_and_runs_under_the_pages_ow
 NARROW = """
 const high = (each) => each.getBoundingClientRect().height;
 const line = (each) => parseFloat(getComputedStyle(each).lineHeight);
-const pre = document.createElement('pre'); pre.id = 'told';
+const pre = document.createElement('pre'); pre.id = 'message';
 pre.textContent = JSON.stringify({
   wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   heads: [...document.querySelectorAll('thead tr')].map((each) => high(each) / line(each.cells[0])),
@@ -469,7 +469,7 @@ def test_on_a_phone_nothing_is_cut_off_and_tables_keep_one_line_for_their_heads(
     page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render(plan, ".html"))
     (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{NARROW}</script></body>"))
     dom = dump_dom(tmp_path / "page.html", flags=("--window-size=500,900",))  # the least that a window may have
-    match = re.search(r'<pre id="told">(.*?)</pre>', dom, flags=re.S)
+    match = re.search(r'<pre id="message">(.*?)</pre>', dom, flags=re.S)
     assert match is not None
     found = json.loads(html.unescape(match[1]))
     assert found["wide"] == 0

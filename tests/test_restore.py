@@ -477,7 +477,7 @@ def test_nan_is_equal_to_itself_and_signed_zero_is_not() -> None:
     assert snapshot.differences() == ["0.0.bias"]
 
 
-def test_tensors_in_one_storage_are_told_apart() -> None:
+def test_tensors_in_one_storage_are_distinguished() -> None:
     flat = torch.zeros(12)
     model = nn.Module()
     model.a, model.b = nn.Parameter(flat[:4]), nn.Parameter(flat[4:10].view(3, 2).t())

@@ -340,7 +340,7 @@ def test_the_split_that_was_planned_is_the_one_that_is_trained() -> None:
     assert runner.step(vectors(10)).split == (1,) * 10
 
 
-def test_a_window_that_takes_more_than_was_planned_is_told_once(
+def test_a_window_that_takes_more_than_was_planned_is_reported_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = runner_for(Workload(mlp(), vectors(2), optimizer=Capture), 8, 4)
@@ -448,11 +448,11 @@ def test_a_checkpoint_of_another_workload_is_refused(part: str) -> None:
 
 
 def test_what_runs_between_windows_has_run_when_its_window_is_handed_out() -> None:
-    told: list[str] = []
-    work = Workload(mlp(), vectors(4), between=lambda model: told.append("between"))
+    message: list[str] = []
+    work = Workload(mlp(), vectors(4), between=lambda model: message.append("between"))
     for _ in runner_for(work, 4, 2).epoch([vectors(8)]):
-        told.append("result")
-    assert told == ["between", "result"] * 2
+        message.append("result")
+    assert message == ["between", "result"] * 2
 
 
 def test_a_window_that_counts_otherwise_than_the_sample_is_tested_once(caplog: pytest.LogCaptureFixture) -> None:

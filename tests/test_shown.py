@@ -82,17 +82,17 @@ FORMS: dict[str, Callable[[Plan], str]] = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("form", FORMS)
 def test_no_text_of_a_plan_forges_a_line_or_reaches_the_terminal(place: str, form: str) -> None:
-    told = FORMS[form](PLACES[place]())
-    assert not unseen(told)
-    assert FORGED not in told
-    assert told.encode()
+    words = FORMS[form](PLACES[place]())
+    assert not unseen(words)
+    assert FORGED not in words
+    assert words.encode()
 
 
 def test_nor_does_one_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
     best = Trial(0, MEASURED, {"own": EVIL}, 8, 1, 0.5, 3, 100, EVIL, {"own": EVIL})
     tuned = TuningResult(made_up_plan(), (best, replace(best, state="failed", number=1)), "seconds", 4, (EVIL,), 0, 1.0)
-    for told in (tuned.table(), of_trials(tuned), tuned.to_json()):
-        assert not unseen(told) and FORGED not in told
+    for words in (tuned.table(), of_trials(tuned), tuned.to_json()):
+        assert not unseen(words) and FORGED not in words
 
 
 @pytest.mark.parametrize("with_traceback", [True, False])
@@ -103,9 +103,9 @@ def test_nor_does_an_error_of_the_users(with_traceback: bool, capsys: pytest.Cap
         except ValueError as error:
             return _described(error)
 
-    told = raised()
-    error = AutoaccumError(told["what"] + EVIL, told["why"], told["hint"] + EVIL)
-    error.add_note(told["traceback"])
+    words = raised()
+    error = AutoaccumError(words["what"] + EVIL, words["why"], words["hint"] + EVIL)
+    error.add_note(words["traceback"])
     show_error(error, with_traceback=with_traceback)
     err = capsys.readouterr().err
     assert not unseen(err) and ("\nexactness" in err) is with_traceback  # a traceback has the message's own lines

@@ -34,7 +34,7 @@ def ruled(sizes: list[Size], at: list[int], *, reductions: bool | None = None, i
     return rules[recorded[n][0]].at
 
 
-def test_tiles_are_told_from_coarser_ones_by_what_nothing_else_explains() -> None:
+def test_tiles_are_distinguished_from_coarser_ones_by_what_nothing_else_explains() -> None:
     # 12 tiles at 139 samples are 6 of twice the size, too; and two of them stand at 11, where they are another's.
     unit = 20 * MiB
     sizes = [tiles(1769472, unit), tiles(221184, unit), *(lambda n, b=b: b * n for b in (1769472, 221184))]
@@ -102,13 +102,13 @@ def recorded(n: int, *, weight: int, per_sample: int, buffer: int | None = None)
     return Recording(n, (Phase(FIRST, events), Phase(OPTIMIZER, (Event(2, -weight),))))
 
 
-def test_a_weight_as_large_as_an_activation_is_told_apart_by_its_place() -> None:
+def test_a_weight_as_large_as_an_activation_is_distinguished_by_its_place() -> None:
     # At 3 samples both are 3 MiB, and at 2 there are sizes that speak for either.
     program = lift([recorded(n, weight=3 * MiB, per_sample=MiB) for n in (2, 3)])
     assert [event.bytes for event in window(program, (5,))[0].events if event.bytes > 0] == [5 * MiB, 3 * MiB]
 
 
-def test_a_buffer_as_large_as_a_weight_is_told_apart_by_its_counters() -> None:
+def test_a_buffer_as_large_as_a_weight_is_distinguished_by_its_counters() -> None:
     # The buffer is 11 steps of 2 MiB at 41 samples; so many bytes has the weight, too.
     def at(n: int) -> Recording:
         return recorded(n, weight=22 * MiB, per_sample=1000, buffer=2 * MiB * -(-n // 4))

@@ -79,7 +79,7 @@ def test_the_interval_holds_the_median_with_95_percent_whatever_the_distribution
     assert missed(low) <= 0.05 < missed(low + 1)
 
 
-def test_rounds_that_are_told_apart_give_one_knee() -> None:
+def test_rounds_that_are_distinguished_give_one_knee() -> None:
     times = noisy({2: 2.0, 4: 1.2, 8: 1.004, 16: 1.0, 32: 1.03}, noise=0.002, rounds=12)
     found = knee(times)
     assert found is not None and found.timed.micro_batch == 8 and found.is_sure and found.rounds == 12

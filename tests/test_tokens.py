@@ -201,9 +201,9 @@ def test_a_plan_is_made_at_the_longest_that_the_data_has() -> None:
     ids=["ids", "features beside", "features alone", "long enough", "channels first"],
 )  # fmt: skip
 def test_a_sample_is_lengthened_along_its_positions(sample: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    made, told = at_longest(Workload(tagger(), sample, lengths=[3, 20, 5]))
+    made, message = at_longest(Workload(tagger(), sample, lengths=[3, 20, 5]))
     assert {path: tuple(leaf.shape) for path, leaf in tree.leaves(made)} == shapes
-    assert ("planned at 20" in told) == (made is not sample)
+    assert ("planned at 20" in message) == (made is not sample)
     assert at_longest(Workload(tagger(), sample)) == (sample, "")
 
 

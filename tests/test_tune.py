@@ -116,7 +116,7 @@ def test_tune_finds_a_plan_that_run_trains_with(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ([], "--target-batch is missing"),
         (["--target-batch", "0"], "target_batch is 0"),
@@ -132,9 +132,9 @@ def test_tune_finds_a_plan_that_run_trains_with(folder: Path) -> None:
         (["--target-batch", "8", "--workload", "mine.py"], "FILE.py:FUNCTION"),
     ],
 )
-def test_mistakes_get_a_sentence_before_anything_is_loaded(folder: Path, args: list[str], told: str) -> None:
+def test_mistakes_get_a_sentence_before_anything_is_loaded(folder: Path, args: list[str], message: str) -> None:
     out = run("tune", *args, cwd=folder, code=2, first="import sys; sys.modules['torch'] = None; ")
-    assert told in out.stderr and "Traceback" not in out.stderr and out.stdout == ""
+    assert message in out.stderr and "Traceback" not in out.stderr and out.stdout == ""
 
 
 def test_a_function_that_no_other_process_finds_is_refused() -> None:
@@ -186,7 +186,7 @@ def test_a_killed_tuning_goes_on_and_an_interrupted_one_says_how(folder: Path) -
     args += ["--vary", "precision=fp32", "--vary", "checkpointing=0", "--vary", "micro_batch=8,16,32,64"]
     args += ["--vary", "optimizer=loop"]
     command = [sys.executable, "-c", "from autoaccum.cli import main; main()", *args]
-    for number, told in ((signal.SIGKILL, ""), (signal.SIGINT, "the same command continues with them")):
+    for number, message in ((signal.SIGKILL, ""), (signal.SIGINT, "the same command continues with them")):
         process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
         assert process.stderr is not None
         for line in process.stderr:
@@ -194,7 +194,7 @@ def test_a_killed_tuning_goes_on_and_an_interrupted_one_says_how(folder: Path) -
                 break
         process.send_signal(number)
         rest = process.stderr.read()
-        assert process.wait(timeout=60) == (-9 if number == signal.SIGKILL else 130) and told in rest
+        assert process.wait(timeout=60) == (-9 if number == signal.SIGKILL else 130) and message in rest
         time.sleep(1)
     found = json.loads(run(*args, "--json", cwd=folder).stdout)
     measured = [trial["micro_batch"] for trial in found["trials"] if trial["state"] == "measured"]

@@ -344,7 +344,7 @@ def test_the_space_is_narrowed_to_what_there_is_and_says_what_was_left_out() -> 
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "shown"),
     [
         ({"precision": ()}, "empty: there is no choice for precision"),
         ({"precision": ("fp8",)}, "can't be 'fp8'"),
@@ -356,16 +356,16 @@ def test_the_space_is_narrowed_to_what_there_is_and_says_what_was_left_out() -> 
         ({"optimizer": ("loop", "loop")}, "same choice twice"),
     ],
 )
-def test_a_space_that_can_not_be_is_refused_in_words(how: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_space_that_can_not_be_is_refused_in_words(how: dict[str, Any], shown: str) -> None:
+    with pytest.raises(UsageError, match=shown):
         SearchSpace(**how)
 
 
 def test_the_space_is_read_from_the_command_line() -> None:
     found = read_space(["precision=fp32, bf16", "channels-last=no", "micro_batch=largest,8", "checkpointing=0,1"])
     assert found == SearchSpace(("fp32", "bf16"), (0, 1), (False,), micro_batch=(LARGEST, 8))
-    for text, told in (("speed=1", "names nothing"), ("precision", "names nothing"), ("precision=", "empty")):
-        with pytest.raises(UsageError, match=told):
+    for text, shown in (("speed=1", "names nothing"), ("precision", "names nothing"), ("precision=", "empty")):
+        with pytest.raises(UsageError, match=shown):
             read_space([text])
     with pytest.raises(UsageError, match="given twice"):
         read_space(["precision=fp32", "precision=bf16"])
@@ -415,14 +415,14 @@ def recorded(per_sample: int = MIB, budget: int = 100 * MIB, samples: int = 64, 
 
 @given(st.integers(1, 64), st.integers(30 * MIB, 200 * MIB), st.integers(1, 2))
 def test_an_answer_is_what_the_table_of_peaks_says(n: int, budget: int, least: int) -> None:
-    told = recorded(budget=budget, least=least)
-    answer = answer_from(told, n, 64)
+    shown = recorded(budget=budget, least=least)
+    answer = answer_from(shown, n, 64)
     assert answer.split == split_within(64, n, least)
     row = PeakRow(answer.split[0], *[10 * MIB + MIB * answer.split[0]] * 2, 0)
     peak = 10 * MIB + window_peak_bytes(row, row, row, len(answer.split))
     assert answer.peak_bytes == peak and answer.fits == (peak <= int(budget * (1 - CAPACITY_MARGIN)))
     assert answer.fits or "at most" in answer.why
-    largest = answer_from(told, LARGEST, 64)
+    largest = answer_from(shown, LARGEST, 64)
     assert (largest.fits and len(largest.split) <= len(answer.split)) or not answer.fits
 
 
@@ -496,7 +496,7 @@ def search(
     return Search(
         study=study, choices=how.pop("choices", GRID), plain=how.pop("plain", PLAIN),
         base={"precision": "fp32"}, samples=64,
-        fit_checker=FitChecker(machine.record, lambda key: None, lambda key, told: None),
+        fit_checker=FitChecker(machine.record, lambda key: None, lambda key, shown: None),
         timer=None if virtual else machine.time, sampler=sampler, trials=trials,
         until=how.pop("until", None), seed=0, report=lambda text: None, **how,
     )  # fmt: skip
@@ -638,7 +638,7 @@ def test_a_study_for_something_else_is_refused_in_words(tmp_path: Path) -> None:
         search(Machine(), file=str(tmp_path / "text.db"))
 
 
-def test_a_timeout_begins_no_further_trial_and_failures_are_told() -> None:
+def test_a_timeout_begins_no_further_trial_and_failures_are_reported() -> None:
     machine = Machine()
     search(machine, until=time.monotonic()).run()
     assert machine.timed == []
@@ -735,9 +735,9 @@ def test_a_lucky_one_falls_back_in_turn_with_others_and_who_was_unlucky_wins() -
     assert best.step_seconds == pytest.approx(1.1 * 0.7 * 1.48)
     assert trials[0].turns == 7 and trials[0].step_seconds == pytest.approx(1.1 * 1.2 * 1.48)  # what is gained is fair
     tuned = TuningResult(made_up_plan(), tuple(trials), "seconds", size_of(SMALL), plain=0)
-    told = summary(tuned)
+    shown = summary(tuned)
     assert (
-        "measured; the leading ones and the plain one in turn, 7 rounds of 4" in told and "1.71 times as fast" in told
+        "measured; the leading ones and the plain one in turn, 7 rounds of 4" in shown and "1.71 times as fast" in shown
     )
     assert tuned.table().count("(in turn)") == 4
 
@@ -861,8 +861,8 @@ def test_the_table_and_the_summary_tell_ranks_reasons_and_what_changes_numbers()
     table = tuned.table().splitlines()
     assert table[1].split()[0] == "1" and f"{tuned.best.step_seconds:.4g}" in table[1]
     assert sum("(plain)" in line for line in table) == 1 and sum("pruned: " in line for line in table) >= 1
-    told = summary(tuned)
-    assert "times as fast as the plain one" in told and "autocast in bf16" in told and "left out: a thing" in told
+    shown = summary(tuned)
+    assert "times as fast as the plain one" in shown and "autocast in bf16" in shown and "left out: a thing" in shown
     data = json.loads(tuned.to_json())
     assert data["kind"] == "autoaccum tuning" and len(data["trials"]) == len(trials)
 
@@ -878,8 +878,8 @@ def test_run_sets_the_allocators_variable_where_the_plan_was_tuned_with_it() -> 
 
     plan = made_up_plan()
     assert _environment(plan) is None
-    told = _environment(changed_plan(plan, configuration={"expandable_segments": True})) or {}
-    assert "expandable_segments:True" in told["PYTORCH_CUDA_ALLOC_CONF"] and "PATH" in told
+    shown = _environment(changed_plan(plan, configuration={"expandable_segments": True})) or {}
+    assert "expandable_segments:True" in shown["PYTORCH_CUDA_ALLOC_CONF"] and "PATH" in shown
 
 
 def test_windows_are_timed_after_two_that_do_not_count_and_a_hopeless_one_is_left_early(

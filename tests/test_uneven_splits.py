@@ -111,8 +111,8 @@ def test_another_target_whose_balanced_split_does_not_fit_takes_no_step_more(fou
 def test_the_largest_and_the_steps_tell_one_story(found: dict[str, Any]) -> None:
     plan = found["512"]
     assert found["fits"]["largest"] and not found["fits"]["larger"] and plan["largest"] == 129
-    told = r"129 is repeated, since 4 of 128 would need 1\.\d\d GiB \(within 1\.3\d GiB memory runs out"
-    assert re.search(told, plan["explained"]), plan["explained"]
+    message = r"129 is repeated, since 4 of 128 would need 1\.\d\d GiB \(within 1\.3\d GiB memory runs out"
+    assert re.search(message, plan["explained"]), plan["explained"]
     assert "4 steps" not in plan["explained"], "nothing says that four steps don't fit"
     assert "3 steps of up to 171 would need" in plan["explained"]
 
@@ -182,9 +182,9 @@ def test_why_a_step_fewer_does_not_fit_is_said_where_its_sizes_would(
         assert found == {}
         return
     assert found["fewer_steps"].startswith(why)
-    told = changed_plan(made_up_plan(), reasons=dict(made_up_plan().provenance.reasons) | found)
-    assert told.explain().count(found["fewer_steps"]) == 2, "in the summary and under fewer steps"
-    assert "would need micro-batches of up to" not in told.explain()
+    message = changed_plan(made_up_plan(), reasons=dict(made_up_plan().provenance.reasons) | found)
+    assert message.explain().count(found["fewer_steps"]) == 2, "in the summary and under fewer steps"
+    assert "would need micro-batches of up to" not in message.explain()
 
 
 if __name__ == "__main__":

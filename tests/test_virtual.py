@@ -41,7 +41,7 @@ def outcomes(group: str) -> dict[str, str]:
     command = [sys.executable, str(HERE / "virtual_checks.py"), group]
     process = launch(command, wanted.gpu, env=clean() | wanted.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=240)
-    found = {told["check"]: told["error"] for told in map(json.loads, out.decode().splitlines())}
+    found = {message["check"]: message["error"] for message in map(json.loads, out.decode().splitlines())}
     ending = "" if process.returncode == 0 else f"the process ended with {process.returncode}:\n{err.decode()[-3000:]}"
     return {name: found.get(name, "it didn't run") or ending for name in wanted.checks}
 
@@ -121,22 +121,22 @@ def test_trace_names_what_is_not_modelled_once() -> None:
 )
 def test_a_setting_that_cannot_be_read_ends_the_process(setting: str) -> None:
     name, value = setting.split("=")
-    told = environment(VirtualGpu(), clean()) | {f"AUTOACCUM_GPU_{name}": value}
-    done = subprocess.run(["true"], env=told, capture_output=True, text=True, check=False)
+    message = environment(VirtualGpu(), clean()) | {f"AUTOACCUM_GPU_{name}": value}
+    done = subprocess.run(["true"], env=message, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and f"AUTOACCUM_GPU_{setting} is not" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--memory", "much", "--", "true"], "'much' is not an amount of memory"),
         (["--context", "17GiB", "--", "true"], "take 17.00 GiB of it"),
         (["--memory", "4GiB"], "The command to run is missing."),
     ],
 )
-def test_command_line_refuses(words: list[str], told: str) -> None:
+def test_command_line_refuses(words: list[str], message: str) -> None:
     done = on_the_command_line(*words)
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 @usable
@@ -181,8 +181,8 @@ def test_two_builders_at_once(tmp_path: Path) -> None:
     source = "from autoaccum.devices.virtual import *; print(environment(VirtualGpu(), {})['LD_PRELOAD'])"
     command, env = [sys.executable, "-c", source], clean() | {"XDG_CACHE_HOME": str(tmp_path / "with space")}
     both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = {process.communicate(timeout=120)[0] for process in both}
-    assert [process.returncode for process in both] == [0, 0] and told == {f"{build.LIBRARY}\n"}
+    message = {process.communicate(timeout=120)[0] for process in both}
+    assert [process.returncode for process in both] == [0, 0] and message == {f"{build.LIBRARY}\n"}
     (made,) = (tmp_path / "with space" / "autoaccum" / "virtual").iterdir()  # and nothing half-made beside it
     assert {build.LIBRARY, *build.ALIASES} <= {path.name for path in made.iterdir()}
     done = on_the_command_line("--", sys.executable, "-c", "import ctypes; ctypes.CDLL(None).cuInit", **env)
@@ -249,7 +249,7 @@ def pretend_torch(folder: Path, version: str, cuda: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("version", "cuda", "told"),
+    ("version", "cuda", "message"),
     [
         ("2.13.0+cpu", "None", "needs a CUDA build of torch; 2.13.0+cpu here has no CUDA"),
         ("2.5.1+cu118", "'11.8'", "knows CUDA 12 and 13; torch 2.5.1+cu118 here is built for CUDA 11.8"),
@@ -257,10 +257,10 @@ def pretend_torch(folder: Path, version: str, cuda: str, monkeypatch: pytest.Mon
         ("2.14.1+cu130", "'13.0'", "needs the CUDA headers that torch 2.14.1"),
     ],
 )
-def test_another_torch(version: str, cuda: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_torch(version: str, cuda: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_torch(tmp_path, version, cuda, monkeypatch)
     reason = available()
-    assert reason is not None and told in reason
+    assert reason is not None and message in reason
     with pytest.raises(UsageError) as error:
         environment(VirtualGpu())
     assert error.value.what == reason and error.value.why and error.value.hint

@@ -160,7 +160,7 @@ def another_process_takes_its_part() -> None:
 
 
 @check(PLAIN)
-def allocations_fail_when_told_to() -> None:
+def allocations_fail_when_asked_to() -> None:
     control.fail_next(2)  # PyTorch retries one after emptying its cache
     with pytest.raises(torch.cuda.OutOfMemoryError):
         grab(40 * MIB)
@@ -557,7 +557,7 @@ def a_replay_goes_on_from_what_was_there_and_may_free_it() -> None:
 
 
 @check(RECORDED)
-def streams_are_told_apart_and_a_block_in_use_by_another_is_held() -> None:
+def streams_are_distinguished_and_a_block_in_use_by_another_is_held() -> None:
     side = torch.cuda.Stream()
     torch.cuda.reset_peak_memory_stats()
 
