@@ -7,7 +7,7 @@ model and for a program of any device. No torch here.
                      repeated by later ones: a library's, which each CUDA recording shows anew; present from the start
     optimizer state  left behind by the first optimizer step, before the window, workspaces excluded
     gradients        born in the first micro-batch, freed by the optimizer step
-    data             the first blocks of a micro-batch, where they have the sizes of its samples' tensors
+    data             the first blocks of a micro-batch, where they outlive it or have the sizes of its samples' tensors
     activations      born before the turn from forward to backward and freed after it; or left behind by a micro-batch
                      for the next one (a module's last output)
     temporaries      everything else that is alive for part of a phase
@@ -119,11 +119,12 @@ def _state_bytes(program: StepProgram, workspaces: Sequence[Step]) -> int:
 def _kinds(program: StepProgram, phases: Sequence[Phase], split: Split, inputs: Sequence[int]) -> dict[int, str]:
     """Return the category of every block of a window."""
     births, deaths = _lives(phases)
+    held = set(_held_inputs(phases, deaths, len(program.leftover)))
     gradients = {
         block
         for block, (phase, _) in births.items()
         if phases[phase].name == FIRST and block in deaths and phases[deaths[block][0]].name == OPTIMIZER
-    }
+    } - held
     turns = _turns(phases, gradients, len(program.leftover))
     kinds = {}
     for block, born in births.items():
@@ -137,8 +138,24 @@ def _kinds(program: StepProgram, phases: Sequence[Phase], split: Split, inputs: 
         else:
             kinds[block] = ACTIVATIONS if born[1] < turns[born[0]] <= dies[1] else TEMPORARIES
     kinds.update(dict.fromkeys(_workspaces(program, phases), WORKSPACES))
+    kinds.update(dict.fromkeys(held, DATA))
     kinds.update(dict.fromkeys(_data_blocks(phases, split, inputs, len(program.leftover)), DATA))
     return kinds
+
+
+def _held_inputs(phases: Sequence[Phase], deaths: Mapping[int, _Place], leftover: int) -> Iterator[int]:
+    """Yield the first blocks of micro-batches that outlive their phase.
+
+    These are token ids, labels and masks, which are held until the next ones are copied or the step is done.
+    """
+    for index, phase in enumerate(phases):
+        if phase.name not in (FIRST, LATER):
+            continue
+        made = [event.block for event in phase.events if event.bytes > 0]
+        for block in made[leftover if phase.name == FIRST else 0 :]:
+            if block not in deaths or deaths[block][0] == index:
+                break
+            yield block
 
 
 def _workspaces(program: StepProgram, phases: Sequence[Phase]) -> Iterator[int]:
