@@ -57,7 +57,7 @@ class Workload:
         accumulate: How gradients of bf16 or fp16 parameters add up over a window: in "fp32", cast once for the
             optimizer (the default; 2 bytes a parameter more while micro-batches run), or "as_parameters", in their own
             precision, as in a plain loop: what is below a 256th of a bf16 sum is lost.
-        between: Called between windows, with the model (an evaluation, say); recorded, as it needs memory too.
+        between_steps: Called between windows, with the model (an evaluation, say); recorded, as it needs memory too.
         count: `count(batch)`, what the loss averages over or counts, read off the batch alone. A mean is then weighted
             by it instead of by samples; a `(sum, count)` loss is spared a forward pass that only counts. Left out for
             the default cross-entropy: the classes that aren't ignored.
@@ -88,7 +88,7 @@ class Workload:
     batchnorm: str | None = field(default=None, kw_only=True)
     on_nonfinite: str | None = field(default=None, kw_only=True)
     accumulate: str = field(default="fp32", kw_only=True)
-    between: Callable[[nn.Module], object] | None = field(default=None, kw_only=True)
+    between_steps: Callable[[nn.Module], object] | None = field(default=None, kw_only=True)
     count: Callable[[Batch], float | torch.Tensor] | None = field(default=None, kw_only=True)
     shared: Collection[str] = field(default=(), kw_only=True)
     per_sample: Collection[str] = field(default=(), kw_only=True)

@@ -181,7 +181,11 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "AdamW, fused": ({}, lambda p: ADAM(p, fused=True), {}),
     "mostly parameters": ({"width": 256}, lambda p: ADAM(p, foreach=True), {}),
     "mostly activations": ({"width": 32, "depth": 16}, lambda p: ADAM(p, foreach=True), {}),
-    "clipping and an average": ({}, lambda p: ADAM(p, foreach=True), {"clip_grad_norm": 1.0, "between": averaging}),
+    "clipping and an average": (
+        {},
+        lambda p: ADAM(p, foreach=True),
+        {"clip_grad_norm": 1.0, "between_steps": averaging},
+    ),
     "autocast": ({}, ADAM, {"precision": "bf16"}),
     "checkpointed": ({"depth": 8, "checkpointed": True}, ADAM, {}),
     "a large head": ({"out": 2048}, ADAM, {}),
@@ -197,7 +201,7 @@ def test_the_peak_is_not_that_of_the_first_micro_batch(name: str) -> None:
     def context_of() -> TrainingContext:
         torch.manual_seed(0)
         model = Body(**{"width": width, "depth": 4, "out": out, **shape})
-        how = {key: value(model) if key == "between" else value for key, value in more.items()}
+        how = {key: value(model) if key == "between_steps" else value for key, value in more.items()}
         return open_context(Workload(model, None, loss=default_loss, optimizer=optimizer, **how))
 
     def recorded(context: TrainingContext, size: int, steps: int) -> Recording:

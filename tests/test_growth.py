@@ -71,7 +71,7 @@ def remember(out: torch.Tensor) -> None:
 
 
 def subject_of(work: Workload) -> RecordingTarget:
-    held = holdings(work.model, loss=work.loss, between=work.between)
+    held = holdings(work.model, loss=work.loss, between_steps=work.between_steps)
     return RecordingTarget(
         step.open_context(work), work, get_device(torch.device("cpu")), 1 << 17, remove_appended=keeper(held)
     )
@@ -97,7 +97,7 @@ def test_a_list_of_outputs_is_named_with_its_line_and_emptied() -> None:
 
 
 def test_a_graph_that_an_evaluation_keeps_is_all_counted() -> None:
-    work = Workload(network(), SAMPLE, between=lambda model: history.append(model(VALIDATION)))
+    work = Workload(network(), SAMPLE, between_steps=lambda model: history.append(model(VALIDATION)))
     found = growth.probe(subject_of(work), 3)
     assert found is not None and found.undone and not history
     assert {site.phase for site in found.sites} == {BETWEEN}
@@ -182,7 +182,9 @@ def test_the_warning_at_run_time_names_the_line(growing: tuple[Plan, int], caplo
 
 def test_what_an_evaluation_keeps_is_not_taken_for_the_process(growing: tuple[Plan, int]) -> None:
     """Planning's own evaluations would be the base of the windows to come: then less and less fits."""
-    work = Workload(network(), SAMPLE, between=lambda model: history.append(model(VALIDATION.repeat(3, 1)).detach()))
+    work = Workload(
+        network(), SAMPLE, between_steps=lambda model: history.append(model(VALIDATION.repeat(3, 1)).detach())
+    )
     plan = fit_plan(work, target_batch=600, budget=committed_bytes() + 300 * MIB, check=False, timing_seconds=0)
     assert plan.split == (600,) and not history
     assert plan.memory.growth_bytes == pytest.approx(300 * CLASSES * 4, rel=0.05)

@@ -266,7 +266,7 @@ def test_planning_leaves_what_functions_hold_to_the_bit(fails: str) -> None:
         if fails == "between":
             raise ArithmeticError
 
-    work = Workload(mlp(), vectors(4), loss=loss, between=between)
+    work = Workload(mlp(), vectors(4), loss=loss, between_steps=between)
     held = [other, vars(other_optimizer), average, history, work.model]
     before = [state_of(each) for each in held]
     with pytest.raises(ArithmeticError) if fails else contextlib.nullcontext():

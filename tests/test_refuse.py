@@ -294,7 +294,7 @@ def test_a_module_that_counts_its_own_steps_is_named_once(
     assert "The forward changes" not in caplog.text  # a flag changes in the first window, too
     runner.step(vectors(16, seed=2))
     assert f"The forward changes {named}: 4 times a window, not once" in caplog.text
-    assert "in between=" in caplog.text  # what to do
+    assert "in between_steps=" in caplog.text  # what to do
     runner.step(vectors(16))
     assert caplog.text.count("The forward changes") == 1
 

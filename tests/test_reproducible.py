@@ -129,7 +129,7 @@ def test_averages_schedulers_and_metrics_come_once_per_window() -> None:
     model = mlp()
     average, metrics = Average(model), list[float]()
     work = Workload(
-        model, vectors(4), between=average, optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+        model, vectors(4), between_steps=average, optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
     )  # fmt: skip
     runner = runner_for(work, 16, 3)

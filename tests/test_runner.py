@@ -449,7 +449,7 @@ def test_a_checkpoint_of_another_workload_is_refused(part: str) -> None:
 
 def test_what_runs_between_windows_has_run_when_its_window_is_handed_out() -> None:
     message: list[str] = []
-    work = Workload(mlp(), vectors(4), between=lambda model: message.append("between"))
+    work = Workload(mlp(), vectors(4), between_steps=lambda model: message.append("between"))
     for _ in runner_for(work, 4, 2).epoch([vectors(8)]):
         message.append("result")
     assert message == ["between", "result"] * 2
@@ -472,7 +472,7 @@ def test_a_window_that_counts_otherwise_than_the_sample_is_tested_once(caplog: p
 
 @pytest.mark.parametrize(
     "change",
-    [{"clip_grad_norm": 1.0}, {"between": lambda m: None}, {"batchnorm": "frozen"}],
+    [{"clip_grad_norm": 1.0}, {"between_steps": lambda m: None}, {"batchnorm": "frozen"}],
     ids=lambda c: next(iter(c)),
 )
 def test_a_plan_for_windows_that_do_less_is_refused(change: dict[str, Any]) -> None:

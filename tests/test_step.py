@@ -372,7 +372,7 @@ def test_scheduler_clipping_step_and_between_come_once_per_window(monkeypatch: p
         optimizer=lambda params: Capture(params, lr=1.0),
         scheduler=lambda optimizer: CountedSchedule(optimizer, count),
         clip_grad_norm=1e-3,
-        between=lambda model: count("between"),
+        between_steps=lambda model: count("between"),
     )
     runner = runner_for(work, 16, 4)
     runner.context.optimizer.register_step_post_hook(lambda *_: count("optimizer"))

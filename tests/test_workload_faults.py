@@ -245,7 +245,7 @@ def test_steps_are_counted_when_they_were_taken() -> None:
     def between(model: nn.Module) -> None:
         raise ArithmeticError
 
-    runner = runner_for(Workload(mlp(), vectors(4), optimizer=Capture, between=between), 8, 4)
+    runner = runner_for(Workload(mlp(), vectors(4), optimizer=Capture, between_steps=between), 8, 4)
     with pytest.raises(ArithmeticError):
         next(iter(runner.epoch([vectors(8)])))
     assert runner.number == 1

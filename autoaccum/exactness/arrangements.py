@@ -132,7 +132,7 @@ def context_of(workload: Workload) -> TrainingContext:
         scaler=None,
         scheduler=None,
         clip_grad_norm=None,
-        between=None,
+        between_steps=None,
         metric=None,
     )
     return open_context(plain)

@@ -272,7 +272,7 @@ def environment_for(torch_device: torch.device) -> PlanningEnvironment:
 
 def _held(workload: Workload) -> Holdings:
     """What the workload's functions hold."""
-    functions = {name: getattr(workload, name) for name in ("loss", "encode", "count", "between", "metric")}
+    functions = {name: getattr(workload, name) for name in ("loss", "encode", "count", "between_steps", "metric")}
     return holdings(workload.model, **functions)
 
 

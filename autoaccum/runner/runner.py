@@ -124,7 +124,7 @@ class Runner:
 
         It is cut as the plan says.
 
-        What the workload does `between` windows is the caller's business here.
+        What the workload does in `between_steps` is the caller's business here.
 
         Args:
             batch: A pytree of tensors with the samples in dimension 0, on the host or on the device.
@@ -259,7 +259,7 @@ class Runner:
             raise UsageError(
                 "A checkpoint in the middle of a window would lose the gradients that have added up.",
                 "Training can only be resumed after a whole window.",
-                "Take it between windows: in the loop over Runner.epoch(), or in between=.",
+                "Take it between windows: in the loop over Runner.epoch(), or in between_steps=.",
             )
         return {**training_state(self.context), "limits": self.sizing.limits.as_dict()}
 

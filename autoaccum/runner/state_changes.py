@@ -72,7 +72,7 @@ class UncopiedParameters:
             raise OutOfMemory(
                 f"Out of memory in a window whose forward moves {_shown(moved)} ({failure}).",
                 "Repeated, it would move them twice, and a copy of them would cost every window its time.",
-                "Move them once per optimizer step, in between=; or load the last checkpoint and plan with less "
+                "Move them once per optimizer step, in between_steps=; or load the last checkpoint and plan with less "
                 "memory (--memory).",
             )
 
@@ -113,7 +113,7 @@ class ForwardChanges:
         return (
             f"The forward changes {_shown(counting)}: {steps} times a window, not once. A module that counts its own "
             "steps (a warm-up, a moving average, an annealed temperature) then runs ahead of the optimizer. "
-            "Let it count optimizer steps: in between=, or by the number in Runner's results."
+            "Let it count optimizer steps: in between_steps=, or by the number in Runner's results."
         )
 
 

@@ -59,7 +59,7 @@ class TrainingContext:
     clip_grad_norm: float | None = None
     count: Callable[[Batch], Any] | None = None
     accumulate: str = "fp32"
-    between: Callable[[nn.Module], object] | None = None
+    between_steps: Callable[[nn.Module], object] | None = None
     autocast_dtype: torch.dtype | None = None
     encode: Callable[[nn.Module, Batch], Any] | None = None
     batchnorm: str | None = None
@@ -122,7 +122,7 @@ def open_context(workload: Workload) -> TrainingContext:
         clip_grad_norm=workload.clip_grad_norm,
         count=workload.count or (class_count if workload.loss is None and is_pair(workload.sample) else None),
         accumulate=workload.accumulate,
-        between=workload.between,
+        between_steps=workload.between_steps,
         autocast_dtype=_DTYPES.get(workload.precision or ""),
         encode=workload.encode,
         batchnorm=workload.batchnorm,

@@ -87,7 +87,7 @@ def _window_words(context: TrainingContext) -> str:
         "clips": context.clip_grad_norm is not None,
         "scales": context.scaler is not None,
         "encodes apart": context.encode is not None,
-        "runs between windows": context.between is not None,
+        "runs between windows": context.between_steps is not None,
         "takes a metric": context.metric is not None,
         "copies ahead": context.copies.ahead,
         f"batchnorm {context.batchnorm}": context.batchnorm is not None,

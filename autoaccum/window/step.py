@@ -96,9 +96,9 @@ def train_window(
 
 def run_between(context: TrainingContext, *, on_phase: OnPhase | None = None) -> None:
     """Run what the workload does between windows, like an evaluation."""
-    if context.between is not None:
+    if context.between_steps is not None:
         with (on_phase or _no_phase)(BETWEEN):
-            context.between(context.model)
+            context.between_steps(context.model)
             _release_workspaces(context)
 
 

@@ -64,7 +64,7 @@ def wants_metric(scheduler: Any) -> bool:
     raise UsageError(
         f"{type(scheduler).__name__}.step is to be given {' and '.join(needed)}, which a window doesn't know.",
         "A scheduler is stepped once per optimizer step, with nothing or with a metric.",
-        "Give an object whose step() counts by itself, or step this one in between=, by a counter of your own.",
+        "Give an object whose step() counts by itself, or step this one in between_steps=, by a counter of your own.",
     )
 
 
