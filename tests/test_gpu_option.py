@@ -35,7 +35,7 @@ def test_a_gpu_that_is_not_here_gets_a_plan_and_a_model_too_large_an_answer(tmp_
     assert "exactness   unknown" in roomy.stdout
     tight = plan("t4")
     assert tight.returncode == 3, tight.stderr
-    assert "Not even a micro-batch of 1 fits" in tight.stderr and "sharded over" in tight.stderr
+    assert "Not even a micro-batch of 1 fits" in tight.stderr and "sharding over" in tight.stderr
 
 
 FULLER = """
