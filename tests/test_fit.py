@@ -284,7 +284,7 @@ def test_what_a_model_keeps_from_window_to_window_is_predicted() -> None:
         ({"target_batch": 0}, "target_batch is 0"),
         ({"target_batch": -3}, "at least 1"),
         ({"target_batch": 2.5}, "target_batch is 2.5"),
-        ({"target_batch": 3, "world_size": 4}, "can't be shared by 4 ranks"),
+        ({"target_batch": 3, "world_size": 4}, "cannot be shared by 4 ranks"),
         ({"budget": "much"}, "'much' is not"),
         ({"budget": "1GiB", "headroom": "2GiB"}, "leaves nothing"),
         ({"device": "cuda"}, "on cpu, not on cuda"),
@@ -342,7 +342,7 @@ def test_batch_statistics_keep_two_samples_in_a_micro_batch() -> None:
     work = Workload(net(nn.BatchNorm1d(16)), (torch.randn(4, 8), torch.zeros(4).long()))
     plan = plan_of(work, target_batch=9, max_micro_batch=3, verify=False)
     assert plan.split == (3, 3, 3)
-    with pytest.raises(UsageError, match="9 samples can't be cut into micro-batches of at least 2 and at most 2"):
+    with pytest.raises(UsageError, match="9 samples cannot be divided into micro-batches of at least 2 and at most 2"):
         plan_of(work, target_batch=9, max_micro_batch=2)
     with pytest.raises(UsageError, match="smallest micro-batch allowed, 2"):
         plan_of(work, target_batch=9, max_micro_batch=1)
