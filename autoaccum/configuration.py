@@ -45,7 +45,7 @@ class Configuration:
         """Read a flat mapping of choices.
 
         Raises:
-            UsageError: A value that can't be.
+            UsageError: An invalid value.
         """
         unknown = [name for name in values if name not in NAMES]
         if unknown:
@@ -66,7 +66,7 @@ class Configuration:
 
     def words(self) -> dict[str, str]:
         """Every choice for a person, by name, but for the micro-batch; what is as usual is left out."""
-        told = {
+        shown = {
             "precision": "" if self.precision == AS_IT_IS else self.precision,
             "checkpointing": checkpointing_words(self.checkpointing) if self.checkpointing else "",
             "channels_last": "channels last" if self.channels_last else "",
@@ -75,7 +75,7 @@ class Configuration:
             "compile": "compiled" if self.compile else "",
             "loader_workers": "" if self.loader_workers is None else f"{self.loader_workers} loader workers",
         }
-        return {name: text for name, text in told.items() if text}
+        return {name: text for name, text in shown.items() if text}
 
     def sentence(self) -> str:
         """The same in one line."""

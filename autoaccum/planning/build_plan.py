@@ -220,10 +220,10 @@ def _reasons(predictor: MemoryPredictor, split: Split, measured: Any, timed: Tim
     found = knee(timed.sizes)
     if predictor.request.objective == FASTEST and found is not None:
         most = max(size.micro_batch for size in timed.sizes)
-        told = "" if found.is_sure else ", by medians that don't decide it"
+        shown = "" if found.is_sure else ", by medians that don't decide it"
         others = f"; {-(-samples // most)} steps of up to {most} fit too" if split[0] < most else ""
         reasons["accumulation_steps"] = (
-            f"{split[0]} is the smallest micro-batch within 1 % of the fastest optimizer step{told}{others}"
+            f"{split[0]} is the smallest micro-batch within 1 % of the fastest optimizer step{shown}{others}"
         )
     return reasons
 
@@ -242,8 +242,8 @@ def _why_not_fewer(predictor: MemoryPredictor, split: Split, largest: int) -> di
     even = balanced(samples, steps)
     if even[0] > min(largest, predictor.request.most):
         return {}
-    told = f"{steps} step{'s don' if steps > 1 else ' doesn'}'t fit: {_counted(even)} {predictor.shortfall(even)}"
-    return {"fewer_steps": told + (", and neither does a larger size, repeated, with the rest" if steps > 1 else "")}
+    shown = f"{steps} step{'s don' if steps > 1 else ' doesn'}'t fit: {_counted(even)} {predictor.shortfall(even)}"
+    return {"fewer_steps": shown + (", and neither does a larger size, repeated, with the rest" if steps > 1 else "")}
 
 
 def _counted(split: Split) -> str:
@@ -311,8 +311,8 @@ def _compiled_note(predictor: MemoryPredictor) -> str:
     if not compiled.runs_compiled(predictor.subject.context):
         return "Planned as it was written, not compiled: what a compiler makes runs on no virtual GPU."
     share = predictor.compiled_share
-    told = "" if share == 1 else f" Compiled it takes {share:.0%} of that, which the figures here include."
-    return f"Recorded as it was written; its own window's sizes alone are run compiled.{told}"
+    shown = "" if share == 1 else f" Compiled it takes {share:.0%} of that, which the figures here include."
+    return f"Recorded as it was written; its own window's sizes alone are run compiled.{shown}"
 
 
 def does_not_fit(predictor: MemoryPredictor, split: Split, needed_bytes: int | None) -> DoesNotFit:
@@ -333,7 +333,7 @@ def does_not_fit(predictor: MemoryPredictor, split: Split, needed_bytes: int | N
         _keeping_less(predictor, split),
         "activation checkpointing, shorter samples, or a smaller model",
     )
-    all_told = ", ".join(text for text in helps if text)
+    all_help = ", ".join(text for text in helps if text)
     needs = (
         f"its window needs {show_bytes(needed_bytes)}, the budget is {show_bytes(budget.bytes)}; "
         f"{show_bytes(missing)} ({missing:,} bytes) are missing."
@@ -344,7 +344,7 @@ def does_not_fit(predictor: MemoryPredictor, split: Split, needed_bytes: int | N
         f"Not even a micro-batch of {split[0]} fits: {needs}",
         f"{show_bytes(predictor.baseline_bytes)} of it are {predictor.baseline_words}; "
         f"the tightest limit is {budget.binding_constraint}.",
-        f"What would help: {all_told}.",
+        f"What would help: {all_help}.",
         missing_bytes=missing,
     )
 

@@ -309,7 +309,7 @@ def _look(
     *,
     compiles: bool,
 ) -> MemoryPredictor:
-    """Records until the answer is predicted, compiles at its sizes, then reads what there is to be used."""
+    """Record until the answer is predicted, compile, then read the budget."""
     sample_bytes = subject.sample_bytes
 
     def predictor(evidence: Evidence, state_bytes: int) -> MemoryPredictor:

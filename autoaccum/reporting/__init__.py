@@ -57,7 +57,7 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
     if suffix not in SUFFIXES:
         raise UsageError(
             f"{os.fspath(path)!r} doesn't end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.",
-            "A report's form is told by the file's suffix.",
+            "The file's suffix chooses the report's form.",
             "autoaccum report plan.json -o report.html",
         )
     return suffix

@@ -103,7 +103,7 @@ def _figures(plan: Plan) -> Rows:
             ("peak in memory", plan.evidence.resident_peak_bytes, "bytes", real, "the part that was resident at once")
         )
     if plan.timing.window_seconds is not None:
-        why = "reckoned from the verification's windows, by samples"
+        why = "estimated from the verification's windows, by samples"
         rows.append(("optimizer step", plan.timing.window_seconds, "seconds", real, why))
     if plan.provenance.planning_seconds and not plan.device.is_virtual:  # a virtual GPU has no times
         rows.append(("planning", plan.provenance.planning_seconds, "seconds", real, ""))
@@ -186,20 +186,20 @@ def _plans(plan: Plan) -> Rows:
     for steps in sorted({*_known_steps(table, samples, plan.accumulation_steps), plan.accumulation_steps}):
         chosen = steps == plan.accumulation_steps
         if chosen:  # its split needn't be balanced, and it fits by replays within the budget
-            told, largest, peak, fits = (
+            shown, largest, peak, fits = (
                 show_runs(Counter(plan.split)),
                 plan.micro_batch,
                 plan.predicted_peak_bytes,
                 True,
             )
         else:
-            told, largest, last = show_split(samples, steps), -(-samples // steps), samples // steps
+            shown, largest, last = show_split(samples, steps), -(-samples // steps), samples // steps
             second = largest if samples % steps != 1 else last
             found = table.peak_of(samples, steps, largest, second, last)
             assert found is not None, "the table has both sizes"
             peak, fits = found, found <= usable_bytes(plan) and largest <= (plan.request.max_micro_batch or largest)
         rows.append(
-            {"accumulation_steps": steps, "split": told, "micro_batch": largest}
+            {"accumulation_steps": steps, "split": shown, "micro_batch": largest}
             | {"peak_bytes": peak, "free_bytes": plan.budget_bytes - peak, "fits": fits, "passes": steps}
             | {"step_seconds": times.get(largest), "chosen": chosen, "kind": Kind.PREDICTED}
         )

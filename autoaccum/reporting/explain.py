@@ -1,4 +1,4 @@
-"""A plan, told to a person: a summary of a few lines, and the whole derivation. Needs no model and no torch."""
+"""A plan as text: a summary of a few lines, and the whole derivation. Needs no model and no torch."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def _limit(plan: Plan) -> str:
 def _recorded(plan: Plan) -> str:
     sizes = ", ".join(str(note.micro_batch) for note in plan.evidence.recordings)
     last = plan.evidence.recordings[-1]
-    told = f"windows of two micro-batches of {sizes}"
+    shown = f"windows of two micro-batches of {sizes}"
     if last.predicted_bytes is None:
-        return told
+        return shown
     error = last.predicted_bytes / last.measured_bytes - 1
-    return f"{told}; the last had been predicted to {error:+.2%}"
+    return f"{shown}; the last had been predicted to {error:+.2%}"
 
 
 def _split(plan: Plan) -> str:
@@ -82,19 +82,19 @@ def _tuned(plan: Plan) -> str:
 
 
 def _peak(plan: Plan) -> str:
-    told = f"{show_bytes(plan.predicted_peak_bytes)} {'reserved' if plan.on_cuda else 'committed'}, predicted"
+    shown = f"{show_bytes(plan.predicted_peak_bytes)} {'reserved' if plan.on_cuda else 'committed'}, predicted"
     if plan.measured_peak_bytes is None:
-        return f"{told}; not verified"
+        return f"{shown}; not verified"
     here = plan.evidence.this_process_peak_bytes or plan.predicted_peak_bytes
     error = here / plan.measured_peak_bytes - 1
     if here != plan.predicted_peak_bytes:
-        told += f", {show_bytes(here)} in the process that planned"
+        shown += f", {show_bytes(here)} in the process that planned"
     part = (
         f"{show_bytes(plan.evidence.allocated_peak_bytes or 0)} of it allocated"
         if plan.on_cuda
         else f"{show_bytes(plan.evidence.resident_peak_bytes or 0)} of it resident"
     )
-    return f"{told}; {show_bytes(plan.measured_peak_bytes)} {_place(plan)} ({error:+.1%}), {part}"
+    return f"{shown}; {show_bytes(plan.measured_peak_bytes)} {_place(plan)} ({error:+.1%}), {part}"
 
 
 def _by_hand(plan: Plan) -> str:
@@ -127,13 +127,13 @@ def _why(plan: Plan) -> str:
 def _largest(plan: Plan) -> str:
     if plan.schedule.largest_is_capped:
         return f"at least {plan.largest_micro_batch}: nothing larger was asked for"
-    told = f"a micro-batch of {plan.largest_micro_batch} is the largest that fits"
+    shown = f"a micro-batch of {plan.largest_micro_batch} is the largest that fits"
     if plan.largest_micro_batch < plan.micro_batch:
-        told = f"{told} all through a window; {plan.micro_batch} does beside smaller ones"
+        shown = f"{shown} all through a window; {plan.micro_batch} does beside smaller ones"
     if not plan.on_cuda or plan.schedule.largest_without_retries is None:
-        return told
+        return shown
     return (
-        f"{told}; {plan.schedule.largest_without_retries} without the allocator ever giving its cache back, "
+        f"{shown}; {plan.schedule.largest_without_retries} without the allocator ever giving its cache back, "
         f"{plan.schedule.largest_with_expandable_segments} with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
     )
 
@@ -196,14 +196,14 @@ def _fewer_steps(plan: Plan) -> list[str]:
     size, total = needed
     over = total - plan.budget_bytes
     if over > 0:
-        told = f"{show_bytes(over)} over the budget"
+        shown = f"{show_bytes(over)} over the budget"
     elif total > 0.98 * plan.budget_bytes:
-        told = "within the budget, but not with 2 % to spare"
+        shown = "within the budget, but not with 2 % to spare"
     elif plan.request.objective == FASTEST:
-        told = "it would fit, and isn't faster"
+        shown = "it would fit, and isn't faster"
     else:
-        told = "it would fit, but so large a micro-batch isn't allowed"
-    return [*lines, f"  {steps} would need micro-batches of up to {size}, {show_bytes(total)} in all: {told}"]
+        shown = "it would fit, but so large a micro-batch isn't allowed"
+    return [*lines, f"  {steps} would need micro-batches of up to {size}, {show_bytes(total)} in all: {shown}"]
 
 
 def _origin(plan: Plan) -> list[str]:

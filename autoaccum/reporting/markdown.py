@@ -19,13 +19,13 @@ def render(plan: Plan) -> str:
     data: dict[str, Rows] = {name: frame.to_dict("records") for name, frame in frames(plan).items()}
     parts = [f"# {escape(words.title(plan))}: autoaccum report", escape(words.answer(plan))]
     figures = [
-        [row["figure"], _told(row["value"], row["unit"]), row["kind"].value, row["why"]] for row in data["figures"]
+        [row["figure"], _shown(row["value"], row["unit"]), row["kind"].value, row["why"]] for row in data["figures"]
     ]
     parts.append(table(["figure", "value", "kind", "why"], figures))
     parts += [escape(words.fewer(plan)), escape(words.bytes_note(plan))]
     if data["composition"]:
         parts += ["## What lives at the peak (predicted)", _composition(plan)]
-    parts += ["## Time per optimizer step", escape(words.knee_told(plan))]
+    parts += ["## Time per optimizer step", escape(words.knee_sentence(plan))]
     if data["times"]:
         parts.append(_times(data["times"]))
     if data["plans"]:
@@ -36,7 +36,7 @@ def render(plan: Plan) -> str:
         [
             row["micro_batch"],
             show_bytes(row["measured_bytes"]),
-            _told(row["predicted_bytes"], "bytes"),
+            _shown(row["predicted_bytes"], "bytes"),
             row["kind"].value,
         ]
         for row in data["recordings"]
@@ -57,7 +57,7 @@ def escape(text: object) -> str:
 def _composition(plan: Plan) -> str:
     names = list(dict.fromkeys(name for parts in plan.memory.composition.values() for name in parts))
     rows = [
-        [words.category(plan, name), *(_told(parts.get(name), "bytes") for parts in plan.memory.composition.values())]
+        [words.category(plan, name), *(_shown(parts.get(name), "bytes") for parts in plan.memory.composition.values())]
         for name in names
     ]
     rows.append(["in all", *(show_bytes(sum(parts.values())) for parts in plan.memory.composition.values())])
@@ -82,7 +82,7 @@ def _plans(rows: Rows) -> str:
     return table(["steps", "micro-batches", "peak", "free", "fits", "seconds"], shown)
 
 
-def _told(value: object, unit: str) -> str:
+def _shown(value: object, unit: str) -> str:
     if unit == "bytes":
         return show_bytes(value) if isinstance(value, int) else words.NONE
     return f"{words.number(value)} {unit}".strip()

@@ -75,10 +75,10 @@ def _tiles(figures: Rows) -> Rows:
     """The figures that the page begins with."""
     shown = ("micro-batch", "accumulation steps", "peak, predicted", "peak, measured", "budget", "optimizer step")
     found = {row["figure"]: row for row in figures}
-    return [found[name] | {"told": _told(found[name])} for name in shown if name in found]
+    return [found[name] | {"shown": _shown(found[name])} for name in shown if name in found]
 
 
-def _told(row: dict[str, Any]) -> str:
+def _shown(row: dict[str, Any]) -> str:
     if row["unit"] == "bytes":
         return show_bytes(row["value"])
     return f"{row['value']:.3g} s" if row["unit"] == "seconds" else f"{row['value']:,}"

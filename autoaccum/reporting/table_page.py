@@ -19,7 +19,7 @@ class Bar:
 
     label: str
     percent: float
-    told: str
+    shown: str
     strong: bool = False
 
 
@@ -59,7 +59,7 @@ class Tile:
     """A figure that the page begins with."""
 
     label: str
-    told: str
+    shown: str
     kind: Kind
 
 

@@ -152,8 +152,8 @@ const whatIf = (() => {
   const showBytes = (size) => {
     if (Math.abs(size) < 1024) return `${size} B`;
     for (const [unit, bytes] of [["KiB", 2 ** 10], ["MiB", 2 ** 20]]) {
-      const told = (size / bytes).toFixed(1);
-      if (Math.abs(Number(told)) < 1024) return `${told} ${unit}`;
+      const shown = (size / bytes).toFixed(1);
+      if (Math.abs(Number(shown)) < 1024) return `${shown} ${unit}`;
     }
     return `${(size / 2 ** 30).toFixed(2)} GiB`;
   };

@@ -49,7 +49,7 @@ class Table:
         rows: Peaks by micro-batch, above base and data; ascending. Not empty.
         baseline_bytes: What the process takes before it trains.
         history_bytes: What the planning process's history adds.
-        malloc_overhead: Part of what training takes that is reckoned on top.
+        malloc_overhead: Fraction of training's memory that is added for malloc.
         sample_bytes: What each sample of the window takes; 0 where they are not held in this memory.
         world_size: Ranks that share the target.
         least: The smallest micro-batch allowed.

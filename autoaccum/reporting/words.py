@@ -33,7 +33,7 @@ def answer(plan: Plan) -> str:
     )
 
 
-def knee_told(plan: Plan) -> str:
+def knee_sentence(plan: Plan) -> str:
     """The time of an optimizer step and where larger micro-batches stop being faster, as far as it was measured."""
     found = knee.describe(plan)
     if found is not None:
