@@ -481,7 +481,7 @@ def test_counts_are_written_with_commas_and_in_good_english() -> None:
     many = a_plan(target_batch=10_000, split=(1,) * 10_000, micro_batch=1, accumulation_steps=10_000)
     assert "accumulate 10,000 micro-batches of 1:" in words.answer(many)
     assert words.fewer(many) == "9,999 steps would fit too, by the table of peaks: plan again to see."
-    tight = replace(a_plan(), budget=replace(a_plan().memory.budget, bytes=1390 * MIB))
+    tight = changed_plan(a_plan(), budget=replace(a_plan().memory.budget, bytes=1390 * MIB))
     assert words.fewer(tight).startswith("7 steps would need micro-batches of up to 74 and 1.40 GiB, 40.0 MiB over")
     for plan in (many, tight):
         assert "by the measured" not in words.answer(plan) and "the first 1 are" not in render(plan, ".html")
