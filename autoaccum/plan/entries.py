@@ -1,4 +1,4 @@
-"""Rows of a plan's tables: sample leaves, peaks, recordings, timeline, timed sizes. No torch here."""
+"""Define the rows of a plan's tables. No torch here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class LeafForm:
 
 @dataclass(frozen=True)
 class PeakRow:
-    """Peaks of a window of equal micro-batches, by phase, in bytes above the baseline and without a limit.
+    """Peaks of a window of equal micro-batches, by phase.
+
+    In bytes above the baseline, without a limit.
 
     Attributes:
         micro_batch: Samples in each micro-batch.
@@ -39,7 +41,7 @@ class PeakRow:
     between_bytes: int = 0
 
     def peak_bytes(self, steps: int) -> int:
-        """Return the peak of a window of `steps` such micro-batches; one step has no later micro-batch."""
+        """Return the peak of a window of `steps` such micro-batches."""
         later = self.later_bytes if steps > 1 else 0
         return max(self.first_bytes, later, self.optimizer_bytes, self.between_bytes)
 
@@ -96,7 +98,7 @@ class TimelinePart:
 
 @dataclass(frozen=True)
 class TimedSize:
-    """The measured time of an optimizer step of the plan's effective batch, with micro-batches of one size.
+    """Measured time of an optimizer step with micro-batches of one size.
 
     Attributes:
         micro_batch: The largest micro-batch of the split.

@@ -1,4 +1,4 @@
-"""`Plan`: seven sections, the properties that people type, and its JSON. No torch here."""
+"""Define `Plan`: seven sections, properties and JSON. No torch here."""
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ class Plan:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether bytes are reserved bytes of a CUDA device; else they are committed bytes of a process."""
+        """Whether bytes are a CUDA device's reserved bytes, not committed ones."""
         return self.device.name != "cpu"
 
     @property
     def verified(self) -> bool:
-        """Whether the plan's window was run for real and its peak was the predicted one."""
+        """Whether the plan's window was run and its peak was as predicted."""
         return self.measured_peak_bytes is not None
 
     def fewer_steps_need(self) -> tuple[int, int] | None:
@@ -176,7 +176,7 @@ class Plan:
         write_whole(path, self.to_json().encode())
 
     def explain(self) -> str:
-        """Return how each number was derived, and what one accumulation step fewer would have needed."""
+        """Return how each number was derived, and what fewer steps need."""
         from ..reporting.explain import explain
 
         return explain(self)
@@ -189,7 +189,7 @@ _INNERMOST = re.compile(r"[\[{]\n[^\[\]{}]*?\n *[\]}]")
 
 
 def _folded(text: str) -> str:
-    """Fold the innermost lists and objects of indented JSON into lines, so that a table is read by rows.
+    """Fold the innermost lists and objects of indented JSON into lines.
 
     A line break within a string is written as an escape, so that nothing inside a string is folded.
     """

@@ -154,13 +154,17 @@ def _no_number(name: str) -> Any:
 
 
 def _contradiction(plan: Plan) -> str | None:
-    """Return the first inconsistency or missing reason in words; None if there is none."""
+    """Return the first inconsistency or missing reason, or None."""
     checks = (*_schedule_checks(plan), *_memory_checks(plan), *_evidence_checks(plan))
     return next((wrong for holds, wrong in checks if not holds), None) or _wrong_configuration(plan)
 
 
 def _schedule_checks(plan: Plan) -> tuple[tuple[bool, str], ...]:
-    """Check that split, steps, ranks and target agree; pairs of whether, and the message if not."""
+    """Check that split, steps, ranks and target agree.
+
+    Returns:
+        Pairs: whether it holds, and the message if it doesn't.
+    """
     split, target, ranks = plan.split, plan.target_batch, plan.world_size
     parts = f"the split {split if len(split) < 9 else f'of {len(split)} micro-batches'}"
     return (
@@ -177,7 +181,7 @@ def _schedule_checks(plan: Plan) -> tuple[tuple[bool, str], ...]:
 
 
 def _memory_checks(plan: Plan) -> tuple[tuple[bool, str], ...]:
-    """Check budget, phases, timeline and reasons; pairs of whether, and the message if not."""
+    """Check budget, phases, timeline and reasons, likewise."""
     memory, budget = plan.memory, plan.memory.budget
     unknown = sorted(set(memory.phases) - set(PHASE_TITLES))
     reasons = (*_NEEDED_REASONS, *(name for name in ("history_bytes", "malloc_overhead") if getattr(memory, name)))

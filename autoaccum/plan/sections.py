@@ -1,4 +1,4 @@
-"""The seven sections of a plan: request, schedule, memory, evidence, timing, provenance, device. No torch here.
+"""Define the seven sections of a plan. No torch here.
 
 No two sections have a field of the same name.
 """
@@ -70,7 +70,9 @@ class ScheduleSection:
 
 @dataclass(frozen=True)
 class MemorySection:
-    """Predicted memory: committed bytes of a process on the CPU, reserved bytes of the device on CUDA.
+    """Predicted memory of a window.
+
+    Committed bytes of a process on the CPU, reserved bytes of the device on CUDA.
 
     Attributes:
         budget: What training may use, and why.
@@ -113,7 +115,7 @@ class MemorySection:
 
 @dataclass(frozen=True)
 class EvidenceSection:
-    """Recordings, the verification run and the gradient test that the plan rests on.
+    """Recordings, verification and gradient test that the plan rests on.
 
     Attributes:
         method: "replayed" from a step program, or "bracketed", measured size by size.
@@ -154,7 +156,7 @@ class TimingSection:
 
 @dataclass(frozen=True)
 class ProvenanceSection:
-    """What the plan was created from, and why its numbers are what they are.
+    """Origin of the plan, and the reasons of its numbers.
 
     Attributes:
         signature: The tensors of a batch.
@@ -175,7 +177,7 @@ class ProvenanceSection:
 
 @dataclass(frozen=True)
 class DeviceSection:
-    """The device that the plan is for, and the allocator settings that it depends on.
+    """Device of the plan, and the allocator settings it depends on.
 
     Attributes:
         name: "cpu", or the GPU's name.

@@ -36,7 +36,7 @@ def plan_on_gpu(
     progress: Callable[[str], None],
     change: Callable[[Workload], Workload] = lambda workload: workload,
 ) -> Plan:
-    """Plan a workload in this process, on the GPU that it sees, for training in another.
+    """Plan in this process, on its GPU, for training in another.
 
     Args:
         source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was given.

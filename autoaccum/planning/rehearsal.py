@@ -105,7 +105,7 @@ def _rehearsed(subject: RecordingTarget, n: int) -> str:
 
 
 class NoPlace(torch.OutOfMemoryError):
-    """The allocator would have no place for a block; it was not requested."""
+    """The allocator would have no room for a block."""
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
