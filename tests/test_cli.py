@@ -281,8 +281,8 @@ def test_a_checkpoint_goes_on_with_a_smaller_micro_batch_but_not_with_another_ta
 
 def test_where_a_cap_decided_the_plan_says_so(folder: Path) -> None:
     out = run("explain", "plan.json", cwd=folder)
-    assert "micro-batches of at most 16 allow" in out.stdout and "isn't allowed" in out.stdout
-    assert "2 % to spare" not in out.stdout
+    assert "micro-batches of at most 16 allow" in out.stdout and "does not allow this size" in out.stdout
+    assert "keeps 2 % free" not in out.stdout
 
 
 def test_a_broken_checkpoint_is_refused_in_words(folder: Path) -> None:

@@ -295,7 +295,7 @@ def test_a_plan_is_explained_from_its_file_alone_where_torch_cannot_be_imported(
     message = without_torch(f"from autoaccum import Plan\nprint(Plan.load({str(tmp_path / 'plan.json')!r}).explain())")
     for phase in ("first micro-batch", "later micro-batch", "optimizer step", "between windows"):
         assert phase in message
-    assert "4 would need micro-batches of up to 64, 2.87 GiB in all: 940.0 MiB over the budget" in message
+    assert "4 would need micro-batches of up to 64, 2.87 GiB in total: 940.0 MiB over the budget" in message
     assert "1 of 52 and 4 of 51 samples = 256 x 2 ranks" in message
     assert "a reason for accumulation_steps" in message
 
@@ -321,7 +321,7 @@ def test_plans_without_verification_or_with_one_step_explain_themselves() -> Non
         split=(256,), micro_batch=256, accumulation_steps=1,
     ).explain()  # fmt: skip
     assert "not verified" in message
-    assert "there are none: one step is the least" in message
+    assert "none: one step is the minimum" in message
 
 
 def test_a_workload_called_script_is_shown_and_not_run() -> None:

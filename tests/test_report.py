@@ -480,7 +480,7 @@ def test_on_a_phone_nothing_is_cut_off_and_tables_keep_one_line_for_their_heads(
 def test_counts_are_written_with_commas_and_in_good_english() -> None:
     many = a_plan(target_batch=10_000, split=(1,) * 10_000, micro_batch=1, accumulation_steps=10_000)
     assert "accumulate 10,000 micro-batches of 1:" in words.answer(many)
-    assert words.fewer(many) == "9,999 steps would fit too, by the table of peaks: plan again to see."
+    assert words.fewer(many) == "9,999 steps would fit too, according to the table of peaks: plan again to verify."
     tight = changed_plan(a_plan(), budget=replace(a_plan().memory.budget, bytes=1390 * MIB))
     assert words.fewer(tight).startswith("7 steps would need micro-batches of up to 74 and 1.40 GiB, 40.0 MiB over")
     for plan in (many, tight):
@@ -565,7 +565,12 @@ def test_the_page_is_one_small_file_that_loads_nothing() -> None:
 def test_without_javascript_the_page_is_a_whole_report() -> None:
     page = render(a_plan(), ".html")
     assert re.search(r'<section id="what-if"[^>]* hidden>', page) and "<noscript>" in page
-    for title in ("Peak against micro-batch", "What lives at the peak", "Through the window", "All plans for 512"):
+    for title in (
+        "Peak against micro-batch",
+        "Memory at the peak",
+        "Live memory through the window",
+        "All plans for 512",
+    ):
         assert title in page
     answer = re.search(r"<h1>(.*?)</h1>", page)
     assert answer is not None and "accumulate 8 micro-batches of 64" in answer[1]

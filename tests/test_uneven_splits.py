@@ -160,7 +160,7 @@ def test_a_size_that_fits_beside_a_smaller_one_only_is_not_the_largest_that_fits
 
 def test_the_summary_says_that_the_largest_is_smaller_than_the_plans() -> None:
     plan = changed_plan(made_up_plan(), largest_micro_batch=51, largest_is_capped=False)
-    assert "a micro-batch of 51 is the largest that fits all through a window; 52 does beside" in plan.explain()
+    assert "a micro-batch of 51 is the largest that fits throughout a window; 52 fits beside" in plan.explain()
     plan = changed_plan(plan, largest_micro_batch=57)
     assert "a micro-batch of 57 is the largest that fits" in plan.explain() and "beside" not in plan.explain()
 

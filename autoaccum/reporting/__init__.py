@@ -17,30 +17,30 @@ SUFFIXES = (".html", ".md", ".csv", ".json")
 
 
 def frames(plan: Plan) -> dict[str, pd.DataFrame]:
-    """The plan's figures as pandas frames; see `data.frames`, which says what each holds."""
+    """Return the plan's figures as pandas frames, described at `data.frames`."""
     from . import data
 
     return data.frames(plan)
 
 
 def render(plan: Plan, suffix: str = ".html") -> str:
-    """The report's text.
+    """Return the report's text.
 
     Args:
         plan: Any plan.
         suffix: ".html", ".md", ".csv" or ".json".
 
     Raises:
-        UsageError: Another suffix.
+        UsageError: The suffix is none of these.
     """
     return _renderer(suffix)(plan)
 
 
 def write(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Writes the report in the form that the file's suffix names, whole or not at all.
+    """Write the report atomically, in the format that the file's suffix selects.
 
     Raises:
-        UsageError: Another suffix, or a file that can't be written.
+        UsageError: The suffix is none of `SUFFIXES`, or the file cannot be written.
     """
     from ..files.whole import write_whole
 
@@ -48,16 +48,16 @@ def write(plan: Plan, path: str | os.PathLike[str]) -> None:
 
 
 def check_suffix(path: str | os.PathLike[str]) -> str:
-    """The path's suffix.
+    """Return the path's suffix, in lower case.
 
     Raises:
-        UsageError: It is none of a report's.
+        UsageError: It is none of `SUFFIXES`.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(
             f"{os.fspath(path)!r} doesn't end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.",
-            "The file's suffix chooses the report's form.",
+            "The file's suffix selects the report's format.",
             "autoaccum report plan.json -o report.html",
         )
     return suffix

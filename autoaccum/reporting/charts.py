@@ -1,4 +1,8 @@
-"""Geometry of the page's charts: paths in a square of 1000, places in percent. Numbers only, so nothing to escape."""
+"""Compute the geometry of the page's charts.
+
+Paths lie in a square of 1000 units, marks and ticks are placed in percent. Charts contain numbers and the package's own
+labels only, so nothing needs escaping.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point, a line across, a band, or a range from `y` up, in percent of the plot."""
+    """A point, horizontal line, band or range from `y` up, in percent."""
 
     name: str
     x: float
@@ -37,11 +41,11 @@ class Chart:
     """A plot.
 
     Attributes:
-        x_most: What its width stands for.
-        y_most: What its height stands for.
-        paths: By name, what the SVG draws.
-        x_ticks: Marks below.
-        y_ticks: Marks at the left.
+        x_most: The value at the right edge.
+        y_most: The value at the upper edge.
+        paths: SVG path data by name.
+        x_ticks: Ticks of the horizontal axis.
+        y_ticks: Ticks of the vertical axis.
         marks: Points and lines, placed over the SVG so that they keep their shape at every width.
     """
 
@@ -54,7 +58,7 @@ class Chart:
 
 
 def peaks(plan: Plan, rows: Rows, points: Rows) -> Chart | None:
-    """Peak against micro-batch; None where the plan has no table."""
+    """Plot peak against micro-batch; None if the plan has no table."""
     if len(rows) < 2:
         return None
     x_most = float(rows[-1]["micro_batch"])
@@ -73,7 +77,10 @@ def peaks(plan: Plan, rows: Rows, points: Rows) -> Chart | None:
 
 
 def timeline(plan: Plan, rows: Rows) -> Chart | None:
-    """What is alive through the window, each phase as wide as the others; None where the plan has no timeline."""
+    """Plot live bytes through the window, each phase equally wide.
+
+    None if the plan has no timeline.
+    """
     if not rows:
         return None
     parts = rows[-1]["part"] + 1
@@ -91,14 +98,15 @@ def timeline(plan: Plan, rows: Rows) -> Chart | None:
 
 
 def times(rows: Rows) -> Chart | None:
-    """Seconds per optimizer step against micro-batch, with each size's spread; None where fewer than two were timed.
+    """Plot seconds per optimizer step against micro-batch, with each size's range.
 
-    Sizes double from one to the next, so the axis does too.
+    Timed sizes about double from one to the next, so the horizontal axis is logarithmic. None if fewer than two sizes
+    were timed.
     """
     if len(rows) < 2:
         return None
     places = [math.log2(row["micro_batch"] / rows[0]["micro_batch"]) for row in rows]
-    x_most = places[-1] + 0.5 + 0.5  # half a doubling free at each side
+    x_most = places[-1] + 0.5 + 0.5  # a margin of half a doubling at each side
     y_most = 1.15 * max(row["high_seconds"] for row in rows)
     line = [(x + 0.5, row["step_seconds"]) for x, row in zip(places, rows, strict=True)]
     marks = [
@@ -118,7 +126,7 @@ def times(rows: Rows) -> Chart | None:
 
 
 def byte_ticks(most: float) -> tuple[Tick, ...]:
-    """At most six marks at round numbers of bytes, from 0 on."""
+    """Return at most six ticks at round numbers of bytes, from 0."""
     step = 1
     while most / step > 5.5:
         step *= 2
@@ -138,7 +146,7 @@ def _number_ticks(most: float) -> tuple[Tick, ...]:
 
 
 def _round_up(most: float) -> float:
-    """A little more than the most, so that a line at the top can be seen."""
+    """Add a margin, so that a line at the top is visible."""
     return 1.04 * most or 1.0
 
 

@@ -1,4 +1,4 @@
-"""A plan's figures as pandas frames: what every report is rendered from. Needs no model, no GPU and no torch."""
+"""Collect a plan's figures in pandas frames, for every report. No torch."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 
-MOST_PLANS = 2000  # rows of `plans`: a page's script and a spreadsheet have to take them
+MOST_PLANS = 2000  # rows of `plans`, so that browsers and spreadsheets can display them
 
 
 def frames(plan: Plan) -> dict[str, pd.DataFrame]:
-    """The plan's figures, as one frame for each question.
+    """Return the plan's figures, one frame for each topic.
 
     Args:
         plan: Any plan, also one read from a file.
 
     Returns:
         By name, in the order in which a report shows them. Columns that end in `_bytes` are whole numbers of bytes,
-        those in `_seconds` are seconds; `kind` says how the figures of its row came to be.
+        those in `_seconds` are seconds; `kind` states the source of the figures of its row, such as measured.
 
         - `figures`: the plan's chosen numbers (`figure`, `value`, `unit`, `kind`, `why`).
         - `peaks`: `micro_batch`, `first_bytes`, `later_bytes`, `optimizer_bytes`, `between_bytes`, `peak_bytes` of the
           whole process, `fits`.
-        - `points`: what was recorded or verified (`point`, `micro_batch`, `peak_bytes`, `kind`).
+        - `points`: the sizes recorded, chosen and verified (`point`, `micro_batch`, `peak_bytes`, `kind`).
         - `composition`: `phase`, `category`, `bytes`.
         - `timeline`: `part`, `phase`, `micro_batch`, `position` (0 to 1 within the part), `bytes`.
         - `times`: `micro_batch`, `step_seconds` (the median), `low_seconds` and `high_seconds` (of the rounds),
-          `windows` (how many), `ratio` to the fastest, `ratio_low` and `ratio_high` (95 %), `is_knee`, `may_be_knee`.
-        - `plans`: the numbers of steps for the target that the table knows; of more than 2,000, for each largest
-          micro-batch the fewest steps (`accumulation_steps`, `split`,
+          `windows` (a number), `ratio` to the fastest, `ratio_low` and `ratio_high` (95 %), `is_knee`, `may_be_knee`.
+        - `plans`: the numbers of steps for the target that the table has peaks for; if more than 2,000, for each
+          largest micro-batch the fewest steps (`accumulation_steps`, `split`,
           `peak_bytes`, `free_bytes`, `fits`, `passes`, `step_seconds`, `chosen`).
         - `recordings`: `micro_batch`, `passes`, `seconds`, `measured_bytes`, `predicted_bytes`, `error`.
         - `budget`: `limit`, `bytes`, `why`, `is_binding`.
@@ -63,18 +63,18 @@ def frames(plan: Plan) -> dict[str, pd.DataFrame]:
 
 
 def usable_bytes(plan: Plan) -> int:
-    """The budget less the margin that a plan keeps."""
+    """Return the budget less the margin that a plan keeps free."""
     return int(plan.budget_bytes * (1 - CAPACITY_MARGIN))
 
 
 def show_split(samples: int, steps: int) -> str:
-    """The number and size of a balanced split's micro-batches, like "1 x 52 + 4 x 51"."""
+    """Format a balanced split as "1 x 52 + 4 x 51"."""
     size, larger = divmod(samples, steps)
     return show_runs({size + 1: larger, size: steps - larger})
 
 
 def show_runs(counts: Mapping[int, int]) -> str:
-    """How many micro-batches there are of each size."""
+    """Format the number of micro-batches of each size."""
     return " + ".join(f"{count} \u00d7 {size}" for size, count in counts.items() if count)
 
 
@@ -99,11 +99,9 @@ def _figures(plan: Plan) -> Rows:
     if plan.measured_peak_bytes is not None:
         rows.append(("peak, measured", plan.measured_peak_bytes, "bytes", real, reasons.get("measured_peak_bytes", "")))
     if plan.evidence.resident_peak_bytes is not None and plan.device.name == "cpu":
-        rows.append(
-            ("peak in memory", plan.evidence.resident_peak_bytes, "bytes", real, "the part that was resident at once")
-        )
+        rows.append(("peak in memory", plan.evidence.resident_peak_bytes, "bytes", real, "peak of the resident part"))
     if plan.timing.window_seconds is not None:
-        why = "estimated from the verification's windows, by samples"
+        why = "estimated from the verification run, in proportion to the samples"
         rows.append(("optimizer step", plan.timing.window_seconds, "seconds", real, why))
     if plan.provenance.planning_seconds and not plan.device.is_virtual:  # a virtual GPU has no times
         rows.append(("planning", plan.provenance.planning_seconds, "seconds", real, ""))
@@ -111,7 +109,13 @@ def _figures(plan: Plan) -> Rows:
 
 
 def total_bytes(plan: Plan, row: PeakRow, samples: int | None = None) -> int:
-    """What the process comes to with micro-batches of a row's size and the plan's own samples, summed or given."""
+    """Return the process's peak in bytes with micro-batches of a row's size.
+
+    Args:
+        plan: Any plan.
+        row: The row.
+        samples: Samples in the window; None for the plan's, whose sum costs time in a loop.
+    """
     steps = -(-(samples or sum(plan.split)) // row.micro_batch)
     training = plan.memory.input_bytes + plan.memory.history_bytes + row.peak_bytes(steps)
     return plan.memory.baseline_bytes + training + int(plan.memory.malloc_overhead * training)
@@ -185,21 +189,17 @@ def _plans(plan: Plan) -> Rows:
     rows: Rows = []
     for steps in sorted({*_known_steps(table, samples, plan.accumulation_steps), plan.accumulation_steps}):
         chosen = steps == plan.accumulation_steps
-        if chosen:  # its split needn't be balanced, and it fits by replays within the budget
-            shown, largest, peak, fits = (
-                show_runs(Counter(plan.split)),
-                plan.micro_batch,
-                plan.predicted_peak_bytes,
-                True,
-            )
+        if chosen:  # its split may be uneven, and replays within the budget found that it fits
+            split, largest = show_runs(Counter(plan.split)), plan.micro_batch
+            peak, fits = plan.predicted_peak_bytes, True
         else:
-            shown, largest, last = show_split(samples, steps), -(-samples // steps), samples // steps
+            split, largest, last = show_split(samples, steps), -(-samples // steps), samples // steps
             second = largest if samples % steps != 1 else last
             found = table.peak_of(samples, steps, largest, second, last)
             assert found is not None, "the table has both sizes"
             peak, fits = found, found <= usable_bytes(plan) and largest <= (plan.request.max_micro_batch or largest)
         rows.append(
-            {"accumulation_steps": steps, "split": shown, "micro_batch": largest}
+            {"accumulation_steps": steps, "split": split, "micro_batch": largest}
             | {"peak_bytes": peak, "free_bytes": plan.budget_bytes - peak, "fits": fits, "passes": steps}
             | {"step_seconds": times.get(largest), "chosen": chosen, "kind": Kind.PREDICTED}
         )
@@ -207,16 +207,18 @@ def _plans(plan: Plan) -> Rows:
 
 
 def _known_steps(table: what_if.Table, samples: int, chosen: int) -> list[int]:
-    """The numbers of steps whose balanced split has sizes of the table only, ascending, by arithmetic.
+    """Return, ascending, the step counts whose balanced split the table covers.
 
-    Where there are more than `MOST_PLANS`, of each largest micro-batch the fewest steps, beside the chosen number.
+    If there are more than `MOST_PLANS`, only the fewest steps for each largest micro-batch and the chosen count are
+    returned.
+    The counts are computed from the sizes: enumerating the splits of a million samples would be too slow.
     """
     sizes = {row.micro_batch for row in table.rows}
     most = samples // table.least
     found: list[range] = []
     for size in sorted(sizes, reverse=True):
         steps = steps_with_largest(samples, size)
-        if size - 1 not in sizes:  # the even split only
+        if size - 1 not in sizes:  # only the split into equal sizes
             steps = range(samples // size, samples // size + 1) if samples % size == 0 and steps else range(0)
         found.append(range(steps.start, min(steps.stop, most + 1)))
     if sum(map(len, found)) <= MOST_PLANS:

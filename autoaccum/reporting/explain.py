@@ -1,4 +1,4 @@
-"""A plan as text: a summary of a few lines, and the whole derivation. Needs no model and no torch."""
+"""Explain a plan as text: a summary, and the derivation. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..units import show_bytes
 
 
 def summary(plan: Plan) -> str:
-    """The plan in a few lines."""
+    """Return the plan in a few lines."""
     budget = plan.memory.budget
     lines = [
         ("device", f"{plan.device.name}, {show_bytes(budget.bytes)} to use ({_limit(plan)})"),
@@ -43,7 +43,11 @@ def summary(plan: Plan) -> str:
 
 
 def explain(plan: Plan) -> str:
-    """How each number came to be, phase by phase, and what the next smaller number of steps would have needed."""
+    """Return the summary and the derivation of each number.
+
+    The derivation lists the budget's limits, the peak of each phase, the memory that one accumulation step fewer would
+    need, and the origin of the figures.
+    """
     derived = ["", *_budget(plan), "", *_phases(plan), "", *_fewer_steps(plan), "", *_origin(plan)]
     return "\n".join([summary(plan), *map(one_line, derived)])
 
@@ -59,11 +63,11 @@ def _limit(plan: Plan) -> str:
 def _recorded(plan: Plan) -> str:
     sizes = ", ".join(str(note.micro_batch) for note in plan.evidence.recordings)
     last = plan.evidence.recordings[-1]
-    shown = f"windows of two micro-batches of {sizes}"
+    text = f"windows of two micro-batches of {sizes}"
     if last.predicted_bytes is None:
-        return shown
+        return text
     error = last.predicted_bytes / last.measured_bytes - 1
-    return f"{shown}; the last had been predicted to {error:+.2%}"
+    return f"{text}; the last had been predicted to {error:+.2%}"
 
 
 def _split(plan: Plan) -> str:
@@ -76,36 +80,35 @@ def _split(plan: Plan) -> str:
 def _tuned(plan: Plan) -> str:
     from ..configuration import sentence
 
-    return (
-        f"{sentence(plan.schedule.configuration)}: {plan.provenance.reasons.get('configuration', 'no reason was kept')}"
-    )
+    reason = plan.provenance.reasons.get("configuration", "without a stated reason")
+    return f"{sentence(plan.schedule.configuration)}: {reason}"
 
 
 def _peak(plan: Plan) -> str:
-    shown = f"{show_bytes(plan.predicted_peak_bytes)} {'reserved' if plan.on_cuda else 'committed'}, predicted"
+    text = f"{show_bytes(plan.predicted_peak_bytes)} {'reserved' if plan.on_cuda else 'committed'}, predicted"
     if plan.measured_peak_bytes is None:
-        return f"{shown}; not verified"
-    here = plan.evidence.this_process_peak_bytes or plan.predicted_peak_bytes
-    error = here / plan.measured_peak_bytes - 1
-    if here != plan.predicted_peak_bytes:
-        shown += f", {show_bytes(here)} in the process that planned"
+        return f"{text}; not verified"
+    predicted = plan.evidence.this_process_peak_bytes or plan.predicted_peak_bytes
+    error = predicted / plan.measured_peak_bytes - 1
+    if predicted != plan.predicted_peak_bytes:
+        text += f", {show_bytes(predicted)} in the process that planned"
     part = (
         f"{show_bytes(plan.evidence.allocated_peak_bytes or 0)} of it allocated"
         if plan.on_cuda
         else f"{show_bytes(plan.evidence.resident_peak_bytes or 0)} of it resident"
     )
-    return f"{shown}; {show_bytes(plan.measured_peak_bytes)} {_place(plan)} ({error:+.1%}), {part}"
+    return f"{text}; {show_bytes(plan.measured_peak_bytes)} {_place(plan)} ({error:+.1%}), {part}"
 
 
 def _by_hand(plan: Plan) -> str:
     return (
         f"{show_bytes(plan.memory.plain_loop_peak_bytes or 0)} predicted for the same window in a plain loop: "
-        "cuBLAS keeps its workspaces in it, wherever they came to lie"
+        "there cuBLAS keeps its workspaces at the addresses of their first allocation"
     )
 
 
 def _place(plan: Plan) -> str:
-    """What a measured figure was measured on: four different things, never to be mixed up."""
+    """Return on what the plan's figures were measured."""
     if plan.device.is_virtual:
         return "by the real allocator on a virtual GPU"
     return "measured on this GPU" if plan.on_cuda else "measured on this CPU"
@@ -126,14 +129,14 @@ def _why(plan: Plan) -> str:
 
 def _largest(plan: Plan) -> str:
     if plan.schedule.largest_is_capped:
-        return f"at least {plan.largest_micro_batch}: nothing larger was asked for"
-    shown = f"a micro-batch of {plan.largest_micro_batch} is the largest that fits"
+        return f"at least {plan.largest_micro_batch}: the request allows no larger size"
+    text = f"a micro-batch of {plan.largest_micro_batch} is the largest that fits"
     if plan.largest_micro_batch < plan.micro_batch:
-        shown = f"{shown} all through a window; {plan.micro_batch} does beside smaller ones"
+        text = f"{text} throughout a window; {plan.micro_batch} fits beside smaller ones"
     if not plan.on_cuda or plan.schedule.largest_without_retries is None:
-        return shown
+        return text
     return (
-        f"{shown}; {plan.schedule.largest_without_retries} without the allocator ever giving its cache back, "
+        f"{text}; {plan.schedule.largest_without_retries} without the allocator flushing its cache, "
         f"{plan.schedule.largest_with_expandable_segments} with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
     )
 
@@ -150,7 +153,7 @@ def _time(plan: Plan) -> str:
 
 
 def _longer(plan: Plan) -> str:
-    """What to type where so few rounds tell nothing."""
+    """Suggest a longer timing if the knee is not certain."""
     found = knee.knee(plan.timing.timed_sizes)
     if found is None or found.is_sure:
         return ""
@@ -174,12 +177,12 @@ def _phases(plan: Plan) -> list[str]:
         extra = memory.predicted_peak_bytes - max(memory.phases.values()) - memory.history_bytes
         sizes.append(("malloc overhead", extra, "malloc_overhead"))
     if "predicted_peak_bytes" in reasons:
-        sizes.append(("in all", memory.predicted_peak_bytes, "predicted_peak_bytes"))
+        sizes.append(("total", memory.predicted_peak_bytes, "predicted_peak_bytes"))
     lines = [f"peak of each phase (predicted; the highest: {memory.binding_constraint})"]
     lines += [f"  {title:<20}{show_bytes(size):>12}  {reasons[name]}" for title, size, name in sizes]
     for name, size in memory.phases.items():
         above = show_bytes(size - memory.baseline_bytes - memory.input_bytes)
-        lines.append(f"  {PHASE_TITLES[name]:<20}{show_bytes(size):>12}  {above} above these")
+        lines.append(f"  {PHASE_TITLES[name]:<20}{show_bytes(size):>12}  {above} above baseline and inputs")
     return lines
 
 
@@ -187,7 +190,7 @@ def _fewer_steps(plan: Plan) -> list[str]:
     needed = plan.fewer_steps_need()
     lines = ["fewer steps"]
     if plan.accumulation_steps == 1:
-        return [*lines, "  there are none: one step is the least"]
+        return [*lines, "  none: one step is the minimum"]
     steps = plan.accumulation_steps - 1
     if "fewer_steps" in plan.provenance.reasons:
         return [*lines, f"  {plan.provenance.reasons['fewer_steps']}"]
@@ -196,18 +199,18 @@ def _fewer_steps(plan: Plan) -> list[str]:
     size, total = needed
     over = total - plan.budget_bytes
     if over > 0:
-        shown = f"{show_bytes(over)} over the budget"
+        verdict = f"{show_bytes(over)} over the budget"
     elif total > 0.98 * plan.budget_bytes:
-        shown = "within the budget, but not with 2 % to spare"
+        verdict = "within the budget, but a plan keeps 2 % free"
     elif plan.request.objective == FASTEST:
-        shown = "it would fit, and isn't faster"
+        verdict = "they would fit, but are not faster"
     else:
-        shown = "it would fit, but so large a micro-batch isn't allowed"
-    return [*lines, f"  {steps} would need micro-batches of up to {size}, {show_bytes(total)} in all: {shown}"]
+        verdict = "they would fit, but the request does not allow this size"
+    return [*lines, f"  {steps} would need micro-batches of up to {size}, {show_bytes(total)} in total: {verdict}"]
 
 
 def _origin(plan: Plan) -> list[str]:
-    lines = ["where it comes from"]
+    lines = ["origin"]
     lines.append(f"  {'method':<20}{plan.method}: {plan.provenance.reasons['method']}")
     lines.append(f"  {'verified':<20}{plan.provenance.reasons['measured_peak_bytes']}")
     lines += _timed(plan)
@@ -217,7 +220,7 @@ def _origin(plan: Plan) -> list[str]:
 
 
 def _timed(plan: Plan) -> list[str]:
-    """Each size's optimizer step, and on what it was measured."""
+    """Return each size's seconds per optimizer step, with their range."""
     lines = [f"  {'timed':<20}{plan.provenance.reasons['times']}"] if "times" in plan.provenance.reasons else []
     for timed in sorted(plan.timing.timed_sizes, key=lambda timed: timed.micro_batch):
         spread = timed.round_seconds or (timed.step_seconds,)

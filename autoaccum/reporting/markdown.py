@@ -1,4 +1,4 @@
-"""The report as Markdown, for an issue or a README. No torch here."""
+"""Render a report as Markdown, for issues and READMEs. No torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&@])")
 
 
 def render(plan: Plan) -> str:
-    """The report as Markdown; texts of the user's are escaped."""
+    """Return the report as Markdown, with the user's texts escaped."""
     data: dict[str, Rows] = {name: frame.to_dict("records") for name, frame in frames(plan).items()}
     parts = [f"# {escape(words.title(plan))}: autoaccum report", escape(words.answer(plan))]
     figures = [
-        [row["figure"], _shown(row["value"], row["unit"]), row["kind"].value, row["why"]] for row in data["figures"]
+        [row["figure"], _figure(row["value"], row["unit"]), row["kind"].value, row["why"]] for row in data["figures"]
     ]
     parts.append(table(["figure", "value", "kind", "why"], figures))
     parts += [escape(words.fewer(plan)), escape(words.bytes_note(plan))]
     if data["composition"]:
-        parts += ["## What lives at the peak (predicted)", _composition(plan)]
-    parts += ["## Time per optimizer step", escape(words.knee_sentence(plan))]
+        parts += ["## Memory at the peak (predicted)", _composition(plan)]
+    parts += ["## Time per optimizer step", escape(words.time_sentence(plan))]
     if data["times"]:
         parts.append(_times(data["times"]))
     if data["plans"]:
@@ -36,7 +36,7 @@ def render(plan: Plan) -> str:
         [
             row["micro_batch"],
             show_bytes(row["measured_bytes"]),
-            _shown(row["predicted_bytes"], "bytes"),
+            _figure(row["predicted_bytes"], "bytes"),
             row["kind"].value,
         ]
         for row in data["recordings"]
@@ -50,17 +50,17 @@ def render(plan: Plan) -> str:
 
 
 def escape(text: object) -> str:
-    """Text as Markdown shows it, whatever it holds: one line, no markup, no HTML."""
+    """Return text as one line of Markdown without markup or HTML."""
     return _SPECIAL.sub(r"\\\1", one_line(" ".join(str(text).split())))
 
 
 def _composition(plan: Plan) -> str:
     names = list(dict.fromkeys(name for parts in plan.memory.composition.values() for name in parts))
     rows = [
-        [words.category(plan, name), *(_shown(parts.get(name), "bytes") for parts in plan.memory.composition.values())]
+        [words.category(plan, name), *(_figure(parts.get(name), "bytes") for parts in plan.memory.composition.values())]
         for name in names
     ]
-    rows.append(["in all", *(show_bytes(sum(parts.values())) for parts in plan.memory.composition.values())])
+    rows.append(["total", *(show_bytes(sum(parts.values())) for parts in plan.memory.composition.values())])
     return table(["held by", *map(words.phase, plan.memory.composition)], rows)
 
 
@@ -82,13 +82,13 @@ def _plans(rows: Rows) -> str:
     return table(["steps", "micro-batches", "peak", "free", "fits", "seconds"], shown)
 
 
-def _shown(value: object, unit: str) -> str:
+def _figure(value: object, unit: str) -> str:
     if unit == "bytes":
         return show_bytes(value) if isinstance(value, int) else words.NONE
     return f"{words.number(value)} {unit}".strip()
 
 
 def table(head: list[str], rows: list[list[object]] | list[list[str]]) -> str:
-    """A table; its cells are escaped."""
+    """Return a table with its cells escaped."""
     lines = [[escape(cell) for cell in head], ["---"] * len(head), *([escape(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,4 +1,7 @@
-"""The report as one page: no network, light and dark, readable without JavaScript. No torch here."""
+"""Render a report as one HTML page that loads nothing. No torch.
+
+The page has light and dark colors and is readable without JavaScript.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from . import charts, what_if, words
 from .data import Rows, frames, usable_bytes
 from .kinds import Kind, is_virtual, measured
 
-ROWS_BEFORE, ROWS_AFTER = 8, 12  # plans shown around the chosen one; all of them are in the .csv and .json
+ROWS_BEFORE, ROWS_AFTER = 8, 12  # plans shown around the chosen one; .csv and .json have all
 
 
 def render(plan: Plan) -> str:
-    """The page, whole.
+    """Return the whole page.
 
-    Texts of the user's (names, paths, notes) are escaped by the template; the page's own script is the only one that
-    its content security policy lets run.
+    The template escapes the user's texts (names, paths, notes). The content security policy allows only the page's
+    script, by its hash.
     """
     import jinja2
     from markupsafe import Markup
@@ -41,7 +44,7 @@ def render(plan: Plan) -> str:
 
 
 def context(plan: Plan) -> dict[str, Any]:
-    """What the template shows."""
+    """Return the template's variables."""
     data: dict[str, Rows] = {name: frame.to_dict("records") for name, frame in frames(plan).items()}
     table = what_if.table_of(plan)
     return {
@@ -72,20 +75,20 @@ def _text(name: str) -> str:
 
 
 def _tiles(figures: Rows) -> Rows:
-    """The figures that the page begins with."""
+    """Return the figures at the top of the page."""
     shown = ("micro-batch", "accumulation steps", "peak, predicted", "peak, measured", "budget", "optimizer step")
     found = {row["figure"]: row for row in figures}
-    return [found[name] | {"shown": _shown(found[name])} for name in shown if name in found]
+    return [found[name] | {"text": _figure(found[name])} for name in shown if name in found]
 
 
-def _shown(row: dict[str, Any]) -> str:
+def _figure(row: dict[str, Any]) -> str:
     if row["unit"] == "bytes":
         return show_bytes(row["value"])
     return f"{row['value']:.3g} s" if row["unit"] == "seconds" else f"{row['value']:,}"
 
 
 def _bars(plan: Plan) -> list[dict[str, Any]]:
-    """For each phase its parts, in percent of the highest phase."""
+    """Return each phase's parts, in percent of the highest phase."""
     highest = max((sum(parts.values()) for parts in plan.memory.composition.values()), default=0) or 1
     return [
         {
@@ -103,7 +106,7 @@ def _bars(plan: Plan) -> list[dict[str, Any]]:
 
 
 def around_chosen(plans: Rows) -> Rows:
-    """The chosen plan, those near it, and further ones at doubling numbers of steps."""
+    """Return the chosen plan, its neighbors, and others at doubling step counts."""
     chosen = next((index for index, row in enumerate(plans) if row["chosen"]), 0)
     near = set(range(chosen - ROWS_BEFORE, chosen + ROWS_AFTER + 1))
     far, index = {len(plans) - 1}, chosen + ROWS_AFTER
@@ -114,7 +117,7 @@ def around_chosen(plans: Rows) -> Rows:
 
 
 def _size_text(size: int) -> str:
-    """Bytes as one would type them, to the byte."""
+    """Format bytes exactly, as `--memory` accepts them."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if size and size % unit == 0:
             return f"{size // unit}{name}"

@@ -1,7 +1,7 @@
-"""Windows by their sizes alone: how a million micro-batches are weighed without making one.
+"""Represent windows by their sizes, without creating every micro-batch.
 
-A table of peaks sees of a window its first, second and last size and whether there is a second; so of all numbers of
-steps only some hundreds to thousands can differ. `what_if.js` walks the same way.
+A window's peak in the table depends on its first, second and last size and on whether it has a second, so of all step
+counts only hundreds to thousands can differ. `what_if.js` visits the same ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Shape:
     """A window of micro-batches.
 
     Attributes:
-        runs: (how many, samples) of each size of micro-batch, largest first.
+        runs: (count, samples) of each size of micro-batch, largest first.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -39,33 +39,33 @@ class Shape:
 
     @property
     def second(self) -> int:
-        """Samples in the second; where there is one micro-batch only, in that."""
+        """Samples in the second micro-batch, or in the only one."""
         return self.runs[0 if self.runs[0][0] > 1 else -1][1]
 
     @property
     def last(self) -> int:
-        """Samples in the last."""
+        """Samples in the last micro-batch."""
         return self.runs[-1][1]
 
 
 def balanced_shape(samples: int, steps: int) -> Shape:
-    """Gives the shape of simulation/solver.py's `balanced`."""
+    """Return the shape of simulation/solver.py's `balanced`."""
     size, larger = divmod(samples, steps)
     return Shape(((larger, size + 1), (steps - larger, size)) if larger else ((steps, size),))
 
 
 def uneven_shapes(samples: int, steps: int, *, least: int, most: int) -> Iterator[Shape]:
-    """Gives the shapes of simulation/solver.py's `uneven`, in its order."""
+    """Yield the shapes of simulation/solver.py's `uneven`, in its order."""
     for size in repeated_sizes(samples, steps, min_size=least, max_size=most):
         yield Shape(((steps - 1, size), (1, samples - size * (steps - 1))))
 
 
 def differing_steps(samples: int, fewest: int, most: int) -> Iterator[int]:
-    """Gives the numbers of steps, ascending, whose windows differ in size from those of fewer steps.
+    """Yield, ascending, the step counts whose windows differ from those of fewer.
 
-    Balanced windows with the same smallest size differ only where one larger micro-batch is left, or none: the last two
-    numbers asked about below. One size repeated and a rest comes with just one number of steps for each size, the first
-    whose smallest size in balance is below it. That makes less than four times the root of `samples`.
+    Balanced windows with the same smallest size differ only if one larger micro-batch remains, or none: the first two
+    candidates below. A window of one repeated size and a rest exists for just one step count per size, the first whose
+    smallest balanced size is below it. In total these are less than four times the square root of `samples`.
     """
     steps = fewest
     while steps <= most:

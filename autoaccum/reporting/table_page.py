@@ -1,4 +1,4 @@
-"""A page of tables that is no plan's: a benchmark's results, in the same form as a plan's report. No torch here."""
+"""Render tables, such as benchmark results, as a report. No torch."""
 
 from __future__ import annotations
 
@@ -15,30 +15,37 @@ from .tables import cell
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a chart: its label, its length in percent of the longest, and what is written beside it."""
+    """A bar of a chart.
+
+    Attributes:
+        label: Its label.
+        percent: Its length, in percent of the longest.
+        text: The text beside it.
+        strong: Whether it is highlighted.
+    """
 
     label: str
     percent: float
-    shown: str
+    text: str
     strong: bool = False
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table, and a chart above it if it has one.
+    """A table, and optionally a chart above it.
 
     Attributes:
         name: A short name, for CSV.
-        title: Its heading.
-        lead: A sentence below that.
-        head: The columns.
-        rows: Their cells, as text.
-        numbers: The columns that are numbers.
-        strong: Rows to point out.
-        kinds: How its figures came to be.
-        bars: A chart.
-        bars_title: What its lengths are.
-        notes: What else to know.
+        title: The heading.
+        lead: A sentence below the heading.
+        head: The columns' names.
+        rows: The cells, as text.
+        numbers: Names of the columns of numbers.
+        strong: Indices of the rows to highlight.
+        kinds: The sources of the figures.
+        bars: The bars of the chart; empty for none.
+        bars_title: The chart's title: the quantity and its unit.
+        notes: Further remarks.
     """
 
     name: str
@@ -56,26 +63,26 @@ class Section:
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that the page begins with."""
+    """A figure at the top of the page."""
 
     label: str
-    shown: str
+    text: str
     kind: Kind
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """The whole page.
+    """A whole page.
 
     Attributes:
-        what: What kind of page it is.
-        title: What it is about.
+        what: The kind of page.
+        title: The subject.
         answer: The answer in one sentence.
-        tiles: The figures that it begins with.
-        sections: Its tables.
-        facts: Machine and versions.
-        notes: What else to know.
-        command: What wrote it.
+        tiles: The figures at the top.
+        sections: The tables.
+        facts: Machine and versions, as (name, value).
+        notes: Further remarks.
+        command: The command that wrote the page.
     """
 
     what: str
@@ -89,12 +96,12 @@ class Sheet:
 
 
 def render(sheet: Sheet, suffix: str) -> str:
-    """The page as .html, .md or .csv."""
+    """Return the page as .html, .md or .csv."""
     return {".html": as_html, ".md": as_markdown, ".csv": as_csv}[suffix](sheet)
 
 
 def as_html(sheet: Sheet) -> str:
-    """One file that loads nothing; texts of the user's are escaped by the template."""
+    """Return one HTML file that loads nothing, with texts escaped."""
     import jinja2
     from markupsafe import Markup
 
@@ -109,7 +116,7 @@ def as_html(sheet: Sheet) -> str:
 
 
 def as_markdown(sheet: Sheet) -> str:
-    """For an issue, or a results folder."""
+    """Return Markdown for an issue or a results folder."""
     from .markdown import escape, table
 
     parts = [f"# {escape(sheet.title)}: {sheet.what}", escape(sheet.answer)]
@@ -119,14 +126,14 @@ def as_markdown(sheet: Sheet) -> str:
         parts += [escape(section.lead)] if section.lead else []
         parts += [table(list(section.head), [list(row) for row in section.rows])] if section.rows else []
         parts += ["\n".join(f"- {escape(note)}" for note in section.notes)] if section.notes else []
-    parts += ["## Where it comes from", table(["name", "value"], [list(fact) for fact in sheet.facts])]
+    parts += ["## Origin", table(["name", "value"], [list(fact) for fact in sheet.facts])]
     if sheet.notes:
         parts += ["## Notes", "\n".join(f"- {escape(note)}" for note in sheet.notes)]
     return "\n\n".join(parts) + "\n"
 
 
 def as_csv(sheet: Sheet) -> str:
-    """Every cell in a line of its own: section, row, column, value, kind."""
+    """Return one line per cell: section, row, column, value, kind."""
     out = io.StringIO()
     writer: Any = csv.writer(out, lineterminator="\n")
     writer.writerow(("table", "row", "column", "value", "kind"))

@@ -1,4 +1,4 @@
-"""The report's figures for other programs: JSON, and one tidy CSV. No torch here."""
+"""Render a report as JSON or tidy CSV. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = ("table", "row", "column", "value", "kind")
 
 
 def as_json(plan: Plan) -> str:
-    """Every frame as a list of objects, with the answer in words."""
+    """Return the frames as lists of objects, with the answer in words."""
     tables = {name: frame.to_dict("records") for name, frame in frames(plan).items()}
     report = {"kind": "autoaccum report", "schema_version": 1, "autoaccum": __version__}
     report |= {"title": words.title(plan), "answer": words.answer(plan), "tables": tables}
@@ -25,7 +25,7 @@ def as_json(plan: Plan) -> str:
 
 
 def as_csv(plan: Plan) -> str:
-    """Every figure of every frame in a line of its own: table, row, column, value, kind."""
+    """Return one line per figure: table, row, column, value, kind."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -37,7 +37,7 @@ def as_csv(plan: Plan) -> str:
 
 
 def cell(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula is quoted, so that a name can't run anything there."""
+    """Quote text that a spreadsheet would evaluate as a formula."""
     if not isinstance(value, str):
         return value
     quote = "'" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else ""

@@ -1,6 +1,6 @@
 "use strict";
-// What the plan would be at another target, memory or headroom, from the plan's table of peaks.
-// The same as what_if.py, which says what everything means; tests hold one against the other.
+// Answer for another target, memory or headroom from the plan's table of peaks.
+// The rules and names are those of what_if.py, which describes them; tests compare the two.
 
 const whatIf = (() => {
   const UNITS = { "": 1n, K: 2n ** 10n, M: 2n ** 20n, G: 2n ** 30n, T: 2n ** 40n };
@@ -37,7 +37,7 @@ const whatIf = (() => {
     return { first: larger ? size + 1 : size, second: larger > 1 ? size + 1 : size, last: size, steps, larger };
   };
 
-  // One size repeated and the rest, the most even first: solve.py's `uneven`.
+  // One size repeated and the rest, the most even first: solver.py's `uneven`.
   const uneven = (table, samples, steps, most) => {
     const even = Math.ceil(samples / steps);
     const largest = Math.min(most, Math.floor((samples - table.least) / (steps - 1)), even + Math.ceil(even / 4));
@@ -51,7 +51,7 @@ const whatIf = (() => {
     return found;
   };
 
-  // The number of steps after `steps` whose windows differ in size: shapes.py's `differing_steps`.
+  // The number of steps after `steps` whose windows differ in size: split_shapes.py's `differing_steps`.
   const nextSteps = (samples, steps) => {
     const size = Math.floor(samples / steps);
     const even = Math.floor(samples / size);
@@ -95,13 +95,13 @@ const whatIf = (() => {
       };
     }
     if (target < table.world_size) {
-      return invalid(`A target batch of at least ${table.world_size}: each rank needs a sample.`);
+      return invalid(`The target batch must be at least ${table.world_size}: each rank needs a sample.`);
     }
     const samples = Math.ceil(target / table.world_size);
     const most = Math.min(table.most || samples, samples);
     const least = table.least;
     if (samples < least || Math.floor(samples / least) < Math.ceil(samples / most)) {
-      return invalid(`Micro-batches of ${least} to ${most} can't add up to ${samples} samples.`);
+      return invalid(`Micro-batches of ${least} to ${most} cannot total ${samples} samples.`);
     }
     const usable = Math.trunc(budget * (1 - table.margin));
     const largest = table.rows[table.rows.length - 1][0];
@@ -111,7 +111,7 @@ const whatIf = (() => {
       const peak = peakBytes(table, count, split);
       return peak !== null && peak <= usable;
     };
-    const known = new Map(); // whether a size fits by itself, as a window of two
+    const known = new Map(); // whether a window of two micro-batches of a size fits
     const repeats = (size) => {
       if (!known.has(size)) known.set(size, fits({ first: size, second: size, last: size, steps: 2 }, 2 * size));
       return known.get(size);
@@ -139,26 +139,26 @@ const whatIf = (() => {
 
   const ask = (table, target, memory, headroom) => {
     if (!/^\d{1,7}$/.test(target.trim())) {
-      return invalid("The target batch is a whole number of samples, below 10 million.");
+      return invalid("The target batch must be a whole number of samples below 10 million.");
     }
     const limit = parseSize(memory);
-    if (limit === null || limit <= 0n) return invalid("Write memory like 2GiB, 1.5GiB, 800MiB or 12GB.");
+    if (limit === null || limit <= 0n) return invalid("The memory must be a size such as 2GiB, 1.5GiB, 800MiB or 12GB.");
     const kept = parsePart(headroom.trim() || "0", limit);
-    if (kept === null) return invalid("Write headroom like 5% or 500MiB.");
-    if (kept >= limit) return invalid("So much headroom leaves nothing.");
+    if (kept === null) return invalid("The headroom must be a percentage or a size such as 5% or 500MiB.");
+    if (kept >= limit) return invalid("The headroom must be smaller than the memory.");
     return answer(table, Number(target), Number(limit - kept));
   };
 
   const showBytes = (size) => {
     if (Math.abs(size) < 1024) return `${size} B`;
     for (const [unit, bytes] of [["KiB", 2 ** 10], ["MiB", 2 ** 20]]) {
-      const shown = (size / bytes).toFixed(1);
-      if (Math.abs(Number(shown)) < 1024) return `${shown} ${unit}`;
+      const text = (size / bytes).toFixed(1);
+      if (Math.abs(Number(text)) < 1024) return `${text} ${unit}`;
     }
     return `${(size / 2 ** 30).toFixed(2)} GiB`;
   };
 
-  const tell = (found) => {
+  const describe = (found) => {
     if (found.status === "invalid") return found.why;
     const steps = found.split.reduce((sum, [count]) => sum + count, 0);
     const number = (value) => value.toLocaleString("en");
@@ -169,11 +169,11 @@ const whatIf = (() => {
       return `Does not fit: even micro-batches of ${number(found.split[0][1])} need ${peak}; ${missing} are missing.`;
     }
     const left = showBytes(found.budget_bytes - found.peak_bytes);
-    const more = found.beyond ? " The table ends there: fewer steps may fit, plan again to see." : "";
+    const more = found.beyond ? " The table ends at this size: fewer steps may fit, plan again to verify." : "";
     return `${number(steps)} accumulation step${steps > 1 ? "s" : ""}: ${sizes}. Peak ${peak}, ${left} free.${more}`;
   };
 
-  return { ask, answer, tell, showBytes };
+  return { ask, answer, describe, showBytes };
 })();
 
 if (typeof document !== "undefined") {
@@ -195,12 +195,12 @@ if (typeof document !== "undefined") {
   const update = () => {
     const found = whatIf.ask(table, ...fields.map((field) => field.value));
     const changed = fields.some((field) => field.value !== field.defaultValue);
-    output.textContent = whatIf.tell(found);
+    output.textContent = whatIf.describe(found);
     output.dataset.status = found.status;
     output.dataset.answer = JSON.stringify(found);
     fields.forEach((field) => field.removeAttribute("aria-invalid"));
     if (found.status === "invalid") {
-      const wrong = found.why.includes("memory") ? 1 : found.why.includes("headroom") ? 2 : 0;
+      const wrong = found.why.startsWith("The memory") ? 1 : found.why.startsWith("The headroom") ? 2 : 0;
       fields[wrong].setAttribute("aria-invalid", "true");
     }
     place("what-if-budget", changed && found.status !== "invalid", null, found.budget_bytes);

@@ -1,7 +1,7 @@
-"""What the plan would be at another target, memory or headroom: answered from a plan's table of peaks alone.
+"""Answer for other targets, memory or headroom from a table of peaks.
 
-The rules are the solver's (simulation/solver.py), asked of the table in place of a replay. `what_if.js` is the same in
-the page; tests hold one against the other. No torch here.
+The rules are those of simulation/solver.py, with the table in place of replays. `what_if.js` implements them in the
+page; tests compare the two. No torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ FITS, DOES_NOT_FIT, INVALID = "fits", "does not fit", "invalid"
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the plan itself answers, found by replays within its budget: a table without a limit may know no better.
+    """The plan's own answer to its own request.
+
+    It was found by replays within the budget. The table's peaks are replayed without a limit, so they can be higher.
 
     Attributes:
         target_batch: Samples in an optimizer step, over all ranks.
-        budget_bytes: What may be used.
-        split: (how many, samples) of each size of micro-batch.
-        peak_bytes: What the window takes.
+        budget_bytes: The budget.
+        split: (count, samples) of each size of micro-batch.
+        peak_bytes: The window's peak.
     """
 
     target_batch: int
@@ -43,18 +45,18 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Table:
-    """What a plan knows that holds for other targets and budgets too.
+    """The part of a plan that other targets and budgets share.
 
     Attributes:
-        rows: Peaks by micro-batch, above base and data; ascending. Not empty.
-        baseline_bytes: What the process takes before it trains.
-        history_bytes: What the planning process's history adds.
-        malloc_overhead: Fraction of training's memory that is added for malloc.
-        sample_bytes: What each sample of the window takes; 0 where they are not held in this memory.
+        rows: Peaks by micro-batch, above baseline and inputs; ascending. Not empty.
+        baseline_bytes: Memory that the process uses before it trains.
+        history_bytes: Memory that the planning process's history adds.
+        malloc_overhead: Fraction of training's memory that is added for malloc's overhead.
+        sample_bytes: Bytes of a sample of the window; 0 if samples are not held in this memory.
         world_size: Ranks that share the target.
         least: The smallest micro-batch allowed.
         most: The largest allowed; None for any.
-        chosen: The plan's own answer, to its own question.
+        chosen: The plan's own answer.
     """
 
     rows: tuple[PeakRow, ...]
@@ -69,27 +71,27 @@ class Table:
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
-        """The rows' micro-batches."""
+        """The rows' micro-batches, ascending."""
         return tuple(row.micro_batch for row in self.rows)
 
     def row(self, micro_batch: int) -> PeakRow | None:
-        """The row of that size, or of the next larger one, on the safe side; None beyond the table."""
+        """Return the row of a size or the next larger, or None."""
         index = bisect.bisect_left(self.sizes, micro_batch)
         return self.rows[index] if index < len(self.rows) else None
 
     def input_bytes(self, samples: int) -> int:
-        """What a window's samples take."""
+        """Return the bytes of a window's samples."""
         return mapping_bytes(samples * self.sample_bytes) if self.sample_bytes else 0
 
     def peak_bytes(self, split: Split) -> int | None:
-        """What the process comes to with that window; None beyond the table.
+        """Return the process's peak with a window; None beyond the table.
 
-        The first micro-batch, the later ones (of two sizes at most) and the optimizer step each have their row.
+        The first micro-batch, the later ones (of at most two sizes) and the optimizer step each have a row.
         """
         return self.peak_of(sum(split), len(split), split[0], split[min(1, len(split) - 1)], split[-1])
 
     def peak_of(self, samples: int, steps: int, first_size: int, second_size: int, last_size: int) -> int | None:
-        """The same of a window that is known by its sizes: that of a million micro-batches needn't be made."""
+        """Return the peak of a window given by its sizes."""
         first, second, last = self.row(first_size), self.row(second_size), self.row(last_size)
         if first is None or second is None or last is None:
             return None
@@ -98,27 +100,27 @@ class Table:
         return self.baseline_bytes + training + int(self.malloc_overhead * training)
 
     def peak_of_shape(self, shape: Shape) -> int | None:
-        """The same of a window that is known by its shape."""
+        """Return the peak of a window given by its shape."""
         return self.peak_of(shape.samples, shape.steps, shape.first, shape.second, shape.last)
 
     def is_exact(self, split: Split) -> bool:
-        """Whether the table has a row of each of the split's sizes."""
+        """Return whether the table has rows for all of the split's sizes."""
         return all((row := self.row(size)) is not None and row.micro_batch == size for size in {split[0], split[-1]})
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a question comes to.
+    """The answer to a request.
 
     Attributes:
         status: "fits", "does not fit" or "invalid".
-        split: (how many, samples) of each size of micro-batch, largest first; where nothing fits, the smallest.
-        peak_bytes: What the window would take.
-        budget_bytes: What may be used.
-        missing_bytes: How many bytes the smallest window lacks; 0 where one fits.
-        at_most: The table lacks one of the sizes, so the peak is that of a larger one.
-        beyond: The table ends before memory does: fewer steps may fit.
-        why: What is wrong with the question, if anything is.
+        split: (count, samples) of each size of micro-batch, largest first; if no window fits, the smallest.
+        peak_bytes: The window's peak.
+        budget_bytes: The budget.
+        missing_bytes: Bytes that the smallest window lacks; 0 if one fits.
+        at_most: Whether the table lacks one of the sizes, so that the peak is that of a larger one.
+        beyond: Whether sizes larger than the table's may fit, with fewer steps.
+        why: Why the request is invalid; empty if it is valid.
     """
 
     status: str
@@ -137,7 +139,7 @@ class Answer:
 
 
 def table_of(plan: Plan) -> Table | None:
-    """The table of a plan; None where the plan has no peaks."""
+    """Return a plan's table; None if the plan has no peaks."""
     if not plan.memory.peaks:
         return None
     per_sample = plan.memory.sample_bytes or -(-plan.memory.input_bytes // sum(plan.split))
@@ -155,7 +157,7 @@ def table_of(plan: Plan) -> Table | None:
 
 
 def ask(table: Table, target: str, memory: str, headroom: str) -> Answer:
-    """Answers a question as it was typed.
+    """Answer a request as it was typed.
 
     Args:
         table: The plan's.
@@ -164,37 +166,39 @@ def ask(table: Table, target: str, memory: str, headroom: str) -> Answer:
         headroom: A size or a percentage of the memory; empty for none.
     """
     if not (target.strip().isascii() and target.strip().isdigit() and 0 < len(target.strip()) <= 7):
-        return Answer(INVALID, why="The target batch is a whole number of samples, below 10 million.")
+        return Answer(INVALID, why="The target batch must be a whole number of samples below 10 million.")
     try:
         limit = parse_bytes(memory)
     except UsageError:
-        return Answer(INVALID, why="Write memory like 2GiB, 1.5GiB, 800MiB or 12GB.")
+        return Answer(INVALID, why="The memory must be a size such as 2GiB, 1.5GiB, 800MiB or 12GB.")
     try:
         kept = parse_part(headroom.strip() or "0", limit) or 0
     except UsageError:
-        return Answer(INVALID, why="Write headroom like 5% or 500MiB.")
+        return Answer(INVALID, why="The headroom must be a percentage or a size such as 5% or 500MiB.")
     if kept >= limit:
-        return Answer(INVALID, why="So much headroom leaves nothing.")
+        return Answer(INVALID, why="The headroom must be smaller than the memory.")
     return answer(table, int(target), limit - kept)
 
 
 def answer(table: Table, target_batch: int, budget_bytes: int) -> Answer:
-    """The fewest accumulation steps whose window fits, by the table; for the first rank, whose share is the largest.
+    """Find the fewest accumulation steps whose window fits, by the table.
+
+    The answer is that of the first rank, whose share of the target is the largest.
 
     Args:
         table: The plan's.
         target_batch: Samples in an optimizer step, over all ranks.
-        budget_bytes: What may be used.
+        budget_bytes: The budget.
     """
     chosen = table.chosen
     if chosen is not None and (target_batch, budget_bytes) == (chosen.target_batch, chosen.budget_bytes):
         return Answer(FITS, chosen.split, chosen.peak_bytes, budget_bytes)
     if target_batch < table.world_size:
-        return Answer(INVALID, why=f"A target batch of at least {table.world_size}: each rank needs a sample.")
+        return Answer(INVALID, why=f"The target batch must be at least {table.world_size}: each rank needs a sample.")
     samples = -(-target_batch // table.world_size)
     most = min(table.most or samples, samples)
     if samples < table.least or samples // table.least < -(-samples // most):
-        return Answer(INVALID, why=f"Micro-batches of {table.least} to {most} can't add up to {samples} samples.")
+        return Answer(INVALID, why=f"Micro-batches of {table.least} to {most} cannot total {samples} samples.")
     usable = int(budget_bytes * (1 - CAPACITY_MARGIN))
 
     @functools.cache
@@ -215,8 +219,11 @@ def answer(table: Table, target_batch: int, budget_bytes: int) -> Answer:
 
 
 def _fewest_steps(table: Table, fits: Callable[[Shape], bool], samples: int, most: int) -> Shape | None:
-    """What solver.py's `smallest_steps` would find, were it asked of the table; in thousands of tests at most."""
-    most = min(most, table.rows[-1].micro_batch)  # nothing beyond the table fits
+    """Find the window that solver.py's `smallest_steps` would find.
+
+    Only windows that differ in size are tested: some thousands at most, also for millions of samples.
+    """
+    most = min(most, table.rows[-1].micro_batch)  # sizes beyond the table have no known peak
     for steps in differing_steps(samples, -(-samples // most), samples // table.least):
         balanced = balanced_shape(samples, steps)
         if fits(balanced):
@@ -233,7 +240,7 @@ def _runs(split: Split) -> tuple[tuple[int, int], ...]:
 
 
 def for_page(table: Table) -> dict[str, Any]:
-    """The table and the rules' constants, for `what_if.js`."""
+    """Return the table and the rules' constants, for `what_if.js`."""
     rows = [[r.micro_batch, r.first_bytes, r.later_bytes, r.optimizer_bytes, r.between_bytes] for r in table.rows]
     known = asdict(table) | {"rows": rows, "margin": CAPACITY_MARGIN}
     known |= {"most_uneven": MAX_UNEVEN_SIZES}

@@ -1,4 +1,4 @@
-"""What a report says in words: the answer in one sentence, and labels. No torch here."""
+"""Write a report's sentences and labels. No torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NONE = "\u2013"
 
 
 def title(plan: Plan) -> str:
-    """What the report is about."""
+    """Return the report's title: the workload's or the model's name."""
     return plan.request.workload or plan.provenance.fingerprint.get("model", "a workload").split(" ")[0]
 
 
 def answer(plan: Plan) -> str:
-    """The plan in one sentence."""
+    """Return the plan in one sentence."""
     parts = [f"{count:,} micro-batch{'es' * (count > 1)} of {size:,}" for size, count in Counter(plan.split).items()]
     ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
     real = ""
@@ -33,14 +33,14 @@ def answer(plan: Plan) -> str:
     )
 
 
-def knee_sentence(plan: Plan) -> str:
-    """The time of an optimizer step and where larger micro-batches stop being faster, as far as it was measured."""
+def time_sentence(plan: Plan) -> str:
+    """Return the measured time of an optimizer step, or the knee."""
     found = knee.describe(plan)
     if found is not None:
         return f"The knee: {found}."
     seconds = plan.timing.window_seconds
     if seconds is None:
-        return "No time was measured."
+        return "Times were not measured."
     times = plan.provenance.reasons.get("times", "not timed")
     return (
         f"{seconds:.3g} s per optimizer step at the chosen size, estimated from the verification run "
@@ -49,46 +49,46 @@ def knee_sentence(plan: Plan) -> str:
 
 
 def fewer(plan: Plan) -> str:
-    """What one accumulation step fewer would need."""
+    """Return what one accumulation step fewer would need."""
     needed = plan.fewer_steps_need()
     if plan.accumulation_steps == 1:
-        return "One step is the least there is."
+        return "One step is the minimum."
     if "fewer_steps" in plan.provenance.reasons:
         return f"{plan.provenance.reasons['fewer_steps']}."
     fewer_steps = plan.accumulation_steps - 1
     steps = f"{fewer_steps:,} step{'s' * (fewer_steps > 1)}"
     if needed is None:
-        return f"{steps} would need micro-batches beyond the table."
+        return f"{steps} would need micro-batches larger than the table's."
     size, total = needed
     over = total - plan.memory.budget.bytes
     if over <= 0 and plan.request.objective == FASTEST:
-        return f"{steps} would fit too, and the fastest was sought: see the time below."
+        return f"{steps} would fit too, but the plan minimizes time: see below."
     if total <= (1 - CAPACITY_MARGIN) * plan.memory.budget.bytes:
-        return f"{steps} would fit too, by the table of peaks: plan again to see."
+        return f"{steps} would fit too, according to the table of peaks: plan again to verify."
     left = f"{show_bytes(over)} over the budget" if over > 0 else f"only {show_bytes(-over)} under the budget"
     return f"{steps} would need micro-batches of up to {size:,} and {show_bytes(total)}, {left}; a plan keeps 2 % free."
 
 
 def phase(name: str) -> str:
-    """A phase's title."""
+    """Return a phase's title."""
     return PHASE_TITLES.get(name, name)
 
 
 def category(plan: Plan, name: str) -> str:
-    """A category's title on the plan's device."""
+    """Return a category's title on the plan's device."""
     if name == "process" and plan.on_cuda:
         return "rest of the base"
     return cached_word(plan) if name == "cached" else name
 
 
 def bytes_note(plan: Plan) -> str:
-    """What a byte is in this plan."""
-    what = "what a memory limit limits" if plan.device.name == "cpu" else "what the caching allocator holds"
+    """Return which bytes this plan counts."""
+    what = "those that a memory limit counts" if plan.device.name == "cpu" else "those that the caching allocator holds"
     return f"Bytes are {byte_word(plan)} bytes: {what}."
 
 
 def number(value: object) -> str:
-    """A figure of a table as it is read: whole numbers with separators, times to three digits."""
+    """Format a figure: integers with separators, floats to three digits."""
     if value is None or value != value:
         return NONE
     if isinstance(value, bool):
