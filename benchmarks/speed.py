@@ -114,7 +114,7 @@ def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
     evidence = Evidence()
     schedule.record_towards_answer(subject, evidence, lambda found: schedule.Guess(0, 0), lambda found, n: True)
     device.clean()
-    return workload, subject, evidence, device.read_baseline(subject.before).bytes + 200 * 2**20
+    return workload, subject, evidence, device.read_baseline(subject.heap_before).bytes + 200 * 2**20
 
 
 def solving() -> dict[str, Any]:

@@ -117,7 +117,7 @@ def record(name: str, device: Device) -> dict[str, Any]:
         "notes": [[n.micro_batch, n.passes, n.measured_bytes, n.predicted_bytes] for n in evidence.notes],
     }
     if isinstance(device, CpuDevice):
-        assert subject.before is not None
+        assert subject.heap_before is not None
         base = device.read_baseline(subject.heap_before, evidence.heap_after_first_step)
         found |= {"base_bytes": base.bytes, "own_bytes": base.planning_bytes}
         return found | {"holes": [base.new_process.heap_free_bytes, base.this_process.heap_free_bytes]}
