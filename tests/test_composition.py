@@ -57,6 +57,24 @@ def test_each_category_is_reported_by_when_its_blocks_live() -> None:
     assert found[OPTIMIZER] == {"optimizer state": 2000, "gradients": 1000, "temporaries": 500}
 
 
+def held(made: Recording) -> Recording:
+    """The same window, whose last micro-batch's data are held into the optimizer step, as token ids are."""
+    first, later, step = made.phases
+    data = later.events[0]
+    freed = Event(data.block, -data.bytes)
+    kept = tuple(event for event in later.events if event != freed)
+    return Recording(made.micro_batch, (first, Phase(LATER, kept), Phase(OPTIMIZER, (*step.events, freed))))
+
+
+def test_data_held_through_the_step_are_data_and_not_gradients() -> None:
+    program = lift(
+        [held(recording(5)), held(recording(7))], first_step_events=(Event(1, 2000), Event(2, 60), Event(2, -60))
+    )
+    found = composition(program, (10, 10))
+    assert found[LATER] == composition(made_up_program(), (10, 10), inputs=(7,))[LATER]
+    assert found[OPTIMIZER] == {"optimizer state": 2000, "gradients": 1000, "data": 70, "temporaries": 500}
+
+
 def test_a_librarys_workspace_is_no_optimizer_state_and_there_from_the_start() -> None:
     def with_workspace(n: int) -> Recording:
         plain = recording(n)
