@@ -1,4 +1,4 @@
-"""Hold a configuration: the choices beside the split. No torch here."""
+"""Hold a configuration: the choices beside the split. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .workload import PRECISIONS
 AS_IT_IS = "as it is"
 LARGEST = "largest"  # the largest micro-batch that fits: the fewest accumulation steps
 IMPLEMENTATIONS = ("loop", "foreach", "fused")
-NO_MEMORY = ("micro_batch", "loader_workers")  # what needs no recording of its own
+NO_MEMORY = ("micro_batch", "loader_workers")  # choices that share another's recording
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """How an effective batch is trained, beside what is trained.
+    """Hold the choices of how an effective batch is trained.
 
     Attributes:
         precision: "fp32", "bf16" or "fp16" autocast; "as it is" leaves the workload's.
@@ -45,7 +45,7 @@ class Configuration:
         """Read a flat mapping of choices.
 
         Raises:
-            UsageError: An invalid value.
+            UsageError: A name or a value is invalid.
         """
         unknown = [name for name in values if name not in NAMES]
         if unknown:
@@ -57,16 +57,16 @@ class Configuration:
         return cls(**values)
 
     def values(self) -> dict[str, Any]:
-        """As a flat mapping, for JSON and for `from_values`."""
+        """Return the choices as a flat mapping, for JSON and `from_values`."""
         return asdict(self)
 
     def of_memory(self) -> dict[str, Any]:
-        """The choices that change what a micro-batch of a given size takes."""
+        """Return the choices that change a micro-batch's memory."""
         return {name: value for name, value in self.values().items() if name not in NO_MEMORY}
 
     def words(self) -> dict[str, str]:
-        """Every choice for a person, by name, but for the micro-batch; what is as usual is left out."""
-        shown = {
+        """Describe each choice that isn't the default, by name, without the micro-batch."""
+        texts = {
             "precision": "" if self.precision == AS_IT_IS else self.precision,
             "checkpointing": checkpointing_words(self.checkpointing) if self.checkpointing else "",
             "channels_last": "channels last" if self.channels_last else "",
@@ -75,14 +75,14 @@ class Configuration:
             "compile": "compiled" if self.compile else "",
             "loader_workers": "" if self.loader_workers is None else f"{self.loader_workers} loader workers",
         }
-        return {name: text for name, text in shown.items() if text}
+        return {name: text for name, text in texts.items() if text}
 
     def sentence(self) -> str:
-        """The same in one line."""
+        """Describe the choices in one line."""
         return ", ".join(self.words().values()) or "as the workload is"
 
     def numerics(self, plain: Configuration) -> dict[str, str]:
-        """Return the choices that change numbers compared with the plain ones, with how."""
+        """Return the choices that change numbers against the plain ones, explained."""
         changed = {
             "precision": f"autocast in {self.precision}: other numbers, not only another rounding",
             "optimizer": f"the {self.optimizer} optimizer: the same formula, its operations rounded in another order",
@@ -106,7 +106,7 @@ def checkpointing_words(every: int) -> str:
 def sentence(values: Mapping[str, Any]) -> str:
     """Describe a configuration in one line, without its micro-batch.
 
-    Names that are no choices are shown as they are: text must not fail on values from elsewhere.
+    Unknown names are shown unchanged: the text of a plan from another version must not fail.
     """
     words = Configuration.from_values({name: value for name, value in values.items() if name in NAMES}).words()
     words.setdefault("checkpointing", checkpointing_words(0))
@@ -141,7 +141,7 @@ def check_choice(name: str, value: Any) -> None:
     }
     holds, could = allowed[name]
     if not holds:
-        raise UsageError(f"{name} can't be {value!r}.", hint=f"It is one of: {could}.")
+        raise UsageError(f"{name} cannot be {value!r}.", hint=f"Use one of: {could}.")
 
 
 def allocator_settings(present: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""What is trained, stated once, for planning and for training alike.
+"""Define a workload: model, sample, loss, optimizer and data.
 
-Knows the model, a sample, the loss and the optimizer; knows nothing of memory or plans.
+Planning and training read the same workload; it holds no memory figures and no plan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IGNORED = -100  # cross_entropy's ignore_index, and Hugging Face's
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """A model and everything that one optimizer step of it needs.
+    """Hold a model and all that its optimizer step needs.
 
     Attributes:
         model: The module to train, on the device where it is to be trained.
@@ -49,11 +49,11 @@ class Workload:
         metric: `metric(model)`, a figure for such a scheduler: a validation loss, say. Called after each optimizer
             step; where it returns None, the scheduler isn't stepped. Recorded, as it needs memory.
         clip_grad_norm: The largest norm of the whole window's gradient; left out: no clipping.
-        batchnorm: What becomes of batch normalization within a window: "per_micro_batch", each micro-batch's own
-            statistics (another gradient than the whole batch's; the default, and said); "merged", the same gradient,
-            but running statistics merged over the window; "frozen", running statistics as they are: exact.
-        on_nonfinite: What to do where a window's gradient isn't finite: "raise" `NotFinite`, "skip" the step, or
-            "warn". A scaler skips it anyway. Left out: nothing is looked at, as in a plain loop.
+        batchnorm: How batch normalization is treated within a window: "per_micro_batch", each micro-batch's own
+            statistics (another gradient than the whole batch's; the default, with a warning); "merged", the same
+            gradient, but running statistics merged over the window; "frozen", running statistics as they are: exact.
+        on_nonfinite: The reaction to a window's gradient that isn't finite: "raise" `NotFinite`, "skip" the step, or
+            "warn". A scaler skips it anyway. Left out: not checked, as in a plain loop.
         accumulate: How gradients of bf16 or fp16 parameters add up over a window: in "fp32", cast once for the
             optimizer (the default; 2 bytes a parameter more while micro-batches run), or "as_parameters", in their own
             precision, as in a plain loop: what is below a 256th of a bf16 sum is lost.
@@ -61,18 +61,18 @@ class Workload:
         count: `count(batch)`, what the loss averages over or counts, read off the batch alone. A mean is then weighted
             by it instead of by samples; a `(sum, count)` loss is spared a forward pass that only counts. Left out for
             the default cross-entropy: the classes that aren't ignored.
-        shared: Names of what each micro-batch gets whole, where that isn't plain from its shape.
-        per_sample: Names of what has a row for each sample, where that isn't plain.
-        loader: Where training data comes from: a DataLoader, an iterable of batches, or a function that makes one.
-            Planning loads nothing from it; where it tells its size (a DataLoader, a list), planning without a target
-            looks for no larger micro-batch. `autoaccum run` reads it.
+        shared: Names of tensors that each micro-batch gets whole, if their shape doesn't show it.
+        per_sample: Names of tensors with a row for each sample, if their shape doesn't show it.
+        loader: Training data: a DataLoader, an iterable of batches, or a function that makes one.
+            Planning loads nothing from it; if its size is known (a DataLoader, a list), planning without a target
+            tries no larger micro-batch. `autoaccum run` reads it.
         lengths: For sequences from a map-style loader: the length of each sample of its data set, in what the batch's
             dimension 1 counts. A window's samples then come longest first, so that each micro-batch is padded little;
             its gradient is the same. Planning lengthens a shorter sample to the longest.
         max_tokens: With lengths: the most tokens in a micro-batch, padding included, as well as its most samples. The
             longest samples then come few at a time, as planned, and shorter ones in as many rows as planning tried.
-        name: What to call this workload in a plan.
-        configuration: What `autoaccum.configure` made of it, in words; part of a plan's fingerprint.
+        name: Name of this workload in a plan.
+        configuration: The choices that `autoaccum.configure` applied, as text; part of a plan's fingerprint.
     """
 
     model: nn.Module
@@ -121,18 +121,18 @@ class Workload:
         if self.encode is not None and self.loss is None:
             raise UsageError(
                 "encode= was given without loss=.",
-                "It makes the representations that a loss over the whole window is taken of.",
+                "encode makes the representations that loss(model, representations) is computed from.",
                 "Give loss=lambda model, representations: ...",
             )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise UsageError(
                 f"No parameter of {type(self.model).__name__} requires a gradient, so there is nothing to train.",
-                hint="Set requires_grad on what is to be trained.",
+                hint="Set requires_grad=True on the parameters to train.",
             )
 
 
 def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Compute the loss of a workload that names none.
+    """Compute the loss of a workload without a `loss`.
 
     Args:
         model: The module to train.
@@ -161,7 +161,7 @@ def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         raise _no_loss(model, f"returned {type(logits).__name__}, not a tensor of logits")
     if classes.is_floating_point() or logits.shape[:-1].numel() != classes.numel():
         shapes = f"logits of shape {tuple(logits.shape)} and targets of shape {tuple(classes.shape)}"
-        raise _no_loss(model, f"gives {shapes} ({classes.dtype}), which cross-entropy can't pair")
+        raise _no_loss(model, f"gives {shapes} ({classes.dtype}), which cross-entropy cannot pair")
     # Not reduction="mean": where all classes are ignored it is 0 / 0, and NaN times a weight of 0 is still NaN.
     return F.cross_entropy(logits.flatten(0, -2), classes.flatten(), reduction="sum") / class_count(batch).clamp(min=1)
 
@@ -173,12 +173,12 @@ def class_count(batch: Batch) -> torch.Tensor:
 
 
 def is_pair(batch: Batch) -> bool:
-    """Whether a batch is an input and its classes."""
+    """Return whether a batch is a pair of input and classes."""
     return isinstance(batch, (tuple, list)) and len(batch) == 2
 
 
 def _no_loss(model: nn.Module, what: str) -> UsageError:
     return UsageError(
         f"No loss was given, and {type(model).__name__} {what}.",
-        hint="Say how it is trained: Workload(model, sample, loss=lambda model, batch: ...), a mean or (sum, count).",
+        hint="Give the loss: Workload(model, sample, loss=lambda model, batch: ...), a mean or (sum, count).",
     )

@@ -121,7 +121,7 @@ def test_tune_finds_a_plan_that_run_trains_with(folder: Path) -> None:
         ([], "--target-batch is missing"),
         (["--target-batch", "0"], "target_batch is 0"),
         (["--target-batch", "8", "--vary", "precision="], "search space is empty"),
-        (["--target-batch", "8", "--vary", "precision=fp8"], "It is one of: fp32, bf16, fp16"),
+        (["--target-batch", "8", "--vary", "precision=fp8"], "Use one of: fp32, bf16, fp16"),
         (["--target-batch", "8", "--trials", "0"], "trials is 0"),
         (["--target-batch", "8", "--timeout", "0"], "timeout is 0.0"),
         (["--target-batch", "8", "--sampler", "best"], "tpe, random, grid"),

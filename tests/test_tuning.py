@@ -347,12 +347,12 @@ def test_the_space_is_narrowed_to_what_there_is_and_says_what_was_left_out() -> 
     ("how", "shown"),
     [
         ({"precision": ()}, "empty: there is no choice for precision"),
-        ({"precision": ("fp8",)}, "can't be 'fp8'"),
-        ({"checkpointing": (0, -1)}, "checkpointing can't be -1"),
-        ({"micro_batch": (0,)}, "micro_batch can't be 0"),
-        ({"micro_batch": ("all",)}, "micro_batch can't be 'all'"),
+        ({"precision": ("fp8",)}, "cannot be 'fp8'"),
+        ({"checkpointing": (0, -1)}, "checkpointing cannot be -1"),
+        ({"micro_batch": (0,)}, "micro_batch cannot be 0"),
+        ({"micro_batch": ("all",)}, "micro_batch cannot be 'all'"),
         ({"optimizer": ["loop"]}, "list, not a tuple"),
-        ({"compile": (1,)}, "compile can't be 1"),
+        ({"compile": (1,)}, "compile cannot be 1"),
         ({"optimizer": ("loop", "loop")}, "same choice twice"),
     ],
 )

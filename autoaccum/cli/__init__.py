@@ -18,7 +18,7 @@ from .terminal import show_error
 app = typer.Typer(
     name="autoaccum",
     help=(
-        "The largest micro-batch that fits, and accumulation steps that add up to exactly the batch you want.\n\n"
+        "Find the fewest gradient accumulation steps that fit, for exactly the batch you want.\n\n"
         "autoaccum plan --target-batch 512 -o plan.json && autoaccum run plan.json"
     ),
     no_args_is_help=True,

@@ -15,15 +15,18 @@ def bench(
     target_batch: int = typer.Option(512, help="Samples in an optimizer step."),
     workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
     device: str = typer.Option("cpu", help="cpu, or cuda for this machine's GPU."),
-    memory: str = typer.Option(None, help="Memory limit of each process, like 2GiB. Left out: what is free."),
-    headroom: str = typer.Option(None, help="How much of that to keep free, like 500MiB or 5%."),
+    memory: str = typer.Option(None, help="Memory limit of each process, like 2GiB. Left out: all free memory."),
+    headroom: str = typer.Option(None, help="Part of it to keep free, like 500MiB or 5%."),
     malloc: str = typer.Option("fixed", help="For the plan. fixed: predictable memory; default: faster."),
     windows: int = typer.Option(5, help="The most windows to time of each candidate."),
     tuned: Path = typer.Option(None, help="A plan from autoaccum tune. Left out: tune now."),
     tune_trials: int = typer.Option(12, help="The most configurations to tune with; 0 leaves the tuned plan out."),
     json: bool = typer.Option(False, "--json", help="Print the results' JSON alone."),
 ) -> None:
-    """Train hand-picked sizes, halving until it fits, the plan and the tuned plan for a few windows each."""
+    """Compare hand-picked sizes, halving, the plan and the tuned plan.
+
+    Each is trained for a few windows.
+    """
     _check(target_batch, device, memory, headroom, malloc, windows, tune_trials)
     from ..plan import Plan
     from ..processes.workload_source import check_source

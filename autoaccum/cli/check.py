@@ -13,7 +13,10 @@ def check(
     workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
     json: bool = typer.Option(False, "--json", help="Print the verdict as JSON only."),
 ) -> None:
-    """Test whether accumulation gives the large batch's gradient. Exit code 1 if not, or unknown."""
+    """Test whether accumulation gives the large batch's gradient.
+
+    Exit code 1 if not, or unknown.
+    """
     from ..processes.child import call
     from ..processes.workload_source import check_source
     from .terminal import progress

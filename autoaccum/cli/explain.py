@@ -1,4 +1,4 @@
-"""`autoaccum explain`."""
+"""Implement `autoaccum explain`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ def explain(
     plan: Path = typer.Argument(help="A plan file."),
     json: bool = typer.Option(False, "--json", help="Print the plan's JSON alone."),
 ) -> None:
-    """Tell how each number of a plan came to be. Needs no model."""
+    """Explain how each number of a plan was derived.
+
+    Needs no model.
+    """
     from ..plan import Plan
 
     read = Plan.load(plan)

@@ -1,4 +1,4 @@
-"""`autoaccum plan`."""
+"""Implement `autoaccum plan`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def plan(
     workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
     device: str = typer.Option(None, help="cpu, or cuda for this machine's GPU. Left out: cpu, or cuda with --gpu."),
     gpu: str = typer.Option(None, help="Plan for a GPU that isn't here, like a100-40gb (doctor --gpus lists them)."),
-    memory: str = typer.Option(None, help="What the whole process may use, like 2GiB. Left out: what is free."),
-    headroom: str = typer.Option(None, help="How much of that to keep free, like 500MiB or 5%."),
+    memory: str = typer.Option(None, help="Memory limit of the process, like 2GiB. Left out: all free memory."),
+    headroom: str = typer.Option(None, help="Part of it to keep free, like 500MiB or 5%."),
     max_micro_batch: int = typer.Option(None, help="The largest micro-batch allowed."),
     malloc: str = typer.Option("fixed", help="fixed: predictable memory; default: faster, with a quarter kept free."),
-    verify: bool = typer.Option(True, help="Run the plan's window for real."),
+    verify: bool = typer.Option(True, help="Run the plan's window."),
     objective: str = typer.Option(
         FEWEST_STEPS,
         help="fewest-steps: the largest micro-batches; fastest: the smallest within 1 % of the fastest step.",
@@ -70,7 +70,7 @@ def plan(
 
 
 def _check_device(device: str | None, gpu: str | None) -> None:
-    """Refuse an unknown device, and a GPU to plan for beside --device cpu."""
+    """Refuse an unknown device, and --gpu with --device cpu."""
     hint = "Give --device cpu, --device cuda, or --gpu NAME alone."
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device must be cpu or cuda, and is {device}.", hint=hint)
@@ -79,7 +79,10 @@ def _check_device(device: str | None, gpu: str | None) -> None:
 
 
 def _check_request(request: PlanRequest, gpu: str | None) -> None:
-    """Refuse invalid options before torch is imported, which takes seconds; `resolve` checks them again."""
+    """Refuse invalid options before torch is imported.
+
+    Importing it takes seconds; `resolve` checks the options again.
+    """
     check_samples("--target-batch", request.target_batch)
     check_samples("--max-micro-batch", request.max_micro_batch)
     check_seconds("--timing", request.timing_seconds)
@@ -90,6 +93,6 @@ def _check_request(request: PlanRequest, gpu: str | None) -> None:
     if request.objective == FASTEST and not timed:
         raise UsageError(
             "--objective fastest needs times.",
-            "A virtual GPU has none, nothing is run without verifying, and steps are compared at one target.",
+            "A virtual GPU has none, no window is run without verification, and steps are compared at one target.",
             "autoaccum plan --objective fastest --target-batch 512, without --gpu and --no-verify.",
         )

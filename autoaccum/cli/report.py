@@ -1,4 +1,4 @@
-"""`autoaccum report`."""
+"""Implement `autoaccum report`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import typer
 def report(
     plan: Path = typer.Argument(help="A plan file."),
     output: Path = typer.Option(
-        None, "--output", "-o", help="Where to write it: .html, .md, .csv or .json. Left out: Markdown on stdout."
+        None, "--output", "-o", help="File to write: .html, .md, .csv or .json. Left out: Markdown on stdout."
     ),
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
 ) -> None:
-    """Make a page, or tables, of a plan. Needs no model and no GPU."""
+    """Write a report on a plan: a page or tables.
+
+    Needs no model and no GPU.
+    """
     from ..files.whole import check_output
     from ..plan import Plan
     from ..reporting import check_suffix, render, write

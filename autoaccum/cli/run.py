@@ -1,4 +1,4 @@
-"""`autoaccum run`."""
+"""Implement `autoaccum run`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def run(
     plan: Path = typer.Argument(help="A plan file."),
     epochs: int = typer.Option(1, help="Passes over the workload's data."),
     steps: int = typer.Option(None, help="Optimizer steps at most, those before a resume included."),
-    checkpoint: Path = typer.Option(None, help="Resume from this file where it exists, and write it."),
-    checkpoint_seconds: float = typer.Option(30.0, help="How often to write it."),
+    checkpoint: Path = typer.Option(None, help="Resume from this file if it exists, and write it."),
+    checkpoint_seconds: float = typer.Option(30.0, help="Seconds between writes of it."),
     json: bool = typer.Option(False, "--json", help="Print the result's JSON alone."),
 ) -> None:
-    """Train a plan's workload, under the plan's own limit."""
+    """Train a plan's workload under the plan's memory limit."""
     from ..plan import Plan
     from ..processes.child import call
     from ..processes.workload_source import check_source
@@ -66,8 +66,8 @@ def run(
     if result["nonfinite_windows"] and not math.isfinite(result["loss"]):
         raise AutoaccumError(
             f"The last loss is {result['loss']}: {_nonfinite_text(result)}.",
-            "Such a loss leaves parameters that aren't finite either, unless its gradient was passed over.",
-            "Lower the learning rate, set clip_grad_norm=, or stop at the first: Workload(..., on_nonfinite='raise').",
+            "Such a loss leaves parameters that aren't finite either, unless its step was skipped.",
+            "Lower the learning rate, set clip_grad_norm=, or stop there: Workload(..., on_nonfinite='raise').",
         )
 
 
@@ -96,7 +96,7 @@ def _shown(plan: Plan, *, json: bool) -> Iterator[Say]:
 
 @contextmanager
 def _bar(plan: Plan) -> Iterator[Say]:
-    """Loss, samples/s, memory against the plan."""
+    """Show loss, samples per second and memory in a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -124,7 +124,7 @@ def _bar(plan: Plan) -> Iterator[Say]:
 class Speed:
     """Measure samples per second since the first window ended.
 
-    So neither lazy loading nor the first window's samples count.
+    Lazy loading and the first window's samples don't count.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -134,7 +134,7 @@ class Speed:
         self._seconds = 0.0
 
     def add(self, samples: int) -> None:
-        """Return a window of so many samples has ended."""
+        """Count the samples of a window that ended."""
         now = self._clock()
         if self._started is None:
             self._started = now
@@ -144,7 +144,7 @@ class Speed:
 
     @property
     def text(self) -> str:
-        """The speed as text; a dash after the first window."""
+        """Return the speed as text; a dash after the first window."""
         return f"{self._samples / self._seconds:.0f} samples/s" if self._seconds > 0 else "- samples/s"
 
 
@@ -160,7 +160,7 @@ class _Lines:
         self._printed_at = time.monotonic()
 
     def say(self, message: dict[str, Any]) -> None:
-        """Print a window's figures, where a line is due."""
+        """Print a window's figures if a line is due."""
         if "warning" in message:
             print(f"warning: {message['warning']}", file=sys.stderr, flush=True)
         if "step" not in message or self._silent:
@@ -195,7 +195,7 @@ def _print_result(result: dict[str, Any], *, json: bool) -> None:
     print(
         f"checkpoint: {result['checkpoint']}"
         if result["checkpoint"] is not None
-        else "no checkpoint was written, so what was trained is gone; keep it with --checkpoint FILE"
+        else "no checkpoint was written, so the trained parameters are lost; keep them with --checkpoint FILE"
     )
 
 

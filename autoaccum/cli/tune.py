@@ -29,8 +29,8 @@ def tune(
     vary: list[str] = typer.Option([], help="NAME=A,B: the choices for one part, like precision=fp32,bf16."),
     device: str = typer.Option(None, help="cpu, or cuda for this machine's GPU. Left out: cpu, or cuda with --gpu."),
     gpu: str = typer.Option(None, help="Rank by memory for a GPU this machine lacks (doctor --gpus lists them)."),
-    memory: str = typer.Option(None, help="Memory limit of the process, like 2GiB. Left out: what is free."),
-    headroom: str = typer.Option(None, help="How much of that to keep free, like 500MiB or 5%."),
+    memory: str = typer.Option(None, help="Memory limit of the process, like 2GiB. Left out: all free memory."),
+    headroom: str = typer.Option(None, help="Part of it to keep free, like 500MiB or 5%."),
     malloc: str = typer.Option("fixed", help="fixed: predictable memory; default: faster, keeps a quarter free."),
     sampler: str = typer.Option("tpe", help="tpe, random, or grid: all configurations, in order."),
     pareto: bool = typer.Option(False, "--pareto", help="Search for the Pareto front of time and peak memory."),
@@ -40,7 +40,10 @@ def tune(
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
     json: bool = typer.Option(False, "--json", help="Print trials and plan as JSON alone."),
 ) -> None:
-    """Find the precision, checkpointing, layout, optimizer and micro-batch that train fastest at a fixed batch."""
+    """Find the configuration that trains fastest at a fixed batch.
+
+    It varies precision, checkpointing, layout, optimizer and micro-batch.
+    """
     if target_batch is None:
         raise UsageError("--target-batch is missing.", hint="Give --target-batch 512, for example.")
     if output is not None:
@@ -70,7 +73,10 @@ def tune(
 
 @contextmanager
 def _progress() -> Iterator[Say]:
-    """Show a line on stderr for each trial; on a terminal, also what is running."""
+    """Show a line on stderr for each trial.
+
+    A terminal also shows the current step.
+    """
     if not sys.stderr.isatty():
 
         def say_trial(message: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ _ADDRESSES = ("up", "down")
 
 
 def virtual_gpu(
-    command: list[str] = typer.Argument(None, metavar="-- COMMAND ...", help="What to run.", show_default=False),
+    command: list[str] = typer.Argument(None, metavar="-- COMMAND ...", help="Command to run.", show_default=False),
     memory: str = typer.Option("16GiB", metavar="SIZE", help="Memory of each device."),
     context: str = typer.Option("512MiB", metavar="SIZE", help="Memory that the process's context uses."),
     other: str = typer.Option("0", metavar="SIZE", help="Memory that another process uses."),
@@ -29,11 +29,14 @@ def virtual_gpu(
         None, metavar="SIZE|FACTORx|transposed", help="Workspace of each convolution; none by default."
     ),
     convolution_fallback: bool = typer.Option(True, help="A convolution can run without its workspace."),
-    copies: str = typer.Option(_DEFAULT.copies, metavar="|".join(_COPIES), help="What copies write."),
+    copies: str = typer.Option(_DEFAULT.copies, metavar="|".join(_COPIES), help="Bytes that copies write."),
     addresses: str = typer.Option(_DEFAULT.addresses, metavar="|".join(_ADDRESSES), help="Order of new addresses."),
     trace: bool = typer.Option(False, "--trace", help="Print each called function that isn't modelled, once."),
 ) -> None:
-    """Run a command on a virtual GPU: kernels compute nothing, memory is counted."""
+    """Run a command on a virtual GPU.
+
+    Kernels compute nothing; memory is counted.
+    """
     from ..devices.virtual import environment
     from ..units import parse_bytes, parse_part
 

@@ -1,4 +1,4 @@
-"""fit_plan: from a workload to a plan. The page to read first.
+"""Plan a workload: the main path, to read first.
 
     record   the window at small sizes              planning/schedule.py, record.py, rehearsal.py; devices/*/
     lift     its sizes, as functions of the batch   simulation/program.py
@@ -8,7 +8,7 @@
     time     smaller ones, for the knee             planning/fastest.py, timing.py, simulation/knee.py
     check    that its gradient is the large batch's exactness/check.py
 
-On the way the model is really trained, so all of it is put back afterwards (state/snapshot.py).
+Planning trains the model for a few windows, so its state is restored afterwards (state/snapshot.py).
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ from .verify import solve_and_verify
 
 @dataclass(frozen=True)
 class PlanningEnvironment:
-    """Where planning takes place.
+    """Hold the device and the functions that planning uses.
 
     Attributes:
         device: The device.
         make_predictor: Makes the memory predictor for it.
         model_events: The allocations of the model as a new process makes them; None where they were not recorded.
-        keep: Whether everything has to be put back; not so in a process that ends with the plan.
-        progress: Called with what is being done.
-        subject: The kind of subject: how its batches are made.
+        keep: Whether the workload's state must be restored; False in a process that ends with the plan.
+        progress: Called with progress messages.
+        subject: The recording target's class, which makes the batches.
     """
 
     device: Device
@@ -92,41 +92,38 @@ def fit_plan(
     progress: Callable[[str], None] | None = None,
     **workload_kwargs: Any,
 ) -> Plan:
-    """Finds the fewest accumulation steps whose window fits, and checks them by running one.
+    """Find the fewest accumulation steps that fit, and verify them.
 
     Afterwards parameters, buffers, optimizer, gradients, modes, random states and plain attributes are bitwise as
-    before, also after an exception or Ctrl-C. On the CPU one thing stays: malloc's mmap threshold is fixed, which the
-    plan holds for (see `Plan.mmap_threshold_bytes`).
+    before, also after an exception or Ctrl-C. On the CPU malloc's mmap threshold stays fixed (`mmap_threshold_bytes`).
 
     Args:
-        workload: What is trained; or the model alone, with the rest of `Workload`'s arguments beside it.
-        sample: A small batch of real data, where a model is given. Left out, it is inferred where the model tells.
-        target_batch: Samples in an optimizer step, over all ranks. Left out: one micro-batch, the largest that fits.
-        device: Where to train; left out, where the model is.
-        budget: What the whole process may use, in bytes or like "2GiB". Left out: what the machine has free.
-        headroom: Bytes or percent of that to keep free.
-        max_micro_batch: The largest micro-batch allowed.
-        min_micro_batch: The smallest allowed. Left out: 2 where the model takes batch statistics, else 1.
-        verify: Whether to run the plan's window for real.
-        check: Whether to test on the sample that the window's gradient is the large batch's (see `Plan.exactness`).
+        workload: The workload; or its model, with `Workload`'s other arguments as keywords.
+        sample: A small batch of real data, if a model is given; None to infer it from the model.
+        target_batch: Samples in an optimizer step, over all ranks; None for one micro-batch, the largest that fits.
+        device: The device that the model must be on; None for any.
+        budget: Memory that the whole process may use, in bytes or like "2GiB"; None for all free memory.
+        headroom: Bytes or percent of the budget to keep free.
+        max_micro_batch: The largest micro-batch allowed, in samples.
+        min_micro_batch: The smallest allowed; None for 2 if the model uses batch statistics, else 1.
+        verify: Whether to run the plan's window.
+        check: Whether to test on the sample that the window's gradient is the large batch's (`Plan.exactness`).
         rank: This process's rank.
-        world_size: Ranks that share the target.
+        world_size: Number of ranks that share the target.
         train_in_new_process: Whether another process will train, so that the plan need not hold in this one.
-        malloc: On the CPU. "fixed": blocks from 128 KiB on become mappings, so that memory can be predicted to a
-            percent, at the price of fresh pages; "default": the C library's own way, faster, and a quarter is kept
-            free for its fragmentation.
+        malloc: On the CPU. "fixed": blocks of 128 KiB and more are mappings, so that memory is predictable to 1 %, at
+            the cost of fresh pages; "default": faster, with a quarter of the memory kept free for fragmentation.
         objective: "fewest-steps", the largest micro-batches; or "fastest", the smallest whose optimizer step takes at
-            most 1 % longer than the fastest one's: as fast as any, and memory to spare.
-        timing_seconds: How long smaller micro-batches may be timed for that; 0 for not at all. Left out: 15 % of
-            planning and 3 s at most, or 30 s where the fastest is sought.
-        progress: Called with what is being done.
-        **workload_kwargs: `Workload`'s own arguments, where a model is given.
+            most 1 % longer than the fastest one's.
+        timing_seconds: Seconds to time smaller micro-batches for; None for 15 % of planning, at most 3 (30: fastest).
+        progress: Called with progress messages.
+        **workload_kwargs: `Workload`'s other arguments, if a model is given.
 
     Returns:
         The plan.
 
     Raises:
-        UsageError: An argument that can't be used.
+        UsageError: An argument is invalid.
         DoesNotFit: Not even the smallest micro-batch fits.
     """
     request = PlanRequest(
@@ -143,7 +140,9 @@ def plan_workload(
     device: str | torch.device | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Plan a workload on the device of its model; `fit_plan` with a request in place of arguments.
+    """Plan a workload on its model's device.
+
+    The same as `fit_plan`, with a request in place of arguments.
 
     Args:
         workload: The workload; without a sample, one is inferred from the model if possible.
@@ -182,7 +181,7 @@ def plan_in(
         DoesNotFit: Not even the smallest micro-batch fits.
     """
     request = resolve(plan_request, workload, computes=environment.device.computes)
-    refuse_ranks(workload)  # before anything is run: its collectives would wait for ranks that don't plan
+    refuse_ranks(workload)  # before any forward: its collectives would wait for ranks that don't plan
     started, threshold = time.perf_counter(), environment.device.prepare(plan_request.malloc)
     sample, lengthened = at_longest(workload)
     longest = replace(workload, sample=sample)
@@ -191,7 +190,9 @@ def plan_in(
         environment.device.clean()
         filled_bytes = stack.enter_context(environment.device.holes_filled(threshold))
         snapshot = stack.enter_context(_as_it_was(workload, held)) if environment.keep else None
-        context = step.open_context(replace(workload, scheduler=None))  # it may have few steps, and takes no memory
+        context = step.open_context(
+            replace(workload, scheduler=None)
+        )  # a scheduler may allow few steps, and uses no memory
         context.window_samples = request.samples
         left_out = left_out_note(context.model, context.optimizer)
         subject = environment.subject(
@@ -210,7 +211,7 @@ def plan_in(
         filled_bytes += stack.enter_context(environment.device.holes_filled(threshold))  # where gradients were
         subject = replace(subject, heap_before=environment.device.read_heap(), filled_bytes=filled_bytes)
         compiles = plan_request.verify and compiled.runs_compiled(context)
-        predictor = _look(
+        predictor = _record_and_predict(
             environment, subject, request, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles
         )
         solution, measured = solve_and_verify(predictor, start_over, verify=plan_request.verify, compiles=compiles)
@@ -219,12 +220,10 @@ def plan_in(
             solution, measured = fastest(predictor, solution, measured, timed, start_over)
         rows = most_short_rows(predictor, solution, start_over) if measured is not None and not compiles else None
         plan = build_plan.plan(predictor, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
-        if plan_request.check:
+        if plan_request.check:  # before the state is restored: a forward may change any state
             start_over()
-            plan = exact.check_plan(
-                plan, workload, environment.progress
-            )  # within: a forward may write to what it likes
-        start_over()  # what the plan says of this process holds for it as it was when it was read, its cache empty
+            plan = exact.check_plan(plan, workload, environment.progress)
+        start_over()  # the plan's figures for this process hold for its state before planning, its cache empty
         return plan
 
 
@@ -244,7 +243,7 @@ def _as_workload(workload: Workload | torch.nn.Module, sample: Any, workload_kwa
             ) from None
     elif sample is not None or workload_kwargs:
         given = ", ".join(["sample"] * (sample is not None) + list(workload_kwargs))
-        raise UsageError(f"{given} cannot be combined with a Workload.", hint="Give it to the Workload itself.")
+        raise UsageError(f"{given} cannot be combined with a Workload.", hint="Give it to the Workload.")
     return workload
 
 
@@ -271,14 +270,14 @@ def environment_for(torch_device: torch.device) -> PlanningEnvironment:
 
 
 def _held(workload: Workload) -> Holdings:
-    """What the workload's functions hold."""
+    """Find the objects that the workload's functions hold."""
     functions = {name: getattr(workload, name) for name in ("loss", "encode", "count", "between_steps", "metric")}
     return holdings(workload.model, **functions)
 
 
 @contextlib.contextmanager
 def _as_it_was(workload: Workload, held: Holdings) -> Iterator[restore.Snapshot]:
-    """Puts back, whatever happens, all that training changes."""
+    """Restore all state that training changes at exit."""
     optimizer, scheduler = workload.optimizer, workload.scheduler
     with restore.kept(
         model=workload.model,
@@ -291,7 +290,7 @@ def _as_it_was(workload: Workload, held: Holdings) -> Iterator[restore.Snapshot]
 
 
 def _make_ready(context: step.TrainingContext, *, owns_optimizer: bool) -> None:
-    """Train mode, no gradients, and no state in an optimizer that was made for the occasion."""
+    """Set train mode, drop gradients, and clear a newly created optimizer's state."""
     if not context.model.training:
         context.model.train()
     context.model.zero_grad(set_to_none=True)
@@ -300,7 +299,7 @@ def _make_ready(context: step.TrainingContext, *, owns_optimizer: bool) -> None:
         context.optimizer.state.clear()
 
 
-def _look(
+def _record_and_predict(
     environment: PlanningEnvironment,
     subject: RecordingTarget,
     request: ResolvedRequest,
@@ -309,18 +308,21 @@ def _look(
     *,
     compiles: bool,
 ) -> MemoryPredictor:
-    """Record until the answer is predicted, compile, then read the budget."""
+    """Record until the answer is predicted, and return its predictor.
+
+    A compiled model is compiled at the answer's sizes before the budget is read.
+    """
     sample_bytes = subject.sample_bytes
 
     def predictor(evidence: Evidence, state_bytes: int) -> MemoryPredictor:
         return environment.make_predictor(subject, request, evidence, sample_bytes, snapshot_bytes + state_bytes)
 
     def chosen(evidence: Evidence) -> schedule.Guess:
-        now = predictor(evidence, evidence.state_bytes)  # in the middle of planning: what is here now is of no account
+        now = predictor(evidence, evidence.state_bytes)  # this process's present memory is planning's
         return guess(replace(now, request=replace(request, histories=("new_process",))))
 
     def allowed(evidence: Evidence, n: int) -> bool:
-        too_many = n > begin and begin < FIRST_STEP_SAMPLES  # the next larger one was rehearsed in vain
+        too_many = n > begin and begin < FIRST_STEP_SAMPLES  # the next larger size failed its rehearsal
         return not too_many and predictor(evidence, evidence.state_bytes).is_sure_to_fit(n)
 
     evidence, begin = Evidence(), FIRST_STEP_SAMPLES

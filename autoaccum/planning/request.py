@@ -1,4 +1,4 @@
-"""The request for a plan, one frozen value from the command line to the last step. No torch here."""
+"""Hold the request for a plan. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from ..plan import FEWEST_STEPS
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A request for a plan, as given; `resolve` (resolved_request.py) checks it against a workload.
+    """Hold a request for a plan, as given.
+
+    `resolve` (resolved_request.py) checks it against a workload.
 
     Attributes:
         target_batch: Samples in an optimizer step, over all ranks; None for one micro-batch, the largest that fits.
-        budget: Memory that the whole process may use, in bytes or like "2GiB"; None for what is free.
+        budget: Memory that the whole process may use, in bytes or like "2GiB"; None for all free memory.
         headroom: Bytes or percent of the budget to keep free.
         max_micro_batch: The largest micro-batch allowed, in samples.
         min_micro_batch: The smallest allowed; None for 2 if the model uses batch statistics, else 1.
@@ -21,7 +23,7 @@ class PlanRequest:
         world_size: Number of ranks that share the target.
         objective: "fewest-steps" or "fastest".
         timing_seconds: Seconds to time smaller micro-batches for; None for a part of planning, 0 for none.
-        verify: Whether to run the plan's window for real.
+        verify: Whether to run the plan's window.
         check: Whether to test that the window's gradient is the large batch's.
         malloc: On the CPU, the setting of the C library's malloc: "fixed" or "default".
         train_in_new_process: Whether another process will train, so that the plan need not hold in this one.

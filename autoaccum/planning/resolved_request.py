@@ -1,4 +1,4 @@
-"""Check a plan request against a workload, before anything is run."""
+"""Check a plan request against a workload, before any forward."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ SEARCH_LIMIT = 1 << 20  # samples: the largest micro-batch to search for if neit
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """A plan request after it was checked against its workload.
+    """Hold a plan request that was checked against its workload.
 
     Attributes:
         target_batch: Samples in an optimizer step, over all ranks; None for one micro-batch, the largest that fits.
-        samples: This rank's share of it.
+        samples: This rank's share of the target.
         world_size: Number of ranks.
-        budget: Memory that training may use; None for what is free.
-        headroom: How much of it to keep free.
+        budget: Memory that training may use; None for all free memory.
+        headroom: Part of the budget to keep free.
         least: The smallest micro-batch allowed, in samples.
-        most: The largest.
+        most: The largest micro-batch allowed, in samples.
         histories: The processes that the plan has to hold in: "new_process", "this_process" as it is now, or both.
         objective: "fewest-steps" or "fastest".
-        timing_seconds: How long smaller micro-batches may be timed; None for a part of planning.
+        timing_seconds: Seconds to time smaller micro-batches for; None for a part of planning.
         sizes: Micro-batches that the plan's table of peaks must include.
         dataset_samples: Samples in one epoch of the training data; None if unknown.
     """
@@ -58,12 +58,12 @@ class ResolvedRequest:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether the largest micro-batch was named, rather than set by the target, the data or the search."""
+        """Return whether the request, not target, data or search, bounds micro-batches."""
         return self.most not in (self.samples, self.dataset_samples, SEARCH_LIMIT)
 
 
 def resolve(request: PlanRequest, workload: Workload, *, computes: bool) -> ResolvedRequest:
-    """Check a request and work out the limits of the search.
+    """Check a request and compute the limits of the search.
 
     Args:
         request: The request.
@@ -103,7 +103,7 @@ def _check_values(request: PlanRequest) -> None:
     check_memory(request.budget, request.headroom)
     target_batch, rank, world_size = request.target_batch, request.rank, request.world_size
     if not 0 <= rank < world_size:
-        raise UsageError(f"rank is {rank}, of {world_size} ranks.", hint="Ranks count from 0 to world_size - 1.")
+        raise UsageError(f"rank is {rank}, of {world_size} ranks.", hint="Give a rank from 0 to world_size - 1.")
     if target_batch is not None and target_batch < world_size:
         raise UsageError(
             f"A target batch of {target_batch} cannot be shared by {world_size} ranks.",
@@ -144,25 +144,30 @@ def _micro_batch_limits(
 
 
 def _check_times(request: PlanRequest, samples: int | None, *, computes: bool) -> None:
-    """Refuse the fastest micro-batch if no time can be measured."""
+    """Refuse objective "fastest" if no time can be measured."""
     if request.objective not in OBJECTIVES:
         raise UsageError(f"objective {request.objective!r} is not known.", hint=f"Use {' or '.join(OBJECTIVES)}.")
     check_seconds("timing_seconds", request.timing_seconds)
     lacking = (
         (not computes, "A virtual GPU computes nothing, so no time can be measured on it."),
-        (not request.verify, "Without verifying, nothing is run for real."),
+        (not request.verify, "Without verification, no window is run."),
         (request.timing_seconds == 0, "Timing was switched off."),
         (samples is None, "Without a target, steps of different micro-batches don't have the same samples."),
     )
     why = next((text for lacks, text in lacking if lacks), None)
     if request.objective == FASTEST and why is not None:
         raise UsageError(
-            "The fastest micro-batch cannot be found: no times.", why, "Plan with --target-batch N on a real device."
+            "The fastest micro-batch cannot be found without times.",
+            why,
+            "Plan with --target-batch N on a real device.",
         )
 
 
 def dataset_samples(workload: Workload) -> int | None:
-    """Return the samples of one epoch, by the loader or by `lengths`; None if neither states it. Nothing is loaded."""
+    """Return the samples of one epoch; None if unknown.
+
+    The loader or `lengths` states it; no batch is loaded.
+    """
     loader = workload.loader
     if isinstance(loader, (DataLoader, list, tuple)):
         try:
@@ -176,7 +181,7 @@ def dataset_samples(workload: Workload) -> int | None:
 
 
 def dataset_note(request: ResolvedRequest, micro_batch: int) -> str:
-    """Return a note on the size of the training data; "" if it doesn't affect the plan."""
+    """Describe the training data's size; "" if it doesn't affect the plan."""
     known, asked = request.dataset_samples, request.target_batch
     if known is None:
         if asked is not None:
