@@ -1,4 +1,4 @@
-"""Puts what planning found into a plan, with its reasons. The last step of `planning/fit.py`."""
+"""Build a plan from a solution, with reasons and notes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import DoesNotFit
 from ..phases import PHASE_TITLES, PHASES
 from ..plan import (
     FASTEST,
@@ -34,7 +33,7 @@ from .resolved_request import dataset_note
 from .timing import Times
 from .windows import window_of
 
-TABLE_ROWS = 256  # every size up to twice the largest that fits, or where those are more, some of them
+TABLE_ROWS = 256  # micro-batch sizes; if twice the largest that fits is above it, a grid
 TABLE_ROWS_CUDA = 96  # a replay of the caching allocator takes longer
 
 
@@ -55,7 +54,7 @@ def plan(
         measured: The verification run's measurements; None if it was not run.
         workload: The workload, its sample at the longest.
         assumed: Remarks on what was assumed, for the notes.
-        timed: Optimizer steps that were timed.
+        timed: The timed optimizer steps.
         max_rows: The most rows of short samples that were tried.
     """
     request, split = predictor.request, solution.split
@@ -84,15 +83,7 @@ def plan(
             max_rows=max_rows,
         ),
         memory=_memory(predictor, split, figures, {largest, *(size.micro_batch for size in timed.sizes)}),
-        evidence=EvidenceSection(
-            method=predictor.evidence.method,
-            recordings=tuple(predictor.evidence.notes),
-            exactness="unchecked",
-            measured_peak_bytes=verified.measured_peak_bytes,
-            resident_peak_bytes=verified.resident_peak_bytes,
-            allocated_peak_bytes=verified.allocated_peak_bytes,
-            this_process_peak_bytes=figures.this_process_peak_bytes,
-        ),
+        evidence=_evidence(predictor, figures, verified),
         timing=TimingSection(verified.window_seconds, verified.kernel_time_fraction, timed.sizes),
         provenance=ProvenanceSection(
             signature=signature(workload.sample),
@@ -102,6 +93,19 @@ def plan(
             environment=versions(),
         ),
         device=figures.device,
+    )
+
+
+def _evidence(predictor: MemoryPredictor, figures: DeviceFigures, verified: VerifiedFigures) -> EvidenceSection:
+    """Return recordings and measured peaks."""
+    return EvidenceSection(
+        method=predictor.evidence.method,
+        recordings=tuple(predictor.evidence.notes),
+        exactness="unchecked",
+        measured_peak_bytes=verified.measured_peak_bytes,
+        resident_peak_bytes=verified.resident_peak_bytes,
+        allocated_peak_bytes=verified.allocated_peak_bytes,
+        this_process_peak_bytes=figures.this_process_peak_bytes,
     )
 
 
@@ -142,14 +146,17 @@ def _memory(predictor: MemoryPredictor, split: Split, figures: DeviceFigures, kn
 
 
 def token_budget(workload: Workload, micro_batch: int) -> int | None:
-    """The padded tokens of a micro-batch: as was asked for, and no more than the plan's at the longest."""
+    """Return the limit on a micro-batch's padded tokens; None without `max_tokens`.
+
+    It is at most the plan's micro-batch of the longest samples.
+    """
     if workload.max_tokens is None or not workload.lengths:
         return None
     return min(workload.max_tokens, micro_batch * max(workload.lengths))
 
 
 def _composition(predictor: MemoryPredictor, split: Split, phases: dict[str, int]) -> dict[str, dict[str, int]]:
-    """What lives at the peak of each phase of the plan's window."""
+    """Return live bytes by kind at the peak of each phase."""
     model = predictor.subject.context.model
     return breakdown.process_composition(
         breakdown.composition(*window_of(predictor.evidence, split)),
@@ -161,6 +168,7 @@ def _composition(predictor: MemoryPredictor, split: Split, phases: dict[str, int
 
 
 def _largest(predictor: MemoryPredictor, split: Split) -> tuple[int, bool]:
+    """Return the largest micro-batch, and whether the search ended there."""
     request, evidence = predictor.request, predictor.evidence
     recorded = evidence.recordings[-1].micro_batch
     most = recorded if evidence.fallback_reason else max(split[0], request.most if request.samples else split[0])
@@ -169,13 +177,16 @@ def _largest(predictor: MemoryPredictor, split: Split) -> tuple[int, bool]:
     size = largest_micro_batch(
         predictor.fits_surely, predictor.later_floor, budget_bytes=predictor.usable_bytes, max_size=most
     )
-    # 37 + 37 + 36 says nothing of windows of 37 alone: these may need a retry each time.
+    # A window of 37 + 37 + 36 doesn't show that windows of 37 alone fit: these may need a retry each time.
     own = split[-1] if split[0] - split[-1] == 1 else split[0]
     return max(size, own), size >= most
 
 
 def _table(predictor: MemoryPredictor, split: Split, known: set[int]) -> tuple[PeakRow, ...]:
-    """Peaks at every size up to twice the largest known; or at a grid, there, and at the next numbers of steps."""
+    """Return peaks for micro-batches of up to twice the largest known.
+
+    If those are more than the table's rows: for a grid, the known sizes, and those of neighbouring numbers of steps.
+    """
     samples = sum(split)
     count = TABLE_ROWS if predictor.subject.context.device.type == "cpu" else TABLE_ROWS_CUDA
     neighbours = {-(-samples // k) for k in range(max(1, len(split) - 1), min(samples, 4 * len(split)) + 1)}
@@ -192,18 +203,19 @@ def _table(predictor: MemoryPredictor, split: Split, known: set[int]) -> tuple[P
 
 
 def _reasons(predictor: MemoryPredictor, split: Split, measured: Any, timed: Times, largest: int) -> dict[str, str]:
+    """Return how each number of the plan was derived, by field."""
     samples, steps = sum(split), len(split)
     reasons = {
         "accumulation_steps": (
-            f"all {samples} samples fit at once"
+            f"all {samples} samples fit in one micro-batch"
             if steps == 1
-            else f"the fewest that micro-batches of at most {predictor.request.most} allow"
+            else f"the fewest steps that micro-batches of at most {predictor.request.most} allow"
             if steps == -(-samples // predictor.request.most)
-            else f"the fewest whose own window fits {predictor.limit_words}{_why_uneven(predictor, split)}"
+            else f"the fewest steps that fit {predictor.limit_words}{_why_uneven(predictor, split)}"
         ),
         "split": f"{samples} samples in {steps} micro-batches"
         + (" whose sizes differ by at most one, largest first" if is_even(split) else ": one size and the rest"),
-        "largest_micro_batch": f"the largest of which a window of several fits {predictor.limit_words}",
+        "largest_micro_batch": f"the largest whose window of several steps fits {predictor.limit_words}",
         "malloc_overhead": f"{predictor.malloc_overhead:.0%} of training's memory, since malloc's default fragments",
         "budget_bytes": f"the tightest of the limits ({predictor.budget.binding_constraint}) less the headroom",
     }
@@ -212,45 +224,47 @@ def _reasons(predictor: MemoryPredictor, split: Split, measured: Any, timed: Tim
         "a step program lifted from recordings at " + ", ".join(str(n.micro_batch) for n in predictor.evidence.notes)
     )
     reasons["measured_peak_bytes"] = (
-        "not verified: nothing was run at this size"
+        "not verified: no window of this size was run"
         if measured is None
-        else f"the first step and two windows of {min(steps, 3)} micro-batches were run for real in this process"
+        else f"the first step and two windows of {min(steps, 3)} micro-batches were run in this process"
     )
     reasons["times"] = timed.why
     found = knee(timed.sizes)
     if predictor.request.objective == FASTEST and found is not None:
         most = max(size.micro_batch for size in timed.sizes)
-        shown = "" if found.is_sure else ", by medians that don't decide it"
+        certainty = "" if found.is_sure else ", by medians within measurement noise"
         others = f"; {-(-samples // most)} steps of up to {most} fit too" if split[0] < most else ""
         reasons["accumulation_steps"] = (
-            f"{split[0]} is the smallest micro-batch within 1 % of the fastest optimizer step{shown}{others}"
+            f"{split[0]} is the smallest micro-batch within 1 % of the fastest optimizer step{certainty}{others}"
         )
     return reasons
 
 
 def _why_uneven(predictor: MemoryPredictor, split: Split) -> str:
-    """What is wrong with the balanced split of as many steps, where another was taken."""
+    """Return why the balanced split doesn't fit, if another was chosen."""
     even = balanced(sum(split), len(split))
     return "" if is_even(split) else f"; {split[0]} is repeated, since {_counted(even)} {predictor.shortfall(even)}"
 
 
 def _why_not_fewer(predictor: MemoryPredictor, split: Split, largest: int) -> dict[str, str]:
-    """Why no window of a step fewer fits, though micro-batches as large as its own do: its sizes don't say so then."""
+    """Return why one step fewer doesn't fit, unless its sizes show it."""
     samples, steps = sum(split), len(split) - 1
     if not steps or predictor.request.objective == FASTEST or predictor.evidence.fallback_reason is not None:
         return {}
     even = balanced(samples, steps)
     if even[0] > min(largest, predictor.request.most):
         return {}
-    shown = f"{steps} step{'s don' if steps > 1 else ' doesn'}'t fit: {_counted(even)} {predictor.shortfall(even)}"
-    return {"fewer_steps": shown + (", and neither does a larger size, repeated, with the rest" if steps > 1 else "")}
+    text = f"{steps} step{'s don' if steps > 1 else ' doesn'}'t fit: {_counted(even)} {predictor.shortfall(even)}"
+    return {"fewer_steps": text + (", and neither does a larger size, repeated, with the rest" if steps > 1 else "")}
 
 
 def _counted(split: Split) -> str:
+    """Describe a split, such as 3 of 37 and 1 of 36."""
     return " and ".join(f"{count} of {size}" for size, count in Counter(split).items())
 
 
 def _notes(predictor: MemoryPredictor, split: Split, assumed: Sequence[str]) -> tuple[str, ...]:
+    """Return the plan's notes; empty ones are left out."""
     notes = [text for text in assumed if text]
     if predictor.evidence.fallback_reason is not None:
         notes.append(f"Bracketed: {predictor.evidence.fallback_reason}.")
@@ -263,7 +277,7 @@ def _notes(predictor: MemoryPredictor, split: Split, assumed: Sequence[str]) -> 
 
 
 def _sums_note(predictor: MemoryPredictor, split: Split) -> str:
-    """How gradients of half-precision parameters add up, and what that takes."""
+    """Describe how gradients of half-precision parameters add up, and the memory."""
     context = predictor.subject.context
     more = fp32_accumulation.widening_bytes(context.model.parameters())
     if len(split) < 2 or not more:
@@ -271,25 +285,25 @@ def _sums_note(predictor: MemoryPredictor, split: Split) -> str:
     if context.accumulate == "fp32":
         return (
             f"Gradients of half-precision parameters add up in fp32: {show_bytes(more)} more than a plain loop"
-            " while micro-batches run. accumulate='as_parameters' of the workload does without, and loses what is"
-            " small beside a sum."
+            " while micro-batches run. The workload's accumulate='as_parameters' saves that, and loses addends that are"
+            " small beside the sum."
         )
     return (
-        "Gradients add up in the parameters' own half precision, which loses what is small beside a sum; "
-        f"accumulate='fp32' of the workload takes {show_bytes(more)} more."
+        "Gradients add up in the parameters' own half precision, which loses addends that are small beside the "
+        f"sum; the workload's accumulate='fp32' avoids that and uses {show_bytes(more)} more."
     )
 
 
 def _growth_notes(predictor: MemoryPredictor, split: Split) -> list[str]:
-    """What outlives each window, by which line, and how many windows that leaves."""
+    """Describe memory that outlives each window, its source, and the windows left."""
     found, growth = predictor.evidence.growth, predictor.growth_bytes(split)
     if found is None or not growth:
         return []
     left = max(0, predictor.budget.bytes - predictor.worst_bytes(split)) // growth
     planning = (
-        " What planning's own windows appended was taken out again."
+        " Objects that planning's windows appended were taken out again."
         if found.undone
-        else f" Planning's own windows left {show_bytes(predictor.leaked_bytes)} behind, which it can't find to free."
+        else f" Planning's windows left {show_bytes(predictor.leaked_bytes)} behind, which it cannot find to free."
     )
     return [
         f"Memory grows: each window keeps {show_bytes(growth)} more than the one before, allocated at "
@@ -300,83 +314,18 @@ def _growth_notes(predictor: MemoryPredictor, split: Split) -> list[str]:
 
 
 def _tokens_note(workload: Workload, split: Split, max_rows: int | None) -> str:
+    """Describe the limit on padded tokens; "" if there is none."""
     tokens = token_budget(workload, split[0])
     if tokens is None:
         return ""
-    tried = f"shorter ones in up to {max_rows} rows, as was tried" if max_rows else "shorter ones in no more rows"
+    tried = f"shorter ones in up to {max_rows} rows, as tried" if max_rows else "shorter ones in no more rows"
     return f"For the longest samples; {tried}, and no micro-batch has more than {tokens:,} padded tokens."
 
 
 def _compiled_note(predictor: MemoryPredictor) -> str:
+    """Describe how a compiled model was recorded."""
     if not compiled.runs_compiled(predictor.subject.context):
-        return "Planned as it was written, not compiled: what a compiler makes runs on no virtual GPU."
+        return "Planned uncompiled: a virtual GPU cannot run compiled code."
     share = predictor.compiled_share
-    shown = "" if share == 1 else f" Compiled it takes {share:.0%} of that, which the figures here include."
-    return f"Recorded as it was written; its own window's sizes alone are run compiled.{shown}"
-
-
-def does_not_fit(predictor: MemoryPredictor, split: Split, needed_bytes: int | None) -> DoesNotFit:
-    """Not even the smallest window fits: by how much, and what would help.
-
-    Args:
-        predictor: What is known.
-        split: The smallest window.
-        needed_bytes: The smallest budget that it fits; None where that isn't known, since nothing so small was seen.
-    """
-    budget = predictor.budget
-    missing = max(1, needed_bytes - budget.bytes) if needed_bytes is not None else 0
-    state = predictor.evidence.state_bytes
-    helps = (
-        *(predictor.remedies(needed_bytes) if needed_bytes is not None else ()),
-        _larger_budget(predictor, needed_bytes),
-        f"an optimizer without state (this one's is {show_bytes(state)})" if state and state > missing / 4 else None,
-        _keeping_less(predictor, split),
-        "activation checkpointing, shorter samples, or a smaller model",
-    )
-    all_help = ", ".join(text for text in helps if text)
-    needs = (
-        f"its window needs {show_bytes(needed_bytes)}, the budget is {show_bytes(budget.bytes)}; "
-        f"{show_bytes(missing)} ({missing:,} bytes) are missing."
-        if needed_bytes is not None
-        else f"nothing was recorded within the budget of {show_bytes(budget.bytes)}."
-    )
-    return DoesNotFit(
-        f"Not even a micro-batch of {split[0]} fits: {needs}",
-        f"{show_bytes(predictor.baseline_bytes)} of it are {predictor.baseline_words}; "
-        f"the tightest limit is {budget.binding_constraint}.",
-        f"What would help: {all_help}.",
-        missing_bytes=missing,
-    )
-
-
-def _keeping_less(predictor: MemoryPredictor, split: Split) -> str | None:
-    """What outlives a window, where that is a part of why nothing fits."""
-    found = predictor.evidence.growth
-    growth = predictor.growth_bytes(split) if found is not None else 0
-    return (
-        f"keeping less than {show_bytes(growth)} of each window (allocated at {describe_growth(found)})"
-        if found and growth
-        else None
-    )
-
-
-def ran_out(predictor: MemoryPredictor, failure: str) -> DoesNotFit:
-    """The very first windows, of a few samples, would run out of memory, or did so for real."""
-    budget = predictor.budget
-    return DoesNotFit(
-        f"Memory is too short for a few samples ({failure}); the budget is {show_bytes(budget.bytes)}.",
-        f"{show_bytes(predictor.baseline_bytes)} are {predictor.baseline_words}; "
-        f"the tightest limit is {budget.binding_constraint}.",
-        f"What would help: {_larger_budget(predictor, None)}, a leaner optimizer, or a smaller model.",
-        missing_bytes=1,
-    )
-
-
-def _larger_budget(predictor: MemoryPredictor, needed_bytes: int | None) -> str | None:
-    budget = predictor.budget
-    if budget.binding_constraint != "asked":
-        return f"a higher limit ({budget.binding_constraint})"
-    if needed_bytes is None:
-        return "a larger budget (--memory)"
-    outside = predictor.budget.limit_bytes - predictor.budget.bytes  # headroom, and on a GPU what torch doesn't see
-    return f"a budget of {show_bytes(int(needed_bytes * 1.001) + outside).replace(' ', '')} (--memory)"
+    scaled = "" if share == 1 else f" Compiled, it uses {share:.0%} of that; the plan's figures include this."
+    return f"Recorded uncompiled; only the plan's own sizes are run compiled.{scaled}"

@@ -36,7 +36,7 @@ from ..window import compiled, step
 from ..window.process_groups import refuse_ranks
 from ..window.trained_parameters import left_out_note
 from ..workload import Workload
-from . import build_plan, predictor_cpu, schedule
+from . import build_plan, failures, predictor_cpu, schedule
 from .evidence import Evidence
 from .fastest import fastest, time_smaller
 from .predictor import MemoryPredictor
@@ -336,7 +336,7 @@ def _record_and_predict(
         if not oom.is_out_of_memory(error):
             raise
         failure = oom.drop_frames(error).removeprefix("NoPlace: ")
-        raise build_plan.ran_out(predictor(Evidence(), 0), failure) from None
+        raise failures.ran_out(predictor(Evidence(), 0), failure) from None
     if evidence.fallback_reason is not None:
         schedule.bracket(subject, evidence, allowed, min(request.most, SEARCH_LIMIT))
     start_over()

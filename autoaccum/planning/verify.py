@@ -9,7 +9,7 @@ from typing import Any
 from ..devices import oom
 from ..errors import DoesNotFit, NotConfirmed
 from ..simulation.solver import Solution, Split, balanced
-from . import build_plan, schedule
+from . import failures, schedule
 from .predictor import MemoryPredictor, verified_part
 from .record import add_recording
 from .solution import solve
@@ -187,4 +187,4 @@ def _does_not_fit(predictor: MemoryPredictor) -> DoesNotFit:
         needed = predictor.needed_bytes(split)
     except LookupError:
         needed = None  # no recording is that small
-    return build_plan.does_not_fit(predictor, split, needed)
+    return failures.does_not_fit(predictor, split, needed)
