@@ -93,7 +93,7 @@ def test_planning_and_three_epochs_with_tails_take_two_graphs(compiled: Any, los
     plan = fit_plan(work, target_batch=44, max_micro_batch=20, budget="4GiB")
     assert plan.verified and plan.split == (15, 15, 14) and plan.exactness.startswith("exact")
     assert graphs.batches == [15, "any"]
-    assert any("as it was written" in note for note in plan.notes)
+    assert any("Recorded uncompiled" in note for note in plan.notes)
     runner = Runner(work, plan)
     for _ in range(3):
         assert [result.split for result in runner.epoch([batch_of(SAMPLES)])] == [plan.split, plan.split, (15, 14)]

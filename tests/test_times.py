@@ -258,9 +258,9 @@ def test_a_plan_keeps_to_the_fewest_steps_and_tells_the_knee_or_why_it_has_none(
 def test_what_has_no_times_is_refused_for_fastest_and_never_timed() -> None:
     work, _ = workload(flat_from(1), [0.0])
     for verify, computes in ((True, False), (False, True)):
-        with pytest.raises(UsageError, match="no times"):
+        with pytest.raises(UsageError, match="without times"):
             resolve(PlanRequest(target_batch=64, objective="fastest", verify=verify), work, computes=computes)
-    with pytest.raises(UsageError, match="no times"):
+    with pytest.raises(UsageError, match="without times"):
         fit_plan(work, objective="fastest")
     with pytest.raises(UsageError, match="not known"):
         fit_plan(work, target_batch=8, objective="largest")
