@@ -135,7 +135,6 @@ def page(run: dict[str, Any], changes: list[Change], against: str | None, comman
         what="autoaccum benchmarks",
         title=f"{run['date']}{', quick' if run['quick'] else ''}",
         answer=answer,
-        tiles=(),
         sections=tuple(sections),
         facts=tuple(run["machine"].items()),
         notes=tuple(warnings_of(run, changes)),

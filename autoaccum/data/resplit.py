@@ -13,23 +13,23 @@ from . import split as cutting
 from . import tree
 from .window import Window
 
-Names = Mapping[str, Collection[str]]
+BatchKeys = Mapping[str, Collection[str]]
 Sizes = tuple[int, ...]
 
 
-def counted(window: Window, names: Names) -> Window:
+def counted(window: Window, batch_keys: BatchKeys) -> Window:
     """Leave out micro-batches that a collate function emptied.
 
     The sizes become those that were loaded.
 
     Args:
         window: As it was loaded.
-        names: `shared` and `per_sample`, as for `split.batch_size`.
+        batch_keys: `shared` and `per_sample`, as for `split.batch_size`.
 
     Raises:
         BatchError: There is no sample left.
     """
-    found = [(piece, _rows(piece, size, names)) for piece, size in zip(window.pieces, window.sizes, strict=True)]
+    found = [(piece, _rows(piece, size, batch_keys)) for piece, size in zip(window.pieces, window.sizes, strict=True)]
     there = [(piece, size) for piece, size in found if size]
     if not there:
         raise BatchError(
@@ -39,9 +39,9 @@ def counted(window: Window, names: Names) -> Window:
     return Window(tuple(piece for piece, _ in there), tuple(size for _, size in there))
 
 
-def _rows(piece: Batch, planned: int, names: Names) -> int:
+def _rows(piece: Batch, planned: int, batch_keys: BatchKeys) -> int:
     try:
-        return cutting.batch_size(piece, **names)
+        return cutting.batch_size(piece, **batch_keys)
     except BatchError:
         tensors = [leaf for _, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
         if tensors and not any(map(len, tensors)):
@@ -49,7 +49,9 @@ def _rows(piece: Batch, planned: int, names: Names) -> int:
         return planned  # packed by its collate function: it can be trained, only not counted or cut
 
 
-def recut(window: Window, split_of: Callable[[int], Sizes], micro_batch: int, names: Names, *, joins: bool) -> Window:
+def recut(
+    window: Window, split_of: Callable[[int], Sizes], micro_batch: int, batch_keys: BatchKeys, *, joins: bool
+) -> Window:
     """Cut a window's samples into smaller pieces.
 
     The pieces are all that is left of the batch, so they are cut again.
@@ -60,22 +62,22 @@ def recut(window: Window, split_of: Callable[[int], Sizes], micro_batch: int, na
         window: The window.
         split_of: Sizes of the pieces of so many samples.
         micro_batch: The largest wanted.
-        names: As for `counted`.
+        batch_keys: As for `counted`.
         joins: Whether to join the pieces first where one can't be cut small enough separately, at the price of a copy
             of the window: batch statistics keep a piece of three samples from being cut.
     """
     smaller = window
     for index in reversed(range(len(window.pieces))):
-        smaller = cut_one(smaller, index, split_of(window.sizes[index]), names)
+        smaller = cut_one(smaller, index, split_of(window.sizes[index]), batch_keys)
     if joins and max(smaller.sizes) > micro_batch:
-        return _recut_joined(window, split_of, names) or smaller
+        return _recut_joined(window, split_of, batch_keys) or smaller
     return smaller
 
 
-def cut_one(window: Window, index: int, sizes: Sizes, names: Names) -> Window:
+def cut_one(window: Window, index: int, sizes: Sizes, batch_keys: BatchKeys) -> Window:
     """Cut one piece of a window; return it unchanged where impossible."""
     try:
-        pieces = cutting.split(window.pieces[index], sizes, **names)
+        pieces = cutting.split(window.pieces[index], sizes, **batch_keys)
     except BatchError:
         return window
     return Window(
@@ -84,11 +86,11 @@ def cut_one(window: Window, index: int, sizes: Sizes, names: Names) -> Window:
     )
 
 
-def _recut_joined(window: Window, split_of: Callable[[int], Sizes], names: Names) -> Window | None:
+def _recut_joined(window: Window, split_of: Callable[[int], Sizes], batch_keys: BatchKeys) -> Window | None:
     sizes = split_of(sum(window.sizes))
     try:
-        joined = cutting.join(window.pieces, **names)
-        return None if joined is None else Window(tuple(cutting.split(joined, sizes, **names)), sizes)
+        joined = cutting.join(window.pieces, **batch_keys)
+        return None if joined is None else Window(tuple(cutting.split(joined, sizes, **batch_keys)), sizes)
     except BatchError:
         return None
 

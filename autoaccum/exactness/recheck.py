@@ -20,7 +20,7 @@ from .functional_copy import FunctionalCopy
 
 MAX_ENTRIES = 1 << 16  # of the gradient that are compared: half a MiB in double precision; of small models fewer
 
-Names = dict[str, Any]
+BatchKeys = dict[str, Any]
 
 
 def counts_differ(pieces: Sequence[Batch], sizes: Sequence[int]) -> bool:
@@ -47,7 +47,7 @@ def _counts(piece: Batch, size: int) -> tuple[Any, ...]:
 
 
 def recheck(
-    context: TrainingContext, pieces: Sequence[Batch], sizes: Sequence[int], names: Names | None = None
+    context: TrainingContext, pieces: Sequence[Batch], sizes: Sequence[int], batch_keys: BatchKeys | None = None
 ) -> str | None:
     """Test a few rows of a real window for exactness.
 
@@ -60,14 +60,16 @@ def recheck(
         context: The training context, between two windows.
         pieces: The window's micro-batches.
         sizes: Samples in each.
-        names: `shared` and `per_sample`, as `split` takes them.
+        batch_keys: `shared` and `per_sample`, as `split` takes them.
 
     Returns:
         A warning; None if the gradients agree, or the window can't be tested.
     """
     if not get_device(context.device).computes:
         return None
-    rows = _few_rows(pieces, sizes, _most_rows(max(sizes), autocasts=context.autocast_dtype is not None), names or {})
+    rows = _few_rows(
+        pieces, sizes, _most_rows(max(sizes), autocasts=context.autocast_dtype is not None), batch_keys or {}
+    )
     if rows is None:
         return None
     whole, parted, counts = rows
@@ -97,7 +99,7 @@ def _most_rows(micro_batch: int, *, autocasts: bool) -> int:
 
 
 def _few_rows(
-    pieces: Sequence[Batch], sizes: Sequence[int], most: int, names: Names
+    pieces: Sequence[Batch], sizes: Sequence[int], most: int, batch_keys: BatchKeys
 ) -> tuple[Batch, list[Batch], tuple[int, ...]] | None:
     """Return a few rows of two unlike micro-batches, whole and parted."""
     counts = [_counts(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
@@ -109,12 +111,12 @@ def _few_rows(
     taken = tuple(min(number, sizes[index]) for number, index in zip(wanted, (0, other), strict=True))
     try:
         parted = [
-            cutting.split(pieces[index], [number, sizes[index] - number], **names)[0]
+            cutting.split(pieces[index], [number, sizes[index] - number], **batch_keys)[0]
             if number < sizes[index]
             else pieces[index]
             for number, index in zip(taken, (0, other), strict=True)
         ]
-        whole = cutting.join(parted, **names)
+        whole = cutting.join(parted, **batch_keys)
     except AutoaccumError:
         return None
     return None if whole is None else (whole, parted, taken)

@@ -14,25 +14,8 @@ from .tables import cell
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A bar of a chart.
-
-    Attributes:
-        label: Its label.
-        percent: Its length, in percent of the longest.
-        text: The text beside it.
-        strong: Whether it is highlighted.
-    """
-
-    label: str
-    percent: float
-    text: str
-    strong: bool = False
-
-
-@dataclass(frozen=True)
 class Section:
-    """A table, and optionally a chart above it.
+    """A table with its heading.
 
     Attributes:
         name: A short name, for CSV.
@@ -43,8 +26,6 @@ class Section:
         numbers: Names of the columns of numbers.
         strong: Indices of the rows to highlight.
         kinds: The sources of the figures.
-        bars: The bars of the chart; empty for none.
-        bars_title: The chart's title: the quantity and its unit.
         notes: Further remarks.
     """
 
@@ -56,18 +37,7 @@ class Section:
     numbers: frozenset[str] = frozenset()
     strong: frozenset[int] = frozenset()
     kinds: tuple[Kind, ...] = ()
-    bars: tuple[Bar, ...] = ()
-    bars_title: str = ""
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A figure at the top of the page."""
-
-    label: str
-    text: str
-    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -78,7 +48,6 @@ class Sheet:
         what: The kind of page.
         title: The subject.
         answer: The answer in one sentence.
-        tiles: The figures at the top.
         sections: The tables.
         facts: Machine and versions, as (name, value).
         notes: Further remarks.
@@ -88,7 +57,6 @@ class Sheet:
     what: str
     title: str
     answer: str
-    tiles: tuple[Tile, ...]
     sections: tuple[Section, ...]
     facts: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
