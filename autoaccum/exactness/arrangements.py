@@ -215,7 +215,7 @@ def _ignorable(bench: _Bench, easy: TestBatch) -> dict[str, int]:
 
 
 def _try(bench: _Bench, trial: TestBatch, sample: TestBatch, times: int = 1) -> CheckCase:
-    if test_batches.all_alike(trial.batch, trial.names):
+    if test_batches.all_alike(trial.batch, trial.batch_keys):
         raise Untestable("its samples are all alike and cannot be altered safely")
     found = compare.compare(
         bench.model_copy, lambda: context_of(bench.workload), trial.batch, trial.pieces(trial.pair), trial.pair

@@ -62,9 +62,9 @@ def weight_paths(batch: Batch) -> list[str]:
     ]
 
 
-def has_rows(leaf: Any, path: str, names: dict[str, Collection[str]]) -> bool:
+def has_rows(leaf: Any, path: str, batch_keys: dict[str, Collection[str]]) -> bool:
     """Return whether a leaf has a row for each sample."""
-    shared = cutting._names(names.get("shared", ()))
+    shared = cutting._names(batch_keys.get("shared", ()))
     return is_batched(leaf) and not cutting._named(path, shared)
 
 

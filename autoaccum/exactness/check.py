@@ -302,5 +302,5 @@ def _coupling(workload: Workload, model_copy: FunctionalCopy, case: CheckCase) -
             model_copy.run(lambda: forward(parts, piece))
 
     with contextlib.suppress(Exception):
-        return coupling.coupling_module(workload.model, fresh_forward, batch, trial.names)
+        return coupling.coupling_module(workload.model, fresh_forward, batch, trial.batch_keys)
     return None

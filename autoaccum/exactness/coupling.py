@@ -47,7 +47,7 @@ class _Trace:
 
 
 def coupling_module(
-    model: nn.Module, forward: Callable[[Batch], object], batch: Batch, names: dict[str, Collection[str]]
+    model: nn.Module, forward: Callable[[Batch], object], batch: Batch, batch_keys: dict[str, Collection[str]]
 ) -> str | None:
     """Return the first module whose output moves when other samples are exchanged.
 
@@ -55,19 +55,19 @@ def coupling_module(
         model: The model, in the mode in which it trains.
         forward: What calls it with a batch, each time from the same buffers.
         batch: At least 4 different samples.
-        names: `shared` and `per_sample`, as `split` takes them.
+        batch_keys: `shared` and `per_sample`, as `split` takes them.
 
     Returns:
         Its name and class, such as `features.1 (BatchNorm2d)`; None where none does.
     """
-    samples = cutting.batch_size(batch, **names)
+    samples = cutting.batch_size(batch, **batch_keys)
     if samples < 4:
         return None
     rows = min(MAX_ROWS, samples - 1)
     stay = rows // 2
-    kept, others, spare = cutting.split(batch, [stay, rows - stay, samples - rows], **names)
-    exchanged = cutting.tile(spare, rows - stay, **names)
-    one, two = (cutting.join([kept, rest], **names) for rest in (others, exchanged))
+    kept, others, spare = cutting.split(batch, [stay, rows - stay, samples - rows], **batch_keys)
+    exchanged = cutting.tile(spare, rows - stay, **batch_keys)
+    one, two = (cutting.join([kept, rest], **batch_keys) for rest in (others, exchanged))
     if one is None or two is None:
         return None
     start = take_rng()

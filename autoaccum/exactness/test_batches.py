@@ -60,7 +60,7 @@ class TestBatch:
         made_up: Number of rows that the sample didn't have.
         hardness: What was made hard, besides noise; None for the sample's own rows.
         ignored: Paths of the leaves with ignored targets.
-        names: `shared` and `per_sample`, as `split` takes them.
+        batch_keys: `shared` and `per_sample`, as `split` takes them.
     """
 
     batch: Batch
@@ -68,7 +68,7 @@ class TestBatch:
     made_up: int
     hardness: tuple[str, ...] | None = None
     ignored: tuple[str, ...] = ()
-    names: dict[str, Collection[str]] = field(default_factory=dict)
+    batch_keys: dict[str, Collection[str]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -82,7 +82,7 @@ class TestBatch:
 
     def pieces(self, sizes: Sequence[int] | None = None) -> list[Batch]:
         """Split the batch into its parts, or into others."""
-        return cutting.split(self.batch, sizes or self.sizes, **self.names)
+        return cutting.split(self.batch, sizes or self.sizes, **self.batch_keys)
 
 
 def uneven(rows: int, least: int = 1) -> tuple[int, ...]:
@@ -112,12 +112,12 @@ def plain(workload: Workload, most: int = MAX_ROWS, least: int = 1) -> TestBatch
         most: Samples that fit at once.
         least: Samples that a part needs at least.
     """
-    names = {"shared": workload.shared, "per_sample": workload.per_sample}
-    own = cutting.batch_size(workload.sample, **names)
+    batch_keys = {"shared": workload.shared, "per_sample": workload.per_sample}
+    own = cutting.batch_size(workload.sample, **batch_keys)
     rows = min(max(own, MIN_ROWS), MAX_ROWS, max(most, MIN_ROWS))
     taken = _spread(workload.sample, own, rows) if own > rows else [row % own for row in range(rows)]
-    batch = cutting.select(workload.sample, taken, **names)
-    return TestBatch(batch, uneven(rows, least), max(0, rows - own), names=names)
+    batch = cutting.select(workload.sample, taken, **batch_keys)
+    return TestBatch(batch, uneven(rows, least), max(0, rows - own), batch_keys=batch_keys)
 
 
 def _spread(batch: Batch, own: int, rows: int) -> list[int]:
@@ -132,7 +132,7 @@ def easy(plain: TestBatch, freedom: Freedom = any_value) -> TestBatch:
     if not plain.made_up:
         return plain
     generator = torch.Generator().manual_seed(1)
-    batch = _vary(plain.batch, plain.rows - plain.made_up, generator, plain.names, freedom)
+    batch = _vary(plain.batch, plain.rows - plain.made_up, generator, plain.batch_keys, freedom)
     return replace(plain, batch=batch)
 
 
@@ -168,13 +168,13 @@ def groups(trial: TestBatch, most: int, least: int = 1) -> list[TestBatch]:
 
 def taken(trial: TestBatch, rows: Sequence[int], least: int = 1) -> TestBatch:
     """Return some of a batch's rows."""
-    batch = cutting.select(trial.batch, rows, **trial.names)
+    batch = cutting.select(trial.batch, rows, **trial.batch_keys)
     return replace(trial, batch=batch, sizes=uneven(len(rows), least))
 
 
-def all_alike(batch: Batch, names: dict[str, Collection[str]]) -> bool:
+def all_alike(batch: Batch, batch_keys: dict[str, Collection[str]]) -> bool:
     """Return whether all rows are equal, so that any loss looks exact."""
-    leaves = [leaf for path, leaf in tree.leaves(batch) if has_rows(leaf, path, names)]
+    leaves = [leaf for path, leaf in tree.leaves(batch) if has_rows(leaf, path, batch_keys)]
     return all(bool((leaf == leaf[:1]).all()) for leaf in leaves)
 
 
@@ -191,15 +191,15 @@ def harder(
         seed: Of what is drawn for that.
     """
     generator = torch.Generator().manual_seed(seed)
-    batch = _noisy(easy.batch, generator, easy.names, freedom)
+    batch = _noisy(easy.batch, generator, easy.batch_keys, freedom)
     done, ignored = [], tuple[str, ...]()
     targets = list(ignorable) or target_paths(batch)
     if SORTED in hardness and targets:
-        batch = _sorted(batch, targets, easy.names)
+        batch = _sorted(batch, targets, easy.batch_keys)
         done.append(SORTED)
     lengths = _lengths(easy.rows, generator)
     if RAGGED in hardness and (mask_paths(batch) or length_paths(batch)):
-        batch = _ragged(batch, lengths, easy.names)
+        batch = _ragged(batch, lengths, easy.batch_keys)
         done.append(RAGGED)
     if IGNORING in hardness:
         free = {path: out for path, out in ignorable.items() if freedom(path) == ANY}
@@ -211,12 +211,12 @@ def harder(
 
 
 def _vary(
-    batch: Batch, own: int, generator: torch.Generator, names: dict[str, Collection[str]], freedom: Freedom
+    batch: Batch, own: int, generator: torch.Generator, batch_keys: dict[str, Collection[str]], freedom: Freedom
 ) -> Batch:
     """Vary the rows from `own` on, which repeat others."""
 
     def vary(path: str, leaf: Any) -> Any:
-        if not has_rows(leaf, path, names) or freedom(path) == KEPT or is_mask(path, leaf):
+        if not has_rows(leaf, path, batch_keys) or freedom(path) == KEPT or is_mask(path, leaf):
             return leaf
         changed = leaf.clone()
         if is_binary(leaf):
@@ -246,12 +246,12 @@ def _exchanged(leaf: torch.Tensor, own: int, generator: torch.Generator, *, any_
     return torch.where((leaf == IGNORED) | (other == IGNORED), leaf, other)
 
 
-def _noisy(batch: Batch, generator: torch.Generator, names: dict[str, Collection[str]], freedom: Freedom) -> Batch:
+def _noisy(batch: Batch, generator: torch.Generator, batch_keys: dict[str, Collection[str]], freedom: Freedom) -> Batch:
     """Add noise to continuous leaves; make equal weights differ."""
     weights = set(weight_paths(batch))
 
     def noisy(path: str, leaf: Any) -> Any:
-        if not has_rows(leaf, path, names) or not leaf.is_floating_point() or is_mask(path, leaf):
+        if not has_rows(leaf, path, batch_keys) or not leaf.is_floating_point() or is_mask(path, leaf):
             return leaf
         if freedom(path) != ANY:
             return leaf
@@ -273,9 +273,9 @@ def _with_noise(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (leaf + NOISE_RATIO * spread * noise).clamp(low, high)
 
 
-def _sorted(batch: Batch, targets: Sequence[str], names: dict[str, Collection[str]]) -> Batch:
+def _sorted(batch: Batch, targets: Sequence[str], batch_keys: dict[str, Collection[str]]) -> Batch:
     """Sort the rows by target, so that parts have different classes."""
-    return cutting.select(batch, torch.argsort(_key_of(batch, targets), stable=True).tolist(), **names)
+    return cutting.select(batch, torch.argsort(_key_of(batch, targets), stable=True).tolist(), **batch_keys)
 
 
 def _key_of(batch: Batch, targets: Sequence[str]) -> torch.Tensor:
@@ -289,7 +289,7 @@ def _lengths(rows: int, generator: torch.Generator) -> torch.Tensor:
     return torch.linspace(1, 0.25, rows) * (1 - 0.1 * torch.rand(rows, generator=generator))
 
 
-def _ragged(batch: Batch, lengths: torch.Tensor, names: dict[str, Collection[str]]) -> Batch:
+def _ragged(batch: Batch, lengths: torch.Tensor, batch_keys: dict[str, Collection[str]]) -> Batch:
     masks, scaled = set(mask_paths(batch)), set(length_paths(batch))
 
     def ragged(path: str, leaf: Any) -> Any:
