@@ -111,7 +111,7 @@ def _train(candidate: Candidate, plan: Plan, asked: dict[str, Any], windows: int
         "halves": candidate.halves, "plan": None if own is None else own.to_json(),
     }  # fmt: skip
     try:
-        values = call("tuning.compare.trial:run", arguments, on_message=say)
+        values = call("tuning.compare.trial:train_candidate", arguments, on_message=say)
     except AutoaccumError as error:
         ooms = int(type(error).__name__ == "OutOfMemory")
         return Trained(candidate.name, candidate.micro_batch, candidate.steps, 0, ooms=ooms, why=error.what, **known)

@@ -28,7 +28,7 @@ from ..apply import configure
 ENOUGH_SECONDS, MIN_WINDOWS = 30.0, 2
 
 
-def run(
+def train_candidate(
     *,
     say: Say,
     workload: str,
