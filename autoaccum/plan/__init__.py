@@ -1,11 +1,13 @@
 """The plan: a frozen value with its reasons, and its JSON."""
 
 from .entries import LeafForm, PeakRow, RecordingNote, TimedSize, TimelinePart, window_peak_bytes
-from .plan import KIND, SCHEMA_VERSION, Plan
+from .plan import Plan
 from .sections import (
     FASTEST,
     FEWEST_STEPS,
+    KIND,
     OBJECTIVES,
+    SCHEMA_VERSION,
     DeviceSection,
     EvidenceSection,
     MemorySection,

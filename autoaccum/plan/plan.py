@@ -6,10 +6,13 @@ import html
 import os
 import re
 from dataclasses import asdict, dataclass
+from importlib import import_module
 
 from ..files.json_text import to_json
 from .entries import window_peak_bytes
 from .sections import (
+    KIND,
+    SCHEMA_VERSION,
     DeviceSection,
     EvidenceSection,
     MemorySection,
@@ -18,9 +21,6 @@ from .sections import (
     ScheduleSection,
     TimingSection,
 )
-
-SCHEMA_VERSION = 2
-KIND = "autoaccum plan"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Plan:
         """
         from .reader import read_plan
 
-        return read_plan(text, source)
+        return read_plan(text, source, cls)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -163,7 +163,7 @@ class Plan:
         """
         from .reader import load_plan
 
-        return load_plan(path)
+        return load_plan(path, cls)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan file, whole or not at all.
@@ -177,9 +177,9 @@ class Plan:
 
     def explain(self) -> str:
         """Return how each number was derived, and what fewer steps need."""
-        from ..reporting.explain import explain
-
-        return explain(self)
+        # By name: reports are built on plans, so this room imports nothing from there.
+        text: str = import_module("autoaccum.reporting.explain").explain(self)
+        return text
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.explain())}</pre>"

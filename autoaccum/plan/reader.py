@@ -13,12 +13,14 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanFileError, UsageError
 from ..phases import PHASE_TITLES
-from .plan import KIND, SCHEMA_VERSION, Plan
-from .sections import OBJECTIVES
+from .sections import KIND, OBJECTIVES, SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 PLAN_AGAIN = "Plan again: autoaccum plan --target-batch N -o plan.json"
 MAX_FILE_BYTES = 1 << 26  # a million micro-batches need an eighth of it
@@ -43,7 +45,7 @@ _MINIMUM: Mapping[str, float] = {
 }
 
 
-def load_plan(path: str | os.PathLike[str]) -> Plan:
+def load_plan(path: str | os.PathLike[str], plan_type: type[Plan]) -> Plan:
     """Read a plan file.
 
     Raises:
@@ -51,8 +53,8 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """
     try:
         with open(path, "rb") as file:  # noqa: PTH123  a pipe (`<(...)`) is a file, too
-            kind = os.fstat(file.fileno()).st_mode
-            content = b"" if stat.S_ISBLK(kind) else file.read(MAX_FILE_BYTES + 1)
+            mode = os.fstat(file.fileno()).st_mode
+            content = b"" if stat.S_ISBLK(mode) else file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"it is longer than {MAX_FILE_BYTES:,} bytes")
         text = content.decode("utf-8")
@@ -60,29 +62,30 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         why = f"The system says: {error.strerror}." if isinstance(error, OSError) else f"It is not a plan: {error}."
         hint = "Make one: autoaccum plan --target-batch N -o plan.json"
         raise PlanFileError(f"The plan {os.fspath(path)!r} cannot be read.", why, hint) from None
-    return read_plan(text, os.fspath(path))
+    return read_plan(text, os.fspath(path), plan_type)
 
 
-def read_plan(text: str, source: str) -> Plan:
+def read_plan(text: str, source: str, plan_type: type[Plan]) -> Plan:
     """Read the output of `Plan.to_json`.
 
     Args:
         text: The JSON.
         source: The text's name in error messages.
+        plan_type: `Plan`, which imports this file, and not the other way round.
 
     Raises:
         PlanFileError: It is truncated, foreign, of another schema version, or inconsistent.
     """
     data = _parse(text, source)
     try:
-        plan = _validator().validate_python({k: v for k, v in data.items() if k != "kind"})
+        plan = _validator(plan_type).validate_python({k: v for k, v in data.items() if k != "kind"})
     except ValueError as error:
         raise PlanFileError(
             f"{source} is not a complete plan: {_first_error(error)}.",
             "It was cut short, edited, or written by something else.",
             PLAN_AGAIN,
         ) from None
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, plan_type)
     wrong = next(_out_of_bounds(plan, ""), None) or _contradiction(plan)
     if wrong is not None:
         raise PlanFileError(
@@ -226,11 +229,11 @@ def _wrong_configuration(plan: Plan) -> str | None:
 
 
 @functools.cache
-def _validator() -> Any:
+def _validator(plan_type: Any) -> Any:
     """Return pydantic's validator; imported here, since that takes longer than most commands."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Plan)
+    return TypeAdapter(plan_type)
 
 
 def _first_error(error: ValueError) -> str:

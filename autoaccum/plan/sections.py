@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from ..budget import Budget
 from .entries import LeafForm, PeakRow, RecordingNote, TimedSize, TimelinePart
 
+SCHEMA_VERSION = 2
+KIND = "autoaccum plan"
 FEWEST_STEPS, FASTEST = OBJECTIVES = ("fewest-steps", "fastest")
 
 
