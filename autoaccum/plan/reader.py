@@ -77,8 +77,9 @@ def read_plan(text: str, source: str, plan_type: type[Plan]) -> Plan:
         PlanFileError: It is truncated, foreign, of another schema version, or inconsistent.
     """
     data = _parse(text, source)
+    hashable: Any = plan_type  # a class is, whatever its instances' `__hash__` says
     try:
-        plan = _validator(plan_type).validate_python({k: v for k, v in data.items() if k != "kind"})
+        plan = _validator(hashable).validate_python({k: v for k, v in data.items() if k != "kind"})
     except ValueError as error:
         raise PlanFileError(
             f"{source} is not a complete plan: {_first_error(error)}.",
