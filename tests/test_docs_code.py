@@ -1,0 +1,122 @@
+"""The documentation's code: python blocks are run, page by page; commands are parsed with their options."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from autoaccum.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(?:sh|console|bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^ {4,}(?:\$ )?(autoaccum .*)$", re.MULTILINE)
+
+# Pages whose python blocks another test runs.
+RUN_ELSEWHERE: dict[str, str] = {}
+
+SMALL = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from autoaccum import Workload
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(40, 6), torch.randint(3, (40,)))
+loader = DataLoader(data, batch_size=8)
+sample = next(iter(loader))
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+loss = lambda m, batch: torch.nn.functional.cross_entropy(m(batch[0]), batch[1])
+optimizer = torch.optim.AdamW(model.parameters())
+"""
+MINE = f"""
+from pathlib import Path
+Path("mine.py").write_text('''{SMALL}
+def workload(tokens=512):
+    return Workload(model, sample, loss=loss)
+''')
+import functools
+"""
+PLAN = (
+    "from autoaccum import fit_plan\nfit_plan(Workload(model, sample, loss=loss), target_batch=16).save('plan.json')\n"
+)
+# What a page's examples take for granted.
+BEFORE: dict[str, str] = {
+    "README.md": SMALL,
+    "report.md": SMALL + PLAN,
+    "tune.md": MINE,
+    "virtual-gpu.md": "import sys\nfrom pathlib import Path\nPath('train.py').write_text('')\n",
+    "workload.md": SMALL,
+}
+# A test process holds more before planning than a script does, and tuning takes long.
+REPLACED: dict[str, tuple[str, str]] = {
+    "workload.md": ('budget="1200MiB"', 'budget="12GiB"'),
+    "tune.md": ("target_batch=512)", "target_batch=16, trials=1)"),
+}
+LONG = {"tune.md"}
+
+
+def blocks(page: Path) -> list[str]:
+    """Return a page's python blocks, in order."""
+    return PYTHON.findall(page.read_text())
+
+
+WITH_PYTHON = [page for page in PAGES if blocks(page)]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.name in LONG)) for p in WITH_PYTHON if p.name not in RUN_ELSEWHERE],
+    ids=lambda page: page.name,
+)
+def test_the_blocks_of_a_page_run_one_after_the_other(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(BEFORE.get(page.name, ""), "before", "exec"), names)
+    for number, block in enumerate(blocks(page)):
+        first = block.partition("\n")[0]
+        if re.fullmatch(r"# \w+\.py", first):  # a file that later blocks import
+            Path(first.removeprefix("# ")).write_text(block)
+        if page.name in REPLACED:
+            block = block.replace(*REPLACED[page.name])
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+
+
+def test_pages_that_another_test_runs_are_named_there() -> None:
+    for page, test in RUN_ELSEWHERE.items():
+        assert blocks(ROOT / "docs" / page) and page in (ROOT / test).read_text(), page
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Yield the command lines that begin with autoaccum, joined where a backslash continues them."""
+    text = page.read_text()
+    lines = [line for block in FENCED.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *INDENTED.findall(text)]:
+        for part in line.removeprefix("$ ").split("&&"):
+            words = re.sub(r"\s+(#|exit code|<|>|\|).*", "", part.strip())  # a remark, a redirection
+            if words.startswith("autoaccum ") and "[" not in words and "..." not in words:
+                yield words
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if list(commands(p))], ids=lambda page: page.name)
+def test_commands_have_the_options_that_the_pages_give_them(page: Path) -> None:
+    root: Any = typer.main.get_command(app)
+    context = root.make_context("autoaccum", ["doctor"])
+    for line in commands(page):
+        name, *arguments = shlex.split(line)[1:]
+        if name.startswith("-"):
+            continue
+        command = root.get_command(context, name)
+        assert command is not None, f"{page.name}: {line}"
+        try:
+            command.make_context(name, arguments)
+        except Exception as error:
+            pytest.fail(f"{page.name}: {line}: {error}")
