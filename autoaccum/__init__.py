@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         RestoreError,
         UsageError,
     )
+    from .integrations.windows import windows
     from .plan import Plan
     from .planning.fit import fit_plan
     from .runner.runner import Runner
@@ -55,6 +56,7 @@ __all__ = [
     "configure",
     "fit_plan",
     "tune",
+    "windows",
 ]
 
 _HOMES = {
@@ -66,6 +68,7 @@ _HOMES = {
     "configure": "tuning.apply",
     "fit_plan": "planning.fit",
     "tune": "tuning",
+    "windows": "integrations.windows",
 }
 
 

@@ -236,6 +236,7 @@ def made_up_plan(**changes: Any) -> Plan:
         "resident_peak_bytes": 1700 * mib,
         "phases": {"first": 1700 * mib, "later": 1900 * mib, "optimizer": 900 * mib, "between": 700 * mib},
         "binding_constraint": "later micro-batch, a new process",
+        "loss_average": "samples",
         "exactness": "exact (tested on 8 samples)",
         "peaks": (
             PeakRow(52, 1388 * mib, 1588 * mib, 588 * mib, 388 * mib),
@@ -329,6 +330,7 @@ def plans(draw: st.DrawFn) -> Plan:
         phases={name: draw(size) for name in draw(st.permutations(["first", "later", "optimizer"]))},
         peaks=tuple(PeakRow(*draw(st.tuples(size, size, size, size, size))) for _ in range(draw(st.integers(0, 4)))),
         exactness=draw(st.text()),
+        loss_average=draw(st.text()),
         mmap_threshold_bytes=draw(st.none() | size),
         kernel_time_fraction=draw(part),
         window_seconds=draw(part),

@@ -371,6 +371,7 @@ def test_the_public_names_are_these_and_each_can_be_imported() -> None:
         "configure",
         "fit_plan",
         "tune",
+        "windows",
     ]
     for name in autoaccum.__all__:
         assert getattr(autoaccum, name).__name__ == name

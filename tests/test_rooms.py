@@ -16,7 +16,7 @@ ROOT = Path(autoaccum.__file__).parent
 ROOMS = (
     "errors", "units", "files", "phases", "budget", "process_memory", "torch_compat", "workload", "configuration",
     "plan", "simulation", "data", "state", "processes", "devices", "window", "exactness", "planning",
-    "runner", "reporting", "tuning", "cli",
+    "runner", "integrations", "reporting", "tuning", "cli",
 )  # fmt: skip
 PURE = (
     "errors", "units", "files", "phases", "budget", "configuration", "plan", "simulation",

@@ -128,6 +128,8 @@ class EvidenceSection:
         allocated_peak_bytes: Maximum that CUDA tensors used of it; None on a CPU.
         this_process_peak_bytes: Predicted peak of the verification run, in the process that planned, to compare with
             the measurement. None on a CPU, where it is `predicted_peak_bytes`.
+        loss_average: What the workload's loss averages over: "samples", "classes" or "labels" that aren't ignored,
+            "shifted labels", "count=", "(sum, count)", "representations", "unknown"; empty where it was not asked.
     """
 
     method: str
@@ -137,6 +139,7 @@ class EvidenceSection:
     resident_peak_bytes: int | None = None
     allocated_peak_bytes: int | None = None
     this_process_peak_bytes: int | None = None
+    loss_average: str = ""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ..simulation.timeline import timeline
 from ..units import show_bytes
 from ..window import compiled, fp32_accumulation
 from ..window.fingerprint import fingerprint, signature
+from ..window.loss_form import average_of
 from ..workload import Workload
 from .environment import versions
 from .growth import describe_growth
@@ -106,6 +107,7 @@ def _evidence(predictor: MemoryPredictor, figures: DeviceFigures, verified: Veri
         resident_peak_bytes=verified.resident_peak_bytes,
         allocated_peak_bytes=verified.allocated_peak_bytes,
         this_process_peak_bytes=figures.this_process_peak_bytes,
+        loss_average=average_of(predictor.subject.context),
     )
 
 

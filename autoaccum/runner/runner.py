@@ -87,7 +87,8 @@ class Runner:
             process_memory.fix_mmap_threshold(plan.device.mmap_threshold_bytes)
         self.samples = rank_share(plan.target_batch, plan.world_size, rank)
         least = max(plan.request.min_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
-        self.sizing = Sizing(plan, workload, least)
+        keys = {"shared": workload.shared, "per_sample": workload.per_sample}
+        self.sizing = Sizing(plan, least, max_tokens=workload.max_tokens, **keys)
         self.checks = WindowChecks(self.context, self.sizing.batch_keys)
         self.peak_monitor = PeakMonitor(self.context.device, plan)
         self._recovery = OomRecovery(self.context, plan, self.sizing)

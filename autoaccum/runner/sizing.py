@@ -11,7 +11,6 @@ from ..data.tokens import split_by_tokens
 from ..data.window import Window
 from ..plan import Plan
 from ..simulation.solver import is_even, repeated_within, split_within
-from ..workload import Workload
 
 SHRINK_FACTOR = 0.9  # after an out-of-memory, a limit becomes at most this part of the size that failed
 
@@ -63,8 +62,10 @@ class Sizing:
 
     Args:
         plan: The plan.
-        workload: What is trained.
         least: The fewest samples that a micro-batch may have.
+        max_tokens: Tokens in a micro-batch, where the plan has no such limit.
+        shared: Keys of what each micro-batch gets whole, as for `data.split`.
+        per_sample: Keys of what has a row for each sample.
 
     Attributes:
         limits: The limits now.
@@ -72,11 +73,19 @@ class Sizing:
         batch_keys: `shared` and `per_sample`, as `data.split` takes them.
     """
 
-    def __init__(self, plan: Plan, workload: Workload, least: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        least: int,
+        *,
+        max_tokens: int | None = None,
+        shared: Collection[str] = (),
+        per_sample: Collection[str] = (),
+    ) -> None:
         self.plan, self.least = plan, least
-        max_tokens = workload.max_tokens if plan.schedule.max_tokens is None else plan.schedule.max_tokens
-        self.limits = Limits(plan.micro_batch, max_tokens, plan.schedule.max_rows)
-        self.batch_keys: dict[str, Collection[str]] = {"shared": workload.shared, "per_sample": workload.per_sample}
+        limit = max_tokens if plan.schedule.max_tokens is None else plan.schedule.max_tokens
+        self.limits = Limits(plan.micro_batch, limit, plan.schedule.max_rows)
+        self.batch_keys: dict[str, Collection[str]] = {"shared": shared, "per_sample": per_sample}
 
     def sizes(self, samples: int) -> Sizes:
         """Return the sizes of the micro-batches for a number of samples."""

@@ -68,7 +68,7 @@ def fingerprint(context: TrainingContext) -> dict[str, str]:
     flags = [name for name in ("foreach", "fused", "amsgrad", "momentum", "capturable") if group.get(name)]
     device = get_device(context.device)
     return {
-        "model": f"{type(context.model).__name__} {_digest(_structure(context.model))}",
+        "model": describe_model(context.model),
         "loss": getattr(context.loss, "__qualname__", type(context.loss).__name__),
         "optimizer": " ".join([type(optimizer).__name__, *flags]),
         "precision": str(context.autocast_dtype or "as the model is"),
@@ -79,6 +79,11 @@ def fingerprint(context: TrainingContext) -> dict[str, str]:
         "torch": torch.__version__,
         "autoaccum": __version__,
     }
+
+
+def describe_model(model: torch.nn.Module) -> str:
+    """Return a model's class and a digest of its structure."""
+    return f"{type(model).__name__} {_digest(_structure(model))}"
 
 
 def _window_words(context: TrainingContext) -> str:

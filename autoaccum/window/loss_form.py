@@ -18,7 +18,7 @@ from ..data import tree
 from ..devices.registry import get_device
 from ..errors import BatchError
 from ..state.rng import put_rng, take_rng
-from ..workload import Batch, default_loss
+from ..workload import Batch, class_count, default_loss
 from .context import TrainingContext, autocast, forward
 from .forward_only import forward_only
 from .hugging_face import Denominator, can_tell, find_denominator, has_labels
@@ -38,6 +38,16 @@ class LossKind(Enum):
     REPRESENTATIONS = "one loss of the representations of the whole window"
     SINGLE = "not asked, as the window has one micro-batch"
     NOTHING = "not asked, as no label of the window counts"
+
+
+# What a plan says of its loss; a count read off the batch alone is named where that is known (`average_of`).
+AVERAGES = {
+    LossKind.SAMPLES: "samples",
+    LossKind.COUNTED: "count=",
+    LossKind.UNKNOWN: "unknown",
+    LossKind.SUM: "(sum, count)",
+    LossKind.REPRESENTATIONS: "representations",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,16 @@ class LossForm:
     def is_settled(self) -> bool:
         """Whether it holds for later windows too."""
         return self.kind not in (LossKind.SINGLE, LossKind.NOTHING)
+
+
+def average_of(context: TrainingContext) -> str:
+    """Name what a loss averages over; empty where not asked."""
+    form = context.loss_form
+    if form is None:
+        return ""
+    if form.denominator is not None:
+        return "shifted labels" if form.denominator.shifted else "labels"
+    return "classes" if form.count is class_count else AVERAGES.get(form.kind, "")
 
 
 def settle_loss_form(context: TrainingContext, pieces: Sequence[Batch]) -> LossForm:

@@ -1,0 +1,1 @@
+"""Train a plan's windows in other loops and trainers."""
