@@ -16,11 +16,11 @@ ROOT = Path(autoaccum.__file__).parent
 ROOMS = (
     "errors", "units", "files", "phases", "budget", "process_memory", "torch_compat", "workload", "configuration",
     "plan", "simulation", "data", "state", "processes", "devices", "window", "exactness", "planning",
-    "runner", "integrations", "reporting", "tuning", "cli",
+    "runner", "integrations", "reporting", "exports", "tuning", "cli",
 )  # fmt: skip
 PURE = (
     "errors", "units", "files", "phases", "budget", "configuration", "plan", "simulation",
-    "reporting",
+    "reporting", "exports",
 )  # fmt: skip
 FACE = ("__init__", "__main__")  # import from anywhere
 MOST_FILES_AT_THE_TOP = 12

@@ -138,7 +138,7 @@ def test_the_runner_cuts_a_tail_as_it_was_planned(found: dict[str, Any]) -> None
 def an_outlook(fits: Any, most: int = 256) -> Any:
     """As much of an outlook as is asked for the largest micro-batch and for why not fewer steps."""
     return SimpleNamespace(
-        request=SimpleNamespace(samples=most, most=most, objective=FEWEST_STEPS),
+        request=SimpleNamespace(samples=most, most=most, objective=FEWEST_STEPS, uniform=False),
         evidence=SimpleNamespace(recordings=[SimpleNamespace(micro_batch=31)], fallback_reason=None),
         fits_surely=fits,
         later_floor=lambda n: n,

@@ -29,6 +29,9 @@ def plan(
         FEWEST_STEPS,
         help="fewest-steps: the largest micro-batches; fastest: the smallest within 1 % of the fastest step.",
     ),
+    uniform: bool = typer.Option(
+        False, "--uniform", help="One size for all micro-batches, for trainers that know only one (see export)."
+    ),
     timing: float = typer.Option(None, help="Seconds to time smaller micro-batches for. Left out: 3 at most, or 30."),
     output: Path = typer.Option(None, "--output", "-o", help="Write the plan to this file, as JSON."),
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
@@ -38,6 +41,7 @@ def plan(
     request = PlanRequest(
         target_batch=target_batch, budget=memory, headroom=headroom, max_micro_batch=max_micro_batch, verify=verify,
         malloc=malloc, objective=objective, timing_seconds=timing, train_in_new_process=True,
+        uniform=uniform,
     )  # fmt: skip
     _check_device(device, gpu)
     _check_request(request, gpu)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
+from collections.abc import Iterable, Sized
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from typing import Any
 
 from ..files.json_text import to_json
 from .entries import window_peak_bytes
@@ -135,9 +138,38 @@ class Plan:
         training = memory.input_bytes + memory.history_bytes + window_peak_bytes(first, second, last, steps)
         return size, memory.baseline_bytes + int((1 + memory.malloc_overhead) * training)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values: dicts, lists, strings, numbers, None."""
+        found: dict[str, Any] = json.loads(self.to_json())
+        return found
+
     def to_json(self) -> str:
         """Return the plan as JSON, for `Plan.load` and for other tools."""
         return _folded(to_json({"kind": KIND, **asdict(self)}, indent=2)) + "\n"
+
+    def batch_sampler(
+        self, dataset: Sized, *, shuffle: bool = True, seed: int = 0, rank: int = 0, drop_last: bool = False
+    ) -> Iterable[list[int]]:
+        """Return a DataLoader's `batch_sampler` that yields this plan's micro-batches.
+
+        Args:
+            dataset: The map-style dataset; only its length is read.
+            shuffle: Whether each epoch has another order; `set_epoch(n)` chooses the epoch.
+            seed: Seed of the order, the same on all ranks.
+            rank: This process's rank, of `world_size`.
+            drop_last: Whether an incomplete last window is left out; needed with several ranks.
+
+        Returns:
+            A `PlanBatchSampler` (data/batch_sampler.py).
+
+        Raises:
+            UsageError: The rank is invalid, or several ranks would train unequal last windows.
+        """
+        made = import_module("autoaccum.data.batch_sampler").PlanBatchSampler  # by name: torch is loaded there
+        found: Iterable[list[int]] = made(
+            self, len(dataset), shuffle=shuffle, seed=seed, rank=rank, drop_last=drop_last
+        )
+        return found
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "the plan") -> Plan:

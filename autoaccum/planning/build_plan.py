@@ -20,7 +20,7 @@ from ..plan import (
 )
 from ..simulation import breakdown
 from ..simulation.knee import knee
-from ..simulation.solver import Solution, Split, balanced, is_even, largest_micro_batch
+from ..simulation.solver import Solution, Split, balanced, is_even, largest_micro_batch, uniform_sizes
 from ..simulation.timeline import timeline
 from ..units import show_bytes
 from ..window import compiled, fp32_accumulation
@@ -213,10 +213,18 @@ def _reasons(predictor: MemoryPredictor, split: Split, measured: Any, timed: Tim
             if steps == 1
             else f"the fewest steps that micro-batches of at most {predictor.request.most} allow"
             if steps == -(-samples // predictor.request.most)
+            else f"the fewest steps of one size that fit {predictor.limit_words}"
+            if predictor.request.uniform
             else f"the fewest steps that fit {predictor.limit_words}{_why_uneven(predictor, split)}"
         ),
         "split": f"{samples} samples in {steps} micro-batches"
-        + (" whose sizes differ by at most one, largest first" if is_even(split) else ": one size and the rest"),
+        + (
+            " of one size"
+            if predictor.request.uniform
+            else " whose sizes differ by at most one, largest first"
+            if is_even(split)
+            else ": one size and the rest"
+        ),
         "largest_micro_batch": f"the largest whose window of several steps fits {predictor.limit_words}",
         "malloc_overhead": f"{predictor.malloc_overhead:.0%} of training's memory, since malloc's default fragments",
         "budget_bytes": f"the tightest of the limits ({predictor.budget.binding_constraint}) less the headroom",
@@ -253,11 +261,27 @@ def _why_not_fewer(predictor: MemoryPredictor, split: Split, largest: int) -> di
     samples, steps = sum(split), len(split) - 1
     if not steps or predictor.request.objective == FASTEST or predictor.evidence.fallback_reason is not None:
         return {}
+    if predictor.request.uniform:
+        return _why_not_larger(predictor, split)
     even = balanced(samples, steps)
     if even[0] > min(largest, predictor.request.most):
         return {}
     text = f"{steps} step{'s don' if steps > 1 else ' doesn'}'t fit: {_counted(even)} {predictor.shortfall(even)}"
     return {"fewer_steps": text + (", and neither does a larger size, repeated, with the rest" if steps > 1 else "")}
+
+
+def _why_not_larger(predictor: MemoryPredictor, split: Split) -> dict[str, str]:
+    """Return why the next larger divisor of the samples doesn't fit."""
+    samples = sum(split)
+    larger = [size for size in uniform_sizes(samples, max_size=predictor.request.most) if size > split[0]]
+    if not larger:
+        return {"fewer_steps": f"no larger micro-batch up to {predictor.request.most} divides {samples}"}
+    steps = samples // larger[-1]
+    next_split = (larger[-1],) * steps
+    return {
+        "fewer_steps": f"the next larger size that divides {samples}, {larger[-1]} in {steps} "
+        f"step{'s' * (steps > 1)}, {predictor.shortfall(next_split)}"
+    }
 
 
 def _counted(split: Split) -> str:

@@ -89,6 +89,7 @@ def fit_plan(
     malloc: str = "fixed",
     objective: str = FEWEST_STEPS,
     timing_seconds: float | None = None,
+    uniform: bool = False,
     progress: Callable[[str], None] | None = None,
     **workload_kwargs: Any,
 ) -> Plan:
@@ -116,6 +117,7 @@ def fit_plan(
         objective: "fewest-steps", the largest micro-batches; or "fastest", the smallest whose optimizer step takes at
             most 1 % longer than the fastest one's.
         timing_seconds: Seconds to time smaller micro-batches for; None for 15 % of planning, at most 3 (30: fastest).
+        uniform: Whether all micro-batches must have one size, for trainers that know only one.
         progress: Called with progress messages.
         **workload_kwargs: `Workload`'s other arguments, if a model is given.
 
@@ -128,7 +130,7 @@ def fit_plan(
     """
     request = PlanRequest(
         target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size, objective, timing_seconds,
-        verify, check, malloc, train_in_new_process,
+        verify, check, malloc, train_in_new_process, uniform=uniform,
     )  # fmt: skip
     return plan_workload(_as_workload(workload, sample, workload_kwargs), request, device=device, progress=progress)
 

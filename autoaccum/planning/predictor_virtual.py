@@ -18,7 +18,7 @@ from ..devices.cuda.device import CudaMeasurement
 from ..devices.cuda.model_blocks import model_blocks, reserved_bytes_of
 from ..devices.virtual.device import VirtualGpuDevice
 from ..simulation.cuda_allocator.allocator import EMPTY
-from ..simulation.solver import Solution, Split, balanced
+from ..simulation.solver import Solution, Split, balanced, uniform_sizes
 from ..workload import Batch
 from .evidence import Evidence
 from .predictor import VERIFIED_STEPS
@@ -69,9 +69,7 @@ class VirtualGpuPredictor(CudaPredictor):
         self, solution: Solution, measured: Any, train: Callable[..., None], start_over: Callable[[], None]
     ) -> tuple[Solution, Any]:
         """Run a step fewer for as long as that fits."""
-        samples = sum(solution.split)
-        while len(solution.split) > 1:
-            fewer = balanced(samples, len(solution.split) - 1)
+        while (fewer := self._with_fewer_steps(solution.split)) is not None:
             if fewer[0] > self.request.most or self.floor(fewer[0]) > self.usable_bytes:
                 break
             found = self._measured_within_margin(fewer[:VERIFIED_STEPS], train, start_over)
@@ -79,6 +77,14 @@ class VirtualGpuPredictor(CudaPredictor):
                 break
             solution, measured = Solution(fewer, solution.tried + 1), found
         return solution, measured
+
+    def _with_fewer_steps(self, split: Split) -> Split | None:
+        """Return the next split to try; None if there is none."""
+        samples = sum(split)
+        if not self.request.uniform:
+            return balanced(samples, len(split) - 1) if len(split) > 1 else None
+        larger = [size for size in uniform_sizes(samples) if size > split[0]]
+        return (larger[-1],) * (samples // larger[-1]) if larger else None
 
     def _measured_within_margin(
         self, split: Split, train: Callable[..., None], start_over: Callable[[], None]

@@ -28,6 +28,7 @@ class PlanRequest:
         malloc: On the CPU, the setting of the C library's malloc: "fixed" or "default".
         train_in_new_process: Whether another process will train, so that the plan need not hold in this one.
         sizes: Micro-batches that the plan's table of peaks must include.
+        uniform: Whether all micro-batches must have one size, for tools that know only one.
     """
 
     target_batch: int | None = None
@@ -44,3 +45,4 @@ class PlanRequest:
     malloc: str = "fixed"
     train_in_new_process: bool = False
     sizes: tuple[int, ...] = ()
+    uniform: bool = False

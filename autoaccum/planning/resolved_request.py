@@ -11,7 +11,7 @@ from ..data import split as cutting
 from ..data.loaders import loader_length
 from ..errors import AutoaccumError, UsageError
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
-from ..simulation.solver import rank_share
+from ..simulation.solver import rank_share, uniform_sizes
 from ..units import check_memory, check_samples, check_seconds
 from ..window import norms as batchnorm
 from ..window.context import held_in_window
@@ -41,6 +41,7 @@ class ResolvedRequest:
         timing_seconds: Seconds to time smaller micro-batches for; None for a part of planning.
         sizes: Micro-batches that the plan's table of peaks must include.
         dataset_samples: Samples in one epoch of the training data; None if unknown.
+        uniform: Whether all micro-batches must have one size.
     """
 
     target_batch: int | None
@@ -55,6 +56,7 @@ class ResolvedRequest:
     timing_seconds: float | None = None
     sizes: tuple[int, ...] = ()
     dataset_samples: int | None = None
+    uniform: bool = False
 
     @property
     def is_bounded(self) -> bool:
@@ -93,6 +95,7 @@ def resolve(request: PlanRequest, workload: Workload, *, computes: bool) -> Reso
         timing_seconds=request.timing_seconds,
         sizes=request.sizes,
         dataset_samples=dataset,
+        uniform=request.uniform,
     )
 
 
@@ -140,7 +143,29 @@ def _micro_batch_limits(
             why,
             f"Allow micro-batches of {most + 1}, or change the target by one.",
         )
+    if request.uniform:
+        _check_uniform(request, samples, least, most)
     return least, most
+
+
+def _check_uniform(request: PlanRequest, samples: int | None, least: int, most: int) -> None:
+    """Refuse a target that equal micro-batches on equal ranks cannot total."""
+    target, ranks = request.target_batch, request.world_size
+    if target is None or samples is None:
+        return
+    if target % ranks:
+        raise UsageError(
+            f"A target of {target} cannot be shared evenly by {ranks} ranks.",
+            "With one size of micro-batch, every rank trains as many samples.",
+            f"Give {target - target % ranks} or {target + ranks - target % ranks}.",
+        )
+    if not uniform_sizes(samples, min_size=least, max_size=most):
+        raise UsageError(
+            f"{samples} samples cannot be divided into equal micro-batches of {least} to {most}.",
+            "None of these sizes divides it.",
+            f"Give {ranks * (samples - samples % most) or ranks * most} or {ranks * (samples + most - samples % most)}"
+            f", or leave the sizes uneven: {'uniform=False' if ranks > 1 else 'without --uniform'}.",
+        )
 
 
 def _check_times(request: PlanRequest, samples: int | None, *, computes: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..simulation.solver import Solution, balanced, largest_micro_batch, smallest_steps
+from ..simulation.solver import Solution, balanced, fewest_equal_steps, largest_micro_batch, smallest_steps
 from .predictor import MemoryPredictor
 from .schedule import Guess
 
@@ -17,6 +17,15 @@ def solve(predictor: MemoryPredictor) -> Solution | None:
         The solution; None where nothing fits.
     """
     request, budget = predictor.request, predictor.usable_bytes
+    if request.samples is not None and request.uniform:
+        return fewest_equal_steps(
+            predictor.fits,
+            predictor.floor,
+            samples=request.samples,
+            budget_bytes=budget,
+            min_size=request.least,
+            max_size=request.most,
+        )
     if request.samples is not None:
         return smallest_steps(
             predictor.fits,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..devices import oom
 from ..errors import DoesNotFit, NotConfirmed
-from ..simulation.solver import Solution, Split, balanced
+from ..simulation.solver import Solution, Split, balanced, uniform_sizes
 from . import failures, schedule
 from .predictor import MemoryPredictor, verified_part
 from .record import add_recording
@@ -183,6 +183,9 @@ def _does_not_fit(predictor: MemoryPredictor) -> DoesNotFit:
     request = predictor.request
     samples = request.samples or request.least
     split = balanced(samples, samples // request.least)
+    if request.uniform:
+        size = uniform_sizes(samples, min_size=request.least, max_size=request.most)[-1]
+        split = (size,) * (samples // size)
     try:
         needed = predictor.needed_bytes(split)
     except LookupError:

@@ -10,7 +10,7 @@ from ..data.resplit import cut_one, recut
 from ..data.tokens import split_by_tokens
 from ..data.window import Window
 from ..plan import Plan
-from ..simulation.solver import is_even, repeated_within, split_within
+from ..simulation.solver import split_like, split_within
 
 SHRINK_FACTOR = 0.9  # after an out-of-memory, a limit becomes at most this part of the size that failed
 
@@ -90,10 +90,8 @@ class Sizing:
     def sizes(self, samples: int) -> Sizes:
         """Return the sizes of the micro-batches for a number of samples."""
         planned, largest = self.plan.split, self.limits.micro_batch
-        if largest == self.plan.micro_batch and samples == sum(planned):
-            return planned  # which was verified; another of the same largest micro-batch may not fit
-        if largest == self.plan.micro_batch and not is_even(planned):
-            return repeated_within(samples, largest, self.least)  # sizes just below it don't fit
+        if largest == self.plan.micro_batch:
+            return split_like(planned, samples, self.least)
         return split_within(samples, largest, self.least)
 
     def sizes_of_lengths(self, lengths: Sequence[int]) -> Sizes:

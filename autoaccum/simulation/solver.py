@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -59,6 +60,15 @@ def steps_with_largest(samples: int, size: int) -> range:
     return range(fewest, samples + 1 if size == 1 else -(-samples // (size - 1)))
 
 
+def uniform_sizes(samples: int, *, min_size: int = 1, max_size: int | None = None) -> list[int]:
+    """Return the micro-batches that divide the samples evenly, largest first."""
+    most = min(max_size or samples, samples)
+    small = [size for size in range(1, math.isqrt(samples) + 1) if samples % size == 0]
+    return sorted(
+        {size for each in small for size in (each, samples // each) if min_size <= size <= most}, reverse=True
+    )
+
+
 def split_within(samples: int, micro_batch: int, min_size: int = 1) -> Split:
     """Return the balanced split with fewest micro-batches of at most `micro_batch`.
 
@@ -66,6 +76,21 @@ def split_within(samples: int, micro_batch: int, min_size: int = 1) -> Split:
     """
     steps = -(-samples // min(micro_batch, samples))
     return balanced(samples, min(steps, max(1, samples // min_size)))
+
+
+def split_like(planned: Split, samples: int, min_size: int = 1) -> Split:
+    """Cut other samples than a plan's, as at an epoch's end, by its split.
+
+    Args:
+        planned: The plan's split.
+        samples: Samples in the window.
+        min_size: The smallest micro-batch allowed.
+    """
+    if samples == sum(planned):
+        return planned  # which was verified; another of the same largest micro-batch may not fit
+    if not is_even(planned):
+        return repeated_within(samples, planned[0], min_size)  # sizes just below it don't fit
+    return split_within(samples, planned[0], min_size)
 
 
 def is_even(split: Split) -> bool:
@@ -175,6 +200,39 @@ def smallest_steps(
         for split in itertools.chain([balanced(samples, k)], others):
             if fits_counted(split):
                 return Solution(split, tried)
+    return None
+
+
+def fewest_equal_steps(
+    fits: Fits,
+    floor: Floor,
+    *,
+    samples: int,
+    budget_bytes: int,
+    min_size: int = 1,
+    max_size: int | None = None,
+) -> Solution | None:
+    """Find the fewest steps of one micro-batch size, without a rest.
+
+    Args:
+        fits: As above.
+        floor: As above.
+        samples: Samples in the window.
+        budget_bytes: As above.
+        min_size: The smallest micro-batch allowed.
+        max_size: The largest allowed.
+
+    Returns:
+        The solution; None if no divisor of the samples fits.
+    """
+    tried = 0
+    for size in uniform_sizes(samples, min_size=min_size, max_size=max_size):
+        if floor(size) > budget_bytes:
+            continue
+        split = (size,) * (samples // size)
+        tried += 1
+        if fits(split):
+            return Solution(split, tried)
     return None
 
 

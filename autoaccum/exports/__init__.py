@@ -1,0 +1,1 @@
+"""Turn a plan into other tools' configuration. No torch."""
