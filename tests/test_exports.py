@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from itertools import chain
@@ -336,9 +335,3 @@ def test_ranks_sample_disjoint_shares_in_step(plan: Plan) -> None:
         two.batch_sampler(torch.utils.data.TensorDataset(torch.arange(100)))
     with pytest.raises(UsageError, match="rank is 2"):
         two.batch_sampler(dataset, rank=2)
-
-
-def test_the_page_runs() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "exports.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(block, "docs/exports.md", "exec"), {})
