@@ -121,7 +121,7 @@ def _own(plan: Plan, target: str) -> Export:
 
 
 def _shell(value: Any) -> str:
-    """Return a value as a shell reads it unquoted: no blanks or quotes occur."""
+    """Return a value as a shell reads it unquoted."""
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, list):
@@ -141,7 +141,7 @@ def _autocast(plan: Plan, options: dict[str, Values]) -> Values:
 
 
 def _remarks(plan: Plan, target: str) -> tuple[str, ...]:
-    """Return what else of the plan the tool has to be set to."""
+    """Return what else the tool has to be set to."""
     found = []
     if plan.schedule.configuration:
         found.append(f"The plan was tuned; set this in your script too: {sentence(plan.schedule.configuration)}.")

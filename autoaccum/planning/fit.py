@@ -112,10 +112,8 @@ def fit_plan(
         rank: This process's rank.
         world_size: Number of ranks that share the target.
         train_in_new_process: Whether another process will train, so that the plan need not hold in this one.
-        malloc: On the CPU. "fixed": blocks of 128 KiB and more are mappings, so that memory is predictable to 1 %, at
-            the cost of fresh pages; "default": faster, with a quarter of the memory kept free for fragmentation.
-        objective: "fewest-steps", the largest micro-batches; or "fastest", the smallest whose optimizer step takes at
-            most 1 % longer than the fastest one's.
+        malloc: On the CPU. "fixed": large blocks are mappings, so that memory is predictable to 1 %; "default": faster.
+        objective: "fewest-steps", the largest micro-batches; "fastest", the smallest within 1 % of the fastest step.
         timing_seconds: Seconds to time smaller micro-batches for; None for 15 % of planning, at most 3 (30: fastest).
         uniform: Whether all micro-batches must have one size, for trainers that know only one.
         progress: Called with progress messages.

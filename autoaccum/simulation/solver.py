@@ -79,7 +79,7 @@ def split_within(samples: int, micro_batch: int, min_size: int = 1) -> Split:
 
 
 def split_like(planned: Split, samples: int, min_size: int = 1) -> Split:
-    """Cut other samples than a plan's, as at an epoch's end, by its split.
+    """Cut an epoch's last samples by a plan's split.
 
     Args:
         planned: The plan's split.
