@@ -51,7 +51,7 @@ class PlanBatchSampler:
 
     @property
     def windows(self) -> list[Split]:
-        """The sizes of the micro-batches of each optimizer step in an epoch, on this rank."""
+        """Micro-batch sizes of each optimizer step of an epoch, on this rank."""
         whole, rest = divmod(self.samples, self.plan.target_batch)
         own = balanced(self.plan.target_batch, self.plan.world_size)[self.rank]
         cut = self.plan.split if own == sum(self.plan.split) else balanced(own, self.plan.accumulation_steps)

@@ -74,7 +74,7 @@ def _fits(plan: Plan, size: int, share: int) -> bool:
 
 
 def _peak_bytes(plan: Plan, split: Split) -> int | None:
-    """Return a window's predicted peak; None where the plan has no table for it."""
+    """Return a window's predicted peak; None without a table."""
     table = table_of(plan)
     return None if table is None else table.peak_bytes(split)
 

@@ -71,7 +71,7 @@ def _lightning(plan: Plan, equal: EqualSteps) -> str:
 
 
 def deepspeed_values(equal: EqualSteps) -> dict[str, int]:
-    """Return DeepSpeed's three numbers; the first is the product of the others and the ranks."""
+    """Return DeepSpeed's three numbers, which multiply with the ranks."""
     return {
         "train_batch_size": equal.target_batch,
         "train_micro_batch_size_per_gpu": equal.micro_batch,
