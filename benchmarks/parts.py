@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import importlib
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from autoaccum.reporting.kinds import Kind
@@ -187,22 +191,38 @@ def peer_gradients(quick: bool) -> Part:
 
 
 def gpu(quick: bool) -> Part:
-    """Measured time and memory on a real GPU, where there is one."""
-    from . import on_gpu
-
+    """Predicted and measured memory on this GPU, where there is one."""
     part = Part(
         "gpu", "Predicted and measured on this GPU",
-        "A plan for each model on the GPU that is here: reserved bytes and time of an optimizer step.",
+        "Part (a) of `python -m benchmarks.on_gpu` on the GPU that is here: reserved bytes, and the largest "
+        "micro-batch against the truth around it.",
         [GPU, PREDICTED],
     )  # fmt: skip
-    part.skipped = on_gpu.why_not()
+    part.skipped = _why_no_gpu()
     if part.skipped:
         return part
-    part.rows = on_gpu.table(quick)
+    only = "a:resnet50-fp32,a:gpt2-bf16" if quick else "a"
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.on_gpu", "--only", only, "--output", folder], stdout=sys.stderr
+        )
+        tables = list(Path(folder).glob("*.csv"))
+        part.rows = list(csv.DictReader(tables[0].open(newline=""))) if tables else []
     for row in part.rows:
-        part.figures.append(_single(f"{row['model']}: error of the peak", row["error %"], "%", GPU))
-        part.figures.append(_single(f"{row['model']}: optimizer step", row["step s"], "s", GPU))
+        if row["off %"]:
+            part.figures.append(_single(f"{row['what']}: error of the peak", float(row["off %"]), "%", GPU))
     return part
+
+
+def _why_no_gpu() -> str:
+    """Why nothing can be measured here; empty where it can."""
+    import torch
+
+    from autoaccum.devices.virtual.control import is_virtual
+
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    return "the GPU is a virtual one, which has no times" if is_virtual() else ""
 
 
 PARTS: dict[str, Callable[[bool], Part]] = {

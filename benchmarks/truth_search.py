@@ -22,6 +22,7 @@ from autoaccum import Workload
 from autoaccum.devices import oom
 from autoaccum.devices.registry import get_device
 from autoaccum.planning.predictor_virtual import UninitializedTarget
+from autoaccum.planning.target import RecordingTarget
 from autoaccum.simulation.solver import CAPACITY_MARGIN, Split, balanced
 from autoaccum.simulation.training_run import MAX_WINDOWS
 from autoaccum.window import step
@@ -76,12 +77,21 @@ class Tried:
         return not self.ooms and not any(self.retries)
 
 
-def train(work: Workload, context: step.TrainingContext, split: Split, windows: int = MAX_WINDOWS) -> Tried:
-    """Train windows to the end, or until the split clearly doesn't fit."""
+def train(
+    work: Workload,
+    context: step.TrainingContext,
+    split: Split,
+    windows: int = MAX_WINDOWS,
+    target: type[RecordingTarget] = UninitializedTarget,
+) -> Tried:
+    """Train windows to the end, or until the split clearly doesn't fit.
+
+    `target` makes the batches: written ones where something is computed.
+    """
     retries: list[int] = []
     before = count("num_ooms")
     torch.cuda.reset_peak_memory_stats()
-    subject = UninitializedTarget(context, work, get_device(context.device), None)
+    subject = target(context, work, get_device(context.device), None)
     pieces = {size: subject.tile(size) for size in set(split)}
     for index in range(windows):
         retried = count("num_alloc_retries")

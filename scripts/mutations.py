@@ -169,4 +169,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('equal steps: a size that leaves a rest', 'autoaccum/simulation/solver.py', 'if samples % size == 0]', 'if samples % size < 3]', ('tests/test_exports.py', '-k', 'largest_divisor')),
     ('a merged configuration loses what is between', 'autoaccum/exports/json_merge.py', 'merged[:start] + str(values[key]) + merged[end:]', 'merged[:start] + str(values[key]) + merged[end:].lstrip()', ('tests/test_exports.py', '-k', 'merging')),
     ('ranks sample the same', 'autoaccum/data/batch_sampler.py', 'start + sum(share[: self.rank])', 'start', ('tests/test_exports.py', '-k', 'disjoint')),
+    ('a largest that is too high is as predicted', 'benchmarks/on_gpu/verdicts.py', '    if largest > true:', '    if False:', ('tests/test_on_gpu.py', '-k', 'judged')),
+    ('a hanging trial leaves what it started', 'benchmarks/on_gpu/process.py', '        if session == leader and', '        if False and', ('tests/test_on_gpu.py', '-k', 'hanging')),
+    ('a resumed run begins anew', 'benchmarks/on_gpu/drive.py', 'if not self.rows.is_done(each.part, each.model)', 'if True', ('tests/test_on_gpu.py', '-k', 'resumed')),
 ]  # fmt: skip

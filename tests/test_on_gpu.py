@@ -1,0 +1,259 @@
+"""The acceptance test of a GPU: its table, resuming, time limits and the search for the truth, on recorded rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoaccum.devices import virtual
+from benchmarks.on_gpu import around, card, process, report, rows, schedule
+from benchmarks.on_gpu.drive import Driver
+
+ROOT = Path(__file__).parent.parent
+BESIDE = {
+    "card": "NVIDIA H100 80GB HBM3", "kind": card.REAL, "virtual": False, "driver": "580.00", "torch": "2.11.0+cu130",
+    "cuda": "13.0", "cudnn": 91900, "python": "3.12.1",
+}  # fmt: skip
+FACTS = BESIDE | {"total bytes": 80 << 30, "uuid": "GPU-0", "spec": "h100-80gb", "spec outside bytes": 794 << 20}
+PLAN = {
+    "split": [100] * 10, "largest": 108, "least": 1, "predicted": 12 << 30, "predicted here": 12 << 30,
+    "measured": 12 << 30, "retries": [0, 0, 0], "ooms": 0, "passes": 9, "seconds": 8.1, "method": "replayed",
+    "exactness": "exact (tested on 8 samples)", "capped": False,
+}  # fmt: skip
+FRESH = {"reserved": 12 << 30, "ooms": 0, "retries": [0, 0, 0, 0]}
+TRUTH = {"largest": 108, "complete": True}
+
+
+def row(part: str, model: str, step: str, **figures: Any) -> dict[str, Any]:
+    return {"part": part, "model": model, "step": step, **figures, **BESIDE}
+
+
+def trial(plan: dict[str, Any], fresh: dict[str, Any], truth: dict[str, Any]) -> list[dict[str, Any]]:
+    steps = {"plan": PLAN | plan, "fresh": FRESH | fresh, "truth": TRUTH | truth, "final": {"status": "done"}}
+    return [row("a", "gpt2-bf16", step, **figures) for step, figures in steps.items()]
+
+
+# The table.
+
+
+@pytest.mark.parametrize(
+    ("plan", "fresh", "truth", "verdict"),
+    [
+        ({}, {}, {}, "as predicted"),
+        ({}, {}, {"complete": False}, "as predicted"),
+        ({"largest": 109}, {}, {}, "FAULT: the largest is too high by 1"),
+        ({"largest": 106}, {}, {}, "FAULT: the largest is low by 2 (1.9 %)"),
+        ({"largest": 106, "capped": True}, {}, {}, "as predicted"),
+        ({"ooms": 2}, {}, {}, "FAULT: 2 out-of-memory errors while planning"),
+        ({"measured": 13 << 30}, {}, {}, "FAULT: verified at 13.000 GiB, not as predicted"),
+        ({}, {"reserved": int(12.1 * 2**30)}, {}, "FAULT: not trained as predicted"),
+        ({}, {"ooms": 1}, {}, "FAULT: the plan runs out of memory in a fresh process"),
+        ({}, {"retries": [0, 1, 0, 0]}, {}, "FAULT: unforeseen retries"),
+        ({"retries": [0, 1, 0]}, {"retries": [0, 1, 0, 0]}, {}, "as predicted"),
+        ({"method": "bracketed"}, {}, {}, "as predicted; bracketed"),
+    ],
+)
+def test_a_plan_is_judged_by_the_peak_and_by_the_truth(
+    plan: dict[str, Any], fresh: dict[str, Any], truth: dict[str, Any], verdict: str
+) -> None:
+    found = trial(plan, fresh, truth)
+    (line,) = report.lines(found)
+    assert line["verdict"] == verdict
+    assert bool(report.faults(found)) == verdict.startswith("FAULT")
+
+
+def others() -> list[dict[str, Any]]:
+    """Rows of all other parts, some of them not as predicted."""
+    runner = {"ratio": 1.01, "low": 1.0, "high": 1.02, "runner seconds": 0.5}
+    copies = {"own stream / pageable": {"ratio": 0.9}, "own stream / pinned": {"ratio": 0.98}}
+    scan = {"1": 0.004, "8": 0.001, "64": 0.00095}
+    oom = {"planned": [24, 24], "split": [12] * 4, "samples": 48, "retries": 1, "ooms": 1, "ooms before": 0}
+    finder = {"chosen": 96, "ooms": 5, "tries": 6, "seconds": 20.0, "trains afresh": True}
+    context = {"assumed": 794 << 20, "gpu": "h100-80gb", "empty": 500 << 20, "read by budgets": 900 << 20}
+    return [
+        row("b", "gpt2-bf16", "plan", **PLAN | {"largest": 110}),
+        row("c", "gpt2-bf16", "context", **context, **{"window 3": 800 << 20}),
+        row("d", "gpt2-bf16", "window fp32", error=1e-7),
+        row("d", "gpt2-bf16", "window fp64", error=1e-9),
+        row("d", "gpt2-bf16", "after out of memory", error=2e-16, **oom),
+        row("e", "gpt2-bf16", "runner", **runner),
+        row("e", "gpt2-bf16", "knee", knee=8, largest=64, **{"seconds per sample": scan}),
+        row("e", "gpt2-bf16", "copies", seconds={"own stream": 0.4}, **copies),
+        row("f", "gpt2-bf16", "halving", **finder, **{"retries afresh": [1, 1, 1, 1]}),
+        row("g", "commands", "doctor", code=0, seconds=2.0, said=""),
+        row("g", "commands", "run", code=1, seconds=2.0, said="a\nno plan.json"),
+        row("g", "commands", "final", status="stopped", why="killed after 150 s, its time limit"),
+        row("a", "unet-bf16", "final", status="skipped", why="no time left"),
+    ]
+
+
+def test_each_part_has_its_lines_and_what_is_wrong_is_a_fault(tmp_path: Path) -> None:
+    found = [*trial({}, {}, {}), *others()]
+    lines = {(line["part"], line["what"]): line["verdict"] for line in report.lines(found)}
+    assert lines["b", "gpt2-bf16"] == "FAULT: largest 110, and 108 on the card"
+    assert lines["c", "gpt2-bf16"].startswith("FAULT: h100-80gb's row assumes 6 MiB too little")
+    assert lines["d", "gpt2-bf16, window"].startswith("FAULT: fp64 is 1.0e-09 off")
+    assert lines["d", "gpt2-bf16, after OOM"].startswith("recovered with the same gradient; fp64 2.0e-16; 24 to 12")
+    assert lines["e", "gpt2-bf16, Runner"] == "as the loop; 1.010 (1.000 to 1.020) of the loop's time"
+    assert lines["e", "gpt2-bf16, knee"].startswith("FAULT: larger micro-batches are faster")
+    assert "+10.0 % saved against pageable memory" in lines["e", "gpt2-bf16, copies"]
+    assert lines["f", "gpt2-bf16, halving"].endswith("with retries in each window; ours 108, 0 OOMs, 8.1 s")
+    assert lines["g", "doctor"] == "exit code 0" and lines["g", "run"] == "FAULT: exit code 1: no plan.json"
+    assert lines["g", "commands"] == "FAULT: stopped: killed after 150 s, its time limit"
+    assert lines["a", "unet-bf16"] == "skipped: no time left"
+    text = report.write(tmp_path / "2026-11-28-h100-on-gpu.jsonl", found, 300.0)
+    assert "driver 580.00, torch 2.11.0+cu130" in text and "5.0 minutes" in text and "1 skipped" in text
+    written = (tmp_path / "2026-11-28-h100-on-gpu.csv").read_text().splitlines()
+    assert len(written) == 1 + len(report.lines(found))
+    assert all("NVIDIA H100 80GB HBM3,measured on this GPU,580.00,2.11.0+cu130" in line for line in written[1:])
+    assert (tmp_path / "2026-11-28-h100-on-gpu.md").read_text() == text
+
+
+def test_times_of_a_virtual_gpu_are_no_fault() -> None:
+    found = [each | {"virtual": True} for each in others() if each["part"] == "e"]
+    assert {line["verdict"] for line in report.lines(found)} == {"times mean nothing here"}
+
+
+# The truth.
+
+
+@pytest.mark.parametrize("start", [1, 5, 36, 37, 38, 80])
+def test_the_largest_is_found_from_any_guess(start: int) -> None:
+    found = around.largest_around(lambda n: n <= 37, start, lambda: True)
+    assert (found.largest, found.fails, found.is_complete) == (37, 38, True)
+    assert len(found.tried) < 14
+
+
+def test_the_largest_beyond_a_gap_is_found_and_nothing_may_fit() -> None:
+    assert around.largest_around(lambda n: n <= 37 or n == 39, 37, lambda: True).largest == 39
+    found = around.largest_around(lambda n: False, 8, lambda: True)
+    assert (found.largest, found.is_complete) == (None, True)
+    left = iter([True, False, False, False, False])
+    cut_off = around.largest_around(lambda n: n <= 37, 8, lambda: next(left))
+    assert cut_off.largest == 9 and not cut_off.is_complete
+
+
+# The run.
+
+
+def drive(tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch, known: tuple[dict[str, Any], ...] = ()) -> Any:
+    """Run two trials whose processes run this code instead; return the kept rows."""
+    (tmp_path / "fake.py").write_text(code)
+    init = process.Command.__init__
+
+    def other_command(self: Any, command: list[str], *rest: Any) -> None:
+        init(self, [sys.executable, "-S", str(tmp_path / "fake.py"), command[-1]], *rest)
+
+    monkeypatch.setattr(process.Command, "__init__", other_command)
+    kept = rows.Rows(tmp_path / "rows.jsonl", BESIDE, list(known))
+    two = [schedule.Trial("a", name, 50 << 30, 1.0) for name in ("first", "second")]
+    monkeypatch.setattr(schedule.Trial, "limit_seconds", property(lambda self: 1.0))
+    Driver(kept, FACTS, workers=2, quiet=True).run(two)
+    assert rows.read(kept.path) == kept.rows[len(known) :]
+    return rows.by_trial(kept.rows)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process exists, and isn't a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+HANGS = """import json, subprocess, sys, time
+job = json.loads(sys.argv[1])
+def say(step, **figures):
+    print("ROW " + json.dumps({"part": "a", "model": job["model"], "step": step, **figures}), flush=True)
+say("plan", known=sorted(job["known"]))
+if job["model"] == "first":
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], process_group=0)
+    say("child", pid=child.pid)
+    time.sleep(60)
+say("final", status="done")
+"""
+
+
+def test_a_hanging_trial_is_killed_with_all_it_started_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = time.monotonic()
+    found = drive(tmp_path, HANGS, monkeypatch)
+    assert time.monotonic() - started < 30
+    first, second = found["a", "first"], found["a", "second"]
+    assert first["final"]["status"] == "stopped" and first["plan"]["torch"] == BESIDE["torch"]
+    assert not is_running(first["child"]["pid"])  # it made a process group, and was killed nevertheless
+    assert second["final"]["status"] == "done"
+
+
+def test_a_resumed_run_leaves_out_what_is_done_and_knows_what_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = (row("a", "first", "final", status="done"), row("a", "second", "truth", largest=3))
+    found = drive(tmp_path, HANGS, monkeypatch, known)
+    assert found["a", "second"]["plan"]["known"] == ["truth"]
+    assert "plan" not in found["a", "first"]
+
+
+def test_a_trial_that_dies_without_a_word_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = drive(tmp_path, "raise SystemExit('no such thing')", monkeypatch)
+    assert "no such thing" in found["a", "first"]["final"]["why"]
+    assert found["a", "first"]["final"]["status"] == "failed"
+
+
+def test_without_time_a_trial_is_skipped_by_name(tmp_path: Path) -> None:
+    kept = rows.Rows(tmp_path / "rows.jsonl", BESIDE)
+    Driver(kept, FACTS, workers=1, ends=time.monotonic() + 5, quiet=True).run(
+        [schedule.Trial("a", "gpt2-bf16", 1, 40), schedule.Trial("a", "other", 1, 1, skip="no compiler")]
+    )
+    assert [each["why"] for each in kept.rows] == ["no time left: about 40 s needed, 5 s left", "no compiler"]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"part": "a"}\n{"part": "b", "mo')
+    assert rows.read(tmp_path / "rows.jsonl") == [{"part": "a"}]
+    assert rows.read(tmp_path / "none.jsonl") == []
+
+
+def test_twenty_models_fit_an_h100_side_by_side_within_eight_minutes_by_the_guesses() -> None:
+    found = schedule.trials(FACTS)
+    assert sum(each.part == "a" for each in found) == 20 and {each.part for each in found} == set(schedule.TITLES)
+    assert all(each.card_bytes < schedule.CARD_SHARE * FACTS["total bytes"] for each in found)
+    card_seconds = sum(each.seconds for each in found if each.card_bytes and not each.alone) / 4
+    assert card_seconds + sum(each.seconds for each in found if each.alone) < 8 * 60
+    only = schedule.trials(FACTS, ["c", "a:gpt2-bf16"])
+    assert [each.name for each in only if each.part == "a"] == ["a:gpt2-bf16"] and len(only) == 4
+
+
+def test_a_card_without_a_row_stands_in_by_the_nearest() -> None:
+    gpu, is_own = card.nearest("NVIDIA H100 80GB HBM3", 85_017_755_648, "9.0")
+    assert (gpu.name, is_own) == ("h100-80gb", True)
+    gpu, is_own = card.nearest("NVIDIA H800", 80 << 30, "9.0")
+    assert gpu.name.startswith("h100") and not is_own
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(virtual.available() is not None, reason=virtual.available() or "")
+def test_a_model_goes_through_plans_and_gradients_on_the_virtual_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.on_gpu", "--virtual", "h100-80gb", "--workers", "1"]
+    command += ["--only", "a:mlp-fp32,b:mlp-fp32,c:lstm-fp32,d:mlp-fp32", "--output", str(tmp_path)]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout + out.stderr
+    (path,) = tmp_path.glob("*-virtual-nvidia-h100-80gb-hbm3-torch-*-on-gpu.jsonl")
+    found = rows.by_trial(map(json.loads, path.read_text().splitlines()))
+    plan, truth = found["a", "mlp-fp32"]["plan"], found["a", "mlp-fp32"]["truth"]
+    assert plan["largest"] == truth["largest"] > 1000 and truth["complete"]
+    assert plan["predicted"] == found["b", "mlp-fp32"]["plan"]["predicted"]
+    assert found["d", "mlp-fp32"]["after out of memory"]["retries"] > 0
+    assert "times mean nothing" in out.stdout
+
+
+def test_nothing_is_needed_of_the_network() -> None:
+    sources = [path.read_text() for path in (ROOT / "benchmarks" / "on_gpu").glob("*.py")]
+    assert not any(word in text for text in sources for word in ("from_pretrained", "urllib", "requests.", "https://"))
