@@ -172,4 +172,5 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('a largest that is too high is as predicted', 'benchmarks/on_gpu/verdicts.py', '    if largest > true:', '    if False:', ('tests/test_on_gpu.py', '-k', 'judged')),
     ('a hanging trial leaves what it started', 'benchmarks/on_gpu/process.py', '        if session == leader and', '        if False and', ('tests/test_on_gpu.py', '-k', 'hanging')),
     ('a resumed run begins anew', 'benchmarks/on_gpu/drive.py', 'if not self.rows.is_done(each.part, each.model)', 'if True', ('tests/test_on_gpu.py', '-k', 'resumed')),
+    ('a stand-in is hidden with the real GPUs', 'autoaccum/devices/virtual/stand_in.py', '    variables.pop("CUDA_VISIBLE_DEVICES", None)', '    pass', ('tests/test_gpus.py', '-k', 'visible')),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 from autoaccum.devices.cuda.gpu_specs import GPUS, LIBRARY_BYTES, Gpu, find_gpu, list_gpus
 from autoaccum.devices.virtual import available, launch
-from autoaccum.devices.virtual.stand_in import virtual_settings
+from autoaccum.devices.virtual.stand_in import planning_environment, virtual_settings
 from autoaccum.errors import UsageError
 from autoaccum.units import parse_bytes
 
@@ -115,6 +115,13 @@ kind = torch.cuda.get_device_properties(0)
 seen = kind.name, kind.total_memory, f"{kind.major}.{kind.minor}", kind.multi_processor_count
 print(json.dumps([*seen, read_cuda_budget().bytes]))
 """
+
+
+@usable
+def test_a_stand_in_is_there_whichever_real_gpus_are_visible() -> None:
+    for hidden in ("", "-1", "GPU-3fd1"):
+        found = planning_environment("h100-80gb", {"CUDA_VISIBLE_DEVICES": hidden, "HOME": "/root"})
+        assert found is not None and "CUDA_VISIBLE_DEVICES" not in found and found["HOME"] == "/root"
 
 
 @usable

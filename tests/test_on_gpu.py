@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ BESIDE = {
     "cuda": "13.0", "cudnn": 91900, "python": "3.12.1",
 }  # fmt: skip
 FACTS = BESIDE | {"total bytes": 80 << 30, "uuid": "GPU-0", "spec": "h100-80gb", "spec outside bytes": 794 << 20}
+FACTS |= {"nvml lists processes": True}
 PLAN = {
     "split": [100] * 10, "largest": 108, "least": 1, "predicted": 12 << 30, "predicted here": 12 << 30,
     "measured": 12 << 30, "retries": [0, 0, 0], "ooms": 0, "passes": 9, "seconds": 8.1, "method": "replayed",
@@ -257,3 +259,40 @@ def test_a_model_goes_through_plans_and_gradients_on_the_virtual_gpu(tmp_path: P
 def test_nothing_is_needed_of_the_network() -> None:
     sources = [path.read_text() for path in (ROOT / "benchmarks" / "on_gpu").glob("*.py")]
     assert not any(word in text for text in sources for word in ("from_pretrained", "urllib", "requests.", "https://"))
+
+
+# What needs torch for more than a look.
+
+
+@pytest.mark.slow
+def test_gradients_of_windows_are_the_whole_batchs_where_something_is_computed() -> None:
+    from benchmarks.on_gpu import gradients
+
+    errors = {name: gradients.window_error("lstm-fp32", name, "cpu") for name in ("fp32", "fp64")}
+    assert errors["fp32"] is not None and 0 < errors["fp32"] < 1e-5
+    assert errors["fp64"] is not None and errors["fp64"] < 1e-12
+
+
+def test_a_gradient_that_is_off_is_seen_and_one_of_zeros_is_nothing() -> None:
+    import torch
+
+    from benchmarks.on_gpu.gradients import distance
+
+    whole = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)}
+    assert distance(whole, {"a": torch.tensor([3.0, 4.5]), "b": torch.zeros(2)}) == pytest.approx(0.1)
+    assert distance({"a": torch.zeros(2)}, {"a": torch.zeros(2)}) is None
+    with pytest.raises(RuntimeError, match="other parameters"):
+        distance(whole, {"a": whole["a"]})
+
+
+@pytest.mark.slow
+def test_where_the_gpu_is_open_already_a_new_process_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.on_gpu import apart, loops
+
+    assert not apart.gpu_is_open()
+    assert apart.call(os.getppid) == os.getpid()
+    monkeypatch.setattr(apart, "gpu_is_open", lambda: True)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert apart.call(os.getppid) == os.getpid()
+    with pytest.raises(RuntimeError, match=r"loops:hand_written ended with exit code 1"):
+        apart.call(loops.hand_written)

@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 from autoaccum.devices.cuda.gpu_specs import GPUS, Gpu
-from autoaccum.devices.cuda.nvml import see_device
 
 VIRTUAL = "real allocator on a virtual GPU; times mean nothing"
 REAL = "measured on this GPU"
@@ -49,13 +48,16 @@ def nearest(name: str, total_bytes: int, capability: str) -> tuple[Gpu, bool]:
 def _read() -> dict[str, Any]:
     import torch
 
+    from autoaccum.devices.cuda.budget import read_device
     from autoaccum.devices.virtual.control import is_virtual
 
     if not torch.cuda.is_available():
         return {"nothing": f"torch {torch.__version__} sees no GPU here (autoaccum doctor says more)"}
     free, total = torch.cuda.mem_get_info(0)
     properties = torch.cuda.get_device_properties(0)
-    seen = see_device(str(properties.uuid))
+    torch.zeros(1, device="cuda")
+    here = read_device(0)
+    seen = here.seen
     capability = f"{properties.major}.{properties.minor}"
     spec, is_own = nearest(properties.name, total, capability)
     virtual = is_virtual()
@@ -74,6 +76,7 @@ def _read() -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "uuid": seen.uuid or str(properties.uuid),
         "nvml": seen.note,
+        "nvml lists processes": here.own is not None,
         "others": [dataclasses.astuple(each) for each in seen.processes][:8] if not virtual else [],
         "spec": spec.name,
         "spec is the card's": is_own,

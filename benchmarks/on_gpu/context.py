@@ -7,6 +7,7 @@ else running. Budgets of `--gpu` assume the table's context and library bytes; t
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ SAMPLES = 8
 
 def run(job: Job) -> None:
     """Measure one model's context, alone on the card."""
+    if importlib.util.find_spec("pynvml") is None:
+        job.emit("skipped", why="nvidia-ml-py isn't installed")
+        return
     made(job.model)
     assumed = int(job.card["spec outside bytes"])
     job.emit("context", assumed=assumed, gpu=job.card["spec"], **apart.call(measured, job.model, str(job.card["uuid"])))

@@ -43,17 +43,19 @@ def run(job: Job) -> None:
         job.emit("after out of memory", **apart.call(after_out_of_memory, job.model))
 
 
-def exact_workload(name: str, dtype: torch.dtype) -> Workload:
-    """Move a workload to the GPU in one precision.
+def exact_workload(name: str, dtype: torch.dtype, device: str = "cuda") -> Workload:
+    """Move a workload to the device in one precision.
 
     It has no dropout, plain SGD, and sequences of at most `TOKENS`.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     work = made(name)
-    model = work.model.to("cuda", dtype)
+    model = work.model.to(device, dtype)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):  # of attention, by function
+            module.dropout = 0.0  # type: ignore[assignment]
     sample = tree.map_leaves(work.sample, lambda path, leaf: leaf.to(dtype) if leaf.is_floating_point() else _cut(leaf))
     return replace(work, model=model, sample=sample, precision=None, scaler=None, optimizer=_still, clip_grad_norm=None)
 
@@ -66,13 +68,14 @@ def _still(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.0)
 
 
-def window_error(name: str, precision: str) -> float | None:
+def window_error(name: str, precision: str, device: str = "cuda") -> float | None:
     """Return a window's distance from one whole batch.
 
     None where nothing is computed.
     """
-    limit_to(LIMIT_BYTES)
-    work = exact_workload(name, {"fp32": torch.float32, "fp64": torch.float64}[precision])
+    if device == "cuda":
+        limit_to(LIMIT_BYTES)
+    work = exact_workload(name, {"fp32": torch.float32, "fp64": torch.float64}[precision], device)
     context = step.open_context(work)
     batch = cutting.tile(work.sample, SAMPLES)
     found = [_gradients(context, batch, sizes) for sizes in ((SAMPLES,), SIZES)]

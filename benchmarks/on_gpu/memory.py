@@ -30,7 +30,8 @@ from .around import largest_around
 from .job import Job
 from .models import MODELS, made, on_device
 
-WINDOWS = 4  # the first two may give the cache back; the third and the fourth may not
+WINDOWS = 4  # of the plan's split
+TRY_WINDOWS = 3  # of a size: the first two may give the cache back, and the third may not
 
 
 def limit_to(limit_bytes: int) -> None:
@@ -70,7 +71,7 @@ def run(job: Job) -> None:
 
 def _fits(name: str, n: int, limit_bytes: int, keeps: bool, tries: list[dict[str, Any]]) -> bool:
     for size in (int(limit_bytes * (1 - CAPACITY_MARGIN)), limit_bytes):
-        tries.append(apart.call(trained, name, (n, n), size, keeps, WINDOWS))
+        tries.append(apart.call(trained, name, (n, n), size, keeps, TRY_WINDOWS))
         if not tries[-1]["fits"]:
             return False
     return True

@@ -153,7 +153,10 @@ def bert_fp32() -> Workload:
 def t5_bf16() -> Workload:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(d_model=512, d_ff=1024, num_layers=8, num_heads=6, d_kv=64, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        d_model=512, d_ff=1024, num_layers=8, num_heads=6, d_kv=64, feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
     return Workload(T5ForConditionalGeneration(config), _ids(256, 32128), optimizer=_fused, precision="bf16")
 
 

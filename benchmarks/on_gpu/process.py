@@ -81,6 +81,8 @@ class Command:
 
 def kill_session(leader: int) -> None:
     """Kill every process of a session, whatever its group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)  # where /proc shows no sessions
     for _ in range(10):
         members = session_members(leader)
         if not members:

@@ -69,9 +69,10 @@ def trials(facts: Mapping[str, Any], only: Collection[str] = ()) -> list[Trial]:
     stand_ins = [Trial("b", name, 0, 25) for name in MODELS]
     exact = [Trial("d", name, gradients.LIMIT_BYTES + CONTEXT_BYTES, 25) for name in gradients.OOM_SAMPLES]
     peers = [Trial("f", name, MODELS[name].limit_bytes + CONTEXT_BYTES, 45) for name in finders.START]
-    commands = [Trial("g", "commands", (6 << 30) + CONTEXT_BYTES, 120)]
+    # where NVML doesn't list this process (in a container), --memory counts what others hold as its context
+    commands = [Trial("g", "commands", (6 << 30) + CONTEXT_BYTES, 110, alone=not facts["nvml lists processes"])]
     contexts = [Trial("c", name, MODELS[name].limit_bytes + CONTEXT_BYTES, 10, alone=True) for name in CONTEXT_MODELS]
-    timed = [Trial("e", name, MODELS[name].limit_bytes + CONTEXT_BYTES, 25, alone=True) for name in times.SIZES]
+    timed = [Trial("e", name, MODELS[name].limit_bytes + CONTEXT_BYTES, 40, alone=True) for name in times.SIZES]
     half = len(found) // 2
     ordered = [*found[:half], *commands, *exact, *peers, *found[half:], *stand_ins, *contexts, *timed]
     return [each for each in ordered if not only or {each.part, each.model, each.name} & set(only)]

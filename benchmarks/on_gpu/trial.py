@@ -27,7 +27,7 @@ def main() -> None:
     started = time.monotonic()
     job = Job.from_json(sys.argv[1])
     try:
-        _import_once(job.part)
+        _import_once(job)
         importlib.import_module(f".{PARTS[job.part]}", __package__).run(job)
     except Exception as error:
         last = str(error).strip().splitlines() or [type(error).__name__]
@@ -42,15 +42,17 @@ def main() -> None:
     os._exit(0)  # libraries' threads may still be ending
 
 
-def _import_once(part: str) -> None:
+def _import_once(job: Job) -> None:
     """Import what every fork would import again."""
-    if part in ("b", "g"):
+    if job.part in ("b", "g"):
         return
     import torch
 
     torch.set_num_threads(1)
     for name in ("torch._dynamo", "torchvision", "transformers"):
         importlib.import_module(name)
+    if "compiled" in job.model and not job.is_virtual:
+        importlib.import_module("torch._inductor.compile_fx")
 
 
 if __name__ == "__main__":

@@ -196,12 +196,13 @@ def finders(steps: Steps, others: Mapping[str, Steps]) -> list[Line]:
             retried = row["trains afresh"] and any(row["retries afresh"][2:])
             afresh = "trains afresh, with retries in each window" if retried else "trains afresh"
             verdict = afresh if row["trains afresh"] else "out of memory in a fresh process"
+        verdict = f"{row['tries']} sizes tried; {verdict}"
         if "largest" in ours:
             verdict += f"; ours {ours['largest']}, {ours['ooms']} OOMs, {ours['seconds']:.1f} s"
         lines.append(
             {
                 "what": name, "largest": row["chosen"], "true largest": _true(true), "OOMs": row["ooms"],
-                "passes": 2 * row["tries"], "s": round(row["seconds"], 1), "verdict": verdict,
+                "s": round(row["seconds"], 1), "verdict": verdict,
             }
         )  # fmt: skip
     return lines

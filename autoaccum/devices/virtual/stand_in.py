@@ -44,4 +44,7 @@ def planning_environment(name: str | None, base: Mapping[str, str] | None = None
     """
     if name is None:
         return None if base is None else dict(base)
-    return environment(replace(virtual_settings(find_gpu(name)), memory_bytes=ANY_AMOUNT_BYTES, copies="zero"), base)
+    gpu = replace(virtual_settings(find_gpu(name)), memory_bytes=ANY_AMOUNT_BYTES, copies="zero")
+    variables = environment(gpu, base)
+    variables.pop("CUDA_VISIBLE_DEVICES", None)  # it names this machine's GPUs, or hides them
+    return variables
