@@ -16,6 +16,7 @@ MAX_SAMPLES = 9_999_999  # of an effective batch, as in a report's what-if box; 
 MAX_COUNT = 1_000_000_000  # of anything else that is counted, and seconds: thirty years
 MAX_SEED = 2**32 - 1  # what numpy's generators take
 
+_LEAST_WITHOUT_UNIT = 2**20  # bytes: below that, a unit was left out
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?)(iB|B)?\s*", re.IGNORECASE)
@@ -79,6 +80,12 @@ def check_memory(memory: str | int | None, headroom: str | int | None) -> None:
         UsageError: One of them can't be read, or the headroom leaves nothing of the memory.
     """
     whole = None if memory is None else parse_bytes(memory, what="an amount of memory")
+    if whole is not None and whole < _LEAST_WITHOUT_UNIT and str(memory).strip().replace(".", "").isdigit():
+        raise UsageError(
+            f"Memory of {memory} would be {whole} bytes.",
+            "A number without a unit counts bytes.",
+            f"Did you mean {str(memory).strip()}GiB? Write the unit: GiB, MiB, or B for bytes.",
+        )
     kept = parse_part(headroom, whole or 1 << 62, what="headroom")
     if whole is not None and kept is not None and kept >= whole:
         raise UsageError(

@@ -5,11 +5,22 @@ Planning and training read the same workload; it holds no memory figures and no 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+from .workload_arguments import (
+    PRECISIONS,
+    check_functions,
+    check_model,
+    check_number,
+    make_scaler,
+    read_optimization,
+    read_precision,
+    read_sample,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +29,11 @@ if TYPE_CHECKING:
 Batch = Any  # a pytree of tensors whose first dimension is the samples
 Loss = Callable[["nn.Module", Batch], Any]
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+__all__ = ["PRECISIONS", "Batch", "Loss", "Workload", "as_workload", "class_count", "default_loss", "is_pair"]
+
 ON_NONFINITE = ("raise", "skip", "warn")
 ACCUMULATE = ("fp32", "as_parameters")
+INTERVALS = ("step", "epoch")
 IGNORED = -100  # cross_entropy's ignore_index, and Hugging Face's
 
 
@@ -30,22 +43,28 @@ class Workload:
 
     Attributes:
         model: The module to train, on the device where it is to be trained.
-        sample: One small batch of real data, a pytree of tensors with the samples in dimension 0.
+        sample: One small batch of real data, a pytree of tensors or arrays with the samples in dimension 0.
             Sequences should have the longest length that training will see: memory follows it (or give `lengths`).
-        loss: `loss(model, batch)`, returning the mean over the batch as a scalar, or `(sum, count)`, or
-            `LossTerms(sum, count, extra)` where something is added that belongs to the window once: a penalty on the
-            weights, a mixture of experts' auxiliary loss. Left out: `model(**batch).loss` for mappings, cross-entropy
-            for an `(input, class)` pair.
+            A DataLoader or a dataset is taken for `loader` as well; one item of a dataset becomes a batch of one.
+        loss: A criterion for `(input, target)` batches, like `nn.CrossEntropyLoss()`; or `loss(model, batch)`,
+            returning the mean over the batch as a scalar, or `(sum, count)`, or `LossTerms(sum, count, extra)` where
+            something is added that belongs to the window once: a penalty on the weights, a mixture of experts'
+            auxiliary loss; or a dictionary with one of these as "loss". Left out: `model(**batch).loss` for mappings,
+            cross-entropy for an `(input, class)` pair.
         encode: `encode(model, batch)`, for a loss over the representations of all samples (contrastive losses, mined
             triplets, Dice): a tree of tensors with the samples in dimension 0, labels included where the loss needs
             them. `loss(model, representations)` then gets those of the whole window, at the price of one more
             forward, and its gradient is the whole batch's.
         optimizer: An optimizer over the model's parameters, or a function that makes one from a list of
-            parameters. Left out: AdamW with torch's defaults.
-        precision: "fp32", "bf16" or "fp16" autocast; left out: fp32, as the model is.
-        scaler: A `torch.amp.GradScaler`, for fp16.
+            parameters; the name of one of torch.optim's ("adamw"), with its defaults; or what Lightning's
+            `configure_optimizers()` returns, if that is one optimizer. Left out: AdamW with torch's defaults.
+        precision: "fp32", "bf16" or "fp16" autocast (or torch.bfloat16, "bf16-mixed"); left out: fp32, as the model is.
+        scaler: A `torch.amp.GradScaler`, for fp16; True for one with torch's defaults.
         scheduler: A learning rate scheduler, or a function that makes one from the optimizer; stepped once a window.
-            One that asks for a metric (ReduceLROnPlateau) gets `metric`, or else the window's loss.
+            One that asks for a metric (ReduceLROnPlateau) gets `metric`, or else the window's loss. One of timm's gets
+            `step_update(updates)` after each window, and `step(epoch)` at the end of each `Runner.epoch`.
+        scheduler_interval: "step", or "epoch" for a scheduler that is stepped at the end of each `Runner.epoch`, as
+            Lightning does unless its dictionary says "step".
         metric: `metric(model)`, a figure for such a scheduler: a validation loss, say. Called after each optimizer
             step; where it returns None, the scheduler isn't stepped. Recorded, as it needs memory.
         clip_grad_norm: The largest norm of the whole window's gradient; left out: no clipping.
@@ -83,6 +102,7 @@ class Workload:
     precision: str | None = field(default=None, kw_only=True)
     scaler: Any = field(default=None, kw_only=True)
     scheduler: Any = field(default=None, kw_only=True)
+    scheduler_interval: str = field(default="step", kw_only=True)
     metric: Callable[[nn.Module], float | torch.Tensor | None] | None = field(default=None, kw_only=True)
     clip_grad_norm: float | None = field(default=None, kw_only=True)
     batchnorm: str | None = field(default=None, kw_only=True)
@@ -99,19 +119,45 @@ class Workload:
     configuration: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.precision is not None and self.precision not in PRECISIONS:
-            raise UsageError(
-                f"precision {self.precision!r} is not known.",
-                hint=f"Use one of {', '.join(PRECISIONS)}, or leave it out for the model's own.",
-            )
-        if self.on_nonfinite is not None and self.on_nonfinite not in ON_NONFINITE:
-            raise UsageError(
-                f"on_nonfinite {self.on_nonfinite!r} is not known.", hint=f"Use one of {', '.join(ON_NONFINITE)}."
-            )
-        if self.accumulate not in ACCUMULATE:
-            raise UsageError(
-                f"accumulate {self.accumulate!r} is not known.", hint=f"Use one of {', '.join(ACCUMULATE)}."
-            )
+        check_model(self.model)
+        self._accept_other_forms()
+        self._check_choices()
+        if self.loss is not None and self.encode is None:
+            from .criterion import check_loss
+
+            check_loss(self.loss, self.sample)
+        check_functions(
+            loss=self.loss, encode=self.encode, metric=self.metric, between_steps=self.between_steps, count=self.count
+        )
+        check_number("clip_grad_norm", self.clip_grad_norm)
+
+    def _accept_other_forms(self) -> None:
+        """Replace what was given in another form by what it stands for."""
+        optimizer, scheduler, interval = read_optimization(self.optimizer, self.scheduler)
+        sample, loader = read_sample(self.sample, self.loader)
+        accepted = {
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "scheduler_interval": interval if scheduler is not self.scheduler else self.scheduler_interval,
+            "precision": read_precision(self.precision),
+            "scaler": make_scaler(self.scaler, self.model),
+            "sample": sample,
+            "loader": loader,
+        }
+        for name, value in accepted.items():
+            object.__setattr__(self, name, value)  # the class is frozen for everybody else
+
+    def _check_choices(self) -> None:
+        choices = (
+            ("on_nonfinite", self.on_nonfinite, (None, *ON_NONFINITE)),
+            ("accumulate", self.accumulate, ACCUMULATE),
+            ("scheduler_interval", self.scheduler_interval, INTERVALS),
+        )
+        for name, value, known in choices:
+            if value not in known:
+                raise UsageError(
+                    f"{name} {value!r} is not known.", hint=f"Use one of {', '.join(filter(None, known))}."
+                )
         if self.max_tokens is not None and (self.lengths is None or self.max_tokens < 1):
             raise UsageError(
                 f"max_tokens is {self.max_tokens}, and lengths are {'not ' if self.lengths is None else ''}given.",
@@ -124,11 +170,51 @@ class Workload:
                 "encode makes the representations that loss(model, representations) is computed from.",
                 "Give loss=lambda model, representations: ...",
             )
-        if not any(p.requires_grad for p in self.model.parameters()):
-            raise UsageError(
-                f"No parameter of {type(self.model).__name__} requires a gradient, so there is nothing to train.",
-                hint="Set requires_grad=True on the parameters to train.",
-            )
+
+
+def as_workload(given: Any, sample: Batch, keywords: Mapping[str, Any], *, caller: str = "fit_plan") -> Workload:
+    """Return the workload that the arguments of `fit_plan` or Runner describe.
+
+    Args:
+        given: A workload, or a model.
+        sample: The sample for a model; None for none.
+        keywords: `Workload`'s other arguments for a model.
+        caller: Who was given them.
+
+    Raises:
+        UsageError: They don't go together.
+    """
+    if isinstance(given, Workload):
+        if sample is not None or keywords:
+            names = ", ".join(["sample"] * (sample is not None) + list(keywords))
+            raise UsageError(f"{names} cannot be combined with a Workload.", hint="Give it to the Workload.")
+        return given
+    if not hasattr(given, "parameters"):
+        raise UsageError(
+            f"{caller} was given {type(given).__name__}, neither a Workload nor a torch.nn.Module.",
+            hint="fit_plan(Workload(model, sample, ...), target_batch=512) or fit_plan(model, sample, ...)"
+            if caller == "fit_plan"
+            else "Runner(Workload(model, sample, ...), plan) or Runner(model, plan, loss=..., optimizer=...)",
+        )
+    try:
+        return Workload(given, sample, **keywords)
+    except TypeError as error:
+        raise UsageError(_unexpected(str(error), caller), hint=_meant(keywords)) from None
+
+
+def _unexpected(error: str, caller: str) -> str:
+    return f"{error}.".replace("Workload.__init__()", caller)
+
+
+def _meant(keywords: Mapping[str, Any]) -> str:
+    """Return the hint for a keyword that isn't known."""
+    known = [each.name for each in fields(Workload)]
+    other = {"batch_size": "target_batch", "memory": "budget", "criterion": "loss", "max_grad_norm": "clip_grad_norm"}
+    for name in keywords:
+        near = [other[name]] if name in other else difflib.get_close_matches(name, known, n=1)
+        if name not in known and near:
+            return f"Did you mean {near[0]}=?"
+    return "See help(Workload)."
 
 
 def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:

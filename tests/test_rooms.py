@@ -14,7 +14,8 @@ import autoaccum
 ROOT = Path(autoaccum.__file__).parent
 # A file imports from its own room and from those before it. A name without a folder is a file at the top.
 ROOMS = (
-    "errors", "units", "files", "phases", "budget", "process_memory", "torch_compat", "workload", "configuration",
+    "errors", "units", "files", "phases", "budget", "process_memory", "torch_compat", "criterion",
+    "workload_arguments", "workload", "configuration",
     "plan", "simulation", "data", "state", "processes", "devices", "window", "exactness", "planning",
     "runner", "integrations", "reporting", "exports", "tuning", "cli",
 )  # fmt: skip

@@ -266,7 +266,7 @@ def test_a_window_of_one_micro_batch_brings_its_own_count() -> None:
 
 
 def test_a_mean_is_asked_once_whether_it_is_a_pair_and_never_counted() -> None:
-    context, events = watched(default_loss, model=mlp())
+    context, events = watched(lambda m, b: default_loss(m, b), model=mlp())
     for extra in (1, 0):
         window_of(context, vectors(16), (4, 4, 4, 4))
         assert events == ["counting forward"] * extra + ["forward", "backward"] * 4 + ["step"]

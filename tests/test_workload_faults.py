@@ -221,10 +221,10 @@ def test_a_metric_comes_in_the_losss_place_and_may_come_now_and_then() -> None:
 
 def test_a_scheduler_that_asks_for_something_else_is_refused() -> None:
     class ByEpoch:
-        def step(self, epoch: int, metric: float | None = None) -> None:
+        def step(self, batch: Any, metric: float | None = None) -> None:
             raise AssertionError
 
-    with pytest.raises(UsageError, match=r"ByEpoch\.step is to be given epoch"):
+    with pytest.raises(UsageError, match=r"ByEpoch\.step is to be given batch"):
         runner_for(Workload(mlp(), vectors(4), optimizer=sgd, scheduler=lambda o: ByEpoch()), 8, 4)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from .flags import in_flags
+
 
 def explain(
     plan: Path = typer.Argument(help="A plan file."),
@@ -18,4 +20,4 @@ def explain(
     from ..plan import Plan
 
     read = Plan.load(plan)
-    print(read.to_json() if json else read.explain(), end="" if json else "\n")
+    print(read.to_json() if json else in_flags(read.explain()), end="" if json else "\n")

@@ -13,6 +13,7 @@ from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..planning.request import PlanRequest
 from ..processes.examples import BUILT_IN, DEFAULT
 from ..units import check_memory, check_samples, check_seconds
+from .flags import in_flags
 
 
 def plan(
@@ -67,7 +68,7 @@ def plan(
         return
     from ..reporting.explain import summary
 
-    print(summary(found))
+    print(in_flags(summary(found)))
     file = output or "plan.json"
     keep = "" if output is not None else " (keep the plan: -o plan.json)"
     print(f"next        autoaccum run {file}, autoaccum explain {file}{keep}")

@@ -58,18 +58,15 @@ def run(
 def check(*, say: Say, workload: str) -> dict[str, Any]:
     """Check a workload's gradient and return the verdict."""
     say({"say": "loading torch and the workload"})
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
-    from ..data.sample import infer_sample
+    from ..data.sample import with_sample
     from ..exactness.check import check
     from ..processes.workload_source import load_workload
 
-    found, assumed = load_workload(workload), None
-    if found.sample is None:
-        sample, assumed = infer_sample(found.model)
-        found = replace(found, sample=sample)
+    found, assumed = with_sample(load_workload(workload))
     verdict = check(found, progress=lambda text: say({"say": text}))
-    answer = asdict(verdict) | {"exact": verdict.exact, "assumed": assumed}
+    answer = asdict(verdict) | {"exact": verdict.exact, "assumed": assumed or None}
     return {name: None if value != value else value for name, value in answer.items()}  # JSON has no NaN
 
 

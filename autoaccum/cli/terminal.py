@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AutoaccumError, UsageError
 from ..files.escape import lines, one_line
 from ..processes.child import Say
+from .flags import in_flags
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -25,7 +26,7 @@ def show_error(error: AutoaccumError, *, with_traceback: bool) -> None:
         notes = getattr(error, "__notes__", []) or traceback.format_exception(error)
         print(*(lines(note.rstrip("\n")) for note in notes), sep="\n", file=sys.stderr)
     # Only `why` may have several lines, such as a compiler's output; each is indented, so that none looks like ours
-    parts = [one_line(error.what), *lines(error.why).split("\n"), one_line(error.hint)]
+    parts = [one_line(error.what), *lines(error.why).split("\n"), one_line(in_flags(error.hint))]
     first, *others = [part for part in parts if part]
     print("error: " + first, *others, sep="\n  ", file=sys.stderr)
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from .tree import as_tensors
 from .window import Window
 
 PlanOf = Callable[[list[Any]], tuple[list[Any], tuple[int, ...]]]  # a window's indices: in their order, and the sizes
 Planned = tuple[list[Any], tuple[int, ...]]  # the indices of a window in their order, and the sizes
 
 
-def windows_of_indices(loader: Any, target: int, plan_of: PlanOf, least: int) -> Iterator[Window]:
+def windows_of_indices(loader: Any, target: int, plan_of: PlanOf, least: int, floats: Any = None) -> Iterator[Window]:
     """Yield windows, loaded by one DataLoader whose batches are the micro-batches.
 
     Args:
@@ -27,13 +28,15 @@ def windows_of_indices(loader: Any, target: int, plan_of: PlanOf, least: int) ->
         target: Samples in each window.
         plan_of: Puts a window's indices in order, and gives the sizes of its micro-batches.
         least: The fewest samples that a micro-batch may have; fewer at the epoch's end join the last window.
+        floats: What float64 arrays become; None to keep them.
     """
     rebatched = _rebatched(loader)
     requested = rebatched.batch_sampler.begin(target, plan_of, least)
     stream = iter(rebatched)
     for piece in stream:
         samples, sizes = requested.popleft()
-        yield Window((piece, *islice(stream, len(sizes) - 1)), sizes, samples, "the dataset")
+        pieces = (piece, *islice(stream, len(sizes) - 1))
+        yield Window(tuple(as_tensors(each, floats) for each in pieces), sizes, samples, "the dataset")
 
 
 # A loader whose workers persist from epoch to epoch must be the same in each.

@@ -5,21 +5,91 @@ The first batch rarely has the longest sequence, and memory follows the length.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..errors import UsageError
 from ..torch_compat import ConvNd
 from ..workload import Batch, Workload
 from . import tree
+from .loaders import is_map_style
 
 INFERRED_SAMPLES = 2
+LOADED_SAMPLES = 8  # as many as the test of exactness needs
 INFERRED_TOKENS = 1024  # at most; a model's own context is often longer than its data
+
+
+def with_sample(workload: Workload) -> tuple[Workload, str]:
+    """Return the workload with a sample, and what was assumed.
+
+    Without one it comes from the loader, or else from the model. Arrays become tensors.
+
+    Raises:
+        UsageError: There is none, and none can be inferred.
+    """
+    if workload.sample is not None:
+        return replace(workload, sample=tree.as_tensors(workload.sample, float_type(workload.model))), ""
+    batch, text = first_batch(workload)
+    if batch is None:
+        batch, text = infer_sample(workload.model)
+    return replace(workload, sample=tree.as_tensors(batch, float_type(workload.model))), text
+
+
+def float_type(model: nn.Module) -> torch.dtype | None:
+    """Return what floating-point arrays become for a model; None to keep them."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return None if torch.float64 in found or not found else torch.float32
+
+
+def first_batch(workload: Workload) -> tuple[Any, str]:
+    """Return a batch of the loader's data, and which it is.
+
+    None where it gives none.
+
+    Random states are as before: nothing is drawn from the loader's own sampler.
+    """
+    loader: Any = workload.loader() if callable(workload.loader) else workload.loader
+    if loader is None:
+        return None, ""
+    with kept_random_states():
+        if is_map_style(loader):
+            indices = _some(len(loader.dataset), workload.lengths)
+            items = [loader.dataset[index] for index in indices]
+            which = "the longest samples" if workload.lengths else "samples"
+            return loader.collate_fn(items), f"{len(items)} {which} of the loader's dataset"
+        if isinstance(loader, (DataLoader, list, tuple)):
+            return next(iter(loader), None), "the loader's first batch"
+    return None, ""  # an iterator, which would be one batch shorter afterwards
+
+
+def _some(count: int, lengths: Sequence[int] | None) -> list[int]:
+    """Return indices of a few samples, the longest if known."""
+    few = min(count, LOADED_SAMPLES)
+    if lengths:
+        return sorted(range(min(count, len(lengths))), key=lambda index: -lengths[index])[:few]
+    return [number * count // few for number in range(few)]
+
+
+@contextlib.contextmanager
+def kept_random_states() -> Iterator[None]:
+    """Restore Python's, NumPy's and torch's random states at exit."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def infer_sample(model: nn.Module) -> tuple[Any, str]:

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BatchError
 from .bad_batches import of_samples
 from .split import batch_size, join, joinable, split
+from .tree import as_tensors
 from .window import Window
 
 if TYPE_CHECKING:
+    import torch
+
     from ..workload import Batch
 
 BatchKeys = Mapping[str, Collection[str]]  # `shared` and `per_sample`, as `split` takes them
@@ -23,7 +26,12 @@ Part = tuple[Any, int]  # a batch and its samples
 
 
 def windows_of_batches(
-    batches: Iterable[Batch], target: int, sizes_of: SizesOf, keys: BatchKeys, least: int
+    batches: Iterable[Batch],
+    target: int,
+    sizes_of: SizesOf,
+    keys: BatchKeys,
+    least: int,
+    floats: torch.dtype | None = None,
 ) -> Iterator[Window | BatchError]:
     """Yield windows; in the place of what can't be cut, the error.
 
@@ -33,12 +41,14 @@ def windows_of_batches(
         sizes_of: Sizes of the micro-batches for so many samples.
         keys: `shared` and `per_sample`, as `split` takes them.
         least: The fewest samples that a micro-batch may have; fewer at the end join the last window.
+        floats: What float64 arrays become; None to keep them.
     """
     waiting: deque[Part] = deque()
     waiting_samples = given = 0  # `given` counts those of the windows before
     enough = target + (least if least > 1 else 0)
     for number, batch in enumerate(batches):
         try:
+            batch = as_tensors(batch, floats)
             size = batch_size(batch, **keys)
         except BatchError as error:
             yield of_samples(error, [number], "the loader's batches, counted from 0")

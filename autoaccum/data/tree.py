@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..errors import BatchError
@@ -51,6 +52,29 @@ def map_leaves(batch: Batch, function: Callable[[str, Any], Any], *, is_leaf: Is
         BatchError: A mapping or a dataclass can't be made anew from its items.
     """
     return _map("batch", batch, function, is_leaf)
+
+
+def as_tensors(batch: Batch, floats: torch.dtype | None = None) -> Batch:
+    """Return a batch whose numpy arrays are tensors.
+
+    Where there are none, it is the batch itself. Arrays of strings or objects become lists.
+
+    Args:
+        batch: Any tree, as for `leaves`.
+        floats: What numpy's default, float64, becomes: the model's type. None to keep it.
+    """
+    if not any(isinstance(leaf, np.ndarray) for _, leaf in leaves(batch)):
+        return batch
+
+    def as_tensor(_: str, leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray):
+            return leaf
+        if leaf.dtype.kind not in "biufc":
+            return leaf.tolist()
+        tensor = torch.from_numpy(leaf if leaf.flags.writeable else leaf.copy())
+        return tensor.to(floats) if floats is not None and tensor.dtype is torch.float64 else tensor
+
+    return map_leaves(batch, as_tensor)
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

@@ -7,6 +7,7 @@ window: the windows hold the loader's samples in the loader's order, or each its
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import BatchError, UsageError
@@ -18,6 +19,8 @@ from .tokens import longest_first
 from .window import Window
 
 if TYPE_CHECKING:
+    import torch
+
     from ..workload import Batch
 
 SizesOf = Callable[[int], tuple[int, ...]]
@@ -34,6 +37,7 @@ def windows(
     lengths: Sequence[int] | None = None,
     split_of_lengths: SizesOfLengths | None = None,
     least: int = 1,
+    floats: torch.dtype | None = None,
 ) -> Surviving[Window]:
     """Return one epoch of a loader as windows.
 
@@ -56,6 +60,7 @@ def windows(
             longest first; called in place of `split_of` where `lengths` are given.
         least: The fewest samples that a micro-batch may have. Where an epoch's end has fewer, they join the window
             before it; for this the loader is read so many samples ahead.
+        floats: What numpy's float64 becomes, the model's type; None to keep it.
 
     Returns:
         An iterator that raises a `BatchError` in the place of a window that can't be cut, and then goes on with the
@@ -66,13 +71,10 @@ def windows(
             batch at all (when the first window is asked for).
     """
     check_loader(loader, target)
-
-    def sizes_of(samples: int) -> tuple[int, ...]:
-        return _checked_sizes(samples, split_of)
-
+    sizes_of = partial(_checked_sizes, split_of)
     if is_map_style(loader):
         plan_of = _plan_of(sizes_of, lengths, split_of_lengths)
-        found: Iterator[Window | BatchError] = windows_of_indices(loader, target, plan_of, least)
+        found: Iterator[Window | BatchError] = windows_of_indices(loader, target, plan_of, least, floats)
     elif lengths is not None:
         raise UsageError(
             f"lengths= were given, and the loader ({type(loader).__name__}) isn't a map-style DataLoader.",
@@ -80,11 +82,12 @@ def windows(
             "Give a DataLoader over a dataset with __getitem__ and __len__, or leave out lengths=.",
         )
     else:
-        found = windows_of_batches(loader, target, sizes_of, {"shared": shared, "per_sample": per_sample}, least)
+        keys = {"shared": shared, "per_sample": per_sample}
+        found = windows_of_batches(loader, target, sizes_of, keys, least, floats)
     return Surviving(_not_empty(found, loader))
 
 
-def _checked_sizes(samples: int, split_of: SizesOf) -> tuple[int, ...]:
+def _checked_sizes(split_of: SizesOf, samples: int) -> tuple[int, ...]:
     """Return the micro-batches for so many samples, as `split_of` has them."""
     sizes = tuple(split_of(samples))
     if sum(sizes) != samples or min(sizes, default=0) < 1:

@@ -86,6 +86,26 @@ def for_untested() -> tuple[str, ...]:
     )
 
 
+def one_target_a_sample(case: CheckCase) -> bool:
+    """Return whether each sample has one class, as in image classification.
+
+    Tokens are padded, so some of their classes are ignored sooner or later; a sample's one class rarely is.
+    """
+    calls = [call for call in case.gradients.draws.class_losses if call.averages]
+    parts = {case.test_batch.rows, *case.gradients.sizes}
+    return bool(calls) and all(call.targets.dim() == 1 and len(call.targets) in parts for call in calls)
+
+
+def if_some_are_ignored(lines: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the remark on a mean over classes, none ignored."""
+    count = next((line for line in lines if line.startswith("Workload(")), "")
+    return (
+        "The cross-entropy averages over the classes that aren't ignored. If your data ignores some, "
+        + (f"give their number: {count}." if count else "return (sum, count), or give count=.")
+        + " loss=torch.nn.CrossEntropyLoss() counts them by itself.",
+    )
+
+
 def explain(
     kind: str, case: CheckCase, weights: Sequence[float], module: str | None, place: str | None = None
 ) -> tuple[str, tuple[str, ...]]:

@@ -103,16 +103,17 @@ def in_three_parts(workload: Workload, model_copy: FunctionalCopy, seen: CheckCa
     return seen if found.agrees(seen.tolerance) else replace(seen, gradients=found)
 
 
-def holds_unignored(workload: Workload, model_copy: FunctionalCopy, seen: CheckCase) -> bool:
-    """Return whether the gradient is exact without ignored targets."""
+def without_ignored(workload: Workload, model_copy: FunctionalCopy, seen: CheckCase) -> CheckCase | None:
+    """Return the same case without ignored targets, if it is exact then."""
     if not seen.test_batch.ignored or seen.test_batch.hardness is None or _has_ignored(seen):
-        return False
+        return None
     bench = _Bench(workload, model_copy, seen.forward_trace)
     hardness = tuple(each for each in seen.test_batch.hardness if each not in (IGNORING, WIDE))
     with contextlib.suppress(*_REFUSALS, Untestable):
         trial = test_batches.harder(seen.sample, hardness, _ignorable(bench, seen.sample), bench.freedom)
-        return _try(bench, trial, seen.sample).holds
-    return False
+        found = _try(bench, trial, seen.sample)
+        return found if found.holds else None
+    return None
 
 
 @contextlib.contextmanager

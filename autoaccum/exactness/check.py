@@ -207,6 +207,9 @@ def _holds(cases: Sequence[CheckCase], *, settled: bool) -> Verdict:
     rows = first.sample.rows if len(cases) < 2 or first.sample.rows >= test_batches.MIN_ROWS else _rows(cases)
     found = max((each.gradients for each in cases), key=Gradients.error)
     blind = advice.untested_targets(first)
+    if blind is not None and not settled and advice.one_target_a_sample(first):
+        words = f"exact (tested on {rows} samples, none with an ignored target)"
+        return Verdict(EXACT, words, found.error(), *found.worst(), rows, advice=advice.if_some_are_ignored())
     if blind is not None and not settled:
         words = f"{UNIGNORED} (tested on {rows} samples); not exact where some are: {blind}"
         return Verdict(COUNT, words, found.error(), *found.worst(), rows, advice=advice.for_untested())
@@ -243,9 +246,15 @@ def _verdict(workload: Workload, model_copy: FunctionalCopy, pair: CheckCase) ->
         if module is None and kind == COUPLED and _remembers(workload, model_copy, case):
             kind, module = STATEFUL, model_copy.moving_module()
         place = model_copy.moving_place() if kind == STATEFUL else None
-    if kind == COUNT and not found.is_pair:
-        case = replace(case, exact_unignored=arrangements.holds_unignored(workload, model_copy, case))
+        unignored = None
+        if kind == COUNT and not found.is_pair:
+            unignored = arrangements.without_ignored(workload, model_copy, case)
+            case = replace(case, exact_unignored=unignored is not None)
     words, lines = advice.explain(kind, case, weights, module, place)
+    if unignored is not None and advice.one_target_a_sample(case):
+        own = unignored.gradients
+        words = f"exact (tested on {rows} samples, none with an ignored target)"
+        return Verdict(EXACT, words, own.error(), *own.worst(), rows, advice=advice.if_some_are_ignored(lines))
     return Verdict(kind, words, found.error(), *found.worst(), rows, module, lines)
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_ATTENTION = "scaled_dot_product_attention"
+_SCALED_DOT_PRODUCT_ATTENTION = F.scaled_dot_product_attention
 _SEEDED = torch.Tag.nondeterministic_seeded
 
 
@@ -64,8 +66,45 @@ def without_randomness() -> Iterator[RandomOps]:
     draws = RandomOps()
     with ExitStack() as stack:
         stack.enter_context(_Constants(draws))
+        stack.enter_context(_dropout_replaced(draws))
         stack.enter_context(_Functions(draws))
         yield draws
+
+
+@contextmanager
+def _dropout_replaced(draws: RandomOps) -> Iterator[None]:
+    """Replace torch.nn.functional's dropouts by name until exit.
+
+    Checkpointing computes forwards again inside a backward, where modes of functions are off: a dropout that draws
+    there saves other tensors than the first pass, and checkpointing refuses that.
+    """
+    before = {name: getattr(F, name) for name in (*(each.__name__ for each in _DROPOUTS), _ATTENTION)}
+
+    def without(function: Callable[..., Any]) -> Callable[..., Any]:
+        def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+            if training and p > 0:
+                draws.replaced.add("dropout")
+            return function(input, p, False, inplace)
+
+        return dropout
+
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        return before[_ATTENTION](*args, **_attending_to_all(draws, kwargs))
+
+    try:
+        for name, function in before.items():
+            setattr(F, name, attention if name == _ATTENTION else without(function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(F, name, function)
+
+
+def _attending_to_all(draws: RandomOps, keywords: dict[str, Any]) -> dict[str, Any]:
+    if not keywords.get("dropout_p"):
+        return keywords
+    draws.replaced.add("dropout")
+    return {**keywords, "dropout_p": 0.0}
 
 
 class _Functions(TorchFunctionMode):
@@ -81,9 +120,8 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return self._without_dropout(func, *args, **kwargs)
-        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
-            self.draws.replaced.add("dropout")
-            kwargs = {**kwargs, "dropout_p": 0.0}
+        if func is _SCALED_DOT_PRODUCT_ATTENTION:
+            kwargs = _attending_to_all(self.draws, kwargs)
         if func in (F.cross_entropy, F.nll_loss):
             self._note(*args, **kwargs)
         return func(*args, **kwargs)

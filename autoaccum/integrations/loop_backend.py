@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import UsageError
 from ..window.loss_terms import graph_is_there
 from ..window.process_groups import ranks_here
-from ..window.step_arguments import wants_metric
+from ..window.scheduling import wants_metric
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineStage")
 

@@ -6,12 +6,14 @@ import html
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sized
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
 from ..files.json_text import to_json
+from ..units import show_bytes
 from .entries import window_peak_bytes
 from .sections import (
     KIND,
@@ -212,6 +214,15 @@ class Plan:
         # By name: reports are built on plans, so this room imports nothing from there.
         text: str = import_module("autoaccum.reporting.explain").explain(self)
         return text
+
+    def __str__(self) -> str:
+        text: str = import_module("autoaccum.reporting.explain").summary(self)
+        return text
+
+    def __repr__(self) -> str:
+        sizes = " + ".join(f"{times} x {size}" for size, times in Counter(self.split).items())
+        peak, budget = show_bytes(self.predicted_peak_bytes), show_bytes(self.budget_bytes)
+        return f"<Plan for {self.device.name}: {self.target_batch} samples as {sizes}, peak {peak} of {budget}>"
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.explain())}</pre>"

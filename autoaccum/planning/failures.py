@@ -75,6 +75,7 @@ def _larger_budget(predictor: MemoryPredictor, needed_bytes: int | None) -> str 
     if budget.binding_constraint != "asked":
         return f"a higher limit ({budget.binding_constraint})"
     if needed_bytes is None:
-        return "a larger budget (--memory)"
+        return "a larger budget (budget=)"
     outside = predictor.budget.limit_bytes - predictor.budget.bytes  # headroom, and on a GPU what torch doesn't see
-    return f"a budget of {show_bytes(int(needed_bytes * 1.001) + outside).replace(' ', '')} (--memory)"
+    enough = show_bytes(int(needed_bytes * 1.001) + outside).replace(" ", "")
+    return f'a budget of {enough} (budget="{enough}")'

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..data.sample import at_longest, infer_sample
+from ..data.sample import at_longest, with_sample
 from ..devices import oom
 from ..devices.base import CACHING_ALLOCATOR, MALLOC, Device
 from ..devices.registry import get_device
@@ -35,7 +35,7 @@ from ..state.closures import Holdings, holdings
 from ..window import compiled, step
 from ..window.process_groups import refuse_ranks
 from ..window.trained_parameters import left_out_note
-from ..workload import Workload
+from ..workload import Workload, as_workload
 from . import build_plan, failures, predictor_cpu, schedule
 from .evidence import Evidence
 from .fastest import fastest, time_smaller
@@ -130,7 +130,7 @@ def fit_plan(
         target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size, objective, timing_seconds,
         verify, check, malloc, train_in_new_process, uniform=uniform,
     )  # fmt: skip
-    return plan_workload(_as_workload(workload, sample, workload_kwargs), request, device=device, progress=progress)
+    return plan_workload(as_workload(workload, sample, workload_kwargs), request, device=device, progress=progress)
 
 
 def plan_workload(
@@ -154,10 +154,9 @@ def plan_workload(
         UsageError: The request cannot be met, whatever the memory.
         DoesNotFit: Not even the smallest micro-batch fits.
     """
-    started, assumed = time.perf_counter(), ""
-    if workload.sample is None:
-        inferred, text = infer_sample(workload.model)
-        workload, assumed = replace(workload, sample=inferred), f"Assumed, as no sample was given: {text}."
+    started = time.perf_counter()
+    workload, text = with_sample(workload)
+    assumed = f"Assumed, as no sample was given: {text}." if text else ""
     environment = _environment_of(workload.model, device)
     if progress is not None:
         environment = replace(environment, progress=progress)
@@ -225,26 +224,6 @@ def plan_in(
             plan = exact.check_plan(plan, workload, environment.progress)
         start_over()  # the plan's figures for this process hold for its state before planning, its cache empty
         return plan
-
-
-def _as_workload(workload: Workload | torch.nn.Module, sample: Any, workload_kwargs: dict[str, Any]) -> Workload:
-    """Return the workload that `fit_plan`'s arguments describe."""
-    if not isinstance(workload, Workload):
-        if not isinstance(workload, torch.nn.Module):
-            raise UsageError(
-                f"fit_plan was given {type(workload).__name__}, neither a Workload nor a torch.nn.Module.",
-                hint="fit_plan(Workload(model, sample, ...), target_batch=512) or fit_plan(model, sample, ...)",
-            )
-        try:
-            workload = Workload(workload, sample, **workload_kwargs)
-        except TypeError as error:
-            raise UsageError(
-                f"{error}.".replace("Workload.__init__()", "fit_plan"), hint="See help(Workload)."
-            ) from None
-    elif sample is not None or workload_kwargs:
-        given = ", ".join(["sample"] * (sample is not None) + list(workload_kwargs))
-        raise UsageError(f"{given} cannot be combined with a Workload.", hint="Give it to the Workload.")
-    return workload
 
 
 def _environment_of(model: torch.nn.Module, device: str | torch.device | None) -> PlanningEnvironment:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from ..data import tree
+from ..data.sample import with_sample
 from ..devices.cuda.device import CudaDevice
 from ..devices.cuda.gpu_specs import Gpu
 from ..devices.registry import get_device
@@ -90,5 +91,5 @@ def build_on(
         return workload
 
     workload, build = device.record_build(make)
-    sample = tree.to_device(workload.sample, torch.device("cpu"))
+    sample = tree.to_device(with_sample(workload)[0].sample, torch.device("cpu"))
     return replace(workload, sample=sample), build

@@ -184,7 +184,7 @@ def _check_times(request: PlanRequest, samples: int | None, *, computes: bool) -
         raise UsageError(
             "The fastest micro-batch cannot be found without times.",
             why,
-            "Plan with --target-batch N on a real device.",
+            "Plan with target_batch=512, say, on a real device, verified and timed.",
         )
 
 

@@ -86,7 +86,7 @@ def time_sizes(
     asked = predictor.request.timing_seconds is not None or predictor.request.objective == FASTEST
     if (1 if asked else ROUNDS_NEEDED) * needed > MAX_OVERRUN * allowed_seconds:
         enough = math.ceil(ROUNDS_NEEDED * needed)
-        return Times((), f"not timed: resolving 1 % needs about {enough} s (--timing {enough} allows it)")
+        return Times((), f"not timed: resolving 1 % needs about {enough} s (timing_seconds={enough} allows it)")
     start_over()
     predictor.subject.progress(f"timing micro-batches of {', '.join(map(str, sizes))}")
     started = time.perf_counter()

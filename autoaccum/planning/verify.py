@@ -91,7 +91,7 @@ class _Verification:
         raise NotConfirmed(
             f"No plan could be confirmed in {ATTEMPTS} attempts: the last one {failure}.",
             "What a window allocates seems to depend on chance or on the data.",
-            "Plan with more headroom (--headroom 20%), or without verifying: --no-verify.",
+            'Plan with more headroom (headroom="20%"), or without verifying: verify=False.',
         )
 
     def _improved(self, solution: Solution, measured: Any) -> tuple[Solution, Any]:

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import logging
 import sys
+import tokenize
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,9 +20,11 @@ from ..workload import Workload
 from . import function_pipe
 from .examples import BUILT_IN, built_in
 from .import_path import add_folders
+from .source_check import check_text
 
 log = logging.getLogger("autoaccum")
 
+_FUNCTION = "workload"  # of a file that is named alone
 _FORM = "--workload FILE.py:FUNCTION, where FUNCTION() or FUNCTION(device) returns an autoaccum.Workload"
 
 
@@ -100,7 +103,7 @@ def load_function(source: str | None) -> Callable[..., Any]:
     check_source(source)
     if source in BUILT_IN:
         return built_in(source)
-    file, _, function = source.rpartition(":")
+    file, function = _file_and_function(source)
     path = Path(file).resolve()
     add_folders([str(path.parent)])
     name = module_name(path)
@@ -115,6 +118,8 @@ def load_function(source: str | None) -> Callable[..., Any]:
         for text in overlooked(path.parent, set(sys.modules) - known):
             warnings.warn(one_line(text), stacklevel=2)
     make = getattr(module, function, None)
+    if isinstance(make, Workload):
+        return lambda: make
     if not callable(make):
         near = difflib.get_close_matches(function, [n for n in vars(module) if callable(getattr(module, n))], n=1)
         raise UsageError(
@@ -193,8 +198,8 @@ def check_source(source: str) -> None:
     """Raise UsageError for an invalid source; import nothing of the user's."""
     if source in BUILT_IN:
         return
-    file, colon, function = source.rpartition(":")
-    if not colon or not file.endswith(".py") or not function.isidentifier():
+    file, function = _file_and_function(source)
+    if not file.endswith(".py") or not function.isidentifier():
         near = difflib.get_close_matches(source, BUILT_IN, n=1)
         raise UsageError(
             f"{source!r} is neither a built-in workload ({', '.join(BUILT_IN)}) nor FILE.py:FUNCTION.",
@@ -202,3 +207,30 @@ def check_source(source: str) -> None:
         )
     if not _is_file(file):
         raise UsageError(f"There is no file {file!r} (seen from {Path.cwd()}).", hint=f"Write {_FORM}.")
+    check_text(_text_of(Path(file)), file, function)
+
+
+def _file_and_function(source: str) -> tuple[str, str]:
+    """Return the file and the function of FILE.py:FUNCTION, or of module:function.
+
+    FILE.py alone stands for its function `workload`.
+    """
+    file, colon, function = source.rpartition(":")
+    if not colon:
+        return (source, _FUNCTION) if source.endswith(".py") else ("", source)
+    if not file.endswith((".py", "/")) and all(part.isidentifier() for part in file.split(".")):
+        return file.replace(".", "/") + ".py", function
+    return file, function
+
+
+def _text_of(path: Path) -> str:
+    """Return a file's source, in the encoding that it declares.
+
+    Raises:
+        UsageError: It can't be read.
+    """
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise UsageError(f"{str(path)!r} cannot be read: {error}.", hint=f"Write {_FORM}.") from None

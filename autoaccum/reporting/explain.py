@@ -35,7 +35,7 @@ def summary(plan: Plan) -> str:
     found = knee.describe(plan)
     if found is not None:
         lines.append(("knee", f"{found}, {_place(plan)}{_longer(plan)}"))
-    elif "--timing" in plan.provenance.reasons.get("times", ""):
+    elif "timing_seconds=" in plan.provenance.reasons.get("times", ""):
         lines.append(("knee", plan.provenance.reasons["times"]))
     lines.append(("exactness", plan.exactness))
     lines += [("note", note) for note in plan.notes]
@@ -148,7 +148,7 @@ def _time(plan: Plan) -> str:
         return text
     return (
         f"{text}; the kernel used {fraction:.0%} of it, mostly for new pages: the price of predictable memory "
-        f"(blocks from {show_bytes(plan.device.mmap_threshold_bytes)} on are mapped; --malloc default is faster)"
+        f'(blocks from {show_bytes(plan.device.mmap_threshold_bytes)} on are mapped; malloc="default" is faster)'
     )
 
 
@@ -158,7 +158,7 @@ def _longer(plan: Plan) -> str:
     if found is None or found.is_sure:
         return ""
     seconds = 12 * sum(timed.step_seconds * timed.micro_batch for timed in plan.timing.timed_sizes) / sum(plan.split)
-    return f" (--timing {max(10, round(seconds, -1)):.0f} measures longer)"
+    return f" (timing_seconds={max(10, round(seconds, -1)):.0f} measures longer)"
 
 
 def _budget(plan: Plan) -> list[str]:

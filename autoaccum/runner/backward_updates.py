@@ -97,7 +97,7 @@ def _refusal(what: str, changed: str, steps: int, failure: str) -> AutoaccumErro
         return OutOfMemory(
             f"{what}, so a window that ran out of memory ({failure}) can't be cut into {steps} micro-batches.",
             f"Each would be a separate step with a part of the gradient. {changed}",
-            "Load the last checkpoint and plan again with less memory (--memory).",
+            "Load the last checkpoint and plan again with less memory (budget=).",
         )
     return UsageError(
         f"{what}, and a window has {steps} micro-batches.",

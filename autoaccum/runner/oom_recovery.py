@@ -133,7 +133,7 @@ class OomRecovery:
             "Its collate function packed it, or batch statistics need two samples, so this window can't be "
             "repeated in smaller pieces; nothing was trained by it. "
             f"The next windows are loaded in micro-batches of at most {self.sizing.limits.micro_batch}.",
-            "Plan again with less memory (--memory), and go on from the last checkpoint.",
+            "Plan again with less memory (budget=), and go on from the last checkpoint.",
         )
 
 
@@ -143,5 +143,5 @@ def _refuse_optimizer_step(attempt: Attempt, failure: str) -> None:
         raise OutOfMemory(
             f"The optimizer step ran out of memory ({failure}).",
             "Parameters may be updated in part, so the window can't be repeated; its size doesn't matter here.",
-            "Plan again with less memory (--memory), or load the last checkpoint and use a leaner optimizer.",
+            "Plan again with less memory (budget=), or load the last checkpoint and use a leaner optimizer.",
         )

@@ -17,6 +17,8 @@ from .. import process_memory
 from ..data import bad_batches
 from ..data import split as cutting
 from ..data.resplit import counted
+from ..data.sample import float_type
+from ..data.tree import as_tensors
 from ..data.window import Window
 from ..data.windows import windows
 from ..errors import BatchError, UsageError
@@ -25,7 +27,8 @@ from ..simulation.solver import rank_share
 from ..state.rng import put_rng
 from ..window import norms, step
 from ..window.fingerprint import check_fingerprint, check_signature, fingerprint
-from ..workload import Batch, Workload
+from ..window.scheduling import step_after_epoch
+from ..workload import Batch, Workload, as_workload
 from . import compatibility
 from .attempt import drop_gradients
 from .oom_recovery import OomRecovery
@@ -66,9 +69,11 @@ class Runner:
     A window is one optimizer step, with the gradient of one whole batch.
 
     Args:
-        workload: What is trained; the same that was planned.
+        workload: What is trained; the same that was planned. Or its model, with `Workload`'s other arguments as
+            keywords, as for `fit_plan`.
         plan: The plan.
         rank: This process's rank among the plan's `world_size`.
+        **workload_kwargs: `Workload`'s other arguments, if a model is given.
 
     Raises:
         PlanMismatch: The plan was made for another model, loss, optimizer, precision, device or version.
@@ -78,7 +83,14 @@ class Runner:
         context: The model, the optimizer and the scheduler at work.
     """
 
-    def __init__(self, workload: Workload, plan: Plan, *, rank: int = 0) -> None:
+    def __init__(
+        self, workload: Workload | torch.nn.Module, plan: Plan, *, rank: int = 0, **workload_kwargs: Any
+    ) -> None:
+        if not isinstance(plan, Plan):
+            raise UsageError(
+                f"The plan is of type {type(plan).__name__}.", hint="Give fit_plan(...) or Plan.load(file)."
+            )
+        workload = as_workload(workload, None, workload_kwargs, caller="Runner")
         self.workload, self.plan = workload, plan
         self.context = step.open_context(workload)
         self.context.keeps_workspaces = plan.device.keeps_workspaces
@@ -134,6 +146,7 @@ class Runner:
             BatchError: It can't be cut, or its form isn't the planned one.
             OutOfMemory: It doesn't fit even in micro-batches of one sample.
         """
+        batch = as_tensors(batch, float_type(self.context.model))
         sizes = self.sizing.sizes(cutting.batch_size(batch, **self.sizing.batch_keys))
         return self._train(self._checked(Window(tuple(cutting.split(batch, sizes, **self.sizing.batch_keys)), sizes)))
 
@@ -174,6 +187,7 @@ class Runner:
             lengths=self.workload.lengths,
             split_of_lengths=self.sizing.sizes_of_lengths,
             least=self.least,
+            floats=float_type(self.context.model),
             **self.sizing.batch_keys,
         ).items
         while skip and (window := next(found, None)) is not None:  # counted are those that were trained before
@@ -190,6 +204,7 @@ class Runner:
                 step.run_between(self.context)
             if result is not None:
                 yield result
+        step_after_epoch(self.context)
 
     def _result(self, window: Window | BatchError, *, skips: bool) -> StepResult | BatchError | None:
         """Train a window of an epoch; return None where it is skipped."""

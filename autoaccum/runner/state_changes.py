@@ -65,7 +65,7 @@ class UncopiedParameters:
             raise OutOfMemory(
                 f"Out of memory in a window in whose backward a hook updates {_shown(updated)} ({failure}).",
                 "Some parameters are updated already, so the window can't be repeated.",
-                "Load the last checkpoint and plan again with less memory (--memory).",
+                "Load the last checkpoint and plan again with less memory (budget=).",
             )
         moved = [name for name, _ in changed] + (snapshot.unkept() if snapshot is not None else [])
         if moved:
@@ -73,7 +73,7 @@ class UncopiedParameters:
                 f"Out of memory in a window whose forward moves {_shown(moved)} ({failure}).",
                 "Repeated, it would move them twice, and a copy of them would cost every window its time.",
                 "Move them once per optimizer step, in between_steps=; or load the last checkpoint and plan with less "
-                "memory (--memory).",
+                "memory (budget=).",
             )
 
 

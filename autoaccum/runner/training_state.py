@@ -18,6 +18,7 @@ def training_state(context: TrainingContext) -> dict[str, Any]:
         "optimizer": context.optimizer.state_dict(),
         **{name: None if part is None else part.state_dict() for name, part in optional.items()},
         "number": context.steps_taken,
+        "epochs": context.epochs_done,
     }
 
 
@@ -41,3 +42,4 @@ def load_training_state(context: TrainingContext, state: dict[str, Any]) -> None
         if state[part] is not None:
             getattr(context, part).load_state_dict(state[part])
     context.steps_taken = state["number"]
+    context.epochs_done = state.get("epochs", 0)

@@ -104,11 +104,10 @@ def _plan(
 
 
 def _changed(stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, facts: dict[str, Any]) -> Any:
-    from ..data.sample import infer_sample
+    from ..data.sample import with_sample
     from .apply import configured
 
-    if workload.sample is None:
-        workload = replace(workload, sample=infer_sample(workload.model)[0])
+    workload, _ = with_sample(workload)
     if values is None:
         facts |= facts_of(workload)
         return workload

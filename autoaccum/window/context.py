@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..criterion import Criterion, as_loss
 from ..data.prefetch import Copies
 from ..errors import UsageError
 from ..state.closures import Holdings, holdings
@@ -20,7 +21,8 @@ from ..workload import Batch, Loss, Workload, class_count, default_loss, is_pair
 from . import loss_terms
 from .norms import Norms, check_choice, find_norms
 from .process_groups import refuse_ranks
-from .step_arguments import refuse_closure, wants_metric
+from .scheduling import Scheduling, read_scheduling
+from .step_arguments import refuse_closure
 from .trained_parameters import refuse_foreign
 
 if TYPE_CHECKING:
@@ -34,8 +36,11 @@ class TrainingContext:
     """A workload whose optimizer and scheduler exist: what a window works on.
 
     Attributes:
-        wants_metric: Whether the scheduler's step is given a figure: `metric`'s, or the window's loss.
+        scheduling: When the scheduler is stepped, and with what.
+        last_metric: The last window's metric, for a scheduler that takes one at an epoch's end.
         steps_taken: Optimizer steps so far.
+        epochs_done: Epochs of `Runner.epoch` so far, for a scheduler that counts them.
+        adds_up: Whether the loss is a sum over the batch, so that micro-batches add up unweighted.
         held: What the loss and the other functions of a window hold, beside the model.
         norms: The modules whose forward is about more than its own sample, of the model and of what the loss holds.
         loss_form: What the loss is divided by, settled by the first window that needs it.
@@ -65,8 +70,11 @@ class TrainingContext:
     batchnorm: str | None = None
     on_nonfinite: str | None = None
     metric: Callable[[nn.Module], Any] | None = None
-    wants_metric: bool = False
+    scheduling: Scheduling = Scheduling.STEP
+    last_metric: Any = None
     steps_taken: int = 0
+    epochs_done: int = 0
+    adds_up: bool = False
     held: Holdings = field(default_factory=Holdings)
     norms: Norms = field(default_factory=Norms)
     loss_form: LossForm | None = None
@@ -108,19 +116,22 @@ def open_context(workload: Workload) -> TrainingContext:
     norms = find_norms(model, held.modules)
     check_choice(norms, workload.batchnorm, model)
     scheduler = workload.scheduler
-    if scheduler is not None and not hasattr(scheduler, "step"):
-        scheduler = scheduler(optimizer)
+    if isinstance(scheduler, type) or (scheduler is not None and not hasattr(scheduler, "step")):
+        scheduler = _made_scheduler(scheduler, optimizer)
+    loss = workload.loss if workload.encode is not None else as_loss(workload.loss)
+    count = loss.count if isinstance(loss, Criterion) else class_count if is_classes(workload) else None
     return TrainingContext(
         model=model,
-        loss=workload.loss or default_loss,
+        loss=loss or default_loss,
         optimizer=optimizer,
         device=trained[0].device,
         scaler=workload.scaler,
         scheduler=scheduler,
         metric=workload.metric,
-        wants_metric=scheduler is not None and wants_metric(scheduler),
+        scheduling=Scheduling.STEP if scheduler is None else read_scheduling(scheduler, workload.scheduler_interval),
         clip_grad_norm=workload.clip_grad_norm,
-        count=workload.count or (class_count if workload.loss is None and is_pair(workload.sample) else None),
+        count=workload.count or count,
+        adds_up=isinstance(loss, Criterion) and loss.adds_up,
         accumulate=workload.accumulate,
         between_steps=workload.between_steps,
         autocast_dtype=_DTYPES.get(workload.precision or ""),
@@ -132,6 +143,23 @@ def open_context(workload: Workload) -> TrainingContext:
         configuration=workload.configuration,
         pins_memory=bool(getattr(workload.loader, "pin_memory", False)),
     )
+
+
+def is_classes(workload: Workload) -> bool:
+    """Return whether the loss is the default one, of inputs and classes."""
+    return workload.loss is None and is_pair(workload.sample)
+
+
+def _made_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> Any:
+    try:
+        return make(optimizer)
+    except TypeError as error:
+        if not isinstance(make, type):
+            raise
+        raise UsageError(
+            f"scheduler= is the class {make.__name__}, which cannot be made from the optimizer alone: {error}",
+            hint=f"Give a function: scheduler=lambda optimizer: {make.__name__}(optimizer, ...).",
+        ) from error
 
 
 def held_in_window(workload: Workload) -> Holdings:

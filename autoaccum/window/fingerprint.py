@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def signature(batch: Any) -> Signature:
 def check_signature(batch: Any, planned: Signature) -> None:
     """Refuses a micro-batch that could need more memory than the plan knows.
 
-    A trailing dimension may be shorter than planned (a padded sequence), never longer.
+    A trailing dimension may be shorter than planned (a padded sequence), never longer. A picture, in floating point
+    with several trailing dimensions, may have other sides, as long as it has no more elements.
 
     Raises:
         BatchError: Another structure or dtype, or a longer dimension.
@@ -42,16 +44,30 @@ def check_signature(batch: Any, planned: Signature) -> None:
             "Another structure needs other memory, and maybe another model.",
             "Plan again with a sample like this batch.",
         )
+    pictures = {leaf.trailing_shape[-2:] for leaf in found if _is_picture(leaf)}
     for leaf, plan in zip(found, planned, strict=True):
-        same_rank = len(leaf.trailing_shape) == len(plan.trailing_shape)
-        fits = same_rank and all(a <= b for a, b in zip(leaf.trailing_shape, plan.trailing_shape, strict=True))
+        fits = _fits(leaf, plan, pictures)
         if leaf.dtype != plan.dtype or not fits:
             raise BatchError(
                 f"{leaf.path} is {leaf.dtype} of {leaf.trailing_shape} a sample; "
                 f"the plan knows {plan.dtype} of at most {plan.trailing_shape}.",
                 "It could need more memory than was planned, so it is refused before its forward.",
-                "Plan again with a sample of the longest data there is.",
+                "Plan again with a sample of the longest sequence, or the largest picture, of the data.",
             )
+
+
+def _fits(leaf: LeafForm, plan: LeafForm, pictures: Collection[tuple[int, ...]]) -> bool:
+    """Return whether a leaf needs no more memory than the planned one."""
+    own, planned = leaf.trailing_shape, plan.trailing_shape
+    if len(own) != len(planned):
+        return False
+    if _is_picture(leaf) or (len(own) == 2 and own in pictures):  # a mask of a picture's pixels
+        return prod(own) <= prod(planned)
+    return all(a <= b for a, b in zip(own, planned, strict=True))
+
+
+def _is_picture(leaf: LeafForm) -> bool:
+    return len(leaf.trailing_shape) >= 2 and leaf.dtype.startswith(("torch.float", "torch.bfloat"))
 
 
 def _names(form: Signature) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from ..criterion import Criterion
 from ..data import split as cutting
 from ..data import tree
 from ..devices.registry import get_device
 from ..errors import BatchError
 from ..state.rng import put_rng, take_rng
-from ..workload import Batch, class_count, default_loss
+from ..workload import Batch, class_count, default_loss, is_pair
 from .context import TrainingContext, autocast, forward
 from .forward_only import forward_only
 from .hugging_face import Denominator, can_tell, find_denominator, has_labels
@@ -36,6 +37,7 @@ class LossKind(Enum):
     UNKNOWN = "the model's own loss, of which no average over labels is known; weighted by samples"
     SUM = "(sum, count): a forward pass counts the window first"
     REPRESENTATIONS = "one loss of the representations of the whole window"
+    ADDED = "a sum over the batch, as its criterion's reduction asks for; not weighted"
     SINGLE = "not asked, as the window has one micro-batch"
     NOTHING = "not asked, as no label of the window counts"
 
@@ -47,6 +49,7 @@ AVERAGES = {
     LossKind.UNKNOWN: "unknown",
     LossKind.SUM: "(sum, count)",
     LossKind.REPRESENTATIONS: "representations",
+    LossKind.ADDED: "count=",
 }
 
 
@@ -82,6 +85,8 @@ def average_of(context: TrainingContext) -> str:
         return ""
     if form.denominator is not None:
         return "shifted labels" if form.denominator.shifted else "labels"
+    if isinstance(context.loss, Criterion) and form.count == context.loss.count:
+        return context.loss.average
     return "classes" if form.count is class_count else AVERAGES.get(form.kind, "")
 
 
@@ -107,6 +112,10 @@ def _find_loss_form(context: TrainingContext, pieces: Sequence[Batch]) -> LossFo
         return LossForm(LossKind.COUNTED, context.count)
     if context.encode is not None:
         return LossForm(LossKind.REPRESENTATIONS)
+    if context.adds_up:
+        return LossForm(LossKind.ADDED)
+    if context.loss is default_loss and is_pair(pieces[0]):  # its sample was not known when the context was made
+        return LossForm(LossKind.COUNTED, class_count)
     mean = LossKind.SAMPLES
     if context.loss is default_loss and has_labels(pieces[0]):
         telling = next((piece for piece in pieces if can_tell(piece)), None)

@@ -7,7 +7,7 @@ weights or a mixture of experts' auxiliary loss, which belong to the window once
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,14 +44,30 @@ _HINT = "Return the mean over the batch as a scalar tensor, or (sum, count): ret
 def check(out: Any) -> Any:
     """Check that a loss is a mean, a `(sum, count)` or `LossTerms`.
 
-    A tuple is one of these and nothing else: `(loss, logits)` would be divided by its logits without a word.
+    A tuple is one of these and nothing else: `(loss, logits)` would be divided by its logits without a word. Of a
+    dictionary it is what "loss" names, as Lightning's `training_step` and Hugging Face's outputs have it.
+
+    Returns:
+        The loss.
 
     Raises:
         UsageError: It is something else.
     """
+    if isinstance(out, Mapping):
+        return check(_of_mapping(out))
     _check_form(out)
     _check_mean(out.sum if isinstance(out, LossTerms) else out[0] if isinstance(out, tuple) else out)
     return out
+
+
+def _of_mapping(out: Mapping[Any, Any]) -> Any:
+    if "loss" in out:
+        return out["loss"]
+    raise UsageError(
+        f"The loss returned a {type(out).__name__} of {', '.join(map(repr, out)) or 'nothing'}, without a 'loss'.",
+        "Which of these are to be added up isn't guessed: some may be figures to log.",
+        'Return one of them, {"loss": ..., ...}, or their sum: sum(losses.values()).',
+    )
 
 
 @contextlib.contextmanager

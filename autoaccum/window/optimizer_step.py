@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import NotFinite
 from . import fp32_accumulation
+from .scheduling import step_after_window
 from .step_arguments import closure_needed, is_for_want_of_a_closure
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def optimizer_step(
     context.steps_taken += stepped  # before anything else can fail: it was taken
     _clear(context)
     if stepped:
-        _schedule(context, loss)
+        step_after_window(context, loss)
     if not finite and context.on_nonfinite is not None:
         _tell(context, grad_norm)
     return grad_norm, stepped
@@ -62,20 +63,6 @@ def _step(context: TrainingContext) -> None:
         if is_for_want_of_a_closure(context.optimizer, error):
             raise closure_needed(context.optimizer) from error
         raise
-
-
-def _schedule(context: TrainingContext, loss: torch.Tensor) -> None:
-    """Step the scheduler.
-
-    The metric is computed without one, too, since planning must see its memory.
-    """
-    metric = context.metric(context.model) if context.metric is not None else loss
-    if context.scheduler is None:
-        return
-    if not context.wants_metric:
-        context.scheduler.step()
-    elif metric is not None:  # a metric that is taken now and then has nothing to say in between
-        context.scheduler.step(float(metric))
 
 
 def _clip(context: TrainingContext, wide: fp32_accumulation.Parameters) -> torch.Tensor | None:

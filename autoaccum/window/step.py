@@ -21,7 +21,7 @@ from . import cached_representations, fp32_accumulation, loss_terms
 from . import norms as batchnorm
 from .context import TrainingContext, autocast, encode, forward, open_context
 from .forward_only import forward_only
-from .loss_form import LossForm, settle_loss_form, window_count
+from .loss_form import LossForm, LossKind, settle_loss_form, window_count
 from .optimizer_step import optimizer_step
 
 __all__ = ["TrainingContext", "WindowResult", "forward", "open_context", "run_between", "train_window"]
@@ -133,7 +133,8 @@ def _micro_batch(
     count = None if reads_count is None else reads_count(piece)
     if count is not None and not bool(count):
         return torch.zeros_like(out.detach()), total  # a mean of nothing: its backward is 0 / 0, whatever it is times
-    loss = loss_terms.part(out, share, count, None if total is None else loss_terms.nonzero(total))
+    weight = 1.0 if form.kind is LossKind.ADDED else share
+    loss = loss_terms.part(out, weight, count, None if total is None else loss_terms.nonzero(total))
     del out
     _backward(context, loss)
     return loss.detach(), total

@@ -1,4 +1,4 @@
-"""Find what an optimizer's and a scheduler's `step` require.
+"""Find what an optimizer's `step` requires.
 
 Before any window is run.
 """
@@ -14,8 +14,6 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-
-_METRICS = ("metrics", "metric")  # ReduceLROnPlateau's own name, and what others call theirs
 
 
 def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
@@ -46,26 +44,6 @@ def is_for_want_of_a_closure(optimizer: torch.optim.Optimizer, error: Exception)
         return False
     said = f"{type(error).__name__} {error}".lower()
     return "closure" in said or (isinstance(error, TypeError) and "'nonetype' object is not callable" in said)
-
-
-def wants_metric(scheduler: Any) -> bool:
-    """Whether a scheduler's step requires a metric, as ReduceLROnPlateau's does.
-
-    Raises:
-        UsageError: It is to be given something else.
-    """
-    needed = [
-        p.name
-        for p in inspect.signature(scheduler.step).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    if not needed or (len(needed) == 1 and needed[0] in _METRICS):
-        return bool(needed)
-    raise UsageError(
-        f"{type(scheduler).__name__}.step is to be given {' and '.join(needed)}, which a window doesn't know.",
-        "A scheduler is stepped once per optimizer step, with nothing or with a metric.",
-        "Give an object whose step() counts by itself, or step this one in between_steps=, by a counter of your own.",
-    )
 
 
 def _insists(step: Callable[..., Any]) -> bool:

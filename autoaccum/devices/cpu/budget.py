@@ -42,7 +42,7 @@ def read_cpu_budget(memory: str | int | None = None, headroom: str | int | None 
         raise UsageError(
             f"A headroom of {show_bytes(kept_bytes)} leaves nothing of {show_bytes(tightest.bytes)}.",
             f"The limit that binds is {tightest.name}: {tightest.why}.",
-            "Give a smaller --headroom.",
+            "Give a smaller headroom=.",
         )
     terms = (*limits, BudgetItem("headroom", kept_bytes, why))
     return Budget(tightest.bytes - kept_bytes, tightest.bytes, kept_bytes, terms, tightest.name)
@@ -67,7 +67,7 @@ def _limits() -> list[BudgetItem]:
         found.append(BudgetItem("cgroup", max(1, limit - max(0, used - resident)), why))
     available = available_bytes()
     if available is None:
-        raise UsageError("/proc/meminfo has no MemAvailable.", hint="Name what training may use: --memory 8GiB.")
+        raise UsageError("/proc/meminfo has no MemAvailable.", hint="Name what training may use: budget=8GiB.")
     why = f"MemAvailable, {show_bytes(available)}, and the {show_bytes(resident)} this process has in memory"
     found.append(BudgetItem("available", available + resident, why))
     return found

@@ -173,7 +173,7 @@ def cuda_budget(found: DeviceMemory, memory: str | int | None = None, headroom: 
             if spared.bytes
             else "Nothing is left to use.",
             f"The limit that binds is {binding.name}: {binding.why}.",
-            "Give a smaller --headroom, or end what else uses the device: `autoaccum doctor` names it.",
+            "Give a smaller headroom=, or end what else uses the device: `autoaccum doctor` names it.",
         )
     terms = (*limits, *_parts(found), spared)
     return Budget(binding.bytes - spared.bytes, binding.bytes, spared.bytes, terms, binding.name)
@@ -202,7 +202,7 @@ def _asked(found: DeviceMemory, memory_bytes: int) -> BudgetItem:
         raise UsageError(
             f"{show_bytes(memory_bytes)} is not enough for this process: its context and libraries take {context}.",
             f"They are {_context(found).why}.",
-            f"Name more than {context}, as --memory.",
+            f"Name more than {context}, as budget=.",
         )
     why = f"you named {show_bytes(memory_bytes)} for the whole process; its context and libraries take {context} of it"
     return BudgetItem(ASKED, memory_bytes - found.context_bytes, why)

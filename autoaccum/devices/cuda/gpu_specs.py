@@ -89,15 +89,25 @@ def find_gpu(name: str) -> Gpu:
     for gpu in GPUS:
         if wanted in (gpu.name, _spelled(gpu.device_name)):
             return gpu
+    asked = _words(name)
+    meant = [gpu for gpu in GPUS if asked and asked <= _words(gpu.name) | _words(gpu.device_name)]
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        raise UsageError(
+            f"{name!r} may be any of {len(meant)} GPUs.",
+            f"They are: {', '.join(f'{gpu.name} ({show_bytes(gpu.total_bytes)})' for gpu in meant)}.",
+            f"Name one of them: --gpu {meant[0].name}.",
+        )
     names = [gpu.name for gpu in GPUS]
-    near = [known for known in names if wanted and wanted in known]
+    near = [known for known in names if wanted and wanted in known] or _of_the_series(asked)
     near = near or difflib.get_close_matches(wanted, names, n=4, cutoff=0.5)
     why = f"Near it are: {', '.join(near)}." if near else "Nothing in the table is near it."
     example = near[0] if near else "a100-40gb"
     raise UsageError(
         f"No GPU is known as {name!r}.",
         why,
-        f"Name one like --gpu {example}; `autoaccum doctor --gpus` lists all of them.",
+        f"Name one like --gpu {example}, with --memory for a smaller one; `autoaccum doctor --gpus` lists all of them.",
     )
 
 
@@ -116,6 +126,19 @@ def list_gpus() -> str:
             f"    libraries: {sources.library}",
         ]
     return "\n".join(lines)
+
+
+def _words(name: str) -> frozenset[str]:
+    """`RTX4090`, `4090` -> {4090}; `A100 80G` -> {a100, 80gb}."""
+    words = (re.sub(r"^(rtx|gtx)(?=\d)", "", word) for word in re.split(r"[^a-z0-9]+", name.strip().lower()))
+    sizes = (re.sub(r"^(\d+)(g|gb|gib)$", r"\1gb", word) for word in words)
+    return frozenset(sizes) - {"", "nvidia", "tesla", "geforce", "rtx", "gtx", "quadro"}
+
+
+def _of_the_series(asked: frozenset[str]) -> list[str]:
+    """Return the GPUs whose number differs in its last digits: 3060, 3090."""
+    series = {match[1] for word in asked if (match := re.match(r"(\d0)\d0(ti|super)?$", word))}
+    return [gpu.name for gpu in GPUS if any(word.startswith(tuple(series)) for word in _words(gpu.name)) and series]
 
 
 def _spelled(name: str) -> str:

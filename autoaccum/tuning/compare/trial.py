@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,11 +142,9 @@ def _tile(workload: Workload, samples: int) -> Any:
 
 
 def _with_sample(workload: Workload) -> Workload:
-    if workload.sample is not None:
-        return workload
-    from ...data.sample import infer_sample
+    from ...data.sample import with_sample
 
-    return replace(workload, sample=infer_sample(workload.model)[0])
+    return with_sample(workload)[0]
 
 
 class PeakMeter:
