@@ -439,7 +439,7 @@ def test_a_script_is_read_before_it_is_run(name: str, tmp_path: Path, monkeypatc
         "import autoaccum, torch\ndef workload():\n    return autoaccum.Workload(torch.nn.Linear(2, 2))\n"
         "if __name__ == '__main__':\n    workload().backward()\n",
         "import autoaccum, torch\nworkload = autoaccum.Workload(torch.nn.Linear(2, 2))\n",
-        "from inner import *\n",
+        "from inner_training import *\n",
         "import autoaccum, torch\nclass Net(torch.nn.Linear):\n    def fit(self): self.backward()\n"
         "def make(n=2): return autoaccum.Workload(Net(n, n))\nworkload = lambda: make(2)\nworkload().model.train()\n",
     ],
@@ -448,14 +448,14 @@ def test_files_that_make_a_workload_are_accepted(text: str, tmp_path: Path, monk
     folder = tmp_path / "package"
     folder.mkdir()
     (folder / "some_training.py").write_text(text)
-    (folder / "inner.py").write_text(
+    (folder / "inner_training.py").write_text(
         "import autoaccum, torch\ndef workload(): return autoaccum.Workload(torch.nn.Linear(2, 2))\n"
     )
     monkeypatch.chdir(tmp_path)
     source = "package.some_training:workload"
     check_source(source)
     assert isinstance(load_workload(source), Workload)
-    for name in ("some_training", "inner"):
+    for name in ("some_training", "inner_training"):
         sys.modules.pop(name, None)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BatchError, UsageError
 from .bad_batches import Surviving
@@ -19,8 +19,6 @@ from .tokens import longest_first
 from .window import Window
 
 if TYPE_CHECKING:
-    import torch
-
     from ..workload import Batch
 
 SizesOf = Callable[[int], tuple[int, ...]]
@@ -37,7 +35,7 @@ def windows(
     lengths: Sequence[int] | None = None,
     split_of_lengths: SizesOfLengths | None = None,
     least: int = 1,
-    floats: torch.dtype | None = None,
+    floats: Any = None,
 ) -> Surviving[Window]:
     """Return one epoch of a loader as windows.
 
@@ -60,7 +58,7 @@ def windows(
             longest first; called in place of `split_of` where `lengths` are given.
         least: The fewest samples that a micro-batch may have. Where an epoch's end has fewer, they join the window
             before it; for this the loader is read so many samples ahead.
-        floats: What numpy's float64 becomes, the model's type; None to keep it.
+        floats: The torch.dtype that numpy's float64 becomes, the model's; None to keep it.
 
     Returns:
         An iterator that raises a `BatchError` in the place of a window that can't be cut, and then goes on with the
