@@ -55,7 +55,7 @@ def read_scheduling(scheduler: Any, interval: str) -> Scheduling:
 
 
 def wants_metric(scheduler: Any) -> bool:
-    """Return whether a scheduler that is stepped once a window takes a metric.
+    """Return whether a scheduler of windows takes a metric.
 
     Raises:
         UsageError: It is to be given something else.
