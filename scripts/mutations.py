@@ -50,6 +50,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('any error taken for an out-of-memory', 'autoaccum/runner/oom_recovery.py', '                if not oom.is_out_of_memory(error):\n                    raise\n', '', ('tests/test_oom.py', 'tests/test_runner.py')),
     ('only the first micro-batch is looked at', 'autoaccum/planning/record.py', 'def record_window(subject: RecordingTarget, n: int, steps: int = 2)', 'def record_window(subject: RecordingTarget, n: int, steps: int = 1)', ('tests/test_fit.py',)),
     ('a size that was rehearsed in vain is recorded for all that', 'autoaccum/planning/fit.py', 'return not too_many and ', 'return ', ('tests/test_rehearsal.py',)),
+    ('a recurrent net makes only its outputs', 'autoaccum/planning/rehearsal.py', 'hidden = hidden_sizes(func.name(), args)', 'hidden: tuple[int, ...] = ()', ('tests/test_rehearsal.py',)),
     ('the first window is never rehearsed', 'autoaccum/planning/rehearsal.py', ' if _comes_near(subject, least, most) else ()', ' if False else ()', ('tests/test_rehearsal.py',)),
     ('looked at before the optimizer has its state', 'autoaccum/planning/schedule.py', '    record_first_step(subject, evidence, min(min_size, begin), begin)\n', '', ('tests/test_fit.py',)),
     ('running statistics updated per micro-batch', 'autoaccum/window/norms.py', '        self.merges = how == MERGED and steps > 1', '        self.merges = False', ('tests/test_batchnorm.py',)),

@@ -73,6 +73,7 @@ EXPANDABLE = STUBBORN = _group(
     "expandable", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, memory_bytes=2 * GIB, context_bytes=0,
     convolution_workspace="20GiB", convolution_fallback=False,
 )  # fmt: skip
+LATE = _group("late", memory_bytes=8 * GIB, trial_workspace_bytes=GIB, kernel_bytes=2 * MIB, lag_launches=40)
 ASYNC = _group("async", {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, memory_bytes=2 * GIB)
 COMPILED = _group("compiled")
 RECORDED = _group("recorded", memory_bytes=4 * GIB)
@@ -435,6 +436,48 @@ def recurrent_nets_without_cudnn() -> None:
 
 
 @check(PLAIN)
+def recurrent_nets_through_cudnn() -> None:
+    for kind in (nn.LSTM, nn.GRU, nn.RNN):
+        for how in ({"num_layers": 2, "bidirectional": True, "dropout": 0.1, "batch_first": True}, {"bias": False}):
+            net = kind(20, 32, **how).half().cuda()
+            net(torch.zeros(3, 7, 20, device="cuda", dtype=torch.half, requires_grad=True))[0].sum().backward()
+            assert all(parameter.grad is not None for parameter in net.parameters())
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(n, 20, device="cuda") for n in (5, 3)])
+    projecting = nn.LSTM(20, 32, 2, proj_size=8).cuda()
+    assert projecting(packed)[0].data.shape == (8, 8)
+    assert sum(p.numel() for p in projecting.parameters()) == projecting._flat_weights[0].untyped_storage().nbytes() / 4
+
+
+def recurrent_sizes(net: nn.RNNBase, mode: int, steps: int, batch: int, *, packed: bool = True) -> tuple[int, int]:
+    """The workspace and the reserve space that cuDNN asks for, in bytes."""
+    lines = [steps * batch] if packed else [steps, batch]
+    x = torch.zeros(*lines, net.input_size, device="cuda")
+    state = torch.zeros(net.num_layers * (1 + net.bidirectional), batch, net.hidden_size, device="cuda")
+    cell = state.clone() if isinstance(net, nn.LSTM) else None
+    torch.cuda.reset_peak_memory_stats()
+    found = torch.ops.aten._cudnn_rnn(
+        x, net._flat_weights, 2 + 2 * net.bias, None, state, cell, mode, net.hidden_size, 0, net.num_layers, False, 0.0,
+        True, net.bidirectional, [batch] * steps if packed else [], None,
+    )  # fmt: skip
+    kept = torch.cuda.memory_stats()
+    return kept["requested_bytes.all.peak"] - kept["requested_bytes.all.current"], found[3].nbytes
+
+
+@check(PLAIN)
+def recurrent_nets_have_the_published_sizes() -> None:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert recurrent_sizes(nn.LSTM(123, 320, 4).cuda(), 2, 500, 50)[1] == 736_000_000
+        assert recurrent_sizes(nn.GRU(123, 320, 4).cuda(), 3, 500, 50)[1] == 864_000_000
+        net = nn.GRU(672, 800, bidirectional=True, bias=False).cuda()
+        assert recurrent_sizes(net, 3, 326, 64) == (313_344_000, 801_177_600)
+        net = nn.GRU(800, 800, bidirectional=True, bias=False).cuda()
+        assert recurrent_sizes(net, 3, 326, 64)[0] == 315_801_600
+        padded, _ = recurrent_sizes(nn.RNN(512, 512, 2, nonlinearity="relu").cuda(), 0, 20, 64, packed=False)
+        assert 21_496_576 <= padded == 26_214_400
+
+
+@check(PLAIN)
 def kernels_compiled_at_run_time() -> None:
     square = torch.cuda.jiterator._create_jit_fn("template <typename T> T square(T x) { return x * x; }")
     before = control.stats().launches
@@ -459,9 +502,79 @@ def what_is_not_modelled_is_loud() -> None:
     with pytest.raises(RuntimeError, match="cusolver"):
         torch.linalg.svd(torch.zeros(4, 4, device="cuda"))
     with pytest.raises(RuntimeError, match="not modelled by the virtual GPU"):
-        nn.LSTM(4, 4).cuda()(torch.zeros(3, 2, 4, device="cuda"))
+        lengths = torch.full((2,), 5, dtype=torch.int32)
+        scores = torch.zeros(5, 2, 4, device="cuda", requires_grad=True)
+        nn.functional.ctc_loss(scores, torch.ones(6, dtype=torch.int32), lengths, torch.full_like(lengths, 3))
     with pytest.raises(RuntimeError, match="CUFFT_NOT_SUPPORTED"):
         torch.fft.fft(torch.zeros(8, device="cuda"))
+
+
+# -- what a GPU does later than at once
+
+
+def outside() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+@check(LATE)
+def kernels_are_loaded_at_their_first_launch() -> None:
+    x = grab(MIB).float()
+    x.relu_(), x.abs_()
+    before = outside()
+    x.relu_(), x.abs_()
+    assert outside() == before
+    x.sqrt_(), x.exp_()
+    assert outside() == before + 4 * MIB
+
+
+@check(LATE)
+def where_a_kernel_has_no_room_its_launch_fails() -> None:
+    x = torch.zeros(1000, device="cuda")
+    control.set_other(0, control.stats().free_bytes - MIB)
+    try:
+        with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
+            x.erf_()
+        x.relu_()
+    finally:
+        control.set_other(0, 0)
+    x.erf_()
+
+
+@check(LATE)
+def a_block_that_a_stream_holds_comes_back_when_its_work_is_done() -> None:
+    side, x = torch.cuda.Stream(), torch.zeros(1000, device="cuda")
+
+    def place() -> int:
+        return grab(30 * MIB).data_ptr()
+
+    for wait in (torch.cuda.synchronize, lambda: [x.relu_() for _ in range(40)]):
+        held = grab(30 * MIB)
+        at = held.data_ptr()
+        x.relu_()
+        held.record_stream(side)
+        del held
+        assert place() != at
+        wait()
+        kept = [grab(30 * MIB), grab(30 * MIB)]
+        assert at in [block.data_ptr() for block in kept]
+        del kept
+
+
+@check(LATE)
+def a_benchmark_of_cudnns_tries_a_large_workspace_once_for_each_size() -> None:
+    net = nn.Conv2d(3, 8, 3).cuda()
+
+    def peak(samples: int) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        net(torch.zeros(samples, 3, 8, 8, device="cuda"))
+        return torch.cuda.max_memory_reserved()
+
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        assert peak(2) < GIB // 4
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        assert [peak(samples) > GIB for samples in (4, 4, 3, 4)] == [True, False, True, False]
 
 
 # -- the recorder, and how torch reads its settings

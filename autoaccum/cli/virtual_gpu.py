@@ -29,6 +29,9 @@ def virtual_gpu(
         None, metavar="SIZE|FACTORx|transposed", help="Workspace of each convolution; none by default."
     ),
     convolution_fallback: bool = typer.Option(True, help="A convolution can run without its workspace."),
+    trial_workspace: str = typer.Option("0", metavar="SIZE", help="Workspace that cudnn.benchmark tries in vain."),
+    kernel: str = typer.Option("0", metavar="SIZE", help="Memory that the context gains by a kernel's first launch."),
+    lag: int = typer.Option(_DEFAULT.lag_launches, metavar="N", help="Kernel launches until a stream's work is done."),
     copies: str = typer.Option(_DEFAULT.copies, metavar="|".join(_COPIES), help="Bytes that copies write."),
     addresses: str = typer.Option(_DEFAULT.addresses, metavar="|".join(_ADDRESSES), help="Order of new addresses."),
     trace: bool = typer.Option(False, "--trace", help="Print each called function that isn't modelled, once."),
@@ -59,6 +62,9 @@ def virtual_gpu(
         name=name,
         convolution_workspace=convolution_workspace,
         convolution_fallback=convolution_fallback,
+        trial_workspace_bytes=parse_part(trial_workspace, memory_bytes, what="a workspace") or 0,
+        kernel_bytes=parse_part(kernel, memory_bytes, what="a kernel's size") or 0,
+        lag_launches=lag,
         copies=cast(Any, copies),
         addresses=cast(Any, addresses),
     )

@@ -19,6 +19,7 @@ import torch
 
 from ..devices import oom
 from ..devices.cuda.device import CudaDevice
+from ..devices.cuda.recurrent import hidden_sizes
 from ..phases import FIRST
 from ..simulation.cuda_allocator.replay import replay_cuda
 from ..simulation.cuda_allocator.settings import LARGE_SEGMENT_BYTES
@@ -135,29 +136,32 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check that the operation's outputs fit, then run it."""
-        for size in self._made_by(func, args, kwargs or {}):
-            self.made_bytes += size
-            self.largest_bytes = max(self.largest_bytes, size)
-            if size > SMALL_BYTES:
-                self._check(size)
+        sizes = self._made_by(func, args, kwargs or {})
+        self.made_bytes += sum(sizes)
+        self.largest_bytes = max(self.largest_bytes, *sizes, 0)
+        large = [size for size in sizes if size > SMALL_BYTES]
+        if large:
+            self._check(large)
         return func(*args, **(kwargs or {}))
 
-    def _check(self, size: int) -> None:
-        """Raise where the allocator would have no place for a block."""
-        self._room -= size + LARGE_SEGMENT_BYTES
+    def _check(self, sizes: list[int]) -> None:
+        """Raise where the allocator would have no place for an operation's blocks."""
+        needed = sum(sizes) + LARGE_SEGMENT_BYTES * len(sizes)
+        self._room -= needed
         if self._room >= 0:
             return
         room = self.device.obtainable_bytes() - self.margin_bytes
-        if size + LARGE_SEGMENT_BYTES <= room:
-            self._room = room - size - LARGE_SEGMENT_BYTES
+        if needed <= room:
+            self._room = room - needed
             return
         reserved = self.device.held_bytes()
         rules = replace(self.device.read_rules(), capacity_bytes=reserved + max(0, room))
-        found = replay_cuda([Phase(FIRST, (Event(1 << 60, size),))], rules, self.device.read_allocator())
+        events = tuple(Event((1 << 60) + index, size) for index, size in enumerate(sizes))
+        found = replay_cuda([Phase(FIRST, events)], rules, self.device.read_allocator())
         if found.out_of_memory is not None:
             used, whole = self.device.allocated_bytes(), self.capacity_bytes
             raise NoPlace(
-                f"{show_bytes(size)} more are needed, where {show_bytes(used)} of {show_bytes(whole)} are in use"
+                f"{show_bytes(sum(sizes))} more are needed, where {show_bytes(used)} of {show_bytes(whole)} are in use"
             )
 
     def _made_by(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
@@ -166,12 +170,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._is_here(leaves, kwargs):
             return ()
         key = (func, *map(_description, leaves), *kwargs)
+        hidden = hidden_sizes(func.name(), args)
         try:
             if key not in self._known:
                 self._known[key] = _sizes(func, args, kwargs)
-            return self._known[key]
+            return self._known[key] + hidden
         except Exception:  # no rule for its shapes, or one that hangs on values
-            return ()
+            return hidden
 
     def _is_here(self, leaves: list[Any], kwargs: dict[str, Any]) -> bool:
         device = kwargs.get("device")

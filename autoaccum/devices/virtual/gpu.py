@@ -32,6 +32,9 @@ class VirtualGpu:
             ("0.5x"), "transposed" for copies of its tensors with channels last where cuDNN makes them, or None for
             nothing.
         convolution_fallback: Whether a convolution can also do without its workspace.
+        trial_workspace_bytes: Workspace that `cudnn.benchmark` tries for each new convolution, and does not choose.
+        kernel_bytes: Added to the context when a kernel is first launched.
+        lag_launches: Work on a stream is complete when so many more kernels were launched, or when it is waited for.
         copies: "tensors": copies are real, but reads of up to 16 bytes (losses, counts) give 0; "all": those too are
             real; "zero": nothing is copied, and every read gives 0.
         addresses: "up": later memory lies above earlier memory; "down": below, as on a GPU under Linux. It
@@ -50,6 +53,9 @@ class VirtualGpu:
     name: str = "Virtual GPU"
     convolution_workspace: str | None = None
     convolution_fallback: bool = True
+    trial_workspace_bytes: int = 0
+    kernel_bytes: int = 0
+    lag_launches: int = 0
     copies: Copies = "tensors"
     addresses: Addresses = "up"
 
@@ -60,6 +66,9 @@ class VirtualGpu:
             taken = show_bytes(self.context_bytes + self.other_bytes)
             why = f"Its context and the other process take {taken} of it."
             raise _refused("memory", show_bytes(self.memory_bytes), why)
+        for what in ("trial_workspace_bytes", "kernel_bytes", "lag_launches"):
+            if not 0 <= getattr(self, what) < 2**32:
+                raise _refused(what.replace("_", " "), getattr(self, what), "It is 0 to 4294967295.")
         if not 1 <= self.devices <= MOST_DEVICES:
             raise _refused("number of devices", self.devices, f"It is 1 to {MOST_DEVICES}.")
         if not re.fullmatch(r"\d{1,2}\.\d", self.compute_capability):
@@ -89,6 +98,9 @@ class VirtualGpu:
             "NAME": self.name,
             "CONVOLUTION_WORKSPACE": _workspace(self.convolution_workspace),
             "CONVOLUTION_FALLBACK": int(self.convolution_fallback),
+            "TRIAL_WORKSPACE": self.trial_workspace_bytes,
+            "KERNEL": self.kernel_bytes,
+            "LAG": self.lag_launches,
             "COPIES": self.copies,
             "ADDRESSES": self.addresses,
         }

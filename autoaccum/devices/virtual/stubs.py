@@ -2,8 +2,9 @@
 
 So that a gap is seen.
 
-Each returns its library's "not supported", but for those that PyTorch imports from cuBLAS and for cuDNN's batch norm:
-they are kernels, which do nothing here and succeed. All are weak: what `source/*.c` defines takes their place.
+Each returns its library's "not supported", but for those that PyTorch imports from cuBLAS, and for cuDNN's batch norm
+and recurrent nets: they are kernels, which do nothing here and succeed. All are weak: what `source/*.c` defines takes
+their place.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ NOT_SUPPORTED = {
     "cufft": 16,
     "cusolver": 9,
 }
+_KERNELS = ("cudnnBatchNorm", "cudnnRNNForward", "cudnnRNNBackward")
 _LIBRARY = re.compile(r"lib([A-Za-z]+)\.so")
 _PUBLIC = re.compile(r"(__)?(cuda[A-Z]|cublas|cudnn[A-Z]|cusparse|cufft|cusolver)\w+")
 _DRIVER = re.compile(r"\bCUDAAPI\s+(cu[A-Z]\w+)\s*\(")
@@ -76,7 +78,7 @@ def _imports(imported: Mapping[str, str]) -> dict[str, int]:
     for name, version in imported.items():
         library = _library_of(version)
         if library in NOT_SUPPORTED:
-            is_kernel = library in ("cublas", "cublasLt") or name.startswith("cudnnBatchNorm")
+            is_kernel = library in ("cublas", "cublasLt") or name.startswith(_KERNELS)
             codes[name] = 0 if is_kernel else NOT_SUPPORTED[library]
     return codes
 

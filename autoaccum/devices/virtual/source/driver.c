@@ -199,14 +199,14 @@ API CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function, const
 }
 API CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                             unsigned bz, unsigned shared, CUstream stream, void **arguments, void **extra) {
-  return (CUresult)launch();
+  return (CUresult)launch(function);
 }
 API CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
-  return (CUresult)launch();
+  return (CUresult)launch(function);
 }
 API CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
                                        unsigned by, unsigned bz, unsigned shared, CUstream stream, void **arguments) {
-  return (CUresult)launch();
+  return (CUresult)launch(function);
 }
 
 /* A tensor map describes tiles to hardware that isn't there. */

@@ -9,7 +9,7 @@
  *
  * settings.c  what the environment asks for          memory.c  addresses, devices, what is charged; controls
  * runtime.c   cudart: devices, errors, memory        work.c    cudart: streams, events, graphs, kernels
- * driver.c    libcuda: expandable segments, modules  blas.c, dnn.c, nvml.c   those libraries
+ * driver.c    libcuda: expandable segments, modules  blas.c, dnn.c, rnn.c, nvml.c   those libraries
  * ending.c    how a process ends
  */
 #pragma once
@@ -43,6 +43,9 @@ typedef struct {
   double workspace_factor;
   int workspace_transposed;    /* or copies of its tensors with channels last: dnn.c */
   int fallback;                /* an engine without workspace is offered beside the one with */
+  size_t trial;                /* cudnn.benchmark tries an engine with that workspace, and takes another */
+  size_t kernel;               /* the context grows by that at a kernel's first launch */
+  uint64_t lag;                /* work is done when that many more kernels were launched, or it was waited for */
   int downward;                /* later memory lies below earlier memory */
   enum { COPY_TENSORS, COPY_ALL, COPY_ZERO } copies;
 } Settings;
@@ -67,6 +70,7 @@ typedef struct {
   Arena reserved;           /* cuMemAddressReserve: addresses only */
   int active;               /* this process has a context on it */
   size_t used, peak, other; /* this process; its high-water mark; other processes */
+  size_t kernels;           /* loaded by now, beside the context */
   uint64_t mallocs, frees, failures;
 } Device;
 extern Device devices[MAX_DEVICES];
@@ -78,10 +82,12 @@ extern _Thread_local int current; /* logical */
 Device *device_of(int logical);
 Device *enter(void); /* the current device, which has a context from then on */
 size_t free_bytes(const Device *device);
+size_t context_bytes(const Device *device);
 int charge(Device *device, size_t size);
 int owner(const void *address);
 size_t round_up(size_t size, size_t to);
 
 cudaError_t fail(cudaError_t error); /* what cudaGetLastError will say */
-cudaError_t launch(void);
+cudaError_t launch(const void *kernel); /* NULL: one that is always there */
+void wait_for_all(void);
 int attribute(int which, int logical);

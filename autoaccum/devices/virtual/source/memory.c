@@ -110,8 +110,10 @@ Device *enter(void) {
   return device;
 }
 
+size_t context_bytes(const Device *device) { return device->active ? settings.context + device->kernels : 0; }
+
 size_t free_bytes(const Device *device) {
-  size_t taken = (device->active ? settings.context : 0) + device->other + device->used;
+  size_t taken = context_bytes(device) + device->other + device->used;
   return taken < settings.memory ? settings.memory - taken : 0;
 }
 

@@ -92,7 +92,7 @@ API int nvmlDeviceGetMemoryInfo_v2(Device *device, Memory2 *memory) {
 static unsigned processes(Device *device, Process found[2]) {
   unsigned count = 0;
   pthread_mutex_lock(&lock);
-  if (device->active) found[count++] = (Process){getpid(), settings.context + device->used, -1, -1};
+  if (device->active) found[count++] = (Process){getpid(), context_bytes(device) + device->used, -1, -1};
   if (device->other) found[count++] = (Process){OTHER_PID, device->other, -1, -1};
   pthread_mutex_unlock(&lock);
   return count;

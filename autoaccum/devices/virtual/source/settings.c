@@ -119,6 +119,9 @@ __attribute__((constructor)) static void read_settings(void) {
   settings.other = number_of("AUTOACCUM_GPU_OTHER", 0, 1ull << 44);
   settings.multiprocessors = number_of("AUTOACCUM_GPU_MULTIPROCESSORS", 108, 1 << 16);
   settings.fallback = number_of("AUTOACCUM_GPU_CONVOLUTION_FALLBACK", 1, 1);
+  settings.trial = number_of("AUTOACCUM_GPU_TRIAL_WORKSPACE", 0, 1ull << 44);
+  settings.kernel = number_of("AUTOACCUM_GPU_KERNEL", 0, 1ull << 44);
+  settings.lag = number_of("AUTOACCUM_GPU_LAG", 0, 1ull << 32);
   settings.name = text_of("AUTOACCUM_GPU_NAME") ? text_of("AUTOACCUM_GPU_NAME") : "Virtual GPU";
   read_capability();
   read_workspace();

@@ -1,4 +1,5 @@
-/* The CUDA runtime: streams, events, graphs, kernels. Everything is done at once, so queries always say "done". */
+/* The CUDA runtime: streams, events, graphs, kernels. Everything is done at once. AUTOACCUM_GPU_LAG plays a GPU that is
+ * behind: a query of an event says "not ready" until so many kernels were launched after it, or until it is waited for. */
 #include <time.h>
 
 #include "gpu.h"
@@ -8,7 +9,7 @@
 /* Streams and events ---------------------------------------------------- */
 
 struct CUstream_st { int priority, capturing; };
-struct CUevent_st { struct timespec at; };
+struct CUevent_st { struct timespec at; uint64_t launches; };
 static struct CUstream_st default_stream;
 
 /* Handles below 16 are the default streams (legacy 1, per-thread 2), not pointers. */
@@ -30,7 +31,7 @@ API cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
   return *priority = stream_of(stream)->priority, cudaSuccess;
 }
 DONE(cudaStreamQuery, (cudaStream_t stream))
-DONE(cudaStreamSynchronize, (cudaStream_t stream))
+API cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait_for_all(), cudaSuccess; }
 DONE(cudaStreamWaitEvent, (cudaStream_t stream, cudaEvent_t event, unsigned flags))
 API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t call, void *argument, unsigned flags) {
   return call(stream, cudaSuccess, argument), cudaSuccess;
@@ -45,13 +46,22 @@ API cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
 API cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
 API cudaError_t cudaEventDestroy(cudaEvent_t event) { return free(event), cudaSuccess; }
 API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event->launches = launches;
   return clock_gettime(CLOCK_MONOTONIC, &event->at), cudaSuccess;
 }
 API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
   return cudaEventRecord(event, stream);
 }
-DONE(cudaEventQuery, (cudaEvent_t event))
-DONE(cudaEventSynchronize, (cudaEvent_t event))
+static uint64_t waited_for; /* what was launched by then is done */
+void wait_for_all(void) { waited_for = launches; }
+API cudaError_t cudaEventQuery(cudaEvent_t event) {
+  int done = event->launches <= waited_for || launches - event->launches >= settings.lag;
+  return done || !settings.lag ? cudaSuccess : cudaErrorNotReady;
+}
+API cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (event->launches > waited_for) waited_for = event->launches;
+  return cudaSuccess;
+}
 API cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
   *ms = (b->at.tv_sec - a->at.tv_sec) * 1e3 + (b->at.tv_nsec - a->at.tv_nsec) / 1e6;
   return cudaSuccess;
@@ -124,29 +134,49 @@ API cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shar
   return cudaSuccess;
 }
 
+/* Kernels are loaded at their first launch (CUDA_MODULE_LOADING=LAZY, the default), into memory of the context's, which
+ * nobody gets back. Where there is none, the launch fails. */
+#define MOST_KERNELS 65536
+static int load(Device *device, const void *kernel) {
+  static const void *loaded[MOST_KERNELS];
+  static size_t count;
+  size_t at = ((uintptr_t)kernel >> 4) * 0x9e3779b97f4a7c15ull >> 48;
+  while (loaded[at] && loaded[at] != kernel) at = (at + 1) % MOST_KERNELS;
+  if (loaded[at] || count > MOST_KERNELS / 2) return 1;
+  if (settings.kernel > free_bytes(device)) return 0;
+  loaded[at] = kernel;
+  device->kernels += settings.kernel;
+  return count++, 1;
+}
+
 uint64_t launches;
-cudaError_t launch(void) {
-  enter();
+cudaError_t launch(const void *kernel) {
+  Device *device = enter();
+  int has_room = 1;
   __atomic_add_fetch(&launches, 1, __ATOMIC_RELAXED);
-  return cudaSuccess;
+  if (!settings.kernel || !kernel) return cudaSuccess;
+  pthread_mutex_lock(&lock);
+  has_room = load(device, kernel);
+  pthread_mutex_unlock(&lock);
+  return has_room ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
 API cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
   return *kernel = (cudaKernel_t)function, cudaSuccess;
 }
 API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                    cudaStream_t stream) {
-  return launch();
+  return launch(kernel);
 }
 API cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared,
                                  cudaStream_t stream) {
-  return launch();
+  return launch(function);
 }
 API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **arguments) {
-  return launch();
+  return launch(function);
 }
 API cudaError_t cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 block, void **arguments,
                                             size_t shared, cudaStream_t stream) {
-  return launch();
+  return launch(function);
 }
 
 API cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *function) {
