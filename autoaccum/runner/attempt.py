@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..window.context import TrainingContext
 from .backward_updates import BackwardUpdates
 from .state_changes import UncopiedParameters
 
+TrainWindow = Callable[..., step.WindowResult]  # called as `step.train_window` is
 NEEDS_TWO_VALUES = "Expected more than 1 value per channel"  # torch.nn.functional._verify_batch_size
 
 
@@ -29,6 +31,7 @@ class Attempt:
         updates: Refuses hooks that update parameters in backward.
         uncopied: Parameters that can't be put back.
         failure: The out-of-memory of the attempt before; empty in the first.
+        train: Trains the window's micro-batches; another trainer's own loop steps the optimizer itself.
 
     Attributes:
         phase: The phase that began last; empty before the first micro-batch.
@@ -43,11 +46,13 @@ class Attempt:
         updates: BackwardUpdates,
         uncopied: UncopiedParameters,
         failure: str = "",
+        train: TrainWindow = step.train_window,
     ) -> None:
         self.context, self.window = context, window
         self.phase, self.micro_batches_begun = "", 0
         self.before: snapshot.Snapshot | None = None
         self._updates, self._uncopied, self._failure = updates, uncopied, failure
+        self._train = train
         self._batch_versions, self._parameter_versions = versions(window), uncopied.versions()
 
     def run(self) -> step.WindowResult:
@@ -60,7 +65,7 @@ class Attempt:
         context, window = self.context, self.window
         try:
             self.before = snapshot.take(model=context.model, scaler=context.scaler, held=context.held, storages=False)
-            return step.train_window(context, window.pieces, window.sizes, on_phase=self._in_phase)
+            return self._train(context, window.pieces, window.sizes, on_phase=self._in_phase)
         except ValueError as error:
             if NEEDS_TWO_VALUES not in str(error):
                 raise

@@ -27,8 +27,8 @@ from ..plan import Plan
 from ..state import snapshot
 from ..units import show_bytes
 from ..window.context import TrainingContext
-from ..window.step import WindowResult
-from .attempt import Attempt
+from ..window.step import WindowResult, train_window
+from .attempt import Attempt, TrainWindow
 from .backward_updates import BackwardUpdates
 from .sizing import Sizing, failed_samples
 from .state_changes import UncopiedParameters
@@ -60,13 +60,14 @@ class OomRecovery:
         context: What is trained.
         plan: The plan, for its numbers in messages.
         sizing: The sizes of micro-batches; its limits are lowered by each out-of-memory.
+        train: Trains a window's micro-batches, as `step.train_window` does.
 
     Attributes:
         attempt: The one that is running; None between windows.
     """
 
-    def __init__(self, context: TrainingContext, plan: Plan, sizing: Sizing) -> None:
-        self.context, self.plan, self.sizing = context, plan, sizing
+    def __init__(self, context: TrainingContext, plan: Plan, sizing: Sizing, train: TrainWindow = train_window) -> None:
+        self.context, self.plan, self.sizing, self._train = context, plan, sizing, train
         self.attempt: Attempt | None = None
         self._updates = BackwardUpdates(context)
         self._uncopied = UncopiedParameters(context, self._updates)
@@ -79,7 +80,7 @@ class OomRecovery:
         """
         retries, failure = 0, ""
         while True:
-            attempt = Attempt(self.context, window, self._updates, self._uncopied, failure)
+            attempt = Attempt(self.context, window, self._updates, self._uncopied, failure, self._train)
             self.attempt = attempt
             try:
                 result = attempt.run()

@@ -9,6 +9,10 @@ an out-of-memory say, adds up gradients of different windows, and in the end wai
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import nn
 
@@ -23,6 +27,7 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "FullyShardedDataParallel",
     "FSDPModule": "fully sharded (FSDP2's fully_shard)",
 }
+_apart: ContextVar[bool] = ContextVar("apart", default=False)
 _WHY = (
     "A window would be one of this rank alone: what the loss counts isn't summed over ranks, so that the gradient is "
     "off where counts differ, and a rank with another number of micro-batches leaves the others waiting."
@@ -51,8 +56,23 @@ def refuse_ranks(workload: Workload) -> None:
         _refuse_wrapped(module, f"the loss's module {name!r}")
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Count this rank alone, while a trainer handles its ranks itself.
+
+    What runs meanwhile must have no collectives: other ranks may run something else, or wait.
+    """
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
 def ranks_here() -> int:
-    """Return the ranks of this process's group; 1 without one."""
+    """Return the ranks of this process's group; 1 without one, or `apart`."""
+    if _apart.get():
+        return 1
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if there else 1
 
