@@ -93,10 +93,17 @@ def target_of(args: Any, target_batch: int | None, plan: Plan | None) -> int:
     return int(target)
 
 
-def whole_window_only(request: PlanRequest) -> PlanRequest:
-    """Return a request for one micro-batch: the loss compares its samples."""
+def whole_window_only(trainer: Any, request: PlanRequest, average: Average) -> PlanRequest:
+    """Return a request for one micro-batch, for a loss that compares its samples.
+
+    Raises:
+        UsageError: The request allows no micro-batch that large.
+    """
     assert request.target_batch is not None
-    return replace(request, min_micro_batch=request.target_batch // request.world_size, check=False)
+    window = request.target_batch // request.world_size
+    if (request.max_micro_batch or window) < window:
+        raise cannot_be_cut(trainer, average)
+    return replace(request, min_micro_batch=window, check=False)
 
 
 def check_plan_of(trainer: Any, plan: Plan, request: PlanRequest, average: Average) -> None:

@@ -26,6 +26,14 @@ from .hugging_face_window import Batch, trimmed
 _AGREES_WITHIN = 1e-3  # of the loss; in half precision the larger one
 _AGREES_WITHIN_HALF = 2e-2
 _PART_ROWS = 2
+_NOT_ASKED = (
+    "The loss could not be computed on a few samples, so that what it averages over isn't known. Micro-batches are "
+    "weighted by their samples."
+)
+_ADDED = (
+    "The model adds a term to its loss that isn't divided by the labels, as a mixture of experts does. It becomes the "
+    "mean of the micro-batches' terms, weighted by their labels, which isn't the whole batch's term."
+)
 
 LossOf = Callable[[Batch, Any], float]  # of a batch and of what is passed as num_items_in_batch
 CountOf = Callable[[Batch], Any]
@@ -44,6 +52,7 @@ class Average:
         can_be_cut: False where no count makes a window's loss the mean of its micro-batches'.
         trims: Whether cutting off padding leaves the loss as it is.
         error: Relative error of the identity.
+        remark: What a person should know; empty for nothing.
     """
 
     words: str
@@ -52,6 +61,7 @@ class Average:
     can_be_cut: bool = True
     trims: bool = True
     error: float = 0.0
+    remark: str = ""
 
 
 def find_average(loss_of: LossOf, num_items: CountOf, batches: Iterable[Sequence[Batch]], *, half: bool) -> Average:
@@ -76,7 +86,7 @@ def find_average(loss_of: LossOf, num_items: CountOf, batches: Iterable[Sequence
         if found.error > within:
             return Average(NOTHING, can_be_cut=False, error=found.error)
         return replace(found, trims=_may_trim(loss_of, num_items, parts[-1], losses[-1], within))
-    return Average("its samples, as it could not be asked", trims=False, error=float("nan"))
+    return Average("its samples, as it could not be asked", samples_of, trims=False, remark=_NOT_ASKED)
 
 
 def hard_batches(sample: Batch) -> Iterator[list[Batch]]:
@@ -130,7 +140,8 @@ def _of_passed_count(
     totals = [2 * (loss - half) * int(n) for loss, half, n in zip(losses, halves, counts, strict=True)]
     passes = all(abs(2 * half - loss) <= within * abs(loss) for loss, half in zip(losses, halves, strict=True))
     error = abs(totals[0] - sum(totals[1:])) / max(abs(totals[0]), 1e-30)
-    return Average("the labels that num_items_in_batch counts", num_items, passes, error=error)
+    remark = "" if passes else _ADDED
+    return Average("the labels that num_items_in_batch counts", num_items, passes, error=error, remark=remark)
 
 
 def _may_trim(loss_of: LossOf, num_items: CountOf, part: Batch, loss: float, within: float) -> bool:

@@ -50,18 +50,20 @@ class WindowTraining:
         check_fingerprint(fingerprint(self.context), plan.provenance.fingerprint)
         if plan.device.mmap_threshold_bytes is not None:
             process_memory.fix_mmap_threshold(plan.device.mmap_threshold_bytes)
-        self.sizing = HostSizing(plan, described.workload, least)
+        self.sizing = HostSizing(plan, least)
         self.recovery = OomRecovery(self.context, plan, self.sizing, self._train_pieces)
         self.peak_monitor = PeakMonitor(self.context.device, plan)
         self.ranks = trainer.accelerator.num_processes
         self._model: Any = None
         self._all_ranks_count: int | None = None
         compatibility.refuse_graphs(self.context, plan.accumulation_steps)
-        for text in compatibility.warnings(self.context, described.workload, plan):
+        for text in filter(
+            None, [self.average.remark, *compatibility.warnings(self.context, described.workload, plan)]
+        ):
             log.warning("%s", text)
 
     def train(self, model: Any, host: HostWindow) -> torch.Tensor:
-        """Run forward and backward of a window, in as many attempts as it takes.
+        """Train a window in as many attempts as it takes.
 
         Args:
             model: The Trainer's wrapped model.
@@ -106,7 +108,7 @@ class WindowTraining:
         return WindowResult(loss, sum(sizes), None, stepped=True)
 
     def _share(self, piece: Batch, count: int, total: int) -> tuple[Any, float]:
-        """Return what a micro-batch's loss is given as the count, and its weight."""
+        """Return a micro-batch's `num_items_in_batch`, and its weight."""
         items = num_items_of(self.trainer, piece)
         if items is None:
             return None, self.ranks_factor(items) * count / (total or 1)
@@ -132,7 +134,7 @@ class WindowTraining:
         )
 
     def ranks_factor(self, items: Any) -> int:
-        """Return the ranks where DDP divides by them and the Trainer's loss wasn't multiplied by them."""
+        """Return what makes up for DDP's division by ranks."""
         trainer = self.trainer
         if self._all_ranks_count is None:
             return 1  # each rank has its own mean, as the Trainer's arguments say
@@ -144,7 +146,10 @@ class WindowTraining:
         return size if counts_samples else int(self.average.count(piece))  # type: ignore[misc]
 
     def _count_of_all_ranks(self, host: HostWindow) -> int | None:
-        """Return what the window counts over all ranks; None where each has its own mean."""
+        """Return the window's count over all ranks.
+
+        None where each rank has its own mean.
+        """
         if self.ranks == 1 or not self.trainer.args.average_tokens_across_devices:
             return None
         mine = torch.tensor(self._count(dict(host), host.samples), device=self.context.device)

@@ -1,4 +1,4 @@
-"""Keep a Trainer's window on the host, and cut it into micro-batches there.
+"""Keep a Trainer's window on the host, and cut it there.
 
 The data loader collates the whole window, as a plain Trainer's would at that batch size, so that what a collator draws
 or pads is the same. The batch stays on the host: only its micro-batches come to the device, one at a time. Where it
@@ -15,9 +15,8 @@ import torch
 from ..data import split as cutting
 from ..data.window import Window
 from ..errors import BatchError, UsageError
-from ..plan import Plan
 from ..runner.sizing import Sizing
-from ..workload import IGNORED, Workload
+from ..workload import IGNORED
 
 Batch = dict[str, Any]
 Collate = Callable[[list[Any]], Any]
@@ -50,7 +49,7 @@ class HostWindow(dict[str, Any]):
         self.samples, self.rows, self.collate, self.trims = samples, rows, collate, trims
 
     def to(self, *_: Any, **__: Any) -> HostWindow:
-        """Stay on the host: accelerate moves what has this method by calling it."""
+        """Stay on the host, where accelerate would move it."""
         return self
 
     def cut(self, sizes: Sequence[int]) -> Window:
@@ -85,9 +84,6 @@ class CutWindow(Window):
 class HostSizing(Sizing):
     """Sizes of micro-batches; cuts windows again from the host's batch."""
 
-    def __init__(self, plan: Plan, workload: Workload, least: int) -> None:
-        super().__init__(plan, workload, least)
-
     def _cut_again(self, window: Window) -> Window:
         assert isinstance(window, CutWindow)
         host: HostWindow = vars(window)["of"]
@@ -106,7 +102,7 @@ class WindowCollator:
         self.trims = True
 
     def __call__(self, rows: list[Any]) -> HostWindow:
-        """Collate a window; keep its samples too where the batch can't be cut."""
+        """Collate a window; keep samples where it can't be cut."""
         kept = [_copied(row) for row in rows]
         batch = collated(self.collate, rows)
         if can_be_cut(batch, len(kept)):
@@ -202,7 +198,7 @@ def _aligned(width: int, longest: int) -> int:
 
 
 def _lengths(batch: Batch) -> list[int] | None:
-    """Return the tokens of each row; None where the batch has no mask."""
+    """Return the tokens of each row; None without a mask."""
     masks = [leaf for name, leaf in batch.items() if name.endswith(_MASK) and _is_mask(leaf)]
     if not masks:
         return None

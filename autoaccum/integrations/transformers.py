@@ -1,4 +1,4 @@
-"""Train with Hugging Face's Trainer, its effective batch exact and its micro-batches planned.
+"""Train with Hugging Face's Trainer at an exact effective batch.
 
     from autoaccum.integrations.transformers import ExactTrainer
 
@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
+from ..errors import DoesNotFit
 from ..plan import Plan
 from ..planning.request import PlanRequest
 from ..window.norms import least_micro_batch
-from .hugging_face_checks import check_plan_of, refuse_unsupported, target_of, whole_window_only
+from .hugging_face_checks import cannot_be_cut, check_plan_of, refuse_unsupported, target_of, whole_window_only
 from .hugging_face_plan import describe, make_plan, quietly
 from .hugging_face_training import WindowTraining
 from .hugging_face_window import HostWindow, WindowCollator
@@ -40,7 +41,9 @@ __all__ = ["ExactTrainer", "ExactTrainerMixin"]
 
 
 class ExactTrainerMixin(_Base):
-    """Let a Trainer train by a plan: write it before the Trainer's class.
+    """Let a Trainer train by a plan.
+
+    Write it before the Trainer's class.
 
     Args:
         *args: The Trainer's own.
@@ -149,10 +152,15 @@ class ExactTrainerMixin(_Base):
             described = describe(self, self._loader)
         request = self._request
         if not described.average.can_be_cut:
-            request = whole_window_only(request)
+            request = whole_window_only(self, request, described.average)
         plan = self._given_plan
         if plan is None:
-            plan = make_plan(self, described, request, check=request.check)
+            try:
+                plan = make_plan(self, described, request, check=request.check)
+            except DoesNotFit as error:
+                if described.average.can_be_cut:
+                    raise
+                raise cannot_be_cut(self, described.average) from error
         check_plan_of(self, plan, request, described.average)
         self.plan = plan
         self._windows, self._planned_for = self._training_by(plan, described), made_for
