@@ -128,7 +128,10 @@ def _of_one_rank(trainer: Any, request: PlanRequest) -> PlanRequest:
 
 @contextlib.contextmanager
 def quietly(trainer: Any) -> Iterator[None]:
-    """Run the Trainer's functions apart from other ranks; put its counters and random states back."""
+    """Run a Trainer's functions without ranks, and restore its counters.
+
+    Random states too.
+    """
     rng, before = take_rng(), {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_plain(value)}
     try:
         with apart(), alone(trainer.accelerator):
@@ -140,7 +143,7 @@ def quietly(trainer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(accelerator: Any) -> Iterator[None]:
-    """Answer the accelerator's collectives as if all ranks held what this one does.
+    """Answer collectives as if all ranks held the same.
 
     A loss that gathers figures to log them would wait for ranks with fewer micro-batches.
     """
@@ -177,7 +180,10 @@ def _forward_of_the_model(model: Any) -> Iterator[None]:
 
 
 def num_items_of(trainer: Any, batch: Batch) -> Any:
-    """Return what the Trainer counts in a batch of this rank; None for nothing."""
+    """Return what the Trainer counts in a batch of this rank.
+
+    None for nothing.
+    """
     args, average = trainer.args, trainer.args.average_tokens_across_devices
     args.average_tokens_across_devices = False  # or it would ask the other ranks
     try:
@@ -190,7 +196,10 @@ def num_items_of(trainer: Any, batch: Batch) -> Any:
 def _loss_of(
     trainer: Any, make: Callable[[Any], Batch] | None, average: Average
 ) -> Callable[[torch.nn.Module, Batch], Any]:
-    """Return the Trainer's loss of a batch that is on the device: a mean, or (sum, count)."""
+    """Return the Trainer's loss of a batch on the device.
+
+    A mean, or (sum, count).
+    """
     computing = _Computing(trainer)
     held = getattr(trainer, "loss", None), trainer.compute_loss_func
 
@@ -206,13 +215,16 @@ def _loss_of(
 
 
 class _Computing:
-    """Keep a Trainer out of the search for what a loss holds: it holds everything."""
+    """Keep a Trainer out of the search for what a loss holds.
+
+    It holds everything.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def loss(self, model: torch.nn.Module, batch: Batch, items: Any) -> torch.Tensor:
-        """Compute the loss of a batch as the Trainer does, given a count."""
+        """Compute a batch's loss as the Trainer does."""
         trainer = self.trainer
         with trainer.compute_loss_context_manager():
             loss: torch.Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
@@ -239,7 +251,7 @@ def _ask(trainer: Any, sample: Batch, make: Callable[[Any], Batch] | None) -> Av
 
 
 def _assumed(trainer: Any, batch: Batch) -> Average:
-    """Return the Trainer's own count where nothing is computed that could be asked."""
+    """Return the Trainer's own count where no loss can be asked."""
     if num_items_of(trainer, batch) is None:
         return Average("its samples, assumed", samples_of)
     count = lambda piece: num_items_of(trainer, piece)  # noqa: E731

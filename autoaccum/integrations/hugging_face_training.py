@@ -1,4 +1,7 @@
-"""Train a Trainer's window: its micro-batches by its own `training_step`, and again where memory runs out."""
+"""Train a Trainer's window by its own `training_step`.
+
+And again in smaller micro-batches where memory runs out.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +60,8 @@ class WindowTraining:
         self._model: Any = None
         self._all_ranks_count: int | None = None
         compatibility.refuse_graphs(self.context, plan.accumulation_steps)
-        for text in filter(
-            None, [self.average.remark, *compatibility.warnings(self.context, described.workload, plan)]
-        ):
+        remarks = [self.average.remark, *compatibility.warnings(self.context, described.workload, plan)]
+        for text in filter(None, remarks):
             log.warning("%s", text)
 
     def train(self, model: Any, host: HostWindow) -> torch.Tensor:
