@@ -94,7 +94,7 @@ def target_of(args: Any, target_batch: int | None, plan: Plan | None) -> int:
 
 
 def whole_window_only(trainer: Any, request: PlanRequest, average: Average) -> PlanRequest:
-    """Return a request for one micro-batch, for a loss that compares its samples.
+    """Return a request for one micro-batch a window.
 
     Raises:
         UsageError: The request allows no micro-batch that large.
@@ -107,7 +107,7 @@ def whole_window_only(trainer: Any, request: PlanRequest, average: Average) -> P
 
 
 def check_plan_of(trainer: Any, plan: Plan, request: PlanRequest, average: Average) -> None:
-    """Refuse a plan for another batch, or one that cuts what can't be cut.
+    """Refuse a plan that isn't for this training.
 
     Raises:
         PlanMismatch: It is for another target or number of ranks.

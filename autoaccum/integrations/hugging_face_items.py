@@ -95,7 +95,7 @@ def _longest_of(measured: Iterable[tuple[int, dict[str, int]]]) -> list[int]:
 
 
 def _longest_in_table(dataset: Any) -> list[int] | None:
-    """Measure the columns of a table of `datasets`; None where it is none."""
+    """Measure the columns of a table; None for other datasets."""
     if not type(dataset).__module__.startswith("datasets.") or getattr(dataset, "_format_type", "arrow") == "custom":
         return None
     import pyarrow as pa

@@ -127,7 +127,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[Callable[[], None]]:
 def _of_passed_count(
     loss_of: LossOf, num_items: CountOf, batches: Sequence[Batch], losses: Sequence[float], within: float
 ) -> Average | None:
-    """Return the Trainer's own count where the loss divides by it; None elsewhere.
+    """Return the Trainer's own count if the loss divides by it.
 
     With n, a loss is total / n + added, where a mixture of experts adds a term of its own.
     """
@@ -153,7 +153,7 @@ def _may_trim(loss_of: LossOf, num_items: CountOf, part: Batch, loss: float, wit
 
 
 def _best(ways: Mapping[str, CountOf], batches: Sequence[Batch], losses: Sequence[float]) -> Average:
-    """Return the way of counting that the losses agree with most; of equals, the first."""
+    """Return the first way of counting that fits the losses."""
     best: Average | None = None
     for words, count in ways.items():
         counts = [int(count(batch)) for batch in batches]
@@ -170,7 +170,7 @@ def _error(counts: Sequence[int], losses: Sequence[float]) -> float:
 
 
 def _ways(batch: Batch, num_items: CountOf) -> dict[str, CountOf]:
-    """Return the ways to count a batch: the Trainer's own first, then its samples."""
+    """Return the ways to count a batch, the Trainer's own first."""
     ways: dict[str, CountOf] = {}
     if num_items(batch) is not None:
         ways["the labels that num_items_in_batch counts"] = num_items
@@ -186,7 +186,10 @@ def _ways(batch: Batch, num_items: CountOf) -> dict[str, CountOf]:
 
 
 def samples_of(batch: Batch) -> int:
-    """Return the samples of a batch: its rows, or as many as were collated."""
+    """Return the samples of a batch.
+
+    These are its rows, or as many as were collated.
+    """
     collated_from = getattr(batch, "samples", None)
     return collated_from if isinstance(collated_from, int) else cutting.batch_size(batch)
 

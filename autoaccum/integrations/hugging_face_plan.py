@@ -119,7 +119,10 @@ def _plan_here(trainer: Any, described: TrainerWorkload, request: PlanRequest, *
 
 
 def _of_one_rank(trainer: Any, request: PlanRequest) -> PlanRequest:
-    """Share a host's memory among its ranks, where they train on the CPU."""
+    """Share a host's memory among its ranks.
+
+    Where they train on the CPU.
+    """
     if request.budget is not None or trainer.args.device.type != "cpu":
         return request
     here = int(os.environ.get("LOCAL_WORLD_SIZE", request.world_size))
