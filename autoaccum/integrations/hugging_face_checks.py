@@ -16,7 +16,7 @@ _GENERATING = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "NashMDTrainer"
 
 
 def refuse_unsupported(trainer: Any) -> None:
-    """Refuse trainers and arguments that do what a window does, or undo it.
+    """Refuse trainers and arguments that work against windows.
 
     Raises:
         UsageError: Names it, and says what to do.
