@@ -95,16 +95,16 @@ def make_plan(trainer: Any, described: TrainerWorkload, request: PlanRequest, *,
     """
     if request.world_size == 1:
         return _plan_here(trainer, described, request, check=check)
-    told: list[Any] = [None]
+    message: list[Any] = [None]
     if request.rank == 0:
         try:
-            told = [_plan_here(trainer, described, _of_one_rank(trainer, request), check=False).to_json()]
+            message = [_plan_here(trainer, described, _of_one_rank(trainer, request), check=False).to_json()]
         except AutoaccumError as error:
-            told = [(type(error), error.what, error.why, error.hint)]
-    torch.distributed.broadcast_object_list(told, src=0)
-    if isinstance(told[0], str):
-        return Plan.from_json(told[0], source="the first rank's plan")
-    kind, *texts = told[0]
+            message = [(type(error), error.what, error.why, error.hint)]
+    torch.distributed.broadcast_object_list(message, src=0)
+    if isinstance(message[0], str):
+        return Plan.from_json(message[0], source="the first rank's plan")
+    kind, *texts = message[0]
     raise kind(*texts)
 
 
