@@ -8,6 +8,7 @@ for each process (unless `split_batches` or `step_scheduler_with_optimizer=False
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -81,9 +82,17 @@ class AcceleratorBackend(LoopBackend):
 
 
 def _prepared(accelerator: Any) -> nn.Module | None:
-    """Return the model that an accelerator prepared; None for none or several."""
+    """Return the model that an accelerator prepared; None for none or several.
+
+    It keeps the model as it was before it was wrapped, and only the loop has the wrapper, so that is looked for among
+    all objects.
+    """
     models = list(getattr(accelerator, "_models", ()))
-    return models[0] if len(models) == 1 else None
+    if len(models) != 1 or accelerator.num_processes == 1:
+        return models[0] if len(models) == 1 else None
+    wrapper = nn.parallel.DistributedDataParallel
+    found = (each for each in gc.get_objects() if isinstance(each, wrapper) and each.module is models[0])
+    return next(found, None)
 
 
 def _check_loader(loader: Any, processes: int) -> None:

@@ -26,7 +26,7 @@ from .counts import Counter
 from .gradients import LoopGradients
 from .loop_backend import LoopBackend, parameters_of
 from .loop_recovery import LoopRecovery
-from .ranks import Totals, add_up, add_up_gradients
+from .ranks import Totals, add_up_gradients, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,7 @@ class LoopWindow:
         state, optimizers, schedulers = self._state, _several(optimizer), _several(scheduler)
         parameters = parameters_of(optimizers)
         state.gradients.keep_only(parameters)
-        loss, grad_norm, stepped = self.loss, None, bool(self._totals.count)
-        add_up([loss])
+        loss, grad_norm, stepped = sum_over_ranks(self.loss), None, bool(self._totals.count)
         if stepped:
             if self._totals.ranks > 1 and not self._synchronizes:
                 add_up_gradients(parameters)

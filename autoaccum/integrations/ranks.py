@@ -52,11 +52,13 @@ def agree(sizes: Sequence[int], counts: Sequence[float], device: torch.device) -
     return Totals(int(table[:, 0].sum()), float(table[:, 1].sum()), ranks, bool(table[:, 2].all()))
 
 
-def add_up(tensors: Sequence[torch.Tensor]) -> None:
-    """Replace each tensor by its sum over ranks, one after another."""
-    if ranks_here() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+def sum_over_ranks(figure: torch.Tensor) -> torch.Tensor:
+    """Return a scalar's sum over ranks, whatever dtype each has."""
+    if ranks_here() == 1:
+        return figure
+    total = figure.double()
+    dist.all_reduce(total)
+    return total.to(figure.dtype)
 
 
 def add_up_gradients(parameters: Sequence[torch.Tensor]) -> None:
@@ -65,9 +67,9 @@ def add_up_gradients(parameters: Sequence[torch.Tensor]) -> None:
     A missing one counts as 0. A parameter without a gradient on every rank gets none, as an optimizer passes over such.
     """
     has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    add_up([has])
+    dist.all_reduce(has)
     for parameter, anywhere in zip(parameters, has.tolist(), strict=True):
         if anywhere:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            add_up([parameter.grad])
+            dist.all_reduce(parameter.grad)
