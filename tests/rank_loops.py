@@ -1,6 +1,6 @@
 """One rank of `tests/test_accelerate.py`: loops over windows on two processes, each gradient against the whole batch's.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python tests/rank_loops.py mean.json tokens.json
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python tests/rank_loops.py mean.json tokens.json
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ FENCED = re.compile(r"^```(?:sh|console|bash)?\n(.*?)^```", re.MULTILINE | re.DO
 INDENTED = re.compile(r"^ {4,}(?:\$ )?(autoaccum .*)$", re.MULTILINE)
 
 # Pages whose python blocks another test runs.
-RUN_ELSEWHERE: dict[str, str] = {}
+RUN_ELSEWHERE: dict[str, str] = dict.fromkeys(
+    ("accelerate.md", "plain-loop.md", "training.md"), "tests/test_loop_pages.py"
+)
 
 SMALL = """
 import torch
