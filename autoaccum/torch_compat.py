@@ -67,7 +67,7 @@ def _find(owner: Any, path: str, purpose: str) -> Any:
             raise UnsupportedTorch(
                 f"torch {torch.__version__} has no {owner.__name__}.{path}.",
                 f"autoaccum uses it to {purpose}.",
-                "Install a torch that autoaccum is tested with: pip install 'torch>=2.13'.",
+                "Install a torch that autoaccum is tested with: pip install 'torch>=2.6'.",
             )
     return found
 

@@ -18,10 +18,39 @@ from autoaccum import NotFinite, UsageError, Workload, fit_plan
 from autoaccum.devices.cpu.recorder import record
 from autoaccum.phases import LATER, OPTIMIZER
 from autoaccum.simulation.recording import live_peak
+from autoaccum.window import fp32_accumulation
 from autoaccum.window.fingerprint import fingerprint
 from autoaccum.window.fp32_accumulation import half_parameters, narrow, wide_gradients, wide_parameters, widening_bytes
 from autoaccum.window.step import open_context, train_window
 from autoaccum.workload import default_loss
+
+LACKS_GRAD_DTYPE = None if hasattr(torch.Tensor, "grad_dtype") else f"torch {torch.__version__} lacks Tensor.grad_dtype"
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sum in fp32 by torch's own way, or by that for versions without it."""
+    if request.param == "hook":
+        monkeypatch.setattr(fp32_accumulation, "HAS_GRAD_DTYPE", False)
+    elif LACKS_GRAD_DTYPE:
+        pytest.skip(LACKS_GRAD_DTYPE)
+
+
+def as_before(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the parameters have no gradient, and the next one will have this dtype."""
+    parameters = list(model.parameters())
+    left = any(p.grad is not None for p in parameters)
+    for p in parameters:
+        (p * torch.ones_like(p)).sum().backward()
+    found = {p.grad.dtype for p in parameters if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return not left and found == {dtype}
+
+
+def both_ways(test: Any) -> Any:
+    """Run a test with both ways to fp32 sums."""
+    return pytest.mark.parametrize("way", ["grad_dtype", "hook"], indirect=True)(pytest.mark.usefixtures("way")(test))
+
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
@@ -49,6 +78,7 @@ class Dtypes(Capture):
         super().step()
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_thousand_ones_come_to_a_thousand(dtype: torch.dtype) -> None:
     model = Ones(dtype)
@@ -63,6 +93,7 @@ def test_a_thousand_ones_come_to_a_thousand(dtype: torch.dtype) -> None:
         assert model.weight.grad is not None and model.weight.grad.tolist() == [256.0] * 3
 
 
+@both_ways
 @HALVES
 def test_the_sum_is_that_of_the_micro_batches_in_fp32(dtype: torch.dtype) -> None:
     model, batch = mlp(dtype), vectors(64, dtype)
@@ -116,6 +147,7 @@ def test_what_they_take_beyond_a_plain_loops_is_counted() -> None:
     assert wide_parameters(halves.parameters(), "as_parameters", 2) == []
 
 
+@both_ways
 @HALVES
 def test_clipping_is_done_in_fp32_before_the_cast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
@@ -129,6 +161,7 @@ def test_clipping_is_done_in_fp32_before_the_cast(dtype: torch.dtype, monkeypatc
     assert context.optimizer.dtypes == {dtype}  # type: ignore[attr-defined]
 
 
+@both_ways
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD], ids=["AdamW", "SGD"])
 def test_optimizers_take_them_and_the_parameters_are_as_before(make: Any) -> None:
     model = mlp(torch.bfloat16)
@@ -136,10 +169,11 @@ def test_optimizers_take_them_and_the_parameters_are_as_before(make: Any) -> Non
     context = open_context(Workload(model, vectors(8, torch.bfloat16), optimizer=lambda p: make(p, lr=0.1)))
     for sizes in ((4, 4), (8,), (3, 3, 2)):
         train_window(context, list(cut(vectors(8, torch.bfloat16), sizes)), sizes)
-    assert all(p.grad_dtype == p.dtype == torch.bfloat16 and p.grad is None for p in model.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters()) and as_before(model, torch.bfloat16)
     assert not any(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
+@both_ways
 @pytest.mark.parametrize("where", ["forward", "optimizer"])
 def test_an_error_leaves_parameters_with_gradients_of_their_own_dtype(where: str) -> None:
     class Failing(Capture):
@@ -158,27 +192,50 @@ def test_an_error_leaves_parameters_with_gradients_of_their_own_dtype(where: str
     context = open_context(Workload(model, batch, loss=loss, optimizer=Failing if where == "optimizer" else Capture))
     with pytest.raises(KeyError):
         train_window(context, list(cut(batch, (3, 3, 2))), (3, 3, 2))
-    assert all(p.grad_dtype == torch.bfloat16 for p in model.parameters())
+    model.zero_grad(set_to_none=True)
+    assert as_before(model, torch.bfloat16)
 
 
-def test_full_precision_and_a_users_own_choice_are_left_alone() -> None:
+def test_full_precision_is_left_alone() -> None:
+    model = mlp(torch.bfloat16)
+    first, *rest = model.parameters()
+    assert len(half_parameters(model.parameters())) == 1 + len(rest)
+    assert half_parameters(mlp(torch.float32).parameters()) == []
+    first.requires_grad_(False)
+    rest[0].requires_grad_(False)
+    assert [id(p) for p in half_parameters(model.parameters())] == [id(p) for p in rest[1:]]
+
+
+@pytest.mark.skipif(LACKS_GRAD_DTYPE is not None, reason=str(LACKS_GRAD_DTYPE))
+def test_a_users_own_choice_of_the_gradients_dtype_is_left_alone() -> None:
     model = mlp(torch.bfloat16)
     first, *rest = model.parameters()
     first.grad_dtype = torch.float32
     assert [id(p) for p in half_parameters(model.parameters())] == [id(p) for p in rest]
-    assert half_parameters(mlp(torch.float32).parameters()) == []
-    first.requires_grad_(False)
-    rest[0].requires_grad_(False)
-    assert len(half_parameters(model.parameters())) == len(rest) - 1
 
 
+@both_ways
+def test_gradients_of_a_sparse_embedding_add_up_in_fp32() -> None:
+    embedding = nn.Embedding(4, 2, sparse=True, dtype=torch.bfloat16)
+    with wide_gradients([embedding.weight]):
+        for _ in range(1000):
+            embedding(torch.tensor([1, 2])).sum().backward()
+        assert embedding.weight.grad is not None
+        total = embedding.weight.grad.to_dense()
+    assert total.dtype is torch.float32 and total.tolist() == [[0.0] * 2, [1000.0] * 2, [1000.0] * 2, [0.0] * 2]
+    assert as_before(embedding, torch.bfloat16)
+
+
+@both_ways
 def test_what_was_not_cast_is_dropped() -> None:
     one, other = (nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)) for _ in range(2))
     with wide_gradients([one, other]):
         (one.sum() + other.sum()).backward()
         narrow([one])
     assert one.grad is not None and one.grad.dtype is torch.bfloat16
-    assert other.grad is None and other.grad_dtype is torch.bfloat16
+    assert other.grad is None
+    other.sum().backward()
+    assert other.grad is not None and other.grad.dtype is torch.bfloat16
 
 
 def test_autocast_leaves_fp32_parameters_as_they_are() -> None:
@@ -187,6 +244,7 @@ def test_autocast_leaves_fp32_parameters_as_they_are() -> None:
     assert context.optimizer.dtypes == {torch.float32}  # type: ignore[attr-defined]
 
 
+@both_ways
 def test_the_memory_of_fp32_gradients_is_in_the_recorded_window() -> None:
     class Wide(nn.Module):
         def __init__(self) -> None:
@@ -213,6 +271,7 @@ def test_the_memory_of_fp32_gradients_is_in_the_recorded_window() -> None:
     assert parameters * 2 in casts and -parameters * 4 in casts  # cast to bf16, and the fp32 one freed
 
 
+@both_ways
 @HALVES
 def test_a_scaler_with_half_precision_parameters(dtype: torch.dtype) -> None:
     model, batch = mlp(dtype), vectors(16, dtype)
@@ -224,6 +283,7 @@ def test_a_scaler_with_half_precision_parameters(dtype: torch.dtype) -> None:
     assert distance(scaled.optimizer.seen[-1], plain.optimizer.seen[-1]) <= 2e-2  # type: ignore[attr-defined]
 
 
+@both_ways
 @HALVES
 @pytest.mark.parametrize("choice", ["skip", "raise"])
 def test_a_gradient_that_is_not_finite_leaves_half_precision_parameters_alone(dtype: torch.dtype, choice: str) -> None:
@@ -237,7 +297,7 @@ def test_a_gradient_that_is_not_finite_leaves_half_precision_parameters_alone(dt
     else:
         assert not runner.step(batch).stepped
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    assert all(p.grad_dtype == dtype and p.grad is None for p in model.parameters())
+    assert as_before(model, dtype)
 
 
 def plan_of_half_precision() -> dict[str, int | None]:

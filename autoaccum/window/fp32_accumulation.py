@@ -1,9 +1,15 @@
 """Gradients that add up in fp32 where parameters are in half precision.
 
 A bf16 sum stops growing when what is added is below a 256th of it: a thousand ones come to 256. So within a window of
-several micro-batches such parameters get fp32 gradients (`Tensor.grad_dtype`), which are cast once, after clipping,
-for the optimizer. That takes 4 bytes a parameter in place of 2 while micro-batches run, which the plan names; a
-workload that says `accumulate="as_parameters"` does without.
+several micro-batches such parameters get fp32 gradients, which are cast once, after clipping, for the optimizer. That
+takes 4 bytes a parameter in place of 2 while micro-batches run, which the plan names; a workload that says
+`accumulate="as_parameters"` does without.
+
+`Tensor.grad_dtype` asks autograd for that. torch before 2.11 lacks it, and refuses to assign a gradient of another
+dtype; there a hook exchanges the data of the gradient that the first micro-batch left, and autograd adds the later
+ones to it in place, in fp32. The sum over micro-batches is the same. Within one micro-batch, autograd adds up the
+gradients of a parameter that is used several times in fp32 with `grad_dtype`, in the parameter's dtype without: there
+as in a plain backward of the whole batch.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 _HALF = (torch.bfloat16, torch.float16)
+HAS_GRAD_DTYPE = hasattr(torch.Tensor, "grad_dtype")
 
 Parameters = Sequence[torch.Tensor]
 
@@ -23,7 +30,7 @@ def half_parameters(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
     Without those whose gradients' dtype was chosen.
     """
-    return [p for p in parameters if p.requires_grad and p.dtype in _HALF and p.grad_dtype == p.dtype]
+    return [p for p in parameters if p.requires_grad and p.dtype in _HALF and _dtype_of_gradients(p) == p.dtype]
 
 
 def wide_parameters(parameters: Iterable[torch.Tensor], accumulate: str, steps: int) -> list[torch.Tensor]:
@@ -45,15 +52,19 @@ def wide_gradients(parameters: Parameters) -> Iterator[None]:
     Args:
         parameters: In half precision, without gradients.
     """
-    for parameter in parameters:
-        parameter.grad = None  # also where it is zero: a gradient that is there has its dtype
-        parameter.grad_dtype = torch.float32
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as hooks:
         for parameter in parameters:
-            if parameter.grad_dtype != parameter.dtype:
-                _set(parameter, None)
+            parameter.grad = None  # also where it is zero: a gradient that is there has its dtype
+            if HAS_GRAD_DTYPE:
+                parameter.grad_dtype = torch.float32
+            else:
+                hooks.callback(parameter.register_post_accumulate_grad_hook(_widen).remove)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                if _dtype_of_gradients(parameter) != parameter.dtype:
+                    _set(parameter, None)
 
 
 def narrow(parameters: Parameters) -> None:
@@ -65,8 +76,23 @@ def narrow(parameters: Parameters) -> None:
         _set(parameter, parameter.grad)
 
 
+def _dtype_of_gradients(parameter: torch.Tensor) -> torch.dtype | None:
+    """Return the dtype that the next gradient will add up in."""
+    if HAS_GRAD_DTYPE:
+        return parameter.grad_dtype
+    return parameter.dtype if parameter.grad is None else parameter.grad.dtype
+
+
+def _widen(parameter: torch.Tensor) -> None:
+    """Convert the gradient that a first backward left; later ones are added to it in fp32."""
+    gradient = parameter.grad
+    if gradient is not None and gradient.dtype == parameter.dtype:
+        gradient.data = gradient.float()  # only assigning `parameter.grad` checks the dtype
+
+
 def _set(parameter: torch.Tensor, gradient: torch.Tensor | None) -> None:
     parameter.grad = None  # the dtype can't be changed while there is one
-    parameter.grad_dtype = parameter.dtype
+    if HAS_GRAD_DTYPE:
+        parameter.grad_dtype = parameter.dtype
     if gradient is not None:
         parameter.grad = gradient.to(parameter.dtype)
