@@ -8,7 +8,6 @@ is done instead.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import sys
@@ -116,26 +115,10 @@ def read_history(index: int) -> list[Entry]:
         index: The device's number.
 
     Returns:
-        Dicts with the action, address, size in bytes, stream and `user_metadata`.
+        Dicts with the action, address, size in bytes and stream.
     """
     trace: list[Entry] = _find(torch.cuda, "memory._snapshot", "read recorded allocations")()["device_traces"][index]
     return trace
-
-
-@contextlib.contextmanager
-def history_metadata(text: str) -> Iterator[None]:
-    """Mark this thread's events in the history with a text.
-
-    As `user_metadata`. 2.12.1 and 2.15.0; not 2.9.1.
-    """
-    purpose = "mark where phases begin in the allocator's history"
-    set_metadata = _find(torch.cuda, "memory._set_memory_metadata", purpose)
-    before = _find(torch.cuda, "memory._get_memory_metadata", purpose)()
-    set_metadata(text)
-    try:
-        yield
-    finally:
-        set_metadata(before)
 
 
 def allocator_settings() -> dict[str, Any]:

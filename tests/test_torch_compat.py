@@ -225,7 +225,7 @@ def check_wrapped_backends() -> None:
 
 
 ON_GPU = ("clear_cublas_workspaces", "is_history_on", "start_history", "stop_history", "read_history")
-ON_GPU += ("history_metadata", "allocator_settings")
+ON_GPU += ("allocator_settings",)
 CHECKS: dict[str, Callable[[], None]] = {
     name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
 }
@@ -251,10 +251,9 @@ from autoaccum import torch_compat as compat
 found = {"before": compat.is_history_on()}
 compat.start_history(1000)
 found["during"] = compat.is_history_on()
-with compat.history_metadata("mine"):
-    tensor = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+tensor = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
 del tensor
-found["events"] = [[e["action"], e["size"], e["user_metadata"]] for e in compat.read_history(0)]
+found["events"] = [[e["action"], e["size"]] for e in compat.read_history(0)]
 compat.stop_history()
 found["after"] = compat.is_history_on()
 torch.zeros(64, 64, device="cuda") @ torch.zeros(64, 64, device="cuda")
@@ -273,7 +272,7 @@ def test_functions_of_the_caching_allocator() -> None:
     found = json.loads(out.stdout)
     assert not found["before"] and found["during"] and not found["after"]
     kept = [event for event in found["events"] if event[0] in ("alloc", "free_completed")]
-    assert kept == [["alloc", 1 << 20, "mine"], ["free_completed", 1 << 20, ""]]
+    assert kept == [["alloc", 1 << 20], ["free_completed", 1 << 20]]
     assert found["workspaces"] >= 8 << 20 and found["settings"] == 64 << 20
 
 
@@ -289,8 +288,6 @@ def test_functions_of_the_caching_allocator() -> None:
         (torch.cuda.memory, "_record_memory_history", compat.stop_history),
         (torch.cuda.memory, "_snapshot", lambda: compat.read_history(0)),
         (torch.cuda.memory, "_snapshot", compat.allocator_settings),
-        (torch.cuda.memory, "_set_memory_metadata", lambda: compat.history_metadata("").__enter__()),
-        (torch.cuda.memory, "_get_memory_metadata", lambda: compat.history_metadata("").__enter__()),
         (torch._C._autograd, "_profiler_enabled", compat.is_profiler_on),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -58,7 +58,7 @@ def wide_gradients(parameters: Parameters) -> Iterator[None]:
             if HAS_GRAD_DTYPE:
                 parameter.grad_dtype = torch.float32
             else:
-                hooks.callback(parameter.register_post_accumulate_grad_hook(_widen).remove)
+                hooks.callback(parameter.register_post_accumulate_grad_hook(_widen).remove)  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -84,7 +84,7 @@ def _dtype_of_gradients(parameter: torch.Tensor) -> torch.dtype | None:
 
 
 def _widen(parameter: torch.Tensor) -> None:
-    """Convert the gradient that a first backward left; later ones are added to it in fp32."""
+    """Convert the first backward's gradient, to which later ones are added."""
     gradient = parameter.grad
     if gradient is not None and gradient.dtype == parameter.dtype:
         gradient.data = gradient.float()  # only assigning `parameter.grad` checks the dtype

@@ -5,6 +5,7 @@ From the caching allocator's own history, in order, by phase and stream.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import time
@@ -21,19 +22,18 @@ from ...simulation.recording import Event, Phase, Recording, name_blocks
 from ...torch_compat import (
     Entry,
     clear_cublas_workspaces,
-    history_metadata,
     is_history_on,
     read_history,
     start_history,
     stop_history,
 )
-from .workspaces import WORKSPACES
+from .positions import find_positions, read_position
+from .workspaces import Span, watch_releases
 
 T = TypeVar("T")
 
-_MARKS = itertools.count()  # each recording marks its events with a number of its own: older ones may be in the ring
 _MOST_EVENTS = 10_000_000
-_START = "start"
+Begun = tuple[str, int]  # a phase's name, and the position in the history where it begins
 
 
 def record(
@@ -62,19 +62,21 @@ def record(
     """
     index = torch.cuda.current_device() if device is None or device.index is None else device.index
     started = time.perf_counter()
-    phases: list[str] = []
-    mark = f"autoaccum {next(_MARKS)}:"
+    phases: list[Begun] = []
     torch.cuda.init()  # type: ignore[no-untyped-call]
     clear_cublas_workspaces()
-    with _history():
-        with history_metadata(mark + _START):
-            start = _start(index)
-        before = _allocations(index)
-        run(lambda name: _marked(name, mark, phases))
+    with _history(), watch_releases(index) as releases:
+        start = _start(index)
+        before, begin = _allocations(index), read_position(index)
+        run(lambda name: _marked(name, phases, index))
         torch.cuda.synchronize(index)
-        made = _allocations(index) - before
-        trace = _since(mark, read_history(index), made)
-    found, workspaces = _cut(trace, mark, phases)
+        made, end = _allocations(index) - before, read_position(index)
+        trace = read_history(index)
+    places = find_positions(trace, end, (begin, *(position for _, position in phases), *itertools.chain(*releases)))
+    first = _checked(trace, places, made)
+    begins = [place - first for place in (places or [])[1:]]
+    spans = list(zip(begins[len(phases) :: 2], begins[len(phases) + 1 :: 2], strict=True))
+    found, workspaces = _cut(trace[first:], [name for name, _ in phases], begins[: len(phases)], spans)
     passes = sum(phase.name in (FIRST, LATER) for phase in found)
     return Recording(micro_batch, found, passes, time.perf_counter() - started, start, workspaces)
 
@@ -119,14 +121,10 @@ def _history() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _marked(name: str, mark: str, phases: list[str]) -> Iterator[None]:
-    """Mark events with a phase's number.
-
-    Not with its name, since names are repeated.
-    """
-    phases.append(name)
-    with history_metadata(f"{mark}{len(phases) - 1}"):
-        yield
+def _marked(name: str, phases: list[Begun], index: int) -> Iterator[None]:
+    """Note where in the history a phase begins."""
+    phases.append((name, read_position(index)))
+    yield
 
 
 def _start(index: int) -> AllocatorState:
@@ -140,57 +138,63 @@ def _allocations(index: int) -> int:
     return count
 
 
-def _since(mark: str, trace: list[Entry], made: int) -> list[Entry]:
-    """Return all entries since the recording began.
+def _checked(trace: list[Entry], places: list[int] | None, made: int) -> int:
+    """Return the index of the recording's first entry.
 
     Args:
-        mark: The recording's.
         trace: The ring of events, oldest first.
+        places: The recording's positions in it, the first one first; None where it begins later.
         made: How many allocations it has to hold.
     """
-    first = next((i for i, entry in enumerate(trace) if entry["user_metadata"] == mark + _START), len(trace))
-    kept = sum(entry["action"] == "alloc" for entry in trace[first:])
-    if kept != made or first == len(trace):
+    kept = sum(entry["action"] == "alloc" for entry in trace[places[0] if places else 0 :])
+    if places is None or kept != made:
         raise UsageError(
             f"The memory history that is being recorded already kept {kept} of {made} allocations.",
             f"It holds {len(trace)} events, or leaves some kinds of them out.",
             "Start it with torch.cuda.memory._record_memory_history(max_entries=1_000_000), or not at all.",
         )
-    return trace[first:]
+    return places[0]
 
 
-def _cut(trace: list[Entry], mark: str, names: list[str]) -> tuple[tuple[Phase, ...], frozenset[int]]:
-    """Return the phases, and which blocks are cuBLAS's workspaces."""
+def _cut(
+    trace: list[Entry], names: list[str], begins: list[int], spans: list[Span]
+) -> tuple[tuple[Phase, ...], frozenset[int]]:
+    """Return the phases, and which blocks are cuBLAS's workspaces.
+
+    Args:
+        trace: The recording's entries.
+        names: The phases'.
+        begins: The index of each phase's first entry.
+        spans: Indices between which workspaces were given back.
+    """
     kept = _allocations_and_frees(trace) if names else []
-    events = name_blocks((entry["addr"], size, entry["stream"]) for entry, size in kept)
+    events = name_blocks((trace[place]["addr"], size, trace[place]["stream"]) for place, size in kept)
     phases: list[list[Event]] = [[] for _ in names]
     workspaces = set()
-    last = 0  # marks are a thread's own, and backward has a thread of its own: it bears none
-    for event, (entry, _) in zip(events, kept, strict=True):
-        number = entry["user_metadata"].removeprefix(mark)
-        if number != entry["user_metadata"] and number != _START:
-            last = int(number)
-        if entry["user_metadata"] == WORKSPACES:
+    for event, (place, _) in zip(events, kept, strict=True):
+        if any(begin <= place < end for begin, end in spans):
             workspaces.add(event.block)
-        phases[last].append(event if event.block > 0 else event._replace(block=-entry["addr"]))
+        phase = max(bisect.bisect_right(begins, place) - 1, 0)  # what comes before the first phase counts to it
+        phases[phase].append(event if event.block > 0 else event._replace(block=-trace[place]["addr"]))
     cut = tuple(Phase(name, tuple(found)) for name, found in zip(names, phases, strict=True))
     return cut, frozenset(workspaces)
 
 
-def _allocations_and_frees(trace: list[Entry]) -> list[tuple[Entry, int]]:
-    """Return the allocations and frees, each with its bytes.
+def _allocations_and_frees(trace: list[Entry]) -> list[tuple[int, int]]:
+    """Return the indices of allocations and frees, each with its bytes.
 
     > 0 where a block is handed out, < 0 where it is free again.
 
     A free is complete when no stream uses the block any more. Where something happens between the request and that, the
     request counts for itself, with no bytes.
     """
-    wanted = [entry for entry in trace if entry["action"] in ("alloc", "free_requested", "free_completed")]
+    wanted = [n for n, entry in enumerate(trace) if entry["action"] in ("alloc", "free_requested", "free_completed")]
     kept = []
-    for entry, following in itertools.zip_longest(wanted, wanted[1:]):
+    for place, following in itertools.zip_longest(wanted, wanted[1:]):
+        entry, after = trace[place], trace[following] if following is not None else None
         if entry["action"] == "free_requested":
-            if following is None or following["action"] != "free_completed" or following["addr"] != entry["addr"]:
-                kept.append((entry, 0))
+            if after is None or after["action"] != "free_completed" or after["addr"] != entry["addr"]:
+                kept.append((place, 0))
         else:
-            kept.append((entry, entry["size"] if entry["action"] == "alloc" else -entry["size"]))
+            kept.append((place, entry["size"] if entry["action"] == "alloc" else -entry["size"]))
     return kept

@@ -11,16 +11,36 @@ are split from, in another way than in a new process.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
-from ...torch_compat import clear_cublas_workspaces, history_metadata, is_history_on
+from ...torch_compat import clear_cublas_workspaces
+from .positions import read_position
 
-WORKSPACES = "autoaccum workspaces"  # in the allocator's history, beside the events that give them back
+Span = tuple[int, int]  # positions in the allocator's history
+_watched: list[tuple[int, list[Span]]] = []
 
 
 def release() -> None:
     """Give cuBLAS's workspaces back to the caching allocator.
 
-    A history that is being recorded names them.
+    Recordings get to know where in the allocator's history that was.
     """
-    with history_metadata(WORKSPACES) if is_history_on() else contextlib.nullcontext():
-        clear_cublas_workspaces()
+    begins = [read_position(index) for index, _ in _watched]
+    clear_cublas_workspaces()
+    for begin, (index, spans) in zip(begins, _watched, strict=True):
+        spans.append((begin, read_position(index)))
+
+
+@contextlib.contextmanager
+def watch_releases(index: int) -> Iterator[list[Span]]:
+    """Collect between which positions workspaces are given back.
+
+    Args:
+        index: The device's number.
+    """
+    spans: list[Span] = []
+    _watched.append((index, spans))
+    try:
+        yield spans
+    finally:
+        _watched.remove((index, spans))
