@@ -85,6 +85,8 @@ class Workload:
         loader: Training data: a DataLoader, an iterable of batches, or a function that makes one.
             Planning loads nothing from it; if its size is known (a DataLoader, a list), planning without a target
             tries no larger micro-batch. `autoaccum run` reads it.
+        largest: Index of the largest sample of a map-style loader's data set, which planning then makes its batches of.
+            Left out: the largest of a few that it looks at, or of `lengths`.
         lengths: For sequences from a map-style loader: the length of each sample of its data set, in what the batch's
             dimension 1 counts. A window's samples then come longest first, so that each micro-batch is padded little;
             its gradient is the same. Planning lengthens a shorter sample to the longest.
@@ -113,6 +115,7 @@ class Workload:
     shared: Collection[str] = field(default=(), kw_only=True)
     per_sample: Collection[str] = field(default=(), kw_only=True)
     loader: Iterable[Batch] | Callable[[], Iterable[Batch]] | None = field(default=None, kw_only=True)
+    largest: int | None = field(default=None, kw_only=True)
     lengths: Sequence[int] | None = field(default=None, kw_only=True)
     max_tokens: int | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)

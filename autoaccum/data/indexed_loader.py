@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -20,7 +20,9 @@ PlanOf = Callable[[list[Any]], tuple[list[Any], tuple[int, ...]]]  # a window's 
 Planned = tuple[list[Any], tuple[int, ...]]  # the indices of a window in their order, and the sizes
 
 
-def windows_of_indices(loader: Any, target: int, plan_of: PlanOf, least: int, floats: Any = None) -> Iterator[Window]:
+def windows_of_indices(
+    loader: Any, target: int, plan_of: PlanOf, least: int, floats: Any = None, *, collates: bool = False
+) -> Iterator[Window]:
     """Yield windows, loaded by one DataLoader whose batches are the micro-batches.
 
     Args:
@@ -29,14 +31,20 @@ def windows_of_indices(loader: Any, target: int, plan_of: PlanOf, least: int, fl
         plan_of: Puts a window's indices in order, and gives the sizes of its micro-batches.
         least: The fewest samples that a micro-batch may have; fewer at the epoch's end join the last window.
         floats: What float64 arrays become; None to keep them.
+        collates: Whether batches can't be cut, so that their samples are loaded again for smaller ones.
     """
+
+    def loaded(indices: Sequence[Any]) -> Any:
+        return as_tensors(loader.collate_fn([loader.dataset[index] for index in indices]), floats)
+
+    load = loaded if collates else None
     rebatched = _rebatched(loader)
     requested = rebatched.batch_sampler.begin(target, plan_of, least)
     stream = iter(rebatched)
     for piece in stream:
         samples, sizes = requested.popleft()
         pieces = (piece, *islice(stream, len(sizes) - 1))
-        yield Window(tuple(as_tensors(each, floats) for each in pieces), sizes, samples, "the dataset")
+        yield Window(tuple(as_tensors(each, floats) for each in pieces), sizes, samples, "the dataset", load)
 
 
 # A loader whose workers persist from epoch to epoch must be the same in each.

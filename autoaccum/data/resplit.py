@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from itertools import accumulate
 
 import torch
 
@@ -29,24 +30,31 @@ def counted(window: Window, batch_keys: BatchKeys) -> Window:
     Raises:
         BatchError: There is no sample left.
     """
-    found = [(piece, _rows(piece, size, batch_keys)) for piece, size in zip(window.pieces, window.sizes, strict=True)]
+    found = [
+        (piece, _rows(piece, size, batch_keys, collated=window.load is not None))
+        for piece, size in zip(window.pieces, window.sizes, strict=True)
+    ]
     there = [(piece, size) for piece, size in found if size]
     if not there:
         raise BatchError(
             f"A window of {sum(window.sizes)} samples has no sample left after its collate function.",
             hint="Leave out samples in the sampler or in the dataset, where the window is filled up by others.",
         )
+    if window.load is not None:
+        return window if len(there) == len(found) else window.only([i for i, (_, size) in enumerate(found) if size])
     return Window(tuple(piece for piece, _ in there), tuple(size for _, size in there))
 
 
-def _rows(piece: Batch, planned: int, batch_keys: BatchKeys) -> int:
+def _rows(piece: Batch, planned: int, batch_keys: BatchKeys, *, collated: bool) -> int:
     try:
-        return cutting.batch_size(piece, **batch_keys)
+        if not collated:  # else dimension 0 may be anything
+            return cutting.batch_size(piece, **batch_keys)
     except BatchError:
-        tensors = [leaf for _, leaf in tree.leaves(piece) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-        if tensors and not any(map(len, tensors)):
-            return 0  # emptied: as a mean it would be 0 / 0
-        return planned  # packed by its collate function: it can be trained, only not counted or cut
+        pass
+    tensors = [leaf for leaf in tree.tensors(piece) if leaf.dim()]
+    if tensors and not any(map(len, tensors)):
+        return 0  # emptied: as a mean it would be 0 / 0
+    return planned  # packed by its collate function: it can be trained, only not counted or cut
 
 
 def recut(
@@ -69,20 +77,31 @@ def recut(
     smaller = window
     for index in reversed(range(len(window.pieces))):
         smaller = cut_one(smaller, index, split_of(window.sizes[index]), batch_keys)
-    if joins and max(smaller.sizes) > micro_batch:
+    if joins and window.load is None and max(smaller.sizes) > micro_batch:
         return _recut_joined(window, split_of, batch_keys) or smaller
     return smaller
 
 
 def cut_one(window: Window, index: int, sizes: Sizes, batch_keys: BatchKeys) -> Window:
-    """Cut one piece of a window; return it unchanged where impossible."""
+    """Cut one piece of a window; return it unchanged where impossible.
+
+    Where pieces can't be cut, its samples are loaded again.
+    """
+    samples = window.samples_of(index)
     try:
-        pieces = cutting.split(window.pieces[index], sizes, **batch_keys)
+        if window.load is not None:
+            ends = list(accumulate(sizes))
+            pieces = [window.load(samples[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+        else:
+            pieces = cutting.split(window.pieces[index], sizes, **batch_keys)
     except BatchError:
         return window
     return Window(
         (*window.pieces[:index], *pieces, *window.pieces[index + 1 :]),
         (*window.sizes[:index], *sizes, *window.sizes[index + 1 :]),
+        window.samples,
+        window.origin,
+        window.load,
     )
 
 

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..errors import UsageError
+from ..errors import BatchError, UsageError
 from ..torch_compat import ConvNd
 from ..workload import Batch, Workload
 from . import tree
+from .collated import Collated, elements, is_cut_by_rows
 from .loaders import is_map_style
+from .split import batch_size
 
 INFERRED_SAMPLES = 2
 LOADED_SAMPLES = 8  # as many as the test of exactness needs
@@ -32,52 +34,82 @@ INFERRED_TOKENS = 1024  # at most; a model's own context is often longer than it
 def with_sample(workload: Workload) -> tuple[Workload, str]:
     """Return the workload with a sample, and what was assumed.
 
-    Without one it comes from the loader, or else from the model. Arrays become tensors.
+    Without one it comes from the loader, or else from the model. Where a batch isn't cut along dimension 0, and there
+    is a map-style loader, the sample becomes the samples of its dataset with its collate function. Arrays become
+    tensors.
 
     Raises:
         UsageError: There is none, and none can be inferred.
     """
-    if workload.sample is not None:
-        return replace(workload, sample=tree.as_tensors(workload.sample, float_type(workload.model))), ""
-    batch, text = first_batch(workload)
-    if batch is None:
-        batch, text = infer_sample(workload.model)
-    return replace(workload, sample=tree.as_tensors(batch, float_type(workload.model))), text
+    floats, sample, text = float_type(workload.model), workload.sample, ""
+    if sample is None or (not isinstance(sample, Collated) and not _is_cut(workload)):
+        batch, text = from_loader(workload)
+        sample = batch if batch is not None else sample
+    if sample is None:
+        sample, text = infer_sample(workload.model)
+    return replace(workload, sample=tree.as_tensors(sample, floats)), text
+
+
+def _is_cut(workload: Workload) -> bool:
+    """Return whether the sample is to be cut by rows."""
+    if workload.largest is not None:
+        return False
+    try:
+        batch_size(tree.as_tensors(workload.sample), shared=workload.shared, per_sample=workload.per_sample)
+    except BatchError:
+        return not is_map_style(workload.loader)
+    return True
+
+
+def from_loader(workload: Workload) -> tuple[Any, str]:
+    """Return a batch of the loader's data, and which it is.
+
+    None where it gives none. Random states are as before: nothing is drawn from the loader's own sampler.
+    """
+    loader: Any = workload.loader() if callable(workload.loader) else workload.loader
+    with kept_random_states():
+        if is_map_style(loader):
+            return _of_dataset(workload, loader)
+        if isinstance(loader, (DataLoader, list, tuple)):
+            return next(iter(loader), None), "the loader's first batch"
+    return None, ""  # an iterator, which would be one batch shorter afterwards
+
+
+def _of_dataset(workload: Workload, loader: DataLoader[Any]) -> tuple[Any, str]:
+    """Return a few samples of a loader's dataset, the largest first."""
+    items, which = _items(workload, loader)
+    collate = loader.collate_fn
+    try:
+        collate(items)
+    except (RuntimeError, TypeError, ValueError, AssertionError):  # of several sizes, which it doesn't pad
+        items, which = items[:1] * len(items), f"{which}, the largest of them"
+    names = {"shared": workload.shared, "per_sample": workload.per_sample}
+    if is_cut_by_rows(items, collate, lambda batch: batch_size(batch, **names)):
+        return collate(items), f"{len(items)} {which}"
+    return Collated(tuple(items), collate, float_type(workload.model)), f"{len(items)} {which}, by its collate_fn"
+
+
+def _items(workload: Workload, loader: Any) -> tuple[list[Any], str]:
+    """Return samples of the dataset, the largest first, and which they are."""
+    count, lengths = len(loader.dataset), workload.lengths
+    few = min(count, LOADED_SAMPLES)
+    if lengths:
+        longest = sorted(range(min(count, len(lengths))), key=lambda index: -lengths[index])[:few]
+        return [loader.dataset[index] for index in longest], "longest samples of the loader's dataset"
+    items = [loader.dataset[number * count // few] for number in range(few)]
+    items.sort(key=lambda item: -elements(item))
+    if workload.largest is None:
+        return items, "samples of the loader's dataset"
+    return [
+        loader.dataset[workload.largest],
+        *items[: few - 1],
+    ], f"samples of the loader's dataset, {workload.largest} first"
 
 
 def float_type(model: nn.Module) -> torch.dtype | None:
     """Return what floating-point arrays become for a model; None to keep them."""
     found = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return None if torch.float64 in found or not found else torch.float32
-
-
-def first_batch(workload: Workload) -> tuple[Any, str]:
-    """Return a batch of the loader's data, and which it is.
-
-    None where it gives none.
-
-    Random states are as before: nothing is drawn from the loader's own sampler.
-    """
-    loader: Any = workload.loader() if callable(workload.loader) else workload.loader
-    if loader is None:
-        return None, ""
-    with kept_random_states():
-        if is_map_style(loader):
-            indices = _some(len(loader.dataset), workload.lengths)
-            items = [loader.dataset[index] for index in indices]
-            which = "the longest samples" if workload.lengths else "samples"
-            return loader.collate_fn(items), f"{len(items)} {which} of the loader's dataset"
-        if isinstance(loader, (DataLoader, list, tuple)):
-            return next(iter(loader), None), "the loader's first batch"
-    return None, ""  # an iterator, which would be one batch shorter afterwards
-
-
-def _some(count: int, lengths: Sequence[int] | None) -> list[int]:
-    """Return indices of a few samples, the longest if known."""
-    few = min(count, LOADED_SAMPLES)
-    if lengths:
-        return sorted(range(min(count, len(lengths))), key=lambda index: -lengths[index])[:few]
-    return [number * count // few for number in range(few)]
 
 
 @contextlib.contextmanager
@@ -207,6 +239,8 @@ def at_longest(workload: Workload) -> tuple[Batch, str]:
         UsageError: It is shorter, and which of its dimensions are the length is ambiguous.
     """
     sample, longest = workload.sample, max(workload.lengths or [0], default=0)
+    if isinstance(sample, Collated):  # of the longest samples already
+        return sample, ""
     known = positions(sample)
     if longest <= (known or _largest(sample)):
         return sample, ""

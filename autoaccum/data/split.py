@@ -22,6 +22,7 @@ import torch
 
 from ..errors import BatchError
 from . import tree
+from .collated import Collated
 
 if TYPE_CHECKING:
     from ..workload import Batch
@@ -61,6 +62,8 @@ def batch_size(batch: Batch, *, shared: Collection[str] = (), per_sample: Collec
     Raises:
         BatchError: Leaves disagree, none has rows, one can't be cut, or one could be either.
     """
+    if isinstance(batch, Collated):
+        return len(batch.items)
     return _survey(batch, shared, per_sample).rows
 
 
@@ -81,6 +84,8 @@ def split(
     Raises:
         BatchError: The sizes don't sum to the batch size, or the batch can't be cut.
     """
+    if isinstance(batch, Collated):
+        return [batch.taken(range(end - size, end)) for end, size in zip(accumulate(sizes), sizes, strict=True)]
     survey = _survey(batch, shared, per_sample)
     if sum(sizes) != survey.rows or min(sizes, default=0) < 1:
         raise BatchError(
@@ -108,6 +113,8 @@ def tile(batch: Batch, n: int, *, shared: Collection[str] = (), per_sample: Coll
     """
     if n < 1:
         raise BatchError(f"A batch of {n} samples can't be made.", hint="Ask for at least 1.")
+    if isinstance(batch, Collated):
+        return batch.tiled(n)
     own = batch_size(batch, shared=shared, per_sample=per_sample)
     return select(batch, [row % own for row in range(n)], shared=shared, per_sample=per_sample)
 
@@ -126,6 +133,8 @@ def select(
     Returns:
         A batch in new storage. What is shared is the same object.
     """
+    if isinstance(batch, Collated):
+        return batch.taken(rows)
     survey = _survey(batch, shared, per_sample)
     index = torch.tensor(rows, device="cpu")
 

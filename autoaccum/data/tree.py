@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import BatchError
 
@@ -77,6 +78,43 @@ def as_tensors(batch: Batch, floats: torch.dtype | None = None) -> Batch:
     return map_leaves(batch, as_tensor)
 
 
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    """Return all tensors of a batch, those in packed sequences and graphs too."""
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(batch, keep)
+    return found
+
+
+def map_tensors(batch: Batch, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    """Return the same tree around `function(tensor)` for each tensor.
+
+    Packed sequences and graphs are made anew around theirs; the sizes in a packed sequence stay on the host.
+
+    Args:
+        batch: Any tree, as for `leaves`.
+        function: Called once for each tensor.
+    """
+
+    def mapped(_: str, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return function(leaf)
+        if isinstance(leaf, PackedSequence):
+            indices = [
+                None if each is None else function(each) for each in (leaf.sorted_indices, leaf.unsorted_indices)
+            ]
+            return PackedSequence(function(leaf.data), leaf.batch_sizes, *indices)
+        if callable(getattr(leaf, "apply", None)) and callable(getattr(leaf, "to", None)):  # torch_geometric's data
+            return copy.copy(leaf).apply(function)
+        return leaf
+
+    return map_leaves(batch, mapped)
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Move a batch's tensors to a device, in new containers.
 
@@ -85,12 +123,10 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     their use.
     """
 
-    def move(_: str, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
+    def move(leaf: torch.Tensor) -> torch.Tensor:
         return leaf.to(device, non_blocking=leaf.device.type == "cpu" and leaf.is_pinned())
 
-    return map_leaves(batch, move)
+    return map_tensors(batch, move)
 
 
 def _collect(path: str, node: Any, is_leaf: IsLeaf | None, found: list[tuple[str, Any]]) -> None:
@@ -119,7 +155,9 @@ def _map(path: str, node: Any, function: Callable[[str, Any], Any], is_leaf: IsL
 
 def _children(path: str, node: Any) -> list[tuple[str, Any]] | None:
     """Return the child nodes with their paths; None for a leaf."""
-    if isinstance(node, (torch.Tensor, str)):  # most nodes: answered first, since this runs for each micro-batch
+    if isinstance(
+        node, (torch.Tensor, str, PackedSequence)
+    ):  # most nodes: answered first, since this runs for each micro-batch
         return None
     if isinstance(node, Mapping):
         return [(f"{path}[{key!r}]", child) for key, child in node.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,14 @@ class Window:
         sizes: Samples in each.
         samples: The index of each sample, piece after piece; empty where it isn't known.
         origin: What the indices count: "the dataset", say.
+        load: Loads samples by their indices, where pieces can't be cut; None where they can.
     """
 
     pieces: tuple[Batch, ...]
     sizes: tuple[int, ...]
     samples: Sequence[Any] = ()
     origin: str = ""
+    load: Callable[[Sequence[Any]], Batch] | None = None
 
     def samples_of(self, index: int) -> Sequence[Any]:
         """Return the indices of one piece's samples."""
@@ -34,4 +36,6 @@ class Window:
     def only(self, indices: Sequence[int]) -> Window:
         """Return the window with these pieces only."""
         pieces, sizes = ([each[i] for i in indices] for each in (self.pieces, self.sizes))
-        return Window(tuple(pieces), tuple(sizes), [s for i in indices for s in self.samples_of(i)], self.origin)
+        return Window(
+            tuple(pieces), tuple(sizes), [s for i in indices for s in self.samples_of(i)], self.origin, self.load
+        )

@@ -36,6 +36,7 @@ def windows(
     split_of_lengths: SizesOfLengths | None = None,
     least: int = 1,
     floats: Any = None,
+    collates: bool = False,
 ) -> Surviving[Window]:
     """Return one epoch of a loader as windows.
 
@@ -59,6 +60,7 @@ def windows(
         least: The fewest samples that a micro-batch may have. Where an epoch's end has fewer, they join the window
             before it; for this the loader is read so many samples ahead.
         floats: The torch.dtype that numpy's float64 becomes, the model's; None to keep it.
+        collates: Whether batches are made by the loader's collate function alone, and can't be cut.
 
     Returns:
         An iterator that raises a `BatchError` in the place of a window that can't be cut, and then goes on with the
@@ -72,17 +74,29 @@ def windows(
     sizes_of = partial(_checked_sizes, split_of)
     if is_map_style(loader):
         plan_of = _plan_of(sizes_of, lengths, split_of_lengths)
-        found: Iterator[Window | BatchError] = windows_of_indices(loader, target, plan_of, least, floats)
-    elif lengths is not None:
+        found: Iterator[Window | BatchError]
+        found = windows_of_indices(loader, target, plan_of, least, floats, collates=collates)
+    else:
+        _refuse_unindexed(loader, has_lengths=lengths is not None, collates=collates)
+        keys = {"shared": shared, "per_sample": per_sample}
+        found = windows_of_batches(loader, target, sizes_of, keys, least, floats)
+    return Surviving(_not_empty(found, loader))
+
+
+def _refuse_unindexed(loader: object, *, has_lengths: bool, collates: bool) -> None:
+    """Refuse a loader whose samples must be known by their indices."""
+    if collates:
+        raise UsageError(
+            f"The plan's batches are made by a loader's collate function, and {type(loader).__name__} isn't map-style.",
+            "Its batches are of other sizes, and they can't be cut.",
+            "Give a DataLoader over a dataset with __getitem__ and __len__, as for planning.",
+        )
+    if has_lengths:
         raise UsageError(
             f"lengths= were given, and the loader ({type(loader).__name__}) isn't a map-style DataLoader.",
             "Only there are samples known by their indices before they are padded.",
             "Give a DataLoader over a dataset with __getitem__ and __len__, or leave out lengths=.",
         )
-    else:
-        keys = {"shared": shared, "per_sample": per_sample}
-        found = windows_of_batches(loader, target, sizes_of, keys, least, floats)
-    return Surviving(_not_empty(found, loader))
 
 
 def _checked_sizes(split_of: SizesOf, samples: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data import tree
+from ..data.collated import materialized
 from ..workload import IGNORED, Batch
 from . import batch_leaves, test_batches
 from .determinism import ClassLoss, RandomOps
@@ -218,7 +219,7 @@ def _advice_on_coupling(seen: str) -> tuple[str, ...]:
 
 def _fitting(case: CheckCase, weights: Sequence[float]) -> Iterator[Count]:
     """Yield the counts whose shares match the weights found."""
-    pieces = case.test_batch.pieces(case.gradients.sizes)
+    pieces = [materialized(piece) for piece in case.test_batch.pieces(case.gradients.sizes)]
     for count in _candidates(case):
         try:
             values = [float(count.function(piece)) for piece in pieces]
@@ -232,7 +233,7 @@ def _fitting(case: CheckCase, weights: Sequence[float]) -> Iterator[Count]:
 
 
 def _candidates(case: CheckCase) -> Iterator[Count]:
-    batch, calls = case.test_batch.batch, case.gradients.draws.class_losses
+    batch, calls = materialized(case.test_batch.batch), case.gradients.draws.class_losses
     leaves = dict(tree.leaves(batch))
     ignored = ignorable(case.gradients.draws, batch)
     for path in dict.fromkeys([*ignored, *case.test_batch.ignored]):

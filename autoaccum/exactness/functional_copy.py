@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..data import tree
+from ..data.collated import materialized
 from ..phases import FIRST, LATER
 from ..state.closures import holdings
 from ..state.rng import put_rng, same_state, take_rng
@@ -134,9 +135,7 @@ class FunctionalCopy:
 
     def cast(self, batch: Batch) -> Batch:
         """Copy a batch to this precision and device."""
-        return tree.map_leaves(
-            batch, lambda _, leaf: self._cast(leaf.detach()).clone() if isinstance(leaf, torch.Tensor) else leaf
-        )
+        return tree.map_tensors(materialized(batch), lambda tensor: self._cast(tensor.detach()).clone())
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():

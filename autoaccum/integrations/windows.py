@@ -28,7 +28,7 @@ from ..errors import BatchError, PlanMismatch, UsageError
 from ..plan import Plan
 from ..runner.sizing import Sizing
 from ..simulation.solver import rank_share
-from ..window.fingerprint import check_signature, describe_model
+from ..window.fingerprint import check_signature, describe_model, is_collated
 from ..window.process_groups import ranks_here
 from ..workload import Batch
 from .counts import Count, counter_for
@@ -137,6 +137,7 @@ class Windows:
             lengths=self._lengths,
             split_of_lengths=sizing.sizes_of_lengths,
             least=sizing.least,
+            collates=is_collated(state.plan.provenance.signature),
             **sizing.batch_keys,
         ).items
         if state.steps_taken == 0:
@@ -166,8 +167,8 @@ class Windows:
         if isinstance(window, BatchError):
             raise window
         try:
-            for piece in window.pieces:
-                check_signature(piece, self._state.plan.provenance.signature)
+            for piece, rows in zip(window.pieces, window.sizes, strict=True):
+                check_signature(piece, self._state.plan.provenance.signature, rows)
             return self._state.sizing.fitted(counted(window, self._state.sizing.batch_keys))
         except BatchError as error:
             raise bad_batches.of_samples(error, window.samples, window.origin) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..data.collated import Collated
 from ..data.sample import shortened
 from ..data.tokens import most_rows
 from ..simulation.solver import Solution
@@ -30,7 +31,13 @@ def most_short_rows(predictor: MemoryPredictor, solution: Solution, start_over: 
     subject, samples, micro_batch = predictor.subject, predictor.request.samples, solution.split[0]
     work = subject.workload
     tokens = build_plan.token_budget(work, micro_batch)
-    if tokens is None or work.lengths is None or samples is None or work.encode is not None:
+    if (
+        isinstance(work.sample, Collated)
+        or tokens is None
+        or work.lengths is None
+        or samples is None
+        or work.encode is not None
+    ):
         return None
     rows = most_rows(work.lengths, tokens, samples)
     while rows > micro_batch:

@@ -90,4 +90,4 @@ class RecordingTarget:
 
 
 def _tensor_bytes(batch: Batch) -> int:
-    return sum(leaf.nbytes for _, leaf in tree.leaves(batch) if isinstance(leaf, torch.Tensor))
+    return sum(tensor.nbytes for tensor in tree.tensors(batch))

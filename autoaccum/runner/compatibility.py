@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..data.collated import COLLATED
 from ..errors import UsageError
 from ..plan import Plan
 from ..simulation.solver import CAPACITY_MARGIN
@@ -75,7 +76,7 @@ def _length_warning(workload: Workload, plan: Plan) -> str:
     It would be refused in the middle of an epoch.
     """
     longest = max(workload.lengths or [0], default=0)
-    shaped = [leaf for leaf in plan.provenance.signature if leaf.trailing_shape]
+    shaped = [leaf for leaf in plan.provenance.signature if leaf.trailing_shape and leaf.path != COLLATED]
     tokens = [leaf for leaf in shaped if "int" in leaf.dtype] or shaped
     planned = max((leaf.trailing_shape[0] for leaf in tokens), default=longest)
     if longest <= planned:  # fit_plan plans at the longest: longer ones are other data

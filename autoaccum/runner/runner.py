@@ -26,7 +26,7 @@ from ..plan import Plan
 from ..simulation.solver import rank_share
 from ..state.rng import put_rng
 from ..window import norms, step
-from ..window.fingerprint import check_fingerprint, check_signature, fingerprint
+from ..window.fingerprint import check_fingerprint, check_signature, fingerprint, is_collated
 from ..window.scheduling import step_after_epoch
 from ..workload import Batch, Workload, as_workload
 from . import compatibility
@@ -80,6 +80,7 @@ class Runner:
 
     Attributes:
         micro_batch: The largest micro-batch now; lower than the plan's after an out-of-memory.
+        collates: Whether batches are made by the loader's collate function alone, and can't be cut.
         context: The model, the optimizer and the scheduler at work.
     """
 
@@ -101,7 +102,9 @@ class Runner:
         least = max(plan.request.min_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
         keys = {"shared": workload.shared, "per_sample": workload.per_sample}
         self.sizing = Sizing(plan, least, max_tokens=workload.max_tokens, **keys)
+        self.collates = self.context.collates = is_collated(plan.provenance.signature)
         self.checks = WindowChecks(self.context, self.sizing.batch_keys)
+        self.checks.rechecked = self.collates  # that test cuts batches
         self.peak_monitor = PeakMonitor(self.context.device, plan)
         self._recovery = OomRecovery(self.context, plan, self.sizing)
         if not self.context.model.training:
@@ -146,6 +149,12 @@ class Runner:
             BatchError: It can't be cut, or its form isn't the planned one.
             OutOfMemory: It doesn't fit even in micro-batches of one sample.
         """
+        if self.collates:
+            raise BatchError(
+                "The plan's batches are made by a loader's collate function, and one batch can't be cut.",
+                "Where it is cut along dimension 0, samples would fall apart.",
+                "Train with Runner.epoch(loader), which collates each micro-batch.",
+            )
         batch = as_tensors(batch, float_type(self.context.model))
         sizes = self.sizing.sizes(cutting.batch_size(batch, **self.sizing.batch_keys))
         return self._train(self._checked(Window(tuple(cutting.split(batch, sizes, **self.sizing.batch_keys)), sizes)))
@@ -188,6 +197,7 @@ class Runner:
             split_of_lengths=self.sizing.sizes_of_lengths,
             least=self.least,
             floats=float_type(self.context.model),
+            collates=self.collates,
             **self.sizing.batch_keys,
         ).items
         while skip and (window := next(found, None)) is not None:  # counted are those that were trained before
@@ -233,7 +243,7 @@ class Runner:
         good: list[int] = []
         for index, piece in enumerate(window.pieces):
             try:
-                check_signature(piece, self.plan.provenance.signature)
+                check_signature(piece, self.plan.provenance.signature, window.sizes[index])
                 good.append(index)
             except BatchError as error:
                 known = bad_batches.of_samples(error, window.samples_of(index), window.origin)

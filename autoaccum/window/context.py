@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..criterion import Criterion, as_loss
+from ..data.collated import Collated
 from ..data.prefetch import Copies
 from ..errors import UsageError
 from ..state.closures import Holdings, holdings
@@ -40,6 +41,7 @@ class TrainingContext:
         last_metric: The last window's metric, for a scheduler that takes one at an epoch's end.
         steps_taken: Optimizer steps so far.
         epochs_done: Epochs of `Runner.epoch` so far, for a scheduler that counts them.
+        collates: Whether batches are made by a loader's collate function alone, and can't be cut.
         adds_up: Whether the loss is a sum over the batch, so that micro-batches add up unweighted.
         held: What the loss and the other functions of a window hold, beside the model.
         norms: The modules whose forward is about more than its own sample, of the model and of what the loss holds.
@@ -75,6 +77,7 @@ class TrainingContext:
     steps_taken: int = 0
     epochs_done: int = 0
     adds_up: bool = False
+    collates: bool = False
     held: Holdings = field(default_factory=Holdings)
     norms: Norms = field(default_factory=Norms)
     loss_form: LossForm | None = None
@@ -131,6 +134,7 @@ def open_context(workload: Workload) -> TrainingContext:
         scheduling=Scheduling.STEP if scheduler is None else read_scheduling(scheduler, workload.scheduler_interval),
         clip_grad_norm=workload.clip_grad_norm,
         count=workload.count or count,
+        collates=isinstance(workload.sample, Collated),
         adds_up=isinstance(loss, Criterion) and loss.adds_up,
         accumulate=workload.accumulate,
         between_steps=workload.between_steps,

@@ -11,16 +11,23 @@ import torch
 
 from .. import __version__
 from ..data import tree
+from ..data.collated import COLLATED, Collated, tensor_bytes
 from ..devices.registry import get_device
 from ..errors import BatchError, PlanMismatch
 from ..plan import LeafForm
+from ..units import show_bytes
 from .step import TrainingContext
 
 Signature = tuple[LeafForm, ...]
 
 
 def signature(batch: Any) -> Signature:
-    """Return a batch's form: every tensor's place, dtype and trailing shape."""
+    """Return a batch's form: every tensor's place, dtype and trailing shape.
+
+    A batch that isn't cut by rows has no such places; its form is the bytes of its largest sample.
+    """
+    if isinstance(batch, Collated):
+        return (LeafForm(COLLATED, "bytes", (tensor_bytes(batch.tiled(1)),)),)
     return tuple(
         LeafForm(path, str(leaf.dtype), tuple(leaf.shape[1:]))
         for path, leaf in tree.leaves(batch)
@@ -28,15 +35,28 @@ def signature(batch: Any) -> Signature:
     )
 
 
-def check_signature(batch: Any, planned: Signature) -> None:
+def is_collated(planned: Signature) -> bool:
+    """Return whether a plan's batches are made by their loader alone."""
+    return len(planned) == 1 and planned[0].path == COLLATED
+
+
+def check_signature(batch: Any, planned: Signature, rows: int | None = None) -> None:
     """Refuses a micro-batch that could need more memory than the plan knows.
 
     A trailing dimension may be shorter than planned (a padded sequence), never longer. A picture, in floating point
     with several trailing dimensions, may have other sides, as long as it has no more elements.
 
+    Args:
+        batch: The micro-batch.
+        planned: The plan's form.
+        rows: Its samples, where they are known.
+
     Raises:
         BatchError: Another structure or dtype, or a longer dimension.
     """
+    if is_collated(planned):
+        _check_bytes(batch, planned[0].trailing_shape[0], rows)
+        return
     found = signature(batch)
     if [leaf.path for leaf in found] != [leaf.path for leaf in planned]:
         raise BatchError(
@@ -54,6 +74,16 @@ def check_signature(batch: Any, planned: Signature) -> None:
                 "It could need more memory than was planned, so it is refused before its forward.",
                 "Plan again with a sample of the longest sequence, or the largest picture, of the data.",
             )
+
+
+def _check_bytes(batch: Any, sample_bytes: int, rows: int | None) -> None:
+    if rows is not None and (found := tensor_bytes(batch)) > rows * sample_bytes:
+        raise BatchError(
+            f"A micro-batch of {rows} samples has {show_bytes(found)}; the plan knows at most "
+            f"{show_bytes(sample_bytes)} a sample.",
+            "It could need more memory than was planned, so it is refused before its forward.",
+            "Plan again with the index of the dataset's largest sample: Workload(..., largest=index).",
+        )
 
 
 def _fits(leaf: LeafForm, plan: LeafForm, pictures: Collection[tuple[int, ...]]) -> bool:

@@ -121,7 +121,7 @@ def _find_loss_form(context: TrainingContext, pieces: Sequence[Batch]) -> LossFo
         telling = next((piece for piece in pieces if can_tell(piece)), None)
         if telling is None:
             return LossForm(LossKind.NOTHING)
-        few = _few(telling)
+        few = _few(context, telling)
         denominator = _ask_for_denominator(context, few if can_tell(few) else telling)
         if denominator is not None:
             return LossForm(LossKind.LABELS, denominator.count, denominator)
@@ -170,7 +170,7 @@ def _returns_pair(context: TrainingContext, piece: Batch) -> bool:
     """Ask a loss whether it returns `(sum, count)`, with one micro-batch."""
     if context.loss_is_pair is not None:
         return context.loss_is_pair
-    few = _few(piece)
+    few = _few(context, piece)
     is_pair = forward_only(context, lambda: _count_by_forward(context, few) is not None)
     get_device(context.device).release_cache()
     return is_pair
@@ -186,8 +186,10 @@ def _value(count: Any) -> Any:
     return count.detach() if isinstance(count, torch.Tensor) else count
 
 
-def _few(piece: Batch) -> Batch:
-    """Return two samples of a micro-batch, or all of one packed."""
+def _few(context: TrainingContext, piece: Batch) -> Batch:
+    """Return two samples of a micro-batch; all of one that isn't cut."""
+    if context.collates:
+        return piece
     try:
         return cutting.tile(piece, min(_PROBE_SAMPLES, cutting.batch_size(piece)))
     except BatchError:
