@@ -79,7 +79,7 @@ def as_tensors(batch: Batch, floats: torch.dtype | None = None) -> Batch:
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
-    """Return all tensors of a batch, those in packed sequences and graphs too."""
+    """Return all tensors of a batch, those in graphs too."""
     found: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
