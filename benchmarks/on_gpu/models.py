@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from autoaccum import Workload
-from autoaccum.devices.virtual.control import is_virtual
 from benchmarks import models as small
 from benchmarks.on_gpu import nets
 from benchmarks.truth_models import Mlp, UNet
@@ -118,8 +117,6 @@ def unet_bf16() -> Workload:
 
 
 def lstm_fp32() -> Workload:
-    if is_virtual():
-        torch.backends.cudnn.enabled = False  # the virtual GPU has no recurrent nets of cuDNN: torch's own cells run
     ids = torch.randint(1000, (8, 128), generator=torch.Generator().manual_seed(0))
     return Workload(small.Recurrent(nn.LSTM, False), (ids, ids % 50), optimizer=_adamw)
 
