@@ -243,9 +243,9 @@ def test_a_card_without_a_row_stands_in_by_the_nearest() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(virtual.available() is not None, reason=virtual.available() or "")
 def test_a_model_goes_through_plans_and_gradients_on_the_virtual_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.on_gpu", "--virtual", "h100-80gb", "--workers", "1"]
-    command += ["--only", "a:mlp-fp32,b:mlp-fp32,c:lstm-fp32,d:mlp-fp32", "--output", str(tmp_path)]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    only = "a:mlp-fp32,b:mlp-fp32,c:lstm-fp32,d:mlp-fp32"
+    command = [ROOT / "scripts" / "on_gpu", tmp_path, "--virtual", "h100-80gb", "--workers", "1", "--only", only]
+    out = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
     assert out.returncode == 0, out.stdout + out.stderr
     (path,) = tmp_path.glob("*-virtual-nvidia-h100-80gb-hbm3-torch-*-on-gpu.jsonl")
     found = rows.by_trial(map(json.loads, path.read_text().splitlines()))
@@ -254,6 +254,8 @@ def test_a_model_goes_through_plans_and_gradients_on_the_virtual_gpu(tmp_path: P
     assert plan["predicted"] == found["b", "mlp-fp32"]["plan"]["predicted"]
     assert found["d", "mlp-fp32"]["after out of memory"]["retries"] > 0
     assert "times mean nothing" in out.stdout
+    again = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert again.returncode == 1 and "is there already: go on with it by --resume" in again.stdout
 
 
 def test_nothing_is_needed_of_the_network() -> None:

@@ -74,7 +74,8 @@ def _rows(args: argparse.Namespace, facts: dict[str, Any]) -> Rows:
     if args.resume and earlier:
         return Rows(earlier[-1], beside, read(earlier[-1]))
     path = args.output / f"{time.strftime('%Y-%m-%d')}-{name}"
-    path.unlink(missing_ok=True)
+    if path.exists():
+        raise SystemExit(f"{path} is there already: go on with it by --resume, or name another --output")
     return Rows(path, beside)
 
 

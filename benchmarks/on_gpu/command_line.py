@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .job import Job
 
 MEMORY = "6GiB"
+TUNE_SECONDS = "TUNE_SECONDS"  # a real card's are 20
 COMMANDS: dict[str, tuple[str, ...]] = {
     "doctor": ("doctor",),
     "plan": ("plan", "--target-batch", "512", "--device", "cuda", "--memory", MEMORY, "-o", "plan.json", "--force"),
@@ -24,11 +26,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "--windows", "3",
     ),
     "tune": (
-        "tune", "--target-batch", "512", "--device", "cuda", "--memory", MEMORY, "--timeout", "20", "--trials", "6",
+        "tune", "--target-batch", "512", "--device", "cuda", "--memory", MEMORY, "--timeout", TUNE_SECONDS, "--trials", "6",
         "-o", "tuned.json", "--force",
     ),
 }  # fmt: skip
-LIMIT_SECONDS = 150
+LIMIT_SECONDS = 150.0
+VIRTUAL_SLOWNESS = 10  # of shared cores
 
 
 def run(job: Job) -> None:
@@ -37,17 +40,20 @@ def run(job: Job) -> None:
         for name, arguments in COMMANDS.items():
             if name in job.known and job.known[name].get("code") == 0 and name != "plan":
                 continue
-            job.emit(name, **command(arguments, Path(folder)))
+            slowness = VIRTUAL_SLOWNESS if job.is_virtual else 1
+            typed = [str(20 * slowness) if word == TUNE_SECONDS else word for word in arguments]
+            job.emit(name, **command(typed, Path(folder), slowness * LIMIT_SECONDS))
 
 
-def command(arguments: tuple[str, ...], folder: Path) -> dict[str, Any]:
+def command(arguments: Sequence[str], folder: Path, limit_seconds: float) -> dict[str, Any]:
     """Run one command; return its exit code, seconds and what it printed."""
     started = time.perf_counter()
     whole = [sys.executable, "-m", "autoaccum", *arguments]
     try:
-        out = subprocess.run(whole, cwd=folder, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+        out = subprocess.run(whole, cwd=folder, capture_output=True, text=True, timeout=limit_seconds)
     except subprocess.TimeoutExpired:
-        return {"typed": " ".join(arguments), "code": None, "seconds": float(LIMIT_SECONDS), "printed": "", "said": ""}
+        said = f"no answer within {limit_seconds:.0f} s"
+        return {"typed": " ".join(arguments), "code": None, "seconds": limit_seconds, "printed": "", "said": said}
     found: dict[str, Any] = {
         "typed": " ".join(arguments),
         "code": out.returncode,
