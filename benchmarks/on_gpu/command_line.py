@@ -26,8 +26,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "--windows", "3",
     ),
     "tune": (
-        "tune", "--target-batch", "512", "--device", "cuda", "--memory", MEMORY, "--timeout", TUNE_SECONDS, "--trials", "6",
-        "-o", "tuned.json", "--force",
+        "tune", "--target-batch", "512", "--device", "cuda", "--memory", MEMORY, "--timeout", TUNE_SECONDS,
+        "--trials", "6", "-o", "tuned.json", "--force",
     ),
 }  # fmt: skip
 LIMIT_SECONDS = 150.0
