@@ -20,9 +20,10 @@ FENCED = re.compile(r"^```(?:sh|console|bash)?\n(.*?)^```", re.MULTILINE | re.DO
 INDENTED = re.compile(r"^ {4,}(?:\$ )?(autoaccum .*)$", re.MULTILINE)
 
 # Pages whose python blocks another test runs.
-RUN_ELSEWHERE: dict[str, str] = dict.fromkeys(
-    ("accelerate.md", "plain-loop.md", "training.md"), "tests/test_loop_pages.py"
-)
+RUN_ELSEWHERE = {
+    **dict.fromkeys(("accelerate.md", "plain-loop.md", "training.md"), "tests/test_loop_pages.py"),
+    "two-optimizers.md": "tests/test_first_tries.py",
+}
 
 SMALL = """
 import torch
@@ -94,7 +95,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
 
 def test_pages_that_another_test_runs_are_named_there() -> None:
     for page, test in RUN_ELSEWHERE.items():
-        assert blocks(ROOT / "docs" / page) and page in (ROOT / test).read_text(), page
+        assert blocks(ROOT / "docs" / page) and page.removesuffix(".md") in (ROOT / test).read_text(), page
 
 
 def commands(page: Path) -> Iterator[str]:
