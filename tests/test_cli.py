@@ -336,8 +336,8 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         "export": ["--force", "--merge", "--output", "--to"],
         "plan": [
             "--device", "--force", "--gpu", "--headroom", "--json", "--malloc", "--max-micro-batch", "--memory",
-            "--objective", "--output", "--target-batch", "--timing", "--uniform", "--verify",
-            "--workload",
+            "--objective", "--output", "--target-batch", "--timing", "--uniform", "--verbose",
+            "--verify", "--workload",
         ],
         "report": ["--force", "--output"],
         "run": ["--checkpoint", "--checkpoint-seconds", "--epochs", "--json", "--steps"],

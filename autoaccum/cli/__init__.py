@@ -22,7 +22,7 @@ app = typer.Typer(
         "autoaccum plan --target-batch 512 -o plan.json && autoaccum run plan.json"
     ),
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

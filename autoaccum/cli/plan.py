@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -13,22 +15,39 @@ from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..planning.request import PlanRequest
 from ..processes.examples import BUILT_IN, DEFAULT
 from ..units import check_memory, check_samples, check_seconds
+from .completion import choices, gpus, workloads
 from .flags import in_flags
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 
 def plan(
     target_batch: int = typer.Option(None, help="Samples in an optimizer step. Left out: the largest micro-batch."),
-    workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
-    device: str = typer.Option(None, help="cpu, or cuda for this machine's GPU. Left out: cpu, or cuda with --gpu."),
-    gpu: str = typer.Option(None, help="Plan for a GPU that isn't here, like a100-40gb (doctor --gpus lists them)."),
+    workload: str = typer.Option(
+        DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}.", autocompletion=workloads
+    ),
+    device: str = typer.Option(
+        None,
+        help="cpu, or cuda for this machine's GPU. Left out: cpu, or cuda with --gpu.",
+        autocompletion=choices("cpu", "cuda"),
+    ),
+    gpu: str = typer.Option(
+        None, help="Plan for a GPU that isn't here, like a100-40gb (doctor --gpus lists them).", autocompletion=gpus
+    ),
     memory: str = typer.Option(None, help="Memory limit of the process, like 2GiB. Left out: all free memory."),
     headroom: str = typer.Option(None, help="Part of it to keep free, like 500MiB or 5%."),
     max_micro_batch: int = typer.Option(None, help="The largest micro-batch allowed."),
-    malloc: str = typer.Option("fixed", help="fixed: predictable memory; default: faster, with a quarter kept free."),
+    malloc: str = typer.Option(
+        "fixed",
+        help="fixed: predictable memory; default: faster, with a quarter kept free.",
+        autocompletion=choices("fixed", "default"),
+    ),
     verify: bool = typer.Option(True, help="Run the plan's window."),
     objective: str = typer.Option(
         FEWEST_STEPS,
         help="fewest-steps: the largest micro-batches; fastest: the smallest within 1 % of the fastest step.",
+        autocompletion=choices(*OBJECTIVES),
     ),
     uniform: bool = typer.Option(
         False, "--uniform", help="One size for all micro-batches, for trainers that know only one (see export)."
@@ -37,6 +56,7 @@ def plan(
     output: Path = typer.Option(None, "--output", "-o", help="Write the plan to this file, as JSON."),
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
     json: bool = typer.Option(False, "--json", help="Print the plan's JSON alone."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Print how it was found, too."),
 ) -> None:
     """Find the fewest accumulation steps that fit, and verify them."""
     request = PlanRequest(
@@ -66,12 +86,24 @@ def plan(
     if json:
         print(found.to_json(), end="")
         return
-    from ..reporting.explain import summary
+    _print(found, output, verbose=verbose)
 
-    print(in_flags(summary(found)))
+
+def _print(found: Plan, output: Path | None, *, verbose: bool) -> None:
+    """Print a plan as a card, or all of its summary."""
     file = output or "plan.json"
     keep = "" if output is not None else " (keep the plan: -o plan.json)"
-    print(f"next        autoaccum run {file}, autoaccum explain {file}{keep}")
+    following = f"autoaccum run {file}, autoaccum explain {file}{keep}"
+    if verbose:
+        from ..reporting.explain import summary
+
+        print(in_flags(summary(found)))
+        print(f"next        {following}")
+        return
+    from ..reporting.card import card
+    from .terminal import look_of
+
+    print(card(found, look_of(sys.stdout), following, in_flags))
 
 
 def _check_device(device: str | None, gpu: str | None) -> None:

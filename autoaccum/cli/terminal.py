@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import AutoaccumError, UsageError
 from ..files.escape import lines, one_line
@@ -16,6 +18,7 @@ from .flags import in_flags
 
 if TYPE_CHECKING:
     from ..plan import Plan
+    from ..reporting.card import Look
 
 
 def show_error(error: AutoaccumError, *, with_traceback: bool) -> None:
@@ -29,6 +32,23 @@ def show_error(error: AutoaccumError, *, with_traceback: bool) -> None:
     parts = [one_line(error.what), *lines(error.why).split("\n"), one_line(in_flags(error.hint))]
     first, *others = [part for part in parts if part]
     print("error: " + first, *others, sep="\n  ", file=sys.stderr)
+
+
+def look_of(stream: TextIO) -> Look:
+    """Return what the terminal behind a stream can show.
+
+    Colours are left out where NO_COLOR is set (no-color.org), where TERM is dumb, and in a file or a pipe.
+    """
+    from ..reporting.card import Look
+
+    is_terminal = stream.isatty()
+    colours = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    try:
+        "█░".encode(stream.encoding or "ascii")
+        blocks = True
+    except (UnicodeEncodeError, LookupError):
+        blocks = False
+    return Look(min(shutil.get_terminal_size().columns, 120) if is_terminal else None, colours, blocks)
 
 
 def keep_plan(plan: Plan, output: Path) -> None:

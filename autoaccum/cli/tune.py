@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..files.escape import one_line
 from ..files.whole import check_output
 from ..processes.examples import BUILT_IN, DEFAULT
+from .flags import in_flags
 from .terminal import keep_plan
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _print_result(found: TuningResult, output: Path | None) -> None:
     print(found.table())
     print()
     print(summary_of_trials(found))
-    print(summary(found.plan))
+    print(in_flags(summary(found.plan)))
     file = output or "plan.json"
     save = "" if output is not None else " (save the plan: -o plan.json)"
     print(f"next        autoaccum run {file}, autoaccum explain {file}{save}")

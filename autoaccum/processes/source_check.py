@@ -28,11 +28,7 @@ def check_text(text: str, file: str, function: str) -> None:
     Raises:
         UsageError: With the line at fault, and what to write.
     """
-    try:
-        module = ast.parse(text)
-    except (SyntaxError, ValueError) as error:
-        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        raise UsageError(f"{file}{where} is not valid Python: {error}.", hint="Does python run it?") from None
+    module = _parsed(text, file)
     names = set(_bound(module.body))
     line = _training_line(module)
     if function not in names and "*" not in names and "__getattr__" not in names:
@@ -50,12 +46,33 @@ def check_text(text: str, file: str, function: str) -> None:
 
 
 def _hint(module: ast.Module, file: str, function: str) -> str:
-    makers = [each.name for each in module.body if isinstance(each, ast.FunctionDef) and _makes_workload(each)]
+    makers = _makers(module)
     known = [each.name for each in module.body if isinstance(each, ast.FunctionDef)]
     near = makers[:1] or difflib.get_close_matches(function, known, n=1)
     if near:
         return f"Did you mean {file}:{near[0]}?"
     return f"Add one that makes what is trained: def {function}(): return autoaccum.Workload(model, sample, ...)"
+
+
+def workload_functions(text: str) -> list[str]:
+    """Return the functions of a file that make a workload.
+
+    Raises:
+        UsageError: It isn't Python.
+    """
+    return _makers(_parsed(text, "the file"))
+
+
+def _makers(module: ast.Module) -> list[str]:
+    return [each.name for each in module.body if isinstance(each, ast.FunctionDef) and _makes_workload(each)]
+
+
+def _parsed(text: str, file: str) -> ast.Module:
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise UsageError(f"{file}{where} is not valid Python: {error}.", hint="Does python run it?") from None
 
 
 def _makes_workload(function: ast.FunctionDef) -> bool:

@@ -9,6 +9,7 @@ from ..phases import PHASE_TITLES
 from ..plan import FASTEST, Plan
 from ..simulation import knee
 from ..units import show_bytes
+from .kinds import place
 
 
 def summary(plan: Plan) -> str:
@@ -34,7 +35,7 @@ def summary(plan: Plan) -> str:
         lines.append(("time", _time(plan)))
     found = knee.describe(plan)
     if found is not None:
-        lines.append(("knee", f"{found}, {_place(plan)}{_longer(plan)}"))
+        lines.append(("knee", f"{found}, {place(plan)}{_longer(plan)}"))
     elif "timing_seconds=" in plan.provenance.reasons.get("times", ""):
         lines.append(("knee", plan.provenance.reasons["times"]))
     lines.append(("exactness", plan.exactness))
@@ -97,7 +98,7 @@ def _peak(plan: Plan) -> str:
         if plan.on_cuda
         else f"{show_bytes(plan.evidence.resident_peak_bytes or 0)} of it resident"
     )
-    return f"{text}; {show_bytes(plan.measured_peak_bytes)} {_place(plan)} ({error:+.1%}), {part}"
+    return f"{text}; {show_bytes(plan.measured_peak_bytes)} {place(plan)} ({error:+.1%}), {part}"
 
 
 def _by_hand(plan: Plan) -> str:
@@ -105,13 +106,6 @@ def _by_hand(plan: Plan) -> str:
         f"{show_bytes(plan.memory.plain_loop_peak_bytes or 0)} predicted for the same window in a plain loop: "
         "there cuBLAS keeps its workspaces at the addresses of their first allocation"
     )
-
-
-def _place(plan: Plan) -> str:
-    """Return on what the plan's figures were measured."""
-    if plan.device.is_virtual:
-        return "by the real allocator on a virtual GPU"
-    return "measured on this GPU" if plan.on_cuda else "measured on this CPU"
 
 
 def _why(plan: Plan) -> str:
@@ -143,7 +137,7 @@ def _largest(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     seconds, fraction = plan.timing.window_seconds, plan.timing.kernel_time_fraction
-    text = f"{seconds:.1f} s per optimizer step, estimated from the verification run, {_place(plan)}"
+    text = f"{seconds:.1f} s per optimizer step, estimated from the verification run, {place(plan)}"
     if plan.device.mmap_threshold_bytes is None or fraction is None:
         return text
     return (

@@ -37,3 +37,10 @@ def byte_word(plan: Plan) -> str:
 def cached_word(plan: Plan) -> str:
     """Return the title of bytes that the allocator holds beyond live blocks."""
     return "rounding and heap" if plan.device.name == "cpu" else "cached"
+
+
+def place(plan: Plan) -> str:
+    """Return on what the plan's figures were measured."""
+    if plan.device.is_virtual:
+        return "by the real allocator on a virtual GPU"
+    return "measured on this GPU" if plan.on_cuda else "measured on this CPU"
