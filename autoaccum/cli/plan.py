@@ -21,34 +21,38 @@ from .flags import in_flags
 if TYPE_CHECKING:
     from ..plan import Plan
 
+_WORKLOAD = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}.", autocompletion=workloads)
+_DEVICE = typer.Option(
+    None,
+    help="cpu, or cuda for this machine's GPU. Left out: cpu, or cuda with --gpu.",
+    autocompletion=choices("cpu", "cuda"),
+)
+_GPU = typer.Option(
+    None, help="Plan for a GPU that isn't here, like a100-40gb (doctor --gpus lists them).", autocompletion=gpus
+)
+_MALLOC = typer.Option(
+    "fixed",
+    help="fixed: predictable memory; default: faster, with a quarter kept free.",
+    autocompletion=choices("fixed", "default"),
+)
+_OBJECTIVE = typer.Option(
+    FEWEST_STEPS,
+    help="fewest-steps: the largest micro-batches; fastest: the smallest within 1 % of the fastest step.",
+    autocompletion=choices(*OBJECTIVES),
+)
+
 
 def plan(
     target_batch: int = typer.Option(None, help="Samples in an optimizer step. Left out: the largest micro-batch."),
-    workload: str = typer.Option(
-        DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}.", autocompletion=workloads
-    ),
-    device: str = typer.Option(
-        None,
-        help="cpu, or cuda for this machine's GPU. Left out: cpu, or cuda with --gpu.",
-        autocompletion=choices("cpu", "cuda"),
-    ),
-    gpu: str = typer.Option(
-        None, help="Plan for a GPU that isn't here, like a100-40gb (doctor --gpus lists them).", autocompletion=gpus
-    ),
+    workload: str = _WORKLOAD,
+    device: str = _DEVICE,
+    gpu: str = _GPU,
     memory: str = typer.Option(None, help="Memory limit of the process, like 2GiB. Left out: all free memory."),
     headroom: str = typer.Option(None, help="Part of it to keep free, like 500MiB or 5%."),
     max_micro_batch: int = typer.Option(None, help="The largest micro-batch allowed."),
-    malloc: str = typer.Option(
-        "fixed",
-        help="fixed: predictable memory; default: faster, with a quarter kept free.",
-        autocompletion=choices("fixed", "default"),
-    ),
+    malloc: str = _MALLOC,
     verify: bool = typer.Option(True, help="Run the plan's window."),
-    objective: str = typer.Option(
-        FEWEST_STEPS,
-        help="fewest-steps: the largest micro-batches; fastest: the smallest within 1 % of the fastest step.",
-        autocompletion=choices(*OBJECTIVES),
-    ),
+    objective: str = _OBJECTIVE,
     uniform: bool = typer.Option(
         False, "--uniform", help="One size for all micro-batches, for trainers that know only one (see export)."
     ),

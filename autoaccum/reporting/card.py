@@ -1,4 +1,4 @@
-"""Show a plan as a card that is read in five seconds. No torch."""
+"""Show a plan as a card, read in five seconds. No torch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _split(plan: Plan) -> str:
 
 
 def _peak(look: Look, plan: Plan) -> Iterator[str]:
-    """Yield the peak as a bar of the budget, and how it is known."""
+    """Yield the peak as a bar of the budget."""
     part = plan.predicted_peak_bytes / max(1, plan.budget_bytes)
     percent = f" {part:.0%}"
     sizes = f"{show_bytes(plan.predicted_peak_bytes)} of {show_bytes(plan.budget_bytes)}  "
