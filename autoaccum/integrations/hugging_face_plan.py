@@ -158,13 +158,14 @@ def alone(accelerator: Any) -> Iterator[None]:
         )
 
     names = ("gather", "gather_for_metrics") if ranks > 1 else ()
+    before = {name: vars(accelerator).get(name) for name in names}
     for name in names:
         setattr(accelerator, name, gathered)
     try:
         yield
     finally:
         for name in names:
-            delattr(accelerator, name)
+            delattr(accelerator, name) if before[name] is None else setattr(accelerator, name, before[name])
 
 
 @contextlib.contextmanager
@@ -209,7 +210,7 @@ def _loss_of(
     def trainer_loss(model: torch.nn.Module, batch: Batch) -> Any:
         assert len(held) == 2  # in the closure, where planning looks for what a loss holds
         given = batch if make is None else tree.to_device(make(batch[_ROW]), batch[_ROW].device)
-        items = num_items_of(trainer, given)
+        items = num_items_of(computing.trainer, given)
         if average.passes:
             return computing.loss(model, given, torch.ones_like(items)), items
         return computing.loss(model, given, items)

@@ -166,8 +166,7 @@ def _trim_source(batch: Batch, prefix: str, mask: torch.Tensor) -> None:
     width = _used(mask != 0)
     if prefix + _LABELS in members:
         width = max(width, _used(batch[prefix + _LABELS] != IGNORED))
-    for name in members:
-        batch[name] = batch[name][:, : _aligned(width, longest)].contiguous()  # models view their labels
+    _cut_off(batch, members, _aligned(width, longest))
 
 
 def _trim_targets(batch: Batch) -> None:
@@ -183,8 +182,13 @@ def _trim_targets(batch: Batch) -> None:
     width = _used(labels != IGNORED)
     if _is_mask(batch.get(_DECODER + _MASK)):
         width = max(width, _used(batch[_DECODER + _MASK] != 0))
-    for name in (_LABELS, *members):
-        batch[name] = batch[name][:, : _aligned(width, longest)].contiguous()  # models view their labels
+    _cut_off(batch, (_LABELS, *members), _aligned(width, longest))
+
+
+def _cut_off(batch: Batch, names: Sequence[str], width: int) -> None:
+    for name in names:
+        if batch[name].shape[1] > width:
+            batch[name] = batch[name][:, :width].contiguous()  # models view their labels
 
 
 def _used(used: torch.Tensor) -> int:
