@@ -30,7 +30,7 @@ REASON = available()
 MIB = 1 << 20
 SAMPLE_MIB = 48  # of logits
 CAPACITIES = {"none": 120, "one": 200, "nearly two": 360, "two": 480, "many": 2000}
-RECURRENT = {"none": 70, "one": 190, "two": 250}  # of LSTM: 62 MiB a sample are in cuDNN's reserve space
+RECURRENT = {"none": 70, "one": 190}  # of LSTM: 62 MiB a sample are in cuDNN's reserve space
 
 
 class Head(nn.Module):
@@ -121,7 +121,6 @@ def test_two_samples_are_recorded_where_they_fit(answers: dict[str, dict[str, An
 def test_what_cudnn_reserves_for_a_recurrent_net_is_expected(answers: dict[str, dict[str, Any]]) -> None:
     assert answers["LSTM: none"]["split"] is None and answers["LSTM: one"]["split"] == [1] * 8
     assert any("windows of 2 don't fit" in text for text in answers["LSTM: one"]["said"])
-    assert answers["LSTM: two"]["split"] == [2] * 4
 
 
 @pytest.mark.parametrize(

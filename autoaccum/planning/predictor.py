@@ -246,6 +246,10 @@ class MemoryPredictor(ABC):
             "These figures are corrected by the measurement."
         )
 
+    def lost_memory(self) -> bool:
+        """Read the budget again where it can shrink; return whether it did."""
+        return False
+
     # Learning
 
     @property

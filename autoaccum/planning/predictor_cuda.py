@@ -16,7 +16,7 @@ from ..simulation.solver import CAPACITY_MARGIN, Split, largest_micro_batch
 from ..simulation.training_run import TrainingReplay
 from ..units import show_bytes
 from ..window import fp32_accumulation
-from . import cuda_learning, cuda_words
+from . import cuda_budget, cuda_learning, cuda_words
 from .evidence import Evidence
 from .predictor import DeviceFigures, MemoryPredictor, VerifiedFigures, verified_part
 from .resolved_request import ResolvedRequest
@@ -318,6 +318,10 @@ class CudaPredictor(MemoryPredictor):
         """Return whether the windows stayed within the budget without lasting retries."""
         return not measured.retries[-1] and measured.peak_bytes <= self.budget.bytes
 
+    def lost_memory(self) -> bool:
+        """Read the budget again; return whether less is available than before."""
+        return cuda_budget.lost_memory(self)
+
     @property
     def may_saturate(self) -> bool:
         """Whether a large block still grows in steps at the largest recording."""
@@ -367,7 +371,7 @@ def make_predictor(
         request=request,
         evidence=evidence,
         baseline_bytes=reserved_bytes_of(model_events, rules),
-        budget=device.read_budget(request.budget, request.headroom),
+        budget=cuda_budget.read_budget(device, request),
         sample_bytes=sample_bytes,
         model_events=model_events,
         start=start,

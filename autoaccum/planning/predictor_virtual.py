@@ -20,6 +20,7 @@ from ..devices.virtual.device import VirtualGpuDevice
 from ..simulation.cuda_allocator.allocator import EMPTY
 from ..simulation.solver import Solution, Split, balanced, uniform_sizes
 from ..workload import Batch
+from .cuda_budget import read_budget
 from .evidence import Evidence
 from .predictor import VERIFIED_STEPS
 from .predictor_cuda import CudaPredictor
@@ -119,7 +120,7 @@ def make_predictor(
         request=request,
         evidence=evidence,
         baseline_bytes=reserved_bytes_of(model_events, rules),
-        budget=device.read_budget(request.budget, request.headroom),
+        budget=read_budget(device, request),
         sample_bytes=sample_bytes,
         model_events=model_events,
         start=device.read_allocator() if evidence.recordings else EMPTY,

@@ -9,6 +9,7 @@ from typing import Any
 from ..devices import oom
 from ..errors import DoesNotFit, NotConfirmed
 from ..simulation.solver import Solution, Split, balanced, uniform_sizes
+from ..units import show_bytes
 from . import failures, schedule
 from .predictor import MemoryPredictor, verified_part
 from .record import add_recording
@@ -78,6 +79,10 @@ class _Verification:
                 self.start_over()
             predictor.settle(solution.split, split)
             measured, failure = run_for_real(predictor, split)
+            if predictor.lost_memory() and not predictor.fits_surely(solution.split):
+                failure = f"was for more than the {show_bytes(predictor.budget.bytes)} that are available since"
+                predictor.subject.progress(f"the plan {failure}: solving again")
+                continue
             if measured is not None:
                 failure = predictor.confirms(split, measured)
             if failure is None:
