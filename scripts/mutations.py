@@ -195,4 +195,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('a hanging trial leaves what it started', 'benchmarks/on_gpu/process.py', '        if session == leader and', '        if False and', ('tests/test_on_gpu.py', '-k', 'hanging')),
     ('a resumed run begins anew', 'benchmarks/on_gpu/drive.py', 'if not self.rows.is_done(each.part, each.model)', 'if True', ('tests/test_on_gpu.py', '-k', 'resumed')),
     ('a stand-in is hidden with the real GPUs', 'autoaccum/devices/virtual/stand_in.py', '    variables.pop("CUDA_VISIBLE_DEVICES", None)', '    pass', ('tests/test_gpus.py', '-k', 'visible')),
+    ('a configuration may name code', 'autoaccum/architectures/config_file.py', '        if key in _REFUSED and', '        if False and', ('tests/test_fits.py', '-k', 'code_in')),
+    ('a configuration may choose a kernel of the Hub', 'autoaccum/architectures/config_file.py', 'if not _DROPPED.search(key)}', '}', ('tests/test_fits.py', '-k', 'dropped')),
+    ('the code of an 8.9 is its own', 'autoaccum/devices/virtual/source/work.c', 'cc == 87 || cc == 89 ? 86', 'cc == 87 ? 86', ('tests/test_fits.py', '-k', 'codes_version')),
 ]  # fmt: skip

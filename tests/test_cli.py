@@ -333,6 +333,10 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         "check": ["--json", "--workload"],
         "doctor": ["--gpus", "--json"],
         "explain": ["--json"],
+        "fits": [
+            "--checkpointing", "--config", "--dtype", "--gpu", "--image-size", "--json", "--length", "--lora",
+            "--memory", "--packed", "--precision", "--target-batch", "--timm", "--torchvision",
+        ],
         "export": ["--force", "--merge", "--output", "--to"],
         "plan": [
             "--device", "--force", "--gpu", "--headroom", "--json", "--malloc", "--max-micro-batch", "--memory",

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import AutoaccumError
 from ..processes import interrupts, standard_streams
-from . import bench, check, doctor, explain, export, plan, report, run, tune, virtual_gpu
+from . import bench, check, doctor, explain, export, fits, plan, report, run, tune, virtual_gpu
 from .terminal import show_error
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("explain")(explain.explain)
 app.command("tune")(tune.tune)
 app.command("report")(report.report)
 app.command("export")(export.export)
+app.command("fits")(fits.fits)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 # Options after the command to run belong to that command.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import DoesNotFit, UsageError
 from ..plan import Plan
 from ..process_memory import limit_data
 from ..processes.child import Say
 from ..units import show_bytes
+
+if TYPE_CHECKING:
+    from ..architectures.build import Built
+    from ..architectures.description import Description
+    from ..planning.request import PlanRequest
+    from ..workload import Workload
 
 
 def run(
@@ -68,6 +75,60 @@ def check(*, say: Say, workload: str) -> dict[str, Any]:
     verdict = check(found, progress=lambda text: say({"say": text}))
     answer = asdict(verdict) | {"exact": verdict.exact, "assumed": assumed or None}
     return {name: None if value != value else value for name, value in answer.items()}  # JSON has no NaN
+
+
+def fits(*, say: Say, description: Mapping[str, Any], request: Mapping[str, Any], gpu: str) -> dict[str, Any]:
+    """Build a described model on the virtual GPU, plan it, and answer."""
+    say({"say": "loading torch and the architecture"})
+    from ..architectures.build import Built, build
+    from ..architectures.description import Description
+    from ..devices import oom
+    from ..devices.cuda.gpu_specs import find_gpu
+    from ..planning.new_process import plan_on_gpu
+    from ..planning.request import PlanRequest
+
+    asked, built = Description(**description), list[Built]()
+
+    def workload(device: str) -> Workload:
+        built.append(build(asked, device))
+        return built[-1].workload
+
+    wanted = PlanRequest(**{**request, "sizes": tuple(request["sizes"])})
+    plan, why = None, ""
+    try:
+        plan = plan_on_gpu(workload, wanted, gpu=find_gpu(gpu), progress=lambda text: say({"say": text}))
+    except DoesNotFit as error:
+        why = error.what
+    except RuntimeError as error:
+        if built or not oom.is_out_of_memory(error):
+            raise
+        raise DoesNotFit(f"The parameters alone exceed what {gpu} has.", hint="Name another model or GPU.") from None
+    return fits_answer(asked, built[0], gpu, wanted, plan, why)
+
+
+def fits_answer(
+    asked: Description, built: Built, gpu: str, request: PlanRequest, plan: Plan | None, why: str
+) -> dict[str, Any]:
+    """Return the answer's values; a plan's are None where nothing fits."""
+    return {
+        "fits": plan is not None,
+        "gpu": gpu,
+        "target_batch": request.target_batch,
+        "micro_batch": plan and plan.micro_batch,
+        "accumulation_steps": plan and plan.accumulation_steps,
+        "split": plan and list(plan.split),
+        "predicted_peak_bytes": plan and plan.predicted_peak_bytes,
+        "measured_peak_bytes": plan and plan.measured_peak_bytes,
+        "budget_bytes": plan and plan.budget_bytes,
+        "why": why,
+        "architecture": built.architecture,
+        "parameters": built.parameters,
+        "trained_parameters": built.trained,
+        "lora": asked.lora,
+        "sample": built.sample_words,
+        "assumed": list(built.assumed),
+        "source": "real allocator on a virtual GPU",
+    }
 
 
 def doctor(*, say: Say) -> dict[str, Any]:

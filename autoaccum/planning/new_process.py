@@ -30,7 +30,7 @@ from .target import RecordingTarget
 
 
 def plan_on_gpu(
-    source: str | None,
+    source: str | Callable[[str], Workload] | None,
     request: PlanRequest,
     *,
     gpu: Gpu | None,
@@ -40,7 +40,8 @@ def plan_on_gpu(
     """Plan in this process, on its GPU, for training in another.
 
     Args:
-        source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was given.
+        source: A built-in's name, or FILE.py:FUNCTION; None for the function that this process was given; or a function
+            of autoaccum's own that is given the device.
         request: The request.
         gpu: The GPU that a virtual one stands in for; None for a real one.
         progress: Called with progress messages.
@@ -70,7 +71,7 @@ def plan_on_gpu(
 
 
 def build_on(
-    source: str | None,
+    source: str | Callable[[str], Workload] | None,
     device: CudaDevice,
     *,
     virtual: bool,
@@ -86,7 +87,10 @@ def build_on(
     """
 
     def make() -> Workload:
-        workload = change(load_workload(source, "cuda", made_there=virtual))
+        if callable(source):
+            workload = change(source(str(device.torch_device)))
+        else:
+            workload = change(load_workload(source, "cuda", made_there=virtual))
         workload.model.to(device.torch_device)
         return workload
 

@@ -179,8 +179,14 @@ API cudaError_t cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim
   return launch(function);
 }
 
-API cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *function) {
+/* The version of the code that a device loads, by which CUB chooses its kernels; of others than it was compiled for it
+ * reports an unknown error. PyTorch's builds have code for 8.6, which 8.7 and 8.9 load, for 10.0 and for 12.0. */
+static int code_version(void) {
   int cc = 10 * settings.cc_major + settings.cc_minor;
+  return cc == 87 || cc == 89 ? 86 : cc > 90 ? cc / 10 * 10 : cc;
+}
+API cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *function) {
+  int cc = code_version();
   *a = (struct cudaFuncAttributes){.maxThreadsPerBlock = 1024, .numRegs = 32, .ptxVersion = cc, .binaryVersion = cc,
                                    .maxDynamicSharedSizeBytes = 49152};
   return cudaSuccess;

@@ -1,0 +1,1 @@
+"""Build workloads from architectures' names and configurations, without weights."""
