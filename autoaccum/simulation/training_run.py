@@ -187,7 +187,7 @@ def replay_training(
     if training.build and start == EMPTY:
         run.phase(Phase(BUILD, training.build))
     before = None
-    for index in range(windows):
+    for index in range(windows if run.out_of_memory is None else 0):  # the model alone may not fit
         run.window(split, first=index == 0)
         after = run.state() if run.out_of_memory is None else None
         if run.out_of_memory is not None or (index >= 2 and after == before):
