@@ -47,7 +47,7 @@ def printed_by(code: str, path: Path, line: int, names: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name", ["plain-loop.md", "training.md", "accelerate.md"])
+@pytest.mark.parametrize("name", ["plain-loop.md", "training.md", "accelerate.md", "lightning.md"])
 def test_a_page_prints_what_it_shows(name: str) -> None:
     page, names = ROOT / "docs" / name, {"__name__": "page"}
     for code, shown, line in blocks_of(page):
@@ -60,7 +60,7 @@ def changed_lines(before: str, after: str) -> list[str]:
     return [line for line in difflib.ndiff(*lines) if line.startswith("+ ")]
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop"])
+@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop", "lightning_module"])
 def test_an_example_changes_few_lines_and_runs(name: str) -> None:
     before, after = (ROOT / "examples" / folder / f"{name}.py" for folder in ("before", ""))
     changed = changed_lines(before.read_text(), after.read_text())

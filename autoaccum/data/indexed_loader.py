@@ -91,10 +91,10 @@ class _MicroBatches:
 
     def __iter__(self) -> Iterator[list[Any]]:
         indices = chain.from_iterable(self.batch_sampler)
-        return _index_lists(_of_window(indices, self.target, self.least), self.plan_of, self.requested)
+        return _index_lists(indices_of_windows(indices, self.target, self.least), self.plan_of, self.requested)
 
 
-def _of_window(indices: Iterator[Any], target: int, least: int) -> Iterator[list[Any]]:
+def indices_of_windows(indices: Iterator[Any], target: int, least: int) -> Iterator[list[Any]]:
     """Yield the indices of each window.
 
     Fewer than `least` at the end join the last one.
