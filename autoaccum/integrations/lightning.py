@@ -170,7 +170,7 @@ def _refuse(trainer: Any, module: Any) -> None:
     if not module.automatic_optimization:
         raise UsageError(
             f"{name} uses manual optimization (automatic_optimization = False), with optimizers that it steps itself.",
-            "Its training_step decides when gradients are made and used, which a callback can't cut into micro-batches.",
+            "Its training_step decides when gradients are made and used, which a callback can't cut into parts.",
             "Use automatic optimization with one optimizer; or cut the windows in a loop: autoaccum.windows.",
         )
     if trainer.world_size > 1 or strategy != "SingleDeviceStrategy":
