@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import UsageError
+from .torch_compat import Loss
 
 _OF_FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,
@@ -103,7 +104,7 @@ def as_loss(given: Any) -> Any:
         return given
     found = _module_of(given)
     _refuse(found)
-    if isinstance(found, nn.modules.loss._Loss) or _takes_a_pair(found):
+    if isinstance(found, Loss) or _takes_a_pair(found):
         if getattr(found, "reduction", "mean") == "none":
             raise UsageError(
                 f"{_name(found)} has reduction='none': one loss for each element, not a scalar.",

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
+from torch.nn.modules.loss import _Loss as Loss
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNorm
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -34,6 +35,7 @@ __all__ = [
     "BatchNorm",
     "ConvNd",
     "InstanceNorm",
+    "Loss",
     "NormBase",
     "SpectralNorm",
     "TorchDispatchMode",
@@ -141,6 +143,17 @@ def allocator_settings() -> dict[str, Any]:
 def is_profiler_on() -> bool:
     """Return whether a profiler watches this thread. All four versions."""
     return bool(_find(torch, "_C._autograd._profiler_enabled", "keep out of the way of the user's profiler")())
+
+
+def end_inherited_profiler() -> None:
+    """End the profiler that a forked copy inherited in this thread.
+
+    Kineto before 2.12 cancels a trace that is running before it starts another, and asks the thread that starts for its
+    profiler: "Can't disable Kineto profiler when it's not running". Later ones leave it alone, and so does this.
+    `_disable_profiler` is in all versions.
+    """
+    if is_profiler_on() and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        _find(torch, "_C._autograd._disable_profiler", "keep out of the way of the user's profiler")()
 
 
 def profiler_events(profiler: torch.profiler.profile) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from torch import nn
 import autoaccum
 from autoaccum import torch_compat as compat
 from autoaccum.devices.virtual import VirtualGpu, available, environment
+from autoaccum.processes.fork import in_copy
 
 REASON = available()
 ROOT = Path(autoaccum.__file__).parent
@@ -103,6 +104,20 @@ def check_is_profiler_on() -> None:
     assert not compat.is_profiler_on()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert compat.is_profiler_on()
+
+
+def check_end_inherited_profiler() -> None:
+    compat.end_inherited_profiler()
+    numbers = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        numbers.append(in_copy(lambda: _profiled_events(), prepare=compat.end_inherited_profiler))
+    assert numbers[0] > 0
+
+
+def _profiled_events() -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.zeros(1000)
+    return len(list(compat.profiler_events(profiler)))
 
 
 def check_profiler_events() -> None:

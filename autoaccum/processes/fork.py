@@ -44,6 +44,7 @@ def in_copy(
     work: Callable[[], T],
     *,
     own_thread: bool = True,
+    prepare: Callable[[], object] = lambda: None,
     is_out_of_memory: Callable[[BaseException], bool] = _is_memory_error,
 ) -> T:
     """Run `work` in a forked copy of this process.
@@ -51,6 +52,7 @@ def in_copy(
     Args:
         work: What it changes is changed in the copy only. Its result has to pickle.
         is_out_of_memory: Asked in the copy of an error that ended the work (devices/oom.py has the whole rule).
+        prepare: Called first in the copy, in the thread that forked: for what belongs to that thread.
         own_thread: False only where this thread has computed nothing yet: the copy then works as a fresh process would.
 
     Returns:
@@ -66,7 +68,7 @@ def in_copy(
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what this module takes care of
         child = os.fork()
     if not child:
-        _be_the_copy(lambda: _attempt(work, is_out_of_memory), reading, writing, own_thread)
+        _be_the_copy(prepare, lambda: _attempt(work, is_out_of_memory), reading, writing, own_thread)
     os.close(writing)
     try:
         kind, answer = _answer(child, reading)
@@ -94,11 +96,14 @@ def _ending(status: int) -> str:
     return f"it ended itself with exit code {os.waitstatus_to_exitcode(status)}"
 
 
-def _be_the_copy(attempt: Callable[[], tuple[str, Any]], reading: int, writing: int, own_thread: bool) -> None:
+def _be_the_copy(
+    prepare: Callable[[], object], attempt: Callable[[], tuple[str, Any]], reading: int, writing: int, own_thread: bool
+) -> None:
     """Run the copy's side; never return to the caller's program."""
     try:
         die_with_parent()
         os.close(reading)
+        prepare()
         said: list[tuple[str, Any]] = []
         if own_thread:
             thread = threading.Thread(target=lambda: said.append(attempt()))

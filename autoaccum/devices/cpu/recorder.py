@@ -17,7 +17,7 @@ from ...errors import UsageError
 from ...phases import OnPhase
 from ...processes.fork import ForkFailed, in_copy
 from ...simulation.recording import Event, Phase, Recording, name_blocks
-from ...torch_compat import is_profiler_on, profiler_events
+from ...torch_compat import end_inherited_profiler, is_profiler_on, profiler_events
 from ..oom import is_out_of_memory
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def apart(work: Callable[[], T]) -> T:
         UsageError: The copy can't do it.
     """
     try:
-        return in_copy(work, is_out_of_memory=is_out_of_memory)
+        return in_copy(work, prepare=end_inherited_profiler, is_out_of_memory=is_out_of_memory)
     except ForkFailed as error:
         raise UsageError(
             f"torch's profiler is on, and a forked copy of the process could not record ({error}).",
