@@ -130,8 +130,8 @@ def read_device(device: torch.device | int | str | None = None, *, nvml: Any = N
     found = torch.cuda.memory_stats(index)  # nothing in it before torch's first allocation
     properties = torch.cuda.get_device_properties(index)
     fraction = torch.cuda.get_per_process_memory_fraction(index)
-    parts = [getattr(properties, f"pci_{part}_id", None) for part in _BUS_ID]  # torch 2.6 has none
-    bus_id = "" if None in parts else "{:08x}:{:02x}:{:02x}.0".format(*parts)
+    place = [getattr(properties, f"pci_{part}_id") for part in _BUS_ID if hasattr(properties, f"pci_{part}_id")]
+    bus_id = "{:08x}:{:02x}:{:02x}.0".format(*place) if place else ""  # torch 2.6 says none
     return DeviceMemory(
         total_bytes=total,
         free_bytes=free,
