@@ -417,7 +417,7 @@ SCRIPTS = {
         '__name__ == "__main__"',
     ),
     "another name": ("import autoaccum as a\ndef build():\n    return a.Workload()\n", "no function", "Did you mean"),
-    "not Python": ("def workload(:\n", "line 1 is not valid Python", "python"),
+    "not Python": ("def workload(:\n", "SyntaxError", "train.py:1"),
 }
 
 

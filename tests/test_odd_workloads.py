@@ -19,12 +19,12 @@ from autoaccum.processes.workload_source import load_workload
 
 FILES = {
     "no_text": "class Bad(Exception):\n    def __str__(self):\n        1 / 0\ndef workload():\n    raise Bad\n",
-    "relative": "from .models import net\n",
+    "relative": "from .models import net\ndef workload(): ...\n",
     "syntax": "import torch\ndef workload(:\n    pass\n",
     "exits": "import sys\ndef workload():\n    sys.exit(0)\n",
-    "exits_at_once": "import sys\nsys.exit('no data')\n",
+    "exits_at_once": "import sys\nsys.exit('no data')\ndef workload(): ...\n",
     "deep": "import torch\ndef workload():\n    torch.nn.Linear(4, 2)(torch.ones(3, 3))\n",
-    "missing": "import there_is_no_such_module\n",
+    "missing": "import there_is_no_such_module\ndef workload(): ...\n",
     "generator_exit": "def workload():\n    raise GeneratorExit\n",
     "null_byte": "def workload():\n    '\0'\n",
     "own_exception": "def workload():\n    raise type('Ow\\nn', (Exception,), {})('a\\nb')\n",

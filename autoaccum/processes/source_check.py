@@ -71,8 +71,9 @@ def _parsed(text: str, file: str) -> ast.Module:
     try:
         return ast.parse(text)
     except (SyntaxError, ValueError) as error:
-        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        raise UsageError(f"{file}{where} is not valid Python: {error}.", hint="Does python run it?") from None
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        said = error.msg if isinstance(error, SyntaxError) else error
+        raise UsageError(f"{type(error).__name__}: {said}", f"In {file}{line}.", "Mend that line.") from None
 
 
 def _makes_workload(function: ast.FunctionDef) -> bool:
