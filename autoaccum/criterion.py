@@ -121,7 +121,7 @@ def check_loss(given: Any, sample: Any) -> None:
         UsageError: With what to write.
     """
     loss = as_loss(given)
-    if isinstance(loss, Criterion) and sample is not None:
+    if isinstance(loss, Criterion) and isinstance(sample, (tuple, list, Mapping, torch.Tensor)):
         _pair_of(sample, loss.criterion)
 
 

@@ -80,6 +80,8 @@ class Workload:
         count: `count(batch)`, what the loss averages over or counts, read off the batch alone. A mean is then weighted
             by it instead of by samples; a `(sum, count)` loss is spared a forward pass that only counts. Left out for
             the default cross-entropy: the classes that aren't ignored.
+        samples_per_group: Samples that belong together and come behind one another: 2 for pairs, 3 for triplets, the
+            generations of a prompt. No group is cut apart, and the target is a multiple of it.
         shared: Names of tensors that each micro-batch gets whole, if their shape doesn't show it.
         per_sample: Names of tensors with a row for each sample, if their shape doesn't show it.
         loader: Training data: a DataLoader, an iterable of batches, or a function that makes one.
@@ -112,6 +114,7 @@ class Workload:
     accumulate: str = field(default="fp32", kw_only=True)
     between_steps: Callable[[nn.Module], object] | None = field(default=None, kw_only=True)
     count: Callable[[Batch], float | torch.Tensor] | None = field(default=None, kw_only=True)
+    samples_per_group: int = field(default=1, kw_only=True)
     shared: Collection[str] = field(default=(), kw_only=True)
     per_sample: Collection[str] = field(default=(), kw_only=True)
     loader: Iterable[Batch] | Callable[[], Iterable[Batch]] | None = field(default=None, kw_only=True)

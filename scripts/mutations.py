@@ -153,6 +153,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('collated: a smaller micro-batch of other samples', 'autoaccum/data/resplit.py', 'window.load(samples[end - size : end])', 'window.load(samples[:size])', ('tests/test_any_batch.py', '-k', 'out_of_memory')),
     ('card: colours in a file', 'autoaccum/cli/terminal.py', 'colours = is_terminal and', 'colours = True or', ('tests/test_terminal.py', '-k', 'colours')),
     ('card: a bar that is always full', 'autoaccum/reporting/card.py', 'int(part * cells + 0.5)', 'cells', ('tests/test_terminal.py', '-k', 'bar')),
+    ('groups: cut apart in the tail', 'autoaccum/data/groups.py', 'whole = tuple(size * each for each', 'whole = tuple(each for each', ('tests/test_groups.py', '-k', 'tail')),
+    ('groups: rows of one group only', 'autoaccum/data/groups.py', 'group * self.size + row', 'group + row', ('tests/test_groups.py', '-k', 'exactness')),
     ('criterion: a sum weighted by samples', 'autoaccum/window/step.py', 'weight = 1.0 if form.kind is LossKind.ADDED else share', 'weight = share', ('tests/test_first_tries.py', '-k', 'criterion')),
     ('criterion: class weights left out of the count', 'autoaccum/criterion.py', 'return kept.sum() if weight is None else weight.to(target.device)[target[kept]].sum()', 'return kept.sum()', ('tests/test_first_tries.py', '-k', 'criterion')),
     ('a dropout that draws when it is computed again', 'autoaccum/exactness/determinism.py', '        stack.enter_context(_dropout_replaced(draws))\n', '', ('tests/test_first_tries.py', '-k', 'checkpointing')),

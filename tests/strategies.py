@@ -268,6 +268,7 @@ def made_up_plan(**changes: Any) -> Plan:
         "notes": ("Assumed: nothing.",),
         "malloc_overhead": 0.25,
         "min_micro_batch": 2,
+        "samples_per_group": 2,
         "is_virtual": True,
         "retries": (2, 1, 0),
         "allocated_peak_bytes": 1700 * mib,

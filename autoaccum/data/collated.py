@@ -15,6 +15,7 @@ import torch
 
 from ..errors import BatchError
 from . import tree
+from .groups import Grouped
 
 if TYPE_CHECKING:
     from ..workload import Batch
@@ -56,6 +57,8 @@ class Collated:
 
 def materialized(batch: Batch) -> Batch:
     """Return a batch itself, or what its samples are collated to."""
+    if isinstance(batch, Grouped):
+        return materialized(batch.rows)
     return batch.batch() if isinstance(batch, Collated) else batch
 
 

@@ -23,6 +23,7 @@ from ..torch_compat import ConvNd
 from ..workload import Batch, Workload
 from . import tree
 from .collated import Collated, elements, is_cut_by_rows
+from .groups import Grouped
 from .loaders import is_map_style
 from .split import batch_size
 
@@ -42,7 +43,7 @@ def with_sample(workload: Workload) -> tuple[Workload, str]:
         UsageError: There is none, and none can be inferred.
     """
     floats, sample, text = float_type(workload.model), workload.sample, ""
-    if sample is None or (not isinstance(sample, Collated) and not _is_cut(workload)):
+    if sample is None or (not isinstance(sample, (Collated, Grouped)) and not _is_cut(workload)):
         batch, text = from_loader(workload)
         sample = batch if batch is not None else sample
     if sample is None:
@@ -98,12 +99,21 @@ def _items(workload: Workload, loader: Any) -> tuple[list[Any], str]:
         return [loader.dataset[index] for index in longest], "longest samples of the loader's dataset"
     items = [loader.dataset[number * count // few] for number in range(few)]
     items.sort(key=lambda item: -elements(item))
+    if workload.samples_per_group > 1:
+        return _whole_groups(loader, workload.samples_per_group), "samples of the loader's dataset, in whole groups"
     if workload.largest is None:
         return items, "samples of the loader's dataset"
     return [
         loader.dataset[workload.largest],
         *items[: few - 1],
     ], f"samples of the loader's dataset, {workload.largest} first"
+
+
+def _whole_groups(loader: Any, size: int) -> list[Any]:
+    groups = max(1, len(loader.dataset) // size)
+    few = min(groups, LOADED_SAMPLES)
+    first = [number * groups // few * size for number in range(few)]
+    return [loader.dataset[start + row] for start in first for row in range(size)]
 
 
 def float_type(model: nn.Module) -> torch.dtype | None:
@@ -239,7 +249,7 @@ def at_longest(workload: Workload) -> tuple[Batch, str]:
         UsageError: It is shorter, and which of its dimensions are the length is ambiguous.
     """
     sample, longest = workload.sample, max(workload.lengths or [0], default=0)
-    if isinstance(sample, Collated):  # of the longest samples already
+    if isinstance(sample, (Collated, Grouped)):  # of the longest samples already, or without lengths
         return sample, ""
     known = positions(sample)
     if longest <= (known or _largest(sample)):

@@ -23,6 +23,7 @@ import torch
 from ..errors import BatchError
 from . import tree
 from .collated import Collated
+from .groups import Grouped
 
 if TYPE_CHECKING:
     from ..workload import Batch
@@ -64,6 +65,8 @@ def batch_size(batch: Batch, *, shared: Collection[str] = (), per_sample: Collec
     """
     if isinstance(batch, Collated):
         return len(batch.items)
+    if isinstance(batch, Grouped):
+        return batch_size(batch.rows, shared=shared, per_sample=per_sample) // batch.size
     return _survey(batch, shared, per_sample).rows
 
 
@@ -84,6 +87,9 @@ def split(
     Raises:
         BatchError: The sizes don't sum to the batch size, or the batch can't be cut.
     """
+    if isinstance(batch, Grouped):
+        rows = [batch.size * size for size in sizes]
+        return [Grouped(piece, batch.size) for piece in split(batch.rows, rows, shared=shared, per_sample=per_sample)]
     if isinstance(batch, Collated):
         return [batch.taken(range(end - size, end)) for end, size in zip(accumulate(sizes), sizes, strict=True)]
     survey = _survey(batch, shared, per_sample)
@@ -115,6 +121,8 @@ def tile(batch: Batch, n: int, *, shared: Collection[str] = (), per_sample: Coll
         raise BatchError(f"A batch of {n} samples can't be made.", hint="Ask for at least 1.")
     if isinstance(batch, Collated):
         return batch.tiled(n)
+    if isinstance(batch, Grouped):
+        return tile(batch.rows, n * batch.size, shared=shared, per_sample=per_sample)
     own = batch_size(batch, shared=shared, per_sample=per_sample)
     return select(batch, [row % own for row in range(n)], shared=shared, per_sample=per_sample)
 
@@ -135,6 +143,8 @@ def select(
     """
     if isinstance(batch, Collated):
         return batch.taken(rows)
+    if isinstance(batch, Grouped):
+        return Grouped(select(batch.rows, batch.indices(rows), shared=shared, per_sample=per_sample), batch.size)
     survey = _survey(batch, shared, per_sample)
     index = torch.tensor(rows, device="cpu")
 
@@ -373,7 +383,7 @@ def _agree(first: _Survey, second: _Survey) -> bool:
     if first.cut != second.cut or [path for path, _ in first.leaves] != [path for path, _ in second.leaves]:
         return False
     pairs = zip(first.leaves, second.leaves, strict=True)
-    return all(_alike(one, other) if path in first.cut else _same(one, other) for (path, one), (_, other) in pairs)
+    return all(_alike(one, other) if path in first.cut else tree.same(one, other) for (path, one), (_, other) in pairs)
 
 
 def _alike(first: Any, second: Any) -> bool:
@@ -381,19 +391,3 @@ def _alike(first: Any, second: Any) -> bool:
     if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
         return type(first) is type(second)
     return (first.shape[1:], first.dtype, first.device) == (second.shape[1:], second.dtype, second.device)
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Return whether two shared values are equal; what can't be compared isn't."""
-    if first is second:
-        return True
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return (first.dtype, first.device) == (second.dtype, second.device) and torch.equal(first, second)
-    ones, others = tree.leaves(first), tree.leaves(second)
-    if len(ones) > 1 or ones[0][1] is not first:
-        paths = [path for path, _ in ones] == [path for path, _ in others]
-        return paths and all(_same(one, other) for (_, one), (_, other) in zip(ones, others, strict=True))
-    try:
-        return type(first) is type(second) and bool(first == second)
-    except (RuntimeError, TypeError, ValueError):
-        return False

@@ -78,6 +78,22 @@ def as_tensors(batch: Batch, floats: torch.dtype | None = None) -> Batch:
     return map_leaves(batch, as_tensor)
 
 
+def same(first: Any, second: Any) -> bool:
+    """Return whether two shared values are equal; what can't be compared isn't."""
+    if first is second:
+        return True
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return (first.dtype, first.device) == (second.dtype, second.device) and torch.equal(first, second)
+    ones, others = leaves(first), leaves(second)
+    if len(ones) > 1 or ones[0][1] is not first:
+        paths = [path for path, _ in ones] == [path for path, _ in others]
+        return paths and all(same(one, other) for (_, one), (_, other) in zip(ones, others, strict=True))
+    try:
+        return type(first) is type(second) and bool(first == second)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
 def tensors(batch: Batch) -> list[torch.Tensor]:
     """Return all tensors of a batch, those in graphs too."""
     found: list[torch.Tensor] = []

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..data.groups import Grouped
 from ..devices.oom import drop_frames, is_out_of_memory
 from ..devices.registry import get_device
 from ..plan import Plan
@@ -108,6 +109,8 @@ def check(
         UsageError: The workload runs on several ranks.
     """
     refuse_ranks(workload)
+    if workload.samples_per_group > 1 and not isinstance(workload.sample, Grouped):
+        workload = replace(workload, sample=Grouped(workload.sample, workload.samples_per_group))
     if not get_device(next(workload.model.parameters()).device).computes:
         return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
     if max_rows < test_batches.MIN_ROWS_AT_ONCE:

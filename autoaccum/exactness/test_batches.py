@@ -19,7 +19,8 @@ import torch
 
 from ..data import split as cutting
 from ..data import tree
-from ..data.collated import Collated
+from ..data.collated import Collated, materialized
+from ..data.groups import Grouped
 from ..workload import IGNORED, Batch, Workload
 from .batch_leaves import (
     has_rows,
@@ -130,7 +131,7 @@ def _spread(batch: Batch, own: int, rows: int) -> list[int]:
 
 def easy(plain: TestBatch, freedom: Freedom = any_value) -> TestBatch:
     """Vary the rows that were repeated."""
-    if not plain.made_up or isinstance(plain.batch, Collated):
+    if not plain.made_up or isinstance(plain.batch, (Collated, Grouped)):
         return plain
     generator = torch.Generator().manual_seed(1)
     batch = _vary(plain.batch, plain.rows - plain.made_up, generator, plain.batch_keys, freedom)
@@ -175,6 +176,14 @@ def taken(trial: TestBatch, rows: Sequence[int], least: int = 1) -> TestBatch:
 
 def all_alike(batch: Batch, batch_keys: dict[str, Collection[str]]) -> bool:
     """Return whether all rows are equal, so that any loss looks exact."""
+    if isinstance(batch, Grouped):
+        pieces = [tree.leaves(materialized(p)) for p in cutting.split(batch, [1] * cutting.batch_size(batch))]
+        return all(
+            torch.equal(leaf, other)
+            for piece in pieces[1:]
+            for (_, leaf), (_, other) in zip(pieces[0], piece, strict=True)
+            if isinstance(leaf, torch.Tensor)
+        )
     if isinstance(batch, Collated):
         return len({id(item) for item in batch.items}) == 1
     leaves = [leaf for path, leaf in tree.leaves(batch) if has_rows(leaf, path, batch_keys)]
@@ -193,7 +202,7 @@ def harder(
         freedom: What may be done with a leaf's values.
         seed: Of what is drawn for that.
     """
-    if isinstance(easy.batch, Collated):  # its samples are what they are
+    if isinstance(easy.batch, (Collated, Grouped)):  # its samples are what they are
         return replace(easy, hardness=())
     generator = torch.Generator().manual_seed(seed)
     batch = _noisy(easy.batch, generator, easy.batch_keys, freedom)

@@ -37,7 +37,9 @@ _NEEDED_REASONS = (  # `explain` prints these
 )
 # Minimum by field name; 0 for any other.
 _MINIMUM: Mapping[str, float] = {
-    **dict.fromkeys(("micro_batch", "min_micro_batch", "max_micro_batch", "max_tokens", "max_rows"), 1),
+    **dict.fromkeys(
+        ("micro_batch", "min_micro_batch", "max_micro_batch", "max_tokens", "max_rows", "samples_per_group"), 1
+    ),
     **dict.fromkeys(("accumulation_steps", "target_batch", "world_size", "split", "passes", "windows"), 1),
     **dict.fromkeys(("step_seconds", "round_seconds"), MIN_TIMED_SECONDS),
     "composition": -MAX_INTEGER,  # parts of a phase may overlap a little, which makes the remainder negative

@@ -27,6 +27,7 @@ class RequestSection:
         max_micro_batch: The largest micro-batch allowed; None if none was named.
         objective: "fewest-steps", or "fastest", the smallest micro-batch that is as fast as any.
         workload: Name of the workload, or FILE.py:FUNCTION if the command line created the plan.
+        samples_per_group: Samples that no micro-batch cuts apart; each size is a multiple of it.
     """
 
     target_batch: int
@@ -35,6 +36,7 @@ class RequestSection:
     max_micro_batch: int | None = None
     objective: str = FEWEST_STEPS
     workload: str | None = None
+    samples_per_group: int = 1
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from ..workload import Workload, as_workload
 from . import build_plan, failures, predictor_cpu, schedule
 from .evidence import Evidence
 from .fastest import fastest, time_smaller
+from .groups import plan_in_groups
 from .predictor import MemoryPredictor
 from .record import FIRST_STEP_SAMPLES
 from .request import PlanRequest
@@ -179,6 +181,16 @@ def plan_in(
         UsageError: The request cannot be met, whatever the memory.
         DoesNotFit: Not even the smallest micro-batch fits.
     """
+    plan_samples = partial(_plan_samples, environment, assumed=assumed)
+    if workload.samples_per_group > 1:
+        return plan_in_groups(plan_samples, workload, plan_request)
+    return plan_samples(workload, plan_request)
+
+
+def _plan_samples(
+    environment: PlanningEnvironment, workload: Workload, plan_request: PlanRequest, *, assumed: str
+) -> Plan:
+    """Plan; where the sample is grouped, a group counts as one sample."""
     request = resolve(plan_request, workload, computes=environment.device.computes)
     refuse_ranks(workload)  # before any forward: its collectives would wait for ranks that don't plan
     started, threshold = time.perf_counter(), environment.device.prepare(plan_request.malloc)

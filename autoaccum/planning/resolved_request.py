@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.utils.data import DataLoader
 
 from ..data import split as cutting
+from ..data.groups import Grouped
 from ..data.loaders import loader_length
 from ..errors import AutoaccumError, UsageError
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
@@ -201,7 +202,7 @@ def dataset_samples(workload: Workload) -> int | None:
             log.debug("the loader doesn't state its samples: %s", error)
             found = None
         if found:
-            return found
+            return found // (workload.samples_per_group if isinstance(workload.sample, Grouped) else 1) or None
     return len(workload.lengths) if workload.lengths else None
 
 

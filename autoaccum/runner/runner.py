@@ -104,7 +104,7 @@ class Runner:
         self.sizing = Sizing(plan, least, max_tokens=workload.max_tokens, **keys)
         self.collates = self.context.collates = is_collated(plan.provenance.signature)
         self.checks = WindowChecks(self.context, self.sizing.batch_keys)
-        self.checks.rechecked = self.collates  # that test cuts batches
+        self.checks.rechecked = self.collates or workload.samples_per_group > 1  # that test cuts batches
         self.peak_monitor = PeakMonitor(self.context.device, plan)
         self._recovery = OomRecovery(self.context, plan, self.sizing)
         if not self.context.model.training:

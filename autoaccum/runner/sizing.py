@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..data.groups import group_sizes
 from ..data.resplit import cut_one, recut
 from ..data.tokens import split_by_tokens
 from ..data.window import Window
@@ -89,10 +90,20 @@ class Sizing:
 
     def sizes(self, samples: int) -> Sizes:
         """Return the sizes of the micro-batches for a number of samples."""
+        group = self.plan.request.samples_per_group
+        if group > 1:
+            return group_sizes(samples, group, self._sizes_of_groups)
         planned, largest = self.plan.split, self.limits.micro_batch
         if largest == self.plan.micro_batch:
             return split_like(planned, samples, self.least)
         return split_within(samples, largest, self.least)
+
+    def _sizes_of_groups(self, groups: int) -> Sizes:
+        """Return the groups of each micro-batch for a number of groups."""
+        size, largest = self.plan.request.samples_per_group, self.limits.micro_batch
+        if largest == self.plan.micro_batch:
+            return split_like(tuple(each // size for each in self.plan.split), groups)
+        return split_within(groups, max(1, largest // size))
 
     def sizes_of_lengths(self, lengths: Sequence[int]) -> Sizes:
         """Return sizes for sequences of these lengths, longest first.

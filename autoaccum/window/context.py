@@ -15,6 +15,7 @@ from torch import nn
 
 from ..criterion import Criterion, as_loss
 from ..data.collated import Collated
+from ..data.groups import check_groups
 from ..data.prefetch import Copies
 from ..errors import UsageError
 from ..state.closures import Holdings, holdings
@@ -42,6 +43,7 @@ class TrainingContext:
         steps_taken: Optimizer steps so far.
         epochs_done: Epochs of `Runner.epoch` so far, for a scheduler that counts them.
         collates: Whether batches are made by a loader's collate function alone, and can't be cut.
+        samples_per_group: Samples that are never cut apart.
         adds_up: Whether the loss is a sum over the batch, so that micro-batches add up unweighted.
         held: What the loss and the other functions of a window hold, beside the model.
         norms: The modules whose forward is about more than its own sample, of the model and of what the loss holds.
@@ -78,6 +80,7 @@ class TrainingContext:
     epochs_done: int = 0
     adds_up: bool = False
     collates: bool = False
+    samples_per_group: int = 1
     held: Holdings = field(default_factory=Holdings)
     norms: Norms = field(default_factory=Norms)
     loss_form: LossForm | None = None
@@ -101,6 +104,7 @@ def open_context(workload: Workload) -> TrainingContext:
         UsageError: It can't be trained.
     """
     refuse_ranks(workload)
+    check_groups(workload.samples_per_group, workload.loader, has_lengths=workload.lengths is not None)
     model = workload.model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = workload.optimizer
@@ -135,6 +139,7 @@ def open_context(workload: Workload) -> TrainingContext:
         clip_grad_norm=workload.clip_grad_norm,
         count=workload.count or count,
         collates=isinstance(workload.sample, Collated),
+        samples_per_group=workload.samples_per_group,
         adds_up=isinstance(loss, Criterion) and loss.adds_up,
         accumulate=workload.accumulate,
         between_steps=workload.between_steps,

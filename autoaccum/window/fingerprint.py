@@ -12,6 +12,7 @@ import torch
 from .. import __version__
 from ..data import tree
 from ..data.collated import COLLATED, Collated, tensor_bytes
+from ..data.groups import Grouped
 from ..devices.registry import get_device
 from ..errors import BatchError, PlanMismatch
 from ..plan import LeafForm
@@ -28,6 +29,8 @@ def signature(batch: Any) -> Signature:
     """
     if isinstance(batch, Collated):
         return (LeafForm(COLLATED, "bytes", (tensor_bytes(batch.tiled(1)),)),)
+    if isinstance(batch, Grouped):
+        return signature(batch.rows)
     return tuple(
         LeafForm(path, str(leaf.dtype), tuple(leaf.shape[1:]))
         for path, leaf in tree.leaves(batch)
@@ -140,6 +143,7 @@ def _window_words(context: TrainingContext) -> str:
         "encodes apart": context.encode is not None,
         "runs between windows": context.between_steps is not None,
         "takes a metric": context.metric is not None,
+        f"groups of {context.samples_per_group}": context.samples_per_group > 1,
         "copies ahead": context.copies.ahead,
         f"batchnorm {context.batchnorm}": context.batchnorm is not None,
         "adds up as parameters": context.accumulate != "fp32",

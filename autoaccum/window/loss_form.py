@@ -188,7 +188,7 @@ def _value(count: Any) -> Any:
 
 def _few(context: TrainingContext, piece: Batch) -> Batch:
     """Return two samples of a micro-batch; all of one that isn't cut."""
-    if context.collates:
+    if context.collates or context.samples_per_group > 1:
         return piece
     try:
         return cutting.tile(piece, min(_PROBE_SAMPLES, cutting.batch_size(piece)))
