@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -145,7 +146,14 @@ def check_choice(name: str, value: Any) -> None:
 
 
 def allocator_settings(present: Mapping[str, str]) -> dict[str, str]:
-    """Return the allocator's variable with expandable segments added."""
-    name = "PYTORCH_ALLOC_CONF" if present.get("PYTORCH_ALLOC_CONF") else "PYTORCH_CUDA_ALLOC_CONF"
-    others = [part for part in present.get(name, "").split(",") if part and not part.startswith("expandable_segments")]
+    """Return the allocator's variable with expandable segments added.
+
+    PYTORCH_CUDA_ALLOC_CONF counts in every version of torch, and before PYTORCH_ALLOC_CONF, which torch 2.9 and older
+    ignore on CUDA (pytorch issue 183387; 2.10 was not tried).
+    """
+    version = tuple(int(number) for number in importlib.metadata.version("torch").split(".")[:2])
+    old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    text = present.get(old) or (present.get(new) if version >= (2, 10) else "") or ""
+    name = new if present.get(new) and not present.get(old) and version >= (2, 11) else old
+    others = [part for part in text.split(",") if part and not part.startswith("expandable_segments:")]
     return {name: ",".join([*others, "expandable_segments:True"])}

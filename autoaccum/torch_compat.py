@@ -133,7 +133,7 @@ def allocator_settings() -> dict[str, Any]:
     found: dict[str, Any] | None = snapshot.get("allocator_settings")
     if found is not None:
         return found
-    text = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    text = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""
     return {"PYTORCH_CUDA_ALLOC_CONF": text}
 
 

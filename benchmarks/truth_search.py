@@ -145,7 +145,7 @@ class Truth:
 
     def _try(self, split: Split, capacity_bytes: int | None, windows: int, settings: str, kept: bool) -> Any:
         if settings:
-            torch._C._accelerator_setAllocatorSettings(settings)
+            torch.cuda.memory._set_allocator_settings(settings)
         limit(capacity_bytes)
         work = workload(self.case, self.model.cuda(), self.batch)
         context = step.open_context(work)

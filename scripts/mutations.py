@@ -204,4 +204,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('a configuration may choose a kernel of the Hub', 'autoaccum/architectures/config_file.py', 'if not _DROPPED.search(key)}', '}', ('tests/test_fits.py', '-k', 'dropped')),
     ('the code of an 8.9 is its own', 'autoaccum/devices/virtual/source/work.c', 'cc == 87 || cc == 89 ? 86', 'cc == 87 ? 86', ('tests/test_fits.py', '-k', 'codes_version')),
     ('a model that does not fit is trained on', 'autoaccum/simulation/training_run.py', 'range(windows if run.out_of_memory is None else 0)', 'range(windows)', ('tests/test_fits.py', '-k', 'one_line')),
+    ('equal free blocks by their segments under every torch', 'autoaccum/simulation/cuda_allocator/ties.py', '        if self.by_address:\n            return address', '        if False:\n            return address', ('tests/test_caching_allocator.py', '-k', 'each_version')),
+    ('the piece that is handed out keeps its segments counter', 'autoaccum/simulation/cuda_allocator/allocator.py', '            block.rank = self._ranks.of_block()\n        else:', '            rank = self._ranks.of_block()\n        else:', ('tests/test_caching_allocator.py', '-k', 'each_version')),
+    ('a plan of another torch is said to be of something else', 'autoaccum/window/fingerprint.py', '    if differing and set(differing) <= {"torch", "allocator reuses"}:', '    if False:', ('tests/test_runner.py', '-k', 'another_torch')),
 ]  # fmt: skip

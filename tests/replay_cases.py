@@ -18,12 +18,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from allocator_text import VERSION, has_large_segments, set_settings
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from autoaccum import Workload
 from autoaccum.data import split
 from autoaccum.devices import oom
+from autoaccum.devices.cuda.allocator_rules import find_rules
 from autoaccum.devices.cuda.recorder import record
 from autoaccum.devices.virtual import control
 from autoaccum.phases import OnPhase
@@ -224,10 +226,6 @@ def train(case: tuple[str, str, str], on_phase: OnPhase) -> None:
         step.train_window(context, split.split(batch(2 * n - 1), (n, n - 1)), (n, n - 1), on_phase=on_phase)
 
 
-def set_settings(text: str) -> None:
-    torch._C._accelerator_setAllocatorSettings(text)
-
-
 def emptied() -> None:
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
@@ -252,7 +250,8 @@ def one(case: tuple[str, str, str], setting: Setting, capacity: int | None = Non
     free, total = torch.cuda.mem_get_info()
     set_settings(setting.text or "expandable_segments:False")
     held = surroundings() if setting.start else []
-    rules = Rules.from_settings(setting.text, device_bytes=total, capacity_bytes=free)
+    rules = Rules.from_settings(setting.text, device_bytes=total, capacity_bytes=free, version=VERSION)
+    rules = replace(rules, tie_rule=find_rules(0).tie_rule, addresses_down=find_rules(0).addresses_down)
     if capacity is not None and setting.fraction:
         torch.cuda.set_per_process_memory_fraction(capacity / total)
         rules = replace(rules, allowed_bytes=int(capacity / total * total))
@@ -300,7 +299,10 @@ def chosen(argument: int, things: Sequence[Any]) -> list[Any]:
 
 def main() -> None:
     """Every case in every setting, a line of JSON each."""
+    find_rules(0)  # before the first case: its test leaves nothing behind
     for setting in chosen(2, SETTINGS):
+        if "large_segment" in setting.text and not has_large_segments():
+            continue
         for case in chosen(1, CASES):
             log, roomy = one(case, setting)
             print(json.dumps(roomy), flush=True)

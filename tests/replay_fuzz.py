@@ -8,34 +8,39 @@ A line of JSON for each setting, with how often memory ran short.
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
+from allocator_text import VERSION, has_large_segments, reset_settings, set_settings
 
 from autoaccum.devices.virtual import control
 from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator, CudaRules
 from autoaccum.simulation.cuda_allocator.settings import MiB
 from autoaccum.simulation.cuda_allocator.snapshot import AllocatorState
+from autoaccum.simulation.cuda_allocator.ties import OLDEST_SEGMENT, tie_rule_of
 from autoaccum.simulation.recording import Event, Phase
 
 SETTINGS = [
     "expandable_segments:False",
-    "max_split_size_mb:20",
-    "max_split_size_mb:40,max_non_split_rounding_mb:25",
+    "max_split_size_mb:21",
     "roundup_power2_divisions:[1:8,2:2,16:4,>:1]",
     "garbage_collection_threshold:0.6",
     "garbage_collection_threshold:0.8,max_split_size_mb:32",
     "large_segment_size_mb:32",
     "large_segment_size_mb:64,max_split_size_mb:64",
     "expandable_segments:True",
-    "expandable_segments:True,max_split_size_mb:20",
+    "expandable_segments:True,max_split_size_mb:21",
     "expandable_segments:True,roundup_power2_divisions:4,garbage_collection_threshold:0.6",
+    "max_split_size_mb:40,max_non_split_rounding_mb:25",  # last: torch 2.9 never takes the latter back
     "expandable_segments:True,large_segment_size_mb:30",
 ]
 EVENTS = 200
+TIE_RULE = tie_rule_of(torch.__version__) or OLDEST_SEGMENT
+DOWN = os.environ["AUTOACCUM_GPU_ADDRESSES"] == "down"
 
 
 class Real:
@@ -60,6 +65,15 @@ class Real:
         return False
 
 
+def first_segment() -> tuple[int, int]:
+    """Where the device's addresses begin, and where the first 2 MiB end."""
+    tensor = torch.empty(1, dtype=torch.uint8, device="cuda")
+    begin = tensor.data_ptr()
+    del tensor
+    torch.cuda.empty_cache()
+    return begin, begin + 2 * MiB
+
+
 def figures() -> tuple[int, int, int]:
     """Reserved, allocated, retries."""
     stats = torch.cuda.memory_stats()
@@ -78,8 +92,10 @@ def one(seed: int, setting: str) -> dict[str, int]:
     rng = random.Random(f"{seed} {setting}")
     real = Real()
     total = torch.cuda.mem_get_info()[1]
-    torch._C._accelerator_setAllocatorSettings(setting)
-    rules = CudaRules.from_settings(setting, device_bytes=total, capacity_bytes=total)
+    set_settings(setting)
+    rules = CudaRules.from_settings(setting, device_bytes=total, capacity_bytes=total, version=VERSION)
+    rules = replace(rules, tie_rule=TIE_RULE, addresses_down=DOWN)
+    outermost = first_segment()
     limit = rng.choice((60, 120, 240, 480)) * MiB
     if "garbage" in setting or rng.random() < 0.3:
         torch.cuda.set_per_process_memory_fraction(limit / total)
@@ -94,7 +110,7 @@ def one(seed: int, setting: str) -> dict[str, int]:
     name, ran_out, retries, begun = 0, 0, figures()[2], rng.random() < 0.5 and "garbage" not in setting
     for place in range(EVENTS):
         if place == 50 and begun:  # go on from a snapshot
-            found = AllocatorState.from_snapshot(torch.cuda.memory_snapshot())
+            found = AllocatorState.from_snapshot(torch.cuda.memory_snapshot(), outermost=outermost)
             allocator, retries = CachingAllocator(rules, found), figures()[2]
             live = [(Event(-real.tensors[e.block].data_ptr(), e.bytes, e.stream), side) for e, side in live]
             real.tensors = {-tensor.data_ptr(): tensor for tensor in real.tensors.values()}
@@ -130,7 +146,7 @@ def reset() -> None:
     torch.cuda.set_per_process_memory_fraction(1.0)
     control.set_other(0, 0)
     torch.cuda.empty_cache()
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:False,large_segment_size_mb:20")
+    reset_settings()
     assert torch.cuda.memory_reserved() == 0
 
 
@@ -138,6 +154,8 @@ def main() -> None:
     """Some seeds in each setting."""
     settings: Any = SETTINGS if len(sys.argv) < 3 else [SETTINGS[int(i)] for i in sys.argv[2].split(",")]
     for setting in settings:
+        if "large_segment" in setting and not has_large_segments():
+            continue
         sums = {"ran out": 0, "retries": 0, "from a snapshot": 0, "wrong": 0}
         first = ""
         for seed in range(int(sys.argv[1])):

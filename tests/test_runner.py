@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from autoaccum import BatchError, PlanMismatch, Runner, UsageError, Workload, fit_plan
 from autoaccum.runner import peak_monitor
 from autoaccum.state.rng import same_state, take_rng
+from autoaccum.window.fingerprint import check_fingerprint
 from autoaccum.workload import default_loss
 
 
@@ -306,6 +307,22 @@ def test_a_shorter_sequence_passes() -> None:
 
 def other_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return default_loss(model, batch)
+
+
+def test_a_plan_of_another_torch_is_refused_with_what_to_type() -> None:
+    here = {"model": "M", "torch": "2.14.1+cu130", "allocator reuses": "oldest segment"}
+    check_fingerprint(here, dict(here))
+    for version, rule, why in (
+        ("2.11.0+cu130", "lowest address", "the lowest address, this one that with the oldest segment"),
+        ("2.13.0+cpu", "oldest segment", "Its memory would be another one"),
+    ):
+        with pytest.raises(PlanMismatch) as refused:
+            check_fingerprint(here, here | {"torch": version, "allocator reuses": rule})
+        text = str(refused.value)
+        assert f"made under torch {version}, and this is torch 2.14.1+cu130" in text and why in text
+        assert "autoaccum plan" in text and f"pip install torch=={version.split('+')[0]}" in text
+    with pytest.raises(PlanMismatch, match=r"something else .*torch: planned '2\.11\.0', here"):
+        check_fingerprint(here, here | {"torch": "2.11.0", "model": "N"})
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,16 @@ from typing import Any
 import pynvml
 import pytest
 import torch
+from allocator_text import VERSION, reset_settings, set_settings
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from autoaccum.devices.cuda.allocator_rules import find_rules, self_test
 from autoaccum.devices.cuda.recorder import record
 from autoaccum.devices.virtual import VirtualGpu, control
 from autoaccum.errors import UsageError
 from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator, CudaRules
+from autoaccum.simulation.cuda_allocator.ties import tie_rule_of
 from autoaccum.simulation.recording import Event, Recording
 
 MIB, GIB = 2**20, 2**30
@@ -716,52 +719,113 @@ def a_replay_needs_no_segment_events() -> None:
 
 
 @check(DOWNWARD)
-def later_memory_lies_below_and_the_oldest_block_is_taken_all_the_same() -> None:
+def later_memory_lies_below_and_of_equal_blocks_that_by_the_versions_rule_is_taken() -> None:
     old, held, new = (grab(30 * MIB) for _ in range(3))
     places = [block.data_ptr() for block in (old, held, new)]
     assert places == sorted(places, reverse=True)
     del old, new
-    assert grab(30 * MIB).data_ptr() == places[0]
+    assert grab(30 * MIB).data_ptr() == (places[2] if VERSION <= (2, 11) else places[0])
     torch.cuda.empty_cache()
     assert [grab(30 * MIB).data_ptr(), held.data_ptr()] == places[:2]  # the gap at the top comes first
 
 
 @check(RECORDED)
-def of_blocks_of_one_size_the_allocator_takes_that_in_the_oldest_segment() -> None:
+def of_blocks_of_one_size_the_allocator_takes_that_by_its_versions_rule() -> None:
     low, old = grab(30 * MIB), grab(30 * MIB)
     del low
     torch.cuda.empty_cache()  # leaves room below the old one
     above, new = grab(40 * MIB), grab(30 * MIB)
-    place = old.data_ptr()
-    assert new.data_ptr() < place < above.data_ptr()
+    lower, place = new.data_ptr(), old.data_ptr()
+    assert lower < place < above.data_ptr()
     del old, new
-    assert grab(30 * MIB).data_ptr() == place
+    assert grab(30 * MIB).data_ptr() == (lower if VERSION <= (2, 11) else place)
     del above
     torch.cuda.empty_cache()
-    first, _held, last = grab(4 * MIB), grab(12 * MIB), grab(4 * MIB)  # within one segment, the lowest
-    place = first.data_ptr()
-    assert place < last.data_ptr() < place + 20 * MIB
+    first, _held, last = grab(4 * MIB), grab(12 * MIB), grab(4 * MIB)
+    place, end = first.data_ptr(), last.data_ptr()
+    assert place < end < place + 20 * MIB
     del first, last
-    assert grab(4 * MIB).data_ptr() == place
+    # In 2.12 the last is what was left of the segment's own block, whose counter is the lowest.
+    assert grab(4 * MIB).data_ptr() == (end if VERSION == (2, 12) else place)
+
+
+@check(RECORDED)
+def a_test_on_the_device_finds_the_rule_of_torchs_version() -> None:
+    for _ in range(2):
+        found = self_test(0)
+        assert found.tie_rule == tie_rule_of(torch.__version__) and found.addresses_down is False, found
+        cached = [grab(size * MIB) for size in (34, 34, 1, 90)]  # the second time memory is in pieces
+        del cached[0], cached[1]
+    before = torch.cuda.memory_allocated()
+    self_test(0)
+    assert torch.cuda.memory_allocated() == before
+
+
+@check(DOWNWARD)
+def a_test_on_the_device_finds_the_rule_where_addresses_go_down() -> None:
+    found = self_test(0)
+    assert found.tie_rule == tie_rule_of(torch.__version__) and found.addresses_down is True, found
+
+
+@check(RECORDED)
+def a_test_in_expandable_segments_tells_only_a_counter_per_block_apart() -> None:
+    torch.cuda.empty_cache()
+    set_settings("expandable_segments:True")
+    found = self_test(0)
+    reset_settings()
+    assert found.tie_rule == ("oldest block" if VERSION == (2, 12) else None) and found.addresses_down is None, found
+
+
+@check(RECORDED)
+def a_test_without_room_says_so_and_the_latest_rule_is_taken() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.99.0.dev20270101+cu130")
+        free, _ = torch.cuda.mem_get_info()
+        control.set_other(0, free - 100 * MIB)
+        short = find_rules.__wrapped__(0)
+        control.set_other(0, 0)
+        roomy = find_rules.__wrapped__(0)
+    assert not short.by_version and short.tie_rule == "oldest segment" and "136 MiB" in short.reason
+    assert not roomy.by_version and roomy.tie_rule == tie_rule_of(torch.__version__) and "test" in roomy.reason
 
 
 @check(RECORDED)
 def settings_are_read_as_torch_reads_them() -> None:
-    for text in (
-        "expandable_segments:False", "max_split_size_mb:20", " max_split_size_mb : 64 , expandable_segments : True ",
+    texts = (
+        "expandable_segments:False", "max_split_size_mb:21", " max_split_size_mb : 64 , expandable_segments : True ",
         "roundup_power2_divisions:4", "roundup_power2_divisions:[256:1,512:2,>:4]", "garbage_collection_threshold:0.5",
         "roundup_power2_divisions:[64:8,128:2,256:4,512:2,1024:4,>:1]", "roundup_power2_divisions:[1:4,1024:8]",
         "roundup_power2_divisions:[>:2]", "roundup_power2_divisions:[1048576:8,>:2]", "roundup_power2_divisions:1",
         "pinned_use_background_threads:True", "backend:native,max_split_size_mb:25", "roundup_power2_divisions:[2:0]",
-    ):  # fmt: skip
-        torch._C._accelerator_setAllocatorSettings(text)
+    )  # fmt: skip
+    for text in texts:
+        set_settings(text)
         real = torch.cuda.memory._snapshot()["allocator_settings"]
-        said = CudaRules.from_settings(text)
+        said = CudaRules.from_settings(text, version=VERSION)
         assert (said.max_split_size_bytes or -1) == real["max_split_size"], text
         assert said.garbage_collection_threshold == real["garbage_collection_threshold"], text
         assert (said.roundup_power2_divisions or (0,) * 16) == tuple(real["roundup_power2_divisions"].values()), text
         if "expandable" in text:
             assert said.expandable_segments == real["expandable_segments"], text
+    newer = (
+        "throw_on_cudamalloc_oom:False", "expandable_segments_reserve:0.5", "expandable_segments_reserve:none",
+        "expandable_segments_reserve_by_class:[a:0.5,b:40G]", "pinned_max_cached_size_mb:64",
+        "pinned_max_round_threshold_mb:64", "pinned_free_catch_all:True", "graph_capture_record_stream_reuse:True",
+        "pinned_reserve_segment_size_mb:3", "large_segment_size_mb:20", "per_process_memory_fraction:1.0",
+        "expandable_segments_handle_type:posix_fd",
+    )  # fmt: skip
+    for text in newer:  # each is known to both, or to neither
+        known = True
+        try:
+            set_settings(text)
+        except (RuntimeError, ValueError):
+            known = False
+        try:
+            CudaRules.from_settings(text, version=VERSION, device_bytes=GIB)
+        except UsageError as error:
+            assert not known, error
+        else:
+            assert known, text
     refused = (
         "max_split_size_mb:19", "roundup_power2_divisions:3", "roundup_power2_divisions:0", "bogus:1", "backend:none",
         "roundup_power2_divisions:[3:4]", "expandable_segments:true", "garbage_collection_threshold:1.0",
@@ -769,10 +833,11 @@ def settings_are_read_as_torch_reads_them() -> None:
     )  # fmt: skip
     for text in refused:
         with pytest.raises(UsageError):
-            CudaRules.from_settings(text)
+            CudaRules.from_settings(text, version=VERSION)
         with pytest.raises((RuntimeError, ValueError)):
-            torch._C._accelerator_setAllocatorSettings(text)
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:False,large_segment_size_mb:20")
+            set_settings(text)
+    set_settings("expandable_segments_reserve:1.0" if VERSION >= (2, 15) else "expandable_segments:False")
+    reset_settings()
 
 
 @check(RECORDED)

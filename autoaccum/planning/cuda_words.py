@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..budget import Budget
+from ..devices.cuda.allocator_rules import AllocatorRules
 from ..phases import PHASE_TITLES
 from ..simulation.solver import Split
+from ..torch_compat import allocator_settings
 from ..units import show_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ def reasons(budget: Budget) -> dict[str, str]:
 
 def notes(predictor: CudaPredictor, split: Split) -> list[str]:
     """Return notes about retries, the plain loop, cuDNN and the virtual GPU."""
-    found = []
+    found = [text for text in (predictor.rules_remark, ignored_settings()) if text]
     history, capacity = predictor.request.histories[0], predictor.budget.bytes
     retries = predictor.replayed(split, history, capacity, kept=predictor.keeps(split)).retries
     if any(retries):
@@ -53,6 +56,25 @@ def notes(predictor: CudaPredictor, split: Split) -> list[str]:
             "are unknown, and workspaces of cuDNN's convolutions are counted as set there (docs/virtual-gpu.md)."
         )
     return found
+
+
+def rules_remark(rules: AllocatorRules) -> str:
+    """Describe the allocator's rule if torch's version doesn't give it."""
+    if rules.by_version:
+        return ""
+    return (
+        f"torch {torch.__version__} is not a version whose allocator is known. Of free blocks of one size it takes "
+        f"that with the {rules.tie_rule}, {rules.reason}."
+    )
+
+
+def ignored_settings() -> str:
+    """Name the variable of allocator settings that torch ignores, if any."""
+    text, used = os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    if not text or text == (allocator_settings().get("PYTORCH_CUDA_ALLOC_CONF") or text):
+        return ""
+    why = f"PYTORCH_CUDA_ALLOC_CONF={used} is set too, and counts" if used else f"torch {torch.__version__} ignores it"
+    return f"PYTORCH_ALLOC_CONF={text} has no effect: {why}. Set PYTORCH_CUDA_ALLOC_CONF instead."
 
 
 def shortfall(predictor: CudaPredictor, split: Split) -> str:

@@ -74,7 +74,16 @@ def torch_facts() -> dict[str, Any]:
     for index in range(torch.cuda.device_count()):
         facts |= _device_facts(index)
     facts["cuda allocator"] = _allocator()
+    facts |= _ignored()
     return facts
+
+
+def _ignored() -> dict[str, str]:
+    """Return the variable of allocator settings that torch ignores, if any."""
+    from .cuda_words import ignored_settings
+
+    text = ignored_settings()
+    return {"cuda allocator ignores": text} if text else {}
 
 
 def _reason_against_cuda() -> str:
@@ -94,6 +103,7 @@ def _device_facts(index: int) -> dict[str, Any]:
     """Return one device's kind, free memory and limits."""
     import torch
 
+    from ..devices.cuda.allocator_rules import find_rules, self_test
     from ..devices.cuda.budget import cuda_budget, read_device
     from ..errors import UsageError
 
@@ -103,11 +113,15 @@ def _device_facts(index: int) -> dict[str, Any]:
         kind = torch.cuda.get_device_properties(index)
     except Exception as error:
         return {name: f"can't be used: {_first_line(error)}"}
+    rules, tested = find_rules(index), self_test(index)
+    agrees = "a test on the device shows the same" if tested.tie_rule == rules.tie_rule else tested.why
     facts: dict[str, Any] = {
         name: f"{kind.name}, {show_bytes(found.free_bytes)} of {show_bytes(found.total_bytes)} free",
         f"{name} capability": f"{kind.major}.{kind.minor}, {kind.multi_processor_count} multiprocessors",
         f"{name} UUID": found.seen.uuid or str(kind.uuid),
         f"{name} in NVML": found.seen.note or f"number {found.seen.index}",
+        f"{name} reuses": f"of equal free blocks that with the {rules.tie_rule} ({rules.reason}; {agrees})",
+        f"{name} addresses": "go down" if rules.addresses_down else "go up",
     }
     try:
         budget = cuda_budget(found)

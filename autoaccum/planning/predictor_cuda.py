@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from ..devices.cuda.allocator_rules import find_rules
 from ..devices.cuda.device import CudaDevice, CudaMeasurement
 from ..devices.cuda.model_blocks import model_blocks, reserved_bytes_of
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, PHASE_TITLES
@@ -36,11 +37,13 @@ class CudaPredictor(MemoryPredictor):
         model_events: The allocations of the model as a new process makes them.
         start: What the allocator holds in this process.
         rules: The allocator's settings.
+        rules_remark: Where its rule for equal blocks comes from, if not from torch's version.
     """
 
     model_events: tuple[Event, ...] = ()
     start: AllocatorState = EMPTY
     rules: CudaRules = field(default_factory=CudaRules)
+    rules_remark: str = ""
     _simulators: dict[str, TrainingSimulator] = field(default_factory=dict, init=False, repr=False)
     _saturated: dict[int, CudaPredictor] = field(default_factory=dict, init=False, repr=False)
     _kept: dict[Split, bool] = field(default_factory=dict, init=False, repr=False)
@@ -376,6 +379,7 @@ def make_predictor(
         model_events=model_events,
         start=start,
         rules=rules,
+        rules_remark=cuda_words.rules_remark(find_rules(device.index)),
         leaked_bytes=leaked,
     )
 

@@ -14,12 +14,14 @@ import torch
 
 from ..data import tree
 from ..devices import oom
+from ..devices.cuda.allocator_rules import find_rules
 from ..devices.cuda.device import CudaMeasurement
 from ..devices.cuda.model_blocks import model_blocks, reserved_bytes_of
 from ..devices.virtual.device import VirtualGpuDevice
 from ..simulation.cuda_allocator.allocator import EMPTY
 from ..simulation.solver import Solution, Split, balanced, uniform_sizes
 from ..workload import Batch
+from . import cuda_words
 from .cuda_budget import read_budget
 from .evidence import Evidence
 from .predictor import VERIFIED_STEPS
@@ -125,4 +127,5 @@ def make_predictor(
         model_events=model_events,
         start=device.read_allocator() if evidence.recordings else EMPTY,
         rules=rules,
+        rules_remark=cuda_words.rules_remark(find_rules(device.index)),
     )

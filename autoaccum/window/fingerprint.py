@@ -158,6 +158,8 @@ def check_fingerprint(found: Mapping[str, str], planned: Mapping[str, str]) -> N
         PlanMismatch: Names every entry that differs.
     """
     differing = [name for name in {**planned, **found} if found.get(name) != planned.get(name)]
+    if differing and set(differing) <= {"torch", "allocator reuses"}:
+        raise _other_torch(found, planned)
     if differing:
         differences = "; ".join(
             f"{name}: planned {planned.get(name)!r}, here {found.get(name)!r}" for name in differing
@@ -167,6 +169,20 @@ def check_fingerprint(found: Mapping[str, str], planned: Mapping[str, str]) -> N
             "Its memory would be another one.",
             "Plan again: autoaccum plan, or fit_plan(workload).",
         )
+
+
+def _other_torch(found: Mapping[str, str], planned: Mapping[str, str]) -> PlanMismatch:
+    """Return the error for a plan of another torch and nothing else."""
+    then, now = planned.get("torch", "another version"), found.get("torch", "another version")
+    rule, own = planned.get("allocator reuses"), found.get("allocator reuses")
+    why = "Its memory would be another one: each version has its own operators, libraries and workspaces."
+    if rule != own:
+        why = f"Of equal free blocks that allocator reuses the one with the {rule}, this one that with the {own}."
+    return PlanMismatch(
+        f"The plan was made under torch {then}, and this is torch {now}.",
+        why,
+        f"Plan again: autoaccum plan, or fit_plan(workload); or go back: pip install torch=={then.split('+')[0]}",
+    )
 
 
 def _structure(model: torch.nn.Module) -> str:

@@ -19,12 +19,14 @@ from ...errors import UsageError
 from ...phases import OnPhase
 from ...simulation.cuda_allocator.allocator import AllocatorState, CudaRules
 from ...simulation.cuda_allocator.replay import replay_cuda
+from ...simulation.cuda_allocator.ties import LATEST_KNOWN, minor_version, tie_rule_of
 from ...simulation.malloc import HeapState, Replay
 from ...simulation.recording import Event, Phase, Recording, live_peak
 from ...simulation.solver import Split
 from ...torch_compat import allocator_settings, clear_cublas_workspaces
 from ..base import CACHING_ALLOCATOR, Device, Measurement, RecordingPolicy, Window
 from . import recorder, workspaces
+from .allocator_rules import find_rules, read_state
 from .budget import read_cuda_budget
 
 T = TypeVar("T")
@@ -79,12 +81,14 @@ class CudaDevice(Device):
         return torch.cuda.current_device() if index is None else int(index)
 
     def settings_words(self) -> dict[str, str]:
-        """Describe the settings of the allocator and of cuDNN.
+        """Describe the allocator's settings and rule, and cuDNN's setting.
 
-        From the environment, or set since.
+        Settings from the environment, or set since.
         """
         text = allocator_settings().get("PYTORCH_CUDA_ALLOC_CONF") or "as it comes"
-        return {"allocator": text, **({"cudnn": "benchmark"} if torch.backends.cudnn.benchmark else {})}
+        rule = tie_rule_of(torch.__version__) or find_rules(self.index).tie_rule
+        words = {"allocator": text, "allocator reuses": rule}
+        return words | ({"cudnn": "benchmark"} if torch.backends.cudnn.benchmark else {})
 
     def prepare(self, malloc: str = "fixed") -> int | None:
         """Return None: the C library's malloc does not matter here."""
@@ -190,14 +194,16 @@ class CudaDevice(Device):
 
     def read_rules(self) -> CudaRules:
         """Read the allocator's settings in this process, without a limit on memory."""
-        total = self.total_bytes()
+        total, reuse = self.total_bytes(), find_rules(self.index)
         fraction = torch.cuda.get_per_process_memory_fraction(self.index)
-        found = CudaRules.from_snapshot(allocator_settings(), device_bytes=total)
-        return replace(found, allowed_bytes=int(fraction * total)) if fraction < 1.0 else found
+        version = minor_version(torch.__version__) or LATEST_KNOWN
+        found = CudaRules.from_snapshot(allocator_settings(), device_bytes=total, version=version)
+        allowed = int(fraction * total) if fraction < 1.0 else found.allowed_bytes
+        return replace(found, allowed_bytes=allowed, tie_rule=reuse.tie_rule, addresses_down=reuse.addresses_down)
 
     def read_allocator(self) -> AllocatorState:
         """Read what the allocator holds now."""
-        return AllocatorState.from_snapshot(torch.cuda.memory_snapshot(), self.index)  # type: ignore[no-untyped-call]
+        return read_state(self.index)
 
     def total_bytes(self) -> int:
         """Return the device's memory."""

@@ -17,7 +17,6 @@ import torch
 
 from ...errors import UsageError
 from ...phases import FIRST, LATER
-from ...simulation.cuda_allocator.snapshot import AllocatorState
 from ...simulation.recording import Event, Phase, Recording, name_blocks
 from ...torch_compat import (
     Entry,
@@ -27,6 +26,7 @@ from ...torch_compat import (
     start_history,
     stop_history,
 )
+from .allocator_rules import read_state
 from .positions import find_positions, read_position
 from .workspaces import Span, watch_releases
 
@@ -66,7 +66,7 @@ def record(
     torch.cuda.init()  # type: ignore[no-untyped-call]
     clear_cublas_workspaces()
     with _history(), watch_releases(index) as releases:
-        start = _start(index)
+        start = read_state(index)
         before, begin = _allocations(index), read_position(index)
         run(lambda name: _marked(name, phases, index))
         torch.cuda.synchronize(index)
@@ -125,11 +125,6 @@ def _marked(name: str, phases: list[Begun], index: int) -> Iterator[None]:
     """Note where in the history a phase begins."""
     phases.append((name, read_position(index)))
     yield
-
-
-def _start(index: int) -> AllocatorState:
-    """Read what the allocator holds; reading leaves an entry in the history."""
-    return AllocatorState.from_snapshot(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
 
 
 def _allocations(index: int) -> int:

@@ -17,7 +17,7 @@ def virtual_settings(gpu: Gpu, *, devices: int = 1) -> VirtualGpu:
 
     Alone on its machine, with libraries loaded from the start.
 
-    Convolutions have the workspace that real ones showed (docs/ground-truth.md).
+    Convolutions have the workspace that real ones showed, and addresses go down (docs/ground-truth.md).
     """
     return VirtualGpu(
         memory_bytes=gpu.total_bytes,
@@ -27,6 +27,7 @@ def virtual_settings(gpu: Gpu, *, devices: int = 1) -> VirtualGpu:
         multiprocessors=gpu.multiprocessors,
         name=gpu.device_name,
         convolution_workspace="transposed",
+        addresses="down",
     )
 
 

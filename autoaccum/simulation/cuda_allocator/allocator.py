@@ -1,8 +1,8 @@
 """Simulate PyTorch's CUDA caching allocator without CUDA and without torch.
 
-Read from c10/cuda/CUDACachingAllocator.cpp (2025) and compared with torch 2.14's on a virtual GPU; each rule names its
-function there. Not modelled: private pools (CUDA graphs, `MemPool`), calls of `empty_cache` within a phase, and the
-ages of blocks in a snapshot.
+Read from c10/cuda/CUDACachingAllocator.cpp (2025) and compared with torch 2.6's to 2.15's on a virtual GPU; each rule
+names its function there. Not modelled: private pools (CUDA graphs, `MemPool`), calls of `empty_cache` within a phase,
+and the ages of blocks in a snapshot.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..recording import Phase
-from .blocks import ADDRESS_BITS, UNLIMITED_BYTES, Block, Pool, expand, expandable_size, load, unmap
+from .addresses import Addresses, edge_of
+from .blocks import RANK_BITS, UNLIMITED_BYTES, Block, Pool, expand, expandable_ranges, expandable_size, load, unmap
+from .layout import layout_of, long_unused
 from .settings import MAX_SMALL_BYTES, MIN_BLOCK_BYTES, SMALL_SEGMENT_BYTES, CudaRules, round_size, segment_bytes
 from .snapshot import EMPTY, AllocatorState, CudaSegment
+from .ties import Ranks
 
 __all__ = ["EMPTY", "AllocatorState", "CachingAllocator", "CudaRules", "PhaseResult"]
 
@@ -40,6 +43,9 @@ class PhaseResult:
 
 class _OutOfMemory(Exception):
     pass
+
+
+FAR = 1 << 59  # an address of expandable segments, far from others
 
 
 class CachingAllocator:
@@ -72,17 +78,16 @@ class CachingAllocator:
         self._searches = 0  # get_free_blocks_call_count, of large blocks
         expandable = rules.expandable_segments or any(segment.expandable for segment in start.segments)
         self._looks_further = expandable or self._collects or rules.max_split_size_bytes is not None
-        span = UNLIMITED_BYTES if rules.device_bytes is None else rules.device_bytes + rules.device_bytes // 8
-        self._spans = {page: -(-span // page) * page for page in (SMALL_SEGMENT_BYTES, rules.large_segment_bytes)}
-        # Of free blocks of one size torch takes the one in the oldest segment (registration_counter, in torch 2.14's
-        # library; measured), within a segment the lowest. So new segments lie above all others here. The age of a
-        # start's segments is unknown; their addresses replace it.
-        self._next_address = (
-            max((s.address + s.bytes for s in start.segments), default=-2 * UNLIMITED_BYTES) + 2 * UNLIMITED_BYTES
-        )
-        for segment in start.segments:
-            if not segment.private:
-                self._load(segment)
+        self._ranks = Ranks(rules.tie_rule)
+        self._by_block = self._ranks.by_block
+        self._spans = {page: rules.expandable_span(page) for page in (SMALL_SEGMENT_BYTES, rules.large_segment_bytes)}
+        own = [segment for segment in start.segments if not segment.private]
+        # Of the age of a start's segments nothing is known but that addresses go one way.
+        for segment in sorted(own, key=lambda segment: segment.address, reverse=rules.addresses_down):
+            self._load(segment)
+        self._addresses = Addresses(start.edge(rules.addresses_down), rules.addresses_down, start.ranges())
+        ranges = expandable_ranges((*self._small.values(), *self._large.values()), self._spans)
+        self._ranges = Addresses(edge_of(ranges, rules.addresses_down, FAR), rules.addresses_down, ranges)
 
     def run(self, phase: Phase) -> PhaseResult:
         """Run one phase, reading allocations, frees, sizes and streams.
@@ -129,19 +134,13 @@ class CachingAllocator:
         Args:
             names: Live blocks whose places are part of the key, in the same order of roles; others are ignored.
         """
-        layout: list[int] = []
+        layout: list[object] = []
         places: dict[Block, int] = {}
         for pools in (self._small, self._large):
             for stream in sorted(pools):
-                pool = pools[stream]
-                layout += (-1, stream)
-                for address in sorted(pool.heads):
-                    layout.append(-2)
-                    block: Block | None = pool.heads[address]
-                    while block is not None:
-                        places[block] = len(layout)
-                        layout.append(block.size << 3 | block.free << 2 | block.mapped << 1 | (block.page > 0))
-                        block = block.after
+                blocks, found = layout_of(pools[stream])
+                places |= {block: place + len(layout) for block, place in found.items()}
+                layout += blocks
         named = tuple(places[self._live[name]] if name in self._live else -1 for name in names)
         held = tuple(sorted(places[block] for block in self._held.values()))
         return tuple(layout), named, held, self._ages() if self._collects else ()
@@ -157,12 +156,12 @@ class CachingAllocator:
             least_rest = MIN_BLOCK_BYTES
         else:
             least_rest = MAX_SMALL_BYTES + 1 if limit is None or size < limit else UNLIMITED_BYTES
-        found = size, size << ADDRESS_BITS, self._small if small else self._large, least_rest
+        found = size, size << RANK_BITS, self._small if small else self._large, least_rest
         self._wanted[requested] = found
         return found
 
     def _malloc(self, requested: int, stream: int) -> Block:
-        """Allocate (malloc): best fit, oldest segment first; else a new segment."""
+        """Allocate (malloc): best fit, by rank among equals; else a new segment."""
         size, least_key, pools, least_rest = self._wanted.get(requested) or self._want(requested)
         pool = pools.get(stream) or self._new_pool(stream, small=pools is self._small)
         keys = pool.keys
@@ -189,14 +188,18 @@ class CachingAllocator:
         """Split a block; the rest takes its place among the keys."""
         pool = block.pool
         keys = pool.keys
-        address = block.address + size
-        after = Block(pool, address, block.size - size, block, block.page, block.base)
+        rank = block.rank
+        if self._by_block:  # the new block is the one that is handed out
+            block.rank = self._ranks.of_block()
+        else:
+            rank += size
+        after = Block(pool, block.address + size, block.size - size, rank, block, block.page, block.base)
         following = block.after
         if following is not None:
             after.after = following
             following.before = after
         block.after, block.size = after, size
-        after.key = key = after.size << ADDRESS_BITS | address
+        after.key = key = after.size << RANK_BITS | rank
         after.born, after.free = self._searches, True
         pool.blocks[key] = after
         if index < 0:
@@ -219,6 +222,8 @@ class CachingAllocator:
             before.after = after
             if after is not None:
                 after.before = before
+            if self._by_block:
+                before.rank = block.rank
             block = before
         if after is not None and after.free:
             if old is not None:
@@ -229,7 +234,7 @@ class CachingAllocator:
             block.after = following = after.after
             if following is not None:
                 following.before = block
-        block.key = key = block.size << ADDRESS_BITS | block.address
+        block.key = key = block.size << RANK_BITS | block.rank
         block.born, block.free = self._searches, True
         pool.blocks[key] = block
         if old is None:
@@ -262,7 +267,7 @@ class CachingAllocator:
             if index == none:
                 return none
         if limit is not None:
-            found = keys[index] >> ADDRESS_BITS
+            found = keys[index] >> RANK_BITS
             if size < limit <= found:
                 return none
             if size >= limit and found >= size + self.rules.max_non_split_rounding_bytes:
@@ -293,12 +298,11 @@ class CachingAllocator:
             return None
         if rules.expandable_segments:
             page = SMALL_SEGMENT_BYTES if pool.small else rules.large_segment_bytes
-            return expand(pool, size, page, self._spans[page], self._take)
+            return expand(pool, size, page, self._spans[page], self._ranges, self._take)
         if not self._take(total):
             return None
-        block = Block(pool, self._next_address, total)
-        self._next_address += total
-        pool.heads[block.address] = block
+        address = self._addresses.take(total)
+        block = pool.heads[address] = Block(pool, address, total, self._ranks.of_segment(address, total))
         return block
 
     def _take(self, size: int) -> bool:
@@ -315,25 +319,14 @@ class CachingAllocator:
         """Return a segment to the driver (release_block)."""
         block.pool.take_out(block)
         del block.pool.heads[block.address]
+        self._addresses.give(block.address)
         self.reserved_bytes -= block.size
 
     def _collect(self) -> None:
-        """Collect garbage (garbage_collect_cached_blocks): unused large segments older than average."""
+        """Collect garbage above the threshold (garbage_collect_cached_blocks)."""
         most = int(self.rules.garbage_collection_threshold * (self.rules.allowed_bytes or 0))
-        target = self.reserved_bytes - most
-        unused = [
-            block for pool in self._large.values() for block in pool.blocks.values() if block.is_whole_segment()
-        ]  # fmt: skip
-        unused = [block for block in unused if not block.page]
-        ages = {block: self._searches - block.born for block in unused}
-        reclaimed = 0
-        while reclaimed < target and ages:
-            average = sum(ages.values()) / len(ages)
-            old = [block for block, age in ages.items() if age >= average]
-            for block in old:
-                reclaimed += block.size
-                del ages[block]
-                self._give_back(block)
+        for block in long_unused(self._large.values(), self._searches, self.reserved_bytes - most):
+            self._give_back(block)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
         """Release one large enough block (release_available_cached_blocks), or the largest.
@@ -345,7 +338,7 @@ class CachingAllocator:
         if limit is None or self.rules.expandable_segments:
             return False
         needed, released = max(size, limit), 0
-        enough = bisect_left(pool.keys, needed << ADDRESS_BITS)
+        enough = bisect_left(pool.keys, needed << RANK_BITS)
         for key in pool.keys[enough : enough + 1] or pool.keys[::-1]:
             block = pool.blocks[key]
             if released >= needed or block.size < limit:
@@ -367,12 +360,12 @@ class CachingAllocator:
                         self._give_back(block)
                 for block in free:
                     if block.page:
-                        self.reserved_bytes -= unmap(block)
+                        self.reserved_bytes -= unmap(block, self._ranges)
 
     # -- state
 
     def _new_pool(self, stream: int, *, small: bool) -> Pool:
-        pool = Pool(stream, small)
+        pool = Pool(stream, small, self._ranks)
         (self._small if small else self._large)[stream] = pool
         return pool
 

@@ -6,22 +6,25 @@ Read from c10/cuda/CUDACachingAllocator.cpp; each rule names its function or typ
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 
-ADDRESS_BITS = 64  # keys of free blocks: the size, and below it the address
-UNLIMITED_BYTES = 1 << 60
+from .addresses import Addresses
+from .ties import Ranks
+
+RANK_BITS = 64  # keys of free blocks: the size, and below it the rank
+UNLIMITED_BYTES = 1 << 50
 
 
 class Block:
     """Hold a piece of a segment, linked to its neighbours."""
 
-    __slots__ = ("address", "after", "base", "before", "born", "free", "key", "mapped", "page", "pool", "size")
+    __slots__ = ("address", "after", "base", "before", "born", "free", "key", "mapped", "page", "pool", "rank", "size")
 
     def __init__(
-        self, pool: Pool, address: int, size: int, before: Block | None = None, page: int = 0, base: int = 0
+        self, pool: Pool, address: int, size: int, rank: int, before: Block | None = None, page: int = 0, base: int = 0
     ) -> None:
-        self.pool, self.address, self.size, self.before = pool, address, size, before
+        self.pool, self.address, self.size, self.rank, self.before = pool, address, size, rank, before
         self.after: Block | None = None
         self.page, self.base = page, base  # of its expandable segment: a page's bytes (0 for none), where it begins
         self.mapped, self.free = True, False
@@ -36,16 +39,17 @@ class Pool:
     """Hold one stream's small or large blocks (BlockPool).
 
     Attributes:
-        keys: Of free blocks: sizes above addresses, ascending (BlockComparatorSize).
+        ranks: Which of two blocks of one size is taken.
+        keys: Of free blocks: sizes above ranks, ascending.
         blocks: By key.
         unmapped: Of expandable segments, by address (BlockComparatorAddress).
-        heads: The first block of each segment.
+        heads: The first block of each segment, by its address.
     """
 
-    __slots__ = ("blocks", "heads", "keys", "small", "stream", "unmapped")
+    __slots__ = ("blocks", "heads", "keys", "ranks", "small", "stream", "unmapped")
 
-    def __init__(self, stream: int, small: bool) -> None:
-        self.stream, self.small = stream, small
+    def __init__(self, stream: int, small: bool, ranks: Ranks) -> None:
+        self.stream, self.small, self.ranks = stream, small, ranks
         self.keys: list[int] = []
         self.blocks: dict[int, Block] = {}
         self.unmapped: list[Block] = []
@@ -54,7 +58,7 @@ class Pool:
     def put_in(self, block: Block) -> None:
         """Insert a free block (insert_into_blocks)."""
         block.free = True
-        block.key = block.size << ADDRESS_BITS | block.address
+        block.key = block.size << RANK_BITS | block.rank
         insort(self.keys, block.key)
         self.blocks[block.key] = block
 
@@ -87,17 +91,24 @@ def load(pool: Pool, address: int, sizes: Sequence[int], page: int = 0, span: in
         if sum(sizes) < block.size:
             _cut_unmapped(block, sum(sizes))
     else:
-        block = pool.heads[address] = Block(pool, address, sum(sizes))
+        block = pool.heads[address] = Block(pool, address, sum(sizes), pool.ranks.of_segment(address, sum(sizes)))
     blocks = [block]
     for size in sizes[:-1]:
         blocks.append(_cut(blocks[-1], size))
+    if pool.ranks.by_block and len(blocks) > 1:  # what was split off again and again is what is left at the end
+        first = block.rank
+        for each in blocks[:-1]:
+            each.rank = pool.ranks.of_block()
+        blocks[-1].rank = first
     return blocks
 
 
 # -- expandable segments
 
 
-def expand(pool: Pool, size: int, page: int, span: int, take: Callable[[int], bool]) -> Block | None:
+def expand(
+    pool: Pool, size: int, page: int, span: int, addresses: Addresses, take: Callable[[int], bool]
+) -> Block | None:
     """Map pages until a block of `size` exists (try_allocate_expandable_block).
 
     Args:
@@ -105,12 +116,16 @@ def expand(pool: Pool, size: int, page: int, span: int, take: Callable[[int], bo
         size: Rounded bytes.
         page: Bytes of a page.
         span: Addresses of a new segment.
+        addresses: Where a new segment is placed.
         take: Takes bytes from the driver, if it has them.
 
     Returns:
-        The block, no longer free; None if the driver ran out. Pages mapped so far stay mapped.
+        The block, no longer free; None if the driver ran out, or no segment spans as much. Pages mapped so far stay
+        mapped.
     """
-    block = _room_for(pool, size) or _new_segment(pool, page, span)
+    if size > span:
+        return None
+    block = _room_for(pool, size) or _new_segment(pool, page, span, addresses.take(span))
     if not block.mapped:
         mapped = _map(block, min(block.size, size), take)
         if mapped is None:
@@ -150,11 +165,9 @@ def _room_for(pool: Pool, size: int) -> Block | None:
     return None
 
 
-def _new_segment(pool: Pool, page: int, span: int, address: int | None = None) -> Block:
-    """Reserve addresses without memory, above all others (ExpandableSegment)."""
-    if address is None:
-        address = max(pool.heads, default=0) + 2 * span
-    block = Block(pool, address, span, page=page, base=address)
+def _new_segment(pool: Pool, page: int, span: int, address: int) -> Block:
+    """Reserve addresses without memory (ExpandableSegment)."""
+    block = Block(pool, address, span, pool.ranks.of_segment(address, span), page=page, base=address)
     block.mapped = False
     pool.heads[block.address] = block
     insort(pool.unmapped, block, key=_address)
@@ -175,8 +188,12 @@ def _map(block: Block, size: int, take: Callable[[int], bool]) -> Block | None:
     return block
 
 
-def unmap(block: Block) -> int:
+def unmap(block: Block, addresses: Addresses) -> int:
     """Release the whole pages within a free block (unmap_block).
+
+    Args:
+        block: The block.
+        addresses: What a segment that ends is given back to.
 
     Returns:
         The bytes given back.
@@ -189,6 +206,8 @@ def unmap(block: Block) -> int:
     pool.take_out(block)
     if begin > block.address:
         block, low = _cut(block, begin - block.address), block
+        if pool.ranks.by_block:  # the part below is the new block
+            block.rank, low.rank = low.rank, block.rank
         pool.put_in(low)
     if block.address + block.size > end:
         pool.put_in(_cut(block, end - begin))
@@ -196,6 +215,7 @@ def unmap(block: Block) -> int:
     block = _merged_with_neighbours(block)
     if block.is_whole_segment():  # release_expandable_segment
         del pool.heads[block.address]
+        addresses.give(block.address)
     else:
         insort(pool.unmapped, block, key=_address)
     return end - begin
@@ -203,7 +223,9 @@ def unmap(block: Block) -> int:
 
 def _cut(block: Block, size: int) -> Block:
     """Shorten a block to `size`; return the rest, neither free nor unmapped."""
-    rest = Block(block.pool, block.address + size, block.size - size, block, block.page, block.base)
+    ranks = block.pool.ranks
+    rank = ranks.of_block() if ranks.by_block else block.rank + size
+    rest = Block(block.pool, block.address + size, block.size - size, rank, block, block.page, block.base)
     rest.after = block.after
     if rest.after is not None:
         rest.after.before = rest
@@ -224,7 +246,7 @@ def _unmapped_at(pool: Pool, address: int) -> Block | None:
 
 def _merged_with_neighbours(block: Block) -> Block:
     """Merge an unlisted block with neighbours of its kind (try_merge_blocks)."""
-    pool = block.pool
+    pool, own = block.pool, block.rank
     for other in (block.before, block.after):
         if other is None or other.mapped != block.mapped or (other.mapped and not other.free):
             continue
@@ -237,8 +259,15 @@ def _merged_with_neighbours(block: Block) -> Block:
         low.after = high.after
         if low.after is not None:
             low.after.before = low
+        if pool.ranks.by_block:
+            low.rank = own
         block = low
     return block
+
+
+def expandable_ranges(pools: Iterable[Pool], spans: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Return expandable segments' ranges, as (address, bytes); `spans` by page."""
+    return [(head.base, spans[head.page]) for pool in pools for head in pool.heads.values() if head.page]
 
 
 _address = attrgetter("address")

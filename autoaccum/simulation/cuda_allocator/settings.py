@@ -6,12 +6,15 @@ each rule names its function or constant there. No torch here.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import UsageError
+from .blocks import UNLIMITED_BYTES
+from .ties import LATEST_KNOWN, OLDEST_SEGMENT, TieRule
 
 KiB, MiB = 1 << 10, 1 << 20
 MIN_BLOCK_BYTES = 512  # kMinBlockSize: every size is rounded up to a multiple of it
@@ -42,6 +45,9 @@ class CudaRules:
         expandable_segments: Whether memory is mapped page by page into one segment for each stream and pool.
         large_segment_bytes: Segments for large requests below 10 MiB, and the pages of a large expandable segment.
         device_bytes: The device's memory, of which an expandable segment spans 9/8; None for no end.
+        expandable_reserve_bytes: What an expandable segment spans at most; None for as much as it may.
+        tie_rule: Which of several free blocks of one size is taken.
+        addresses_down: Whether later memory lies below earlier memory, as on a GPU under Linux.
     """
 
     capacity_bytes: int | None = None
@@ -53,9 +59,25 @@ class CudaRules:
     expandable_segments: bool = False
     large_segment_bytes: int = LARGE_SEGMENT_BYTES
     device_bytes: int | None = None
+    expandable_reserve_bytes: int | None = None
+    tie_rule: TieRule = OLDEST_SEGMENT
+    addresses_down: bool = False
+
+    def expandable_span(self, page: int) -> int:
+        """Return the addresses of an expandable segment of such pages (ExpandableSegment's constructor)."""
+        span = UNLIMITED_BYTES if self.device_bytes is None else self.device_bytes + self.device_bytes // 8
+        if self.expandable_reserve_bytes is not None:
+            span = min(span, self.expandable_reserve_bytes)  # clamp_reserve_bytes
+        return -(-span // page) * page
 
     @staticmethod
-    def from_settings(text: str, *, device_bytes: int | None = None, capacity_bytes: int | None = None) -> CudaRules:
+    def from_settings(
+        text: str,
+        *,
+        device_bytes: int | None = None,
+        capacity_bytes: int | None = None,
+        version: tuple[int, int] = LATEST_KNOWN,
+    ) -> CudaRules:
         """Parse the text of PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF.
 
         Options that don't change which bytes are reserved (pinned memory, locks) are ignored.
@@ -64,19 +86,21 @@ class CudaRules:
             text: The variable's text, like "max_split_size_mb:64,expandable_segments:True".
             device_bytes: The device's memory, which `per_process_memory_fraction` is a part of.
             capacity_bytes: As in the rules.
+            version: The torch that parses it, as (major, minor).
 
         Raises:
             UsageError: For an option that is unknown, or known and not modelled, or whose value PyTorch would refuse.
         """
         found: dict[str, Any] = {"device_bytes": device_bytes, "capacity_bytes": capacity_bytes}
         for name, value in _options(text):
+            _check_known(name, version)
             if name in _READERS:
                 field, read = _READERS[name]
                 found[field] = _read(name, value, read)
-            elif name == "per_process_memory_fraction":
-                fraction = _read(name, value, _fraction)
-                if fraction < 1.0:
-                    found["allowed_bytes"] = _part_of(device_bytes, fraction)
+            elif name == "roundup_power2_divisions":
+                found[name] = _read(name, value, lambda text: _divisions(text, version))
+            elif name in _FRACTIONS:
+                found |= _part(name, value, device_bytes)
             else:
                 _check_harmless(name, value)
         rules = CudaRules(**found)
@@ -85,19 +109,22 @@ class CudaRules:
         return rules
 
     @staticmethod
-    def from_snapshot(settings: Mapping[str, Any], *, device_bytes: int | None = None) -> CudaRules:
+    def from_snapshot(
+        settings: Mapping[str, Any], *, device_bytes: int | None = None, version: tuple[int, int] = LATEST_KNOWN
+    ) -> CudaRules:
         """Read the allocator's own report of its current settings.
 
         Args:
             settings: `torch.cuda.memory._snapshot()["allocator_settings"]`. What has a value of its own there is taken
                 from it, the rest from the text that was set last.
             device_bytes: As for `from_settings`.
+            version: As for `from_settings`.
 
         Raises:
             UsageError: As `from_settings`.
         """
         text = settings.get("PYTORCH_CUDA_ALLOC_CONF") or settings.get("PYTORCH_ALLOC_CONF") or ""
-        found = CudaRules.from_settings(text, device_bytes=device_bytes)
+        found = CudaRules.from_settings(text, device_bytes=device_bytes, version=version)
         own: dict[str, Any] = {}
         if "max_split_size" in settings:  # as large as can be, or -1, where there is none
             size = settings["max_split_size"]
@@ -203,11 +230,11 @@ def _steps(value: str) -> int:
     return steps
 
 
-def _divisions(value: str) -> tuple[int, ...]:
+def _divisions(value: str, version: tuple[int, int]) -> tuple[int, ...]:
     """Parse one number for all, or [megabytes:steps, ..., >:steps] (parseRoundUpPower2Divisions).
 
     The first pair holds for all smaller sizes too, ">" for all larger than the pair before it; what lies between two
-    pairs that are not neighbours has none.
+    pairs that are not neighbours has none. Up to torch 2.9 ">" replaces the pair before it as well.
     """
     if not value.startswith("["):
         if int(value) == 0:
@@ -218,7 +245,8 @@ def _divisions(value: str) -> tuple[int, ...]:
     for place, pair in enumerate(value.strip("[]").split(",")):
         bound, _, steps = pair.partition(":")
         if bound == ">":
-            table[last + 1 :] = [_steps(steps)] * (ROUNDUP_INTERVALS - last - 1)
+            first = last + (version >= (2, 10))
+            table[first:] = [_steps(steps)] * (ROUNDUP_INTERVALS - first)
             continue
         if _steps(bound) == 0:
             raise ValueError
@@ -232,13 +260,54 @@ def _divisions(value: str) -> tuple[int, ...]:
 _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "max_split_size_mb": ("max_split_size_bytes", _megabytes),
     "max_non_split_rounding_mb": ("max_non_split_rounding_bytes", _megabytes),
-    "roundup_power2_divisions": ("roundup_power2_divisions", _divisions),
     "garbage_collection_threshold": ("garbage_collection_threshold", _threshold),
     "expandable_segments": ("expandable_segments", _flag),
     "large_segment_size_mb": ("large_segment_bytes", _large_segment),
 }
-_HARMLESS = ("pinned_", "release_lock_on_", "graph_capture_record_stream_reuse")  # they don't affect the layout
+_FRACTIONS = ("per_process_memory_fraction", "expandable_segments_reserve")
+# They don't affect the layout. A reserve by class holds for streams that C++ code has put into a class.
+_HARMLESS = ("pinned_", "release_lock_on_", "graph_capture_record_stream_reuse", "expandable_segments_reserve_by_class")
 _HARMLESS_VALUES = {"backend": "native", "throw_on_cudamalloc_oom": "False"}
+# The first version of torch that has an option, where 2.6 has not; each was set in 2.6, 2.9, 2.11, 2.12, 2.14 and 2.15.
+# No version has `expandable_segments_handle_type`, though an error message of 2.14 names it.
+_SINCE = {
+    "large_segment_size_mb": (2, 10),  # or 2.11: 2.10 was not tried
+    "per_process_memory_fraction": (2, 10),
+    "graph_capture_record_stream_reuse": (2, 10),
+    "pinned_reserve_segment_size_mb": (2, 9),
+    "pinned_free_catch_all": (2, 12),
+    "throw_on_cudamalloc_oom": (2, 12),
+    "pinned_max_round_threshold_mb": (2, 14),  # or 2.13
+    "pinned_max_cached_size_mb": (2, 14),
+    "expandable_segments_reserve": (2, 15),
+    "expandable_segments_reserve_by_class": (2, 15),
+}
+
+
+def _check_known(name: str, version: tuple[int, int]) -> None:
+    since = _SINCE.get(name, version)
+    if since > version:
+        raise UsageError(
+            f"torch {version[0]}.{version[1]} has no allocator setting {name}.",
+            f"It came with torch {since[0]}.{since[1]}.",
+            f"Leave {name} out of PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF, or install a newer torch.",
+        )
+
+
+def _part(name: str, value: str, device_bytes: int | None) -> dict[str, int]:
+    """Return what a fraction of the device allows, by field."""
+    if name == "per_process_memory_fraction":
+        fraction = _read(name, value, _fraction)
+        return {} if fraction == 1 else {"allowed_bytes": int(fraction * _needed(name, value, device_bytes))}
+    try:
+        gigabytes = value[-1:] in ("G", "g")
+        number = float(value[:-1] if gigabytes else value)
+    except ValueError:
+        return {}  # parseReserveSpec warns, and keeps the default
+    if not 0 < number < math.inf:
+        return {}
+    unit = 1 << 30 if gigabytes else _needed(name, value, device_bytes)
+    return {"expandable_reserve_bytes": int(min(number * unit, UNLIMITED_BYTES))}
 
 
 def _check_harmless(name: str, value: str) -> None:
@@ -252,12 +321,12 @@ def _check_harmless(name: str, value: str) -> None:
     )
 
 
-def _part_of(device_bytes: int | None, fraction: float) -> int:
-    """Return the bytes a fraction of the device allows (setMemoryFraction)."""
+def _needed(name: str, value: str, device_bytes: int | None) -> int:
+    """Return the device's memory, of which a setting is a fraction."""
     if device_bytes is None:
         raise UsageError(
-            f"The allocator setting per_process_memory_fraction:{fraction} needs the device's memory.",
+            f"The allocator setting {name}:{value} needs the device's memory.",
             "The setting is a fraction of it.",
             "Give device_bytes.",
         )
-    return int(fraction * device_bytes)
+    return device_bytes

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from .addresses import edge_of
+
 State = Literal["live", "held", "free"]
 _STATES: dict[str, State] = {
     "active_allocated": "live",
@@ -59,12 +61,17 @@ class AllocatorState:
 
     Attributes:
         segments: By address.
+        outermost: The lowest and the highest address that any memory was seen at, as (lowest, end of the highest);
+            None where no more is known than from the segments.
     """
 
     segments: tuple[CudaSegment, ...] = ()
+    outermost: tuple[int, int] | None = None
 
     @staticmethod
-    def from_snapshot(segments: Iterable[Mapping[str, Any]], device: int = 0) -> AllocatorState:
+    def from_snapshot(
+        segments: Iterable[Mapping[str, Any]], device: int = 0, outermost: tuple[int, int] | None = None
+    ) -> AllocatorState:
         """Read `torch.cuda.memory_snapshot()`.
 
         Of an expandable segment a snapshot shows mapped pages only: what was unmapped below the lowest of them is not
@@ -73,9 +80,19 @@ class AllocatorState:
         Args:
             segments: The list of dicts.
             device: The device's index; the others' segments are passed over.
+            outermost: As in the state.
         """
         found = [_segment(segment) for segment in segments if segment.get("device", device) == device]
-        return AllocatorState(tuple(sorted(found, key=lambda segment: segment.address)))
+        return AllocatorState(tuple(sorted(found, key=lambda segment: segment.address)), outermost)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return ranges in use, as (address, bytes), without expandable segments."""
+        return [(segment.address, segment.bytes) for segment in self.segments if not segment.expandable]
+
+    def edge(self, down: bool) -> int:
+        """Return where addresses begin: at the bottom or at the top."""
+        low, high = self.outermost or (0, 0)
+        return edge_of([*self.ranges(), *([(low, high - low)] if self.outermost else [])], down, HIGHEST if down else 0)
 
     @property
     def reserved_bytes(self) -> int:
@@ -89,6 +106,7 @@ class AllocatorState:
 
 
 EMPTY = AllocatorState()
+HIGHEST = 1 << 58  # where addresses that go down begin, if nothing is known of them
 
 
 def _segment(segment: Mapping[str, Any]) -> CudaSegment:
