@@ -16,11 +16,12 @@ from ..data import tree
 from ..data.sample import with_sample
 from ..devices.cuda.device import CudaDevice
 from ..devices.cuda.gpu_specs import Gpu
+from ..devices.cuda.model_blocks import model_blocks
 from ..devices.registry import get_device
 from ..devices.virtual.device import StandInDevice
 from ..errors import UsageError
 from ..plan import Plan
-from ..processes.workload_source import load_workload
+from ..processes.workload_source import load_function, make_workload, takes_device
 from ..simulation.recording import Event
 from ..workload import Workload
 from . import predictor_cuda, predictor_virtual
@@ -83,17 +84,23 @@ def build_on(
     Their values are meaningless, so a function that reads values may fail; it is then called again on the CPU.
 
     Returns:
-        The workload, its sample on the host; and the allocator's events meanwhile.
+        The workload, its sample on the host; and the allocator's events meanwhile. Where tensors were created there
+        that training creates on the host and moves, the events are those of moving the model.
     """
+    is_moved = False
 
     def make() -> Workload:
+        nonlocal is_moved
         if callable(source):
             workload = change(source(str(device.torch_device)))
         else:
-            workload = change(load_workload(source, "cuda", made_there=virtual))
+            function = load_function(source)
+            is_moved = virtual and not takes_device(function, source)
+            workload = change(make_workload(function, source, "cuda", made_there=virtual))
         workload.model.to(device.torch_device)
         return workload
 
     workload, build = device.record_build(make)
+    build = model_blocks(workload.model) if is_moved else build
     sample = tree.to_device(with_sample(workload)[0].sample, torch.device("cpu"))
     return replace(workload, sample=sample), build

@@ -43,9 +43,15 @@ def load_workload(source: str | None, device: str = "cpu", *, made_there: bool =
     Raises:
         UsageError: There is no such thing, it asks for something else, or it returned something else.
     """
+    return make_workload(load_function(source), source, device, made_there=made_there)
+
+
+def make_workload(
+    function: Callable[..., Any], source: str | None, device: str = "cpu", *, made_there: bool = False
+) -> Workload:
+    """Call a workload's function, as `load_workload` does."""
     import torch
 
-    function = load_function(source)
     at = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     if takes_device(function, source):
         return named(function(device=str(at)), source)
