@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,39 @@ def test_memory_that_is_gone_since_the_plan_is_reported_before_training() -> Non
     assert process.returncode == 0
     assert "is available now" not in before
     assert "The plan is for 1.50 GiB, and only 512.0 MiB is available now" in after
+
+
+MADE_AND_MOVED = """
+import json, sys, torch
+from pathlib import Path
+from autoaccum.devices.registry import get_device
+from autoaccum.planning.new_process import build_on
+Path("half.py").write_text('''import torch
+from torch import nn
+from autoaccum import Workload
+def workload():
+    model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 1024)).to(torch.bfloat16)
+    return Workload(model, (torch.zeros(2, 256), torch.zeros(2, dtype=torch.long)))
+def there(device):
+    made = workload()
+    made.model.to(device)
+    return made
+''')
+device = get_device(torch.device("cuda", 0))
+sizes = {}
+for name in ("workload", "there"):
+    work, build = build_on(f"half.py:{name}", device, virtual=True)
+    sizes[name] = [event.bytes for event in build]
+print(json.dumps([sizes, [p.nbytes for p in work.model.parameters()]]))
+"""
+
+
+def test_a_model_that_training_makes_on_the_host_lies_there_as_moving_it_leaves_it(tmp_path: Path) -> None:
+    process = launch(
+        [sys.executable, "-c", MADE_AND_MOVED], VirtualGpu(memory_bytes=2 * 2**30), stdout=subprocess.PIPE, cwd=tmp_path
+    )
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    sizes, parameters = json.loads(out.splitlines()[-1])
+    assert sizes["workload"] == parameters  # not as fp32, which is made on the virtual GPU first
+    assert [size for size in sizes["there"] if size > 0] == parameters
