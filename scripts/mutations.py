@@ -60,7 +60,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('a budget that shrank while planning is not read again', 'autoaccum/planning/cuda_budget.py', '    if now.bytes >= predictor.budget.bytes:', '    if True:', ('tests/test_gpu_stand_ins.py',)),
     ('no room for NCCL', 'autoaccum/planning/cuda_budget.py', '    if request.world_size == 1 or', '    if True or', ('tests/test_gpu_stand_ins.py', '-m', 'slow', '-k', 'nccl')),
     ('workspaces that cuDNN tries are recorded', 'autoaccum/devices/cuda/device.py', '            run(lambda name: contextlib.nullcontext())  #', '            pass  #', ('tests/test_gpu_stand_ins.py', '-m', 'slow', '-k', 'benchmark')),
-    ('a block that a stream holds is free at once', 'autoaccum/devices/cuda/recorder.py', '                kept.append((entry, 0))', '                pass', ('tests/test_gpu_stand_ins.py', '-m', 'slow', '-k', 'stream')),
+    ('a block that a stream holds is free at once', 'autoaccum/devices/cuda/recorder.py', '                kept.append((place, 0))', '                pass', ('tests/test_gpu_stand_ins.py', '-m', 'slow', '-k', 'stream')),
     ('the first window is never rehearsed', 'autoaccum/planning/rehearsal.py', ' if _comes_near(subject, least, most) else ()', ' if False else ()', ('tests/test_rehearsal.py',)),
     ('looked at before the optimizer has its state', 'autoaccum/planning/schedule.py', '    record_first_step(subject, evidence, min(min_size, begin), begin)\n', '', ('tests/test_fit.py',)),
     ('running statistics updated per micro-batch', 'autoaccum/window/norms.py', '        self.merges = how == MERGED and steps > 1', '        self.merges = False', ('tests/test_batchnorm.py',)),

@@ -136,3 +136,29 @@ def test_a_lower_limit_of_the_users_stays_and_the_bytes_are_exact() -> None:
     env = environment(VirtualGpu(memory_bytes=4 * 2**30))
     out = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=dict(env), check=True)
     assert out.stdout.split() == ["True", "123456789", "123456789"]
+
+
+SPAWNED = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from autoaccum import Workload
+
+def make():
+    rows = TensorDataset(torch.zeros(64, 8), torch.zeros(64, dtype=torch.long))
+    loader = DataLoader(rows, batch_size=8, num_workers=1, multiprocessing_context="{context}")
+    batch = torch.zeros(4, 8), torch.zeros(4, dtype=torch.long)
+    return Workload(nn.Linear(8, 4), batch, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loader=loader)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])  # the latter is Python 3.14's default
+def test_workers_that_are_not_forked_end_with_the_run_and_leave_nothing(tmp_path: Path, context: str) -> None:
+    (tmp_path / "mine.py").write_text(SPAWNED.format(context=context))
+    command = [sys.executable, "-m", "autoaccum"]
+    for arguments in (["plan", "--workload", "mine.py:make", "--target-batch", "16"], ["run", "plan.json"]):
+        more = ["-o", "plan.json"] if arguments[0] == "plan" else ["--steps", "2"]  # windows are left in the loader
+        done = subprocess.run([*command, *arguments, *more], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "2 optimizer steps" in done.stdout and "resource_tracker" not in done.stderr

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import gc
 import importlib
 import json
 import logging
@@ -365,6 +366,7 @@ def start() -> None:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:  # before it could answer
         code = interrupts.exit_code(interrupts.received() or signal.SIGINT)
+    gc.collect()  # loaders' workers and their semaphores, which the next line leaves behind
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # the user's code may have closed them
             stream.flush()
