@@ -50,7 +50,16 @@ def on_virtual_gpu(name: str, *arguments: object, gpu: VirtualGpu | None = None)
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-@pytest.mark.parametrize("name", ["copies_overlap", "everything_is_recovered_from", "the_scaler_works_once_a_window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a_loop_reserves_what_the_runner_does",
+        "a_loss_counted_on_it",
+        "copies_overlap",
+        "everything_is_recovered_from",
+        "the_scaler_works_once_a_window",
+    ],
+)
 def test_on_the_virtual_gpu(name: str) -> None:
     on_virtual_gpu(name)
 
@@ -232,6 +241,45 @@ def takes_a_plan(text: str) -> None:
         Runner(workload(), Plan.from_json(json.loads(text))).step(batch(TARGET))
     except PlanMismatch as error:
         raise SystemExit(f"PlanMismatch: {error}") from None
+
+
+@case
+def a_loss_counted_on_it() -> None:
+    """Scalars read as 0 there; a window whose count is one takes its step for all that, in the plan's memory."""
+
+    def peak(loss: Callable[..., Any]) -> int:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 65536), nn.ReLU(), nn.Linear(65536, 4)).cuda()
+        work = Workload(model, (torch.randn(4, 64), torch.randint(4, (4,))), loss=loss)
+        plan = fit_plan(work, target_batch=16, max_micro_batch=8, verify=False, check=False)
+        return plan.predicted_peak_bytes
+
+    def mean(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def total(model: nn.Module, batch: Any) -> Any:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum"), (batch[1] != -100).sum()
+
+    assert abs(peak(total) - peak(mean)) <= 2 * MIB
+
+
+@case
+def a_loop_reserves_what_the_runner_does() -> None:
+    """`autoaccum.windows` and the Runner, each twice over the same loader; the plan's figure to the byte."""
+    import autoaccum
+
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(500, 784), torch.randint(10, (500,)))
+    loader = torch.utils.data.DataLoader(data, 64)
+    model = nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10)).cuda()
+    plan = fit_plan(Workload(model, data[:8]), target_batch=200, max_micro_batch=60, check=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for window in autoaccum.windows(loader, plan, model=model):
+        for micro in window:
+            window.backward(nn.functional.cross_entropy(model(micro.batch[0]), micro.batch[1]))
+        window.step(optimizer)
+    assert torch.cuda.max_memory_reserved() <= plan.predicted_peak_bytes
+    assert torch.cuda.max_memory_reserved() > 0.9 * plan.predicted_peak_bytes
 
 
 if __name__ == "__main__":

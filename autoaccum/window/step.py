@@ -87,7 +87,7 @@ def train_window(
         assert window_loss is not None
         with phase(OPTIMIZER):
             context.copies.release_copied_ahead()
-            counts_nothing = total is not None and not bool(total)
+            counts_nothing = _is_nothing(context, total)
             grad_norm, stepped = optimizer_step(context, half, counts_nothing=counts_nothing, loss=window_loss)
             context.copies.release()
             _release_workspaces(context)
@@ -100,6 +100,14 @@ def run_between(context: TrainingContext, *, on_phase: OnPhase | None = None) ->
         with (on_phase or _no_phase)(BETWEEN):
             context.between_steps(context.model)
             _release_workspaces(context)
+
+
+def _is_nothing(context: TrainingContext, count: Any) -> bool:
+    """Return whether a count is known to be 0.
+
+    A device that computes nothing has no counts: all read as 0 there, and all of the window is to be recorded.
+    """
+    return count is not None and get_device(context.device).computes and not bool(count)
 
 
 def _release_workspaces(context: TrainingContext) -> None:
@@ -131,7 +139,7 @@ def _micro_batch(
     total = counted if total is None else total
     reads_count = None if form.passes_count or counted is not None else form.count
     count = None if reads_count is None else reads_count(piece)
-    if count is not None and not bool(count):
+    if _is_nothing(context, count):
         return torch.zeros_like(out.detach()), total  # a mean of nothing: its backward is 0 / 0, whatever it is times
     weight = 1.0 if form.kind is LossKind.ADDED else share
     loss = loss_terms.part(out, weight, count, None if total is None else loss_terms.nonzero(total))
