@@ -1,9 +1,8 @@
 """Reach the private names of torch that are used.
 
 No other file of the package uses a private name of torch; tests/test_torch_compat.py reads the sources for them, and
-calls each function here. A docstring gives the versions of torch in which its names were found (2.6.0, 2.9.1, 2.12.1,
-2.15.0 were searched). Where a version lacks one, `UnsupportedTorch` names that version, or the docstring describes what
-is done instead.
+calls each function here under 2.6.0, 2.9.1, 2.11.0, 2.12.1, 2.14.1 and 2.15.0, which have all names, unless a docstring
+describes what is done instead. Where a torch lacks one, `UnsupportedTorch` names the version and the name.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def _find(owner: Any, path: str, purpose: str) -> Any:
 def clear_cublas_workspaces() -> None:
     """Give cuBLAS's workspaces back to the caching allocator.
 
-    Nothing before CUDA is used. All four versions.
+    Nothing before CUDA is used. From 2.15 on there are none, unless TORCH_CUBLAS_WORKSPACE_CACHE=1.
     """
     clear = _find(torch, "_C._cuda_clearCublasWorkspaces", "release cuBLAS's workspaces")
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -87,7 +86,7 @@ def clear_cublas_workspaces() -> None:
 
 
 def is_history_on() -> bool:
-    """Return whether the allocator records its history. All four versions."""
+    """Return whether the allocator records its history."""
     is_enabled = _find(torch, "_C._cuda_isHistoryEnabled", "leave a history that the user records as it is")
     return torch.cuda.is_initialized() and bool(is_enabled())  # type: ignore[no-untyped-call]
 
@@ -95,7 +94,7 @@ def is_history_on() -> bool:
 def start_history(max_events: int | None = None) -> None:
     """Record the allocator's history from now on.
 
-    Without stack frames. All four versions.
+    Without stack frames.
 
     Args:
         max_events: Events that are kept, the latest ones; None for torch's own limit.
@@ -106,12 +105,12 @@ def start_history(max_events: int | None = None) -> None:
 
 
 def stop_history() -> None:
-    """Stop recording the allocator's history, and drop it. All four versions."""
+    """Stop recording the allocator's history, and drop it."""
     _find(torch.cuda, "memory._record_memory_history", "record allocations")(None)
 
 
 def read_history(index: int) -> list[Entry]:
-    """Return the events of a device's history, oldest first. All four versions.
+    """Return the events of a device's history, oldest first.
 
     Args:
         index: The device's number.
@@ -126,7 +125,7 @@ def read_history(index: int) -> list[Entry]:
 def allocator_settings() -> dict[str, Any]:
     """Return the caching allocator's settings as it parsed them.
 
-    `_snapshot` is in all four versions. Where a snapshot has no settings, those are returned that the environment
+    Where a snapshot has no settings, those are returned that the environment
     variables name, as text.
     """
     snapshot = _find(torch.cuda, "memory._snapshot", "read the allocator's settings")()
@@ -141,7 +140,7 @@ def allocator_settings() -> dict[str, Any]:
 
 
 def is_profiler_on() -> bool:
-    """Return whether a profiler watches this thread. All four versions."""
+    """Return whether a profiler watches this thread."""
     return bool(_find(torch, "_C._autograd._profiler_enabled", "keep out of the way of the user's profiler")())
 
 
@@ -158,8 +157,6 @@ def end_inherited_profiler() -> None:
 
 def profiler_events(profiler: torch.profiler.profile) -> Iterator[Any]:
     """Yield every event of a finished profile, in any order.
-
-    All four versions.
 
     Yields:
         Nodes of Kineto's event tree: `tag.name`, `name`, `start_time_ns`, `end_time_ns`, `extra_fields`.
@@ -224,10 +221,7 @@ def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
 
 
 def unbatched_dimensions(norm: InstanceNorm) -> int:
-    """Return the dimensions of an instance normalization's sample.
-
-    All four versions.
-    """
+    """Return the dimensions of an instance normalization's sample."""
     return int(norm._get_no_batch_dim())  # type: ignore[no-untyped-call]
 
 
@@ -245,10 +239,7 @@ def is_compiler_loaded() -> bool:
 
 
 def is_compiled_function(function: Any) -> bool:
-    """Return whether a function came from torch.compile.
-
-    `_torchdynamo_orig_callable` is in all four versions.
-    """
+    """Return whether a function came from torch.compile."""
     return hasattr(function, "_torchdynamo_orig_callable")
 
 
@@ -258,10 +249,7 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 
 
 def compiled_call(module: nn.Module) -> Any:
-    """Return what `module.compile()` made of a module's call, or None.
-
-    All four versions.
-    """
+    """Return what `module.compile()` made of a module's call, or None."""
     return getattr(module, "_compiled_call_impl", None)
 
 
@@ -282,8 +270,6 @@ def compiler_backends(module: nn.Module) -> list[Any]:
     """Return what a compiled module calls to compile graphs.
 
     Empty where it is not compiled.
-
-    `dynamo_ctx` and `_compiled_call_impl` are in all four versions.
     """
     callback = getattr(getattr(module, "dynamo_ctx", None), "callback", None) if is_compiled_wrapper(module) else None
     return [backend for backend in (callback, compiled_call(module)) if backend is not None]
@@ -293,7 +279,7 @@ def wrapped_backends(backend: Any) -> list[Any]:
     """Return the backends that a compiler backend keeps in attributes.
 
     `_torchdynamo_orig_backend` is in 2.9.1 and later; `_torchdynamo_orig_callable`, which 2.6.0 has in its place, and
-    `_inner_convert` are in all four. A name that a version lacks is left out.
+    `_inner_convert` are in all. A name that a version lacks is left out.
     """
     names = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "_inner_convert", "backend")
     return [inner for name in names if (inner := getattr(backend, name, None)) is not None]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
 
 from autoaccum.simulation.cuda_allocator.ties import LATEST_KNOWN, minor_version
 
+# Whether cuBLAS's workspaces stay allocated after a product.
+KEEPS_WORKSPACES = os.environ.get("TORCH_CUBLAS_WORKSPACE_CACHE") == "1" or not torch.__version__.startswith("2.15")
 VERSION = minor_version(torch.__version__) or LATEST_KNOWN
 
 
