@@ -89,7 +89,7 @@ def call(
                 [sys.executable, "-P", "-c", _START, ROOT, task, str(writing), str(theirs)],
                 pass_fds=[writing, theirs],
                 stdin=subprocess.PIPE,
-                env={"KINETO_LOG_LEVEL": "5", **(os.environ if env is None else env)},
+                env={**_quiet(task), **(os.environ if env is None else env)},
                 # A terminal's Ctrl-C reaches this process only, which hands it on: once, not twice. And whatever a
                 # child starts can be ended with it.
                 process_group=None if _in_child else 0,
@@ -109,6 +109,15 @@ def call(
         raise _died(task, code, arguments.get("workload"))
     answer: dict[str, Any] = result["result"]
     return answer
+
+
+def _quiet(task: str) -> dict[str, str]:
+    """Return settings that keep torch's libraries from logging recordings.
+
+    The profiler logs when it starts, and where a window frees what was there before.
+    """
+    records = task.partition(".")[0] in ("planning", "tuning")
+    return {"KINETO_LOG_LEVEL": "5", **({"TORCH_CPP_LOG_LEVEL": "ERROR"} if records else {})}
 
 
 def _answer(
