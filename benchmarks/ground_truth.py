@@ -32,7 +32,7 @@ from autoaccum.devices.virtual.stand_in import virtual_settings
 from .tables import of_frame
 
 RESULTS = Path(__file__).parent / "results"
-DATE = "2026-11-24"
+DATE = "2026-11-28"
 MIB = 2**20
 LARGE_BYTES = 10 * 10**9
 NEAR_MIB = 400

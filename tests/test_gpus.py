@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from autoaccum.devices.cuda.gpu_specs import GPUS, LIBRARY_BYTES, Gpu, find_gpu, list_gpus
+from autoaccum.devices.cuda.gpu_specs import CUDNN_BYTES, GPUS, LIBRARY_BYTES, Gpu, find_gpu, list_gpus
 from autoaccum.devices.virtual import available, launch
 from autoaccum.devices.virtual.stand_in import planning_environment, virtual_settings
 from autoaccum.errors import UsageError
@@ -27,7 +27,8 @@ def test_every_figure_has_a_source_that_can_be_looked_up(gpu: Gpu) -> None:
     for source in (shown.total, shown.processor):
         assert "https://github.com/" in source or "'" in source
     assert shown.context.startswith(("out-of-memory message: ", "derived: "))
-    assert shown.library.startswith("derived: ") and gpu.library_bytes == LIBRARY_BYTES
+    assert shown.library.startswith("derived: ")
+    assert gpu.library_bytes == (CUDNN_BYTES if "whisper and ResNet-50" in shown.library else LIBRARY_BYTES)
 
 
 @each
@@ -130,3 +131,12 @@ def test_torch_takes_the_largest_for_the_real_one() -> None:
     out, _ = process.communicate(timeout=60)
     expected = [gpu.device_name, gpu.total_bytes, gpu.capability, gpu.multiprocessors, gpu.capacity_bytes]
     assert process.returncode == 0 and json.loads(out) == expected
+
+
+def test_a_measured_context_is_not_less_than_what_was_measured() -> None:
+    """NVML's used memory in training, beyond torch's, on three GPUs: 1221, 1384 and 875 MiB."""
+    outside = {name: find_gpu(name) for name in ("h100-80gb", "h200", "l40s")}
+    totals = {"h100-80gb": 81_559, "h200": 143_771, "l40s": 46_068}  # NVML's, which count the driver's own
+    counted = {name: totals[name] - gpu.capacity_bytes / MIB for name, gpu in outside.items()}
+    for name, measured in {"h100-80gb": 1221, "h200": 1384, "l40s": 875}.items():
+        assert measured + 17 <= counted[name] < measured + 300, name

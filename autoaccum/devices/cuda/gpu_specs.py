@@ -8,8 +8,8 @@ stands here is on the low side of what was found. A figure's source is beside it
 
 Context: PyTorch's out-of-memory message says what this process holds and what of it torch allocated and reserved; the
 rest is its context, with the kernels and libraries loaded by then. What stands here is the largest that was found of
-runs on one device, without NCCL; the messages round to 10 MiB. Library memory comes on top, as a reserve: no public
-figure tells it apart.
+runs on one device, without NCCL and CUDA graphs; the messages round to 10 MiB. Library memory comes on top, as a
+reserve, whose size follows from training that was measured on three GPUs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,18 @@ from ...errors import UsageError
 from ...units import parse_bytes, show_bytes
 
 _MIB = 2**20
-# BERT's training on an H100 held 1219 to 1221 MiB beyond what torch reserves for it on the virtual GPU, whatever the
-# batch (docs/ground-truth.md). That was by the first version of NVML's memory info, which counts the driver's own as
-# used (docs.nvidia.com/deploy/nvml-api, nvmlMemory_t): 81559 MiB less CUDA's 81079. So 741 MiB, 75 more than
-# out-of-memory messages there report; whisper's and ResNet-50's, with cuDNN, 15 to 17 more than that. Rounded up.
+# Beyond what torch reserves, BERT's training held (mila-iqia/milabench, config/scaling: NVML's used memory, torch 2.6,
+# CUDA 12.4; NVML counts the driver's own as used there, which is its total less CUDA's):
+#   H100   1219 to 1221 MiB in each of its rows, less the driver's 480: 741, where messages report 666
+#   H200   28 more than by the H100's figure, less what the driver holds there: 769, where messages report 670
+#   L40S    875 in 8 of 8 rows, less the driver's 479 (totals of 46068 and 45589): 396, where messages report 517 to 524
+# and whisper's and ResNet-50's, with cuDNN, 15 to 17 more. The reserve is the most by which that exceeds messages,
+# rounded up. Not for the L40S's chip: there messages, of 2026 and CUDA 13, report more than training with CUDA 12.4
+# held. They count, since newer versions' contexts may be larger, and cuDNN's 17 alone comes on top, rounded up.
 LIBRARY_BYTES = 128 * _MIB
 _LIBRARY = "derived: H100, BERT and whisper training (mila-iqia/milabench, config/scaling), less context; rounded up"
+CUDNN_BYTES = 32 * _MIB
+_CUDNN = "derived: whisper and ResNet-50 training less BERT's (mila-iqia/milabench, config/scaling); rounded up"
 
 
 @dataclass(frozen=True)
@@ -179,13 +185,15 @@ def _gpu(
     processor: str,
     *,
     of: str = "",
+    bounds: bool = False,
 ) -> Gpu:
     """Make a row of the table.
 
-    `of` names the GPU of the message where it is another one.
+    `of` names the GPU of the message where it is another one; `bounds`: training there was measured to hold less.
     """
-    sources = Sources(total, processor, f"derived: {of}; {message}" if of else str(message))
-    sizes = message.context_bytes, LIBRARY_BYTES
+    library, source = (CUDNN_BYTES, _CUDNN) if bounds else (LIBRARY_BYTES, _LIBRARY)
+    sources = Sources(total, processor, f"derived: {of}; {message}" if of else str(message), source)
+    sizes = message.context_bytes, library
     return Gpu(name, device_name, total_bytes, capability, multiprocessors, *sizes, sources)
 
 
@@ -199,7 +207,7 @@ _H100 = _Message("72.18 GiB", "36.69 GiB", "34.84 GiB", "gpu-burn there: 81079 -
 _H200 = _Message("139.60 GiB", "138.14 GiB", "824.86 MiB")
 _B200 = _Message("168.34 GiB", "167.64 GiB", "4.62 MiB", "stas00/ml-engineering, debug")
 _A100 = _Message("39.12 GiB", "25.48 GiB", "13.11 GiB", "with 80 GB: 78.93, 76.28, 2.14 GiB")
-_L40S = _Message("44.43 GiB", "43.68 GiB", "251.29 MiB", "less in " + _ISSUE("stepfun-ai/Step-Video-T2V", 8))
+_L40S = _Message("44.28 GiB", "43.70 GiB", "69.68 MiB", "less in training: 875 MiB of NVML's used memory - 479")
 _L4 = _Message("21.92 GiB", "21.56 GiB", "113.98 MiB")
 _A10G = _Message("17.50 GiB", "17.00 GiB", "8.36 MiB")
 _A40 = _Message("44.17 GiB", "43.36 GiB", "396.27 MiB")
@@ -208,7 +216,6 @@ _T4 = _Message("14.55 GiB", "14.29 GiB", "119.36 MiB", "less in " + _ISSUE("Zhen
 _V100 = _Message("31.72 GiB", "29.66 GiB", "1.68 GiB", "with 16 GB: 15.75, 14.89 GiB, 497.13 MiB")
 _P100 = _Message("15.77 GiB", "15.44 GiB", "20.58 MiB")
 _RTX_5090 = _Message("31.34 GiB", "30.74 GiB", "19.41 MiB", _ISSUE("Wan-Video/Wan2.1", 465))
-_RTX_4090 = _Message("14.56 GiB", "13.86 GiB", "213.20 MiB", _ISSUE("3DTopia/Phidias-Diffusion", 8))
 _RTX_3090 = _Message("20.88 GiB", "20.51 GiB", "32.26 MiB")
 
 GPUS = (
@@ -251,9 +258,10 @@ GPUS = (
         of="a100-40gb's, larger than its own",
     ),
     _gpu(
-        "l40s", "NVIDIA L40S", 47_576_711_168, "8.9", 142, _L40S,
-        _QUERY("45373 MBytes (47576711168 bytes)") + ", driver of CUDA 12.4",
+        "l40s", "NVIDIA L40S", 45_450 * _MIB, "8.9", 142, _L40S,
+        _CAPACITY("44.39 GiB") + ", most of 2026; deviceQuery, an older driver, of CUDA 12.4: 45373 MBytes",
         _PROPERTIES("name='NVIDIA L40S', major=8, minor=9, total_memory=45589MB, multi_processor_count=142"),
+        bounds=True,
     ),
     _gpu(
         "l4", "NVIDIA L4", 23_612_293_120, "8.9", 58, _L4,
@@ -303,14 +311,17 @@ GPUS = (
         _PROPERTIES("name='Tesla P100-PCIE-16GB', major=6, minor=0, total_memory=16280MB, multi_processor_count=56"),
     ),
     _gpu(
-        "rtx-5090", "NVIDIA GeForce RTX 5090", 33_677_180_928, "12.0", 170, _RTX_5090,
-        _ISSUE("aikitoria/open-gpu-kernel-modules", 1) + ": deviceQuery, driver of CUDA 12.8",
+        "rtx-5090", "NVIDIA GeForce RTX 5090", 33_668_857_856, "12.0", 170, _RTX_5090,
+        "torch's warning: 'total: 33668857856'; deviceQuery, driver of CUDA 12.8: 33677180928, "
+        + _ISSUE("aikitoria/open-gpu-kernel-modules", 1),
         _ISSUE("NVIDIA/nccl", 1637),
     ),
     _gpu(
-        "rtx-4090", "NVIDIA GeForce RTX 4090", 25_250_627_584, "8.9", 128, _RTX_4090,
+        "rtx-4090", "NVIDIA GeForce RTX 4090", 25_250_627_584, "8.9", 128, _L40S,
         _QUERY("24081 MBytes (25250627584 bytes)") + ", driver of CUDA 13.0",
         _QUERY('"NVIDIA GeForce RTX 4090" ... (128) Multiprocessors'),
+        of="l40s's, of the same chip, larger than its own (504 MiB: 14.56, 13.86 GiB, 213.20 MiB)",
+        bounds=True,
     ),
     _gpu(
         "rtx-3090", "NVIDIA GeForce RTX 3090", 24_131 * _MIB, "8.6", 82, _RTX_3090,
