@@ -209,4 +209,5 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('the piece that is handed out keeps its segments counter', 'autoaccum/simulation/cuda_allocator/allocator.py', '            block.rank = self._ranks.of_block()\n        else:', '            rank = self._ranks.of_block()\n        else:', ('tests/test_caching_allocator.py', '-k', 'each_version')),
     ('a plan of another torch is said to be of something else', 'autoaccum/window/fingerprint.py', '    if differing and set(differing) <= {"torch", "allocator reuses"}:', '    if False:', ('tests/test_runner.py', '-k', 'another_torch')),
     ('a stand-in keeps what its own making leaves', 'autoaccum/planning/new_process.py', '    build = model_blocks(workload.model) if is_moved else build\n', '', ('tests/test_gpu_option.py', '-k', 'moving')),
+    ('a smaller batch forgets sooner', 'autoaccum/reporting/batch_choice.py', 'float(beta2 ** (small / large))', 'float(beta2 ** (large / small))', ('tests/test_batch_choice.py',)),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from ..phases import PHASE_TITLES
 from ..plan import FASTEST, Plan
 from ..simulation import knee
 from ..units import show_bytes
+from .batch_choice import batch_choice
 from .kinds import place
 
 
@@ -49,8 +50,24 @@ def explain(plan: Plan) -> str:
     The derivation lists the budget's limits, the peak of each phase, the memory that one accumulation step fewer would
     need, and the origin of the figures.
     """
-    derived = ["", *_budget(plan), "", *_phases(plan), "", *_fewer_steps(plan), "", *_origin(plan)]
+    derived = [
+        "",
+        *_budget(plan),
+        "",
+        *_phases(plan),
+        "",
+        *_fewer_steps(plan),
+        *_batch_choice(plan),
+        "",
+        *_origin(plan),
+    ]
     return "\n".join([summary(plan), *map(one_line, derived)])
+
+
+def _batch_choice(plan: Plan) -> list[str]:
+    """Return the advice on accumulating at all, under its own heading."""
+    found = batch_choice(plan)
+    return ["", "accumulating at all", *(f"  {sentence}" for sentence in found)] if found else []
 
 
 def _limit(plan: Plan) -> str:

@@ -8,6 +8,7 @@ from ..files.escape import one_line
 from ..plan import Plan
 from ..units import show_bytes
 from . import words
+from .batch_choice import batch_choice
 from .data import Rows, frames
 from .page import around_chosen
 
@@ -28,6 +29,9 @@ def render(plan: Plan) -> str:
     parts += ["## Time per optimizer step", escape(words.time_sentence(plan))]
     if data["times"]:
         parts.append(_times(data["times"]))
+    advice = batch_choice(plan)
+    if advice:
+        parts += ["## Accumulating at all", escape(" ".join(advice))]
     if data["plans"]:
         parts += [f"## Plans for {plan.target_batch:,} samples (predicted)", _plans(around_chosen(data["plans"]))]
     budget = [[row["limit"], show_bytes(row["bytes"]), row["why"]] for row in data["budget"]]

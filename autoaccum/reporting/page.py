@@ -15,6 +15,7 @@ from ..plan import Plan
 from ..simulation.breakdown import CATEGORIES
 from ..units import show_bytes
 from . import charts, what_if, words
+from .batch_choice import batch_choice
 from .data import Rows, frames, usable_bytes
 from .kinds import Kind, is_virtual, measured
 
@@ -64,6 +65,7 @@ def context(plan: Plan) -> dict[str, Any]:
         "bars": _bars(plan),
         "categories": [name for name in CATEGORIES if any(name in parts for parts in plan.memory.composition.values())],
         "plans": around_chosen(data["plans"]),
+        "advice": " ".join(batch_choice(plan)),
         "what_if": None if table is None else what_if.for_page(table),
         "memory_text": _size_text(plan.memory.budget.limit_bytes),
         "headroom_text": _size_text(plan.memory.budget.headroom_bytes),
