@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_loop_pages as pages
 import torch
 
 pytest.importorskip("transformers", minversion="5.0")
@@ -46,10 +48,11 @@ def in_one_batch(folder: Path, model: Any, data: Any, **more: Any) -> tuple[Any,
     return trained(Trainer, model, args, data, more.pop("data_collator", collate), **more)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gpt2", "llama", "bert classes", "bert tokens", "bert regression", "t5", "vit", "opt", "gpt-neox", "mistral"],
-)
+FAST = ("gpt2", "llama", "bert tokens", "t5", "vit")
+OTHERS = ("bert classes", "bert regression", "opt", "gpt-neox", "mistral")
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_every_step_has_the_gradient_of_one_big_batch(name: str, tmp_path: Path) -> None:
     """Windows of 10, 10 and the tail of 3, with ragged lengths and labels, in micro-batches of at most 4."""
     data = dataset(KINDS.get(name, "language"))
@@ -125,6 +128,9 @@ def test_it_resumes_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path) -
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+PHASES = ("forward", "backward", "end of backward")
+
+
 class Fails:
     """Raise an out-of-memory once, in a phase of the second window's given micro-batch."""
 
@@ -156,8 +162,14 @@ class Arms(TrainerCallback):
         self.fails.armed, self.fails.begun = state.global_step == 1, 0
 
 
-@pytest.mark.parametrize("phase", ["forward", "backward", "end of backward"])
-@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize(
+    ("phase", "micro_batch"),
+    [
+        ("forward", 3),
+        ("end of backward", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(PHASES, (1, 2, 3))),
+    ],
+)
 def test_an_out_of_memory_changes_nothing_but_the_split(phase: str, micro_batch: int, tmp_path: Path) -> None:
     """Bitwise what smaller micro-batches give from that window on: gradients, dropout, weights."""
     dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
@@ -273,3 +285,26 @@ def test_packed_batches_are_collated_anew_for_each_micro_batch(tmp_path: Path) -
     _, expected = in_one_batch(tmp_path, make("llama").double(), rows, args=args, data_collator=collator)
     ours, found = in_windows(tmp_path, make("llama").double(), rows, args=args, data_collator=collator)
     assert ours.plan.split == (4, 3, 3) and difference(found, expected) < 1e-12
+
+
+def _lines(text: str) -> list[str]:
+    """What a program prints, without the metrics that a Trainer prints at its end."""
+    return [line for line in text.splitlines() if not line.startswith("{")]
+
+
+def test_the_page_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    page, names = pages.ROOT / "docs" / "huggingface.md", {"__name__": "page"}
+    for code, shown, line in pages.blocks_of(page):
+        assert _lines(pages.printed_by(code, page, line, names)) == shown.splitlines(), f"{page.name}:{line}"
+
+
+def test_the_example_changes_few_lines_and_trains_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before, after = (pages.ROOT / "examples" / folder / "huggingface.py" for folder in ("before", ""))
+    changed = pages.changed_lines(before.read_text(), after.read_text())
+    assert len(changed) == 3, changed  # two imports and the class
+    for path in (before, after):
+        printed = _lines(pages.printed_by(path.read_text(), path, 0, {"__name__": "__main__"}))
+        assert printed[-1].startswith("loss ") and 0.5 < float(printed[-1][5:]) < 4.5

@@ -46,7 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_llama_with_adapters(checkpointing: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 
@@ -66,7 +66,14 @@ def test_a_llama_with_adapters(checkpointing: bool, tmp_path: Path) -> None:
     assert difference(found, expected) < 1e-12
 
 
-@pytest.mark.parametrize("more", [{}, {"label_smoothing_factor": 0.1}, {"max_length": None, "padding_free": True}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        pytest.param({"label_smoothing_factor": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"max_length": None, "padding_free": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_trls_sft_trainer(more: dict[str, Any], tmp_path: Path) -> None:
     """Its own loss computes logits in single precision; padding-free batches have one row, which can't be cut."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
@@ -88,7 +95,11 @@ def test_trls_sft_trainer(more: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "of"), [("CosineSimilarityLoss", "scores"), ("CachedMultipleNegativesRankingLoss", "pairs")]
+    ("loss", "of"),
+    [
+        ("CosineSimilarityLoss", "scores"),
+        pytest.param("CachedMultipleNegativesRankingLoss", "pairs", marks=pytest.mark.slow),
+    ],
 )
 def test_sentence_transformers(loss: str, of: str, tmp_path: Path) -> None:
     """A mean over pairs is cut; a contrastive loss is one micro-batch, or refused by name."""
@@ -145,11 +156,12 @@ def test_a_trainer_that_generates_its_batches_is_refused_by_name(tmp_path: Path)
         Mine(model=make("gpt2"), args=arguments(tmp_path), train_dataset=dataset(), target_batch=8)
 
 
-def _run(*command: str, env: dict[str, str] | None = None) -> str:
+def _figures(*command: str, env: dict[str, str] | None = None) -> Any:
+    """Run a command; return the JSON that it prints."""
     inherited = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run(command, capture_output=True, text=True, env=inherited, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"')))
 
 
 @pytest.mark.slow
@@ -163,8 +175,8 @@ def test_two_ranks(name: str, tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     script = [__file__, "ranks", name, str(tmp_path)]
-    out = _run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, *script)
-    found = json.loads(out.splitlines()[-1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    found = _figures(*launch, *script)
     assert found["split"] == [2, 2, 1] and found["retries"] == 1 and found["steps"] == 2
     assert found["difference"] < 1e-12
 
@@ -212,7 +224,7 @@ def _train_on_a_rank(name: str, folder: str) -> None:
 def test_a_gpus_memory_holds_what_was_planned_and_a_plan_too_large_is_recovered_from(tmp_path: Path) -> None:
     """On the virtual GPU, whose allocator and out-of-memory errors are real."""
     gpu = [sys.executable, "-m", "autoaccum", "virtual-gpu", "--memory", "1GiB", "--", sys.executable, __file__, "gpu"]
-    planned = json.loads(_run(*gpu, str(tmp_path), "plan.json").splitlines()[-1])
+    planned = _figures(*gpu, str(tmp_path), "plan.json")
     assert planned["out_of_memory_errors"] == 0 and planned["steps"] == 4
     assert len(planned["split"]) > 1 and sum(planned["split"]) == 64
     assert planned["peak_bytes"] <= planned["budget_bytes"]
@@ -221,7 +233,7 @@ def test_a_gpus_memory_holds_what_was_planned_and_a_plan_too_large_is_recovered_
 
     schedule = replace(plan.schedule, micro_batch=32, accumulation_steps=2, split=(32, 32), largest_micro_batch=32)
     replace(plan, schedule=schedule).save(tmp_path / "large.json")
-    large = json.loads(_run(*gpu, str(tmp_path), "large.json").splitlines()[-1])
+    large = _figures(*gpu, str(tmp_path), "large.json")
     assert large["out_of_memory_errors"] >= 1 and large["steps"] == 4
     assert large["micro_batch"] < 32
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ class WindowTraining:
         self._all_ranks_count = self._count_of_all_ranks(host)
         window = host.cut(self.sizing.sizes(host.samples))
         self.peak_monitor.begin()
-        trained = self.recovery.train(window)
+        with _buffers_broadcast(model):
+            trained = self.recovery.train(window)
         self.peak_monitor.end()
         return trained.result.loss
 
@@ -156,3 +157,22 @@ class WindowTraining:
             return None
         mine = torch.tensor(self._count(dict(host), host.samples), device=self.context.device)
         return int(self.trainer.accelerator.reduce(mine, "sum"))
+
+
+@contextlib.contextmanager
+def _buffers_broadcast(model: Any) -> Iterator[None]:
+    """Broadcast buffers before a window, not in its first forward.
+
+    DistributedDataParallel does it there, and would once more on a rank that starts the window over: a collective that
+    no other rank takes part in.
+    """
+    if not getattr(model, "broadcast_buffers", False):
+        yield
+        return
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, 0)
+    model.broadcast_buffers = False
+    try:
+        yield
+    finally:
+        model.broadcast_buffers = True
