@@ -87,7 +87,10 @@ def stand_in(steps: Steps, others: Mapping[str, Steps]) -> list[Line]:
         wrong.append(f"largest {plan['largest']}, and {card['largest']} on the card")
     if list(plan["split"]) == list(card["split"]) and _is_off(plan["predicted"], card["predicted"]):
         wrong.append("another peak for the same split")
-    return [line | {"verdict": _verdict(wrong, [], good="as on the card")}]
+    steps_here, steps_there = len(plan["split"]), len(card["split"])
+    fewer = f"{steps_here} steps, found by trying, and {steps_there} on the card"
+    remarks = [fewer] if steps_here < steps_there else []
+    return [line | {"verdict": _verdict(wrong, remarks, good="as on the card")}]
 
 
 def context(steps: Steps, others: Mapping[str, Steps]) -> list[Line]:
