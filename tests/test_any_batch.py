@@ -257,7 +257,7 @@ def test_the_test_of_exactness_collates_its_parts(name: str) -> None:
         assert check(replace(work, count=None), isolated=False).kind == "wrong denominator"
 
 
-@pytest.mark.parametrize("name", ["lists of boxes", "time first", "packed sequences"])
+@pytest.mark.parametrize("name", ["lists of boxes", pytest.param("time first", marks=pytest.mark.slow)])
 def test_out_of_memory_loads_smaller_micro_batches_of_the_same_samples(name: str) -> None:
     failures = iter([False, True, False, False, True])
 
@@ -312,6 +312,7 @@ def test_a_sample_that_cannot_be_cut_gives_way_to_the_dataset() -> None:
     assert isinstance(found.sample, list) and found.sample[0].shape == (8, 6) and text.startswith("8 samples")
 
 
+@pytest.mark.slow
 def test_planning_verifies_collated_windows() -> None:
     work = work_of("packed sequences")
     plan = planned(work, verify=True, check=True, timing_seconds=0)
@@ -354,6 +355,7 @@ def test_graphs_of_torch_geometric() -> None:
     assert distance(seen(runner)[0], gradients(model, loss, batch)) < FP64
 
 
+@pytest.mark.slow
 def test_torchvisions_detection_models() -> None:
     detection = pytest.importorskip("torchvision.models.detection")
     from torchvision.models.detection.anchor_utils import AnchorGenerator

@@ -68,10 +68,9 @@ def planned(work: Workload, target: int, most: int, **how: Any) -> Plan:
     ("size", "target", "most", "split"),
     [
         (3, 30, 12, (12, 9, 9)),
-        (3, 30, 14, (12, 9, 9)),
         (4, 40, 12, (12, 12, 8, 8)),
         (4, 40, 4, (4,) * 10),
-        (4, 8, 99, (8,)),
+        pytest.param(4, 8, 99, (8,), marks=pytest.mark.slow),
     ],
 )
 def test_every_size_is_of_whole_groups_and_the_gradient_the_whole_batchs(
