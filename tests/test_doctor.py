@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from autoaccum.devices.cuda import nvml
 from autoaccum.devices.cuda.gpu_specs import GPUS
 from autoaccum.devices.virtual import VirtualGpu, availability, available, launch
-from autoaccum.planning import environment
+from autoaccum.planning import cuda_words, environment
 
 GIB = 2**30
 REASON = available()
@@ -70,6 +71,26 @@ def test_the_allocators_settings_as_it_read_them() -> None:
     assert facts["cuda allocator"].startswith("native: ") and "expandable_segments=True" in facts["cuda allocator"]
     assert "roundup_power2_divisions=0" in facts["cuda allocator"]
     assert facts["virtual GPU"] == "this process runs on one"
+
+
+@pytest.mark.parametrize(
+    ("used", "counts", "message"),
+    [
+        ("", "", "has no effect: torch .* ignores it. Set PYTORCH_CUDA_ALLOC_CONF"),
+        ("max_split_size_mb:32", "max_split_size_mb:32", "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:32 is set too"),
+        ("", "max_split_size_mb:64", None),
+        ("", "expandable_segments:True", None),
+    ],
+    ids=["old torch", "both", "new torch", "set since"],
+)
+def test_a_variable_of_allocator_settings_without_effect_is_named(
+    used: str, counts: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", used)
+    monkeypatch.setattr(cuda_words, "allocator_settings", lambda: {"PYTORCH_CUDA_ALLOC_CONF": counts})
+    found = cuda_words.ignored_settings()
+    assert re.search(message, found) if message else found == ""
 
 
 def test_host_facts_need_no_gpu() -> None:

@@ -71,7 +71,8 @@ def rules_remark(rules: AllocatorRules) -> str:
 def ignored_settings() -> str:
     """Name the variable of allocator settings that torch ignores, if any."""
     text, used = os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-    if not text or text == (allocator_settings().get("PYTORCH_CUDA_ALLOC_CONF") or text):
+    counts = allocator_settings().get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if not text or counts == text or (counts and not used):  # or set since, by the program
         return ""
     why = f"PYTORCH_CUDA_ALLOC_CONF={used} is set too, and counts" if used else f"torch {torch.__version__} ignores it"
     return f"PYTORCH_ALLOC_CONF={text} has no effect: {why}. Set PYTORCH_CUDA_ALLOC_CONF instead."
