@@ -87,7 +87,7 @@ def test_memory_that_was_named_beyond_what_is_there_does_not_make_it_more() -> N
 def test_memory_that_not_even_the_context_fits() -> None:
     with pytest.raises(UsageError, match=r"200\.0 MiB is not enough .* take 512\.0 MiB") as error:
         cuda_budget(ALONE, memory="200MiB")
-    assert "what NVML says it holds" in error.value.why and "--memory" in error.value.hint
+    assert "what NVML says it holds" in error.value.why and "budget=" in error.value.hint
 
 
 def test_the_memory_fraction_binds_without_headroom() -> None:
@@ -129,7 +129,7 @@ def test_a_headroom_is_bytes_or_a_part_of_the_limit(headroom: str | int, kept: i
 def test_a_headroom_that_leaves_nothing() -> None:
     with pytest.raises(UsageError, match="leaves nothing") as error:
         cuda_budget(ALONE, headroom="16GiB")
-    assert "device" in error.value.why and "--headroom" in error.value.hint
+    assert "device" in error.value.why and "headroom=" in error.value.hint
 
 
 def test_a_device_that_others_have_filled() -> None:

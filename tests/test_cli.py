@@ -351,6 +351,7 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         ],
         "virtual-gpu": [
             "--addresses", "--compute-capability", "--context", "--convolution-fallback", "--convolution-workspace",
-            "--copies", "--devices", "--memory", "--multiprocessors", "--name", "--other", "--trace",
+            "--copies", "--devices", "--kernel", "--lag", "--memory", "--multiprocessors", "--name", "--other",
+            "--trace", "--trial-workspace",
         ],
     }  # fmt: skip

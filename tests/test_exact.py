@@ -54,7 +54,7 @@ def test_every_loss_gets_its_verdict_and_none_is_called_exact_that_is_not(
     passes, backward = list[int](), torch.autograd.backward
     monkeypatch.setattr(torch.autograd, "backward", lambda *args, **how: (passes.append(1), backward(*args, **how)))
     found = check.check(work(case, hard), isolated=False)
-    assert len(passes) <= (6 if found.exact else 12)
+    assert len(passes) <= (6 + 3 * bool(case.easy) if found.exact else 12)  # three where ignored targets may matter
     assert found.kind == (case.kind if hard else case.easy or case.kind), found
     assert found.samples == 12
     assert (case.module or "") in (found.module or ""), found

@@ -189,7 +189,7 @@ def test_out_of_reach_says_by_how_many_bytes() -> None:
     with pytest.raises(DoesNotFit) as caught:
         fit_plan(wide(), target_batch=64, budget=budget)
     assert caught.value.exit_code == 3 and caught.value.missing_bytes > 50 * 2**20
-    assert f"{caught.value.missing_bytes:,} bytes" in str(caught.value) and "--memory" in caught.value.hint
+    assert f"{caught.value.missing_bytes:,} bytes" in str(caught.value) and "budget=" in caught.value.hint
 
 
 class Erratic(nn.Module):

@@ -277,7 +277,7 @@ class Trial:
 
     def __init__(self, truth: float) -> None:
         self.truth, self.share, self.remark, self.ran = truth, 1.0, "", list[tuple[int, ...]]()
-        self.request = SimpleNamespace(samples=64, least=1, most=64)
+        self.request = SimpleNamespace(samples=64, least=1, most=64, uniform=False)
         self.usable_bytes, self.compiled_share = 1000, 1.0
         self.evidence = SimpleNamespace(fallback_reason="bracketed")
         self.subject, self.is_incomplete = SimpleNamespace(progress=lambda text: None, train=None), False
@@ -289,6 +289,9 @@ class Trial:
         return 0
 
     later_floor = floor
+
+    def lost_memory(self) -> bool:
+        return False
 
     def settle(self, split: tuple[int, ...], part: tuple[int, ...]) -> None: ...
 

@@ -86,7 +86,7 @@ def interrupted_at(seconds: float, number: signal.Signals, *args: str, cwd: Path
 )
 def test_a_signal_ends_a_command_whenever_it_comes(seconds: float, number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "tiny.py").write_text(TINY)
-    args = ("check", "--workload", "tiny.py:slow")
+    args = ("check", "--workload", "tiny.py:workload")
     code, out, err = interrupted_at(seconds, number, *args, cwd=tmp_path)
     assert (code, out) == (128 + number, "") and err.endswith("interrupted\n")
 

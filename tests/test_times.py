@@ -250,7 +250,7 @@ def test_a_plan_keeps_to_the_fewest_steps_and_tells_the_knee_or_why_it_has_none(
     found = knee(plan.timing.timed_sizes)
     assert found is not None and found.timed.micro_batch == 8 and found.is_sure
     short = planned(work, timing_seconds=1e-6)
-    assert short.timing.timed_sizes == () and "--timing" in short.explain()
+    assert short.timing.timed_sizes == () and "timing_seconds=" in short.explain()
     seen.clear()
     assert planned(work, timing_seconds=0).timing.timed_sizes == () and len(seen) < 40
 

@@ -129,7 +129,7 @@ def test_tune_finds_a_plan_that_run_trains_with(folder: Path) -> None:
         (["--target-batch", "8", "--study", "none/x.db"], "no folder none"),
         (["--target-batch", "8", "--study", "9" * 400], "can't be written"),
         (["--target-batch", "8", "-o", "mine.py"], "exists already"),
-        (["--target-batch", "8", "--workload", "mine.py"], "FILE.py:FUNCTION"),
+        (["--target-batch", "8", "--workload", "mine.py:none"], "has no function 'none'"),
     ],
 )
 def test_mistakes_get_a_sentence_before_anything_is_loaded(folder: Path, args: list[str], message: str) -> None:

@@ -9,6 +9,10 @@ isn't either.
 import os
 import sys
 
+TYPE_CHECKING = False  # typing isn't loaded yet
+if TYPE_CHECKING:
+    from typing import Any
+
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 2))  # noqa: PTH100, PTH118, PTH120  pathlib isn't loaded yet
 
 
@@ -42,9 +46,35 @@ def _pairs(words: list[str]) -> list[tuple[str, str]]:
 def add_folders(folders: list[str]) -> None:
     """Make modules of the user's folders importable in this process.
 
-    They come last: a name that the standard library or an installed package has stays theirs. They stay, since a
-    workload imports more while it trains, and a loader's processes import it anew.
+    They come last: a name that the standard library or an installed package has stays theirs, also where this
+    platform's lacks it (colorama tries `import msvcrt` everywhere). They stay, since a workload imports more while it
+    trains, and a loader's processes import it anew.
     """
     for folder in map(os.path.abspath, folders):
         if folder not in sys.path:
+            _finder(folder)
             sys.path.append(folder)
+
+
+class _UsersFolder:
+    """Find a folder's modules, except under the standard library's names."""
+
+    def __init__(self, finder: "Any") -> None:
+        self._finder = finder
+
+    def find_spec(self, name: str, target: "Any" = None) -> "Any":
+        """Return the module's spec, or None."""
+        return None if name in sys.stdlib_module_names else self._finder.find_spec(name, target)
+
+    def __getattr__(self, name: str) -> "Any":
+        return getattr(self._finder, name)
+
+
+def _finder(folder: str) -> None:
+    """Put a finder for the folder where Python looks for one (importlib.machinery.PathFinder)."""
+    for hook in sys.path_hooks:
+        try:
+            sys.path_importer_cache[folder] = _UsersFolder(hook(folder))
+            return
+        except ImportError:
+            continue
