@@ -122,6 +122,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('precision: what was not cast is dropped', 'autoaccum/window/fp32_accumulation.py', 'if _dtype_of_gradients(parameter) != parameter.dtype:\n                    _set(parameter, None)', 'pass', ('tests/test_precision.py',)),
     ('positions: the completion right after its request belongs to it', 'autoaccum/devices/cuda/positions.py', '(2 if entry["action"]', '(1 if entry["action"]', ('tests/test_history_positions.py',)),
     ('positions: a history that may have lost entries', 'autoaccum/devices/cuda/positions.py', ' or (before == 0 and counted and counted[0] == 0)', '', ('tests/test_history_positions.py',)),
+    ('the test of the allocator runs out of memory', 'autoaccum/devices/cuda/allocator_rules.py', '            _require_room(index)\n', '', ('tests/test_rehearsal.py',)),
+    ('recorder: a history without frees is whole', 'autoaccum/devices/cuda/recorder.py', ' or (without_frees and not is_own)', '', ('tests/test_virtual.py', '-k', 'too_short')),
     ('recorder: workspaces are those given back in a release', 'autoaccum/devices/cuda/recorder.py', 'if any(begin <= place < end for begin, end in spans):', 'if False:', ('tests/test_history_positions.py',)),
     ('precision: gradient.data = gradient.float()', 'autoaccum/window/fp32_accumulation.py', 'gradient.data = gradient.float()', 'pass', ('tests/test_precision.py',)),
     ('precision: the hook is removed', 'autoaccum/window/fp32_accumulation.py', 'hooks.callback(parameter.register_post_accumulate_grad_hook(_widen).remove)', 'parameter.register_post_accumulate_grad_hook(_widen)', ('tests/test_precision.py',)),

@@ -651,13 +651,24 @@ def the_users_own_history_is_read_and_kept() -> None:
 
 @check(RECORDED)
 def a_history_that_is_too_short_is_an_error() -> None:
-    for most, kinds in ((50, []), (1, []), (100_000, ["alloc"]), (100_000, ["snapshot"])):
+    missing = [[kind] for kind in ("alloc", "free_requested", "free_completed")]
+    for most, kinds in ((50, []), (1, []), *((100_000, kinds) for kinds in missing)):
         torch.cuda.memory._record_memory_history("all", context=None, max_entries=most, skip_actions=kinds)
         grab(5 * MIB)
         with pytest.raises(UsageError, match=r"kept \d+ of \d\d allocations.*\n.*\n.*max_entries"):
             recorded()
         assert torch._C._cuda_isHistoryEnabled()
         torch.cuda.memory._record_memory_history(None)
+
+
+@check(RECORDED)
+def a_history_needs_no_entries_of_snapshots() -> None:
+    plain = recorded()
+    torch.cuda.memory._record_memory_history("all", context=None, max_entries=100_000, skip_actions=["snapshot"])
+    held = grab(5 * MIB)
+    assert recorded().phases == plain.phases
+    torch.cuda.memory._record_memory_history(None)
+    del held
 
 
 @check(RECORDED)
@@ -787,10 +798,12 @@ def a_test_without_room_says_so_and_the_latest_rule_is_taken() -> None:
         patch.setattr(torch, "__version__", "2.99.0.dev20270101+cu130")
         free, _ = torch.cuda.mem_get_info()
         control.set_other(0, free - 100 * MIB)
+        before = torch.cuda.memory_stats()["num_ooms"]
         short = find_rules.__wrapped__(0)
+        assert torch.cuda.memory_stats()["num_ooms"] == before
         control.set_other(0, 0)
         roomy = find_rules.__wrapped__(0)
-    assert not short.by_version and short.tie_rule == "oldest segment" and "136 MiB" in short.reason
+    assert not short.by_version and short.tie_rule == "oldest segment" and "170 MiB" in short.reason
     assert not roomy.by_version and roomy.tie_rule == tie_rule_of(torch.__version__) and "test" in roomy.reason
 
 

@@ -79,7 +79,6 @@ def step_after_window(context: TrainingContext, loss: torch.Tensor) -> None:
         loss: The window's, detached: the metric, where the workload gives none.
     """
     metric = context.metric(context.model) if context.metric is not None else loss
-    context.last_metric = metric
     scheduler = context.scheduler
     if scheduler is None:
         return
@@ -90,6 +89,8 @@ def step_after_window(context: TrainingContext, loss: torch.Tensor) -> None:
         scheduler.step()
     elif context.scheduling is Scheduling.METRIC and metric is not None:  # one taken now and then is None in between
         scheduler.step(float(metric))
+    elif context.scheduling is Scheduling.EPOCH_METRIC:  # a number: a tensor would keep a block that no plan counts
+        context.last_metric = None if metric is None else float(metric)
 
 
 def step_after_epoch(context: TrainingContext) -> None:

@@ -91,7 +91,12 @@ class CudaDevice(Device):
         return words | ({"cudnn": "benchmark"} if torch.backends.cudnn.benchmark else {})
 
     def prepare(self, malloc: str = "fixed") -> int | None:
-        """Return None: the C library's malloc does not matter here."""
+        """Find the allocator's rules, while memory for their test is free.
+
+        Returns:
+            None: the C library's malloc does not matter here.
+        """
+        find_rules(self.index)
         return None
 
     def record(self, run: Window, *, micro_batch: int) -> Recording:

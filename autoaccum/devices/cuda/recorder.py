@@ -9,6 +9,7 @@ import bisect
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -65,6 +66,7 @@ def record(
     phases: list[Begun] = []
     torch.cuda.init()  # type: ignore[no-untyped-call]
     clear_cublas_workspaces()
+    is_own = not is_history_on()
     with _history(), watch_releases(index) as releases:
         start = read_state(index)
         before, begin = _allocations(index), read_position(index)
@@ -73,7 +75,7 @@ def record(
         made, end = _allocations(index) - before, read_position(index)
         trace = read_history(index)
     places = find_positions(trace, end, (begin, *(position for _, position in phases), *itertools.chain(*releases)))
-    first = _checked(trace, places, made)
+    first = _checked(trace, places, made, is_own=is_own)
     begins = [place - first for place in (places or [])[1:]]
     spans = list(zip(begins[len(phases) :: 2], begins[len(phases) + 1 :: 2], strict=True))
     found, workspaces = _cut(trace[first:], [name for name, _ in phases], begins[: len(phases)], spans)
@@ -133,18 +135,21 @@ def _allocations(index: int) -> int:
     return count
 
 
-def _checked(trace: list[Entry], places: list[int] | None, made: int) -> int:
+def _checked(trace: list[Entry], places: list[int] | None, made: int, *, is_own: bool) -> int:
     """Return the index of the recording's first entry.
 
     Args:
         trace: The ring of events, oldest first.
         places: The recording's positions in it, the first one first; None where it begins later.
         made: How many allocations it has to hold.
+        is_own: Whether it was started for the recording, and holds all kinds of entries.
     """
-    kept = sum(entry["action"] == "alloc" for entry in trace[places[0] if places else 0 :])
-    if places is None or kept != made:
+    kept = Counter(entry["action"] for entry in trace[places[0] if places else 0 :])
+    without_frees = kept["free_requested"] > 0 and not kept["free_completed"]
+    if places is None or kept["alloc"] != made or (without_frees and not is_own):
         raise UsageError(
-            f"The memory history that is being recorded already kept {kept} of {made} allocations.",
+            f"The memory history that is being recorded already kept {kept['alloc']} of {made} allocations"
+            f" and {kept['free_completed']} frees.",
             f"It holds {len(trace)} events, or leaves some kinds of them out.",
             "Start it with torch.cuda.memory._record_memory_history(max_entries=1_000_000), or not at all.",
         )
