@@ -84,6 +84,12 @@ def test_a_row_holds_what_failed_and_why_tests_were_skipped(
     assert text.count("test_few.py::") == 1 and text.count("| 2.6.0 |") == text.count("| 2.15.0 |") == 1
 
 
+def test_an_interrupted_run_says_that_it_is_not_whole(matrix: Any, tmp_path: Path) -> None:
+    (tmp_path / "tests" / "test_few.py").write_text("def test_one(): pass\n\ndef test_two(): raise KeyboardInterrupt\n")
+    found = run(matrix, tmp_path, "tests")
+    assert found["remark"] == "not whole: pytest ended with 2" and not found["failed"]
+
+
 def test_a_run_without_a_report_and_an_environment_without_torch_say_why(matrix: Any, tmp_path: Path) -> None:
     found = run(matrix, tmp_path, "--no-such-option")
     assert found["failed"] == 1 and "pytest ended with 4" in found["remark"]
