@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from autoaccum.devices.cuda.positions import find_positions
 from autoaccum.devices.virtual import VirtualGpu, available, environment
@@ -87,5 +88,6 @@ def test_phases_and_workspaces_are_found_and_a_ring_that_is_too_short_is_refused
     workspace = found["phases"]["first"][1]
     # A stream still uses the last block, which is not free yet.
     assert found["phases"] == {"first": [3, workspace, -workspace], "optimizer": [-3, 5, -5, 7]}
-    assert found["workspaces"] == [True] and workspace >= 8
+    keeps = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)  # later, a product gives its own back at once
+    assert found["workspaces"] == ([True] if keeps else []) and workspace >= 8
     assert "already kept" in found["error"] and "max_entries=1_000_000" in found["error"]
