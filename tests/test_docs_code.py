@@ -24,6 +24,7 @@ RUN_ELSEWHERE = {
     **dict.fromkeys(("accelerate.md", "lightning.md", "plain-loop.md", "training.md"), "tests/test_loop_pages.py"),
     "huggingface.md": "tests/test_hugging_face_trainer.py",
     "two-optimizers.md": "tests/test_first_tries.py",
+    "workload.md": "tests/test_workloads.py",
 }
 
 SMALL = """
@@ -64,11 +65,9 @@ BEFORE: dict[str, str] = {
     "report.md": SMALL + PLAN,
     "tune.md": MINE,
     "virtual-gpu.md": "import sys\nfrom pathlib import Path\nPath('train.py').write_text('')\n",
-    "workload.md": SMALL,
 }
 # A test process holds more before planning than a script does, and tuning takes long.
 REPLACED: dict[str, tuple[str, str]] = {
-    "workload.md": ('budget="1200MiB"', 'budget="12GiB"'),
     "tune.md": ("target_batch=512)", "target_batch=16, trials=1)"),
 }
 LONG = {"tune.md"}
