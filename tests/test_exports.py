@@ -15,9 +15,9 @@ from plan_fields import changed_plan
 from torch import nn
 
 from autoaccum import Plan, UsageError, Workload, fit_plan
-from autoaccum.exports.equal_steps import equal_steps
-from autoaccum.exports.json_merge import merge
-from autoaccum.exports.targets import TARGETS, export
+from autoaccum.reporting.exports.equal_steps import equal_steps
+from autoaccum.reporting.exports.json_merge import merge
+from autoaccum.reporting.exports.targets import TARGETS, export
 
 NUMBERS = {"train_batch_size": 30, "train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 5}
 

@@ -18,11 +18,11 @@ ROOMS = (
     "workload_arguments", "workload", "configuration",
     "plan", "simulation", "data", "state", "processes", "architectures", "devices", "window", "exactness",
     "planning",
-    "runner", "integrations", "reporting", "exports", "tuning", "cli",
+    "runner", "integrations", "reporting", "tuning", "cli",
 )  # fmt: skip
 PURE = (
     "errors", "units", "files", "phases", "budget", "configuration", "plan", "simulation",
-    "reporting", "exports",
+    "reporting",
 )  # fmt: skip
 FACE = ("__init__", "__main__")  # import from anywhere
 MOST_FILES_AT_THE_TOP = 12

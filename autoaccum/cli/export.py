@@ -24,11 +24,11 @@ def export(
 
     Needs no model. Remarks go to stderr.
     """
-    from ..exports.targets import TARGETS
-    from ..exports.targets import export as write
     from ..files.escape import one_line
     from ..files.whole import check_output, write_whole
     from ..plan import Plan
+    from ..reporting.exports.targets import TARGETS
+    from ..reporting.exports.targets import export as write
 
     if to not in TARGETS:
         raise UsageError(f"--to {to} is not known.", hint=f"Give one of: {', '.join(TARGETS)}.")
@@ -50,10 +50,10 @@ def export(
 
 def _merged(plan: object, path: Path) -> str:
     """Return a DeepSpeed configuration with a plan's numbers set."""
-    from ..exports.equal_steps import equal_steps
-    from ..exports.json_merge import merge
-    from ..exports.targets import deepspeed_values
     from ..plan import Plan
+    from ..reporting.exports.equal_steps import equal_steps
+    from ..reporting.exports.json_merge import merge
+    from ..reporting.exports.targets import deepspeed_values
 
     assert isinstance(plan, Plan)
     try:

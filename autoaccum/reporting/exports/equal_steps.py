@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import UsageError
-from ..plan import Plan
-from ..reporting.what_if import table_of
-from ..simulation.solver import CAPACITY_MARGIN, Split, uniform_sizes
-from ..units import show_bytes
+from ...errors import UsageError
+from ...plan import Plan
+from ...simulation.solver import CAPACITY_MARGIN, Split, uniform_sizes
+from ...units import show_bytes
+from ..what_if import table_of
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..configuration import sentence
-from ..plan import Plan
+from ...configuration import sentence
+from ...plan import Plan
 from .equal_steps import EqualSteps, equal_steps
 
 Values = dict[str, Any]
