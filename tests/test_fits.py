@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from autoaccum import UsageError
-from autoaccum.architectures.config_file import MOST_LAYERS, read_config
-from autoaccum.architectures.description import Description
+from autoaccum.cli.architectures.config_file import MOST_LAYERS, read_config
+from autoaccum.cli.architectures.description import Description
 from autoaccum.devices.virtual import available
 
 REASON = available()
@@ -35,7 +35,7 @@ def config(folder: Path, content: Any) -> Path:
 
 
 def built(content: dict[str, Any], **options: Any) -> Any:
-    from autoaccum.architectures.build import build
+    from autoaccum.cli.architectures.build import build
 
     return build(Description("config", "config.json", content, **options), "meta")
 
@@ -152,7 +152,7 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, content: str) -> No
 @pytest.mark.parametrize("name", ["hf-hub:evil/model", "local-dir:/tmp", "vit_base_patch16_22", "../x"])
 def test_a_name_is_one_of_timms_own(name: str) -> None:
     pytest.importorskip("timm")
-    from autoaccum.architectures.build import build
+    from autoaccum.cli.architectures.build import build
 
     with pytest.raises(UsageError, match="timm has no classifier"):
         build(Description("timm", name), "meta")
@@ -161,7 +161,7 @@ def test_a_name_is_one_of_timms_own(name: str) -> None:
 @pytest.mark.parametrize(("family", "name"), [("timm", "resnet10t"), ("torchvision", "resnet18")])
 def test_a_classifier_is_built_by_its_name(family: str, name: str) -> None:
     pytest.importorskip(family)
-    from autoaccum.architectures.build import build
+    from autoaccum.cli.architectures.build import build
 
     found = build(Description(family, name, image_size=64), "meta")
     assert found.workload.sample[0].shape == (2, 3, 64, 64) and found.sample_words == "images of 64 x 64"

@@ -14,7 +14,7 @@ from ..planning.request import PlanRequest
 from ..units import check_memory, check_samples, show_bytes
 
 if TYPE_CHECKING:
-    from ..architectures.description import Description
+    from .architectures.description import Description
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -65,8 +65,8 @@ def _description(named: dict[str, Any], **options: Any) -> Description:
     Raises:
         UsageError: None or several architectures are named, or the configuration can't be used.
     """
-    from ..architectures.config_file import read_config
-    from ..architectures.description import CONFIG, Description
+    from .architectures.config_file import read_config
+    from .architectures.description import CONFIG, Description
 
     given = {family: value for family, value in named.items() if value is not None}
     if len(given) != 1:

@@ -12,10 +12,10 @@ from ..processes.child import Say
 from ..units import show_bytes
 
 if TYPE_CHECKING:
-    from ..architectures.build import Built
-    from ..architectures.description import Description
     from ..planning.request import PlanRequest
     from ..workload import Workload
+    from .architectures.build import Built
+    from .architectures.description import Description
 
 
 def run(
@@ -80,12 +80,12 @@ def check(*, say: Say, workload: str) -> dict[str, Any]:
 def fits(*, say: Say, description: Mapping[str, Any], request: Mapping[str, Any], gpu: str) -> dict[str, Any]:
     """Build a described model on the virtual GPU, plan it, and answer."""
     say({"say": "loading torch and the architecture"})
-    from ..architectures.build import Built, build
-    from ..architectures.description import Description
     from ..devices import oom
     from ..devices.cuda.gpu_specs import find_gpu
     from ..planning.new_process import plan_on_gpu
     from ..planning.request import PlanRequest
+    from .architectures.build import Built, build
+    from .architectures.description import Description
 
     asked, built = Description(**description), list[Built]()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ...errors import UsageError
 from .description import Description
 
 Made = tuple[nn.Module, Any, str, tuple[str, ...]]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ...errors import UsageError
 from .description import Description
 from .images import SAMPLES, Made, not_installed
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UsageError
-from ..units import check_count
-from ..workload import PRECISIONS
+from ...errors import UsageError
+from ...units import check_count
+from ...workload import PRECISIONS
 
 DTYPES = ("fp32", "bf16", "fp16")
 CONFIG, TIMM, TORCHVISION = FAMILIES = ("config", "timm", "torchvision")

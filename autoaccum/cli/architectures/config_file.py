@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 MOST_BYTES = 1 << 20  # a configuration has some kilobytes
 MOST_LAYERS = 2048

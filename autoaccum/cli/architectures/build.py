@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..workload import Workload
+from ...workload import Workload
 from . import images, language
 from .description import CONFIG, TIMM, Description
 
