@@ -243,6 +243,25 @@ def is_compiled_function(function: Any) -> bool:
     return hasattr(function, "_torchdynamo_orig_callable")
 
 
+def memory_fraction(index: int) -> float:
+    """Return the part of a device's memory that torch may reserve.
+
+    Before torch 2.11 asking for it, or setting it, leaves the asked device as the current one
+    (torch/csrc/cuda/Module.cpp): the current device is put back.
+    """
+    with torch.cuda.device(index):
+        return float(torch.cuda.get_per_process_memory_fraction(index))
+
+
+def set_memory_fraction(fraction: float, index: int) -> None:
+    """Set the part of a device's memory that torch may reserve.
+
+    As in `memory_fraction`, the current device stays.
+    """
+    with torch.cuda.device(index):
+        torch.cuda.set_per_process_memory_fraction(fraction, index)
+
+
 def is_compiled_wrapper(module: nn.Module) -> bool:
     """Return whether a module came from torch.compile and wraps another."""
     return getattr(module, "_orig_mod", None) is not None

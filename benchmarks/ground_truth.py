@@ -96,10 +96,19 @@ def reserved(data: pandas.DataFrame) -> Iterator[dict[str, Any]]:
             print(f"\r{name}: {done} of {len(asked)}: {bench} {batch_size}".ljust(70), end="", file=sys.stderr)
             if "failed" in answer:
                 print(f"\n{answer['failed']}", file=sys.stderr)
-            yield {"gpu": name, "bench": bench, "batch_size": batch_size, **answer}
+            yield {"gpu": name, "bench": bench, "batch_size": batch_size, **_compared(answer)}
         if process.wait():
             raise SystemExit(f"The runs on the virtual {name} ended with exit code {process.returncode}.")
     print(file=sys.stderr)
+
+
+def _compared(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer with a replay's difference from the allocator: in reserved bytes, and in any figure."""
+    replayed = answer.pop("replayed", None)
+    if replayed is None:
+        return answer
+    same = all(answer[figure] == value for figure, value in replayed.items())
+    return {**answer, "replay_error_bytes": replayed["reserved"] - answer["reserved"], "replay_is_same": same}
 
 
 def predict(data: pandas.DataFrame) -> tuple[pandas.DataFrame, float, str]:
@@ -183,6 +192,17 @@ def versions() -> str:
     return ", ".join(texts)
 
 
+def replays(found: pandas.DataFrame) -> str:
+    """Return in how many rows the replay's figures are the real allocator's, and the largest difference."""
+    if "replay_is_same" not in found:
+        return "not asked"
+    worst = int(found.replay_error_bytes.abs().max())
+    return (
+        f"in {int(found.replay_is_same.sum())} of {len(found)} rows reserved, allocated, retries and whether it ran "
+        f"out are the real allocator's to the byte (the largest difference in reserved: {worst:,} B)"
+    )
+
+
 def report(found: pandas.DataFrame, constant: float, origin: str, left_out: str) -> str:
     """Write the result as text and tables."""
     misses = found[~found.near_capacity & (found.error_percent.abs() > 4) & (found.error_mib.abs() > NEAR_MIB)]
@@ -199,7 +219,8 @@ def report(found: pandas.DataFrame, constant: float, origin: str, left_out: str)
         f"- development: {', '.join(f'{bench} on {gpu}' for gpu, bench in DEVELOPMENT)}; all else was held out\n"
         f"- left out: {left_out or 'none'}\n"
         f"- near capacity, where the allocator gives cached blocks back: {len(near)} rows, of which "
-        f"{int((~near.out).sum())} ran to their end on a virtual GPU of the real one's size (all on the real one)\n\n"
+        f"{int((~near.out).sum())} ran to their end on a virtual GPU of the real one's size (all on the real one)\n"
+        f"- the same steps' allocations and frees, replayed by autoaccum's own rules: {replays(found)}\n\n"
         f"## Errors by size (without rows near capacity, but for the last line)\n\n{of_frame(summary(found), 2)}\n\n"
         f"## By benchmark\n\n{of_frame(by_benchmark(found), 2)}\n\n"
         f"## Rows that miss by more than 4 % and {NEAR_MIB} MiB\n\n"
@@ -242,7 +263,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"{DATE}-ground-truth"
     columns = ["gpu", "bench", "batch_size", "set", "near_capacity", "memory_mib_median", "reserved_mib"]
-    columns += ["predicted_mib", "error_mib", "error_percent", "retries", "out"]
+    columns += ["predicted_mib", "error_mib", "error_percent", "retries", "out", "replay_error_bytes", "replay_is_same"]
     found[columns].to_csv(f"{stem}.csv", index=False, float_format="%.2f")
     Path(f"{stem}.md").write_text(text)
     print(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterable, Sequence
@@ -72,4 +73,12 @@ def write_between_marks(path: Path, text: str) -> None:
 def installed(modules: Iterable[str]) -> dict[str, str]:
     """Of these modules' packages, the versions of those that are there."""
     there = [module for module in dict.fromkeys(modules) if importlib.util.find_spec(module)]
-    return {module: importlib.metadata.version(module.replace("_", "-")) for module in there}
+    return {module: _version(module) for module in there}
+
+
+def _version(module: str) -> str:
+    """Return a package's version; a checkout that isn't installed says it itself."""
+    try:
+        return importlib.metadata.version(module.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module(module).__version__)

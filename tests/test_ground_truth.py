@@ -34,6 +34,7 @@ def test_the_command_predicts_a_made_up_row(tmp_path):
     device = ground_truth.DEVICES["H100"]
     outside = device.driver_mib + (device.gpu.context_bytes + device.gpu.library_bytes) / 2**20
     assert row["predicted_mib"] == pytest.approx(row["reserved_mib"] + outside, abs=0.02)
+    assert row["replay_error_bytes"] == 0 and row["replay_is_same"]
     assert row["error_mib"] == pytest.approx(row["predicted_mib"] - 2000, abs=0.02)
 
 

@@ -94,6 +94,16 @@ def test_trls_sft_trainer(more: dict[str, Any], tmp_path: Path) -> None:
     assert logged[0].keys() == logged[1].keys() and logged[0]["num_tokens"] == logged[1]["num_tokens"]
 
 
+def has_mixed_mse() -> bool:
+    """Whether this torch's mse_loss can be differentiated where its two arguments differ in dtype."""
+    scores = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    try:
+        torch.nn.functional.mse_loss(scores, torch.zeros(2)).backward()
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("loss", "of"),
     [
@@ -136,6 +146,8 @@ def test_sentence_transformers(loss: str, of: str, tmp_path: Path) -> None:
         made = getattr(losses, loss)(model, **keywords)
         return trained(cls, model, args, Dataset.from_list(rows), None, loss=made, **windows)
 
+    if loss == "CosineSimilarityLoss" and not has_mixed_mse():
+        pytest.skip(f"torch {torch.__version__}: mse_loss of fp64 scores and fp32 labels has no backward pass")
     _, expected = run(SentenceTransformerTrainer, 10)
     if of == "pairs":
         with pytest.raises(UsageError, match=f"{loss} isn't a mean over samples"):

@@ -241,7 +241,7 @@ def check_wrapped_backends() -> None:
 
 
 ON_GPU = ("clear_cublas_workspaces", "is_history_on", "start_history", "stop_history", "read_history")
-ON_GPU += ("allocator_settings",)
+ON_GPU += ("allocator_settings", "memory_fraction", "set_memory_fraction")
 CHECKS: dict[str, Callable[[], None]] = {
     name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
 }
@@ -277,19 +277,24 @@ held = torch.cuda.memory_allocated()
 compat.clear_cublas_workspaces()
 found["workspaces"] = held - torch.cuda.memory_allocated()
 found["settings"] = compat.allocator_settings()["max_split_size"]
+compat.set_memory_fraction(0.5, 1)
+found["fraction"] = compat.memory_fraction(1), compat.memory_fraction(0), torch.cuda.current_device()
 print(json.dumps(found))
 """
 
 
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")
 def test_functions_of_the_caching_allocator() -> None:
-    env = environment(VirtualGpu(memory_bytes=4 * 2**30)) | {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    env = environment(VirtualGpu(memory_bytes=4 * 2**30, devices=2)) | {
+        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"
+    }
     out = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=env, check=True)
     found = json.loads(out.stdout)
     assert not found["before"] and found["during"] and not found["after"]
     kept = [event for event in found["events"] if event[0] in ("alloc", "free_completed")]
     assert kept == [["alloc", 1 << 20], ["free_completed", 1 << 20]]
     assert (found["workspaces"] >= 8 << 20) == KEEPS_WORKSPACES and found["settings"] == 64 << 20
+    assert found["fraction"] == [0.5, 1.0, 0]
 
 
 # A version that lacks a name.

@@ -22,6 +22,7 @@ from autoaccum import Runner, fit_plan
 from autoaccum.devices import virtual
 from autoaccum.plan import FEWEST_STEPS
 from autoaccum.planning import build_plan
+from autoaccum.simulation.cuda_allocator.ties import OLDEST_SEGMENT, tie_rule_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import truth_cases, truth_search
@@ -41,6 +42,8 @@ def llama() -> Made:
     return transformers.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
 
 
+# Which of equal free blocks is taken decides what fits: these are torch 2.13's figures, and those of later ones.
+FIGURES = tie_rule_of(torch.__version__) in (OLDEST_SEGMENT, None)
 CASE = truth_cases.Case("Llama", llama, "AdamW foreach", "bf16", 1360 << 20, 512)
 OTHER = 381  # three of 127, which don't fit either
 ROOMY = 1536 << 20  # in which they do
@@ -110,7 +113,9 @@ def test_another_target_whose_balanced_split_does_not_fit_takes_no_step_more(fou
 
 def test_the_largest_and_the_steps_tell_one_story(found: dict[str, Any]) -> None:
     plan = found["512"]
-    assert found["fits"]["largest"] and not found["fits"]["larger"] and plan["largest"] == 129
+    assert found["fits"]["largest"] and not found["fits"]["larger"], "the truth, of windows in fresh processes"
+    if FIGURES:
+        assert plan["largest"] == 129
     message = r"129 is repeated, since 4 of 128 would need 1\.\d\d GiB \(within 1\.3\d GiB memory runs out"
     assert re.search(message, plan["explained"]), plan["explained"]
     assert "4 steps" not in plan["explained"], "nothing says that four steps don't fit"
@@ -120,7 +125,9 @@ def test_the_largest_and_the_steps_tell_one_story(found: dict[str, Any]) -> None
 def test_where_the_balanced_split_fits_it_is_taken_and_no_size_is_both_too_large_and_not(found: dict[str, Any]) -> None:
     """In 2 GiB of a GPU, 0.5 of them CUDA's own: "4 steps of up to 128 would need 1.64 GiB", "137 is the largest"."""
     plan = found["roomy"]
-    assert plan["split"] == [128] * 4 and plan["largest"] == 137
+    assert plan["split"] == [128] * 4 and plan["largest"] >= 128
+    if FIGURES:
+        assert plan["largest"] == 137
     assert "of up to 128" not in plan["explained"] and "3 steps of up to 171 would need" in plan["explained"]
 
 

@@ -664,6 +664,8 @@ def a_history_that_is_too_short_is_an_error() -> None:
 @check(RECORDED)
 def a_history_needs_no_entries_of_snapshots() -> None:
     plain = recorded()
+    if "skip_actions" not in inspect.signature(torch.cuda.memory._record_memory_history_impl).parameters:
+        return  # torch 2.6 records all kinds
     torch.cuda.memory._record_memory_history("all", context=None, max_entries=100_000, skip_actions=["snapshot"])
     held = grab(5 * MIB)
     assert recorded().phases == plain.phases

@@ -8,42 +8,82 @@ from this one, which has imported everything and never touched CUDA.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import os
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from autoaccum.devices.cuda.allocator_rules import find_rules
+from autoaccum.devices.cuda.recorder import record
+from autoaccum.simulation.cuda_allocator.replay import replay_cuda
+from autoaccum.simulation.cuda_allocator.settings import CudaRules
+
 from ..truth import forked
 from . import loops, models
 
+OnPhase = Callable[[str], AbstractContextManager[Any]]
 STEPS = 6  # what is reserved stays from the third on, or the fourth
 
 
 def train(name: str, n: int) -> dict[str, Any]:
-    """Trains a few steps.
+    """Train a few steps, and replay their allocations and frees by autoaccum's own rules.
 
     Returns:
-        Most bytes that were `reserved` and `allocated`; the allocator's `retries`; whether it ran `out` of memory.
+        Most bytes that were `reserved` and `allocated`; the allocator's `retries`; whether it ran `out` of memory; and
+        the same four, `replayed`.
     """
     warnings.simplefilter("ignore")
-    out = False
-    try:
-        if name == models.LIGHTNING:
-            loops.lightning(models.lightning_model, n, STEPS)
-        else:
-            for _ in itertools.islice(models.BENCHMARKS[name](n), STEPS):
-                pass
-    except torch.OutOfMemoryError:
-        out = True
+    rules = _rules()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["num_alloc_retries"]
+    failed = []
+
+    def run(on_phase: OnPhase) -> None:
+        with on_phase("train"):
+            try:
+                _steps(name, n)
+            except torch.OutOfMemoryError:
+                failed.append(name)
+
+    recording = record(run, micro_batch=n)
+    stats = torch.cuda.memory_stats()
+    replay = replay_cuda(recording.phases, rules)
     return {
-        "reserved": torch.cuda.max_memory_reserved(),
-        "allocated": torch.cuda.max_memory_allocated(),
-        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
-        "out": out,
+        "reserved": stats["reserved_bytes.all.peak"],
+        "allocated": stats["allocated_bytes.all.peak"],
+        "retries": stats["num_alloc_retries"] - before,
+        "out": bool(failed),
+        "replayed": {
+            "reserved": replay.peak_reserved_bytes,
+            "allocated": replay.peak_allocated_bytes,
+            "retries": sum(replay.retries),
+            "out": replay.out_of_memory is not None,
+        },
     }
+
+
+def _rules() -> CudaRules:
+    """Return the rules of this torch's allocator on this device, with what is free as capacity."""
+    free, total = torch.cuda.mem_get_info()
+    found = find_rules(0)
+    text = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    rules = CudaRules.from_settings(text, device_bytes=total, capacity_bytes=free)
+    return dataclasses.replace(rules, tie_rule=found.tie_rule, addresses_down=found.addresses_down)
+
+
+def _steps(name: str, n: int) -> None:
+    if name == models.LIGHTNING:
+        loops.lightning(models.lightning_model, n, STEPS)
+        return
+    for _ in itertools.islice(models.BENCHMARKS[name](n), STEPS):
+        pass
 
 
 def _import_for(names: set[str]) -> None:

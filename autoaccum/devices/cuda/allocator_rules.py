@@ -20,6 +20,7 @@ import torch
 
 from ...simulation.cuda_allocator.snapshot import AllocatorState
 from ...simulation.cuda_allocator.ties import LOWEST_ADDRESS, OLDEST_BLOCK, OLDEST_SEGMENT, TieRule, tie_rule_of
+from ...torch_compat import memory_fraction
 
 PIECE_BYTES = 512 << 10  # four of them fill a small segment
 LARGE_BYTES = 34 << 20  # a segment of its own, above the 32 MiB ranges into which a driver may put several
@@ -103,7 +104,7 @@ def self_test(index: int) -> SelfTest:
 def _require_room(index: int) -> None:
     """Raise where less is free than the test needs."""
     free, total = torch.cuda.mem_get_info(index)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total)
+    allowed = int(memory_fraction(index) * total)
     if min(free, allowed - torch.cuda.memory_reserved(index)) < ROOM_BYTES:
         raise LookupError(NO_ROOM)
 

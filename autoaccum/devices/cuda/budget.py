@@ -124,12 +124,14 @@ def read_device(device: torch.device | int | str | None = None, *, nvml: Any = N
     """
     import torch
 
+    from ...torch_compat import memory_fraction
+
     at = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(_named(device))
     index = torch.cuda.current_device() if at.index is None else at.index
     free, total = torch.cuda.mem_get_info(index)
     found = torch.cuda.memory_stats(index)  # nothing in it before torch's first allocation
     properties = torch.cuda.get_device_properties(index)
-    fraction = torch.cuda.get_per_process_memory_fraction(index)
+    fraction = memory_fraction(index)
     place = [getattr(properties, f"pci_{part}_id") for part in _BUS_ID if hasattr(properties, f"pci_{part}_id")]
     bus_id = "{:08x}:{:02x}:{:02x}.0".format(*place) if place else ""  # torch 2.6 says none
     return DeviceMemory(

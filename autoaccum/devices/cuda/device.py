@@ -23,7 +23,7 @@ from ...simulation.cuda_allocator.ties import LATEST_KNOWN, minor_version, tie_r
 from ...simulation.malloc import HeapState, Replay
 from ...simulation.recording import Event, Phase, Recording, live_peak
 from ...simulation.solver import Split
-from ...torch_compat import allocator_settings, clear_cublas_workspaces
+from ...torch_compat import allocator_settings, clear_cublas_workspaces, memory_fraction, set_memory_fraction
 from ..base import CACHING_ALLOCATOR, Device, Measurement, RecordingPolicy, Window
 from . import recorder, workspaces
 from .allocator_rules import find_rules, read_state
@@ -200,7 +200,7 @@ class CudaDevice(Device):
     def read_rules(self) -> CudaRules:
         """Read the allocator's settings in this process, without a limit on memory."""
         total, reuse = self.total_bytes(), find_rules(self.index)
-        fraction = torch.cuda.get_per_process_memory_fraction(self.index)
+        fraction = memory_fraction(self.index)
         version = minor_version(torch.__version__) or LATEST_KNOWN
         found = CudaRules.from_snapshot(allocator_settings(), device_bytes=total, version=version)
         allowed = int(fraction * total) if fraction < 1.0 else found.allowed_bytes
@@ -222,8 +222,8 @@ class CudaDevice(Device):
         device's memory is none.
         """
         fraction = (limit_bytes + 0.25) / self.total_bytes()
-        if fraction < torch.cuda.get_per_process_memory_fraction(self.index):
-            torch.cuda.set_per_process_memory_fraction(fraction, self.index)
+        if fraction < memory_fraction(self.index):
+            set_memory_fraction(fraction, self.index)
 
     def free_bytes(self) -> int:
         """Return what the driver has free and what the allocator has cached."""
@@ -236,7 +236,7 @@ class CudaDevice(Device):
         It is free in the driver, and below the allocator's limit.
         """
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(self.torch_device) * total)
+        allowed = int(memory_fraction(self.index) * total)
         return min(int(free), max(0, allowed - self.held_bytes()))
 
     def held_bytes(self) -> int:

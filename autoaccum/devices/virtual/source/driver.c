@@ -53,6 +53,9 @@ API CUresult cuDeviceGetUuid(CUuuid *uuid, CUdevice device) {
   if (!checked(device)) uuid_of(settings.visible[device], (unsigned char *)uuid->bytes);
   return checked(device);
 }
+#ifndef cuDeviceGetUuid /* from CUDA 13 on that is _v2's name; before it both are there, for MIG */
+API CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device) { return cuDeviceGetUuid(uuid, device); }
+#endif
 API CUresult cuDeviceTotalMem(size_t *bytes, CUdevice device) { return *bytes = settings.memory, checked(device); }
 API CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute which, CUdevice device) {
   return *value = attribute((int)which, device), checked(device);
