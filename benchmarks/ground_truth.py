@@ -103,7 +103,7 @@ def reserved(data: pandas.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _compared(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer with a replay's difference from the allocator: in reserved bytes, and in any figure."""
+    """Return an answer with its replay's difference from the allocator."""
     replayed = answer.pop("replayed", None)
     if replayed is None:
         return answer
@@ -193,7 +193,7 @@ def versions() -> str:
 
 
 def replays(found: pandas.DataFrame) -> str:
-    """Return in how many rows the replay's figures are the real allocator's, and the largest difference."""
+    """Return in how many rows the replay equals the real allocator."""
     if "replay_is_same" not in found:
         return "not asked"
     worst = int(found.replay_error_bytes.abs().max())

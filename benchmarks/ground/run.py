@@ -33,7 +33,7 @@ STEPS = 6  # what is reserved stays from the third on, or the fourth
 
 
 def train(name: str, n: int) -> dict[str, Any]:
-    """Train a few steps, and replay their allocations and frees by autoaccum's own rules.
+    """Train a few steps, then replay them by autoaccum's own rules.
 
     Returns:
         Most bytes that were `reserved` and `allocated`; the allocator's `retries`; whether it ran `out` of memory; and
@@ -70,7 +70,7 @@ def train(name: str, n: int) -> dict[str, Any]:
 
 
 def _rules() -> CudaRules:
-    """Return the rules of this torch's allocator on this device, with what is free as capacity."""
+    """Return the allocator's rules here, with free memory as the capacity."""
     free, total = torch.cuda.mem_get_info()
     found = find_rules(0)
     text = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
