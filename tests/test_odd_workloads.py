@@ -51,7 +51,7 @@ def explained(folder: Path, name: str) -> tuple[str, str, str]:
         ("syntax", 2, "SyntaxError: invalid syntax", "Mend"),
         ("exits", 3, "ended the process: sys.exit(0)", "Raise an exception"),
         ("exits_at_once", 2, "ended the process: sys.exit('no data')", "Raise an exception"),
-        ("deep", 3, "RuntimeError: mat1 and mat2", "--traceback"),
+        ("deep", 3, ": mat1 and mat2 shapes", "--traceback"),
         ("missing", 1, "No module named 'there_is_no_such_module'", "Install there_is_no_such_module"),
         ("generator_exit", 2, "GeneratorExit", "--traceback"),
     ],

@@ -6,6 +6,7 @@ Each case is a process on a virtual GPU, with the real caching allocator, that r
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -86,7 +87,11 @@ def answers() -> dict[str, dict[str, Any]]:
     if REASON is not None:
         pytest.skip(REASON)
     process = launch(
-        [sys.executable, __file__], VirtualGpu(memory_bytes=8 << 30, copies="zero"), stdout=subprocess.PIPE
+        [sys.executable, __file__],
+        VirtualGpu(memory_bytes=8 << 30, copies="zero"),
+        stdout=subprocess.PIPE,
+        env=os.environ
+        | {"TORCH_CUBLAS_WORKSPACE_CACHE": "1"},  # capacities for a torch that keeps workspaces: not 2.15
     )
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0

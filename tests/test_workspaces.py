@@ -145,7 +145,8 @@ def test_a_window_reserves_no_more_than_a_loop(answers: dict[str, dict[str, Any]
 def test_a_window_reserves_less_where_a_workspace_would_keep_logits_from_their_place(
     answers: dict[str, dict[str, Any]],
 ) -> None:
-    assert any(found["fresh"]["reserved"] < 0.9 * found["loop"]["reserved"] for found in answers.values())
+    less = [found["fresh"]["reserved"] < 0.9 * found["loop"]["reserved"] for found in answers.values()]
+    assert any(less) == KEEPS_WORKSPACES
 
 
 def test_nothing_is_left_but_parameters_and_state(answers: dict[str, dict[str, Any]]) -> None:
