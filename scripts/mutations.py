@@ -128,7 +128,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('recorder: workspaces are those given back in a release', 'autoaccum/devices/cuda/recorder.py', 'if any(begin <= place < end for begin, end in spans):', 'if False:', ('tests/test_history_positions.py',)),
     ('precision: gradient.data = gradient.float()', 'autoaccum/window/fp32_accumulation.py', 'gradient.data = gradient.float()', 'pass', ('tests/test_precision.py',)),
     ('precision: the hook is removed', 'autoaccum/window/fp32_accumulation.py', 'hooks.callback(parameter.register_post_accumulate_grad_hook(_widen).remove)', 'parameter.register_post_accumulate_grad_hook(_widen)', ('tests/test_precision.py',)),
-    ('precision: and p.grad_dtype == p.dtype', 'autoaccum/window/fp32_accumulation.py', ' and _dtype_of_gradients(p) == p.dtype', '', ('tests/test_precision.py',)),
+    ('precision: and p.grad_dtype == p.dtype', 'autoaccum/window/fp32_accumulation.py', ' if _dtype_of_gradients(p) == p.dtype]', ']', ('tests/test_precision.py',)),
     ('optimizer_step: parts.clip_grad_norm is not None or wide', 'autoaccum/window/optimizer_step.py', 'context.clip_grad_norm is not None or wide', 'context.clip_grad_norm is not None', ('tests/test_precision.py',)),
     ('optimizer_step: fp32_accumulation.narrow(wide)', 'autoaccum/window/optimizer_step.py', '    fp32_accumulation.narrow(wide)\n', '', ('tests/test_precision.py',)),
     ('cached: states.append(take_rng())', 'autoaccum/window/cached_representations.py', '        states.append(take_rng())', '        states.append(take_rng() if not states else states[0])', ('tests/test_cached.py',)),
@@ -217,4 +217,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('a Trainer\'s padding on the left cut off', 'autoaccum/integrations/hugging_face_window.py', 'width = _used(mask != 0)', 'width = int((mask != 0).sum(1).max())', ('tests/test_hugging_face_trainer.py', '-k', 'padding')),
     ('a contrastive loss cut all the same', 'autoaccum/integrations/hugging_face_loss.py', 'if found.error > within:', 'if False:', ('tests/test_hugging_face_trainer.py', '-k', 'compares')),
     ('a Trainer\'s evaluation left out of the plan', 'autoaccum/integrations/hugging_face_plan.py', 'between_steps=_evaluation(trainer),', '', ('tests/test_hugging_face_trainer.py', '-k', 'evaluation')),
-]  # fmt: skip
+    ("a sharded model's root stays gathered", 'autoaccum/window/forward_only.py', '            reshard(context.model)\n', '            pass\n', ('tests/test_sharded.py', '-k', 'trains_nothing')),
+    ('bytes of all ranks for those of this one', 'autoaccum/torch_compat.py', 'return sum(each.nbytes for each in local_tensors(tensor))', 'return tensor.nbytes', ('tests/test_sharded.py', '-k', 'bytes')),
+    ("gathered parameters' gradients kept after a failure", 'autoaccum/window/sharded.py', '    model.zero_grad(set_to_none=True)\n    for root in roots:\n        if', '    for root in roots:\n        if', ('tests/test_sharded.py', '-k', 'unfinished')),
+    ('every backward is reduced while ranks plan apart', 'autoaccum/window/sharded.py', 'stack.enter_context(module.no_sync())', 'pass', ('tests/test_sharded.py', '-k', 'leaves_a_spread')),
+]

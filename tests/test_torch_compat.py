@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.device_mesh
+import torch.distributed.tensor
 from allocator_text import KEEPS_WORKSPACES
 from torch import nn
 
@@ -238,6 +240,41 @@ def check_wrapped_backends() -> None:
         seen.append(pending.pop())
         pending += compat.wrapped_backends(seen[-1])
     assert eager in seen and compat.wrapped_backends(eager) == []
+
+
+def check_local_tensors() -> None:
+    plain = nn.Parameter(torch.zeros(3))
+    assert compat.local_tensors(plain) == [plain]
+
+
+def check_local_bytes() -> None:
+    assert compat.local_bytes(torch.zeros(3)) == 12
+
+
+def check_open_fake_group() -> None:
+    compat.open_fake_group(1, 3)
+    try:
+        assert (torch.distributed.get_rank(), torch.distributed.get_world_size()) == (1, 3)
+        assert torch.distributed.get_backend() == "fake"
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (3,))
+        sharded = torch.distributed.tensor.distribute_tensor(torch.zeros(7), mesh, [torch.distributed.tensor.Shard(0)])
+        assert sharded.nbytes == 28 and compat.local_bytes(sharded) == 12
+        assert compat.local_tensors(nn.Parameter(sharded))[0].shape == (3,)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def check_has_begun() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    compat.open_fake_group(0, 2)
+    try:
+        module = fully_shard(nn.Linear(2, 2))
+        assert not compat.has_begun(module)
+        module(torch.zeros(1, 2))
+        assert compat.has_begun(module)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 ON_GPU = ("clear_cublas_workspaces", "is_history_on", "start_history", "stop_history", "read_history")

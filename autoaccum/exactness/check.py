@@ -28,7 +28,7 @@ from ..processes import crash_guard
 from ..window import norms as batchnorm
 from ..window.context import forward, held_in_window
 from ..window.isolated import as_it_trains
-from ..window.process_groups import refuse_ranks
+from ..window.process_groups import are_absent, refuse_ranks
 from ..workload import Workload
 from . import advice, arrangements, compare, coupling, test_batches
 from .arrangements import Untestable
@@ -108,6 +108,11 @@ def check(
     Raises:
         UsageError: The workload runs on several ranks.
     """
+    if are_absent():
+        return unknown(
+            "the model is spread over ranks that are not here",
+            "Check the same model in one process, before it is sharded or wrapped: autoaccum check.",
+        )
     refuse_ranks(workload)
     if workload.samples_per_group > 1 and not isinstance(workload.sample, Grouped):
         workload = replace(workload, sample=Grouped(workload.sample, workload.samples_per_group))

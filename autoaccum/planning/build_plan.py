@@ -22,6 +22,7 @@ from ..simulation import breakdown
 from ..simulation.knee import knee
 from ..simulation.solver import Solution, Split, balanced, is_even, largest_micro_batch, uniform_sizes
 from ..simulation.timeline import timeline
+from ..torch_compat import local_bytes
 from ..units import show_bytes
 from ..window import compiled, fp32_accumulation
 from ..window.fingerprint import fingerprint, signature
@@ -164,7 +165,7 @@ def _composition(predictor: MemoryPredictor, split: Split, phases: dict[str, int
         breakdown.composition(*window_of(predictor.evidence, split)),
         phases,
         baseline_bytes=predictor.baseline_bytes,
-        parameter_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        parameter_bytes=sum(local_bytes(tensor) for tensor in (*model.parameters(), *model.buffers())),
         input_bytes=predictor.input_bytes(sum(split)),
     )
 

@@ -35,9 +35,11 @@ from ..state.appended import keeper
 from ..state.closures import Holdings, holdings
 from ..window import compiled, step
 from ..window.process_groups import refuse_ranks
+from ..window.sharded import drop_unfinished, settle_shards
 from ..window.trained_parameters import left_out_note
 from ..workload import Workload, as_workload
 from . import build_plan, failures, predictor_cpu, schedule
+from .absent_ranks import absent_ranks
 from .evidence import Evidence
 from .fastest import fastest, time_smaller
 from .groups import plan_in_groups
@@ -182,9 +184,10 @@ def plan_in(
         DoesNotFit: Not even the smallest micro-batch fits.
     """
     plan_samples = partial(_plan_samples, environment, assumed=assumed)
-    if workload.samples_per_group > 1:
-        return plan_in_groups(plan_samples, workload, plan_request)
-    return plan_samples(workload, plan_request)
+    with absent_ranks(workload.model, plan_request) as request:
+        if workload.samples_per_group > 1:
+            return plan_in_groups(plan_samples, workload, request)
+        return plan_samples(workload, request)
 
 
 def _plan_samples(
@@ -201,6 +204,7 @@ def _plan_samples(
         environment.device.clean()
         filled_bytes = stack.enter_context(environment.device.holes_filled(threshold))
         snapshot = stack.enter_context(_as_it_was(workload, held)) if environment.keep else None
+        stack.callback(drop_unfinished, workload.model)
         context = step.open_context(
             replace(workload, scheduler=None)
         )  # a scheduler may allow few steps, and uses no memory
@@ -213,6 +217,7 @@ def _plan_samples(
 
         def start_over() -> None:
             subject.remove_appended()
+            drop_unfinished(workload.model)
             if snapshot is not None:
                 snapshot.restore()
             _make_ready(context, owns_optimizer=context.optimizer is not workload.optimizer)
@@ -270,6 +275,7 @@ def _held(workload: Workload) -> Holdings:
 def _as_it_was(workload: Workload, held: Holdings) -> Iterator[restore.Snapshot]:
     """Restore all state that training changes at exit."""
     optimizer, scheduler = workload.optimizer, workload.scheduler
+    settle_shards(workload.model)
     with restore.kept(
         model=workload.model,
         optimizer=optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,

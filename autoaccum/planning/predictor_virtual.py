@@ -20,6 +20,7 @@ from ..devices.cuda.model_blocks import model_blocks, reserved_bytes_of
 from ..devices.virtual.device import VirtualGpuDevice
 from ..simulation.cuda_allocator.allocator import EMPTY
 from ..simulation.solver import Solution, Split, balanced, uniform_sizes
+from ..window.sharded import can_drop_unfinished
 from ..workload import Batch
 from . import cuda_words
 from .cuda_budget import read_budget
@@ -64,7 +65,12 @@ class VirtualGpuPredictor(CudaPredictor):
         return True
 
     def measure(self, train: Callable[..., None], split: Split) -> CudaMeasurement:
-        """Run three windows within the budget."""
+        """Run three windows within the budget.
+
+        Without a limit where what a failed window leaves in a sharded model can't be dropped.
+        """
+        if not can_drop_unfinished(self.subject.context.model):
+            return super().measure(train, split)
         with self.device.capacity_limited_to(self.budget.bytes):
             return super().measure(train, split)
 
@@ -72,6 +78,8 @@ class VirtualGpuPredictor(CudaPredictor):
         self, solution: Solution, measured: Any, train: Callable[..., None], start_over: Callable[[], None]
     ) -> tuple[Solution, Any]:
         """Run a step fewer for as long as that fits."""
+        if not can_drop_unfinished(self.subject.context.model):
+            return solution, measured
         while (fewer := self._with_fewer_steps(solution.split)) is not None:
             if fewer[0] > self.request.most or self.floor(fewer[0]) > self.usable_bytes:
                 break

@@ -25,7 +25,7 @@ from ..simulation.cuda_allocator.replay import replay_cuda
 from ..simulation.cuda_allocator.settings import LARGE_SEGMENT_BYTES
 from ..simulation.recording import Event, Phase
 from ..simulation.solver import CAPACITY_MARGIN
-from ..torch_compat import TorchDispatchMode, storage_id, tree_leaves, tree_map
+from ..torch_compat import TorchDispatchMode, local_bytes, local_tensors, storage_id, tree_leaves, tree_map
 from ..units import show_bytes
 from ..window import step
 from ..window.compiled import uncompiled
@@ -85,8 +85,9 @@ def _comes_near(subject: RecordingTarget, least: int, most: int) -> bool:
         subject.device.clean()
         subject.remove_appended()
     trained = [p for p in context.model.parameters() if p.requires_grad]
-    state = STATE_BYTES_PER_PARAMETER * sum(p.numel() for p in trained) if not context.optimizer.state else 0
-    kept = device.allocated_bytes() + sum(p.nbytes for p in trained) + state
+    entries = sum(part.numel() for p in trained for part in local_tensors(p))
+    state = STATE_BYTES_PER_PARAMETER * entries if not context.optimizer.state else 0
+    kept = device.allocated_bytes() + sum(local_bytes(p) for p in trained) + state
     worst = kept + (watch.made_bytes + BACKWARD_BLOCKS * watch.largest_bytes) * -(-most // least)
     return worst > watch.capacity_bytes - watch.margin_bytes
 

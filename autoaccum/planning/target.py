@@ -14,6 +14,7 @@ from ..phases import OnPhase
 from ..process_memory import Heap
 from ..simulation.recording import Event
 from ..simulation.solver import Split
+from ..torch_compat import local_bytes
 from ..window import compiled, step
 from ..workload import Batch, Workload
 
@@ -80,13 +81,13 @@ class RecordingTarget:
     @property
     def gradient_bytes(self) -> int:
         """Bytes of the model's gradients."""
-        return sum(p.nbytes for p in self.context.model.parameters() if p.requires_grad)
+        return sum(local_bytes(p) for p in self.context.model.parameters() if p.requires_grad)
 
     @property
     def held_state_bytes(self) -> int:
         """Bytes of the optimizer state that exists now."""
         values = (value for state in self.context.optimizer.state.values() for value in state.values())
-        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+        return sum(local_bytes(value) for value in values if isinstance(value, torch.Tensor))
 
 
 def _tensor_bytes(batch: Batch) -> int:

@@ -11,6 +11,7 @@ import torch
 from ..devices.oom import drop_frames, is_out_of_memory
 from ..state import snapshot
 from .compiled import uncompiled
+from .sharded import reshard
 
 if TYPE_CHECKING:
     from .context import TrainingContext
@@ -60,6 +61,9 @@ def _lacks_gradients(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _unchanged(context: TrainingContext) -> Iterator[None]:
-    """Put back random states and buffers afterwards; compile nothing."""
+    """Put back random states, buffers and shards afterwards; compile nothing."""
     with snapshot.kept(model=context.model, held=context.held, storages=False), uncompiled():
-        yield
+        try:
+            yield
+        finally:
+            reshard(context.model)

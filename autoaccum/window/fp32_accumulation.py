@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from ..torch_compat import is_traceable_wrapper_subclass
+
 _HALF = (torch.bfloat16, torch.float16)
 HAS_GRAD_DTYPE = hasattr(torch.Tensor, "grad_dtype")
 
@@ -28,9 +30,11 @@ Parameters = Sequence[torch.Tensor]
 def half_parameters(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Return parameters whose gradients would sum in half precision.
 
-    Without those whose gradients' dtype was chosen.
+    Without those whose gradients' dtype was chosen, and without sharded ones: FSDP2 adds their gradients up itself, in
+    the parameters' dtype.
     """
-    return [p for p in parameters if p.requires_grad and p.dtype in _HALF and _dtype_of_gradients(p) == p.dtype]
+    own = (p for p in parameters if p.requires_grad and p.dtype in _HALF and not is_traceable_wrapper_subclass(p))
+    return [p for p in own if _dtype_of_gradients(p) == p.dtype]
 
 
 def wide_parameters(parameters: Iterable[torch.Tensor], accumulate: str, steps: int) -> list[torch.Tensor]:

@@ -28,6 +28,7 @@ _WRAPPERS = {
     "FSDPModule": "fully sharded (FSDP2's fully_shard)",
 }
 _apart: ContextVar[bool] = ContextVar("apart", default=False)
+_absent_allowed: ContextVar[bool] = ContextVar("absent_allowed", default=False)
 _WHY = (
     "A window would be one of this rank alone: what the loss counts isn't summed over ranks, so that the gradient is "
     "off where counts differ, and a rank with another number of micro-batches leaves the others waiting."
@@ -43,6 +44,10 @@ def refuse_ranks(workload: Workload) -> None:
     Raises:
         UsageError: Names what it is, and says what to do.
     """
+    if are_absent():
+        if not _absent_allowed.get():
+            raise _absent()
+        return
     ranks = ranks_here()
     if ranks > 1:
         raise UsageError(
@@ -67,6 +72,31 @@ def apart() -> Iterator[None]:
         yield
     finally:
         _apart.reset(token)
+
+
+def are_absent() -> bool:
+    """Return whether the other ranks aren't here: torch's fake process group."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_backend() == "fake" and not _apart.get()
+
+
+@contextlib.contextmanager
+def absent_allowed() -> Iterator[None]:
+    """Accept a fake process group while this is entered."""
+    token = _absent_allowed.set(True)
+    try:
+        yield
+    finally:
+        _absent_allowed.reset(token)
+
+
+def _absent() -> UsageError:
+    return UsageError(
+        f"This process group of {torch.distributed.get_world_size()} ranks is a fake one, on which nothing can be "
+        "trained.",
+        "Its collectives wait for nobody and sum nothing; it serves to plan for ranks that are not here.",
+        "Plan on it (fit_plan, or autoaccum plan --gpu NAME), and train on a group of real ranks: nccl or gloo.",
+    )
 
 
 def ranks_here() -> int:

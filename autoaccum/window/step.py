@@ -23,6 +23,7 @@ from .context import TrainingContext, autocast, encode, forward, open_context
 from .forward_only import forward_only
 from .loss_form import LossForm, LossKind, settle_loss_form, window_count
 from .optimizer_step import optimizer_step
+from .sharded import reshard
 
 __all__ = ["TrainingContext", "WindowResult", "forward", "open_context", "run_between", "train_window"]
 
@@ -99,6 +100,7 @@ def run_between(context: TrainingContext, *, on_phase: OnPhase | None = None) ->
     if context.between_steps is not None:
         with (on_phase or _no_phase)(BETWEEN):
             context.between_steps(context.model)
+            reshard(context.model)
             _release_workspaces(context)
 
 

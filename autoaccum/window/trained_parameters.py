@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..state.closures import Holdings
+from ..torch_compat import local_bytes
 from ..units import show_bytes
 
 _SHOWN = 3  # names in a note
@@ -56,10 +57,11 @@ def left_out_note(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     left = [(name, p) for name, p in wanted if id(p) not in theirs]
     if not left:
         return ""
+    left_bytes = sum(local_bytes(p) for _, p in left)
     shown = ", ".join(name for name, _ in left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
     return (
         f"{type(optimizer).__name__} has {len(wanted) - len(left)} of the model's {len(wanted)} tensors that require a "
-        f"gradient. The other {len(left)} ({shown}) get gradients ({show_bytes(sum(p.nbytes for _, p in left))}) and "
+        f"gradient. The other {len(left)} ({shown}) get gradients ({show_bytes(left_bytes)}) and "
         "are never changed by it: if they are to stay as they are, requires_grad_(False) spares that memory; "
         "if not, give it all of model.parameters()."
     )

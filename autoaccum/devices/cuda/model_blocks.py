@@ -11,12 +11,13 @@ from ...phases import BUILD
 from ...simulation.cuda_allocator.allocator import CudaRules
 from ...simulation.cuda_allocator.replay import replay_cuda
 from ...simulation.recording import Event, Phase
+from ...torch_compat import local_tensors
 
 
 def model_blocks(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple[Event, ...]:
     """List a model's blocks in the order of `model.cuda()`.
 
-    Then those of its optimizer's state.
+    Then those of its optimizer's state. Of a tensor that is sharded over ranks, the part that is here.
 
     torch.nn.Module._apply: children first, then a module's own parameters, then its buffers. A process that builds its
     model otherwise (directly on the device, or loaded from a file) may order them otherwise.
@@ -32,7 +33,7 @@ def model_blocks(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
         ]
     seen: set[int] = set()
     events: list[Event] = []
-    for tensor in tensors:
+    for tensor in (local for each in tensors for local in local_tensors(each)):
         storage = tensor.untyped_storage()
         if tensor.device.type == "cuda" and storage.nbytes() and storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
