@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -74,7 +75,9 @@ def _record(run: Callable[[OnPhase], None], micro_batch: int) -> Recording:
     started = time.perf_counter()
     # Kineto writes lines of its own to the descriptor behind stderr when it starts and stops.
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with _quiet_stderr():
+    with _quiet_stderr(), warnings.catch_warnings():
+        # torch 2.11 and 2.12 warn that a second cycle would lose events: there is one. acc_events=True parses them all.
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events")
         profiler.start()
     try:
         run(_mark)
