@@ -20,6 +20,7 @@ _LEAST_WITHOUT_UNIT = 2**20  # bytes: below that, a unit was left out
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?)(iB|B)?\s*", re.IGNORECASE)
+_TOKENS = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*((?:[KMG]i?)?)[\s-]*tokens?\s*", re.IGNORECASE)
 _PERCENT = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*%\s*")
 
 
@@ -104,6 +105,35 @@ def show_bytes(size: int) -> str:
         if abs(float(number)) < 1024:
             return f"{number} {unit}"
     return f"{size / _UNITS['G']:.2f} GiB"
+
+
+def parse_target(text: str | int | None, name: str) -> tuple[int | None, int | None]:
+    """Parse a target: "512" samples, or "4M-tokens".
+
+    K, M and G are powers of 1000; Ki, Mi and Gi of 1024.
+
+    Returns:
+        Samples and tokens, one of them None; both None for None.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text is None:
+        return None, None
+    match = _TOKENS.fullmatch(str(text))
+    if match is not None:
+        unit = match[2].upper()
+        tokens = Fraction(match[1]) * (_UNITS[unit[0]] if unit.endswith("I") else {**_DECIMAL, "": 1}[unit])
+        check_count(name, int(tokens), most=MAX_SAMPLES * MAX_SAMPLES, what="a number of tokens", example=4_000_000)
+        return None, int(tokens)
+    if re.fullmatch(r"\s*[+-]?\d{1,4000}\s*", str(text)) is None:
+        raise UsageError(
+            f"{name} is {text!r}, neither samples nor tokens.",
+            "Samples are a whole number; tokens are a number, with K, M, G or Ki, Mi, Gi, and the word.",
+            f"Give {_written(name, 512)}, or {name} 4M-tokens.",
+        )
+    check_samples(name, int(text))
+    return int(text), None
 
 
 def check_samples(name: str, value: Any) -> None:

@@ -221,4 +221,6 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('bytes of all ranks for those of this one', 'autoaccum/torch_compat.py', 'return sum(each.nbytes for each in local_tensors(tensor))', 'return tensor.nbytes', ('tests/test_sharded.py', '-k', 'bytes')),
     ("gathered parameters' gradients kept after a failure", 'autoaccum/window/sharded.py', '    model.zero_grad(set_to_none=True)\n    for root in roots:\n        if', '    for root in roots:\n        if', ('tests/test_sharded.py', '-k', 'unfinished')),
     ('every backward is reduced while ranks plan apart', 'autoaccum/window/sharded.py', 'stack.enter_context(module.no_sync())', 'pass', ('tests/test_sharded.py', '-k', 'leaves_a_spread')),
+    ('tokens for samples', 'autoaccum/planning/target_tokens.py', 'samples = round(request.target_tokens / tokens)', 'samples = request.target_tokens', ('tests/test_cluster.py', '-k', 'nearest')),
+    ('blocks within blocks are sharded, too', 'autoaccum/window/blocks.py', 'if id(block) not in inside and any', 'if any', ('tests/test_cluster.py', '-k', 'encoder')),
 ]

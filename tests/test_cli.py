@@ -334,13 +334,13 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         "doctor": ["--gpus", "--json"],
         "explain": ["--json"],
         "fits": [
-            "--checkpointing", "--config", "--dtype", "--gpu", "--image-size", "--json", "--length", "--lora",
-            "--memory", "--packed", "--precision", "--target-batch", "--timm", "--torchvision",
+            "--checkpointing", "--config", "--dtype", "--gpu", "--gpus", "--image-size", "--json", "--length", "--lora",
+            "--memory", "--packed", "--parallel", "--precision", "--target-batch", "--timm", "--torchvision",
         ],
         "export": ["--force", "--merge", "--output", "--to"],
         "plan": [
-            "--device", "--force", "--gpu", "--headroom", "--json", "--malloc", "--max-micro-batch", "--memory",
-            "--objective", "--output", "--target-batch", "--timing", "--uniform", "--verbose",
+            "--device", "--force", "--gpu", "--gpus", "--headroom", "--json", "--malloc", "--max-micro-batch",
+            "--memory", "--objective", "--output", "--parallel", "--target-batch", "--timing", "--uniform", "--verbose",
             "--verify", "--workload",
         ],
         "report": ["--force", "--output"],

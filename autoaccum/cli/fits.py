@@ -11,9 +11,11 @@ import typer
 
 from ..errors import DoesNotFit, UsageError
 from ..planning.request import PlanRequest
-from ..units import check_memory, check_samples, show_bytes
+from ..units import check_memory, parse_target, show_bytes
+from .gpus import GPUS, PARALLEL, read_gpus
 
 if TYPE_CHECKING:
+    from ..planning.cluster import Cluster
     from .architectures.description import Description
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -21,7 +23,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VER
 
 def fits(
     gpu: str = typer.Option(..., help="The GPU, like rtx-4090 (doctor --gpus lists them)."),
-    target_batch: int = typer.Option(..., help="Samples in an optimizer step."),
+    target_batch: str = typer.Option(..., help="Samples in an optimizer step, or 4M-tokens."),
+    gpus: int = GPUS,
+    parallel: str = PARALLEL,
     config: Path = typer.Option(None, help="A transformers model's config.json, or its folder."),
     timm: str = typer.Option(None, help="Or the name of timm's model, like vit_base_patch16_224."),
     torchvision: str = typer.Option(None, help="Or the name of torchvision's classifier, like resnet50."),
@@ -40,14 +44,17 @@ def fits(
     Builds the model without weights, plans it on a virtual GPU, and answers in one line: exit code 0 where it fits, 3
     where it doesn't.
     """
-    check_samples("--target-batch", target_batch)
+    samples, tokens = parse_target(target_batch, "--target-batch")
+    (kind,), cluster = read_gpus([gpu], gpus, parallel)
     check_memory(memory, None)
     description = _description(
         {"config": config, "timm": timm, "torchvision": torchvision}, length=length, image_size=image_size, lora=lora,
         dtype=dtype, precision=precision, checkpointing=checkpointing, packed=packed,
     )  # fmt: skip
-    request = PlanRequest(target_batch=target_batch, budget=memory, check=False, train_in_new_process=True)
-    answer = _ask(description, request, gpu)
+    request = PlanRequest(
+        target_batch=samples, target_tokens=tokens, budget=memory, check=False, train_in_new_process=True
+    )
+    answer = _ask(description, request, kind.name, cluster)
     if json:
         from ..files.json_text import to_json
 
@@ -79,14 +86,19 @@ def _description(named: dict[str, Any], **options: Any) -> Description:
     return Description(family=family, name=str(value), config=content, **options)
 
 
-def _ask(description: Description, request: PlanRequest, gpu: str) -> dict[str, Any]:
+def _ask(description: Description, request: PlanRequest, gpu: str, cluster: Cluster | None) -> dict[str, Any]:
     """Plan in a child process on a virtual GPU."""
     from ..devices.virtual import planning_environment
     from ..processes.child import call
     from .terminal import progress
 
     environment = {**(planning_environment(gpu) or {}), **OFFLINE}
-    arguments = {"description": asdict(description), "request": asdict(request), "gpu": gpu}
+    arguments = {
+        "description": asdict(description),
+        "request": asdict(request),
+        "gpu": gpu,
+        "cluster": None if cluster is None else asdict(cluster),
+    }
     with progress("planning") as say:
         return call("cli.tasks:fits", arguments, on_message=say, env=environment)
 
@@ -96,11 +108,13 @@ def _sentence(answer: dict[str, Any]) -> str:
     of = f"{answer['architecture']}, {_count(answer['parameters'])} parameters" + (
         f", {_count(answer['trained_parameters'])} trained" if answer["lora"] else ""
     )
+    on = answer["gpu"] if answer["ranks"] == 1 else f"{answer['ranks']} x {answer['gpu']}"
     if not answer["fits"]:
-        return f"no: {of} on {answer['gpu']}, {answer['sample']}: {answer['why']}"
+        return f"no: {of} on {on}, {answer['sample']}: {answer['why']}"
     steps = answer["accumulation_steps"]
+    each = f" on each of {answer['ranks']} ranks" if answer["ranks"] > 1 else ""
     return (
-        f"yes: {of} on {answer['gpu']}: {answer['target_batch']} = {steps} micro-batch{'es' * (steps > 1)} of at most "
+        f"yes: {of} on {on}: {answer['target_batch']} = {steps} micro-batch{'es' * (steps > 1)}{each} of at most "
         f"{answer['micro_batch']} ({answer['sample']}); peak {show_bytes(answer['predicted_peak_bytes'])} of "
         f"{show_bytes(answer['budget_bytes'])}, real allocator on a virtual GPU"
     )

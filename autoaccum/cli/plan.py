@@ -14,12 +14,15 @@ from ..files.whole import check_output
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..planning.request import PlanRequest
 from ..processes.examples import BUILT_IN, DEFAULT
-from ..units import check_memory, check_samples, check_seconds
-from .completion import choices, gpus, workloads
+from ..units import check_memory, check_samples, check_seconds, parse_target
+from .completion import choices, workloads
+from .completion import gpus as complete_gpus
 from .flags import in_flags
+from .gpus import GPUS, PARALLEL, read_gpus, refuse_unequal
 
 if TYPE_CHECKING:
     from ..plan import Plan
+    from ..planning.cluster import Cluster
 
 _WORKLOAD = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}.", autocompletion=workloads)
 _DEVICE = typer.Option(
@@ -28,7 +31,9 @@ _DEVICE = typer.Option(
     autocompletion=choices("cpu", "cuda"),
 )
 _GPU = typer.Option(
-    None, help="Plan for a GPU that isn't here, like a100-40gb (doctor --gpus lists them).", autocompletion=gpus
+    None,
+    help="Plan for a GPU that isn't here, like a100-40gb (doctor --gpus lists them); once for each kind: a100-40gb:2.",
+    autocompletion=complete_gpus,
 )
 _MALLOC = typer.Option(
     "fixed",
@@ -43,10 +48,14 @@ _OBJECTIVE = typer.Option(
 
 
 def plan(
-    target_batch: int = typer.Option(None, help="Samples in an optimizer step. Left out: the largest micro-batch."),
+    target_batch: str = typer.Option(
+        None, help="Samples in an optimizer step, or 4M-tokens. Left out: the largest micro-batch."
+    ),
     workload: str = _WORKLOAD,
     device: str = _DEVICE,
-    gpu: str = _GPU,
+    gpu: list[str] = _GPU,
+    gpus: int = GPUS,
+    parallel: str = PARALLEL,
     memory: str = typer.Option(None, help="Memory limit of the process, like 2GiB. Left out: all free memory."),
     headroom: str = typer.Option(None, help="Part of it to keep free, like 500MiB or 5%."),
     max_micro_batch: int = typer.Option(None, help="The largest micro-batch allowed."),
@@ -63,34 +72,50 @@ def plan(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Print how it was found, too."),
 ) -> None:
     """Find the fewest accumulation steps that fit, and verify them."""
+    samples, tokens = parse_target(target_batch, "--target-batch")
     request = PlanRequest(
-        target_batch=target_batch, budget=memory, headroom=headroom, max_micro_batch=max_micro_batch, verify=verify,
-        malloc=malloc, objective=objective, timing_seconds=timing, train_in_new_process=True,
+        target_batch=samples, target_tokens=tokens, budget=memory, headroom=headroom, verify=verify, malloc=malloc,
+        max_micro_batch=max_micro_batch, objective=objective, timing_seconds=timing, train_in_new_process=True,
         uniform=uniform,
     )  # fmt: skip
-    _check_device(device, gpu)
-    _check_request(request, gpu)
+    kinds, cluster = read_gpus(gpu, gpus, parallel)
+    refuse_unequal(kinds)
+    named = kinds[0].name if kinds else None
+    _check_device(device, named)
+    _check_request(request, named)
     if output is not None:
         check_output(output, force=force)
-    from ..devices.virtual import planning_environment
-    from ..plan import Plan
-    from ..processes.child import call
-    from ..processes.workload_source import check_source
-    from .terminal import keep_plan, progress
+    from .terminal import keep_plan
 
-    check_source(workload)
-    kind = "cuda" if gpu is not None else device or "cpu"
-    arguments = {"workload": workload, "request": asdict(request), "device": kind, "gpu": gpu}
-    with progress("planning") as say:
-        found = Plan.from_json(
-            call("planning.tasks:plan", arguments, on_message=say, env=planning_environment(gpu))["plan"]
-        )
+    found = _planned(workload, request, device, named, cluster)
     if output is not None:
         keep_plan(found, output)
     if json:
         print(found.to_json(), end="")
         return
     _print(found, output, verbose=verbose)
+
+
+def _planned(workload: str, request: PlanRequest, device: str | None, gpu: str | None, cluster: Cluster | None) -> Plan:
+    """Plan in a child process, on a virtual GPU if named."""
+    from ..devices.virtual import planning_environment
+    from ..plan import Plan
+    from ..processes.child import call
+    from ..processes.workload_source import check_source
+    from .terminal import progress
+
+    check_source(workload)
+    arguments = {
+        "workload": workload,
+        "request": asdict(request),
+        "device": "cuda" if gpu is not None else device or "cpu",
+        "gpu": gpu,
+        "cluster": None if cluster is None else asdict(cluster),
+    }
+    with progress("planning") as say:
+        return Plan.from_json(
+            call("planning.tasks:plan", arguments, on_message=say, env=planning_environment(gpu))["plan"]
+        )
 
 
 def _print(found: Plan, output: Path | None, *, verbose: bool) -> None:
@@ -124,13 +149,13 @@ def _check_request(request: PlanRequest, gpu: str | None) -> None:
 
     Importing it takes seconds; `resolve` checks the options again.
     """
-    check_samples("--target-batch", request.target_batch)
     check_samples("--max-micro-batch", request.max_micro_batch)
     check_seconds("--timing", request.timing_seconds)
     check_memory(request.budget, request.headroom)
     if request.objective not in OBJECTIVES:
         raise UsageError(f"--objective {request.objective} is not known.", hint=f"Give {' or '.join(OBJECTIVES)}.")
-    timed = gpu is None and request.target_batch is not None and request.verify
+    has_target = request.target_batch is not None or request.target_tokens is not None
+    timed = gpu is None and has_target and request.verify
     if request.objective == FASTEST and not timed:
         raise UsageError(
             "--objective fastest needs times.",

@@ -77,11 +77,19 @@ def check(*, say: Say, workload: str) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in answer.items()}  # JSON has no NaN
 
 
-def fits(*, say: Say, description: Mapping[str, Any], request: Mapping[str, Any], gpu: str) -> dict[str, Any]:
+def fits(
+    *,
+    say: Say,
+    description: Mapping[str, Any],
+    request: Mapping[str, Any],
+    gpu: str,
+    cluster: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Build a described model on the virtual GPU, plan it, and answer."""
     say({"say": "loading torch and the architecture"})
     from ..devices import oom
     from ..devices.cuda.gpu_specs import find_gpu
+    from ..planning.cluster import Cluster
     from ..planning.new_process import plan_on_gpu
     from ..planning.request import PlanRequest
     from .architectures.build import Built, build
@@ -96,14 +104,21 @@ def fits(*, say: Say, description: Mapping[str, Any], request: Mapping[str, Any]
     wanted = PlanRequest(**{**request, "sizes": tuple(request["sizes"])})
     plan, why = None, ""
     try:
-        plan = plan_on_gpu(workload, wanted, gpu=find_gpu(gpu), progress=lambda text: say({"say": text}))
+        plan = plan_on_gpu(
+            workload,
+            wanted,
+            gpu=find_gpu(gpu),
+            progress=lambda text: say({"say": text}),
+            cluster=None if cluster is None else Cluster(**cluster),
+        )
     except DoesNotFit as error:
         why = error.what
     except RuntimeError as error:
         if built or not oom.is_out_of_memory(error):
             raise
         raise DoesNotFit(f"The parameters alone exceed what {gpu} has.", hint="Name another model or GPU.") from None
-    return fits_answer(asked, built[0], gpu, wanted, plan, why)
+    ranks = 1 if cluster is None else int(cluster["ranks"])
+    return fits_answer(asked, built[0], gpu, wanted, plan, why) | {"ranks": ranks}
 
 
 def fits_answer(
@@ -113,7 +128,7 @@ def fits_answer(
     return {
         "fits": plan is not None,
         "gpu": gpu,
-        "target_batch": request.target_batch,
+        "target_batch": plan.target_batch if plan else request.target_batch,
         "micro_batch": plan and plan.micro_batch,
         "accumulation_steps": plan and plan.accumulation_steps,
         "split": plan and list(plan.split),

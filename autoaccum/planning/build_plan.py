@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..phases import PHASE_TITLES, PHASES
@@ -96,6 +97,12 @@ def plan(
         ),
         device=figures.device,
     )
+
+
+def with_note(plan: Plan, text: str) -> Plan:
+    """Return a plan with a further note in front."""
+    notes = (text, *plan.notes) if text else plan.notes
+    return replace(plan, provenance=replace(plan.provenance, notes=notes))
 
 
 def _evidence(predictor: MemoryPredictor, figures: DeviceFigures, verified: VerifiedFigures) -> EvidenceSection:

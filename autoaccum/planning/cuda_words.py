@@ -11,11 +11,15 @@ from ..budget import Budget
 from ..devices.cuda.allocator_rules import AllocatorRules
 from ..phases import PHASE_TITLES
 from ..simulation.solver import Split
-from ..torch_compat import allocator_settings
+from ..torch_compat import allocator_settings, local_bytes
 from ..units import show_bytes
+from ..window.sharded import sharded_modules
 
 if TYPE_CHECKING:
     from .predictor_cuda import CudaPredictor
+
+
+RANKS_A_NODE = 8  # GPUs of a node, as they are rented
 
 
 def reasons(budget: Budget) -> dict[str, str]:
@@ -96,6 +100,8 @@ def shortfall(predictor: CudaPredictor, split: Split) -> str:
 
 def sharding(predictor: CudaPredictor, needed_bytes: int) -> list[str]:
     """Return over how many devices the static memory needs sharding."""
+    if sharded_modules(predictor.subject.context.model):
+        return _more_ranks(predictor, needed_bytes)
     static = predictor.static_bytes
     for devices in (2, 4, 8, 16, 32, 64):
         if needed_bytes - static + static // devices <= predictor.budget.bytes:
@@ -104,3 +110,26 @@ def sharding(predictor: CudaPredictor, needed_bytes: int) -> list[str]:
                 f"state are {show_bytes(static)} of it)"
             ]
     return []
+
+
+def _more_ranks(predictor: CudaPredictor, needed_bytes: int) -> list[str]:
+    """Return from how many ranks on a sharded model would fit.
+
+    Shards shrink with the ranks: parameters, their gradients and the optimizer's state. Gathered blocks and activations
+    don't.
+    """
+    model, ranks = predictor.subject.context.model, predictor.request.world_size
+    buffers = sum(local_bytes(buffer) for buffer in model.buffers())
+    shards = predictor.static_bytes - buffers
+    room = predictor.budget.bytes - (needed_bytes - shards)
+    if room <= 0:
+        return [
+            f"a smaller sample or activation checkpointing: what no number of ranks shares, gathered blocks and "
+            f"activations, is {show_bytes(needed_bytes - shards)}"
+        ]
+    least = -(-shards * ranks // room)
+    found = -(-least // RANKS_A_NODE) * RANKS_A_NODE if least > RANKS_A_NODE else least
+    return [
+        f"{found} such GPUs in place of {ranks} (an estimate: of the shards of parameters, gradients and optimizer "
+        f"state, each rank then has {show_bytes(shards * ranks // found)} in place of {show_bytes(shards)})"
+    ]

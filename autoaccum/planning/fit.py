@@ -50,6 +50,7 @@ from .resolved_request import SEARCH_LIMIT, ResolvedRequest, resolve
 from .short_rows import most_short_rows
 from .solution import guess
 from .target import RecordingTarget
+from .target_tokens import tokens_to_samples
 from .trial import compile_at_answer
 from .verify import solve_and_verify
 
@@ -184,10 +185,11 @@ def plan_in(
         DoesNotFit: Not even the smallest micro-batch fits.
     """
     plan_samples = partial(_plan_samples, environment, assumed=assumed)
+    plan_request, remark = tokens_to_samples(plan_request, workload)
     with absent_ranks(workload.model, plan_request) as request:
         if workload.samples_per_group > 1:
-            return plan_in_groups(plan_samples, workload, request)
-        return plan_samples(workload, request)
+            return build_plan.with_note(plan_in_groups(plan_samples, workload, request), remark)
+        return build_plan.with_note(plan_samples(workload, request), remark)
 
 
 def _plan_samples(

@@ -24,9 +24,11 @@ from ..plan import Plan
 from ..processes.workload_source import load_function, make_workload, takes_device
 from ..simulation.recording import Event
 from ..workload import Workload
-from . import predictor_cuda, predictor_virtual
+from . import build_plan, predictor_cuda, predictor_virtual
+from .cluster import Cluster
 from .fit import PlanningEnvironment, plan_in
 from .request import PlanRequest
+from .spread import spread
 from .target import RecordingTarget
 
 
@@ -36,6 +38,7 @@ def plan_on_gpu(
     *,
     gpu: Gpu | None,
     progress: Callable[[str], None],
+    cluster: Cluster | None = None,
     change: Callable[[Workload], Workload] = lambda workload: workload,
 ) -> Plan:
     """Plan in this process, on its GPU, for training in another.
@@ -46,6 +49,7 @@ def plan_on_gpu(
         request: The request.
         gpu: The GPU that a virtual one stands in for; None for a real one.
         progress: Called with progress messages.
+        cluster: The GPUs that train together, where that is not one.
         change: Called with the workload before its model is moved to the device.
 
     Raises:
@@ -63,11 +67,16 @@ def plan_on_gpu(
     assert isinstance(here, CudaDevice)
     device = here if gpu is None else StandInDevice(here.torch_device, gpu)
     workload, build = build_on(source, device, virtual=gpu is not None, change=change)
+    note = ""
+    if cluster is not None:
+        progress(f"spreading the model over {cluster.ranks} ranks")
+        found = spread(workload, device, build, cluster)
+        workload, build, note = found.workload, found.build, found.note
     request = replace(request, train_in_new_process=True)
     make_predictor = predictor_cuda.make_predictor if gpu is None else predictor_virtual.make_predictor
     subject = RecordingTarget if gpu is None else predictor_virtual.UninitializedTarget
     environment = PlanningEnvironment(device, make_predictor, build, keep=False, progress=progress, subject=subject)
-    plan = plan_in(environment, workload, request)
+    plan = build_plan.with_note(plan_in(environment, workload, request), note)
     return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
 
 

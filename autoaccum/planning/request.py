@@ -29,6 +29,7 @@ class PlanRequest:
         train_in_new_process: Whether another process will train, so that the plan need not hold in this one.
         sizes: Micro-batches that the plan's table of peaks must include.
         uniform: Whether all micro-batches must have one size, for tools that know only one.
+        target_tokens: The target in tokens, over all ranks, in place of samples.
     """
 
     target_batch: int | None = None
@@ -46,3 +47,4 @@ class PlanRequest:
     train_in_new_process: bool = False
     sizes: tuple[int, ...] = ()
     uniform: bool = False
+    target_tokens: int | None = None

@@ -10,7 +10,13 @@ from .request import PlanRequest
 
 
 def plan(
-    *, say: Say, workload: str, request: Mapping[str, Any], device: str = "cpu", gpu: str | None = None
+    *,
+    say: Say,
+    workload: str,
+    request: Mapping[str, Any],
+    device: str = "cpu",
+    gpu: str | None = None,
+    cluster: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Plan a workload and return the plan's JSON.
 
@@ -20,6 +26,7 @@ def plan(
         request: The fields of a `PlanRequest`, as JSON.
         device: "cpu" or "cuda".
         gpu: Name of the GPU that a virtual one stands in for; None for a real device.
+        cluster: The fields of a `Cluster`; None for one GPU.
     """
 
     def progress(text: str) -> None:
@@ -29,9 +36,16 @@ def plan(
     wanted = PlanRequest(**{**request, "sizes": tuple(request["sizes"])})
     if device == "cuda":
         from ..devices.cuda.gpu_specs import find_gpu
+        from .cluster import Cluster
         from .new_process import plan_on_gpu
 
-        found = plan_on_gpu(workload, wanted, gpu=find_gpu(gpu) if gpu is not None else None, progress=progress)
+        found = plan_on_gpu(
+            workload,
+            wanted,
+            gpu=find_gpu(gpu) if gpu is not None else None,
+            progress=progress,
+            cluster=None if cluster is None else Cluster(**cluster),
+        )
         return {"plan": found.to_json()}
     from ..processes.workload_source import load_workload
     from .fit import plan_workload

@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,55 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from ..data import split as cutting
 from ..torch_compat import NormBase
 from ..window import loss_terms
+from ..window.blocks import find_blocks
 from ..window.context import forward, open_context
 from ..window.isolated import as_it_trains
 from ..workload import Workload
 
 Undo = Callable[[], None]
-
-MIN_BLOCKS = 2  # a single block doesn't repeat
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Hold the repeated blocks of a model.
-
-    Attributes:
-        path: Name of the ModuleList or Sequential that contains them; empty for the model itself.
-        kind: Name of their class.
-        modules: The blocks in order.
-    """
-
-    path: str
-    kind: str
-    modules: tuple[nn.Module, ...]
-
-
-def find_blocks(model: nn.Module) -> Blocks | None:
-    """Find the longest run of same-class children of a container.
-
-    Of runs of one length the one with more weights wins. Bare layers don't count: dropping what one layer keeps saves
-    nothing.
-    """
-    found = []
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            found += [Blocks(path, type(run[0]).__name__, run) for run in _runs(list(module)) if len(run) >= MIN_BLOCKS]
-    weights = {blocks: sum(p.numel() for block in blocks.modules for p in block.parameters()) for blocks in found}
-    return max(found, key=lambda blocks: (len(blocks.modules), weights[blocks]), default=None)
-
-
-def _runs(children: list[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
-    """Yield runs of neighbouring children of one class that contain modules."""
-    run: list[nn.Module] = []
-    for child in children:
-        if run and type(child) is not type(run[0]):
-            yield tuple(run)
-            run = []
-        if any(True for _ in child.children()):
-            run.append(child)
-    if run:
-        yield tuple(run)
 
 
 @contextlib.contextmanager

@@ -140,10 +140,10 @@ def facts_of(workload: Any) -> dict[str, Any]:
     import torch
 
     from ..window import norms
+    from ..window.blocks import find_blocks
     from ..window.context import open_context
     from ..window.fingerprint import fingerprint
     from .apply import implementations, plain
-    from .checkpointing import find_blocks
 
     context = open_context(replace(workload, scheduler=None))
     blocks = find_blocks(workload.model)
