@@ -274,7 +274,7 @@ _SINCE = {
     "large_segment_size_mb": (2, 10),  # or 2.11: 2.10 was not tried
     "per_process_memory_fraction": (2, 10),
     "graph_capture_record_stream_reuse": (2, 9),
-    "pinned_reserve_segment_size_mb": (2, 9),
+    "pinned_reserve_segment_size_mb": (2, 10),
     "pinned_free_catch_all": (2, 12),
     "throw_on_cudamalloc_oom": (2, 12),
     "pinned_max_round_threshold_mb": (2, 14),  # or 2.13
