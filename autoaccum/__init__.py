@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OutOfMemory,
         PlanFileError,
         PlanMismatch,
+        RanksFailed,
         RestoreError,
         UsageError,
     )
@@ -48,6 +49,7 @@ __all__ = [
     "Plan",
     "PlanFileError",
     "PlanMismatch",
+    "RanksFailed",
     "RestoreError",
     "Runner",
     "SearchSpace",

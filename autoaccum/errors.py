@@ -9,6 +9,7 @@
     |-- PlanMismatch       the plan was made for another model, optimizer or device
     |-- OutOfMemory        the Runner could not finish a window, however small its micro-batches
     |-- NotFinite          a window's gradient isn't finite, and the workload asked to stop there
+    |-- RanksFailed        a rank gave up, was killed or stopped answering; raised on all ranks
     `-- RestoreError       something that planning changed could not be put back
 
 Every message has up to three parts: what happened, with its numbers; why; what to do next.
@@ -25,6 +26,7 @@ __all__ = [
     "OutOfMemory",
     "PlanFileError",
     "PlanMismatch",
+    "RanksFailed",
     "RestoreError",
     "UsageError",
 ]
@@ -91,6 +93,22 @@ class OutOfMemory(AutoaccumError):
 
 class NotFinite(AutoaccumError):
     """Report a non-finite gradient under `on_nonfinite="raise"`; no step was taken."""
+
+
+class RanksFailed(AutoaccumError):
+    """Report on every rank that one gave up or stopped answering.
+
+    Attributes:
+        rank: The rank; the first of several.
+        phase: What it was doing.
+        reason: Why it failed.
+    """
+
+    def __init__(
+        self, what: str, why: str = "", hint: str = "", *, rank: int = -1, phase: str = "", reason: str = ""
+    ) -> None:
+        super().__init__(what, why, hint)
+        self.rank, self.phase, self.reason = rank, phase, reason
 
 
 class RestoreError(AutoaccumError):

@@ -355,3 +355,29 @@ def wrapped_backends(backend: Any) -> list[Any]:
     """
     names = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "_inner_convert", "backend")
     return [inner for name in names if (inner := getattr(backend, name, None)) is not None]
+
+
+# Process groups: torch/distributed
+
+
+def default_store() -> Any:
+    """Return the store of the default process group's ranks."""
+    return _find(torch.distributed, "distributed_c10d._get_default_store", "name a rank that is gone")()
+
+
+def reset_reducer(wrapper: nn.parallel.DistributedDataParallel) -> None:
+    """Let a DistributedDataParallel's reducer expect no backward.
+
+    A forward with gradients, whose backward never came, leaves it expecting one: it would reduce in the next backward.
+    """
+    _find(wrapper.reducer, "_reset_state", "leave out DistributedDataParallel's own reduction")()
+
+
+def uses_mixed_precision(wrapper: nn.parallel.DistributedDataParallel) -> bool:
+    """Return whether a DistributedDataParallel casts parameters itself."""
+    return getattr(wrapper, "mixed_precision", None) is not None
+
+
+def communication_hooks(wrapper: nn.parallel.DistributedDataParallel) -> list[Any]:
+    """Return the hooks that were to reduce a DistributedDataParallel's gradients."""
+    return list(getattr(wrapper, "_comm_hooks", ()))

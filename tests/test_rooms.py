@@ -16,7 +16,7 @@ ROOT = Path(autoaccum.__file__).parent
 ROOMS = (
     "errors", "units", "files", "phases", "budget", "process_memory", "torch_compat", "criterion",
     "workload_arguments", "workload", "configuration",
-    "plan", "simulation", "data", "state", "processes", "devices", "window", "exactness",
+    "plan", "simulation", "data", "state", "ranks", "processes", "devices", "window", "exactness",
     "planning",
     "runner", "integrations", "reporting", "tuning", "cli",
 )  # fmt: skip

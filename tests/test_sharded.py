@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autoaccum import Plan, UsageError, Workload, fit_plan
 from autoaccum.exactness.check import check
+from autoaccum.ranks.group import absent_allowed
 from autoaccum.torch_compat import local_bytes, local_tensors, open_fake_group
 from autoaccum.window import sharded
 from autoaccum.window.forward_only import forward_only
-from autoaccum.window.process_groups import absent_allowed
 from autoaccum.window.step import open_context, run_between
 
 RANKS = 3

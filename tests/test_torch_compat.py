@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import json
 import subprocess
@@ -17,6 +18,7 @@ import torch.distributed.device_mesh
 import torch.distributed.tensor
 from allocator_text import KEEPS_WORKSPACES
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import autoaccum
 from autoaccum import torch_compat as compat
@@ -275,6 +277,46 @@ def check_has_begun() -> None:
         assert compat.has_begun(module)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def world_of_one() -> Iterator[Any]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield nn.parallel.DistributedDataParallel(nn.Linear(1, 1))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def check_default_store() -> None:
+    with world_of_one():
+        store = compat.default_store()
+        store.set("key", b"value")
+        assert store.check(["key"]) and not store.check(["another"])
+
+
+def check_reset_reducer() -> None:
+    with world_of_one() as wrapper:
+        x = torch.ones(1, 1)
+        wrapper(x)  # expects a backward from now on
+        compat.reset_reducer(wrapper)
+        with wrapper.no_sync():
+            wrapper(x).sum().backward()
+        wrapper(x).sum().backward()
+
+
+def check_uses_mixed_precision() -> None:
+    with world_of_one() as wrapper:
+        assert not compat.uses_mixed_precision(wrapper)
+        wrapper.mixed_precision = object()
+        assert compat.uses_mixed_precision(wrapper)
+
+
+def check_communication_hooks() -> None:
+    with world_of_one() as wrapper:
+        assert compat.communication_hooks(wrapper) == []
+        wrapper.register_comm_hook(None, default_hooks.allreduce_hook)
+        assert len(compat.communication_hooks(wrapper)) == 1
 
 
 ON_GPU = ("clear_cublas_workspaces", "is_history_on", "start_history", "stop_history", "read_history")

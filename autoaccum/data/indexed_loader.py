@@ -8,20 +8,31 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain, islice
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from .part import Part, digest_of_indices
 from .tree import as_tensors
 from .window import Window
 
+_END = object()
+
 PlanOf = Callable[[list[Any]], tuple[list[Any], tuple[int, ...]]]  # a window's indices: in their order, and the sizes
-Planned = tuple[list[Any], tuple[int, ...]]  # the indices of a window in their order, and the sizes
+Planned = tuple[list[Any], tuple[int, ...], int]  # the indices of a window in their order, the sizes, the digest
 
 
 def windows_of_indices(
-    loader: Any, target: int, plan_of: PlanOf, least: int, floats: Any = None, *, collates: bool = False
+    loader: Any,
+    target: int,
+    plan_of: PlanOf,
+    least: int,
+    floats: Any = None,
+    *,
+    collates: bool = False,
+    part: Part | None = None,
 ) -> Iterator[Window]:
     """Yield windows, loaded by one DataLoader whose batches are the micro-batches.
 
@@ -32,6 +43,7 @@ def windows_of_indices(
         least: The fewest samples that a micro-batch may have; fewer at the epoch's end join the last window.
         floats: What float64 arrays become; None to keep them.
         collates: Whether batches can't be cut, so that their samples are loaded again for smaller ones.
+        part: Which of a window's samples are this rank's; None for all.
     """
 
     def loaded(indices: Sequence[Any]) -> Any:
@@ -39,12 +51,17 @@ def windows_of_indices(
 
     load = loaded if collates else None
     rebatched = _rebatched(loader)
-    requested = rebatched.batch_sampler.begin(target, plan_of, least)
-    stream = iter(rebatched)
-    for piece in stream:
-        samples, sizes = requested.popleft()
+    requested = rebatched.batch_sampler.begin(target, plan_of, least, part)
+    with part.drawing() if part is not None else nullcontext():
+        stream = iter(rebatched)
+    for piece in chain(stream, [_END]):
+        while requested and (piece is _END or not requested[0][1]):  # windows of which this rank has no sample
+            yield Window((), (), digest=requested.popleft()[2])
+        if piece is _END:
+            return
+        samples, sizes, digest = requested.popleft()
         pieces = (piece, *islice(stream, len(sizes) - 1))
-        yield Window(tuple(as_tensors(each, floats) for each in pieces), sizes, samples, "the dataset", load)
+        yield Window(tuple(as_tensors(each, floats) for each in pieces), sizes, samples, "the dataset", load, digest)
 
 
 # A loader whose workers persist from epoch to epoch must be the same in each.
@@ -82,16 +99,17 @@ class _MicroBatches:
     def __init__(self, batch_sampler: Iterable[Iterable[Any]]) -> None:
         self.batch_sampler = batch_sampler
 
-    def begin(self, target: int, plan_of: PlanOf, least: int) -> deque[Planned]:
+    def begin(self, target: int, plan_of: PlanOf, least: int, part: Part | None = None) -> deque[Planned]:
         """Begin an epoch; return where its windows' indices and sizes appear."""
-        self.target, self.plan_of, self.least = target, plan_of, least
+        self.target, self.plan_of, self.least, self.part = target, plan_of, least, part
         # Loading runs ahead: each window's sizes wait here for its samples.
         self.requested = deque[Planned]()
         return self.requested
 
     def __iter__(self) -> Iterator[list[Any]]:
         indices = chain.from_iterable(self.batch_sampler)
-        return _index_lists(indices_of_windows(indices, self.target, self.least), self.plan_of, self.requested)
+        of_windows = indices_of_windows(indices, self.target, self.least)
+        return _index_lists(of_windows, self.plan_of, self.requested, self.part)
 
 
 def indices_of_windows(indices: Iterator[Any], target: int, least: int) -> Iterator[list[Any]]:
@@ -107,13 +125,22 @@ def indices_of_windows(indices: Iterator[Any], target: int, least: int) -> Itera
         yield of_window
 
 
-def _index_lists(of_windows: Iterator[list[Any]], plan_of: PlanOf, requested: deque[Planned]) -> Iterator[list[Any]]:
+def _index_lists(
+    of_windows: Iterator[list[Any]], plan_of: PlanOf, requested: deque[Planned], part: Part | None
+) -> Iterator[list[Any]]:
     """Yield the indices of each micro-batch.
 
     Those of its window, and the sizes, are noted when it begins.
     """
-    for of_window in of_windows:
+    while True:
+        with part.drawing() if part is not None else nullcontext():
+            of_window = next(of_windows, None)
+        if of_window is None:
+            return
+        digest = 0
+        if part is not None:
+            digest, of_window = digest_of_indices(of_window), of_window[part.of(len(of_window))]
         ordered, sizes = plan_of(of_window)
-        requested.append((ordered, sizes))
+        requested.append((ordered, sizes, digest))
         rest = iter(ordered)
         yield from (list(islice(rest, size)) for size in sizes)

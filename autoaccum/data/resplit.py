@@ -35,6 +35,8 @@ def counted(window: Window, batch_keys: BatchKeys) -> Window:
         for piece, size in zip(window.pieces, window.sizes, strict=True)
     ]
     there = [(piece, size) for piece, size in found if size]
+    if not found:  # a rank without samples, at the end of an epoch
+        return window
     if not there:
         raise BatchError(
             f"A window of {sum(window.sizes)} samples has no sample left after its collate function.",
@@ -42,7 +44,7 @@ def counted(window: Window, batch_keys: BatchKeys) -> Window:
         )
     if window.load is not None:
         return window if len(there) == len(found) else window.only([i for i, (_, size) in enumerate(found) if size])
-    return Window(tuple(piece for piece, _ in there), tuple(size for _, size in there))
+    return Window(tuple(piece for piece, _ in there), tuple(size for _, size in there), digest=window.digest)
 
 
 def _rows(piece: Batch, planned: int, batch_keys: BatchKeys, *, collated: bool) -> int:
@@ -102,6 +104,7 @@ def cut_one(window: Window, index: int, sizes: Sizes, batch_keys: BatchKeys) -> 
         window.samples,
         window.origin,
         window.load,
+        window.digest,
     )
 
 
@@ -109,7 +112,9 @@ def _recut_joined(window: Window, split_of: Callable[[int], Sizes], batch_keys: 
     sizes = split_of(sum(window.sizes))
     try:
         joined = cutting.join(window.pieces, **batch_keys)
-        return None if joined is None else Window(tuple(cutting.split(joined, sizes, **batch_keys)), sizes)
+        if joined is None:
+            return None
+        return Window(tuple(cutting.split(joined, sizes, **batch_keys)), sizes, digest=window.digest)
     except BatchError:
         return None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BatchError
 from .bad_batches import of_samples
+from .part import Part, digest_of_batch
 from .split import batch_size, join, joinable, split
 from .tree import as_tensors
 from .window import Window
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 BatchKeys = Mapping[str, Collection[str]]  # `shared` and `per_sample`, as `split` takes them
 SizesOf = Callable[[int], tuple[int, ...]]
-Part = tuple[Any, int]  # a batch and its samples
+_END = object()
+Piece = tuple[Any, int]  # a batch and its samples
 
 
 def windows_of_batches(
@@ -32,6 +34,7 @@ def windows_of_batches(
     keys: BatchKeys,
     least: int,
     floats: torch.dtype | None = None,
+    part: Part | None = None,
 ) -> Iterator[Window | BatchError]:
     """Yield windows; in the place of what can't be cut, the error.
 
@@ -42,11 +45,12 @@ def windows_of_batches(
         keys: `shared` and `per_sample`, as `split` takes them.
         least: The fewest samples that a micro-batch may have; fewer at the end join the last window.
         floats: What float64 arrays become; None to keep them.
+        part: Which of a window's samples are this rank's; None for all.
     """
-    waiting: deque[Part] = deque()
+    waiting: deque[Piece] = deque()
     waiting_samples = given = 0  # `given` counts those of the windows before
     enough = target + (least if least > 1 else 0)
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(_read(batches, part)):
         try:
             batch = as_tensors(batch, floats)
             size = batch_size(batch, **keys)
@@ -56,30 +60,54 @@ def windows_of_batches(
         waiting.append((batch, size))
         waiting_samples += size
         while waiting_samples >= enough:
-            yield _window_or_error(waiting, range(given, given + target), sizes_of, keys)
+            yield _window_or_error(waiting, range(given, given + target), sizes_of, keys, part)
             waiting_samples, given = waiting_samples - target, given + target
     if waiting:
-        yield _window_or_error(waiting, range(given, given + waiting_samples), sizes_of, keys)
+        yield _window_or_error(waiting, range(given, given + waiting_samples), sizes_of, keys, part)
 
 
-def _window_or_error(waiting: deque[Part], samples: range, sizes_of: SizesOf, keys: BatchKeys) -> Window | BatchError:
+def _read(batches: Iterable[Batch], part: Part | None) -> Iterator[Batch]:
+    """Read batches; what is drawn meanwhile is the same on all ranks."""
+    if part is None:
+        yield from batches
+        return
+    with part.drawing():
+        found = iter(batches)
+    while True:
+        with part.drawing():
+            batch = next(found, _END)
+        if batch is _END:
+            return
+        yield batch
+
+
+def _window_or_error(
+    waiting: deque[Piece], samples: range, sizes_of: SizesOf, keys: BatchKeys, part: Part | None
+) -> Window | BatchError:
     """Take the next window off the front of what waits.
 
     Where it can't be cut, it is dropped and the error returned.
     """
+    digest = 0
     try:
-        window = _window(_take(waiting, len(samples), keys), sizes_of, keys)
+        parts = _take(waiting, len(samples), keys)
+        if part is not None:
+            digest, own = digest_of_batch(parts[0][0], len(samples)), part.of(len(samples))
+            cut, samples = deque(parts), samples[own]
+            _take(cut, own.start, keys)
+            parts = _take(cut, len(samples), keys)
+        window = _window(parts, sizes_of, keys)
     except BatchError as error:
         return of_samples(error, samples, "the epoch, counted from 0")
-    return Window(window.pieces, window.sizes, samples, "the epoch, counted from 0")
+    return Window(window.pieces, window.sizes, samples, "the epoch, counted from 0", digest=digest)
 
 
-def _take(parts: deque[Part], samples: int, keys: BatchKeys) -> list[Part]:
+def _take(parts: deque[Piece], samples: int, keys: BatchKeys) -> list[Piece]:
     """Take so many samples off the front.
 
     The last part is cut where it has more.
     """
-    taken: list[Part] = []
+    taken: list[Piece] = []
     while samples:
         batch, size = parts.popleft()
         if size > samples:
@@ -91,7 +119,7 @@ def _take(parts: deque[Part], samples: int, keys: BatchKeys) -> list[Part]:
     return taken
 
 
-def _window(parts: list[Part], sizes_of: SizesOf, keys: BatchKeys) -> Window:
+def _window(parts: list[Piece], sizes_of: SizesOf, keys: BatchKeys) -> Window:
     """Make micro-batches of consecutive parts.
 
     Each run of joinable ones is cut separately.
@@ -106,12 +134,13 @@ def _window(parts: list[Part], sizes_of: SizesOf, keys: BatchKeys) -> Window:
     return Window(tuple(pieces), tuple(sizes))
 
 
-def _runs(parts: list[Part], keys: BatchKeys) -> Iterator[deque[Part]]:
+def _runs(parts: list[Piece], keys: BatchKeys) -> Iterator[deque[Piece]]:
     """Yield the longest runs of consecutive parts that can be joined."""
-    run: deque[Part] = deque()
+    run: deque[Piece] = deque()
     for part in parts:
         if run and not joinable(run[0][0], part[0], **keys):
             yield run
             run = deque()
         run.append(part)
-    yield run
+    if run:
+        yield run

@@ -20,6 +20,7 @@ class Window:
         samples: The index of each sample, piece after piece; empty where it isn't known.
         origin: What the indices count: "the dataset", say.
         load: Loads samples by their indices, where pieces can't be cut; None where they can.
+        digest: Of all the window's samples, those of other ranks included; 0 on one rank.
     """
 
     pieces: tuple[Batch, ...]
@@ -27,6 +28,7 @@ class Window:
     samples: Sequence[Any] = ()
     origin: str = ""
     load: Callable[[Sequence[Any]], Batch] | None = None
+    digest: int = 0
 
     def samples_of(self, index: int) -> Sequence[Any]:
         """Return the indices of one piece's samples."""
@@ -37,5 +39,6 @@ class Window:
         """Return the window with these pieces only."""
         pieces, sizes = ([each[i] for i in indices] for each in (self.pieces, self.sizes))
         return Window(
-            tuple(pieces), tuple(sizes), [s for i in indices for s in self.samples_of(i)], self.origin, self.load
-        )
+            tuple(pieces), tuple(sizes), [s for i in indices for s in self.samples_of(i)], self.origin, self.load,
+            self.digest,
+        )  # fmt: skip

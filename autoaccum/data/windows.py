@@ -14,6 +14,7 @@ from ..errors import BatchError, UsageError
 from .bad_batches import Surviving
 from .indexed_loader import PlanOf, windows_of_indices
 from .loaders import check_loader, is_map_style
+from .part import Part
 from .stream import windows_of_batches
 from .tokens import longest_first
 from .window import Window
@@ -37,6 +38,7 @@ def windows(
     least: int = 1,
     floats: Any = None,
     collates: bool = False,
+    part: Part | None = None,
 ) -> Surviving[Window]:
     """Return one epoch of a loader as windows.
 
@@ -48,7 +50,7 @@ def windows(
 
     Args:
         loader: A DataLoader, or an iterable of batches (any trees of tensors, samples in dimension 0).
-        target: Samples in each window on this rank.
+        target: Samples in each window, on all ranks.
         split_of: `split_of(samples)`, the sizes of the micro-batches for so many samples; called for each window
             when its samples are requested, a DataLoader's prefetching included.
         shared: Keys of what each micro-batch gets whole; see `split.batch_size`.
@@ -61,6 +63,7 @@ def windows(
             before it; for this the loader is read so many samples ahead.
         floats: The torch.dtype that numpy's float64 becomes, the model's; None to keep it.
         collates: Whether batches are made by the loader's collate function alone, and can't be cut.
+        part: Which of each window's samples are this rank's; None for all. A window may have none.
 
     Returns:
         An iterator that raises a `BatchError` in the place of a window that can't be cut, and then goes on with the
@@ -75,11 +78,11 @@ def windows(
     if is_map_style(loader):
         plan_of = _plan_of(sizes_of, lengths, split_of_lengths)
         found: Iterator[Window | BatchError]
-        found = windows_of_indices(loader, target, plan_of, least, floats, collates=collates)
+        found = windows_of_indices(loader, target, plan_of, least, floats, collates=collates, part=part)
     else:
         _refuse_unindexed(loader, has_lengths=lengths is not None, collates=collates)
         keys = {"shared": shared, "per_sample": per_sample}
-        found = windows_of_batches(loader, target, sizes_of, keys, least, floats)
+        found = windows_of_batches(loader, target, sizes_of, keys, least, floats, part)
     return Surviving(_not_empty(found, loader))
 
 
@@ -101,6 +104,8 @@ def _refuse_unindexed(loader: object, *, has_lengths: bool, collates: bool) -> N
 
 def _checked_sizes(split_of: SizesOf, samples: int) -> tuple[int, ...]:
     """Return the micro-batches for so many samples, as `split_of` has them."""
+    if not samples:  # a rank has none of an epoch's end
+        return ()
     sizes = tuple(split_of(samples))
     if sum(sizes) != samples or min(sizes, default=0) < 1:
         raise UsageError(

@@ -25,10 +25,11 @@ from ..devices.registry import get_device
 from ..plan import Plan
 from ..process_memory import available_bytes
 from ..processes import crash_guard
+from ..ranks.group import apart, are_absent, ranks_here
+from ..ranks.wrapped import refuse_unsupported, unwrapped
 from ..window import norms as batchnorm
 from ..window.context import forward, held_in_window
 from ..window.isolated import as_it_trains
-from ..window.process_groups import are_absent, refuse_ranks
 from ..workload import Workload
 from . import advice, arrangements, compare, coupling, test_batches
 from .arrangements import Untestable
@@ -106,14 +107,15 @@ def check(
         isolated: Whether to test in a copy of this process if possible, so that a crash becomes a verdict.
 
     Raises:
-        UsageError: The workload runs on several ranks.
+        UsageError: The forward of the workload talks to other ranks.
     """
     if are_absent():
         return unknown(
             "the model is spread over ranks that are not here",
             "Check the same model in one process, before it is sharded or wrapped: autoaccum check.",
         )
-    refuse_ranks(workload)
+    workload = unwrapped(workload)[0]
+    refuse_unsupported(workload, ranks_here())
     if workload.samples_per_group > 1 and not isinstance(workload.sample, Grouped):
         workload = replace(workload, sample=Grouped(workload.sample, workload.samples_per_group))
     if not get_device(next(workload.model.parameters()).device).computes:
@@ -123,9 +125,11 @@ def check(
         return unknown(f"the test needs {fewest} samples at once", "Run autoaccum check, which plans no memory.")
     progress("testing whether the gradient is the large batch's")
     if not isolated:
-        return _check(workload, max_rows)
+        with apart():
+            return _check(workload, max_rows)
     try:
-        return crash_guard.run(lambda: _check(workload, max_rows), is_out_of_memory)
+        with apart():  # the test is this rank's alone
+            return crash_guard.run(lambda: _check(workload, max_rows), is_out_of_memory)
     except crash_guard.Crashed as crash:
         return unknown(
             f"the test crashed ({crash})",

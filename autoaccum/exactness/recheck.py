@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,11 +74,12 @@ def recheck(
     if rows is None:
         return None
     whole, parted, counts = rows
+    alone = replace(context, exchange=None)  # other ranks need not test now
     with as_it_trains(context.model, context.held):
         try:
             entries = min(MAX_ENTRIES, sum(p.numel() for p in context.model.parameters()) // 128)
             model_copy = FunctionalCopy(context.model, context.loss, alias=True, widens=False, entries=entries)
-            found = compare.compare(model_copy, lambda: context, whole, parted, counts)
+            found = compare.compare(model_copy, lambda: alone, whole, parted, counts)
         except (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AutoaccumError) as error:
             drop_frames(error)
             return None

@@ -23,9 +23,9 @@ from ..exactness import check as exact
 from ..plan import Plan
 from ..planning.fit import plan_workload
 from ..planning.request import PlanRequest
+from ..ranks.group import apart
 from ..state.rng import put_rng, take_rng
 from ..torch_compat import tree_map
-from ..window.process_groups import apart
 from ..workload import Workload
 from .hugging_face_items import longest_items
 from .hugging_face_loss import Average, evaluating, find_average, hard_batches, samples_of

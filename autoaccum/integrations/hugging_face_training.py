@@ -17,6 +17,7 @@ from ..devices.oom import drop_frames, is_out_of_memory
 from ..errors import OutOfMemory
 from ..phases import FIRST, LATER, OnPhase
 from ..plan import Plan
+from ..ranks.group import apart
 from ..runner import compatibility
 from ..runner.oom_recovery import OomRecovery
 from ..runner.peak_monitor import PeakMonitor
@@ -24,7 +25,6 @@ from ..window import fp32_accumulation
 from ..window import norms as batchnorm
 from ..window.context import TrainingContext, open_context
 from ..window.fingerprint import check_fingerprint, fingerprint
-from ..window.process_groups import apart
 from ..window.step import WindowResult
 from .hugging_face_loss import samples_of
 from .hugging_face_plan import TrainerWorkload, alone, num_items_of

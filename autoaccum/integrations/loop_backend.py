@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..ranks.group import ranks_here
 from ..window.loss_terms import graph_is_there
-from ..window.process_groups import ranks_here
 from ..window.scheduling import wants_metric
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineStage")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..window.process_groups import ranks_here
+from ..ranks.group import ranks_here
 
 
 @dataclass(frozen=True)

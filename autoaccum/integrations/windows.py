@@ -26,10 +26,10 @@ from ..data.windows import windows as data_windows
 from ..devices.registry import get_device
 from ..errors import BatchError, PlanMismatch, UsageError
 from ..plan import Plan
+from ..ranks.group import ranks_here
 from ..runner.sizing import Sizing
 from ..simulation.solver import rank_share
 from ..window.fingerprint import check_signature, describe_model, is_collated
-from ..window.process_groups import ranks_here
 from ..workload import Batch
 from .counts import Count, counter_for
 from .gradients import LoopGradients

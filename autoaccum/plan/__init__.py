@@ -1,6 +1,6 @@
 """The plan: a frozen value with its reasons, and its JSON."""
 
-from .entries import LeafForm, PeakRow, RecordingNote, TimedSize, TimelinePart, window_peak_bytes
+from .entries import LeafForm, PeakRow, RankEntry, RecordingNote, TimedSize, TimelinePart, window_peak_bytes
 from .plan import Plan
 from .sections import (
     FASTEST,
@@ -9,6 +9,7 @@ from .sections import (
     OBJECTIVES,
     SCHEMA_VERSION,
     DeviceSection,
+    DistributionSection,
     EvidenceSection,
     MemorySection,
     ProvenanceSection,
@@ -24,12 +25,14 @@ __all__ = [
     "OBJECTIVES",
     "SCHEMA_VERSION",
     "DeviceSection",
+    "DistributionSection",
     "EvidenceSection",
     "LeafForm",
     "MemorySection",
     "PeakRow",
     "Plan",
     "ProvenanceSection",
+    "RankEntry",
     "RecordingNote",
     "RequestSection",
     "ScheduleSection",

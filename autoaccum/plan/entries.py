@@ -79,6 +79,44 @@ class RecordingNote:
 
 
 @dataclass(frozen=True)
+class RankEntry:
+    """One rank's part of an optimizer step.
+
+    Attributes:
+        device: Its device's name.
+        split: Samples in each of its micro-batches, largest first.
+        predicted_peak_bytes: Predicted peak of its window, baseline and inputs included.
+        budget_bytes: Memory that its process may use.
+        largest_micro_batch: The largest micro-batch of which a window of two or more fits there.
+        measured_peak_bytes: Peak of its verification run; None unless verified.
+        window_seconds: Time of its window, from the verification run; None unless verified.
+    """
+
+    device: str
+    split: tuple[int, ...]
+    predicted_peak_bytes: int
+    budget_bytes: int
+    largest_micro_batch: int
+    measured_peak_bytes: int | None = None
+    window_seconds: float | None = None
+
+    @property
+    def samples(self) -> int:
+        """Samples of this rank in an optimizer step."""
+        return sum(self.split)
+
+    @property
+    def micro_batch(self) -> int:
+        """The largest micro-batch of its split, in samples."""
+        return max(self.split)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Its micro-batches in an optimizer step."""
+        return len(self.split)
+
+
+@dataclass(frozen=True)
 class TimelinePart:
     """Live bytes during one phase of the window, thinned out.
 

@@ -1,4 +1,4 @@
-"""Define `Plan`: seven sections, properties and JSON. No torch here."""
+"""Define `Plan`: eight sections, properties and JSON. No torch here."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
 from ..files.json_text import to_json
 from ..units import show_bytes
-from .entries import window_peak_bytes
+from .entries import RankEntry, window_peak_bytes
 from .sections import (
     KIND,
     SCHEMA_VERSION,
     DeviceSection,
+    DistributionSection,
     EvidenceSection,
     MemorySection,
     ProvenanceSection,
@@ -40,6 +41,7 @@ class Plan:
         timing: Measured times.
         provenance: Workload, versions, reasons and notes.
         device: The device, and the settings that the plan depends on.
+        distribution: The ranks that share the target; left out of the JSON where there is one process.
         schema_version: Version of the JSON form.
     """
 
@@ -50,6 +52,7 @@ class Plan:
     timing: TimingSection
     provenance: ProvenanceSection
     device: DeviceSection
+    distribution: DistributionSection = field(default_factory=DistributionSection)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -61,6 +64,24 @@ class Plan:
     def world_size(self) -> int:
         """Number of ranks."""
         return self.request.world_size
+
+    @property
+    def ranks(self) -> tuple[RankEntry, ...]:
+        """Each rank's part, by rank; empty for one process."""
+        return self.distribution.ranks
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Samples of each rank in an optimizer step, by rank."""
+        if self.ranks:
+            return tuple(entry.samples for entry in self.ranks)
+        size, larger = divmod(self.target_batch, self.world_size)
+        return (size + 1,) * larger + (size,) * (self.world_size - larger)
+
+    @property
+    def parallel(self) -> str:
+        """How the model is trained over ranks: "ddp", "bare" or "single"."""
+        return self.distribution.parallel
 
     @property
     def micro_batch(self) -> int:
@@ -122,6 +143,24 @@ class Plan:
         """Whether the plan's window was run and its peak was as predicted."""
         return self.measured_peak_bytes is not None
 
+    def for_rank(self, rank: int) -> Plan:
+        """Return the plan with one rank's own split and peaks.
+
+        A file has the first rank's. What else the plan says, its table of peaks above all, stays as it is.
+        """
+        if not self.ranks or self.ranks[rank].split == self.split:
+            return self
+        entry, phases = self.ranks[rank], self.memory.phases
+        schedule = replace(
+            self.schedule,
+            micro_batch=entry.micro_batch,
+            accumulation_steps=entry.accumulation_steps,
+            split=entry.split,
+            largest_micro_batch=entry.largest_micro_batch,
+        )
+        memory = replace(self.memory, predicted_peak_bytes=entry.predicted_peak_bytes, phases=phases)
+        return replace(self, schedule=schedule, memory=memory)
+
     def fewer_steps_need(self) -> tuple[int, int] | None:
         """Return what one accumulation step fewer would need.
 
@@ -147,7 +186,10 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON, for `Plan.load` and for other tools."""
-        return _folded(to_json({"kind": KIND, **asdict(self)}, indent=2)) + "\n"
+        values = asdict(self)
+        if self.distribution == DistributionSection():
+            del values["distribution"]
+        return _folded(to_json({"kind": KIND, **values}, indent=2)) + "\n"
 
     def batch_sampler(
         self, dataset: Sized, *, shuffle: bool = True, seed: int = 0, rank: int = 0, drop_last: bool = False

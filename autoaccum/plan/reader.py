@@ -179,10 +179,24 @@ def _schedule_checks(plan: Plan) -> tuple[tuple[bool, str], ...]:
         (min(split, default=0) >= 1, f"{parts} has micro-batches without samples"),
         (max(split, default=0) == plan.micro_batch, f"{plan.micro_batch} is not the largest of {parts}"),
         (
-            abs(sum(split) * ranks - target) < ranks,  # shares differ by at most one
+            _is_share(plan, sum(split)),
             f"{parts} sums to {sum(split)}, which is not a share of {target} among {ranks} rank{'s' * (ranks > 1)}",
         ),
         (plan.request.objective in OBJECTIVES, f"{plan.request.objective!r} is not an objective"),
+    )
+
+
+def _is_share(plan: Plan, samples: int) -> bool:
+    """Whether so many samples are one rank's share of the target."""
+    entries, ranks, target = plan.ranks, plan.world_size, plan.target_batch
+    if not entries:
+        return abs(samples * ranks - target) < ranks  # equal shares differ by at most one
+    splits = [entry.split for entry in entries]
+    return (
+        len(entries) == ranks
+        and all(min(split, default=0) >= 1 for split in splits)
+        and sum(map(sum, splits)) == target
+        and plan.split in splits
     )
 
 

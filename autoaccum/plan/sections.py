@@ -1,4 +1,4 @@
-"""Define the seven sections of a plan. No torch here.
+"""Define the eight sections of a plan. No torch here.
 
 No two sections have a field of the same name.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..budget import Budget
-from .entries import LeafForm, PeakRow, RecordingNote, TimedSize, TimelinePart
+from .entries import LeafForm, PeakRow, RankEntry, RecordingNote, TimedSize, TimelinePart
 
 SCHEMA_VERSION = 2
 KIND = "autoaccum plan"
@@ -198,3 +198,18 @@ class DeviceSection:
     is_virtual: bool = False
     mmap_threshold_bytes: int | None = None
     keeps_workspaces: bool = False
+
+
+@dataclass(frozen=True)
+class DistributionSection:
+    """The ranks that share an optimizer step.
+
+    Attributes:
+        ranks: Each rank's part, by rank; empty where the plan is of one process.
+        parallel: How the model is trained over ranks: "ddp", "bare", or "single" for one process.
+        shares_by: What the shares were chosen by: "equal", "speed", "memory", "given"; empty for one process.
+    """
+
+    ranks: tuple[RankEntry, ...] = ()
+    parallel: str = "single"
+    shares_by: str = ""

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..window import process_groups, sharded
+from ..ranks.group import absent_allowed, are_absent
+from ..window import sharded
 from .request import PlanRequest
 
 
@@ -33,7 +34,7 @@ def absent_ranks(model: nn.Module, request: PlanRequest) -> Iterator[PlanRequest
     Raises:
         UsageError: The request names another number of ranks.
     """
-    if not process_groups.are_absent():
+    if not are_absent():
         yield request
         return
     ranks = torch.distributed.get_world_size()
@@ -43,5 +44,5 @@ def absent_ranks(model: nn.Module, request: PlanRequest) -> Iterator[PlanRequest
             "The model is spread over the group's.",
             f"Ask for world_size={ranks}, or leave it out.",
         )
-    with process_groups.absent_allowed(), sharded.unreduced(model):
+    with absent_allowed(), sharded.unreduced(model):
         yield replace(request, world_size=ranks, rank=torch.distributed.get_rank())

@@ -29,12 +29,15 @@ from ..devices.registry import get_device
 from ..errors import UsageError
 from ..exactness import check as exact
 from ..plan import FASTEST, FEWEST_STEPS, Plan
+from ..ranks.exchange import Alone
+from ..ranks.group import are_absent, place_here
+from ..ranks.wrapped import refuse_unsupported, unwrapped
 from ..simulation.recording import Event
 from ..state import snapshot as restore
 from ..state.appended import keeper
 from ..state.closures import Holdings, holdings
 from ..window import compiled, step
-from ..window.process_groups import refuse_ranks
+from ..window.over_ranks import reduction_of
 from ..window.sharded import drop_unfinished, settle_shards
 from ..window.trained_parameters import left_out_note
 from ..workload import Workload, as_workload
@@ -43,6 +46,7 @@ from .absent_ranks import absent_ranks
 from .evidence import Evidence
 from .fastest import fastest, time_smaller
 from .groups import plan_in_groups
+from .over_ranks import plan_over_ranks, request_here
 from .predictor import MemoryPredictor
 from .record import FIRST_STEP_SAMPLES
 from .request import PlanRequest
@@ -88,8 +92,9 @@ def fit_plan(
     min_micro_batch: int | None = None,
     verify: bool = True,
     check: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
+    shares: str | tuple[int, ...] | None = None,
     train_in_new_process: bool = False,
     malloc: str = "fixed",
     objective: str = FEWEST_STEPS,
@@ -114,8 +119,9 @@ def fit_plan(
         min_micro_batch: The smallest allowed; None for 2 if the model uses batch statistics, else 1.
         verify: Whether to run the plan's window.
         check: Whether to test on the sample that the window's gradient is the large batch's (`Plan.exactness`).
-        rank: This process's rank.
-        world_size: Number of ranks that share the target.
+        rank: This process's rank; None for that of the initialised process group, all of whose ranks call this.
+        world_size: Number of ranks that share the target; likewise.
+        shares: "equal", "speed", "memory", or each rank's samples; None: equal on equal devices, else by speed.
         train_in_new_process: Whether another process will train, so that the plan need not hold in this one.
         malloc: On the CPU. "fixed": large blocks are mappings, so that memory is predictable to 1 %; "default": faster.
         objective: "fewest-steps", the largest micro-batches; "fastest", the smallest within 1 % of the fastest step.
@@ -124,16 +130,14 @@ def fit_plan(
         progress: Called with progress messages.
         **workload_kwargs: `Workload`'s other arguments, if a model is given.
 
-    Returns:
-        The plan.
-
     Raises:
         UsageError: An argument is invalid.
         DoesNotFit: Not even the smallest micro-batch fits.
     """
+    rank, world_size = request_here(rank, world_size)
     request = PlanRequest(
         target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size, objective, timing_seconds,
-        verify, check, malloc, train_in_new_process, uniform=uniform,
+        verify, check, malloc, train_in_new_process, uniform=uniform, shares=shares,
     )  # fmt: skip
     return plan_workload(as_workload(workload, sample, workload_kwargs), request, device=device, progress=progress)
 
@@ -159,8 +163,11 @@ def plan_workload(
         UsageError: The request cannot be met, whatever the memory.
         DoesNotFit: Not even the smallest micro-batch fits.
     """
+    if (place := place_here()) is not None:
+        here = partial(plan_workload, device=device, progress=progress)
+        return plan_over_ranks(place, workload, request, here)
     started = time.perf_counter()
-    workload, text = with_sample(workload)
+    workload, text = with_sample(workload if are_absent() else unwrapped(workload)[0])
     assumed = f"Assumed, as no sample was given: {text}." if text else ""
     environment = _environment_of(workload.model, device)
     if progress is not None:
@@ -197,7 +204,7 @@ def _plan_samples(
 ) -> Plan:
     """Plan; where the sample is grouped, a group counts as one sample."""
     request = resolve(plan_request, workload, computes=environment.device.computes)
-    refuse_ranks(workload)  # before any forward: its collectives would wait for ranks that don't plan
+    refuse_unsupported(workload, ranks=1)  # before any forward: its collectives would wait for ranks that don't plan
     started, threshold = time.perf_counter(), environment.device.prepare(plan_request.malloc)
     sample, lengthened = at_longest(workload)
     longest = replace(workload, sample=sample)
@@ -211,6 +218,8 @@ def _plan_samples(
             replace(workload, scheduler=None)
         )  # a scheduler may allow few steps, and uses no memory
         context.window_samples = request.samples
+        if plan_request.exchanges:
+            context.exchange = Alone(reduction_of(context), plan_request.world_size)
         left_out = left_out_note(context.model, context.optimizer)
         subject = environment.subject(
             context, longest, environment.device, threshold, environment.progress, environment.model_events

@@ -30,13 +30,16 @@ def plan_in_groups(plan: Callable[[Workload, PlanRequest], Plan], workload: Work
     size = workload.samples_per_group
     for name in _OF_REQUEST:
         value = getattr(request, name)
-        if value is not None and (value < size or (name == "target_batch" and value % (size * request.world_size))):
+        ranks = 1 if request.samples is not None else request.world_size
+        if value is not None and (value < size or (name == "target_batch" and value % (size * ranks))):
             raise UsageError(
                 f"{name} is {value}, and a group has {size} samples.",
                 "Groups are never cut apart, so every size is a multiple of a group's.",
-                f"Give {name}={max(1, value // (size * request.world_size)) * size * request.world_size}, say.",
+                f"Give {name}={max(1, value // (size * ranks)) * size * ranks}, say.",
             )
     asked = {name: getattr(request, name) // size for name in _OF_REQUEST if getattr(request, name) is not None}
+    if request.samples is not None:
+        asked["samples"] = request.samples // size
     sample = workload.sample if isinstance(workload.sample, Grouped) else Grouped(workload.sample, size)
     found = plan(replace(workload, sample=sample), replace(request, **asked))
     return in_samples(found, size)

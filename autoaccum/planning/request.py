@@ -19,8 +19,8 @@ class PlanRequest:
         headroom: Bytes or percent of the budget to keep free.
         max_micro_batch: The largest micro-batch allowed, in samples.
         min_micro_batch: The smallest allowed; None for 2 if the model uses batch statistics, else 1.
-        rank: This process's rank.
-        world_size: Number of ranks that share the target.
+        rank: This process's rank; that of the initialised process group, where there is one.
+        world_size: Number of ranks that share the target; likewise.
         objective: "fewest-steps" or "fastest".
         timing_seconds: Seconds to time smaller micro-batches for; None for a part of planning, 0 for none.
         verify: Whether to run the plan's window.
@@ -30,6 +30,10 @@ class PlanRequest:
         sizes: Micro-batches that the plan's table of peaks must include.
         uniform: Whether all micro-batches must have one size, for tools that know only one.
         target_tokens: The target in tokens, over all ranks, in place of samples.
+        shares: Over several ranks: "equal", "speed", "memory", or each rank's samples; None to choose.
+        samples: This rank's share of the target; None for an equal one.
+        exchanges: Whether windows are to be recorded with what they need to exchange gradients with other ranks.
+        timeout_seconds: How long ranks wait for each other's plans.
     """
 
     target_batch: int | None = None
@@ -48,3 +52,7 @@ class PlanRequest:
     sizes: tuple[int, ...] = ()
     uniform: bool = False
     target_tokens: int | None = None
+    shares: str | tuple[int, ...] | None = None
+    samples: int | None = None
+    exchanges: bool = False
+    timeout_seconds: float = 1800.0

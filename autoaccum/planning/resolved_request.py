@@ -79,7 +79,9 @@ def resolve(request: PlanRequest, workload: Workload, *, computes: bool) -> Reso
     _check_values(request)
     _sample_size(workload)
     target_batch, world_size = request.target_batch, request.world_size
-    samples = None if target_batch is None else rank_share(target_batch, world_size, request.rank)
+    samples = request.samples
+    if samples is None and target_batch is not None:
+        samples = rank_share(target_batch, world_size, request.rank)
     dataset = dataset_samples(workload)
     least, most = _micro_batch_limits(request, workload, samples, dataset)
     _check_times(request, samples, computes=computes)

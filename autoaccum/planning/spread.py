@@ -18,9 +18,9 @@ from torch import nn
 from ..devices.cuda.device import CudaDevice
 from ..devices.cuda.model_blocks import model_blocks
 from ..errors import UsageError
+from ..ranks.group import are_absent
 from ..simulation.recording import Event
 from ..torch_compat import open_fake_group
-from ..window import process_groups
 from ..window.blocks import repeated_blocks
 from ..window.sharded import sharded_modules
 from ..workload import Workload
@@ -67,7 +67,7 @@ def _open_group(cluster: Cluster, *, needed: bool) -> None:
     """Open a fake group, or check the one there is."""
     if torch.distributed.is_initialized():
         found = torch.distributed.get_world_size()
-        if found != cluster.ranks or not process_groups.are_absent():
+        if found != cluster.ranks or not are_absent():
             raise UsageError(
                 f"The workload's function initialized a {torch.distributed.get_backend()} process group of {found} "
                 f"ranks, and the plan is for {cluster.ranks} GPUs.",

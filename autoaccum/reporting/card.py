@@ -11,6 +11,7 @@ from ..files.escape import one_line
 from ..plan import Plan
 from ..units import show_bytes
 from .kinds import place
+from .words import over_ranks
 
 LABEL = 12  # columns
 _MOST_BAR, _LEAST_BAR = 48, 10
@@ -74,9 +75,8 @@ def _line(look: Look, label: str, text: str, *styles: str) -> Iterator[str]:
 
 def _split(plan: Plan) -> str:
     parts = [f"{times} of {size}" for size, times in Counter(plan.split).items()]
-    ranks = f" x {plan.world_size} ranks" if plan.world_size > 1 else ""
     steps = f"{plan.accumulation_steps} accumulation step{'s' * (plan.accumulation_steps > 1)}"
-    return f"{steps}: {' and '.join(parts)} samples = {sum(plan.split)}{ranks}"
+    return f"{steps}: {' and '.join(parts)} samples = {sum(plan.split)}{over_ranks(plan)}"
 
 
 def _peak(look: Look, plan: Plan) -> Iterator[str]:

@@ -11,6 +11,7 @@ from ..simulation import knee
 from ..units import show_bytes
 from .batch_choice import batch_choice
 from .kinds import place
+from .words import over_ranks
 
 
 def summary(plan: Plan) -> str:
@@ -21,6 +22,11 @@ def summary(plan: Plan) -> str:
         ("baseline", f"{show_bytes(plan.memory.baseline_bytes)} {plan.provenance.reasons['baseline_bytes']}"),
         ("recorded", _recorded(plan)),
         ("plan", _split(plan)),
+        *(
+            [("shares", plan.provenance.reasons["shares"])]
+            if plan.ranks and "shares" in plan.provenance.reasons
+            else []
+        ),
         ("peak", _peak(plan)),
         *(
             [("by hand", _by_hand(plan))]
@@ -90,9 +96,8 @@ def _recorded(plan: Plan) -> str:
 
 def _split(plan: Plan) -> str:
     parts = [f"{times} of {size}" for size, times in Counter(plan.split).items()]
-    ranks = f" x {plan.world_size} ranks" if plan.world_size > 1 else ""
     steps = f"{plan.accumulation_steps} accumulation step{'s' * (plan.accumulation_steps > 1)}"
-    return f"{steps}: {' and '.join(parts)} samples = {sum(plan.split)}{ranks}"
+    return f"{steps}: {' and '.join(parts)} samples = {sum(plan.split)}{over_ranks(plan)}"
 
 
 def _tuned(plan: Plan) -> str:

@@ -12,6 +12,7 @@ from ..units import show_bytes
 from .kinds import Kind, byte_word, cached_word, measured
 
 NONE = "\u2013"
+_SHOWN_RANKS = 8  # in a sentence
 
 
 def title(plan: Plan) -> str:
@@ -19,10 +20,22 @@ def title(plan: Plan) -> str:
     return plan.request.workload or plan.provenance.fingerprint.get("model", "a workload").split(" ")[0]
 
 
+def over_ranks(plan: Plan) -> str:
+    """Describe the ranks that a split is for; empty for one process."""
+    if plan.world_size == 1:
+        return ""
+    if len(set(plan.shares)) == 1:
+        return f" x {plan.world_size} ranks"
+    shares = plan.shares if len(plan.shares) <= _SHOWN_RANKS else (*plan.shares[:_SHOWN_RANKS], "...")
+    return f"; {plan.world_size} ranks have {', '.join(map(str, shares))} of {plan.target_batch}"
+
+
 def answer(plan: Plan) -> str:
     """Return the plan in one sentence."""
     parts = [f"{count:,} micro-batch{'es' * (count > 1)} of {size:,}" for size, count in Counter(plan.split).items()]
     ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
+    if len(set(plan.shares)) > 1:
+        ranks = f" on this one of {plan.world_size} ranks"
     real = ""
     if plan.measured_peak_bytes is not None:
         by_the = "by the " if measured(plan) is Kind.VIRTUAL else ""

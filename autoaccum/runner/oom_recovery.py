@@ -105,6 +105,8 @@ class OomRecovery:
         failed = failed_samples(window, attempt.micro_batches_begun, self.sizing.limits)
         if failed <= self.sizing.least:
             raise self._smallest_fails(failed, where, failure)
+        if self.context.exchange is not None:
+            self.context.exchange.retries += 1
         smaller, lowered = self.sizing.shrink(window, attempt.micro_batches_begun)
         if smaller.sizes == window.sizes:
             raise self._cannot_be_cut(failed, where, failure)
@@ -140,6 +142,9 @@ class OomRecovery:
 
 def _refuse_optimizer_step(attempt: Attempt, failure: str) -> None:
     """Raise where the optimizer may have updated some of its parameters."""
+    exchange = attempt.context.exchange
+    if exchange is not None and exchange.is_private:
+        return  # it was about to say that its gradient is there: no rank has stepped
     if attempt.phase == OPTIMIZER:
         raise OutOfMemory(
             f"The optimizer step ran out of memory ({failure}).",

@@ -23,8 +23,11 @@ from ..data.window import Window
 from ..data.windows import windows
 from ..errors import BatchError, UsageError
 from ..plan import Plan
+from ..ranks.agreement import together
+from ..ranks.wrapped import unwrapped
 from ..simulation.solver import rank_share
 from ..state.rng import put_rng
+from ..units import check_seconds
 from ..window import norms, step
 from ..window.fingerprint import check_fingerprint, check_signature, fingerprint, is_collated
 from ..window.scheduling import step_after_epoch
@@ -32,6 +35,7 @@ from ..workload import Batch, Workload, as_workload
 from . import compatibility
 from .attempt import drop_gradients
 from .oom_recovery import OomRecovery
+from .over_ranks import open_ranks
 from .peak_monitor import PeakMonitor
 from .sizing import Sizing
 from .training_state import load_training_state, training_state
@@ -47,11 +51,12 @@ class StepResult:
     Attributes:
         number: Optimizer steps of this Runner so far, this one included where it was taken.
         loss: Mean loss of the window, a detached scalar on the device.
-        samples: Samples in the window.
-        split: Samples in each micro-batch, as trained.
+        samples: Samples in the window, on all ranks.
+        split: Samples in each micro-batch of this rank, as trained.
         grad_norm: Norm of the window's gradient before clipping; None where nothing is clipped.
         stepped: False where a GradScaler skipped the step.
-        retries: How often the window ran out of memory and was started over.
+        retries: How often the window ran out of memory here and was started over.
+        ranks_retried: Ranks on which it did, this one included; 0 or 1 on one rank.
     """
 
     number: int
@@ -61,6 +66,7 @@ class StepResult:
     grad_norm: torch.Tensor | None
     stepped: bool
     retries: int
+    ranks_retried: int = 0
 
 
 class Runner:
@@ -72,11 +78,16 @@ class Runner:
         workload: What is trained; the same that was planned. Or its model, with `Workload`'s other arguments as
             keywords, as for `fit_plan`.
         plan: The plan.
-        rank: This process's rank among the plan's `world_size`.
+        rank: This process's rank among the plan's `world_size`; under a process group, that of the group.
+        timeout_seconds: Under a process group: how long ranks wait for one that doesn't answer. Longer than any
+            window takes, its retries included.
         **workload_kwargs: `Workload`'s other arguments, if a model is given.
 
     Raises:
         PlanMismatch: The plan was made for another model, loss, optimizer, precision, device or version.
+        RanksFailed: A rank failed, or doesn't answer.
+
+    Under a process group every rank makes a Runner, and what one raises is raised on all.
 
     Attributes:
         micro_batch: The largest micro-batch now; lower than the plan's after an out-of-memory.
@@ -85,13 +96,30 @@ class Runner:
     """
 
     def __init__(
-        self, workload: Workload | torch.nn.Module, plan: Plan, *, rank: int = 0, **workload_kwargs: Any
+        self,
+        workload: Workload | torch.nn.Module,
+        plan: Plan,
+        *,
+        rank: int = 0,
+        timeout_seconds: float = 600.0,
+        **workload_kwargs: Any,
     ) -> None:
         if not isinstance(plan, Plan):
             raise UsageError(
                 f"The plan is of type {type(plan).__name__}.", hint="Give fit_plan(...) or Plan.load(file)."
             )
-        workload = as_workload(workload, None, workload_kwargs, caller="Runner")
+        check_seconds("timeout_seconds", timeout_seconds, zero=False)
+        workload, wrapper = unwrapped(as_workload(workload, None, workload_kwargs, caller="Runner"))
+        self.ranks = open_ranks(workload, plan, wrapper, timeout_seconds)
+        if self.ranks is None:
+            self._make_ready(workload, plan, rank)
+            return
+        at_work = self.ranks
+        together(at_work.control, lambda: self._make_ready(workload, plan.for_rank(at_work.rank), at_work.rank))
+        self.samples = plan.target_batch  # all ranks' windows are read here, and this rank's part is taken
+        at_work.attach(self.context, plan, self.least, workload.samples_per_group)
+
+    def _make_ready(self, workload: Workload, plan: Plan, rank: int) -> None:
         self.workload, self.plan = workload, plan
         self.context = step.open_context(workload)
         self.context.keeps_workspaces = plan.device.keeps_workspaces
@@ -143,7 +171,8 @@ class Runner:
         What the workload does in `between_steps` is the caller's business here.
 
         Args:
-            batch: A pytree of tensors with the samples in dimension 0, on the host or on the device.
+            batch: A pytree of tensors with the samples in dimension 0, on the host or on the device. Over ranks: this
+                rank's own, in any number; all ranks' together are the window.
 
         Raises:
             BatchError: It can't be cut, or its form isn't the planned one.
@@ -155,9 +184,21 @@ class Runner:
                 "Where it is cut along dimension 0, samples would fall apart.",
                 "Train with Runner.epoch(loader), which collates each micro-batch.",
             )
+        if self.ranks is None:
+            return self._train(self._cut(batch))
+        try:
+            window = self.ranks.guarded(lambda: self._cut(batch))
+        except BatchError as error:
+            self.ranks.exchange.begin()
+            self.ranks.exchange.leave_out(error)
+            raise
+        return self._train(window)
+
+    def _cut(self, batch: Batch) -> Window:
+        """Cut a batch into a window's micro-batches, and check them."""
         batch = as_tensors(batch, float_type(self.context.model))
         sizes = self.sizing.sizes(cutting.batch_size(batch, **self.sizing.batch_keys))
-        return self._train(self._checked(Window(tuple(cutting.split(batch, sizes, **self.sizing.batch_keys)), sizes)))
+        return self._checked(Window(tuple(cutting.split(batch, sizes, **self.sizing.batch_keys)), sizes))
 
     def epoch(
         self,
@@ -175,7 +216,8 @@ class Runner:
         one is left at the end, it joins the window before.
 
         Args:
-            loader: A DataLoader, or any iterable of batches; its own batch size doesn't matter.
+            loader: A DataLoader, or any iterable of batches; its own batch size doesn't matter. Over ranks: the same
+                one on all; each rank trains its share of every window.
             skip: Windows to pass over without training: those before a checkpoint.
             rng: Random states (of `rng.take_rng`) to go on with after them.
             on_bad_batch: What becomes of a batch that can't be cut, or has another form than the planned one. "raise"
@@ -189,6 +231,7 @@ class Runner:
     def _epoch(
         self, loader: Iterable[Batch], skip: int, rng: dict[str, Any] | None, *, skips: bool
     ) -> Iterator[StepResult | BatchError]:
+        ranks = self.ranks
         found = windows(
             loader,
             self.samples,
@@ -198,12 +241,12 @@ class Runner:
             least=self.least,
             floats=float_type(self.context.model),
             collates=self.collates,
+            part=None if ranks is None else ranks.part(loader),
             **self.sizing.batch_keys,
         ).items
+        found = found if ranks is None else ranks.loaded(found)
         while skip and (window := next(found, None)) is not None:  # counted are those that were trained before
-            with contextlib.suppress(BatchError):
-                self._checked(window, leaves_out=skips)
-                skip -= 1
+            skip -= self._was_trained(window, skips=skips)
         if rng is not None:
             put_rng(rng)
         window = None
@@ -211,15 +254,33 @@ class Runner:
             result = self._result(window, skips=skips)
             del window  # or its samples would still be held while the next window's are loaded
             if isinstance(result, StepResult):
-                step.run_between(self.context)
+                with contextlib.nullcontext() if ranks is None else ranks.failing_together():
+                    step.run_between(self.context)
             if result is not None:
                 yield result
         step_after_epoch(self.context)
 
+    def _was_trained(self, window: Window | BatchError, *, skips: bool) -> bool:
+        """Return whether a window that is passed over was trained before."""
+        is_bad = False
+        try:
+            self._checked(window, leaves_out=skips)
+        except BatchError:
+            is_bad = True
+        if self.ranks is None or skips:
+            return not is_bad
+        return not self.ranks.passed_over(is_bad=is_bad)
+
     def _result(self, window: Window | BatchError, *, skips: bool) -> StepResult | BatchError | None:
         """Train a window of an epoch; return None where it is skipped."""
         try:
-            return self._train(self._checked(window, leaves_out=skips))
+            try:
+                checked = self._checked(window, leaves_out=skips)
+            except BatchError as error:
+                if self.ranks is None:
+                    raise
+                checked = self.ranks.without(window, error, skips=skips)
+            return self._train(checked)
         except BatchError as error:
             if not skips:
                 return error
@@ -257,6 +318,13 @@ class Runner:
             raise bad_batches.of_samples(error, left.samples, left.origin) from None
 
     def _train(self, window: Window) -> StepResult:
+        if self.ranks is None:
+            return self._train_here(window)
+        self.ranks.exchange.begin(window.digest)
+        with self.ranks.failing_together():
+            return self._train_here(window)
+
+    def _train_here(self, window: Window) -> StepResult:
         window = self.sizing.fitted(window)
         drop_gradients(self.context)  # of a backward outside the Runner, or of a window that an error broke off
         self.checks.before_window(window)
@@ -273,6 +341,7 @@ class Runner:
             grad_norm=result.grad_norm,
             stepped=result.stepped,
             retries=trained.retries,
+            ranks_retried=int(trained.retries > 0) if self.ranks is None else self.ranks.exchange.ranks_retried,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Sizing:
         self.plan, self.least = plan, least
         limit = max_tokens if plan.schedule.max_tokens is None else plan.schedule.max_tokens
         self.limits = Limits(plan.micro_batch, limit, plan.schedule.max_rows)
-        self.batch_keys: dict[str, Collection[str]] = {"shared": shared, "per_sample": per_sample}
+        self.batch_keys: dict[str, Any] = {"shared": shared, "per_sample": per_sample}
 
     def sizes(self, samples: int) -> Sizes:
         """Return the sizes of the micro-batches for a number of samples."""
@@ -116,7 +116,7 @@ class Sizing:
 
     def fitted(self, window: Window) -> Window:
         """Cut a window again that was loaded before limits were lowered."""
-        if max(window.sizes) <= self.limits.max_samples or window.sizes == self.sizes(sum(window.sizes)):
+        if max(window.sizes, default=0) <= self.limits.max_samples or window.sizes == self.sizes(sum(window.sizes)):
             return window
         return self._cut_again(window)
 
@@ -158,4 +158,4 @@ def failed_samples(window: Window, micro_batches_begun: int, limits: Limits) -> 
     """
     if limits.max_tokens is not None and micro_batches_begun:
         return window.sizes[micro_batches_begun - 1]
-    return max(window.sizes)
+    return max(window.sizes, default=0)

@@ -129,7 +129,7 @@ def _unknown(changed: Sequence[str], context: TrainingContext) -> list[str]:
     return [
         name
         for name in (each.removeprefix("module attribute ").removeprefix("model.") for each in changed)
-        if not name.endswith("RNG") and "RNG of" not in name and name not in known
+        if not name.endswith("RNG") and not name.startswith("scaler ") and "RNG of" not in name and name not in known
         and not name.startswith("gradient of") and not name.startswith(records)
         and not (context.norms.spectral and name.endswith(_POWER_ITERATIONS))
     ]  # fmt: skip

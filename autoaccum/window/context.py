@@ -18,11 +18,13 @@ from ..data.collated import Collated
 from ..data.groups import check_groups
 from ..data.prefetch import Copies
 from ..errors import UsageError
+from ..ranks.exchange import Alone
+from ..ranks.group import ranks_here
+from ..ranks.wrapped import refuse_unsupported
 from ..state.closures import Holdings, holdings
 from ..workload import Batch, Loss, Workload, class_count, default_loss, is_pair
 from . import loss_terms
 from .norms import Norms, check_choice, find_norms
-from .process_groups import refuse_ranks
 from .scheduling import Scheduling, read_scheduling
 from .step_arguments import refuse_closure
 from .trained_parameters import refuse_foreign
@@ -54,6 +56,7 @@ class TrainingContext:
         keeps_workspaces: Whether cuBLAS keeps its workspaces between micro-batches; else they are given back.
         has_begun: Whether a window was trained already; before the first, what is cached is given back.
         pins_memory: Whether the workload's loader pins memory, so that copies to a GPU can overlap with computing.
+        exchange: What a window exchanges with other ranks; None on one rank.
         copies: Brings micro-batches to the device.
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
             for. Only a loss over all its representations asks.
@@ -91,6 +94,7 @@ class TrainingContext:
     window_samples: int | None = None
     configuration: str | None = None
     pins_memory: bool = False
+    exchange: Alone | None = None
     copies: Copies = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +107,7 @@ def open_context(workload: Workload) -> TrainingContext:
     Raises:
         UsageError: It can't be trained.
     """
-    refuse_ranks(workload)
+    refuse_unsupported(workload, ranks_here())
     check_groups(workload.samples_per_group, workload.loader, has_lengths=workload.lengths is not None)
     model = workload.model
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -101,6 +101,8 @@ def settle_loss_form(context: TrainingContext, pieces: Sequence[Batch]) -> LossF
     """
     if context.loss_form is not None:
         return context.loss_form
+    if not pieces:  # a rank without samples, at the end of an epoch
+        return LossForm(LossKind.NOTHING)
     form = _find_loss_form(context, pieces)
     if form.is_settled:
         context.loss_form = form
@@ -126,7 +128,7 @@ def _find_loss_form(context: TrainingContext, pieces: Sequence[Batch]) -> LossFo
         if denominator is not None:
             return LossForm(LossKind.LABELS, denominator.count, denominator)
         mean = LossKind.UNKNOWN
-    elif len(pieces) < 2:
+    elif len(pieces) < 2 and context.exchange is None:
         return LossForm(LossKind.SINGLE)
     return LossForm(LossKind.SUM if _returns_pair(context, pieces[0]) else mean)
 
@@ -136,13 +138,13 @@ def window_count(context: TrainingContext, form: LossForm, pieces: Sequence[Batc
 
     Returns:
         The count, 0 where nothing counts; None where micro-batches are weighted by samples, or where the window is one
-        micro-batch whose loss brings its own count.
+        micro-batch whose loss brings its own count (on one rank).
     """
     if form.kind is LossKind.NOTHING:
         return 0
     if form.count is not None:
         return sum(form.count(piece) for piece in pieces)
-    if form.kind is not LossKind.SUM or len(pieces) < 2:
+    if form.kind is not LossKind.SUM or (len(pieces) < 2 and context.exchange is None):
         return None
     return forward_only(context, lambda: sum(_value(_count_by_forward(context, piece)) for piece in pieces))
 

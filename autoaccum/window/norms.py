@@ -35,7 +35,6 @@ from ..torch_compat import (
     unbatched_dimensions,
 )
 from ..torch_compat import SpectralNorm as ParametrizedSpectralNorm
-from .process_groups import ranks_here
 
 PER_MICRO_BATCH, MERGED, FROZEN = CHOICES = ("per_micro_batch", "merged", "frozen")
 
@@ -102,13 +101,6 @@ def check_choice(norms: Norms, how: str | None, model: nn.Module) -> None:
             f"batchnorm='frozen', but {_list(without)} keeps no running statistics (track_running_stats=False).",
             "It always normalizes by the samples it is given, so there is nothing to freeze.",
             "Use batchnorm='per_micro_batch', or replace it: torch.nn.GroupNorm depends on single samples only.",
-        )
-    synced = [name for name, module in norms.batch.items() if isinstance(module, nn.SyncBatchNorm)]
-    if how == MERGED and synced and ranks_here() > 1:
-        raise UsageError(
-            f"batchnorm='merged', but {_list(synced)} takes its statistics over {ranks_here()} ranks (SyncBatchNorm).",
-            "They are merged over the micro-batches of one rank, which would not be those of all.",
-            "Use batchnorm='frozen', which is exact, or 'per_micro_batch'.",
         )
     compiled = next((n or "the model" for n, m in model.named_modules() if is_compiled_wrapper(m)), None)
     if how == MERGED and compiled is not None and (norms.batch or norms.instance):

@@ -79,6 +79,8 @@ def step_after_window(context: TrainingContext, loss: torch.Tensor) -> None:
         loss: The window's, detached: the metric, where the workload gives none.
     """
     metric = context.metric(context.model) if context.metric is not None else loss
+    if context.metric is not None and context.exchange is not None:  # the loss is that of all ranks
+        metric = context.exchange.average(metric)
     scheduler = context.scheduler
     if scheduler is None:
         return

@@ -34,7 +34,7 @@ class WindowResult:
 
     Attributes:
         loss: The loss of the whole window, as one batch would have given it (a detached scalar on the device).
-        samples: Samples in the window.
+        samples: Samples in the window, on all ranks.
         grad_norm: Norm of the window's gradient before clipping; None where nothing is clipped.
         stepped: False where no step was taken: nothing in the window counts (all its labels are ignored), a
             GradScaler found a gradient that isn't finite, or `on_nonfinite="skip"` did.
@@ -60,10 +60,14 @@ def train_window(
     Returns:
         The window's loss, samples and gradient norm.
     """
-    phase = on_phase or _no_phase
+    phase, exchange = on_phase or _no_phase, context.exchange
     steps, samples = len(pieces), sum(sizes)
     form = settle_loss_form(context, pieces)
     total = window_count(context, form, pieces)
+    if exchange is not None:
+        pieces, sizes = ((), ()) if _is_nothing(context, total) else (pieces, sizes)  # else 0 / 0 for all ranks
+        total, samples = exchange.count(total, samples)
+        steps += 1  # those of other ranks
     if not context.has_begun:  # whatever this process did before: the first window finds what a fresh one would
         get_device(context.device).release_cache()
         context.has_begun = True
@@ -85,9 +89,11 @@ def train_window(
                     _release_workspaces(context)
             if cache is not None:
                 cache.after.restore()
-        assert window_loss is not None
+        window_loss = _no_loss(context) if window_loss is None else window_loss
         with phase(OPTIMIZER):
             context.copies.release_copied_ahead()
+            if exchange is not None:
+                window_loss = exchange.reduce(half, window_loss)
             counts_nothing = _is_nothing(context, total)
             grad_norm, stepped = optimizer_step(context, half, counts_nothing=counts_nothing, loss=window_loss)
             context.copies.release()
@@ -110,6 +116,12 @@ def _is_nothing(context: TrainingContext, count: Any) -> bool:
     A device that computes nothing has no counts: all read as 0 there, and all of the window is to be recorded.
     """
     return count is not None and get_device(context.device).computes and not bool(count)
+
+
+def _no_loss(context: TrainingContext) -> torch.Tensor:
+    """Return the loss of a rank without samples that count."""
+    dtype = next((p.dtype for p in context.model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.zeros((), device=context.device, dtype=torch.promote_types(dtype, torch.float32))
 
 
 def _release_workspaces(context: TrainingContext) -> None:

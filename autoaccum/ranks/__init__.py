@@ -1,0 +1,1 @@
+"""Agree over ranks: control words, shares, one reduction a window."""

@@ -1,0 +1,214 @@
+"""What a window exchanges with other ranks: two words, one reduction.
+
+    count      what the window counts, in samples and in what its loss averages over, summed before the first forward
+    (private)  forward and backward of all micro-batches: as often, and in as small ones, as this rank's memory takes
+    reduce     the loss; that every rank has its gradient. Then gradients are summed, once
+    (private)  the optimizer step: alike on all ranks
+
+A failure before a word is said in that word, and raised on all ranks. `Alone` is the same for planning: it uses the
+same memory at the same places, and talks to nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import BatchError
+from .reduction import Reduction
+from .words import EQUAL_BELOW, TITLES, Control, Kind, failed_rank
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A window over all ranks.
+
+    Attributes:
+        samples: Its samples.
+        count: What its loss averages over; None where micro-batches are weighted by samples.
+    """
+
+    samples: int
+    count: float | None
+
+
+class Alone:
+    """The exchange of a rank that plans, with the same memory.
+
+    Args:
+        reduction: Of what is trained.
+        world: Number of ranks.
+    """
+
+    def __init__(self, reduction: Reduction, world: int) -> None:
+        self.reduction, self.world = reduction, world
+        self.is_private = True
+        self.retries = 0
+
+    def count(self, count: Any, samples: int) -> tuple[Any, int]:
+        """Return what the window counts, and its samples."""
+        self.is_private = True
+        return count, samples
+
+    def reduce(self, wide: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
+        """Prepare a reduction and undo it; return the loss."""
+        self.reduction.prepare(wide)
+        self.is_private = False
+        self.reduction.put_back()
+        for i in self.reduction.missing:
+            self.reduction.parameters[i].grad = None
+        return loss
+
+    def average(self, figure: Any) -> Any:
+        """Return a figure."""
+        return figure
+
+
+class Exchange(Alone):
+    """The exchange of a rank that trains.
+
+    Args:
+        control: The words.
+        reduction: Of what is trained.
+
+    Attributes:
+        next_word: The word that comes next, whatever happens.
+        retries: How often this rank's window started over.
+        ranks_retried: Ranks whose window started over; of the last window.
+        digests: What the window's samples are, in numbers below 2**16 that are the same on all ranks.
+        is_private: Whether this rank may still start over alone.
+    """
+
+    def __init__(self, control: Control, reduction: Reduction) -> None:
+        super().__init__(reduction, control.world)
+        self.control = control
+        self.next_word = Kind.COUNT
+        self.digests: tuple[int, ...] = ()
+        self.ranks_retried = 0
+        self._totals: Totals | None = None
+
+    def begin(self, digest: int = 0) -> None:
+        """Begin a window.
+
+        Args:
+            digest: Of all its samples, those of other ranks included.
+        """
+        self.digests = (digest % EQUAL_BELOW, digest // EQUAL_BELOW % EQUAL_BELOW)
+        self._totals, self.retries, self.is_private = None, 0, True
+
+    def count(self, count: Any, samples: int) -> tuple[float | None, int]:
+        """Return what all ranks count, and their samples; said once a window.
+
+        Args:
+            count: What this rank counts; None where its micro-batches are weighted by samples.
+            samples: Its samples.
+
+        Raises:
+            RanksFailed: A rank failed, its data has ended, or it has other samples.
+            BatchError: A rank's batch can't be used; all leave out the window.
+        """
+        if self._totals is None:
+            own = 0.0 if count is None else float(count)
+            found = self._said_count([own, float(samples), float(samples > 0 and count is None)])
+            total, samples_of_all, uncounted = found[0], int(found[1]), int(found[2])
+            self._totals = Totals(samples_of_all, None if uncounted else total)
+            if uncounted and total:
+                raise failed_rank(self.control.rank, TITLES[Kind.COUNT], _COUNTED_APART, self.control.rank)
+        return self._totals.count, self._totals.samples
+
+    def end(self) -> bool:
+        """Say that this rank's data has ended; return whether all ranks' has.
+
+        Raises:
+            RanksFailed: Another rank has more windows.
+        """
+        self.begin()
+        ended = int(self._said_count([0.0, 0.0, 0.0], ended=True)[4])
+        return ended == self.world
+
+    def leave_out(self, error: BatchError) -> None:
+        """Say that this rank's batch can't be used, by any rank.
+
+        Raises:
+            BatchError: The error, with its rank; the same on all ranks.
+        """
+        self._said_count([0.0, 0.0, 0.0], bad=str(error))
+
+    def reduce(self, wide: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
+        """Sum gradients over ranks, and return the window's loss.
+
+        Args:
+            wide: Parameters whose gradients add up in fp32.
+            loss: This rank's part of the loss.
+
+        Raises:
+            RanksFailed: A rank failed.
+        """
+        self.reduction.prepare(wide)
+        sums = [float(loss), float(len(self.reduction.missing)), float(self.retries > 0)]
+        self.is_private = False
+        found, _ = self._say(Kind.REDUCE, sums)
+        self.ranks_retried = int(found[2])
+        nowhere = self.reduction.missing_everywhere(self.control.add_up) if found[1] else []
+        self.reduction.run(lambda work: self.control.wait(work, "reduction of gradients"))
+        for i in nowhere:  # an optimizer passes over these, as it does with one batch
+            self.reduction.parameters[i].grad = None
+        return torch.full_like(loss, found[0])
+
+    def average(self, figure: Any) -> Any:
+        """Return a figure's mean over ranks; None where one has none."""
+        found, _ = self.control.say(Kind.STATUS, [0.0 if figure is None else float(figure), float(figure is None)])
+        return None if found[1] else found[0] / self.world
+
+    def give_up(self, error: Exception) -> Exception:
+        """Say in the next word that this rank failed; return the error."""
+        text = str(error).partition("\n")[0] or type(error).__name__
+        try:
+            if self.next_word is Kind.COUNT:
+                self.begin()
+            self._say(self.next_word, [0.0] * 3, failure=f"{type(error).__name__}: {text}")
+        except Exception as failed:  # RanksFailed, on all ranks
+            return failed
+        return error
+
+    def _said_count(self, sums: list[float], *, ended: bool = False, bad: str = "") -> list[float]:
+        """Say the first word; leave out the window where a rank asks."""
+        digests = () if ended or bad else self.digests
+        found, agrees = self._say(Kind.COUNT, [*sums, float(bool(bad)), float(ended)], digests=digests)
+        if found[3]:
+            self.next_word = Kind.COUNT
+            raise self._bad_batch(self.control.gather(bad))
+        if found[4]:
+            self.next_word = Kind.COUNT
+            if found[4] < self.world:
+                who = [rank for rank, each in enumerate(self.control.gather(ended)) if each]
+                raise failed_rank(who[0], "epoch", "its loader has ended, and other ranks' has not", self.control.rank)
+        elif not agrees:
+            said = self.control.gather(digests)
+            other = next(rank for rank, each in enumerate(said) if each != said[0])
+            raise failed_rank(other, "loading of samples", _OTHER_SAMPLES, self.control.rank)
+        return found
+
+    def _say(
+        self, kind: Kind, sums: list[float], *, digests: tuple[int, ...] = (), failure: str = ""
+    ) -> tuple[list[float], bool]:
+        found = self.control.say(kind, sums, equal=digests, failure=failure)
+        self.next_word = Kind.REDUCE if kind is Kind.COUNT else Kind.COUNT
+        return found
+
+    def _bad_batch(self, said: list[str]) -> BatchError:
+        rank = next(rank for rank, text in enumerate(said) if text)
+        what, _, rest = said[rank].partition("\n")
+        return BatchError(f"Rank {rank}: {what}", rest.replace("\n", " "), "No rank has trained this window.")
+
+
+_COUNTED_APART = (
+    "some ranks' loss averages over what they count, and others' over samples: give count=, or a loss as (sum, count)"
+)
+_OTHER_SAMPLES = (
+    "its loader gave other samples than rank 0's. Give the same loader on all ranks, without a DistributedSampler and "
+    "not prepared by Accelerate: each rank then takes its share of every window"
+)
