@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from autoaccum.cli import app
+from autoaccum.devices import virtual
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -94,6 +95,8 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
     names: dict[str, Any] = {"__name__": "page"}
     if page.name == "README.md":
         pytest.importorskip("transformers")
+    if page.name == "virtual-gpu.md" and (reason := virtual.available()) is not None:
+        pytest.skip(reason)
     exec(compile(BEFORE.get(page.name, ""), "before", "exec"), names)
     for number, block in enumerate(blocks(page)):
         if number and f"{page.name}:{number}" in BEFORE:

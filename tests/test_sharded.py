@@ -41,6 +41,8 @@ def net() -> nn.Sequential:
 
 
 def fsdp(**how: Any) -> nn.Module:
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"torch {torch.__version__}: FSDP2 doesn't run on a CPU (torch.cpu.Stream has no record_event)")
     model = net()
     for block in model[1:3]:
         fully_shard(block, **how)
@@ -48,7 +50,7 @@ def fsdp(**how: Any) -> nn.Module:
 
 
 def ddp(**how: Any) -> nn.Module:
-    return DistributedDataParallel(net(), init_sync=False, **how)
+    return DistributedDataParallel(net(), **how)
 
 
 def state(model: nn.Module) -> list[torch.Tensor]:
@@ -96,9 +98,14 @@ def test_a_user_s_own_gradients_and_optimizer_survive_sharded(absent_ranks: None
     moments = [local_tensors(each["exp_avg"])[0].clone() for each in optimizer.state.values()]
     fit_plan(Workload(model, SAMPLE, optimizer=optimizer), target_batch=48, budget="6GiB", timing_seconds=0)
     assert [local_tensors(p.grad)[0] is g for p, g in zip(model.parameters(), gradients, strict=True)]
-    assert all(torch.equal(now, was) for now, was in zip(gradients, copies, strict=True))
+    assert all(same_bits(now, was) for now, was in zip(gradients, copies, strict=True))
     after = [local_tensors(each["exp_avg"])[0] for each in optimizer.state.values()]
-    assert after and all(torch.equal(now, was) for now, was in zip(after, moments, strict=True))
+    assert after and all(same_bits(now, was) for now, was in zip(after, moments, strict=True))
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """By bits: what ranks that aren't here would have sent is whatever lay in memory, NaN included."""
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
 def test_bytes_are_those_of_this_rank(absent_ranks: None) -> None:

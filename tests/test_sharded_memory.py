@@ -81,7 +81,7 @@ def made(kind: str) -> nn.Module:
     open_fake_group(0, ranks)
     if kind.startswith("ddp"):
         model = Language().cuda()
-        return nn.parallel.DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view="view" in kind)
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view="view" in kind)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()

@@ -8,6 +8,7 @@ shards, in the order of `model.to_empty(device="cuda")` (a model built on the me
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,9 +88,9 @@ def _open_group(cluster: Cluster, *, needed: bool) -> None:
 def _wrapped(workload: Workload, device: CudaDevice) -> Spread:
     """Wrap a model by DistributedDataParallel, whose buckets take memory."""
     own = model_blocks(workload.model)
-    wrapped, buckets = device.record_build(
-        lambda: nn.parallel.DistributedDataParallel(workload.model, init_sync=False)  # its check waits for real ranks
-    )
+    parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    sync = {"init_sync": False} if "init_sync" in parameters else {}  # its check waits for real ranks; 2.6 has none
+    wrapped, buckets = device.record_build(lambda: nn.parallel.DistributedDataParallel(workload.model, **sync))
     shifted = [event._replace(block=_shift(event.block, len(own))) for event in buckets]
     note = "The model is wrapped by DistributedDataParallel, whose buckets take as much as its gradients."
     return Spread(replace(workload, model=wrapped), (*own, *shifted), note)
