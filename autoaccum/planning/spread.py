@@ -89,7 +89,9 @@ def _wrapped(workload: Workload, device: CudaDevice) -> Spread:
     """Wrap a model by DistributedDataParallel, whose buckets take memory."""
     own = model_blocks(workload.model)
     parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    sync = {"init_sync": False} if "init_sync" in parameters else {}  # its check waits for real ranks; 2.6 has none
+    sync: dict[str, Any] = (
+        {"init_sync": False} if "init_sync" in parameters else {}
+    )  # its check waits for real ranks; 2.6 has none
     wrapped, buckets = device.record_build(lambda: nn.parallel.DistributedDataParallel(workload.model, **sync))
     shifted = [event._replace(block=_shift(event.block, len(own))) for event in buckets]
     note = "The model is wrapped by DistributedDataParallel, whose buckets take as much as its gradients."
