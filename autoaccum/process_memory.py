@@ -13,14 +13,15 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MMAP_THRESHOLD_BYTES = 128 * 1024  # glibc's own DEFAULT_MMAP_THRESHOLD_MIN, held fixed
 SAMPLING_SECONDS = 50e-6
+PAGE_CACHE = "libautoaccum-pages.so"
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _PROBE_BYTES = 1 << 20
@@ -79,6 +80,107 @@ def malloc_name() -> str:
     return "another"
 
 
+def replaces_malloc(preload: str) -> bool:
+    """Return whether LD_PRELOAD names an allocator that is known."""
+    return any(name in preload for name in _KNOWN_MALLOCS)
+
+
+def hide_page_cache(environment: MutableMapping[str, str]) -> None:
+    """Take the page cache out of LD_PRELOAD: processes that this one starts need none."""
+    entries = environment.get("LD_PRELOAD", "").split(":")
+    if any(PAGE_CACHE in entry for entry in entries):
+        environment["LD_PRELOAD"] = ":".join(entry for entry in entries if PAGE_CACHE not in entry)
+        if not environment["LD_PRELOAD"]:
+            del environment["LD_PRELOAD"]
+
+
+@dataclass(frozen=True)
+class PageCache:
+    """What the page cache holds (devices/cpu/source/cache.h); all 0 where there is none.
+
+    Attributes:
+        live_bytes: In blocks that are in use.
+        kept_bytes: Free, and committed all the same.
+        peak_bytes: The most that was live since the start or the last trim.
+        committed_bytes: Taken from the kernel since the start.
+        returned_bytes: Given back to it since the start.
+        moved_bytes: Free pages that were put side by side.
+        pieces: The moves that took.
+    """
+
+    live_bytes: int = 0
+    kept_bytes: int = 0
+    peak_bytes: int = 0
+    committed_bytes: int = 0
+    returned_bytes: int = 0
+    moved_bytes: int = 0
+    pieces: int = 0
+
+
+class _PageCacheCounts(ctypes.Structure):
+    _fields_ = [(each.name, ctypes.c_uint64) for each in fields(PageCache)]
+
+
+_joined: list[ctypes.CDLL] = []
+
+
+def _page_cache() -> ctypes.CDLL | None:
+    """Return the page cache's library, preloaded or joined; else None."""
+    if not _joined and hasattr(preloaded := ctypes.CDLL(None), "autoaccum_cache_counts"):
+        _joined.append(preloaded)
+    return _joined[0] if _joined else None
+
+
+def has_page_cache() -> bool:
+    """Return whether this process has a page cache, whether it serves or not."""
+    return _page_cache() is not None
+
+
+def page_cache_serves() -> bool:
+    """Return whether large blocks come from the page cache."""
+    cache = _page_cache()
+    return cache is not None and bool(cache.autoaccum_cache_serves())
+
+
+def join_page_cache(library: Path) -> str:
+    """Have a page cache serve libc10.so from now on.
+
+    Blocks that were taken before are freed as before. It can't be undone, but `serve_from_page_cache` switches it off.
+
+    Args:
+        library: The compiled library.
+
+    Returns:
+        Why it can't serve; empty where it does.
+    """
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError as error:
+        return f"its library can't be loaded ({error})"
+    if not loaded.autoaccum_cache_join():
+        return "the process has no libc10.so whose calls it could take"
+    _joined.append(loaded)
+    return ""
+
+
+def serve_from_page_cache(serve: bool) -> None:
+    """Take large blocks from the page cache, or from malloc again.
+
+    Those that it handed out stay valid.
+    """
+    cache = _page_cache()
+    if cache is not None:
+        cache.autoaccum_cache_serve(ctypes.c_bool(serve))
+
+
+def read_page_cache() -> PageCache:
+    """Read what the page cache holds now."""
+    cache, counts = _page_cache(), _PageCacheCounts()
+    if cache is not None:
+        cache.autoaccum_cache_counts(ctypes.byref(counts))
+    return PageCache(*(getattr(counts, each.name) for each in fields(PageCache)))
+
+
 _fixed: list[int] = []
 
 
@@ -110,9 +212,9 @@ class Heap:
     Attributes:
         taken_bytes: All of it.
         free_bytes: The part that isn't handed out: small blocks fill it before the heap grows.
-        outside_bytes: What the process has committed beside malloc: data of libraries, threads' stacks, the pools
-            that Python keeps for its small objects.
-        in_use_bytes: What malloc has handed out, blocks that are mappings of their own among it.
+        outside_bytes: What the process has committed beside malloc and the page cache: data of libraries, threads'
+            stacks, the pools that Python keeps for its small objects.
+        in_use_bytes: What both have handed out, blocks that are mappings of their own among it.
     """
 
     taken_bytes: int = 0
@@ -126,22 +228,26 @@ def read_heap() -> Heap:
     libc = glibc()
     if libc is None:
         return Heap(outside_bytes=committed_bytes())
-    info = libc.mallinfo2()
+    info, cache = libc.mallinfo2(), read_page_cache()
     arena, mapped = int(info.arena), int(info.hblkhd)
-    return Heap(arena, int(info.fordblks), committed_bytes() - arena - mapped, int(info.uordblks) + mapped)
+    outside = committed_bytes() - arena - mapped - cache.live_bytes - cache.kept_bytes
+    return Heap(arena, int(info.fordblks), outside, int(info.uordblks) + mapped + cache.live_bytes)
 
 
 def in_use_bytes() -> int | None:
-    """Bytes handed out by malloc, mappings included; None where unknown."""
+    """Bytes handed out by malloc and the page cache; None where unknown."""
     libc = glibc()
     if libc is None:
         return None
     info = libc.mallinfo2()
-    return int(info.uordblks + info.hblkhd)
+    return int(info.uordblks + info.hblkhd) + read_page_cache().live_bytes
 
 
 def trim() -> None:
-    """Return the free top of the heap to the system."""
+    """Return the free top of the heap, and the page cache's free pages, to the system."""
+    cache = _page_cache()
+    if cache is not None:
+        cache.autoaccum_cache_trim()
     libc = glibc()
     if libc is not None:
         libc.malloc_trim(0)

@@ -25,6 +25,7 @@ import torch
 
 from autoaccum.budget import Budget, BudgetItem
 from autoaccum.devices.cpu.device import CpuDevice
+from autoaccum.devices.cpu.page_cache import MallocSetting
 from autoaccum.devices.cuda.device import CudaDevice
 from autoaccum.errors import DoesNotFit
 from autoaccum.phases import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER
@@ -105,7 +106,7 @@ class Question:
 
     Attributes:
         source: The model's name.
-        setting: "fixed" or "default" malloc on the CPU; the allocator's settings on CUDA.
+        setting: "cached", "fixed" or "default" malloc on the CPU; the allocator's settings on CUDA.
         target: Samples in an optimizer step; None for one micro-batch, the largest that fits.
         room: MiB of the budget above the base.
         least: The smallest micro-batch allowed.
@@ -149,6 +150,9 @@ def questions() -> Iterator[Question]:
     yield Question("transformer", "fixed", 300, 52, measured=True)
     yield Question("transformer", "fixed", 512, 19)
     yield Question("transformer", "fixed", 37, 70, least=2, timed=True)
+    yield from (Question("mlp", "cached", target, room) for target, room in ((1000, 90), (1, 88), (900, 80)))
+    yield from (Question("transformer", "cached", target, room) for target, room in ((64, 100), (97, 45), (512, 19)))
+    yield Question("mlp", "cached", 777, 76, measured=True, timed=True)
     for setting in ("expandable_segments:True", "roundup_power2_divisions:4", "max_split_size_mb:24"):
         yield Question("llama", setting, 64, 333)
         yield Question("cnn", setting, 160, 215)
@@ -193,7 +197,9 @@ def subject_of(data: Flat, setting: str) -> RecordingTarget:
     work = Workload(torch.nn.Linear(1, 1), sample, optimizer=Plain)
     context = replace(step.open_context(work), model=model, device=torch.device(data["device"]))
     threshold = data["mmap_threshold_bytes"] if setting != "default" else None
-    device = (CpuDevice if data["device"] == "cpu" else CudaDevice)(context.device)
+    device: CpuDevice | CudaDevice = (CpuDevice if data["device"] == "cpu" else CudaDevice)(context.device)
+    if isinstance(device, CpuDevice):
+        device.setting = MallocSetting(setting, threshold)
     return RecordingTarget(context, work, device, threshold)
 
 

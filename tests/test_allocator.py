@@ -27,7 +27,8 @@ from autoaccum.simulation.recording import Event, Phase, live_peak
 
 THRESHOLD = 131072
 RECORDED = recorded_programs()
-ALL_RULES = st.sampled_from([CpuRules(None), CpuRules(4096), CpuRules(THRESHOLD)])
+KEPT = CpuRules(THRESHOLD, keeps_pages=True)
+ALL_RULES = st.sampled_from([CpuRules(None), CpuRules(4096), CpuRules(THRESHOLD), KEPT])
 FIXED_RULES = st.sampled_from([4096, THRESHOLD, 2**20])
 
 # Asks the real malloc: the growth of VmData and of the number of mappings, for each size. Before each, the heap is
@@ -151,6 +152,29 @@ def test_a_large_block_is_given_back_and_the_heap_keeps_its_top() -> None:
     assert mapping_bytes(large) == large + PAGE_BYTES
 
 
+def test_kept_pages_and_the_heap_are_both_at_their_top() -> None:
+    large, small = 2**20 + 1, 1000
+    events = [Event(1, large), Event(1, -large), *(Event(i, small) for i in range(2, 12))]
+    found = replay([Phase("first", tuple(events)), Phase("later", (Event(20, 2**18),))], KEPT)
+    heap, pages = 10 * (small + 64), 2**20 + PAGE_BYTES
+    assert [phase.bytes for phase in found.phases] == [pages + heap, 2**18 + heap]
+    assert found.peak_bytes == pages + heap
+
+
+@given(truth=truths(scale=500), split=st.lists(st.integers(1, 20), min_size=1, max_size=6))
+def test_what_kept_pages_take_is_what_was_alive_in_whole_pages(truth: Truth, split: list[int]) -> None:
+    phases = window(truth.program(), split)
+    pages = heap = most_pages = most_heap = 0
+    for event in (event for phase in phases for event in phase.events):
+        sign, size = (1, event.bytes) if event.bytes > 0 else (-1, -event.bytes)
+        if size >= THRESHOLD:
+            pages += sign * -(-size // PAGE_BYTES)
+        else:
+            heap += sign * (size + ALIGNMENT_BYTES)
+        most_pages, most_heap = max(most_pages, pages), max(most_heap, heap)
+    assert replay(phases, KEPT).peak_bytes == most_pages * PAGE_BYTES + most_heap
+
+
 def test_phases_of_one_name_have_one_peak() -> None:
     phases = [
         Phase("later", (Event(1, 5), Event(1, -5))),
@@ -186,7 +210,8 @@ def test_bytes_in_use_lie_between_what_is_alive_and_what_is_taken(
     truth: Truth, split: list[int], threshold: int
 ) -> None:
     phases = window(truth.program(), split)
-    in_use, taken = max(in_use_peaks(phases, threshold).values()), replay(phases, CpuRules(threshold)).peak_bytes
+    rules = CpuRules(threshold)
+    in_use, taken = max(in_use_peaks(phases, rules).values()), replay(phases, rules).peak_bytes
     blocks = sum(event.bytes > 0 for phase in phases for event in phase.events)
     assert live_peak(phases) <= in_use <= live_peak(phases) + blocks * (PAGE_BYTES + MAPPING_OVERHEAD_BYTES)
     assert in_use <= taken or taken == 0
@@ -195,4 +220,4 @@ def test_bytes_in_use_lie_between_what_is_alive_and_what_is_taken(
 def test_a_phase_is_in_use_with_what_earlier_ones_left() -> None:
     phases = [Phase("first", (Event(1, 1000), Event(2, 2**20), Event(1, -1000))), Phase("later", (Event(3, 500),))]
     large, step = mapping_bytes(2**20), ALIGNMENT_BYTES
-    assert in_use_peaks(phases, THRESHOLD) == {"first": large + 1000 + step, "later": large + 500 + step}
+    assert in_use_peaks(phases, CpuRules(THRESHOLD)) == {"first": large + 1000 + step, "later": large + 500 + step}

@@ -92,7 +92,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def memory(wide: str) -> str:
     """What the process takes anyway, and room for some 50 samples."""
-    asked: dict[str, Any] = {"workload": wide, "memory": None, "headroom": None, "malloc": "fixed"}
+    asked: dict[str, Any] = {"workload": wide, "memory": None, "headroom": None, "malloc": "cached"}
     asked |= {"target_batch": TARGET, "max_micro_batch": 8, "verify": False}
     return f"{(Plan.from_json(call('plan', asked)['plan']).memory.baseline_bytes + 250 * MIB) // MIB}MiB"
 
@@ -123,7 +123,7 @@ def test_the_command_compares_under_a_real_limit(wide: str, memory: str) -> None
               "0", "--json")  # fmt: skip
     shown = json.loads(out.stdout)
     rows = {row["name"]: row for row in shown["candidates"]}
-    assert rows[PLAN]["effective_batch"] == TARGET and rows[PLAN]["ooms"] == 0 and rows[PLAN]["malloc"] == "fixed"
+    assert rows[PLAN]["effective_batch"] == TARGET and rows[PLAN]["ooms"] == 0 and rows[PLAN]["malloc"] == "cached"
     assert rows[PLAN]["micro_batch"] * rows[PLAN]["steps"] >= TARGET
     assert any(row["ooms"] and not row["effective_batch"] for row in shown["candidates"])
     assert shown["left_out"] == [f"{TUNED}: not requested (--tune-trials 0)"]

@@ -15,11 +15,13 @@ import pytest
 
 from autoaccum import UsageError
 from autoaccum.devices import virtual
+from autoaccum.devices.compiled_library import DIGEST
 from autoaccum.devices.virtual import build
 from autoaccum.files.private import lock_file, private_folder, runtime_folder
 from autoaccum.tuning.study import timing_lock
 
 MODE = 0o777
+NAME = build.LIBRARY.name
 
 
 def test_a_private_folder_is_made_or_made_private(tmp_path: Path) -> None:
@@ -79,31 +81,30 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A cache with a library that a compiler of the test's made; and how often it did."""
     calls: list[Path] = []
 
-    def compiles(compiler: Any, torch: Any, making: Path) -> None:
+    def compiles(torch: Any, making: Path) -> None:
         calls.append(making)
-        for name in (build.LIBRARY, build._STUBS):
+        for name in (NAME, build._STUBS):
             (making / name).write_bytes(b"compiled " * 100)
-        build._seal(making)
+        build.LIBRARY.seal(making)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "find_torch", lambda: None)
     monkeypatch.setattr(build, "_key", lambda torch: "key")
-    monkeypatch.setattr(build, "_compiler", lambda: ["cc"])
     monkeypatch.setattr(build, "_compile", compiles)
     build.built_library()
     return calls
 
 
 def replaced(folder: Path) -> None:
-    (folder / build.LIBRARY).write_bytes(b"elsewhere " * 90)
+    (folder / NAME).write_bytes(b"elsewhere " * 90)
 
 
 def truncated(folder: Path) -> None:
-    os.truncate(folder / build.LIBRARY, 10)
+    os.truncate(folder / NAME, 10)
 
 
 def empty(folder: Path) -> None:
-    (folder / build.LIBRARY).write_bytes(b"")
+    (folder / NAME).write_bytes(b"")
 
 
 def more(folder: Path) -> None:
@@ -116,7 +117,7 @@ def aliased(folder: Path) -> None:
 
 
 def without_digest(folder: Path) -> None:
-    (folder / build.DIGEST).unlink()
+    (folder / DIGEST).unlink()
 
 
 @pytest.mark.parametrize("spoil", [replaced, truncated, empty, more, aliased, without_digest])
@@ -134,13 +135,13 @@ def test_a_library_that_is_not_what_was_compiled_is_compiled_anew(spoil: Spoil, 
 
 
 def linked(folder: Path) -> None:
-    shutil.copy(folder / build.LIBRARY, folder.parent / "elsewhere.so")
-    (folder / build.LIBRARY).unlink()
-    (folder / build.LIBRARY).symlink_to(folder.parent / "elsewhere.so")
+    shutil.copy(folder / NAME, folder.parent / "elsewhere.so")
+    (folder / NAME).unlink()
+    (folder / NAME).symlink_to(folder.parent / "elsewhere.so")
 
 
 def group_writable(folder: Path) -> None:
-    (folder / build.LIBRARY).chmod(0o660)
+    (folder / NAME).chmod(0o660)
 
 
 def linked_folder(folder: Path) -> None:
@@ -184,11 +185,11 @@ def test_a_truncated_library_is_rebuilt_before_a_process_maps_it(tmp_path: Path)
     def run() -> Path:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
         assert (done.returncode, done.stderr) == (0, "")
-        (library,) = tmp_path.rglob(build.LIBRARY)
+        (library,) = tmp_path.rglob(NAME)
         return library
 
     whole = run().read_bytes()
-    (library,) = tmp_path.rglob(build.LIBRARY)
+    (library,) = tmp_path.rglob(NAME)
     os.truncate(library, 4096)
     assert len(run().read_bytes()) == len(whole)
 

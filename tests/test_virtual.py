@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from virtual_checks import GROUPS
 
+from autoaccum.devices.compiled_library import CompiledLibrary
 from autoaccum.devices.virtual import VirtualGpu, available, build, control, environment, launch, torch_build
 from autoaccum.devices.virtual.elf import read_symbols
 from autoaccum.errors import UsageError
@@ -182,9 +183,9 @@ def test_two_builders_at_once(tmp_path: Path) -> None:
     command, env = [sys.executable, "-c", source], clean() | {"XDG_CACHE_HOME": str(tmp_path / "with space")}
     both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     message = {process.communicate(timeout=120)[0] for process in both}
-    assert [process.returncode for process in both] == [0, 0] and message == {f"{build.LIBRARY}\n"}
+    assert [process.returncode for process in both] == [0, 0] and message == {f"{build.LIBRARY.name}\n"}
     (made,) = (tmp_path / "with space" / "autoaccum" / "virtual").iterdir()  # and nothing half-made beside it
-    assert {build.LIBRARY, *build.ALIASES} <= {path.name for path in made.iterdir()}
+    assert {build.LIBRARY.name, *build.ALIASES} <= {path.name for path in made.iterdir()}
     done = on_the_command_line("--", sys.executable, "-c", "import ctypes; ctypes.CDLL(None).cuInit", **env)
     assert done.returncode == 0, done.stderr
 
@@ -225,14 +226,14 @@ def test_a_cache_that_cannot_be_written(empty_cache: Path) -> None:
 
 
 @usable
-@pytest.mark.parametrize("place", ["_seal", "_move"])
+@pytest.mark.parametrize("place", ["seal", "_move"])
 def test_a_disk_that_fills_while_it_is_compiled(empty_cache: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(build, "_compile", lambda compiler, torch, making: build._seal(making))
-    monkeypatch.setattr(build, "_seal", lambda making: None)
-    monkeypatch.setattr(build, place, full)
+    monkeypatch.setattr(build, "_compile", lambda torch, making: build.LIBRARY.seal(making))
+    monkeypatch.setattr(CompiledLibrary, "seal", lambda self, making: None)
+    monkeypatch.setattr(CompiledLibrary, place, full)
     with pytest.raises(UsageError, match=r"can't be kept in .*No space left on device"):
         environment(VirtualGpu())
     assert list((empty_cache / "autoaccum" / "virtual").iterdir()) == []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from ..devices.cpu import page_cache
 from ..errors import UsageError
 from ..processes.examples import BUILT_IN, DEFAULT
 from ..units import check_count, check_memory, check_samples
@@ -17,7 +18,7 @@ def bench(
     device: str = typer.Option("cpu", help="cpu, or cuda for this machine's GPU."),
     memory: str = typer.Option(None, help="Memory limit of each process, like 2GiB. Left out: all free memory."),
     headroom: str = typer.Option(None, help="Part of it to keep free, like 500MiB or 5%."),
-    malloc: str = typer.Option("fixed", help="For the plan. fixed: predictable memory; default: faster."),
+    malloc: str = typer.Option(page_cache.CACHED, help=f"For the plan. {page_cache.HELP}"),
     windows: int = typer.Option(5, help="The most windows to time of each candidate."),
     tuned: Path = typer.Option(None, help="A plan from autoaccum tune. Left out: tune now."),
     tune_trials: int = typer.Option(12, help="The most configurations to tune with; 0 leaves the tuned plan out."),
@@ -52,9 +53,9 @@ def _check(
     check_samples("--target-batch", target_batch)
     check_count("--windows", windows, example=5)
     check_count("--tune-trials", tune_trials, least=0, example=12)
-    if device not in ("cpu", "cuda") or malloc not in ("fixed", "default"):
+    if device not in ("cpu", "cuda") or malloc not in page_cache.MALLOCS:
         raise UsageError(
             f"--device {device} --malloc {malloc} is not supported.",
-            hint="Use --device cpu or cuda, and --malloc fixed or default.",
+            hint=f"Use --device cpu or cuda, and --malloc {' or '.join(page_cache.MALLOCS)}.",
         )
     check_memory(memory, headroom)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from ..devices.cpu import page_cache
 from ..files.escape import one_line
 from ..files.json_text import to_json
 from ..processes.examples import BUILT_IN, DEFAULT
@@ -23,7 +24,9 @@ def check(
 
     check_source(workload)
     with progress("checking") as say:
-        verdict = call("cli.tasks:check", {"workload": workload}, on_message=say)
+        verdict = call(
+            "cli.tasks:check", {"workload": workload}, on_message=say, env=page_cache.environment(page_cache.CACHED)
+        )
     if json:
         print(to_json(verdict, indent=2))
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ..devices.cpu import page_cache
 from ..errors import UsageError
 from ..files.whole import check_output
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
@@ -36,9 +37,9 @@ _GPU = typer.Option(
     autocompletion=complete_gpus,
 )
 _MALLOC = typer.Option(
-    "fixed",
-    help="fixed: predictable memory; default: faster, with a quarter kept free.",
-    autocompletion=choices("fixed", "default"),
+    page_cache.CACHED,
+    help=page_cache.HELP,
+    autocompletion=choices(*page_cache.MALLOCS),
 )
 _OBJECTIVE = typer.Option(
     FEWEST_STEPS,
@@ -105,17 +106,17 @@ def _planned(workload: str, request: PlanRequest, device: str | None, gpu: str |
     from .terminal import progress
 
     check_source(workload)
+    kind = "cuda" if gpu is not None else device or "cpu"
     arguments = {
         "workload": workload,
         "request": asdict(request),
-        "device": "cuda" if gpu is not None else device or "cpu",
+        "device": kind,
         "gpu": gpu,
         "cluster": None if cluster is None else asdict(cluster),
     }
+    env = page_cache.environment(request.malloc) if kind == "cpu" else planning_environment(gpu)
     with progress("planning") as say:
-        return Plan.from_json(
-            call("planning.tasks:plan", arguments, on_message=say, env=planning_environment(gpu))["plan"]
-        )
+        return Plan.from_json(call("planning.tasks:plan", arguments, on_message=say, env=env)["plan"])
 
 
 def _print(found: Plan, output: Path | None, *, verbose: bool) -> None:

@@ -72,10 +72,14 @@ def run(
 
 
 def _environment(plan: Plan) -> dict[str, str] | None:
-    """Return the environment that a tuned plan needs; None for nothing.
+    """Return the environment that a plan needs; None for nothing.
 
     It must be set before torch is loaded.
     """
+    if not plan.on_cuda:
+        from ..devices.cpu import page_cache
+
+        return page_cache.environment(plan.device.malloc)
     if not plan.schedule.configuration.get("expandable_segments"):
         return None
     from ..configuration import allocator_settings

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..devices.cpu import page_cache
 from ..errors import UsageError
 from ..files.escape import one_line
 from ..files.whole import check_output
@@ -32,7 +33,7 @@ def tune(
     gpu: str = typer.Option(None, help="Rank by memory for a GPU this machine lacks (doctor --gpus lists them)."),
     memory: str = typer.Option(None, help="Memory limit of the process, like 2GiB. Left out: all free memory."),
     headroom: str = typer.Option(None, help="Part of it to keep free, like 500MiB or 5%."),
-    malloc: str = typer.Option("fixed", help="fixed: predictable memory; default: faster, keeps a quarter free."),
+    malloc: str = typer.Option(page_cache.CACHED, help=page_cache.HELP),
     sampler: str = typer.Option("tpe", help="tpe, random, or grid: all configurations, in order."),
     pareto: bool = typer.Option(False, "--pareto", help="Search for the Pareto front of time and peak memory."),
     study: Path = typer.Option(None, help="Store trials in this SQLite file, and continue those stored there."),

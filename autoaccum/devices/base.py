@@ -72,6 +72,7 @@ class Device(ABC):
             straight from the operating system; bytes are *committed*) or "caching allocator" (bytes are *reserved*).
         policy: Which sizes are recorded.
         computes: Whether kernels compute. Where they do not, values and times mean nothing, and none is reported.
+        keeps_pages: Whether a cache of pages serves the C library's large blocks (the CPU's `page_cache`).
         torch_device: The device in torch's terms.
     """
 
@@ -79,6 +80,7 @@ class Device(ABC):
     memory_model: ClassVar[Literal["malloc", "caching allocator"]]
     policy: ClassVar[RecordingPolicy]
     computes: ClassVar[bool] = True
+    keeps_pages: bool = False
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
@@ -98,11 +100,11 @@ class Device(ABC):
     # Recording and replaying
 
     @abstractmethod
-    def prepare(self, malloc: str = "fixed") -> int | None:
+    def prepare(self, malloc: str = "cached") -> int | None:
         """Apply an allocator setting for the rest of the process.
 
         Args:
-            malloc: "fixed" or "default", as in `fit_plan`.
+            malloc: "cached", "fixed" or "default", as in `fit_plan`.
 
         Returns:
             The mmap threshold in bytes that the plan holds for; None where there is none.

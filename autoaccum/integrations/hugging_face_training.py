@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import process_memory
+from ..devices.cpu import page_cache
 from ..devices.oom import drop_frames, is_out_of_memory
 from ..errors import OutOfMemory
 from ..phases import FIRST, LATER, OnPhase
@@ -51,8 +51,7 @@ class WindowTraining:
         with apart():
             self.context = open_context(described.workload)
         check_fingerprint(fingerprint(self.context), plan.provenance.fingerprint)
-        if plan.device.mmap_threshold_bytes is not None:
-            process_memory.fix_mmap_threshold(plan.device.mmap_threshold_bytes)
+        page_cache.apply_planned(plan.device)
         self.sizing = HostSizing(plan, least)
         self.recovery = OomRecovery(self.context, plan, self.sizing, self._train_pieces)
         self.peak_monitor = PeakMonitor(self.context.device, plan)

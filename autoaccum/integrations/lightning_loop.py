@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from .. import process_memory
 from ..data import split as cutting
 from ..data.window import Window
+from ..devices.cpu import page_cache
 from ..phases import FIRST, LATER, OnPhase
 from ..plan import Plan
 from ..runner import compatibility
@@ -59,8 +59,7 @@ class LightningWindows:
         self.trainer, self.plan, self.skipped = trainer, plan, False
         self.context = open_context(workload)
         check_fingerprint(fingerprint(self.context), plan.provenance.fingerprint)
-        if plan.device.mmap_threshold_bytes is not None:
-            process_memory.fix_mmap_threshold(plan.device.mmap_threshold_bytes)
+        page_cache.apply_planned(plan.device)
         least = max(plan.request.min_micro_batch, batchnorm.least_micro_batch(self.context.norms, workload.batchnorm))
         self.sizing = Sizing(plan, least, shared=workload.shared, per_sample=workload.per_sample)
         self._recovery = OomRecovery(self.context, plan, self.sizing, self._train_pieces)

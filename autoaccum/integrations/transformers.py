@@ -56,7 +56,7 @@ class ExactTrainerMixin(_Base):
         min_micro_batch: The smallest allowed.
         verify: Whether planning runs the plan's window.
         check: Whether planning tests that the window's gradient is the large batch's.
-        malloc: On the CPU, "fixed" or "default", as for `fit_plan`.
+        malloc: On the CPU, "cached", "fixed" or "default", as for `fit_plan`.
         **kwargs: The Trainer's own.
 
     Attributes:
@@ -77,7 +77,7 @@ class ExactTrainerMixin(_Base):
         min_micro_batch: int | None = None,
         verify: bool = True,
         check: bool = True,
-        malloc: str = "fixed",
+        malloc: str = "cached",
         **kwargs: Any,
     ) -> None:
         self._weight: float | None = None

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import process_memory
 from ..data import bad_batches
 from ..data.loaders import loader_length
 from ..data.prefetch import Copies
 from ..data.resplit import counted
 from ..data.window import Window
 from ..data.windows import windows as data_windows
+from ..devices.cpu import page_cache
 from ..devices.registry import get_device
 from ..errors import BatchError, PlanMismatch, UsageError
 from ..plan import Plan
@@ -226,8 +226,7 @@ def _check_plan(plan: Plan, model: nn.Module | None, device: torch.device) -> No
             "Its memory would be another one.",
             "Plan again: autoaccum plan, or fit_plan(workload).",
         )
-    if plan.device.mmap_threshold_bytes is not None:
-        process_memory.fix_mmap_threshold(plan.device.mmap_threshold_bytes)
+    page_cache.apply_planned(plan.device)
 
 
 def _warn_of_repeated_samples(loader: Any) -> None:

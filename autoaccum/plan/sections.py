@@ -151,7 +151,7 @@ class TimingSection:
     Attributes:
         window_seconds: Time of one window, estimated from the verification run; None unless verified.
         kernel_time_fraction: Fraction of the verification run's processor time spent in the kernel, mostly on new
-            pages: the price of the malloc setting, apart from caches. None unless verified.
+            pages: the price of malloc='fixed', apart from caches. None unless verified.
         timed_sizes: Optimizer steps that were timed at this micro-batch and smaller ones; the provenance's
             `reasons["times"]` states on what.
     """
@@ -189,7 +189,9 @@ class DeviceSection:
     Attributes:
         name: "cpu", or the GPU's name.
         is_virtual: Whether the GPU was a virtual one: its allocator is the real one, and nothing is computed.
-        mmap_threshold_bytes: The setting of the C library's malloc that the plan depends on; None for its default.
+        mmap_threshold_bytes: malloc's fixed mmap threshold; None for its default.
+        malloc: Where large tensors come from on a CPU: "cached" (a cache of pages), "fixed" (a mapping each), "default"
+            or "jemalloc" (docs/cpu.md). Empty on CUDA.
         keeps_workspaces: Whether the Runner lets cuBLAS keep its workspaces from one micro-batch to the next, which
             uses less memory for some windows, or frees them, which uses less for most.
     """
@@ -198,6 +200,7 @@ class DeviceSection:
     is_virtual: bool = False
     mmap_threshold_bytes: int | None = None
     keeps_workspaces: bool = False
+    malloc: str = ""
 
 
 @dataclass(frozen=True)

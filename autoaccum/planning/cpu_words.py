@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import process_memory
+from ..devices.cpu.page_cache import JEMALLOC
 from ..simulation.solver import Split
 from ..units import show_bytes
 from .growth import WINDOWS
@@ -47,8 +48,13 @@ def _history_words(predictor: CpuPredictor, split: Split) -> str:
 
 def notes(predictor: CpuPredictor) -> list[str]:
     """Return notes about holes in the heap and about malloc."""
-    subject = predictor.subject
+    subject, setting = predictor.subject, predictor.device.setting
     if subject.mmap_threshold_bytes is not None:
+        if setting.reason:
+            return [
+                f"Large tensors come from no cache of pages: {setting.reason.rstrip('.')}. Each is mapped anew, which "
+                "takes the kernel's time and keeps memory predictable."
+            ]
         if not _has_large_holes(predictor):
             return []
         return [
@@ -57,6 +63,12 @@ def notes(predictor: CpuPredictor) -> list[str]:
             "holes, so more fits there: restart the kernel and plan first, or run autoaccum plan."
         ]
     name = process_memory.malloc_name()
+    if setting.name == JEMALLOC and setting.reason:
+        return [
+            f"Large tensors come from no cache of pages: {setting.reason.rstrip('.')}. {name} is preloaded in its "
+            "place: it keeps freed memory too, but no recording shows how, so "
+            f"{predictor.malloc_overhead:.0%} of training's memory is added."
+        ]
     if name != "glibc":
         return [
             f"malloc is {name}, not the C library's: it keeps freed memory in its own way, which no recording "

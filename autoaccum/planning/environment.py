@@ -58,11 +58,13 @@ def torch_facts() -> dict[str, Any]:
     import torch
 
     from .. import process_memory
+    from ..devices.cpu import page_cache
 
     facts: dict[str, Any] = {
         "torch build": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
         "torch threads": torch.get_num_threads(),
         "torch after import": f"{show_bytes(process_memory.committed_bytes())} committed",
+        "page cache": page_cache.reason_against() or "available",
         "fixed mmap threshold": "available" if process_memory.fix_mmap_threshold() else "not with this C library",
         "mkldnn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
     }

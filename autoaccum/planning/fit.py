@@ -96,7 +96,7 @@ def fit_plan(
     world_size: int | None = None,
     shares: str | tuple[int, ...] | None = None,
     train_in_new_process: bool = False,
-    malloc: str = "fixed",
+    malloc: str = "cached",
     objective: str = FEWEST_STEPS,
     timing_seconds: float | None = None,
     uniform: bool = False,
@@ -106,7 +106,7 @@ def fit_plan(
     """Find the fewest accumulation steps that fit, and verify them.
 
     Afterwards parameters, buffers, optimizer, gradients, modes, random states and plain attributes are bitwise as
-    before, also after an exception or Ctrl-C. On the CPU malloc's mmap threshold stays fixed (`mmap_threshold_bytes`).
+    before, also after an exception or Ctrl-C. On the CPU malloc's setting stays (`DeviceSection.malloc`).
 
     Args:
         workload: The workload; or its model, with `Workload`'s other arguments as keywords.
@@ -123,7 +123,8 @@ def fit_plan(
         world_size: Number of ranks that share the target; likewise.
         shares: "equal", "speed", "memory", or each rank's samples; None: equal on equal devices, else by speed.
         train_in_new_process: Whether another process will train, so that the plan need not hold in this one.
-        malloc: On the CPU. "fixed": large blocks are mappings, so that memory is predictable to 1 %; "default": faster.
+        malloc: On the CPU. "cached": freed pages are kept, fast and predictable; "fixed": large blocks are mappings;
+            "default": as it comes, with a quarter kept free (docs/cpu.md).
         objective: "fewest-steps", the largest micro-batches; "fastest", the smallest within 1 % of the fastest step.
         timing_seconds: Seconds to time smaller micro-batches for; None for 15 % of planning, at most 3 (30: fastest).
         uniform: Whether all micro-batches must have one size, for trainers that know only one.

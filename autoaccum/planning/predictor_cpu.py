@@ -136,8 +136,8 @@ class CpuPredictor(MemoryPredictor):
 
     def device_figures(self, split: Split, largest: int) -> DeviceFigures:
         """Return the device's name and the malloc setting."""
-        threshold = self.subject.mmap_threshold_bytes
-        return DeviceFigures(DeviceSection(self.device.name, mmap_threshold_bytes=threshold))
+        threshold, device = self.subject.mmap_threshold_bytes, self.device
+        return DeviceFigures(DeviceSection(device.name, mmap_threshold_bytes=threshold, malloc=device.setting.name))
 
     def verified_figures(self, measured: CpuMeasurement, split: Split) -> VerifiedFigures:
         """Return the verified windows' figures, extended to the whole window."""

@@ -25,7 +25,7 @@ class PlanRequest:
         timing_seconds: Seconds to time smaller micro-batches for; None for a part of planning, 0 for none.
         verify: Whether to run the plan's window.
         check: Whether to test that the window's gradient is the large batch's.
-        malloc: On the CPU, the setting of the C library's malloc: "fixed" or "default".
+        malloc: On the CPU, where large tensors come from: "cached", "fixed" or "default".
         train_in_new_process: Whether another process will train, so that the plan need not hold in this one.
         sizes: Micro-batches that the plan's table of peaks must include.
         uniform: Whether all micro-batches must have one size, for tools that know only one.
@@ -47,7 +47,7 @@ class PlanRequest:
     timing_seconds: float | None = None
     verify: bool = True
     check: bool = True
-    malloc: str = "fixed"
+    malloc: str = "cached"
     train_in_new_process: bool = False
     sizes: tuple[int, ...] = ()
     uniform: bool = False

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from ..data import split as cutting
 from ..data.groups import Grouped
 from ..data.loaders import loader_length
+from ..devices.cpu.page_cache import MALLOCS
 from ..errors import AutoaccumError, UsageError
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..simulation.solver import rank_share, uniform_sizes
@@ -21,7 +22,6 @@ from .request import PlanRequest
 
 log = logging.getLogger("autoaccum")
 
-MALLOCS = ("fixed", "default")
 SEARCH_LIMIT = 1 << 20  # samples: the largest micro-batch to search for if neither request nor data bounds it
 
 
@@ -117,7 +117,7 @@ def _check_values(request: PlanRequest) -> None:
             f"Give a target of at least {world_size}, or fewer ranks.",
         )
     if request.malloc not in MALLOCS:
-        raise UsageError(f"malloc {request.malloc!r} is not known.", hint="Use malloc='fixed' or malloc='default'.")
+        raise UsageError(f"malloc {request.malloc!r} is not known.", hint=f"Use one of: {', '.join(MALLOCS)}.")
 
 
 def _micro_batch_limits(

@@ -200,7 +200,8 @@ def _medians(rounds: list[dict[int, float]]) -> tuple[TimedSize, ...]:
 def _how(subject: RecordingTarget, rounds: list[dict[int, float]], seconds: float) -> str:
     on = "this GPU" if subject.device.kind != "cpu" else f"this CPU with {torch.get_num_threads()} threads"
     threshold = subject.mmap_threshold_bytes
-    malloc = f", blocks from {threshold:,} bytes on mapped" if threshold is not None else ""
+    how = "from a cache of pages" if subject.device.keeps_pages else "mapped"
+    malloc = f", blocks from {threshold:,} bytes on {how}" if threshold is not None else ""
     return (
         f"measured on {on}{malloc}: {len(rounds)} round{'s' * (len(rounds) > 1)} of one micro-batch of each size in "
         f"turn, {seconds:.1f} s in all"

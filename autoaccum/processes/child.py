@@ -30,6 +30,7 @@ from typing import Any
 from .. import errors
 from ..errors import AutoaccumError
 from ..files.escape import OneLine
+from ..process_memory import hide_page_cache
 from . import function_pipe, interrupts
 from .error_origin import explained
 from .import_path import ROOT
@@ -292,6 +293,7 @@ def main(argv: list[str]) -> int:
     global _in_child
     interrupts.watch()
     _in_child = True
+    hide_page_cache(os.environ)
     task, descriptor, functions = argv
     die_with_parent()
     function_pipe.receive(int(functions))

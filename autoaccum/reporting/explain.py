@@ -160,11 +160,11 @@ def _largest(plan: Plan) -> str:
 def _time(plan: Plan) -> str:
     seconds, fraction = plan.timing.window_seconds, plan.timing.kernel_time_fraction
     text = f"{seconds:.1f} s per optimizer step, estimated from the verification run, {place(plan)}"
-    if plan.device.mmap_threshold_bytes is None or fraction is None:
+    if plan.device.malloc != "fixed" or plan.device.mmap_threshold_bytes is None or fraction is None:
         return text
     return (
         f"{text}; the kernel used {fraction:.0%} of it, mostly for new pages: the price of predictable memory "
-        f'(blocks from {show_bytes(plan.device.mmap_threshold_bytes)} on are mapped; malloc="default" is faster)'
+        f'(blocks from {show_bytes(plan.device.mmap_threshold_bytes)} on are mapped; malloc="cached" keeps them)'
     )
 
 

@@ -57,6 +57,7 @@ class Table:
         least: The smallest micro-batch allowed.
         most: The largest allowed; None for any.
         chosen: The plan's own answer.
+        mapping_overhead_bytes: What a mapping takes beside its bytes; 0 with a cache of pages.
     """
 
     rows: tuple[PeakRow, ...]
@@ -68,6 +69,7 @@ class Table:
     least: int
     most: int | None
     chosen: Chosen | None = None
+    mapping_overhead_bytes: int = MAPPING_OVERHEAD_BYTES
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -81,7 +83,7 @@ class Table:
 
     def input_bytes(self, samples: int) -> int:
         """Return the bytes of a window's samples."""
-        return mapping_bytes(samples * self.sample_bytes) if self.sample_bytes else 0
+        return mapping_bytes(samples * self.sample_bytes, self.mapping_overhead_bytes) if self.sample_bytes else 0
 
     def peak_bytes(self, split: Split) -> int | None:
         """Return the process's peak with a window; None beyond the table.
@@ -153,6 +155,7 @@ def table_of(plan: Plan) -> Table | None:
         least=plan.request.min_micro_batch,
         most=plan.micro_batch if plan.request.objective == FASTEST else plan.request.max_micro_batch,
         chosen=Chosen(plan.target_batch, plan.budget_bytes, _runs(plan.split), plan.predicted_peak_bytes),
+        mapping_overhead_bytes=0 if plan.device.malloc == "cached" else MAPPING_OVERHEAD_BYTES,
     )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from .. import process_memory
 from ..data import bad_batches
 from ..data import split as cutting
 from ..data.resplit import counted
@@ -21,6 +20,7 @@ from ..data.sample import float_type
 from ..data.tree import as_tensors
 from ..data.window import Window
 from ..data.windows import windows
+from ..devices.cpu import page_cache
 from ..errors import BatchError, UsageError
 from ..plan import Plan
 from ..ranks.agreement import together
@@ -124,8 +124,7 @@ class Runner:
         self.context = step.open_context(workload)
         self.context.keeps_workspaces = plan.device.keeps_workspaces
         check_fingerprint(fingerprint(self.context), plan.provenance.fingerprint)
-        if plan.device.mmap_threshold_bytes is not None:
-            process_memory.fix_mmap_threshold(plan.device.mmap_threshold_bytes)
+        page_cache.apply_planned(plan.device)
         self.samples = rank_share(plan.target_batch, plan.world_size, rank)
         least = max(plan.request.min_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
         keys = {"shared": workload.shared, "per_sample": workload.per_sample}

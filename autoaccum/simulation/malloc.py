@@ -1,10 +1,13 @@
-"""Replay a window's events on the C library's malloc.
+"""Replay a window's events on the C library's malloc, or on the page cache before it.
 
 The CPU's allocator is the C library's malloc. Its rules here, from glibc 2.36's malloc.c, with a fixed mmap threshold:
 a request of at least the threshold is a separate mapping, rounded up to pages, returned to the system when it is freed
 (sysmalloc_mmap, munmap_chunk); a smaller one lives in the heap, which grows to its peak of live bytes and keeps that.
 There are no pools and no splits. (Where the heap has a hole of at least the threshold, malloc uses that instead of a
-mapping; the rules leave that out.) No torch here.
+mapping; the rules leave that out.)
+
+With the page cache (devices/cpu/source/cache.c) a request of at least the threshold takes whole pages without overhead,
+and pages stay when it is freed: what is committed is the most that was alive at once. No torch here.
 """
 
 from __future__ import annotations
@@ -34,10 +37,24 @@ class CpuRules:
             glibc's default threshold moves.
         unrecorded_bytes: Small blocks of a micro-batch that recordings miss, mostly autograd's nodes. They occupy the
             heap from its start to its end.
+        keeps_pages: Whether the page cache serves those requests.
     """
 
     mmap_threshold_bytes: int | None
     unrecorded_bytes: int = 0
+    keeps_pages: bool = False
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What a request of at least the threshold takes beside its own bytes, before rounding up to pages."""
+        return 0 if self.keeps_pages else MAPPING_OVERHEAD_BYTES
+
+    @property
+    def smallest_mapping_bytes(self) -> int | None:
+        """The smallest request that isn't the heap's; None for all of them."""
+        if self.mmap_threshold_bytes is None or self.keeps_pages:
+            return self.mmap_threshold_bytes
+        return smallest_mapping(self.mmap_threshold_bytes)
 
 
 @dataclass(frozen=True)
@@ -80,14 +97,17 @@ class Replay:
 def replay(phases: Iterable[Phase], rules: CpuRules, start: HeapState = EMPTY) -> Replay:
     """Run the phases' events through the allocator's rules.
 
+    Where pages are kept, the heap is at its top as well while they are at theirs: in the second window, if not in the
+    first.
+
     Args:
         phases: What is allocated and freed, in order.
         rules: The allocator.
         start: Its state before the first event.
     """
-    threshold = rules.mmap_threshold_bytes
-    mapped = heap = heap_top = live = live_peak = peak = 0
-    free, smallest = start.heap_free_bytes, None if threshold is None else smallest_mapping(threshold)
+    mapped = heap = heap_top = live = live_peak = 0
+    free, smallest, overhead = start.heap_free_bytes, rules.smallest_mapping_bytes, rules.overhead_bytes
+    keeps = rules.keeps_pages
     by_phase: dict[str, int] = {}
     for phase in phases:
         phase_peak = by_phase.get(phase.name, 0)
@@ -98,9 +118,9 @@ def replay(phases: Iterable[Phase], rules: CpuRules, start: HeapState = EMPTY) -
             if smallest is None:
                 mapped += size
             elif size >= smallest:
-                mapped += -(-(size + MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES  # mapping_bytes, in line
+                mapped += -(-(size + overhead) // PAGE_BYTES) * PAGE_BYTES  # mapping_bytes, in line
             elif size <= -smallest:
-                mapped -= -((size - MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES
+                mapped -= -((size - overhead) // PAGE_BYTES) * PAGE_BYTES
             elif size > 0:
                 heap += size + ALIGNMENT_BYTES
                 if heap > heap_top:
@@ -108,16 +128,16 @@ def replay(phases: Iterable[Phase], rules: CpuRules, start: HeapState = EMPTY) -
             else:
                 heap += size - ALIGNMENT_BYTES
             if size > 0:
-                taken = mapped + heap_top - free if heap_top > free else mapped
+                taken = mapped if keeps or heap_top <= free else mapped + heap_top - free
                 if taken > phase_peak:
                     phase_peak = taken
                 if live > live_peak:
                     live_peak = live
         heap -= unrecorded
         by_phase[phase.name] = phase_peak
-        peak = max(peak, phase_peak)
-    names = tuple(PhasePeak(name, size) for name, size in by_phase.items())
-    return Replay(peak, live_peak, names)
+    grown = max(0, heap_top - free) if keeps else 0
+    names = tuple(PhasePeak(name, size + grown) for name, size in by_phase.items())
+    return Replay(max((each.bytes for each in names), default=0), live_peak, names)
 
 
 def smallest_mapping(threshold_bytes: int) -> int:
@@ -129,22 +149,23 @@ def smallest_mapping(threshold_bytes: int) -> int:
     return nb + 1 - MAPPING_OVERHEAD_BYTES
 
 
-def mapping_bytes(size: int) -> int:
+def mapping_bytes(size: int, overhead_bytes: int = MAPPING_OVERHEAD_BYTES) -> int:
     """Return the bytes of a separate mapping, in whole pages."""
-    return -(-(size + MAPPING_OVERHEAD_BYTES) // PAGE_BYTES) * PAGE_BYTES
+    return -(-(size + overhead_bytes) // PAGE_BYTES) * PAGE_BYTES
 
 
-def in_use_peaks(phases: Iterable[Phase], threshold_bytes: int) -> dict[str, int]:
+def in_use_peaks(phases: Iterable[Phase], rules: CpuRules) -> dict[str, int]:
     """Return the peak bytes in use in each phase, overhead included.
 
-    Equals `mallinfo2`'s uordblks + hblkhd if the recorded blocks were the only ones.
+    Equals `mallinfo2`'s uordblks + hblkhd, and the page cache's live bytes, if the recorded blocks were the only ones.
     """
-    smallest, in_use = smallest_mapping(threshold_bytes), 0
+    smallest, overhead, in_use = rules.smallest_mapping_bytes, rules.overhead_bytes, 0
+    assert smallest is not None
     peaks: dict[str, int] = {}
     for phase in phases:
         peaks.setdefault(phase.name, 0)
         for _, size, _ in phase.events:
-            taken = mapping_bytes(abs(size)) if abs(size) >= smallest else abs(size) + ALIGNMENT_BYTES
+            taken = mapping_bytes(abs(size), overhead) if abs(size) >= smallest else abs(size) + ALIGNMENT_BYTES
             in_use += taken if size > 0 else -taken
             peaks[phase.name] = max(peaks[phase.name], in_use)
     return peaks

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..configuration import Configuration
+from ..devices.cpu import page_cache
 from ..errors import UsageError
 from .request import TuningRequest
 from .result import Trial, TuningResult
@@ -38,7 +39,7 @@ def tune(
     gpu: str | None = None,
     memory: str | int | None = None,
     headroom: str | int | None = None,
-    malloc: str = "fixed",
+    malloc: str = "cached",
     study: str | os.PathLike[str] | None = None,
     sampler: str = "tpe",
     pareto: bool = False,
@@ -81,10 +82,13 @@ def tune(
         pareto, seed,
     )  # fmt: skip
     arguments = {"workload": source, "request": request.to_values()}
+    env = page_cache.environment(malloc) if device == "cpu" else None
     from ..processes.child import call  # imports torch, which takes seconds: not before the arguments are read
     from .session import read_tuning_result
 
-    return read_tuning_result(call("tuning.session:tune", arguments, on_message=progress, functions=function)["tuned"])
+    return read_tuning_result(
+        call("tuning.session:tune", arguments, on_message=progress, env=env, functions=function)["tuned"]
+    )
 
 
 def _source_and_function(workload: str | Callable[[], Workload]) -> tuple[str | None, bytes]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..devices.cpu.page_cache import MALLOCS
 from ..errors import UsageError
 from ..units import MAX_SEED, check_count, check_memory, check_samples, check_seconds
 from .space import SearchSpace
@@ -29,7 +30,7 @@ class TuningRequest:
         gpu: Name of the GPU that a virtual one replaces; None for this machine's devices.
         memory: Memory limit of the whole process, such as "2GiB"; None for what the machine has free.
         headroom: How much of the memory to keep free, as a size or a percentage.
-        malloc: "fixed" or "default", as for `fit_plan`.
+        malloc: "cached", "fixed" or "default", as for `fit_plan`.
         study: A SQLite file that stores the trials, so that an interrupted tuning continues; None for none.
         sampler: "tpe": the plain configuration first, then those that differ from the best in one choice, then
             optuna's tree-structured Parzen estimator; "random"; or "grid": all configurations in order.
@@ -48,7 +49,7 @@ class TuningRequest:
     gpu: str | None = None
     memory: str | int | None = None
     headroom: str | int | None = None
-    malloc: str = "fixed"
+    malloc: str = "cached"
     study: str | None = None
     sampler: str = "tpe"
     pareto: bool = False
@@ -66,8 +67,8 @@ class TuningRequest:
             raise UsageError(f"The device {self.device!r} is not supported.", hint="Use 'cpu' or 'cuda'.")
         if self.gpu is not None and self.device == "cpu":
             raise UsageError("gpu cannot be combined with device 'cpu'.", hint="Leave the device out, or gpu.")
-        if self.malloc not in ("fixed", "default"):
-            raise UsageError(f"malloc must be 'fixed' or 'default', not {self.malloc!r}.")
+        if self.malloc not in MALLOCS:
+            raise UsageError(f"malloc must be one of {', '.join(MALLOCS)}, not {self.malloc!r}.")
         if self.sampler not in SAMPLERS:
             names = ", ".join(SAMPLERS)
             raise UsageError(f"The sampler {self.sampler!r} is not known.", hint=f"Use one of: {names}.")

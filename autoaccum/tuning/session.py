@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..configuration import Configuration, allocator_settings
+from ..devices.cpu import page_cache
 from ..devices.cpu.budget import read_cpu_budget
 from ..devices.virtual import planning_environment
 from ..errors import NotConfirmed
@@ -129,6 +130,8 @@ class _Session:
                 self.progress(f"{title}: {message['say']}")
 
         env = environment(configuration, self.request.gpu)
+        if not self.request.on_cuda:
+            env = page_cache.environment(self.request.malloc, env)
         return call(task, arguments, on_message=on_message, env=env, functions=to_hand_on())
 
     def result(self, search: Search, left_out: list[str]) -> TuningResult:

@@ -14,6 +14,7 @@ from ..configuration import Configuration, allocator_settings
 from ..data import split as cutting
 from ..data.window import Window
 from ..data.windows import windows
+from ..devices.cpu import page_cache
 from ..devices.oom import is_out_of_memory
 from ..devices.registry import get_device
 from ..processes.child import die_with_parent
@@ -38,7 +39,7 @@ class TrialTraining:
     Attributes:
         workload: The workload's source; None for the function that this process was given.
         device: "cpu" or "cuda".
-        malloc: "fixed" or "default", as for `fit_plan`.
+        malloc: "cached", "fixed" or "default", as for `fit_plan`.
         from_loader: Whether windows come from the workload's loader, so that loading is timed too.
     """
 
@@ -85,8 +86,8 @@ def _prepared(training: TrialTraining, configuration: Configuration, answer: Fit
     if configuration.expandable_segments:
         os.environ.update(allocator_settings(os.environ))
     if not on_cuda:
-        if training.malloc != "default":
-            process_memory.fix_mmap_threshold(process_memory.MMAP_THRESHOLD_BYTES)
+        if training.malloc != page_cache.DEFAULT:
+            page_cache.apply(training.malloc)
         process_memory.limit_data(process_memory.committed_bytes() + answer.peak_bytes)
     workload = load_workload(training.workload, training.device)
     if on_cuda:

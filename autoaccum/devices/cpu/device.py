@@ -16,15 +16,15 @@ import torch
 
 from ... import process_memory
 from ...budget import Budget
-from ...errors import UsageError
 from ...phases import FIRST, LATER
 from ...process_memory import Heap
 from ...simulation.malloc import CpuRules, HeapState, Replay, in_use_peaks, mapping_bytes, replay
 from ...simulation.recording import Phase, Recording
 from ...simulation.solver import Split
 from ..base import MALLOC, Device, Measurement, RecordingPolicy, Window
-from . import heap_holes, recorder
+from . import heap_holes, page_cache, recorder
 from .budget import read_cpu_budget
+from .page_cache import MallocSetting
 
 
 @dataclass(frozen=True)
@@ -74,30 +74,29 @@ class CpuDevice(Device):
         max_samples_per_answer=None,
     )
 
+    setting = MallocSetting(page_cache.FIXED, process_memory.MMAP_THRESHOLD_BYTES)  # until `prepare`
+
     @property
     def name(self) -> str:
         """Return "cpu"."""
         return self.kind
 
-    def prepare(self, malloc: str = "fixed") -> int | None:
-        """Fix malloc's mmap threshold, unless the C library's default is asked for.
+    @property
+    def keeps_pages(self) -> bool:
+        """Return whether tensors come from the page cache."""
+        return self.setting.name == page_cache.CACHED
+
+    def prepare(self, malloc: str = page_cache.CACHED) -> int | None:
+        """Give this process malloc's setting, or what comes closest to it.
 
         Returns:
-            The threshold in bytes; None where malloc keeps its default, or is not glibc's.
+            The mmap threshold in bytes; None where malloc keeps its default, or is not glibc's.
 
         Raises:
             UsageError: The default is asked for, and the threshold was fixed before in this process.
         """
-        if malloc == "default":
-            if process_memory.fixed_threshold_bytes() is not None:
-                raise UsageError(
-                    "malloc='default' is not possible in this process: its mmap threshold is fixed already.",
-                    "An earlier plan or Runner with malloc='fixed' did that, and the C library cannot undo it.",
-                    "Plan in a new process (autoaccum plan --malloc default), or with malloc='fixed'.",
-                )
-            return None
-        threshold = process_memory.MMAP_THRESHOLD_BYTES
-        return threshold if process_memory.fix_mmap_threshold(threshold) else None
+        self.setting = page_cache.apply(malloc)
+        return self.setting.mmap_threshold_bytes
 
     def record(self, run: Window, *, micro_batch: int) -> Recording:
         """Record a window with torch's profiler."""
@@ -119,11 +118,12 @@ class CpuDevice(Device):
         """
         if threshold_bytes is None or process_memory.in_use_bytes() is None:
             return 0
+        rules = CpuRules(threshold_bytes, keeps_pages=self.keeps_pages)
         if recorder.profiler_is_on():
             # The last of two: in a copy of a process that has not trained, the first makes buffers that libraries keep.
-            return recorder.apart(lambda: [_unrecorded_bytes(run, recording, threshold_bytes) for _ in range(2)][-1])
+            return recorder.apart(lambda: [_unrecorded_bytes(run, recording, rules) for _ in range(2)][-1])
         # Twice: the first run may free what the recording's profiler left, which would be missing in the difference.
-        return max(_unrecorded_bytes(run, recording, threshold_bytes) for _ in range(2))
+        return max(_unrecorded_bytes(run, recording, rules) for _ in range(2))
 
     def replay(
         self,
@@ -133,17 +133,18 @@ class CpuDevice(Device):
         unrecorded_bytes: int = 0,
     ) -> Replay:
         """Replay phases by the rules of malloc."""
-        return replay(list(phases), CpuRules(threshold_bytes, unrecorded_bytes), start or HeapState())
+        return replay(list(phases), CpuRules(threshold_bytes, unrecorded_bytes, self.keeps_pages), start or HeapState())
 
     def input_bytes(self, tensor_bytes: int) -> int:
         """Return the samples' bytes as memory mappings.
 
         They lie in the memory that is trained in.
         """
-        return mapping_bytes(tensor_bytes)
+        return mapping_bytes(tensor_bytes, CpuRules(None, keeps_pages=self.keeps_pages).overhead_bytes)
 
     def measure(self, train: Callable[..., None], windows: Sequence[Split]) -> CpuMeasurement:
         """Train windows and watch the process. All of them are timed."""
+        process_memory.trim()  # what the page cache keeps is committed before, and would not be seen to be taken
         before = resource.getrusage(resource.RUSAGE_SELF)
         with process_memory.PeakSampler() as sampler:
             started = time.perf_counter()
@@ -183,7 +184,7 @@ class CpuDevice(Device):
         heap = process_memory.read_heap()
         free = max(0, before.taken_bytes - (heap.taken_bytes - heap.free_bytes))
         own = max(0, heap.outside_bytes - after.outside_bytes) if after is not None else 0
-        committed = process_memory.committed_bytes() - own
+        committed = process_memory.committed_bytes() - process_memory.read_page_cache().kept_bytes - own
         return Baseline(committed - heap.free_bytes + free, HeapState(free), HeapState(heap.free_bytes), own)
 
     def limit_memory(self, limit_bytes: int) -> None:
@@ -192,7 +193,8 @@ class CpuDevice(Device):
 
     def free_bytes(self) -> int:
         """Return what the machine and the limits on this process leave."""
-        return read_cpu_budget(headroom=0).limit_bytes - process_memory.committed_bytes()
+        kept = process_memory.read_page_cache().kept_bytes
+        return read_cpu_budget(headroom=0).limit_bytes - process_memory.committed_bytes() + kept
 
     def held_bytes(self) -> int:
         """Return the committed bytes."""
@@ -210,11 +212,14 @@ class CpuDevice(Device):
         return process_memory.read_heap()
 
     def holes_filled(self, threshold_bytes: int | None) -> AbstractContextManager[int]:
-        """Occupy the holes in malloc's heap from the threshold on."""
-        return heap_holes.filled(threshold_bytes)
+        """Occupy the holes in malloc's heap from the threshold on.
+
+        The page cache's blocks go into none.
+        """
+        return heap_holes.filled(None if self.keeps_pages else threshold_bytes)
 
     def clean(self) -> None:
-        """Collect garbage and trim the heap."""
+        """Collect garbage; trim the heap and the page cache."""
         gc.collect()
         process_memory.trim()
 
@@ -224,7 +229,7 @@ def open_device(torch_device: torch.device) -> CpuDevice:
     return CpuDevice(torch_device)
 
 
-def _unrecorded_bytes(run: Window, recording: Recording, threshold_bytes: int) -> int:
+def _unrecorded_bytes(run: Window, recording: Recording, rules: CpuRules) -> int:
     peaks: dict[str, int] = {}
     phase = ""
 
@@ -249,6 +254,6 @@ def _unrecorded_bytes(run: Window, recording: Recording, threshold_bytes: int) -
     finally:
         if collects:
             gc.enable()
-    recorded = in_use_peaks(recording.phases, threshold_bytes)
+    recorded = in_use_peaks(recording.phases, rules)
     seen = [peaks[name] - before - recorded[name] for name in (FIRST, LATER) if name in peaks and name in recorded]
     return max([0, *seen])

@@ -90,7 +90,7 @@ class CudaDevice(Device):
         words = {"allocator": text, "allocator reuses": rule}
         return words | ({"cudnn": "benchmark"} if torch.backends.cudnn.benchmark else {})
 
-    def prepare(self, malloc: str = "fixed") -> int | None:
+    def prepare(self, malloc: str = "cached") -> int | None:
         """Find the allocator's rules, while memory for their test is free.
 
         Returns:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import UsageError
-from .build import built_library
+from ..compiled_library import put_first
+from .build import LIBRARY, built_library
 from .gpu import VirtualGpu
 
 
@@ -29,8 +29,8 @@ def environment(gpu: VirtualGpu, base: Mapping[str, str] | None = None) -> dict[
     library = built_library()
     variables = dict(os.environ if base is None else base)
     variables |= gpu.settings()
-    variables["LD_LIBRARY_PATH"] = _put_first(str(library.parent), variables.get("LD_LIBRARY_PATH", ""))
-    variables["LD_PRELOAD"] = _put_first(_preloaded(library), variables.get("LD_PRELOAD", ""))
+    variables["LD_LIBRARY_PATH"] = put_first(str(library.parent), variables.get("LD_LIBRARY_PATH", ""))
+    variables["LD_PRELOAD"] = put_first(LIBRARY.preloaded(library), variables.get("LD_PRELOAD", ""))
     # An autograd thread that waits for the process's end (source/ending.c) isn't waited for: torch's limit, in seconds
     variables.setdefault("TORCH_AUTOGRAD_SHUTDOWN_WAIT_LIMIT", "0.5")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
@@ -45,21 +45,3 @@ def launch(command: Sequence[str], gpu: VirtualGpu, **popen_kwargs: Any) -> subp
     """
     variables = environment(gpu, popen_kwargs.pop("env", None))
     return subprocess.Popen(list(command), env=variables, **popen_kwargs)
-
-
-def _put_first(entry: str, path: str) -> str:
-    return ":".join([entry, *(other for other in path.split(":") if other and other != entry)])
-
-
-def _preloaded(library: Path) -> str:
-    """Return the library's entry in LD_PRELOAD.
-
-    The loader splits it at spaces and colons; a bare name is found along LD_LIBRARY_PATH.
-    """
-    if ":" in str(library) or ";" in str(library):
-        raise UsageError(
-            f"The virtual GPU's library can't be loaded from {library.parent}.",
-            "The loader takes a colon or a semicolon for the end of a folder's name.",
-            "Name another folder: XDG_CACHE_HOME=DIR",
-        )
-    return library.name if " " in str(library) else str(library)

@@ -44,7 +44,7 @@ class Trained:
         peak_bytes: Peak bytes committed by the process, or reserved on the GPU; up to the failure, if it failed.
         ooms: How often it ran out of memory.
         search_seconds: Time until something trained: failed attempts, or planning.
-        malloc: Setting of the C library's malloc: "default" or "fixed"; empty on CUDA.
+        malloc: The plan's setting of malloc, or "default"; empty on CUDA.
         why: Why it failed; empty if it trained.
         changes_numerics: The tuned choices beside the split; empty if there are none.
     """

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
+from ...devices.cpu import page_cache
 from ...errors import AutoaccumError, UsageError
 from ...plan import Plan
 from ...planning.environment import versions
@@ -24,7 +25,7 @@ def compare(
     device: str = "cpu",
     memory: str | None = None,
     headroom: str | None = None,
-    malloc: str = "fixed",
+    malloc: str = "cached",
     windows: int = 5,
     tuned: Plan | None = None,
     tune_trials: int = DEFAULT_TUNE_TRIALS,
@@ -59,6 +60,7 @@ def compare(
             "planning.tasks:plan",
             {"workload": workload, "request": asdict(request), "device": device},
             on_message=say,
+            env=page_cache.environment(malloc) if device == "cpu" else None,
         )["plan"]
     )
     left_out: list[str] = []
@@ -111,7 +113,8 @@ def _train(candidate: Candidate, plan: Plan, asked: dict[str, Any], windows: int
         "halves": candidate.halves, "plan": None if own is None else own.to_json(),
     }  # fmt: skip
     try:
-        values = call("tuning.compare.trial:train_candidate", arguments, on_message=say)
+        env = page_cache.environment(own.device.malloc) if own is not None else None
+        values = call("tuning.compare.trial:train_candidate", arguments, on_message=say, env=env)
     except AutoaccumError as error:
         ooms = int(type(error).__name__ == "OutOfMemory")
         return Trained(candidate.name, candidate.micro_batch, candidate.steps, 0, ooms=ooms, why=error.what, **known)
@@ -121,8 +124,8 @@ def _train(candidate: Candidate, plan: Plan, asked: dict[str, Any], windows: int
 
 def _malloc(plan: Plan | None) -> str:
     if plan is None:
-        return "default"
-    return "" if plan.on_cuda else "default" if plan.device.mmap_threshold_bytes is None else "fixed"
+        return page_cache.DEFAULT
+    return plan.device.malloc
 
 
 def _changes(plan: Plan | None) -> str:

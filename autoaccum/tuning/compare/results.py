@@ -98,11 +98,14 @@ def notes(found: Comparison) -> list[str]:
         "Hand-picked sizes accumulate target // micro-batch steps, rounded down, as most scripts do. Halving begins "
         "with the whole target and halves at each out-of-memory.",
     ]
-    if not plan.on_cuda and plan.device.mmap_threshold_bytes is not None:
+    if not plan.on_cuda:
+        how = {
+            "cached": "; autoaccum's plan keeps freed pages in a cache, which saves fresh ones' time",
+            "fixed": "; autoaccum's plan fixes its mmap threshold, which costs time for fresh pages",
+        }.get(plan.device.malloc, "")
         lines.append(
-            "Hand-picked sizes and halving leave malloc alone; autoaccum's plan fixes its mmap threshold, so that "
-            "memory is predictable, which costs time for fresh pages. --malloc default compares without that. Holes "
-            "that an out-of-memory leaves in malloc's heap stay while halving continues."
+            f"Hand-picked sizes and halving leave malloc alone{how}. Holes that an out-of-memory leaves in malloc's "
+            "heap stay while halving continues."
         )
     if plan.device.is_virtual:
         lines.append("A virtual GPU computes nothing, so there are no times.")
