@@ -86,7 +86,7 @@ def replaces_malloc(preload: str) -> bool:
 
 
 def hide_page_cache(environment: MutableMapping[str, str]) -> None:
-    """Take the page cache out of LD_PRELOAD: processes that this one starts need none."""
+    """Take the page cache out of LD_PRELOAD, for processes yet to start."""
     entries = environment.get("LD_PRELOAD", "").split(":")
     if any(PAGE_CACHE in entry for entry in entries):
         environment["LD_PRELOAD"] = ":".join(entry for entry in entries if PAGE_CACHE not in entry)
@@ -104,8 +104,7 @@ class PageCache:
         peak_bytes: The most that was live since the start or the last trim.
         committed_bytes: Taken from the kernel since the start.
         returned_bytes: Given back to it since the start.
-        moved_bytes: Free pages that were put side by side.
-        pieces: The moves that took.
+        moved_bytes: Free pages that were put side by side, in that many `pieces`.
     """
 
     live_bytes: int = 0
@@ -132,7 +131,7 @@ def _page_cache() -> ctypes.CDLL | None:
 
 
 def has_page_cache() -> bool:
-    """Return whether this process has a page cache, whether it serves or not."""
+    """Return whether this process has a page cache, serving or not."""
     return _page_cache() is not None
 
 
@@ -143,15 +142,9 @@ def page_cache_serves() -> bool:
 
 
 def join_page_cache(library: Path) -> str:
-    """Have a page cache serve libc10.so from now on.
+    """Have a page cache serve libc10.so; return why not, or "".
 
-    Blocks that were taken before are freed as before. It can't be undone, but `serve_from_page_cache` switches it off.
-
-    Args:
-        library: The compiled library.
-
-    Returns:
-        Why it can't serve; empty where it does.
+    Blocks that were taken before are freed as before. `serve_from_page_cache` switches it off.
     """
     try:
         loaded = ctypes.CDLL(str(library))
@@ -244,7 +237,7 @@ def in_use_bytes() -> int | None:
 
 
 def trim() -> None:
-    """Return the free top of the heap, and the page cache's free pages, to the system."""
+    """Return the heap's top and the cache's free pages to the system."""
     cache = _page_cache()
     if cache is not None:
         cache.autoaccum_cache_trim()

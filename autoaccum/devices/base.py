@@ -72,7 +72,6 @@ class Device(ABC):
             straight from the operating system; bytes are *committed*) or "caching allocator" (bytes are *reserved*).
         policy: Which sizes are recorded.
         computes: Whether kernels compute. Where they do not, values and times mean nothing, and none is reported.
-        keeps_pages: Whether a cache of pages serves the C library's large blocks (the CPU's `page_cache`).
         torch_device: The device in torch's terms.
     """
 
@@ -80,7 +79,6 @@ class Device(ABC):
     memory_model: ClassVar[Literal["malloc", "caching allocator"]]
     policy: ClassVar[RecordingPolicy]
     computes: ClassVar[bool] = True
-    keeps_pages: bool = False
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
@@ -89,6 +87,14 @@ class Device(ABC):
     @abstractmethod
     def name(self) -> str:
         """The device's name, as plans and reports show it."""
+
+    @property
+    def keeps_pages(self) -> bool:
+        """Return whether a cache of pages serves the C library's large blocks.
+
+        On the CPU one may (devices/cpu/page_cache.py).
+        """
+        return False
 
     def settings_words(self) -> dict[str, str]:
         """Describe the settings that memory depends on.

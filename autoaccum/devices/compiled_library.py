@@ -1,4 +1,4 @@
-"""Compile a library of C at its first use, and keep it in the user's cache.
+"""Compile a library of C once, and keep it in a cache.
 
 It is preloaded into processes, so what lies in the cache is used only where it is the user's own (files/private.py)
 and, byte for byte, what was compiled: its folder holds its SHA-256. Else it is compiled anew. No torch here.

@@ -123,8 +123,7 @@ def fit_plan(
         world_size: Number of ranks that share the target; likewise.
         shares: "equal", "speed", "memory", or each rank's samples; None: equal on equal devices, else by speed.
         train_in_new_process: Whether another process will train, so that the plan need not hold in this one.
-        malloc: On the CPU. "cached": freed pages are kept, fast and predictable; "fixed": large blocks are mappings;
-            "default": as it comes, with a quarter kept free (docs/cpu.md).
+        malloc: On the CPU, "cached": freed pages are kept; "fixed": large blocks are mapped; "default" (docs/cpu.md).
         objective: "fewest-steps", the largest micro-batches; "fastest", the smallest within 1 % of the fastest step.
         timing_seconds: Seconds to time smaller micro-batches for; None for 15 % of planning, at most 3 (30: fastest).
         uniform: Whether all micro-batches must have one size, for trainers that know only one.

@@ -1,4 +1,4 @@
-"""Replay a window's events on the C library's malloc, or on the page cache before it.
+"""Replay a window's events on malloc, or on the page cache.
 
 The CPU's allocator is the C library's malloc. Its rules here, from glibc 2.36's malloc.c, with a fixed mmap threshold:
 a request of at least the threshold is a separate mapping, rounded up to pages, returned to the system when it is freed
@@ -46,7 +46,7 @@ class CpuRules:
 
     @property
     def overhead_bytes(self) -> int:
-        """What a request of at least the threshold takes beside its own bytes, before rounding up to pages."""
+        """What a mapping takes beside its bytes, before rounding to pages."""
         return 0 if self.keeps_pages else MAPPING_OVERHEAD_BYTES
 
     @property

@@ -81,8 +81,7 @@ def tune(
         target_batch, space or SearchSpace(), trials, timeout, device, gpu, memory, headroom, malloc, file, sampler,
         pareto, seed,
     )  # fmt: skip
-    arguments = {"workload": source, "request": request.to_values()}
-    env = page_cache.environment(malloc) if device == "cpu" else None
+    arguments, env = {"workload": source, "request": request.to_values()}, page_cache.environment_on(device, malloc)
     from ..processes.child import call  # imports torch, which takes seconds: not before the arguments are read
     from .session import read_tuning_result
 

@@ -1,8 +1,8 @@
-"""Choose malloc's setting for a process: the page cache, a fixed threshold, or malloc as it comes.
+"""Choose malloc's setting for a process.
 
 The page cache is a library of C (source/cache.c), preloaded into the child processes of the command line, or joined by
-a process that runs already. Where it can't be had, another allocator that keeps its pages (jemalloc) is preloaded, and
-where there is none, malloc's mmap threshold is fixed. No torch here.
+a process that runs already. Where it can't be built, another allocator that keeps its pages (jemalloc) is preloaded,
+and where there is none, malloc's mmap threshold is fixed. No torch here.
 """
 
 from __future__ import annotations
@@ -115,6 +115,11 @@ def environment(malloc: str, base: Mapping[str, str] | None = None) -> dict[str,
     return dict(own) | {"LD_PRELOAD": put_first(str(jemalloc), preload), "MALLOC_CONF": settings}
 
 
+def environment_on(device: str, malloc: str) -> dict[str, str] | None:
+    """Return the environment for a child process on a kind of device."""
+    return environment(malloc) if device == "cpu" else None
+
+
 def find_jemalloc() -> Path | None:
     """Return the machine's jemalloc; None where there is none."""
     for folder in map(Path, _LIBRARY_FOLDERS):
@@ -125,7 +130,7 @@ def find_jemalloc() -> Path | None:
 
 
 def apply(malloc: str) -> MallocSetting:
-    """Give this process a setting of malloc, or what comes closest to it.
+    """Give this process a setting of malloc, or the closest to it.
 
     Args:
         malloc: "cached", "fixed", "default", or a plan's "jemalloc".
@@ -144,7 +149,7 @@ def apply(malloc: str) -> MallocSetting:
         return MallocSetting(DEFAULT, None)
     if malloc in (CACHED, JEMALLOC) and process_memory.malloc_name().startswith("libjemalloc"):
         return MallocSetting(JEMALLOC, None, reason_against() if malloc == CACHED else "")
-    reason = {CACHED: _join, JEMALLOC: lambda: "jemalloc isn't preloaded"}.get(malloc, lambda: "")()
+    reason = _join() if malloc == CACHED else "jemalloc isn't preloaded" if malloc == JEMALLOC else ""
     is_cached = malloc == CACHED and not reason
     process_memory.serve_from_page_cache(is_cached)
     threshold = process_memory.MMAP_THRESHOLD_BYTES
@@ -155,7 +160,7 @@ def apply(malloc: str) -> MallocSetting:
 def apply_planned(device: DeviceSection) -> None:
     """Give this process the setting that a plan was made for.
 
-    Where only another can be had, a warning says so. A plan for the default leaves the process alone.
+    Where only another is available, a warning says so. A plan for the default leaves the process alone.
     """
     if device.malloc not in (CACHED, FIXED, JEMALLOC):
         return
@@ -168,7 +173,7 @@ def apply_planned(device: DeviceSection) -> None:
 
 
 def reason_against() -> str:
-    """Return why the page cache's library can't be had, or ""."""
+    """Return why the page cache's library can't be built, or ""."""
     try:
         built_library()
     except UsageError as error:
@@ -177,7 +182,7 @@ def reason_against() -> str:
 
 
 def _join() -> str:
-    """Have the page cache serve this process; return why it can't, or ""."""
+    """Have the page cache serve this process; return why not, or ""."""
     if process_memory.glibc() is None:
         return f"malloc is {process_memory.malloc_name()}, not the C library's"
     if process_memory.has_page_cache():

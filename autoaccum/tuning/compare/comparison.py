@@ -60,7 +60,7 @@ def compare(
             "planning.tasks:plan",
             {"workload": workload, "request": asdict(request), "device": device},
             on_message=say,
-            env=page_cache.environment(malloc) if device == "cpu" else None,
+            env=page_cache.environment_on(device, malloc),
         )["plan"]
     )
     left_out: list[str] = []
