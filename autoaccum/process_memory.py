@@ -135,6 +135,12 @@ def has_page_cache() -> bool:
     return _page_cache() is not None
 
 
+def reserve_page_cache() -> bool:
+    """Reserve the page cache's addresses, once; return whether it has them."""
+    cache = _page_cache()
+    return cache is not None and bool(cache.autoaccum_cache_reserve())
+
+
 def page_cache_serves() -> bool:
     """Return whether large blocks come from the page cache."""
     cache = _page_cache()

@@ -83,7 +83,8 @@ def speed(quick: bool) -> Part:
 
     part = Part(
         "speed", "Time of a window: the Runner against the loop of a PyTorch tutorial",
-        "Medians; both train in turn in one process, and the loop once more in a process with malloc's default.", [CPU],
+        "Medians, seconds. The Runner as `autoaccum run` starts it, with the page cache; the loop under glibc's malloc "
+        "as it comes; and other allocators. Processes take turns, window by window.", [CPU],
     )  # fmt: skip
     part.rows = benchmark.table(benchmark.CASES[:1] if quick else benchmark.CASES, 6 if quick else benchmark.WINDOWS)
     for row in part.rows:

@@ -1,10 +1,8 @@
 """Time the Runner against a tutorial's loop: `python -m benchmarks.speed`.
 
-Both train the same splits.
-
-Both train the same model in one process, window by window in turn, so that noise affects both equally; the
-ratio is that of the medians. The tutorial's loop runs once more in a process with malloc's default setting: what
-predictable memory costs.
+Both train the same splits of the same model: the Runner as `autoaccum run` starts it, the loop in a process as it
+comes, under glibc's malloc; and both under other allocators (benchmarks/allocators.py). Processes take turns, window by
+window; a ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -19,10 +17,14 @@ from typing import Any
 
 from autoaccum.simulation.knee import interval
 
+from . import allocators
+
 # model, samples in a window, micro-batches
-CASES = (("char-GPT", 48, 3), ("CNN with BatchNorm", 48, 3), ("MLP", 512, 4), ("ViT", 48, 3))
+CASES = (
+    ("char-GPT", 64, 2), ("CNN with BatchNorm", 64, 2), ("MLP", 512, 4), ("ViT", 64, 2), ("LSTM", 64, 2),
+    ("GRU tagger", 64, 2),
+)  # fmt: skip
 WINDOWS = 24
-WARM_UP = 3
 
 
 def tutorial_loop(model: Any, optimizer: Any, pieces: Any) -> None:
@@ -38,53 +40,6 @@ def tutorial_loop(model: Any, optimizer: Any, pieces: Any) -> None:
         loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def alternate(name: str, samples: int, steps: int, windows: int = WINDOWS) -> dict[str, Any]:
-    """Time both, window by window in turn, with the plans' malloc setting."""
-    from autoaccum import Runner, fit_plan
-    from autoaccum.data import split
-    from autoaccum.simulation.solver import balanced
-
-    from .models import make
-
-    workload = make(name)
-    plan = fit_plan(workload, target_batch=samples, max_micro_batch=-(-samples // steps), verify=False)
-    runner = Runner(workload, plan)
-    batch = split.tile(workload.sample, samples)
-    pieces = split.split(batch, balanced(samples, steps))
-    seconds: dict[str, list[float]] = {"runner": [], "loop": []}
-    for _ in range(WARM_UP + windows):
-        for kind in seconds:
-            started = time.perf_counter()
-            if kind == "runner":
-                runner.step(batch)
-            else:
-                tutorial_loop(runner.context.model, runner.context.optimizer, pieces)
-            seconds[kind].append(time.perf_counter() - started)
-    pairs = zip(seconds["runner"][WARM_UP:], seconds["loop"][WARM_UP:], strict=True)
-    return {kind: statistics.median(times[WARM_UP:]) for kind, times in seconds.items()} | {
-        "ratios": [runner / loop for runner, loop in pairs]
-    }
-
-
-def default_malloc(name: str, samples: int, steps: int, windows: int = WINDOWS) -> dict[str, Any]:
-    """Time the tutorial's loop in a process with malloc's default."""
-    from autoaccum.data import split
-    from autoaccum.simulation.solver import balanced
-    from autoaccum.window import step
-
-    from .models import make
-
-    workload = make(name)
-    context = step.open_context(workload)
-    pieces = split.split(split.tile(workload.sample, samples), balanced(samples, steps))
-    seconds = []
-    for _ in range(WARM_UP + windows):
-        started = time.perf_counter()
-        tutorial_loop(context.model, context.optimizer, pieces)
-        seconds.append(time.perf_counter() - started)
-    return {"loop": statistics.median(seconds[WARM_UP:])}
 
 
 def recorded_program(blocks: int = 24) -> tuple[Any, Any, Any, int]:
@@ -169,20 +124,20 @@ def _in_process(*arguments: object) -> dict[str, Any]:
 def table(cases: Any = CASES, windows: int = WINDOWS) -> list[dict[str, Any]]:
     """Return one row for each case."""
     rows = []
-    for name, samples, steps in cases:
-        both = _in_process("alternate", name, samples, steps, windows)
-        default = _in_process("default_malloc", name, samples, steps, windows)
+    for case in cases:
+        found = allocators.compare(case, windows)
+        loop = found[allocators.LOOP]
+        ratios = [run / by_hand for run, by_hand in zip(found[allocators.RUN]["seconds"], loop["seconds"], strict=True)]
         rows.append(
             {
-                "model": name,
-                "window": f"{samples} in {steps}",
+                "model": case[0],
+                "window": f"{case[1]} in {case[2]}",
                 "windows": windows,
-                "runner s": both["runner"],
-                "loop s": both["loop"],
-                "runner / loop": both["runner"] / both["loop"],
-                **_spread(both["ratios"]),
-                "loop, default malloc s": default["loop"],
-                "fixed / default malloc": both["loop"] / default["loop"],
+                **{f"{way}, s": each["median"] for way, each in found.items()},
+                "runner / loop": found[allocators.RUN]["median"] / loop["median"],
+                **_spread(ratios),
+                **{f"{way}, faults": each["faults"] for way, each in found.items()},
+                **{f"{way}, resident MiB": each["resident"] for way, each in found.items()},
             }
         )
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
@@ -204,14 +159,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    kinds = {"alternate": alternate, "default_malloc": default_malloc, "solving": solving}
+    kinds = {"solving": solving}
     if args.one:
         kind, *rest = json.loads(args.one)
         print("RESULT", json.dumps(kinds[kind](*rest)))
         return
     import pandas
 
-    print(pandas.DataFrame(table(windows=args.windows)).to_string(index=False, float_format="{:.3f}".format))
+    print(pandas.DataFrame(table(windows=args.windows)).set_index("model").T.to_string(float_format="{:.3f}".format))
     print("solving", _in_process("solving"))
     print("starting", starting())
 

@@ -334,6 +334,23 @@ def test_without_a_compiler_jemalloc_is_preloaded_and_the_plan_says_why(tmp_path
     assert page_cache.environment("jemalloc") is not None
 
 
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36))
+import torch
+from autoaccum.devices.cpu import page_cache
+setting = page_cache.apply("cached")
+assert setting.name == "fixed" and "ulimit -v" in setting.reason, setting
+assert float(torch.ones(1 << 20).sum()) == 1 << 20
+"""
+
+
+@pytest.mark.parametrize("how", ["preloaded", "joined"])
+def test_under_a_limit_on_addresses_malloc_serves(how: str) -> None:
+    env = page_cache.environment("cached") if how == "preloaded" else None
+    subprocess.run([sys.executable, "-c", LIMITED], env=env, timeout=120, check=True)
+
+
 def test_nothing_is_preloaded_beside_another_malloc_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4")
     assert page_cache.environment("cached") is None

@@ -185,10 +185,12 @@ def _join() -> str:
     """Have the page cache serve this process; return why not, or ""."""
     if process_memory.glibc() is None:
         return f"malloc is {process_memory.malloc_name()}, not the C library's"
-    if process_memory.has_page_cache():
-        return ""
-    try:
-        library = built_library()
-    except UsageError as error:
-        return error.what
-    return process_memory.join_page_cache(library)
+    if not process_memory.has_page_cache():
+        try:
+            library = built_library()
+        except UsageError as error:
+            return error.what
+        reason = process_memory.join_page_cache(library)
+        if reason:
+            return reason
+    return "" if process_memory.reserve_page_cache() else "a limit on addresses (ulimit -v) forbids to reserve them"

@@ -272,6 +272,13 @@ void cache_lock(void) { pthread_mutex_lock(&lock); }
 
 void cache_unlock(void) { pthread_mutex_unlock(&lock); }
 
+PUBLIC bool autoaccum_cache_reserve(void) {
+    pthread_mutex_lock(&lock);
+    bool done = reserve();
+    pthread_mutex_unlock(&lock);
+    return done;
+}
+
 PUBLIC void autoaccum_cache_trim(void) {
     pthread_mutex_lock(&lock);
     give_all_back();

@@ -24,6 +24,7 @@ size_t cache_bytes(const void *pointer);  /* of a live block; 0 for what is none
 void cache_lock(void);                    /* around a fork */
 void cache_unlock(void);
 
+PUBLIC bool autoaccum_cache_reserve(void); /* its addresses; false: a limit on them forbids it */
 PUBLIC void autoaccum_cache_trim(void);
 PUBLIC void autoaccum_cache_counts(struct cache_counts *counts);
 
