@@ -1,4 +1,4 @@
-"""Time windows under each allocator, process beside process, window by window in turn.
+"""Time windows under each allocator, in turn, process beside process.
 
 One process for each way trains the same model; they take turns at single windows, so that noise affects all of them
 equally. *As it comes* is a loop as tutorials write it under glibc's malloc: what people compare with. The Runner's
