@@ -193,7 +193,7 @@ static void run_fork(size_t operations, uint64_t seed) {
     printf("{\"peak\": %lu}\n", counts().peak);
 }
 
-/* -- a limit: what doesn't fit is refused, nothing is lost, and all that is free can be had in one piece */
+/* -- a limit: what doesn't fit is refused, nothing is lost, and all that is free is available in one piece */
 
 static void run_limit(size_t mib, uint64_t seed) {
     static struct owned blocks[4096];

@@ -286,7 +286,7 @@ def test_fixed_is_fixed_also_where_the_cache_served_before() -> None:
     assert not process_memory.page_cache_serves()
 
 
-# -- its library, and what there is without it
+# -- its library, and plans without it
 
 
 def test_it_is_compiled_once_and_in_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
