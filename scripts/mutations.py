@@ -227,4 +227,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('every backward is reduced while ranks plan apart', 'autoaccum/window/sharded.py', 'stack.enter_context(module.no_sync())', 'pass', ('tests/test_sharded.py', '-k', 'leaves_a_spread')),
     ('tokens for samples', 'autoaccum/planning/target_tokens.py', 'samples = round(request.target_tokens / tokens)', 'samples = request.target_tokens', ('tests/test_cluster.py', '-k', 'nearest')),
     ('blocks within blocks are sharded, too', 'autoaccum/window/blocks.py', 'if id(block) not in inside and any', 'if any', ('tests/test_cluster.py', '-k', 'encoder')),
+    ('a kept plan whose files have changed', 'autoaccum/planning/cache.py', 'if any(stamps.stamp(file) != stamp for file, stamp in kept["files"].items()):', 'if False:', ('tests/test_plan_cache.py', '-k', 'file_that_was_read')),
+    ('a kept plan of another budget', 'autoaccum/planning/kept_plans.py', 'if plan.budget_bytes != device.read_budget(request.budget, request.headroom).bytes:', 'if False:', ('tests/test_plan_cache.py', '-k', 'only_for_its_budget')),
+    ('a kept plan whose functions hold something else', 'autoaccum/planning/live_digest.py', '                self._feed(cell.cell_contents, variable)', '                pass', ('tests/test_plan_cache.py', '-k', 'hold')),
+    ('an evaluation that ran out of memory is not repeated', 'autoaccum/integrations/hugging_face_memory.py', 'trainer.args.per_device_eval_batch_size = size // 2', 'pass', ('tests/test_hugging_face_memory.py', '-k', 'starts_over')),
 ]

@@ -8,6 +8,9 @@ import sys
 
 # Two test processes share the cores, and threads that wait for each other over small tensors take longer than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; child processes inherit it
+os.environ["AUTOACCUM_PLAN_CACHE"] = (
+    "0"  # a plan that is tested is planned; tests/test_plan_cache.py has a cache of its own
+)
 
 import pytest
 import torch

@@ -335,13 +335,14 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         "explain": ["--json"],
         "fits": [
             "--checkpointing", "--config", "--dtype", "--gpu", "--gpus", "--image-size", "--json", "--length", "--lora",
-            "--memory", "--packed", "--parallel", "--precision", "--target-batch", "--timm", "--torchvision",
+            "--memory", "--packed", "--parallel", "--precision", "--refresh", "--target-batch", "--timm",
+            "--torchvision",
         ],
         "export": ["--force", "--merge", "--output", "--to"],
         "plan": [
             "--device", "--force", "--gpu", "--gpus", "--headroom", "--json", "--malloc", "--max-micro-batch",
-            "--memory", "--objective", "--output", "--parallel", "--target-batch", "--timing", "--uniform", "--verbose",
-            "--verify", "--workload",
+            "--memory", "--objective", "--output", "--parallel", "--refresh", "--target-batch", "--timing", "--uniform",
+            "--verbose", "--verify", "--workload",
         ],
         "report": ["--force", "--output"],
         "run": ["--checkpoint", "--checkpoint-seconds", "--epochs", "--json", "--steps"],

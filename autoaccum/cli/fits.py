@@ -37,6 +37,7 @@ def fits(
     checkpointing: bool = typer.Option(False, "--checkpointing", help="Compute activations again in backward."),
     packed: bool = typer.Option(False, "--packed", help="Samples are full: no attention mask."),
     memory: str = typer.Option(None, help="Memory limit of the process. Left out: all that an idle GPU has."),
+    refresh: bool = typer.Option(False, "--refresh", help="Ask anew, even where this was asked before."),
     json: bool = typer.Option(False, "--json", help="Print the answer's JSON alone."),
 ) -> None:
     """Answer whether a training fits on a GPU that isn't here.
@@ -54,7 +55,7 @@ def fits(
     request = PlanRequest(
         target_batch=samples, target_tokens=tokens, budget=memory, check=False, train_in_new_process=True
     )
-    answer = _ask(description, request, kind.name, cluster)
+    answer = _answer(description, request, kind.name, cluster, refresh=refresh)
     if json:
         from ..files.json_text import to_json
 
@@ -86,8 +87,35 @@ def _description(named: dict[str, Any], **options: Any) -> Description:
     return Description(family=family, name=str(value), config=content, **options)
 
 
-def _ask(description: Description, request: PlanRequest, gpu: str, cluster: Cluster | None) -> dict[str, Any]:
-    """Plan in a child process on a virtual GPU."""
+def _answer(
+    description: Description, request: PlanRequest, gpu: str, cluster: Cluster | None, *, refresh: bool
+) -> dict[str, Any]:
+    """Return the answer kept for the question, or a new one.
+
+    No code of the user's is in it, so its words, the installed packages and the files that were read for the kept
+    answer are all that it depends on: nothing is imported to look.
+    """
+    from ..devices.cuda.gpu_specs import find_gpu
+    from ..planning.cache import OFF, USE, key_of, look_up, mode_of, surroundings
+
+    mode = mode_of(refresh=refresh)
+    question = {
+        "fits": asdict(description),
+        "request": asdict(request),
+        "gpu": asdict(find_gpu(gpu)),
+        "cluster": None if cluster is None else asdict(cluster),
+        **surroundings(),
+    }
+    key = "" if mode == OFF else key_of(question)
+    entry = look_up(key) if mode == USE else None
+    if entry is None:
+        return _ask(description, request, gpu, cluster, key)
+    print(f"answered {entry.origin}", file=sys.stderr)
+    return entry.answer
+
+
+def _ask(description: Description, request: PlanRequest, gpu: str, cluster: Cluster | None, key: str) -> dict[str, Any]:
+    """Plan in a child process on a virtual GPU; it keeps the answer."""
     from ..devices.virtual import planning_environment
     from ..processes.child import call
     from .terminal import progress
@@ -98,6 +126,7 @@ def _ask(description: Description, request: PlanRequest, gpu: str, cluster: Clus
         "request": asdict(request),
         "gpu": gpu,
         "cluster": None if cluster is None else asdict(cluster),
+        "key": key,
     }
     with progress("planning") as say:
         return call("cli.tasks:fits", arguments, on_message=say, env=environment)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..devices.cpu import page_cache
 from ..errors import UsageError
+from ..files.escape import one_line
 from ..files.whole import check_output
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..planning.request import PlanRequest
@@ -69,6 +70,7 @@ def plan(
     timing: float = typer.Option(None, help="Seconds to time smaller micro-batches for. Left out: 3 at most, or 30."),
     output: Path = typer.Option(None, "--output", "-o", help="Write the plan to this file, as JSON."),
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
+    refresh: bool = typer.Option(False, "--refresh", help="Plan anew, even where this was planned before."),
     json: bool = typer.Option(False, "--json", help="Print the plan's JSON alone."),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Print how it was found, too."),
 ) -> None:
@@ -86,40 +88,57 @@ def plan(
     _check_request(request, named)
     if output is not None:
         check_output(output, force=force)
+    from ..plan import Plan
     from .terminal import keep_plan
 
-    found = _planned(workload, request, device, named, cluster)
+    answer = _planned(workload, request, device, named, cluster, refresh=refresh)
+    found = Plan.from_json(answer["plan"])
     if output is not None:
         keep_plan(found, output)
     if json:
         print(found.to_json(), end="")
+        if answer["origin"]:
+            print(answer["origin"], file=sys.stderr)
         return
-    _print(found, output, verbose=verbose)
+    _print(found, output, answer, verbose=verbose)
 
 
-def _planned(workload: str, request: PlanRequest, device: str | None, gpu: str | None, cluster: Cluster | None) -> Plan:
-    """Plan in a child process, on a virtual GPU if named."""
+def _planned(
+    workload: str,
+    request: PlanRequest,
+    device: str | None,
+    gpu: str | None,
+    cluster: Cluster | None,
+    *,
+    refresh: bool,
+) -> dict[str, Any]:
+    """Plan in a child process, on a virtual GPU if named.
+
+    Nothing is kept without a limit, where the budget is what is free now; nor for a cluster.
+    """
     from ..devices.virtual import planning_environment
-    from ..plan import Plan
+    from ..planning.cache import OFF, mode_of
     from ..processes.child import call
     from ..processes.workload_source import check_source
     from .terminal import progress
 
     check_source(workload)
     kind = "cuda" if gpu is not None else device or "cpu"
+    is_kept = cluster is None and (gpu is not None or request.budget is not None)
     arguments = {
         "workload": workload,
         "request": asdict(request),
         "device": kind,
         "gpu": gpu,
         "cluster": None if cluster is None else asdict(cluster),
+        "cache": mode_of(refresh=refresh) if is_kept else OFF,
     }
     env = page_cache.environment(request.malloc) if kind == "cpu" else planning_environment(gpu)
     with progress("planning") as say:
-        return Plan.from_json(call("planning.tasks:plan", arguments, on_message=say, env=env)["plan"])
+        return call("planning.tasks:plan", arguments, on_message=say, env=env)
 
 
-def _print(found: Plan, output: Path | None, *, verbose: bool) -> None:
+def _print(found: Plan, output: Path | None, answer: dict[str, Any], *, verbose: bool) -> None:
     """Print a plan as a card, or all of its summary."""
     file = output or "plan.json"
     keep = "" if output is not None else " (keep the plan: -o plan.json)"
@@ -128,12 +147,18 @@ def _print(found: Plan, output: Path | None, *, verbose: bool) -> None:
         from ..reporting.explain import summary
 
         print(in_flags(summary(found)))
+        print(f"cache       {answer['origin'] or _about_keeping(answer['not_kept'])}")
         print(f"next        {following}")
         return
     from ..reporting.card import card
     from .terminal import look_of
 
-    print(card(found, look_of(sys.stdout), following, in_flags))
+    print(card(found, look_of(sys.stdout), following, in_flags, origin=answer["origin"]))
+
+
+def _about_keeping(reason: str) -> str:
+    """Return what a verbose plan says of the cache."""
+    return f"not kept: {one_line(reason)}" if reason else "kept for the same question; --refresh plans anew"
 
 
 def _check_device(device: str | None, gpu: str | None) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DoesNotFit, UsageError
+from ..files.stamps import OpenedFiles, loaded_files, stamps
 from ..plan import Plan
+from ..planning import cache
 from ..process_memory import limit_data
 from ..processes.child import Say
 from ..units import show_bytes
@@ -84,9 +86,16 @@ def fits(
     request: Mapping[str, Any],
     gpu: str,
     cluster: Mapping[str, Any] | None = None,
+    key: str = "",
 ) -> dict[str, Any]:
-    """Build a described model on the virtual GPU, plan it, and answer."""
+    """Build a described model on the virtual GPU, plan it, and answer.
+
+    An answer that rests on a replay is kept under `key`, if there is one.
+    """
     say({"say": "loading torch and the architecture"})
+    opened = OpenedFiles()
+    if key:
+        opened.watch()
     from ..devices import oom
     from ..devices.cuda.gpu_specs import find_gpu
     from ..planning.cluster import Cluster
@@ -118,7 +127,10 @@ def fits(
             raise
         raise DoesNotFit(f"The parameters alone exceed what {gpu} has.", hint="Name another model or GPU.") from None
     ranks = 1 if cluster is None else int(cluster["ranks"])
-    return fits_answer(asked, built[0], gpu, wanted, plan, why) | {"ranks": ranks}
+    answer = fits_answer(asked, built[0], gpu, wanted, plan, why) | {"ranks": ranks}
+    if key and plan is not None and plan.method == cache.REPLAYED:
+        cache.keep(key, answer, stamps(loaded_files() | opened.paths()))
+    return answer
 
 
 def fits_answer(

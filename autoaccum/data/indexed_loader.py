@@ -75,9 +75,22 @@ def _rebatched(loader: Any) -> Any:
     """
     if loader in _kept:
         return _kept[loader]
-    made: DataLoader[Any] = DataLoader(
+    made = with_batches(loader, _MicroBatches(loader.batch_sampler))  # it has no length
+    if loader.persistent_workers:
+        _kept[loader] = made
+    return made
+
+
+def with_batches(loader: Any, batch_sampler: Any) -> DataLoader[Any]:
+    """Return a map-style DataLoader with other batches, and all else its own.
+
+    Args:
+        loader: The user's DataLoader.
+        batch_sampler: Yields the indices of each batch.
+    """
+    return DataLoader(
         loader.dataset,
-        batch_sampler=_MicroBatches(loader.batch_sampler),  # it has no length
+        batch_sampler=batch_sampler,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
@@ -88,9 +101,6 @@ def _rebatched(loader: Any) -> Any:
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
-    if loader.persistent_workers:
-        _kept[loader] = made
-    return made
 
 
 class _MicroBatches:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..devices.cpu import page_cache
 from ..devices.oom import drop_frames, is_out_of_memory
 from ..errors import OutOfMemory
 from ..phases import FIRST, LATER, OnPhase
@@ -24,7 +23,6 @@ from ..runner.peak_monitor import PeakMonitor
 from ..window import fp32_accumulation
 from ..window import norms as batchnorm
 from ..window.context import TrainingContext, open_context
-from ..window.fingerprint import check_fingerprint, fingerprint
 from ..window.step import WindowResult
 from .hugging_face_loss import samples_of
 from .hugging_face_plan import TrainerWorkload, alone, num_items_of
@@ -50,18 +48,15 @@ class WindowTraining:
         self.trainer, self.plan, self.average = trainer, plan, described.average
         with apart():
             self.context = open_context(described.workload)
-        check_fingerprint(fingerprint(self.context), plan.provenance.fingerprint)
-        page_cache.apply_planned(plan.device)
+        compatibility.open_plan(self.context, described.workload, plan)
+        if self.average.remark:
+            log.warning("%s", self.average.remark)
         self.sizing = HostSizing(plan, least)
         self.recovery = OomRecovery(self.context, plan, self.sizing, self._train_pieces)
         self.peak_monitor = PeakMonitor(self.context.device, plan)
         self.ranks = trainer.accelerator.num_processes
         self._model: Any = None
         self._all_ranks_count: int | None = None
-        compatibility.refuse_graphs(self.context, plan.accumulation_steps)
-        remarks = [self.average.remark, *compatibility.warnings(self.context, described.workload, plan)]
-        for text in filter(None, remarks):
-            log.warning("%s", text)
 
     def train(self, model: Any, host: HostWindow) -> torch.Tensor:
         """Train a window in as many attempts as it takes.

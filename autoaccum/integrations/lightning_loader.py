@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
-from torch.utils.data import DataLoader
-
-from ..data.indexed_loader import indices_of_windows
+from ..data.indexed_loader import indices_of_windows, with_batches
 from ..data.loaders import is_map_style, loader_length
 from ..data.windows import windows
 from ..errors import BatchError, UsageError
@@ -96,20 +94,7 @@ def in_windows(loader: Any, target: int, least: int, keys: Any) -> Any:
             )
         return WindowStream(loader, target, least, keys)
     length = loader_length(loader, target, least=least)
-    made: DataLoader[Any] = DataLoader(
-        loader.dataset,
-        batch_sampler=WindowSampler(loader.batch_sampler, target, least, length),
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
-    return made
+    return with_batches(loader, WindowSampler(loader.batch_sampler, target, least, length))
 
 
 class WindowSource:

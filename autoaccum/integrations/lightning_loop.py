@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -19,7 +18,6 @@ import torch
 
 from ..data import split as cutting
 from ..data.window import Window
-from ..devices.cpu import page_cache
 from ..phases import FIRST, LATER, OnPhase
 from ..plan import Plan
 from ..runner import compatibility
@@ -29,12 +27,9 @@ from ..runner.sizing import Sizing
 from ..window import fp32_accumulation
 from ..window import norms as batchnorm
 from ..window.context import TrainingContext, open_context
-from ..window.fingerprint import check_fingerprint, fingerprint
 from ..window.step import WindowResult
 from ..workload import Batch, Workload
 from .lightning_plan import loss_of
-
-log = logging.getLogger("autoaccum")
 
 _TRANSFER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -58,16 +53,12 @@ class LightningWindows:
     def __init__(self, trainer: Any, workload: Workload, plan: Plan) -> None:
         self.trainer, self.plan, self.skipped = trainer, plan, False
         self.context = open_context(workload)
-        check_fingerprint(fingerprint(self.context), plan.provenance.fingerprint)
-        page_cache.apply_planned(plan.device)
+        compatibility.open_plan(self.context, workload, plan)
         least = max(plan.request.min_micro_batch, batchnorm.least_micro_batch(self.context.norms, workload.batchnorm))
         self.sizing = Sizing(plan, least, shared=workload.shared, per_sample=workload.per_sample)
         self._recovery = OomRecovery(self.context, plan, self.sizing, self._train_pieces)
         self._monitor = PeakMonitor(self.context.device, plan)
         self._on_host = True
-        compatibility.refuse_graphs(self.context, plan.accumulation_steps)
-        for text in compatibility.warnings(self.context, workload, plan):
-            log.warning("%s", text)
 
     def run(self, loop: Any, optimizer: Any, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
         """Train one window, and step.

@@ -28,6 +28,7 @@ from ..plan import Plan
 from ..planning.request import PlanRequest
 from ..window.norms import least_micro_batch
 from .hugging_face_checks import cannot_be_cut, check_plan_of, refuse_unsupported, target_of, whole_window_only
+from .hugging_face_memory import in_smaller_batches, optimizer_step_named
 from .hugging_face_plan import describe, make_plan, quietly
 from .hugging_face_training import WindowTraining
 from .hugging_face_window import HostWindow, WindowCollator
@@ -113,6 +114,19 @@ class ExactTrainerMixin(_Base):
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._plan_once()
         return prepared
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; name an out-of-memory of the optimizer."""
+        with optimizer_step_named(self):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the Trainer does, in smaller batches after an out-of-memory."""
+        return in_smaller_batches(self, lambda: super(ExactTrainerMixin, self).evaluate(*args, **kwargs))
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as the Trainer does, in smaller batches after an out-of-memory."""
+        return in_smaller_batches(self, lambda: super(ExactTrainerMixin, self).predict(*args, **kwargs))
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward of a window, in the plan's micro-batches."""

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,6 +57,9 @@ from .target import RecordingTarget
 from .target_tokens import tokens_to_samples
 from .trial import compile_at_answer
 from .verify import solve_and_verify
+
+if TYPE_CHECKING:
+    from .kept_plans import KeptPlans
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def plan_workload(
     *,
     device: str | torch.device | None = None,
     progress: Callable[[str], None] | None = None,
+    kept: KeptPlans | None = None,
 ) -> Plan:
     """Plan a workload on its model's device.
 
@@ -158,6 +162,7 @@ def plan_workload(
         request: The request.
         device: The device that the model must be on; None for any.
         progress: Called with progress messages.
+        kept: Where an earlier plan may be found, and this one is kept; None for nowhere.
 
     Raises:
         UsageError: The request cannot be met, whatever the memory.
@@ -172,8 +177,12 @@ def plan_workload(
     environment = _environment_of(workload.model, device)
     if progress is not None:
         environment = replace(environment, progress=progress)
-    plan = plan_in(environment, workload, request, assumed=assumed)
-    return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
+
+    def make() -> Plan:
+        plan = plan_in(environment, workload, request, assumed=assumed)
+        return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
+
+    return make() if kept is None else kept.answer(environment.device, workload, request, make)
 
 
 def plan_in(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,6 +32,9 @@ from .request import PlanRequest
 from .spread import spread
 from .target import RecordingTarget
 
+if TYPE_CHECKING:
+    from .kept_plans import KeptPlans
+
 
 def plan_on_gpu(
     source: str | Callable[[str], Workload] | None,
@@ -40,6 +44,7 @@ def plan_on_gpu(
     progress: Callable[[str], None],
     cluster: Cluster | None = None,
     change: Callable[[Workload], Workload] = lambda workload: workload,
+    kept: KeptPlans | None = None,
 ) -> Plan:
     """Plan in this process, on its GPU, for training in another.
 
@@ -51,6 +56,7 @@ def plan_on_gpu(
         progress: Called with progress messages.
         cluster: The GPUs that train together, where that is not one.
         change: Called with the workload before its model is moved to the device.
+        kept: Where an earlier plan may be found, and this one is kept; None for nowhere.
 
     Raises:
         UsageError: There is no GPU, or the workload cannot be used.
@@ -76,8 +82,12 @@ def plan_on_gpu(
     make_predictor = predictor_cuda.make_predictor if gpu is None else predictor_virtual.make_predictor
     subject = RecordingTarget if gpu is None else predictor_virtual.UninitializedTarget
     environment = PlanningEnvironment(device, make_predictor, build, keep=False, progress=progress, subject=subject)
-    plan = build_plan.with_note(plan_in(environment, workload, request), note)
-    return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
+
+    def make() -> Plan:
+        plan = build_plan.with_note(plan_in(environment, workload, request), note)
+        return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
+
+    return make() if kept is None else kept.answer(device, workload, request, make)
 
 
 def build_on(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..processes.child import Say
+from .cache import OFF
 from .request import PlanRequest
 
 
@@ -17,6 +18,7 @@ def plan(
     device: str = "cpu",
     gpu: str | None = None,
     cluster: Mapping[str, Any] | None = None,
+    cache: str = OFF,
 ) -> dict[str, Any]:
     """Plan a workload and return the plan's JSON.
 
@@ -27,6 +29,10 @@ def plan(
         device: "cpu" or "cuda".
         gpu: Name of the GPU that a virtual one stands in for; None for a real device.
         cluster: The fields of a `Cluster`; None for one GPU.
+        cache: Whether kept plans are used (planning/cache.py).
+
+    Returns:
+        The plan, as "plan"; and whether it was kept before, as `kept_plans.about` says.
     """
 
     def progress(text: str) -> None:
@@ -34,6 +40,10 @@ def plan(
 
     progress("loading torch and the workload")
     wanted = PlanRequest(**{**request, "sizes": tuple(request["sizes"])})
+    from .kept_plans import KeptPlans, about
+
+    kept = KeptPlans(cache)
+    kept.watch()
     if device == "cuda":
         from ..devices.cuda.gpu_specs import find_gpu
         from .cluster import Cluster
@@ -45,9 +55,11 @@ def plan(
             gpu=find_gpu(gpu) if gpu is not None else None,
             progress=progress,
             cluster=None if cluster is None else Cluster(**cluster),
+            kept=kept,
         )
-        return {"plan": found.to_json()}
+        return {"plan": found.to_json(), **about(kept)}
     from ..processes.workload_source import load_workload
     from .fit import plan_workload
 
-    return {"plan": plan_workload(load_workload(workload), wanted, progress=progress).to_json()}
+    found = plan_workload(load_workload(workload), wanted, progress=progress, kept=kept)
+    return {"plan": found.to_json(), **about(kept)}

@@ -41,7 +41,7 @@ class Look:
         return f"\x1b[{codes}m{text}\x1b[0m" if self.colours and codes and text else text
 
 
-def card(plan: Plan, look: Look, following: str = "", rewrite: Callable[[str], str] = str) -> str:
+def card(plan: Plan, look: Look, following: str = "", rewrite: Callable[[str], str] = str, origin: str = "") -> str:
     """Return a plan in a few lines: device, split, peak, exactness, next.
 
     Args:
@@ -49,6 +49,7 @@ def card(plan: Plan, look: Look, following: str = "", rewrite: Callable[[str], s
         look: What the terminal can show.
         following: The command to type next.
         rewrite: Called with each text, to put flags in place of arguments.
+        origin: Where the plan comes from, if it was not made just now.
     """
     lines = [
         *_line(look, "device", f"{plan.device.name}, {show_bytes(plan.budget_bytes)} to use"),
@@ -56,6 +57,8 @@ def card(plan: Plan, look: Look, following: str = "", rewrite: Callable[[str], s
         *_peak(look, plan),
         *_line(look, "exactness", plan.exactness, _colour_of(plan.exactness)),
     ]
+    if origin:
+        lines += _line(look, "planned", origin)
     for note in plan.notes:
         lines += _line(look, "note", _first_sentence(rewrite(note)))
     if following:

@@ -6,23 +6,47 @@ afterwards (runner/state_changes.py), and hooks that update parameters are refus
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from ..data.collated import COLLATED
+from ..devices.cpu import page_cache
 from ..errors import UsageError
 from ..plan import Plan
 from ..simulation.solver import CAPACITY_MARGIN
 from ..torch_compat import accumulation_hooks, compiler_backends, gradient_hooks, wrapped_backends
 from ..window import norms
 from ..window.context import TrainingContext
+from ..window.fingerprint import check_fingerprint, fingerprint
 from ..window.trained_parameters import left_out_note
 from ..workload import Workload
 from .backward_updates import hook_title
 
+log = logging.getLogger("autoaccum")
+
 _BACKEND_DEPTH = 4  # compilers that are wrapped in one another
+
+
+def open_plan(context: TrainingContext, workload: Workload, plan: Plan) -> None:
+    """Prepare a process to train windows by a plan, and warn.
+
+    Args:
+        context: What is trained.
+        workload: The workload, as it was planned.
+        plan: The plan.
+
+    Raises:
+        PlanMismatch: The plan was made for another model, loss, optimizer, precision, device or version.
+        UsageError: The model is captured in CUDA graphs.
+    """
+    check_fingerprint(fingerprint(context), plan.provenance.fingerprint)
+    page_cache.apply_planned(plan.device)
+    refuse_graphs(context, plan.accumulation_steps)
+    for text in warnings(context, workload, plan):
+        log.warning("%s", text)
 
 
 def refuse_graphs(context: TrainingContext, steps: int) -> None:

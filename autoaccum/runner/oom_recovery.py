@@ -146,8 +146,13 @@ def _refuse_optimizer_step(attempt: Attempt, failure: str) -> None:
     if exchange is not None and exchange.is_private:
         return  # it was about to say that its gradient is there: no rank has stepped
     if attempt.phase == OPTIMIZER:
-        raise OutOfMemory(
-            f"The optimizer step ran out of memory ({failure}).",
-            "Parameters may be updated in part, so the window can't be repeated; its size doesn't matter here.",
-            "Plan again with less memory (budget=), or load the last checkpoint and use a leaner optimizer.",
-        )
+        raise optimizer_step_failed(failure)
+
+
+def optimizer_step_failed(failure: str) -> OutOfMemory:
+    """Return the error for an optimizer that ran out of memory."""
+    return OutOfMemory(
+        f"The optimizer step ran out of memory ({failure}).",
+        "Parameters may be updated in part, so the window can't be repeated; its size doesn't matter here.",
+        "Plan again with less memory (budget=), or load the last checkpoint and use a leaner optimizer.",
+    )

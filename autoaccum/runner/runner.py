@@ -20,7 +20,6 @@ from ..data.sample import float_type
 from ..data.tree import as_tensors
 from ..data.window import Window
 from ..data.windows import windows
-from ..devices.cpu import page_cache
 from ..errors import BatchError, UsageError
 from ..plan import Plan
 from ..ranks.agreement import together
@@ -29,7 +28,7 @@ from ..simulation.solver import rank_share
 from ..state.rng import put_rng
 from ..units import check_seconds
 from ..window import norms, step
-from ..window.fingerprint import check_fingerprint, check_signature, fingerprint, is_collated
+from ..window.fingerprint import check_signature, is_collated
 from ..window.scheduling import step_after_epoch
 from ..workload import Batch, Workload, as_workload
 from . import compatibility
@@ -123,8 +122,7 @@ class Runner:
         self.workload, self.plan = workload, plan
         self.context = step.open_context(workload)
         self.context.keeps_workspaces = plan.device.keeps_workspaces
-        check_fingerprint(fingerprint(self.context), plan.provenance.fingerprint)
-        page_cache.apply_planned(plan.device)
+        compatibility.open_plan(self.context, workload, plan)
         self.samples = rank_share(plan.target_batch, plan.world_size, rank)
         least = max(plan.request.min_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
         keys = {"shared": workload.shared, "per_sample": workload.per_sample}
@@ -136,9 +134,6 @@ class Runner:
         self._recovery = OomRecovery(self.context, plan, self.sizing)
         if not self.context.model.training:
             self.context.model.train()
-        compatibility.refuse_graphs(self.context, plan.accumulation_steps)
-        for text in compatibility.warnings(self.context, workload, plan):
-            log.warning("%s", text)
 
     @property
     def number(self) -> int:

@@ -155,7 +155,7 @@ class _Search:
         self.taken.add(name)
         self.modules[name] = module
         self.things.append((name, module))
-        if _is_users(type(module).__module__):
+        if is_users(type(module).__module__):
             self.objects.append((module, name, depth))
             self._push_named(vars(module), f"{name}.", depth)
 
@@ -166,9 +166,9 @@ class _Search:
         if function.__dict__:
             self.things.append((function.__name__, function.__dict__))
             self._push_named(function.__dict__, f"{function.__name__}.", depth)
-        names = set(_names(function.__code__))
+        names = set(names_in(function.__code__))
         self.called |= names
-        if _is_users(function.__module__):
+        if is_users(function.__module__):
             for name in sorted(names & function.__globals__.keys()):
                 self._global(function.__globals__, name, names, depth)
 
@@ -176,7 +176,7 @@ class _Search:
         value = variables[name]
         if not isinstance(value, types.ModuleType):
             self._variable(Slot(name, partial(variables.get, name), partial(variables.__setitem__, name)), depth)
-        elif _is_users(value.__name__):  # a file of the user's own, whose variables the code names after a dot
+        elif is_users(value.__name__):  # a file of the user's own, whose variables the code names after a dot
             for inner in sorted(names & vars(value).keys()):
                 if not isinstance(vars(value)[inner], types.ModuleType):
                     self._global(vars(value), inner, names, depth)
@@ -195,7 +195,7 @@ class _Search:
 
     def _class(self, cls: type, depth: int) -> None:
         """Walk a class that holds variables."""
-        if not _is_users(cls.__module__):
+        if not is_users(cls.__module__):
             return
         for name, value in list(vars(cls).items()):
             if not name.startswith("__") and not callable(value) and not hasattr(type(value), "__get__"):
@@ -203,7 +203,7 @@ class _Search:
                 self._variable(Slot(f"{cls.__name__}.{name}", get, partial(setattr, cls, name)), depth)
 
     def _object(self, value: Any, name: str, depth: int) -> None:
-        if _is_users(type(value).__module__) or isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
+        if is_users(type(value).__module__) or isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
             self.things.append((name, value))
             self.objects.append((value, name, depth))
             self._push_named(vars(value), f"{name}.", depth)
@@ -215,7 +215,7 @@ class _Search:
     def _methods(self) -> None:
         """Walk the methods that code calls by name, for their globals."""
         for value, name, depth in self.objects:
-            for cls in filter(lambda cls: _is_users(cls.__module__), type(value).__mro__):
+            for cls in filter(lambda cls: is_users(cls.__module__), type(value).__mro__):
                 methods = (vars(cls).get(method) for method in {"__call__", "forward", *self.called} & vars(cls).keys())
                 found = [method for method in methods if inspect.isfunction(method) and id(method) not in self.seen]
                 self._push(found, name, min(depth, _DEEPEST - 1))
@@ -232,12 +232,12 @@ def _is_of_tensors(value: Any) -> bool:
     return isinstance(value, (nn.Module, torch.Tensor))
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def names_in(code: types.CodeType) -> Iterator[str]:
     """Return the names that code uses, inner functions included."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from names_in(constant)
 
 
 def _defaults(function: Any) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _read_cell(cell: Any) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _is_users(module: str | None) -> bool:
+def is_users(module: str | None) -> bool:
     """Whether code is the user's: not of Python, torch or installed packages."""
     if module is None or module.partition(".")[0] in _OURS:
         return False

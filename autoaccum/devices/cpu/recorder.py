@@ -18,7 +18,7 @@ from ...errors import UsageError
 from ...phases import OnPhase
 from ...processes.fork import ForkFailed, in_copy
 from ...simulation.recording import Event, Phase, Recording, name_blocks
-from ...torch_compat import end_inherited_profiler, is_profiler_on, profiler_events
+from ...torch_compat import end_inherited_profiler, is_profiler_on, native_warnings_left_out, profiler_events
 from ..oom import is_out_of_memory
 
 T = TypeVar("T")
@@ -80,7 +80,8 @@ def _record(run: Callable[[OnPhase], None], micro_batch: int) -> Recording:
         warnings.filterwarnings("ignore", "Warning: Profiler clears events")
         profiler.start()
     try:
-        run(_mark)
+        with native_warnings_left_out():
+            run(_mark)
     finally:
         with _quiet_stderr():
             profiler.stop()
