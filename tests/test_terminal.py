@@ -92,7 +92,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from strategies import made_up_plan
 from autoaccum.cli.plan import _print
-_print(made_up_plan(), None, verbose={verbose})
+_print(made_up_plan(), None, {{"origin": "on Monday; --refresh plans anew", "not_kept": ""}}, verbose={verbose})
 """
 
 
@@ -109,6 +109,7 @@ def test_the_card_on_a_terminal_and_verbose(verbose: bool) -> None:
         text += part
     out = text.decode()
     assert ("\x1b[1m" in out) != verbose and ("baseline" in out) == verbose and "next" in out
+    assert "on Monday; --refresh plans anew" in out
 
 
 def _read(file: int) -> bytes:
@@ -123,7 +124,7 @@ def _read(file: int) -> bytes:
 
 def test_values_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choices("cpu", "cuda")("cu") == ["cuda"]
-    assert gpus("rtx-4") == ["rtx-4090"] == gpus("4090") and "a100-80gb" in gpus("a100")
+    assert gpus("rtx-409") == ["rtx-4090"] == gpus("4090") and "a100-80gb" in gpus("a100")
     (tmp_path / "train.py").write_text(
         "from autoaccum import Workload\ndef build(): return Workload(1)\ndef other(): ...\n"
     )

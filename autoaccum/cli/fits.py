@@ -115,7 +115,7 @@ def _answer(
 
 
 def _ask(description: Description, request: PlanRequest, gpu: str, cluster: Cluster | None, key: str) -> dict[str, Any]:
-    """Plan in a child process on a virtual GPU; it keeps the answer."""
+    """Plan in a child process, which keeps the answer."""
     from ..devices.virtual import planning_environment
     from ..processes.child import call
     from .terminal import progress
