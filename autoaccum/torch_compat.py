@@ -7,13 +7,10 @@ describes what is done instead. Where a torch lacks one, `UnsupportedTorch` name
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,8 +46,6 @@ __all__ = [
 
 # Keys of a module's attributes (torch/nn/modules/module.py), unchanged since torch 1.0.
 PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
-
-_LOG_ERRORS = 2  # c10/util/logging_is_not_google_glog.h: GLOG_ERROR
 
 Entry = dict[str, Any]
 
@@ -175,27 +170,6 @@ def profiler_events(profiler: torch.profiler.profile) -> Iterator[Any]:
         yield node
 
 
-@contextlib.contextmanager
-def native_warnings_left_out() -> Iterator[None]:
-    """Keep torch's native log of warnings silent; Python's warnings stay.
-
-    While memory is profiled, c10/core/CPUAllocator.cpp logs each thousandth freed block that was there before. A build
-    with glog has no such variable, and logs.
-    """
-    library = Path(torch.__file__).parent / "lib" / "libc10.so"
-    try:
-        level = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_log_level")
-    except (OSError, ValueError):
-        yield
-        return
-    before = level.value
-    level.value = max(before, _LOG_ERRORS)
-    try:
-        yield
-    finally:
-        level.value = before
-
-
 # Modes: torch/overrides.py, torch/utils/_python_dispatch.py
 
 
@@ -206,11 +180,6 @@ def active_modes() -> list[str]:
     operations = _find(dispatch, "_get_current_dispatch_mode_stack", "see what changes operations")()
     names = [type(mode).__name__ for mode in (*functions, *operations)]
     return [name for name in names if name != "DeviceContext"]
-
-
-def is_native_operator(value: Any) -> bool:
-    """Return whether an object is one of torch.ops."""
-    return type(value).__module__ == "torch._ops"
 
 
 # Tensors: torch/_tensor.py, torch/storage.py

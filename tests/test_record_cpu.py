@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import nn
 from autoaccum import UsageError, Workload, fit_plan
 from autoaccum.devices import oom
 from autoaccum.devices.cpu.device import CpuDevice
+from autoaccum.devices.cpu.native_log import native_warnings_left_out
 from autoaccum.devices.cpu.recorder import record
 from autoaccum.processes import fork
 from autoaccum.simulation.recording import Recording
@@ -170,3 +173,27 @@ def _chain(links: int) -> Callable[[nn.Module, Any], torch.Tensor]:
         return torch.nn.functional.cross_entropy(out, batch[1])
 
     return loss
+
+
+def test_torchs_own_log_is_silent_while_it_is_profiled() -> None:
+    """Torch logs each thousandth of these blocks. A warning of Python's is seen all the same."""
+
+    def logged(blocks: int) -> int:
+        before = [torch.zeros(4) for _ in range(blocks)]
+        kept = os.dup(2)
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            try:
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True):
+                    before.clear()
+            finally:
+                os.dup2(kept, 2)
+                os.close(kept)
+            file.seek(0)
+            return file.read().count(b"Memory block of unknown size")
+
+    assert logged(1001) > 0
+    with native_warnings_left_out(), pytest.warns(UserWarning, match="mine"):
+        assert logged(1000) == 0
+        warnings.warn("mine", stacklevel=1)
+    assert logged(1001) > 0

@@ -6,11 +6,8 @@ import ast
 import contextlib
 import inspect
 import json
-import os
 import subprocess
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,36 +139,6 @@ def check_active_modes() -> None:
     assert compat.active_modes() == []
     with torch.device("cpu"), Sees(), compat.TorchDispatchMode():
         assert compat.active_modes() == ["Sees", "TorchDispatchMode"]
-
-
-def check_is_native_operator() -> None:
-    add = torch.ops.aten.add
-    assert compat.is_native_operator(add) and compat.is_native_operator(add.Tensor)
-    assert not compat.is_native_operator(torch.add)
-
-
-def check_native_warnings_left_out() -> None:
-    """Torch logs each thousandth of these blocks. A warning of Python's is seen all the same."""
-
-    def logged(blocks: int) -> int:
-        before = [torch.zeros(4) for _ in range(blocks)]
-        kept = os.dup(2)
-        with tempfile.TemporaryFile() as file:
-            os.dup2(file.fileno(), 2)
-            try:
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True):
-                    before.clear()
-            finally:
-                os.dup2(kept, 2)
-                os.close(kept)
-            file.seek(0)
-            return file.read().count(b"Memory block of unknown size")
-
-    assert logged(1001) > 0
-    with compat.native_warnings_left_out(), pytest.warns(UserWarning, match="mine"):
-        assert logged(1000) == 0
-        warnings.warn("mine", stacklevel=1)
-    assert logged(1001) > 0
 
 
 def check_storage_id() -> None:

@@ -36,7 +36,6 @@ from ..torch_compat import (
     gradient_hooks,
     is_compiled_function,
     is_compiled_wrapper,
-    is_native_operator,
     storage_id,
 )
 
@@ -52,6 +51,7 @@ _BY_TEXT = (
     decimal.Decimal, fractions.Fraction, np.ufunc,
 )  # fmt: skip
 _BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+_OPERATORS = (type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor))
 _BY_TYPE = (type(threading.Lock()), type(threading.RLock()))  # they hold nothing
 _OBJECT_BYTES = object.__basicsize__ + 2 * 8  # and references to its attributes and to what refers weakly to it
 
@@ -204,7 +204,7 @@ class LiveDigest:
             self._feed((value.fget, value.fset), name)
         elif isinstance(value, _BUILT_IN):
             self._write(f"{getattr(value, '__module__', '')} {value.__qualname__}")
-        elif is_native_operator(value):
+        elif isinstance(value, _OPERATORS):
             self._write(str(value))
         else:
             return False

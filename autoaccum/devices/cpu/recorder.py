@@ -18,8 +18,9 @@ from ...errors import UsageError
 from ...phases import OnPhase
 from ...processes.fork import ForkFailed, in_copy
 from ...simulation.recording import Event, Phase, Recording, name_blocks
-from ...torch_compat import end_inherited_profiler, is_profiler_on, native_warnings_left_out, profiler_events
+from ...torch_compat import end_inherited_profiler, is_profiler_on, profiler_events
 from ..oom import is_out_of_memory
+from .native_log import native_warnings_left_out
 
 T = TypeVar("T")
 
