@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .runner.runner import Runner
     from .tuning import SearchSpace, tune
     from .tuning.apply import configure
+    from .window.lanes.gather import gather_window
     from .window.loss_terms import LossTerms
     from .workload import Workload
 
@@ -57,6 +58,7 @@ __all__ = [
     "Workload",
     "configure",
     "fit_plan",
+    "gather_window",
     "tune",
     "windows",
 ]
@@ -69,6 +71,7 @@ _HOMES = {
     "Workload": "workload",
     "configure": "tuning.apply",
     "fit_plan": "planning.fit",
+    "gather_window": "window.lanes.gather",
     "tune": "tuning",
     "windows": "integrations.windows",
 }

@@ -70,7 +70,10 @@ class Workload:
         clip_grad_norm: The largest norm of the whole window's gradient; left out: no clipping.
         batchnorm: How batch normalization is treated within a window: "per_micro_batch", each micro-batch's own
             statistics (another gradient than the whole batch's; the default, with a warning); "merged", the same
-            gradient, but running statistics merged over the window; "frozen", running statistics as they are: exact.
+            gradient, but running statistics merged over the window; "frozen", running statistics as they are: exact;
+            "exact", the whole batch's statistics and gradient: micro-batches run in lanes that meet at each layer.
+        batch_interactions: "exact" lets the micro-batches of a window run in such lanes even without batch
+            normalization, for a model or a loss that calls `autoaccum.gather_window`.
         on_nonfinite: The reaction to a window's gradient that isn't finite: "raise" `NotFinite`, "skip" the step, or
             "warn". A scaler skips it anyway. Left out: not checked, as in a plain loop.
         accumulate: How gradients of bf16 or fp16 parameters add up over a window: in "fp32", cast once for the
@@ -110,6 +113,7 @@ class Workload:
     metric: Callable[[nn.Module], float | torch.Tensor | None] | None = field(default=None, kw_only=True)
     clip_grad_norm: float | None = field(default=None, kw_only=True)
     batchnorm: str | None = field(default=None, kw_only=True)
+    batch_interactions: str | None = field(default=None, kw_only=True)
     on_nonfinite: str | None = field(default=None, kw_only=True)
     accumulate: str = field(default="fp32", kw_only=True)
     between_steps: Callable[[nn.Module], object] | None = field(default=None, kw_only=True)

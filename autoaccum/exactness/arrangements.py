@@ -15,7 +15,7 @@ import torch
 
 from ..errors import AutoaccumError
 from ..window.context import TrainingContext, open_context
-from ..window.norms import find_norms, least_micro_batch
+from ..window.norms import chosen_norms, find_norms, least_micro_batch
 from ..workload import Workload
 from . import advice, batch_leaves, compare, test_batches
 from .case import CheckCase
@@ -60,7 +60,8 @@ def run_cases(workload: Workload, model_copy: FunctionalCopy, max_rows: int) -> 
     Raises:
         Untestable: No arrangement has a usable gradient.
     """
-    least = least_micro_batch(find_norms(workload.model), workload.batchnorm)
+    how = chosen_norms(workload.batchnorm, workload.batch_interactions)
+    least = least_micro_batch(find_norms(workload.model), how)
     if max_rows < 2 * least:
         raise Untestable(f"batch statistics need {2 * least} samples at once to test")
     plain = test_batches.plain(workload, max_rows, least)

@@ -33,6 +33,7 @@ from ..ranks.exchange import Alone
 from ..ranks.group import are_absent, place_here
 from ..ranks.wrapped import refuse_unsupported, unwrapped
 from ..simulation.recording import Event
+from ..simulation.solver import Solution
 from ..state import snapshot as restore
 from ..state.appended import keeper
 from ..state.closures import Holdings, holdings
@@ -41,7 +42,7 @@ from ..window.over_ranks import reduction_of
 from ..window.sharded import drop_unfinished, settle_shards
 from ..window.trained_parameters import left_out_note
 from ..workload import Workload, as_workload
-from . import build_plan, failures, predictor_cpu, schedule
+from . import build_plan, failures, lanes, predictor_cpu, schedule
 from .absent_ranks import absent_ranks
 from .evidence import Evidence
 from .fastest import fastest, time_smaller
@@ -244,23 +245,40 @@ def _plan_samples(
             environment.device.clean()
 
         start_over()
+        recording = stack.enter_context(contextlib.ExitStack())
+        recording.enter_context(lanes.one_after_the_other(context))
         filled_bytes += stack.enter_context(environment.device.holes_filled(threshold))  # where gradients were
         subject = replace(subject, heap_before=environment.device.read_heap(), filled_bytes=filled_bytes)
         compiles = plan_request.verify and compiled.runs_compiled(context)
         predictor = _record_and_predict(
             environment, subject, request, snapshot.host_bytes if snapshot else 0, start_over, compiles=compiles
         )
-        solution, measured = solve_and_verify(predictor, start_over, verify=plan_request.verify, compiles=compiles)
-        timed = time_smaller(predictor, solution, measured, time.perf_counter() - started, start_over)
+        recording.close()
+        solution, measured, in_lanes = _solve(predictor, start_over, plan_request, compiles=compiles)
+        timeable = None if in_lanes else measured
+        timed = time_smaller(predictor, solution, timeable, time.perf_counter() - started, start_over)
         if request.objective == FASTEST:
             solution, measured = fastest(predictor, solution, measured, timed, start_over)
-        rows = most_short_rows(predictor, solution, start_over) if measured is not None and not compiles else None
+        rows = None
+        if measured is not None and not compiles and in_lanes is None:
+            rows = most_short_rows(predictor, solution, start_over)
         plan = build_plan.plan(predictor, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
+        plan = plan if in_lanes is None else lanes.with_lanes(plan, in_lanes)
         if plan_request.check:  # before the state is restored: a forward may change any state
             start_over()
             plan = exact.check_plan(plan, workload, environment.progress)
         start_over()  # the plan's figures for this process hold for its state before planning, its cache empty
         return plan
+
+
+def _solve(
+    predictor: MemoryPredictor, start_over: Callable[[], None], request: PlanRequest, *, compiles: bool
+) -> tuple[Solution, Any, lanes.LanesFound | None]:
+    """Return the solution and its measurement, found in lanes where windows run so."""
+    if not predictor.subject.context.runs_in_lanes:
+        return (*solve_and_verify(predictor, start_over, verify=request.verify, compiles=compiles), None)
+    found = lanes.solve_in_lanes(predictor, start_over, verify=request.verify)
+    return found.solution, found.measured, found
 
 
 def _environment_of(model: torch.nn.Module, device: str | torch.device | None) -> PlanningEnvironment:

@@ -129,7 +129,8 @@ def _micro_batch_limits(
         UsageError: The samples cannot be divided into such micro-batches.
     """
     norms = batchnorm.find_norms(workload.model, held_in_window(workload).modules)
-    least = request.min_micro_batch or batchnorm.least_micro_batch(norms, workload.batchnorm)
+    how = batchnorm.chosen_norms(workload.batchnorm, workload.batch_interactions)
+    least = request.min_micro_batch or batchnorm.least_micro_batch(norms, how)
     most = min(request.max_micro_batch or SEARCH_LIMIT, samples or dataset or SEARCH_LIMIT)
     if workload.max_tokens is not None and workload.lengths:  # at the longest, which is planned for
         most = min(most, max(least, workload.max_tokens // max(workload.lengths)))

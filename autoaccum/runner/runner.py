@@ -124,7 +124,7 @@ class Runner:
         self.context.keeps_workspaces = plan.device.keeps_workspaces
         compatibility.open_plan(self.context, workload, plan)
         self.samples = rank_share(plan.target_batch, plan.world_size, rank)
-        least = max(plan.request.min_micro_batch, norms.least_micro_batch(self.context.norms, workload.batchnorm))
+        least = max(plan.request.min_micro_batch, norms.least_micro_batch(self.context.norms, self.context.batchnorm))
         keys = {"shared": workload.shared, "per_sample": workload.per_sample}
         self.sizing = Sizing(plan, least, max_tokens=workload.max_tokens, **keys)
         self.collates = self.context.collates = is_collated(plan.provenance.signature)

@@ -24,7 +24,9 @@ from ..ranks.wrapped import refuse_unsupported
 from ..state.closures import Holdings, holdings
 from ..workload import Batch, Loss, Workload, class_count, default_loss, is_pair
 from . import loss_terms
-from .norms import Norms, check_choice, find_norms
+from .lanes.baton import Lanes
+from .lanes.limits import refuse_lanes
+from .norms import EXACT, Norms, check_choice, chosen_norms, find_norms
 from .scheduling import Scheduling, read_scheduling
 from .step_arguments import refuse_closure
 from .trained_parameters import refuse_foreign
@@ -58,6 +60,8 @@ class TrainingContext:
         pins_memory: Whether the workload's loader pins memory, so that copies to a GPU can overlap with computing.
         exchange: What a window exchanges with other ranks; None on one rank.
         copies: Brings micro-batches to the device.
+        batch_interactions: "exact" where the micro-batches of a window run in lanes that meet where samples interact.
+        lanes: The lanes' threads, once there are any.
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
             for. Only a loss over all its representations asks.
     """
@@ -75,6 +79,7 @@ class TrainingContext:
     autocast_dtype: torch.dtype | None = None
     encode: Callable[[nn.Module, Batch], Any] | None = None
     batchnorm: str | None = None
+    batch_interactions: str | None = None
     on_nonfinite: str | None = None
     metric: Callable[[nn.Module], Any] | None = None
     scheduling: Scheduling = Scheduling.STEP
@@ -95,10 +100,16 @@ class TrainingContext:
     configuration: str | None = None
     pins_memory: bool = False
     exchange: Alone | None = None
+    lanes: Lanes | None = None
     copies: Copies = field(init=False)
 
     def __post_init__(self) -> None:
         self.copies = Copies(self.device, ahead=self.pins_memory)
+
+    @property
+    def runs_in_lanes(self) -> bool:
+        """Whether windows of several micro-batches run in lanes."""
+        return EXACT in (self.batchnorm, self.batch_interactions)
 
 
 def open_context(workload: Workload) -> TrainingContext:
@@ -125,7 +136,10 @@ def open_context(workload: Workload) -> TrainingContext:
     held = held_in_window(workload)
     refuse_foreign(model, held, optimizer)
     norms = find_norms(model, held.modules)
-    check_choice(norms, workload.batchnorm, model)
+    how = chosen_norms(workload.batchnorm, workload.batch_interactions)
+    check_choice(norms, how, model)
+    if EXACT in (how, workload.batch_interactions):
+        refuse_lanes(norms, model, workload.loss)
     scheduler = workload.scheduler
     if isinstance(scheduler, type) or (scheduler is not None and not hasattr(scheduler, "step")):
         scheduler = _made_scheduler(scheduler, optimizer)
@@ -149,7 +163,8 @@ def open_context(workload: Workload) -> TrainingContext:
         between_steps=workload.between_steps,
         autocast_dtype=_DTYPES.get(workload.precision or ""),
         encode=workload.encode,
-        batchnorm=workload.batchnorm,
+        batchnorm=how,
+        batch_interactions=workload.batch_interactions,
         on_nonfinite=workload.on_nonfinite,
         held=held,
         norms=norms,

@@ -146,6 +146,7 @@ def _window_words(context: TrainingContext) -> str:
         f"groups of {context.samples_per_group}": context.samples_per_group > 1,
         "copies ahead": context.copies.ahead,
         f"batchnorm {context.batchnorm}": context.batchnorm is not None,
+        f"batch interactions {context.batch_interactions}": context.batch_interactions is not None,
         "adds up as parameters": context.accumulate != "fp32",
     }
     return ", ".join(word for word, true in does.items() if true) or "plain"

@@ -2,12 +2,14 @@
 
 Or changes more, and what happens to them within a window.
 
-*Batch normalization* takes the mean and variance of the samples it is given, so those of a micro-batch. Three choices:
+*Batch normalization* takes the mean and variance of the samples it is given, so those of a micro-batch. Four choices:
 
     per_micro_batch   as torch does it: another gradient than the whole batch's, and one update of the running
                       statistics per micro-batch
     merged            the same gradient, but the running statistics become those of the whole window, updated once
     frozen            the running statistics normalize and stay as they are: exact
+    exact             micro-batches run in lanes that meet at each normalization (window/lanes/): the whole batch's
+                      statistics, gradient and running statistics, for the memory of what lanes hold meanwhile
 
 *Instance normalization* takes each sample's own, so its gradient is exact; `merged` covers its running statistics.
 *Spectral normalization* runs its power iteration in each forward; within a window it runs in the first micro-batch
@@ -35,8 +37,9 @@ from ..torch_compat import (
     unbatched_dimensions,
 )
 from ..torch_compat import SpectralNorm as ParametrizedSpectralNorm
+from .lanes.limits import refuse_one_by_one
 
-PER_MICRO_BATCH, MERGED, FROZEN = CHOICES = ("per_micro_batch", "merged", "frozen")
+PER_MICRO_BATCH, MERGED, FROZEN, EXACT = CHOICES = ("per_micro_batch", "merged", "frozen", "exact")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,20 @@ def find_norms(model: nn.Module, held: Mapping[str, nn.Module] | None = None) ->
 
 def least_micro_batch(norms: Norms, how: str | None) -> int:
     """Return the smallest micro-batch allowed: batch statistics need two samples."""
-    return 2 if norms.batch and how != FROZEN else 1
+    return 2 if norms.batch and how not in (FROZEN, EXACT) else 1
+
+
+def chosen_norms(batchnorm: str | None, batch_interactions: str | None) -> str | None:
+    """Return the choice for batch normalizations; exact with exact interactions.
+
+    Raises:
+        UsageError: The two contradict each other, or the second isn't known.
+    """
+    if batch_interactions not in (None, EXACT):
+        raise UsageError(
+            f"batch_interactions {batch_interactions!r} is not known.", hint=f"Leave it out, or use {EXACT!r}."
+        )
+    return batchnorm or batch_interactions
 
 
 def check_choice(norms: Norms, how: str | None, model: nn.Module) -> None:
@@ -120,7 +136,7 @@ def warning(norms: Norms, how: str | None) -> str:
 
 
 def _instance_warning(norms: Norms, how: str | None) -> str:
-    if not norms.instance or how == MERGED:
+    if not norms.instance or how in (MERGED, EXACT):
         return ""
     return (
         f"Instance normalization ({_list(list(norms.instance))}) is exact in its gradient, but its running statistics "
@@ -129,7 +145,7 @@ def _instance_warning(norms: Norms, how: str | None) -> str:
 
 
 def _batch_warning(norms: Norms, how: str | None) -> str:
-    if not norms.batch or how == FROZEN:
+    if not norms.batch or how in (FROZEN, EXACT):
         return ""
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in norms.batch.values())
     running = (
@@ -140,7 +156,7 @@ def _batch_warning(norms: Norms, how: str | None) -> str:
     return (
         f"Batch normalization ({_list(list(norms.batch))}) takes the statistics of micro-batches, so the gradient is "
         f"not that of the whole batch. {'SyncBatchNorm takes them over ranks, not over time. ' * synced}{running}"
-        "batchnorm='frozen' is exact, and so is torch.nn.GroupNorm; "
+        "batchnorm='exact' is, and so are batchnorm='frozen' and torch.nn.GroupNorm; "
         + ("" if how == MERGED else "batchnorm='merged' makes the running statistics exact; ")
         + f"batchnorm={how or PER_MICRO_BATCH!r} accepts it."
     )
@@ -156,6 +172,7 @@ class Window:
         self.norms = norms
         self.merges = how == MERGED and steps > 1
         self.freezes = how == FROZEN
+        self.meets = how == EXACT and steps > 1
         self.steps = steps
         self.collecting = False
         self.merged: list[_Merging] = []
@@ -192,6 +209,8 @@ class Window:
         Args:
             again: It repeats a forward whose statistics were collected.
         """
+        if self.meets:
+            refuse_one_by_one()
         for merging in self.merged if not again else ():
             merging.calls = 0
         self.collecting = not again
@@ -201,6 +220,13 @@ class Window:
             self.collecting = False
         if self.norms.spectral and not self._iterated and self.steps > 1:
             self._iterated = [(module, _set_iterating(module, False)) for module in self.norms.spectral]
+
+    def iterate(self, iterates: bool) -> None:
+        """Switch spectral normalizations' iteration: on in the first lane only."""
+        for module in self.norms.spectral:
+            before = _set_iterating(module, iterates)
+            if len(self._iterated) < len(self.norms.spectral):
+                self._iterated.append((module, before))
 
 
 class _Merging:

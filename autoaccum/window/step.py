@@ -21,7 +21,9 @@ from . import cached_representations, fp32_accumulation, loss_terms
 from . import norms as batchnorm
 from .context import TrainingContext, autocast, encode, forward, open_context
 from .forward_only import forward_only
+from .lanes.training import train_in_lanes
 from .loss_form import LossForm, LossKind, settle_loss_form, window_count
+from .micro_batch import backward, is_nothing, keywords, part_of_window, release_workspaces
 from .optimizer_step import optimizer_step
 from .sharded import reshard
 
@@ -63,9 +65,11 @@ def train_window(
     phase, exchange = on_phase or _no_phase, context.exchange
     steps, samples = len(pieces), sum(sizes)
     form = settle_loss_form(context, pieces)
-    total = window_count(context, form, pieces)
+    # In lanes all losses are there before the first backward, and no forward pass has to count for them.
+    counted = not (context.runs_in_lanes and form.kind is LossKind.SUM)
+    total = window_count(context, form, pieces) if counted else None
     if exchange is not None:
-        pieces, sizes = ((), ()) if _is_nothing(context, total) else (pieces, sizes)  # else 0 / 0 for all ranks
+        pieces, sizes = ((), ()) if is_nothing(context, total) else (pieces, sizes)  # else 0 / 0 for all ranks
         total, samples = exchange.count(total, samples)
         steps += 1  # those of other ranks
     if not context.has_begun:  # whatever this process did before: the first window finds what a fresh one would
@@ -74,10 +78,14 @@ def train_window(
     window_loss: torch.Tensor | None = None
     cache: cached_representations.Cache | None = None
     norms = batchnorm.Window(context.norms, context.batchnorm, steps)
+    in_lanes = context.runs_in_lanes and len(pieces) > 1
     half = fp32_accumulation.wide_parameters(context.model.parameters(), context.accumulate, steps)
     with fp32_accumulation.wide_gradients(half), context.copies.window():
         with norms.entered():
-            for index, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
+            if in_lanes:
+                with phase(FIRST):
+                    window_loss, total = train_in_lanes(context, form, norms, pieces, sizes, total)
+            for index, (piece, size) in enumerate(() if in_lanes else zip(pieces, sizes, strict=True)):
                 with phase(FIRST if index == 0 else LATER):
                     if context.encode is not None and steps > 1:
                         cache = cache or _all_representations(context, norms, pieces)
@@ -86,7 +94,7 @@ def train_window(
                         loss, total = _micro_batch(context, form, norms, piece, size / samples, total)
                     window_loss = loss if window_loss is None else window_loss.add_(loss)
                     del loss
-                    _release_workspaces(context)
+                    release_workspaces(context)
             if cache is not None:
                 cache.after.restore()
         window_loss = _no_loss(context) if window_loss is None else window_loss
@@ -94,10 +102,10 @@ def train_window(
             context.copies.release_copied_ahead()
             if exchange is not None:
                 window_loss = exchange.reduce(half, window_loss)
-            counts_nothing = _is_nothing(context, total)
+            counts_nothing = is_nothing(context, total)
             grad_norm, stepped = optimizer_step(context, half, counts_nothing=counts_nothing, loss=window_loss)
             context.copies.release()
-            _release_workspaces(context)
+            release_workspaces(context)
     return WindowResult(window_loss, samples, grad_norm, stepped)
 
 
@@ -107,26 +115,13 @@ def run_between(context: TrainingContext, *, on_phase: OnPhase | None = None) ->
         with (on_phase or _no_phase)(BETWEEN):
             context.between_steps(context.model)
             reshard(context.model)
-            _release_workspaces(context)
-
-
-def _is_nothing(context: TrainingContext, count: Any) -> bool:
-    """Return whether a count is known to be 0.
-
-    A device that computes nothing has no counts: all read as 0 there, and all of the window is to be recorded.
-    """
-    return count is not None and get_device(context.device).computes and not bool(count)
+            release_workspaces(context)
 
 
 def _no_loss(context: TrainingContext) -> torch.Tensor:
     """Return the loss of a rank without samples that count."""
     dtype = next((p.dtype for p in context.model.parameters() if p.is_floating_point()), torch.float32)
     return torch.zeros((), device=context.device, dtype=torch.promote_types(dtype, torch.float32))
-
-
-def _release_workspaces(context: TrainingContext) -> None:
-    if not context.keeps_workspaces:
-        get_device(context.device).release_workspaces()
 
 
 def _micro_batch(
@@ -145,20 +140,15 @@ def _micro_batch(
     Returns:
         Its part of the window's loss, detached, and what the window counts.
     """
-    # Times the share, which the loss is multiplied by: so what the model adds to its loss is weighted by samples.
-    more = {"num_items_in_batch": torch.as_tensor(loss_terms.nonzero(total) * share)} if form.passes_count else None
     with norms.forward():
-        out = forward(context, piece, more)
+        out = forward(context, piece, keywords(form, share, total))
     counted = loss_terms.count_of(out)
     total = counted if total is None else total
-    reads_count = None if form.passes_count or counted is not None else form.count
-    count = None if reads_count is None else reads_count(piece)
-    if _is_nothing(context, count):
-        return torch.zeros_like(out.detach()), total  # a mean of nothing: its backward is 0 / 0, whatever it is times
-    weight = 1.0 if form.kind is LossKind.ADDED else share
-    loss = loss_terms.part(out, weight, count, None if total is None else loss_terms.nonzero(total))
+    loss = part_of_window(context, form, piece, out, share, total)
+    if loss is None:
+        return torch.zeros_like(out.detach()), total
     del out
-    _backward(context, loss)
+    backward(context, loss)
     return loss.detach(), total
 
 
@@ -174,14 +164,14 @@ def _all_representations(
         with norms.forward():
             return forward_only(context, lambda: encode(context, piece), keeps=True)
 
-    def backward(representations: Any) -> torch.Tensor:
+    def backward_of_all(representations: Any) -> torch.Tensor:
         with autocast(context):
             loss = loss_terms.whole(loss_terms.check(context.loss(context.model, representations)))
-        _backward(context, loss)
+        backward(context, loss)
         return loss.detach()
 
     return cached_representations.fill(
-        context.model, encode_first, backward, pieces, context.window_samples, context.held
+        context.model, encode_first, backward_of_all, pieces, context.window_samples, context.held
     )
 
 
@@ -199,12 +189,6 @@ def _from_cache(
 
     cached_representations.repeat(cache, index, encode_again, piece)
     return cache.loss if index == 0 else torch.zeros_like(cache.loss)
-
-
-def _backward(context: TrainingContext, loss: torch.Tensor) -> None:
-    scaled: Any = context.scaler.scale(loss) if context.scaler else loss
-    with loss_terms.graph_is_there():
-        scaled.backward()
 
 
 def _no_phase(name: str) -> AbstractContextManager[Any]:

@@ -1,0 +1,270 @@
+"""Plan windows whose micro-batches run in lanes, by running them.
+
+Everything is recorded for micro-batches one after the other, which is less than what lanes need: on a GPU the inputs of
+each normalization are there for all lanes beside it, and on a CPU all that is saved for the backward. So
+
+    on a CPU    a window in lanes is planned as one micro-batch of all its samples: lanes save no memory there
+    on a GPU    windows in lanes are run, from the steps on that micro-batches one after the other would need, until
+                one fits; then fewer steps are tried between the last that didn't and that one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..devices.base import MALLOC
+from ..errors import DoesNotFit, UsageError
+from ..phases import FIRST, LATER, PHASE_TITLES
+from ..plan import FASTEST, Plan
+from ..simulation.solver import Solution, Split, balanced, uniform_sizes
+from ..units import show_bytes
+from ..window.step import TrainingContext
+from . import failures
+from .predictor import MemoryPredictor
+from .solution import solve
+from .trial import run_for_real
+from .verify import solve_and_verify
+
+STEPS_FACTOR = 1.25  # from a number of lanes that doesn't fit to the next one that is tried
+TRIES = 8  # windows that are run between the most lanes that didn't fit and the fewest that did
+
+
+@dataclass(frozen=True)
+class LanesFound:
+    """What was found out by running windows in lanes.
+
+    Attributes:
+        solution: The split.
+        measured: What its windows used; None where it wasn't run.
+        peak_bytes: The peak that the plan states.
+        phases: The peak of each phase.
+        host_bytes: Most bytes that waited on the host.
+        tried: How each other number of lanes failed.
+    """
+
+    solution: Solution
+    measured: Any
+    peak_bytes: int
+    phases: dict[str, int]
+    host_bytes: int = 0
+    tried: tuple[str, ...] = ()
+
+
+@contextmanager
+def one_after_the_other(context: TrainingContext) -> Iterator[None]:
+    """Run the window's micro-batches without lanes meanwhile, to record them."""
+    before = context.batchnorm, context.batch_interactions
+    if context.runs_in_lanes:
+        context.batchnorm = context.batch_interactions = None
+    try:
+        yield
+    finally:
+        context.batchnorm, context.batch_interactions = before
+
+
+def solve_in_lanes(predictor: MemoryPredictor, start_over: Callable[[], None], *, verify: bool) -> LanesFound:
+    """Find the fewest lanes whose window fits.
+
+    Args:
+        predictor: What is known of micro-batches one after the other.
+        start_over: Puts back what training changed.
+        verify: Whether windows may be run.
+
+    Raises:
+        DoesNotFit: No window in lanes fits.
+        UsageError: The request needs windows to be run, and forbids it.
+    """
+    request = predictor.request
+    if request.objective == FASTEST:
+        raise UsageError(
+            "The fastest micro-batch is not searched for in lanes.",
+            "Fewer lanes are faster, and the plan has the fewest that fit.",
+            "Leave objective out, or use batchnorm='frozen'.",
+        )
+    if predictor.subject.device.memory_model == MALLOC:
+        return _on_host(predictor, start_over, verify=verify)
+    return _on_device(predictor, start_over, verify=verify)
+
+
+def _on_host(predictor: MemoryPredictor, start_over: Callable[[], None], *, verify: bool) -> LanesFound:
+    """Plan lanes as one micro-batch of the whole window."""
+    request = predictor.request
+    samples = request.samples
+    if samples is None:
+        solution, measured = solve_and_verify(predictor, start_over, verify=verify, compiles=False)
+        split = solution.split
+        return LanesFound(solution, measured, predictor.worst_bytes(split), dict(predictor.phases(split)))
+    whole = (samples,)
+    if not predictor.fits_surely(whole):
+        raise _lanes_need_more(predictor, whole)
+    split = next(splits_of(predictor))
+    solution = Solution(split, 1)
+    measured = None
+    if verify:
+        measured, failure = run_for_real(predictor, split)
+        if failure is not None:
+            raise _lanes_need_more(predictor, whole)
+    phases = {name: size for name, size in predictor.phases(whole).items() if name != LATER}
+    return LanesFound(solution, measured, predictor.worst_bytes(whole), phases)
+
+
+def _lanes_need_more(predictor: MemoryPredictor, whole: Split) -> DoesNotFit:
+    try:
+        needed = predictor.needed_bytes(whole)
+    except LookupError:  # no recording is that large
+        needed = predictor.budget.bytes + 1
+    missing = max(1, needed - predictor.budget.bytes)
+    needs = f"needs {show_bytes(needed)}" if missing > 1 else "needs more than was recorded"
+    return DoesNotFit(
+        f"A window of {whole[0]} samples in lanes {needs}; the budget is {show_bytes(predictor.budget.bytes)}.",
+        "On a CPU lanes save no memory: what they save for the backward stays in it, as that of one micro-batch does.",
+        "What would help: a smaller target, batchnorm='frozen' (exact, any micro-batch), or torch.nn.GroupNorm.",
+        missing_bytes=missing,
+    )
+
+
+def splits_of(predictor: MemoryPredictor, fewest: int = 1) -> Iterator[Split]:
+    """Yield the splits of the target, fewest steps first.
+
+    Args:
+        predictor: What is asked for.
+        fewest: Steps to begin with.
+    """
+    request = predictor.request
+    assert request.samples is not None
+    samples = request.samples
+    if request.uniform:
+        sizes = uniform_sizes(samples, min_size=request.least, max_size=request.most)
+        yield from ((size,) * (samples // size) for size in reversed(sizes) if samples // size >= fewest)
+        return
+    for steps in range(max(fewest, -(-samples // request.most)), samples // request.least + 1):
+        yield balanced(samples, steps)
+
+
+def _on_device(predictor: MemoryPredictor, start_over: Callable[[], None], *, verify: bool) -> LanesFound:
+    """Run windows in lanes until the fewest steps that fit are known."""
+    plain = solve(predictor)
+    if plain is None:
+        raise failures.does_not_fit(predictor, (predictor.request.least,), None)
+    if len(plain.split) == 1:
+        solution, measured = solve_and_verify(predictor, start_over, verify=verify, compiles=False)
+        if len(solution.split) == 1:
+            split = solution.split
+            return LanesFound(solution, measured, predictor.worst_bytes(split), dict(predictor.phases(split)))
+        plain = solution
+    if not verify:
+        raise UsageError(
+            "A window in lanes can't be planned without running it: verify=False.",
+            "Its memory isn't predicted from recordings of micro-batches one after the other.",
+            "Let planning verify, or use batchnorm='frozen' or 'merged'.",
+        )
+    return _Search(predictor, start_over, list(splits_of(predictor, len(plain.split)))).run()
+
+
+@dataclass
+class _Search:
+    """The search for the fewest lanes that fit, by running them.
+
+    Attributes:
+        predictor: What is asked for, and the budget.
+        start_over: Puts back what training changed.
+        splits: What may be tried, fewest steps first.
+    """
+
+    predictor: MemoryPredictor
+    start_over: Callable[[], None]
+    splits: list[Split]
+
+    def run(self) -> LanesFound:
+        """Try more lanes until a window fits, then fewer."""
+        failures_found: dict[int, str] = {}
+        at, best = 0, None
+        while best is None:
+            found, failure = self._tried(self.splits[at])
+            if found is not None:
+                best = at, found
+                break
+            failures_found[at] = failure
+            if at == len(self.splits) - 1:
+                raise self._nothing_fits(failure)
+            wanted = STEPS_FACTOR * len(self.splits[at])
+            later = (i for i in range(at + 1, len(self.splits)) if len(self.splits[i]) >= wanted)
+            at = next(later, len(self.splits) - 1)
+        for _ in range(TRIES):
+            low = max((i for i in failures_found if i < best[0]), default=best[0])
+            if best[0] - low <= 1:
+                break
+            middle = (low + best[0]) // 2
+            found, failure = self._tried(self.splits[middle])
+            if found is not None:
+                best = middle, found
+            else:
+                failures_found[middle] = failure
+        tried = tuple(f"{len(self.splits[i])} lanes {text}" for i, text in sorted(failures_found.items()))
+        return replace(best[1], tried=tried)
+
+    def _tried(self, split: Split) -> tuple[LanesFound | None, str]:
+        predictor = self.predictor
+        self.start_over()
+        measured, failure = run_for_real(predictor, split)
+        if failure is not None:
+            return None, failure
+        peak = int(measured.peak_bytes)  # type: ignore[union-attr]
+        if not predictor.holds(measured) or peak > predictor.usable_bytes:
+            return None, f"reserved {show_bytes(peak)}, with a margin of 2 % to keep"
+        phases = dict(predictor.phases(split))
+        phases.pop(LATER, None)
+        return LanesFound(Solution(split, 1), measured, peak, {**phases, FIRST: peak}), ""
+
+    def _nothing_fits(self, failure: str) -> DoesNotFit:
+        split, budget = self.splits[-1], self.predictor.budget
+        return DoesNotFit(
+            f"Not even {len(split)} lanes of {split[0]} fit: their window {failure}; the budget is "
+            f"{show_bytes(budget.bytes)}.",
+            "At each normalization its input is on the device for all lanes.",
+            "What would help: a larger budget, a smaller target, or batchnorm='frozen', which is exact, too.",
+            missing_bytes=1,
+        )
+
+
+def with_lanes(plan: Plan, found: LanesFound) -> Plan:
+    """State in a plan what running windows in lanes showed."""
+    if plan.accumulation_steps == 1:
+        return plan
+    on_cuda = plan.on_cuda
+    method = (
+        "windows in lanes were run, each number of steps separately"
+        if on_cuda
+        else "a window in lanes is planned as one micro-batch of all its samples"
+    )
+    tried = f"; {', '.join(found.tried)}" if found.tried else ""
+    reasons = {
+        **plan.provenance.reasons,
+        "method": method,
+        "accumulation_steps": f"the fewest lanes that fit by running them{tried}"
+        if on_cuda
+        else plan.provenance.reasons["accumulation_steps"],
+        "fewer_steps": f"fewer lanes were not found to fit{tried}"
+        if on_cuda
+        else "fewer steps need no less memory on a CPU, and are not slower",
+    }
+    note = f"Micro-batches run in lanes that meet where samples interact: {method}."
+    peak = max(found.phases, key=lambda name: found.phases[name])
+    memory = replace(
+        plan.memory,
+        predicted_peak_bytes=found.peak_bytes,
+        phases=found.phases,
+        binding_constraint=f"{PHASE_TITLES[peak]}, this process",
+        history_bytes=0,
+        plain_loop_peak_bytes=None,
+        composition={},
+        timeline=(),
+    )
+    evidence = replace(plan.evidence, method="bracketed" if on_cuda else plan.evidence.method)
+    if on_cuda:
+        evidence = replace(evidence, this_process_peak_bytes=found.peak_bytes)
+    provenance = replace(plan.provenance, reasons=reasons, notes=(note, *plan.notes))
+    return replace(plan, memory=memory, evidence=evidence, provenance=provenance)

@@ -1,0 +1,1 @@
+"""Run a window's micro-batches in lanes that meet where samples interact."""

@@ -1,0 +1,80 @@
+"""Order the backward of lanes: meeting by meeting, lane by lane.
+
+Autograd runs nodes in reverse order of creation, by a counter that each thread has for itself. By the counters of many
+threads all lanes would go back abreast, one operation after the other, and hold the gradients of as many. With numbers
+as one thread would have given them, a lane goes back all the way to the meeting before the next lane does, and what it
+holds in between is freed first.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...torch_compat import next_sequence_number, sequence_number, set_sequence_number
+
+WIDTH = 2**32  # numbers for each lane between two meetings
+UNCOUNTED = 2**63  # from here on: nodes that accumulate gradients, which always run first
+
+
+class BackwardOrder:
+    """What was created where, in one window.
+
+    Args:
+        lanes: Number of lanes.
+    """
+
+    def __init__(self, lanes: int) -> None:
+        self._lanes = lanes
+        self._bounds: list[list[int]] = [[] for _ in range(lanes)]
+        self._ends: list[list[Any]] = [[] for _ in range(lanes)]
+        self._meetings: list[list[Any]] = []
+
+    def mark(self, lane: int) -> None:
+        """Note in a lane's thread that a meeting is over."""
+        self._bounds[lane].append(next_sequence_number())
+
+    def met(self, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> None:
+        """Note a meeting.
+
+        Args:
+            given: What each lane brought that may have a graph.
+            made: What the meeting made of these.
+        """
+        for lane, tensor in enumerate(given):
+            self.add_end(lane, tensor)
+        self._meetings.append([tensor.grad_fn for tensor in made if tensor.grad_fn is not None])
+
+    def add_end(self, lane: int, tensor: torch.Tensor) -> None:
+        """Note a tensor that a lane's graph leads to."""
+        if tensor.grad_fn is not None:
+            self._ends[lane].append(tensor.grad_fn)
+
+    def apply(self) -> None:
+        """Number all nodes anew, and forget them."""
+        seen: set[Any] = set()
+        for number, nodes in enumerate(self._meetings):
+            for node in nodes:
+                seen.add(node)
+                set_sequence_number(node, ((number + 1) * self._lanes) * WIDTH - 1)
+        for lane, (bounds, ends) in enumerate(zip(self._bounds, self._ends, strict=True)):
+            self._number(lane, bounds, ends, seen)
+        self._meetings = []
+        self._ends = [[] for _ in range(self._lanes)]
+
+    def _number(self, lane: int, bounds: list[int], pending: list[Any], seen: set[Any]) -> None:
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            number = sequence_number(node)
+            if number >= UNCOUNTED:
+                continue
+            part = bisect_right(bounds, number) - 1
+            if part >= 0:  # else it is from before the window
+                set_sequence_number(node, (part * self._lanes + lane) * WIDTH + number - bounds[part])
+            pending.extend(inner for inner, _ in node.next_functions if inner is not None)

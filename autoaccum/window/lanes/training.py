@@ -1,0 +1,170 @@
+"""Train a window's micro-batches in lanes, with one backward for all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...data import split as cutting
+from ...data import tree
+from ...errors import UsageError
+from ...torch_compat import run_backward, write_count
+from ...workload import Batch
+from .. import loss_terms
+from .. import norms as batchnorm
+from ..context import TrainingContext, autocast, encode, forward
+from ..loss_form import LossForm, LossKind
+from ..micro_batch import backward, keywords, part_of_window, release_workspaces
+from .backward_order import BackwardOrder
+from .baton import Lanes
+from .interception import LaneMode, Meetings, RecomputingMode
+from .random_states import RandomStates
+from .thread_state import ThreadState
+
+
+def train_in_lanes(
+    context: TrainingContext,
+    form: LossForm,
+    norms: batchnorm.Window,
+    pieces: Sequence[Batch],
+    sizes: Sequence[int],
+    total: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Run forward and backward of a window whose samples interact.
+
+    Args:
+        context: What is trained.
+        form: What its loss is divided by.
+        norms: What the window does with normalizations.
+        pieces: The micro-batches.
+        sizes: Samples in each.
+        total: What the window counts, where that is known.
+
+    Returns:
+        The window's loss, detached, and what the window counts.
+
+    Raises:
+        UsageError: The lanes don't meet in the same order, or a normalization can't be met.
+    """
+    meetings = Meetings(BackwardOrder(len(pieces)), *_identities(context.norms))
+    before = _writes(context.norms)
+    shares = [size / sum(sizes) for size in sizes]
+
+    def run(piece: Batch, share: float) -> Any:
+        if context.encode is not None:
+            return encode(context, piece)
+        return forward(context, piece, keywords(form, share, total))
+
+    runs = [partial(run, piece, share) for piece, share in zip(pieces, shares, strict=True)]
+    outs = _forward(context, meetings, norms, runs)
+    _refuse_unmet(context.norms, meetings, before)
+    if context.encode is not None:
+        loss: torch.Tensor | None = _loss_of_all(context, outs)
+    else:
+        if form.kind is LossKind.SUM:
+            total = sum(loss_terms.count_of(out) for out in outs)
+        loss = None
+        for piece, share in zip(pieces, shares, strict=True):
+            part = part_of_window(context, form, piece, outs.pop(0), share, total)
+            if part is not None:
+                loss = part if loss is None else loss + part
+    if loss is None:
+        return torch.zeros((), device=context.device), total
+    meetings.order.apply()
+    meetings.gate.open = True
+    with RecomputingMode(meetings):
+        backward(context, loss, run_backward)
+    release_workspaces(context)
+    return loss.detach(), total
+
+
+def _forward(
+    context: TrainingContext, meetings: Meetings, norms: batchnorm.Window, runs: Sequence[Callable[[], Any]]
+) -> list[Any]:
+    """Run all forwards in lanes, and return what they return."""
+    draws, state = RandomStates(context.device, len(runs)), ThreadState(context.device)
+
+    @contextlib.contextmanager
+    def turn(lane: int) -> Iterator[None]:
+        draws.enter(lane)
+        norms.iterate(lane == 0)
+        try:
+            yield
+        finally:
+            draws.leave(lane)
+            release_workspaces(context)
+
+    def in_lane(lane: int, run: Callable[[], Any]) -> Any:
+        meetings.order.mark(lane)
+        with LaneMode(lane, meetings):
+            return run()
+
+    if context.lanes is None:
+        context.lanes = Lanes()
+    works = [state.carried(partial(in_lane, lane, run)) for lane, run in enumerate(runs)]
+    outs = context.lanes.run(works, meetings, turn)
+    for lane, out in enumerate(outs):
+        for tensor in _tensors(out):
+            meetings.order.add_end(lane, tensor)
+    return outs
+
+
+def _loss_of_all(context: TrainingContext, encoded: list[Any]) -> torch.Tensor:
+    """Return the loss of the representations of all lanes, with its graph."""
+    together = cutting.join(encoded)
+    if together is None:
+        raise UsageError(
+            "The representations of two micro-batches can't be joined: they differ in more than their samples.",
+            "A loss over all of them needs tensors with the samples in dimension 0 and one shape for the rest.",
+            "Let encode= return such tensors: pooled over the sequence, or padded to one length.",
+        )
+    encoded.clear()
+    with autocast(context):
+        return loss_terms.whole(loss_terms.check(context.loss(context.model, together)))
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    """Return the tensors that a lane returned: its loss, or its representations."""
+    if isinstance(out, loss_terms.LossTerms):
+        out = [out.sum, out.count, out.extra]
+    return [leaf for _, leaf in tree.leaves(out) if isinstance(leaf, torch.Tensor)]
+
+
+def _identities(norms: batchnorm.Norms) -> tuple[dict[int, str], frozenset[int]]:
+    """Return modules' names by their tensors, and their counts of batches."""
+    names: dict[int, str] = {}
+    for name, module in (*norms.batch.items(), *norms.instance.items()):
+        for tensor in (module.running_mean, module.weight):
+            if tensor is not None:
+                names.setdefault(id(tensor), name)
+    modules = (*norms.batch.values(), *norms.instance.values())
+    counts = (module.num_batches_tracked for module in modules)
+    return names, frozenset(id(count) for count in counts if count is not None)
+
+
+def _writes(norms: batchnorm.Norms) -> dict[str, int]:
+    """Return how often each module's running statistics were written to."""
+    found = {name: module.running_mean for name, module in norms.batch.items()}
+    return {name: write_count(mean) for name, mean in found.items() if mean is not None}
+
+
+def _refuse_unmet(norms: batchnorm.Norms, meetings: Meetings, before: dict[str, int]) -> None:
+    """Refuse modules that took statistics of single micro-batches unseen.
+
+    Raises:
+        UsageError: Names one.
+    """
+    met = {identity for place in meetings.met for identity in place if isinstance(identity, int)}
+    for name, writes in before.items():
+        mean = norms.batch[name].running_mean
+        if mean is not None and write_count(mean) != writes and id(mean) not in met:
+            raise UsageError(
+                f"{name or 'The model'} ({type(norms.batch[name]).__name__}) took the statistics of single "
+                "micro-batches.",
+                "It doesn't call torch.nn.functional.batch_norm, where the micro-batches of a window meet.",
+                "Use batchnorm='frozen', 'merged' or 'per_micro_batch', or torch.nn.BatchNorm in its place.",
+            )

@@ -1,0 +1,68 @@
+"""Weight one micro-batch's loss within its window, and run backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..devices.registry import get_device
+from ..workload import Batch
+from . import loss_terms
+from .context import TrainingContext
+from .loss_form import LossForm, LossKind
+
+
+def is_nothing(context: TrainingContext, count: Any) -> bool:
+    """Return whether a count is known to be 0.
+
+    A device that computes nothing has no counts: all read as 0 there, and all of the window is to be recorded.
+    """
+    return count is not None and get_device(context.device).computes and not bool(count)
+
+
+def release_workspaces(context: TrainingContext) -> None:
+    """Give cuBLAS's workspaces back, unless they are kept."""
+    if not context.keeps_workspaces:
+        get_device(context.device).release_workspaces()
+
+
+def keywords(form: LossForm, share: float, total: Any) -> dict[str, Any] | None:
+    """Return the keywords of a model that divides by the count itself."""
+    # Times the share, which the loss is multiplied by: so what the model adds to its loss is weighted by samples.
+    return {"num_items_in_batch": torch.as_tensor(loss_terms.nonzero(total) * share)} if form.passes_count else None
+
+
+def part_of_window(
+    context: TrainingContext, form: LossForm, piece: Batch, out: Any, share: float, total: Any
+) -> torch.Tensor | None:
+    """Return a micro-batch's part of the window's loss, or None.
+
+    None where it counts nothing.
+
+    A mean of nothing is no part: its backward is 0 / 0, whatever it is multiplied by.
+
+    Args:
+        context: What is trained.
+        form: What its loss is divided by.
+        piece: The micro-batch.
+        out: What the loss returned.
+        share: The micro-batch's part of the window's samples.
+        total: What the window counts; None where nothing is counted.
+    """
+    reads_count = None if form.passes_count or loss_terms.count_of(out) is not None else form.count
+    count = None if reads_count is None else reads_count(piece)
+    if is_nothing(context, count):
+        return None
+    weight = 1.0 if form.kind is LossKind.ADDED else share
+    return loss_terms.part(out, weight, count, None if total is None else loss_terms.nonzero(total))
+
+
+def backward(
+    context: TrainingContext, loss: torch.Tensor, run: Callable[[torch.Tensor], None] = torch.autograd.backward
+) -> None:
+    """Run backward of a loss, scaled where the workload has a scaler."""
+    scaled: Any = context.scaler.scale(loss) if context.scaler else loss
+    with loss_terms.graph_is_there():
+        run(scaled)

@@ -1,0 +1,565 @@
+"""Lanes: a window's micro-batches meet where samples interact, and its gradient is one whole batch's."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_train import FP32, FP64, NAIVE, Capture, cut, one_thread, runner_for, seen, vectors  # noqa: F401
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import autoaccum
+from autoaccum import UsageError, Workload
+from autoaccum.window import norms
+from autoaccum.window.lanes.baton import Lanes, Request, current_lane
+from autoaccum.window.step import WindowResult, open_context, train_window
+from autoaccum.workload import default_loss
+
+SIZES = (7, 1, 4, 4)
+
+
+def images(n: int = 16, depth: tuple[int, ...] = (6, 6), dtype: torch.dtype = torch.float64) -> Any:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 2, *depth, generator=g, dtype=torch.float64)
+    return (x * torch.linspace(0.2, 3, n).reshape(-1, *[1] * (x.dim() - 1)) + 0.5).to(dtype), torch.arange(n) % 5
+
+
+def net(norm: nn.Module, conv: Any = nn.Conv2d, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(conv(2, 4, 3), norm, nn.ReLU(), conv(4, 3, 2), nn.Flatten(), nn.LazyLinear(5)).to(dtype)
+
+
+def ready(model: nn.Module, batch: Any, loss: Any = default_loss) -> nn.Module:
+    """The model with all its parameters made, and statistics as though it had been trained."""
+    loss(model, batch)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            torch.manual_seed(1)
+            module.running_mean.uniform_(-1, 1)  # type: ignore[operator,union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[operator,union-attr]
+    return model
+
+
+def lanes(model: nn.Module, batch: Any, sizes: tuple[int, ...] = SIZES, **more: Any) -> tuple[Any, WindowResult]:
+    more = {"batchnorm": "exact", "loss": default_loss, **more}
+    context = open_context(Workload(model, batch, optimizer=Capture, **more))
+    result = train_window(context, list(cut(batch, sizes)), sizes)
+    return context.optimizer.seen[-1], result  # type: ignore[attr-defined]
+
+
+def whole(model: nn.Module, batch: Any, loss: Any = default_loss) -> tuple[Any, torch.Tensor]:
+    out = loss(model, batch)
+    out.backward()
+    return [p.grad for p in model.parameters()], out.detach()
+
+
+def distance(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """The relative L2 distance of the flat gradients, and of the worst tensor where that is no mere rounding.
+
+    A bias before a normalization has a gradient of 0: only rounding is left of it.
+    """
+    floor = 1e-3 * torch.cat([each.double().flatten() for each in want]).norm()
+    apart = [(a.double() - b.double()).flatten() for a, b in zip(got, want, strict=True)]
+    worst = max(float(off.norm() / max(b.double().norm(), floor)) for off, b in zip(apart, want, strict=True))
+    return max(worst, flat_distance(got, want))
+
+
+def flat_distance(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """The relative L2 distance of the flat gradients: in half precision, a gradient of 0 is all rounding."""
+    one, other = (torch.cat([each.double().flatten() for each in side]) for side in (got, want))
+    return float((one - other).norm() / other.norm())
+
+
+def agree(model: nn.Module, batch: Any, loss: Any = default_loss, limit: float = FP64, **more: Any) -> None:
+    """Gradient, loss and buffers of a window in lanes are those of one whole batch."""
+    ready(model, batch, loss)
+    twin = copy.deepcopy(model)
+    want, want_loss = whole(twin, batch, loss)
+    got, result = lanes(model, batch, loss=loss, **more)
+    assert distance(got, want) <= limit
+    assert abs(float(result.loss - want_loss)) <= limit * max(1.0, abs(float(want_loss)))
+    for (name, mine), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=limit, atol=limit), name
+
+
+class Scaled(nn.BatchNorm2d):
+    """A normalization as frameworks derive them: more than torch's own forward."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input) + 1
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4),
+        nn.BatchNorm2d(4, affine=False),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.BatchNorm2d(4, momentum=0.7, eps=0.1),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        Scaled(4),
+    ],
+    ids=str,
+)
+def test_images(norm: nn.Module) -> None:
+    for _ in range(2):  # a second window finds the first one's threads and statistics
+        agree(copy.deepcopy(net(norm)), images())
+
+
+def test_timms_normalization_with_its_activation() -> None:
+    from timm.layers import BatchNormAct2d
+
+    agree(net(BatchNormAct2d(4)), images())
+
+
+def test_vectors_sequences_and_volumes() -> None:
+    torch.manual_seed(0)
+    agree(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)).double(), vectors(16))
+    agree(net(nn.BatchNorm1d(4), nn.Conv1d), images(depth=(9,)))
+    agree(net(nn.BatchNorm3d(4), nn.Conv3d), images(depth=(5, 4, 5)))
+
+
+def test_channels_last_and_single_precision() -> None:
+    x, y = images(dtype=torch.float32)
+    model = ready(net(nn.BatchNorm2d(4), dtype=torch.float32), (x, y))
+    agree(model.to(memory_format=torch.channels_last), (x.to(memory_format=torch.channels_last), y), limit=FP32)
+
+
+class Tangled(nn.Module):
+    """Norms used twice, shared between branches, in evaluation mode and on what needs no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.still = nn.BatchNorm1d(6), nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        self.one, self.two, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.still.eval()
+        x = self.first(x)
+        branches = self.shared(self.one(x)) + torch.tanh(self.shared(self.two(x)))
+        with torch.no_grad():
+            target = self.shared(branches)
+        return self.head(self.still(self.shared(branches)) + target)
+
+
+def test_norms_used_twice_shared_frozen_and_without_gradients() -> None:
+    torch.manual_seed(0)
+    agree(Tangled().double(), vectors(16))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "squeeze"])
+def test_models_of_torchvision(name: str) -> None:
+    import torchvision
+
+    torch.manual_seed(0)
+    if name == "squeeze":  # the whole table: python -m benchmarks.lanes --exactness
+        model: nn.Module = net(nn.BatchNorm2d(4))
+    else:
+        small = {"densenet121": {"block_config": (2, 2), "growth_rate": 8, "num_init_features": 8}}.get(name)
+        make = torchvision.models.DenseNet if small else getattr(torchvision.models, name)
+        model = make(num_classes=5, **(small or {}))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    batch = torch.randn(6, 2 if name == "squeeze" else 3, 32, 32).double(), torch.arange(6) % 5
+    agree(model.double(), batch, sizes=(3, 2, 1))
+
+
+def test_sums_counts_ignored_labels_and_representations() -> None:
+    def summed(model: nn.Module, batch: Any) -> Any:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
+
+    batch = vectors(16)
+    batch[1][:6] = -100
+    batch[1][7] = -100  # all of the second micro-batch
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)).double()
+    agree(copy.deepcopy(model), batch)
+    got, result = lanes(copy.deepcopy(model), vectors(16), loss=summed)
+    want, loss = whole(copy.deepcopy(model), vectors(16))
+    assert distance(got, want) <= FP64
+    assert float(result.loss) == pytest.approx(float(loss), rel=1e-12)
+    got, _ = lanes(copy.deepcopy(model), vectors(16), encode=lambda m, b: m(b[0]), loss=lambda m, z: _info_nce(z))
+    want, _ = whole(copy.deepcopy(model), vectors(16), lambda m, b: _info_nce(m(b[0])))
+    assert distance(got, want) <= FP64
+
+
+def _info_nce(z: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(z @ z.flip(1).T, torch.arange(len(z)))
+
+
+@pytest.mark.parametrize("kind", ["parametrization", "hook"])
+def test_spectral_normalization_iterates_in_the_first_lane_only(kind: str) -> None:
+    norm = nn.utils.parametrizations.spectral_norm if kind == "parametrization" else nn.utils.spectral_norm
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(norm(nn.Linear(6, 8)), nn.BatchNorm1d(8), norm(nn.Linear(8, 5))).double()
+
+    one, two, batch = made(), made(), vectors(16)
+    want, _ = whole(one, batch)
+    got, _ = lanes(two, batch)
+    assert distance(got, want) <= FP64
+    assert all(
+        torch.equal(a, b) or torch.allclose(a, b, atol=FP64) for a, b in zip(one.buffers(), two.buffers(), strict=True)
+    )
+
+
+# What torch keeps for each thread, and draws
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_within_a_lane_stays_there(dtype: torch.dtype) -> None:
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", dtype):
+            hidden = model[1](model[0](batch[0]))  # type: ignore[index]
+            assert hidden.dtype == dtype
+        assert not torch.is_autocast_enabled("cpu")
+        return F.cross_entropy(model[3](torch.tanh(hidden.float())), batch[1])  # type: ignore[index]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5))
+    batch = vectors(16, dtype=torch.float32)
+    twin, plain = copy.deepcopy(model), copy.deepcopy(model)
+    want, _ = whole(twin, batch, loss)
+    got, _ = lanes(model, batch, loss=loss, scaler=torch.amp.GradScaler("cpu") if dtype == torch.float16 else None)
+    off, _ = lanes(plain, batch, (8, 4, 4), loss=loss, batchnorm=None)
+    rounding = 2 * torch.finfo(dtype).eps
+    assert flat_distance(got, want) <= rounding < 0.1 * flat_distance(off, want)
+
+
+def test_precision_of_the_workload_covers_lanes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5))
+    batch = vectors(16, dtype=torch.float32)
+    twin = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        want, _ = whole(twin, batch)
+    got, _ = lanes(model, batch, precision="bf16")
+    assert flat_distance(got, want) <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+def dropping(**how: Any) -> Callable[[nn.Module, Any], torch.Tensor]:
+    """A loss with random draws on both sides of a normalization, maybe checkpointed."""
+
+    def inner(model: Any, x: torch.Tensor) -> torch.Tensor:
+        hidden = model[1](F.dropout(model[0](x), 0.4, True))
+        return model[3](F.dropout(torch.tanh(model[1](hidden)), 0.4, True))  # type: ignore[no-any-return]
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        x = batch[0].requires_grad_()
+        out = checkpoint(inner, model, x, **how) if how else inner(model, x)
+        return F.cross_entropy(out, batch[1])
+
+    return loss
+
+
+def test_draws_are_reproducible_and_checkpointing_repeats_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)).double()
+    found, twins = [], []
+    for how in ({}, {}, {"use_reentrant": False}):
+        twins.append(copy.deepcopy(model))
+        torch.manual_seed(5)
+        found.append(lanes(twins[-1], vectors(16), loss=dropping(**how))[0])
+        after = torch.rand(1)
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    assert distance(found[2], found[0]) <= FP64
+    assert all(torch.allclose(a, b, atol=FP64) for a, b in zip(twins[0].buffers(), twins[2].buffers(), strict=True))
+    assert int(twins[2][1].num_batches_tracked) == 2
+    torch.manual_seed(5)
+    lanes(copy.deepcopy(model), vectors(16), loss=dropping())
+    assert torch.equal(torch.rand(1), after)  # and the caller's draws go on the same way
+    torch.manual_seed(6)
+    assert distance(lanes(copy.deepcopy(model), vectors(16), loss=dropping())[0], found[0]) > NAIVE
+
+
+def test_a_checkpointed_block_across_a_norm_has_the_whole_batchs_gradient() -> None:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        x = batch[0].requires_grad_()
+        return F.cross_entropy(checkpoint(lambda given: model(given), x, use_reentrant=False), batch[1])
+
+    torch.manual_seed(0)
+    agree(Tangled().double(), vectors(16), loss)
+
+
+# One gradient through all lanes
+
+
+def test_the_backward_goes_lane_by_lane_between_meetings() -> None:
+    order: list[tuple[str, int]] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, name: str) -> torch.Tensor:
+            lane = current_lane()
+            ctx.at = name, -1 if lane is None else lane.index
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            order.append(ctx.at)
+            return grad, None
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        hidden = Watched.apply(Watched.apply(model[0](batch[0]), "a"), "b")
+        hidden = Watched.apply(Watched.apply(model[1](hidden), "c"), "d")
+        return F.cross_entropy(model[3](hidden), batch[1])
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)).double()
+    lanes(model, vectors(16), loss=loss)
+    back = [(name, lane) for pair in (("d", "c"), ("b", "a")) for lane in (3, 2, 1, 0) for name in pair]
+    assert order == back
+
+
+# gather_window
+
+
+def two_towers() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    towers = {name: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)) for name in ("image", "text")}
+    return nn.ModuleDict(towers).double()
+
+
+def clip_loss(model: Any, batch: Any) -> torch.Tensor:
+    """CLIP's loss, as one writes it for one batch, with two words more."""
+    image = autoaccum.gather_window(F.normalize(model["image"](batch[0]), dim=-1))
+    text = autoaccum.gather_window(F.normalize(model["text"](batch[1]), dim=-1))
+    logits = 10 * image @ text.T
+    places = torch.arange(len(logits))
+    return (F.cross_entropy(logits, places) + F.cross_entropy(logits.T, places)) / 2
+
+
+def test_clips_loss_over_the_window() -> None:
+    model, batch = two_towers(), (vectors(16)[0], vectors(16, seed=2)[0])
+    want, loss = whole(copy.deepcopy(model), batch, clip_loss)
+    got, result = lanes(copy.deepcopy(model), batch, loss=clip_loss, batchnorm=None, batch_interactions="exact")
+    assert distance(got, want) <= FP64
+    assert float(result.loss) == pytest.approx(float(loss), rel=1e-12)
+    naive, _ = lanes(copy.deepcopy(model), batch, loss=clip_loss, batchnorm=None)  # outside it returns its argument
+    assert distance(naive, want) > NAIVE
+
+
+def test_a_load_balance_over_the_window() -> None:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        routed = autoaccum.gather_window(model["image"](batch[0]).softmax(-1))
+        chosen = F.one_hot(routed.argmax(-1), 4).to(routed.dtype)
+        balance = 4 * (chosen.mean(0) * routed.mean(0)).sum()
+        return F.mse_loss(model["text"](batch[0]), batch[0][:, :4]) + 0.1 * balance
+
+    model, batch = two_towers(), (vectors(16)[0],)
+    want, _ = whole(copy.deepcopy(model), batch, loss)
+    got, _ = lanes(copy.deepcopy(model), batch, loss=loss, batch_interactions="exact")
+    assert distance(got, want) <= FP64
+    assert distance(lanes(copy.deepcopy(model), batch, loss=loss, batchnorm=None)[0], want) > 1e-3
+
+
+def test_gathering_a_number_is_refused() -> None:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        return autoaccum.gather_window(default_loss(model, batch))
+
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    with pytest.raises(UsageError, match="without dimensions"):
+        lanes(model, vectors(16), loss=loss)
+    assert autoaccum.gather_window(torch.ones(())).dim() == 0  # outside of a window
+
+
+# Limits and faults: each lane ends, and the next window trains
+
+
+def norm_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)).double()
+
+
+def branching(model: Any, batch: Any) -> torch.Tensor:
+    hidden = model[0](batch[0])
+    if len(batch[0]) != 4:
+        hidden = model[1](hidden)
+    return F.cross_entropy(model[3](hidden), batch[1])
+
+
+def failing(model: Any, batch: Any) -> torch.Tensor:
+    hidden = model[1](model[0](batch[0]))
+    if len(batch[0]) == 1:
+        raise KeyError("no such thing")
+    return F.cross_entropy(model[3](model[1](hidden)), batch[1])
+
+
+def penalized(model: Any, batch: Any) -> torch.Tensor:
+    x = batch[0].requires_grad_()
+    out = model(x)
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    return F.cross_entropy(out, batch[1]) + slope.square().mean()
+
+
+def reentrant(model: Any, batch: Any) -> torch.Tensor:
+    out: Any = checkpoint(lambda x: model(x), batch[0].requires_grad_(), use_reentrant=True)
+    return F.cross_entropy(out, batch[1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "said"),
+    [
+        (branching, UsageError, "the first is at batch normalization '1', number 3 is at its end"),
+        (failing, KeyError, "no such thing"),
+        (penalized, UsageError, "takes a gradient through a batch normalization"),
+        (reentrant, UsageError, "'1' is inside a block that torch.utils.checkpoint runs with use_reentrant=True"),
+    ],
+)
+def test_what_lanes_cannot_do_ends_all_of_them_by_name(loss: Any, error: Any, said: str) -> None:
+    model, batch = norm_net(), vectors(16)
+    context = open_context(Workload(model, batch, optimizer=Capture, batchnorm="exact", loss=loss))
+    with pytest.raises(error, match=said):
+        train_window(context, list(cut(batch, SIZES)), SIZES)
+    assert context.lanes is not None
+    assert all(lane.request is None and lane.result is None for lane in context.lanes._lanes)
+    model.zero_grad()
+    context.loss = default_loss
+    want, _ = whole(copy.deepcopy(model), batch)
+    train_window(context, list(cut(batch, SIZES)), SIZES)
+    assert distance(context.optimizer.seen[-1], want) <= FP64  # type: ignore[attr-defined]
+
+
+def test_one_value_in_the_whole_window_is_an_error_as_in_one_batch() -> None:
+    class Lonely(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.out = nn.BatchNorm1d(6), nn.Linear(6, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.norm(x[:1] if len(x) == 1 else x[:0]))
+
+    x, y = vectors(4)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        lanes(Lonely().double(), (x, y), (3, 1), loss=lambda m, b: m(b[0]).sum())
+
+
+def test_a_norm_that_takes_its_statistics_unseen_is_refused_by_name() -> None:
+    class Own(nn.BatchNorm1d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            assert self.running_mean is not None
+            with torch.no_grad():
+                self.running_mean.lerp_(input.mean(0), 0.1)
+            return (input - input.mean(0)) / input.std(0)
+
+    model = nn.Sequential(nn.Linear(6, 8), Own(8), nn.Linear(8, 5)).double()
+    with pytest.raises(UsageError, match=r"1 \(Own\) took the statistics of single micro-batches"):
+        lanes(model, vectors(16), (8, 8))
+
+
+def test_compiled_scripted_and_synchronized_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = {
+        "is compiled": torch.compile(norm_net()),
+        "is a TorchScript module": torch.jit.script(norm_net()),
+        "splits each micro-batch over devices": nn.DataParallel(norm_net()),
+    }
+    for said, model in refused.items():
+        with pytest.raises(UsageError, match=said):
+            open_context(Workload(model, vectors(4), batchnorm="exact"))
+    synced = nn.Sequential(nn.Linear(6, 8), nn.SyncBatchNorm(8), nn.Linear(8, 5))
+    monkeypatch.setattr("autoaccum.window.lanes.limits.ranks_here", lambda: 2)
+    with pytest.raises(UsageError, match="on 2 ranks. 1 takes its statistics over them"):
+        open_context(Workload(synced, vectors(4), batchnorm="exact"))
+    with pytest.raises(UsageError, match="batch_interactions 'some' is not known"):
+        open_context(Workload(norm_net(), vectors(4), batch_interactions="some"))
+
+
+def test_a_loop_without_lanes_refuses() -> None:
+    window = norms.Window(norms.find_norms(norm_net()), "exact", 2)
+    with pytest.raises(UsageError, match="one after the other"), window.entered(), window.forward():
+        pass
+
+
+def test_lanes_run_one_at_a_time_and_their_threads_end_with_them() -> None:
+    running, most = [0], [0]
+
+    def work() -> int:
+        for _ in range(20):
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            sum(range(200))
+            running[0] -= 1
+            lane = current_lane()
+            assert lane is not None
+            lane.ask(Request(("here",), lambda: "here", lane.index, lambda values: [sum(values)] * len(values)))
+        return sum(range(3))
+
+    from contextlib import nullcontext
+
+    team = Lanes()
+    assert team.run([work] * 5, None, lambda lane: nullcontext()) == [3] * 5
+    assert most == [1]
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("autoaccum lane")]
+    assert len(threads) >= 5
+    before = threading.active_count()
+    del team
+    gc.collect()
+    for thread in threads[-5:]:
+        thread.join(5)
+    assert threading.active_count() <= before - 5
+
+
+def test_an_interrupt_waits_for_the_running_lane_and_ends_all() -> None:
+    import _thread
+    from contextlib import nullcontext
+
+    ended: list[int] = []
+
+    def work() -> None:
+        lane = current_lane()
+        assert lane is not None
+        try:
+            if lane.index == 1:
+                _thread.interrupt_main()
+            lane.ask(Request(("here",), lambda: "here", None, lambda values: values))
+        finally:
+            ended.append(lane.index)
+
+    team = Lanes()
+    with pytest.raises(KeyboardInterrupt):
+        team.run([work] * 3, None, lambda lane: nullcontext())
+    assert ended == [0, 1] and all(lane.request is None for lane in team._lanes)
+    assert team.run([lambda: 1] * 3, None, lambda lane: nullcontext()) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_out_of_memory_in_a_lane_trains_the_window_in_smaller_ones(at: int) -> None:
+    def loss(model: nn.Module, batch: Any) -> Any:
+        out = default_loss(model, batch)
+        given.append(len(batch[0]))
+        if len(given) == at + 1 and current_lane() is not None:
+            raise torch.OutOfMemoryError("short")
+        return out
+
+    given: list[int] = []
+    model, batch = norm_net(), vectors(16)
+    twin = copy.deepcopy(model)
+    want, _ = whole(twin, batch)
+    runner = runner_for(Workload(model, vectors(4), optimizer=Capture, batchnorm="exact", loss=default_loss), 16, 4)
+    runner.context.loss, runner.context.loss_is_pair = loss, False
+    result = runner.step(batch)
+    assert result.retries == 1 and max(result.split) < 4
+    assert distance(seen(runner)[-1], want) <= FP64
+    assert int(model[1].num_batches_tracked) == 1  # type: ignore[index,arg-type]
+    assert torch.allclose(model[1].running_var, twin[1].running_var, atol=FP64)  # type: ignore[index,arg-type]
+
+
+def test_a_runner_trains_tails_and_micro_batches_of_one_sample() -> None:
+    model, batch = norm_net(), vectors(16)
+    runner = runner_for(Workload(model, vectors(4), optimizer=Capture, batchnorm="exact"), 4, 1)
+    for samples in (4, 3):
+        part = batch[0][:samples], batch[1][:samples]
+        want, _ = whole(copy.deepcopy(model), part)
+        assert runner.step(part).split == (1,) * samples
+        assert distance(seen(runner)[-1], want) <= FP64
