@@ -392,6 +392,7 @@ def test_the_public_names_are_these_and_each_can_be_imported() -> None:
         "Workload",
         "configure",
         "fit_plan",
+        "gather_window",
         "tune",
         "windows",
     ]

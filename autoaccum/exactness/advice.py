@@ -191,8 +191,9 @@ def _advice_on_module(module: str, seen: str) -> tuple[str, ...]:
     reason = f"The output of {module} for a sample depends on the others in its micro-batch: {seen}."
     if "BatchNorm" in kind:
         return reason, (
-            "Workload(..., batchnorm='frozen') is exact, and so are GroupNorm and LayerNorm in its place. Otherwise "
-            "each micro-batch is normalized separately, which trains, but differs from the large batch."
+            "Workload(..., batchnorm='exact') has the whole batch's statistics and gradient: micro-batches run in "
+            "lanes that meet there. batchnorm='frozen' is exact, too, and so are GroupNorm and LayerNorm in its place. "
+            "Otherwise each micro-batch is normalized separately, which trains, but differs from the large batch."
         )
     return reason, (
         "Only samples in one micro-batch meet there. Train with one accumulation step, or make the module treat each "

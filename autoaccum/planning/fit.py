@@ -274,7 +274,7 @@ def _plan_samples(
 def _solve(
     predictor: MemoryPredictor, start_over: Callable[[], None], request: PlanRequest, *, compiles: bool
 ) -> tuple[Solution, Any, lanes.LanesFound | None]:
-    """Return the solution and its measurement, found in lanes where windows run so."""
+    """Return the solution and its measurement, and what lanes showed."""
     if not predictor.subject.context.runs_in_lanes:
         return (*solve_and_verify(predictor, start_over, verify=request.verify, compiles=compiles), None)
     found = lanes.solve_in_lanes(predictor, start_over, verify=request.verify)

@@ -25,6 +25,7 @@ from ..state.closures import Holdings, holdings
 from ..workload import Batch, Loss, Workload, class_count, default_loss, is_pair
 from . import loss_terms
 from .lanes.baton import Lanes
+from .lanes.host_store import HostStore
 from .lanes.limits import refuse_lanes
 from .norms import EXACT, Norms, check_choice, chosen_norms, find_norms
 from .scheduling import Scheduling, read_scheduling
@@ -62,6 +63,8 @@ class TrainingContext:
         copies: Brings micro-batches to the device.
         batch_interactions: "exact" where the micro-batches of a window run in lanes that meet where samples interact.
         lanes: The lanes' threads, once there are any.
+        host_store: Where lanes on a GPU keep what they save for the backward, once they have.
+        host_memory_bytes: What that may use of the host's memory; None for all but a tenth of what is available.
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
             for. Only a loss over all its representations asks.
     """
@@ -101,6 +104,8 @@ class TrainingContext:
     pins_memory: bool = False
     exchange: Alone | None = None
     lanes: Lanes | None = None
+    host_store: HostStore | None = None
+    host_memory_bytes: int | None = None
     copies: Copies = field(init=False)
 
     def __post_init__(self) -> None:

@@ -192,7 +192,7 @@ def _instance_normalized(
         return F.instance_norm(input, running_mean, running_var, *more, momentum, eps)
     dtype = wide(input.dtype)
     own = [torch.zeros_like(each, dtype=dtype) for each in (running_mean, running_var)]
-    out = F.instance_norm(input, *own, *more, 1.0, eps)
+    out = F.instance_norm(input, own[0], own[1], *more, 1.0, eps)
     call = NormCall(input, running_mean, running_var, momentum=momentum, eps=eps)
     lane = current_lane()
     assert lane is not None

@@ -157,15 +157,17 @@ class Leave(torch.autograd.Function):
         """Return the output's gradient, and this lane's part of two sums."""
         ctx.gate.pass_through()
         h, merged = ctx.saved_tensors
+        mean, variance = merged
+        own = torch.ones_like(mean), mean, variance, mean, torch.rsqrt(variance + ctx.eps)  # CUDA reads the last two
         _, projected, total = torch.ops.aten.native_batch_norm_backward(
-            dy, h, torch.ones_like(merged[0]), merged[0], merged[1], None, None, False, ctx.eps, [False, True, True]
+            dy, h, *own, False, ctx.eps, [False, True, True]
         )
         return dy, torch.stack([total, projected]).to(merged.dtype), None, None, None, None
 
 
 def enter(x: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply `Enter`."""
-    return cast(tuple[torch.Tensor, torch.Tensor], Enter.apply(x, gate))  # type: ignore[no-untyped-call]
+    return cast(tuple[torch.Tensor, torch.Tensor], Enter.apply(x, gate))
 
 
 def join(
@@ -176,7 +178,7 @@ def join(
     rows: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Apply `Join`."""
-    return cast(torch.Tensor, Join.apply(weight, bias, eps, list(counts), *rows))  # type: ignore[no-untyped-call]
+    return cast(torch.Tensor, Join.apply(weight, bias, eps, list(counts), *rows))
 
 
 def leave(
@@ -189,4 +191,4 @@ def leave(
 ) -> torch.Tensor:
     """Apply `Leave`; weight and bias get their gradients by `Join`."""
     own = [None if each is None else each.detach() for each in (weight, bias)]
-    return cast(torch.Tensor, Leave.apply(h, merged, *own, eps, gate))  # type: ignore[no-untyped-call]
+    return cast(torch.Tensor, Leave.apply(h, merged, *own, eps, gate))

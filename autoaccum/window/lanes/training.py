@@ -11,6 +11,7 @@ import torch
 
 from ...data import split as cutting
 from ...data import tree
+from ...devices.registry import get_device
 from ...errors import UsageError
 from ...torch_compat import run_backward, write_count
 from ...workload import Batch
@@ -21,6 +22,7 @@ from ..loss_form import LossForm, LossKind
 from ..micro_batch import backward, keywords, part_of_window, release_workspaces
 from .backward_order import BackwardOrder
 from .baton import Lanes
+from .host_store import HostStore
 from .interception import LaneMode, Meetings, RecomputingMode
 from .random_states import RandomStates
 from .thread_state import ThreadState
@@ -78,6 +80,8 @@ def train_in_lanes(
     meetings.gate.open = True
     with RecomputingMode(meetings):
         backward(context, loss, run_backward)
+    if context.host_store is not None:
+        context.host_store.end()
     release_workspaces(context)
     return loss.detach(), total
 
@@ -98,19 +102,32 @@ def _forward(
             draws.leave(lane)
             release_workspaces(context)
 
-    def in_lane(lane: int, run: Callable[[], Any]) -> Any:
-        meetings.order.mark(lane)
-        with LaneMode(lane, meetings):
-            return run()
-
     if context.lanes is None:
         context.lanes = Lanes()
+    store = _host_store(context)
+
+    def in_lane(lane: int, run: Callable[[], Any]) -> Any:
+        meetings.order.mark(lane)
+        with LaneMode(lane, meetings), contextlib.nullcontext() if store is None else store.moving():
+            return run()
+
     works = [state.carried(partial(in_lane, lane, run)) for lane, run in enumerate(runs)]
     outs = context.lanes.run(works, meetings, turn)
     for lane, out in enumerate(outs):
         for tensor in _tensors(out):
             meetings.order.add_end(lane, tensor)
     return outs
+
+
+def _host_store(context: TrainingContext) -> HostStore | None:
+    """Return what keeps saved tensors on the host; None on a CPU."""
+    if context.device.type == "cpu":
+        return None
+    if context.host_store is None:
+        copies = get_device(context.device).computes
+        context.host_store = HostStore(context.device, context.host_memory_bytes, copies=copies)
+    context.host_store.begin((*context.model.parameters(), *context.model.buffers()))
+    return context.host_store
 
 
 def _loss_of_all(context: TrainingContext, encoded: list[Any]) -> torch.Tensor:
