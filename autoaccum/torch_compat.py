@@ -7,7 +7,6 @@ describes what is done instead. Where a torch lacks one, `UnsupportedTorch` name
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import sys
@@ -271,59 +270,6 @@ def open_fake_group(rank: int, world_size: int) -> None:
         ) from error
     store = _find(module, "FakeStore", "plan for ranks that are not here")()
     torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=world_size)
-
-
-# Autograd's order, and modes of a thread: torch/csrc/autograd/python_cpp_function.cpp, torch/overrides.py
-
-
-def next_sequence_number() -> int:
-    """Return the number that this thread's next node of a graph gets."""
-    return int(_find(torch, "autograd._get_sequence_nr", "order the backward of lanes")())
-
-
-def sequence_number(node: Any) -> int:
-    """Return a node's number: autograd runs nodes with higher ones first."""
-    return int(node._sequence_nr())
-
-
-def set_sequence_number(node: Any, number: int) -> None:
-    """Set a node's number."""
-    node._set_sequence_nr(number)
-
-
-def run_backward(loss: torch.Tensor) -> None:
-    """Run backward of a scalar with this thread's function modes on.
-
-    `torch.autograd.backward` is itself a function that modes see, and while it runs they are off.
-    """
-    run = _find(torch, "autograd.graph._engine_run_backward", "repeat checkpointed blocks in lanes")
-    ones = torch.ones_like(loss, memory_format=torch.preserve_format)
-    run((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def current_modes() -> tuple[list[Any], list[Any]]:
-    """Return this thread's function modes and dispatch modes, outermost first."""
-    functions = _find(torch, "overrides._get_current_function_mode_stack", "carry modes into another thread")
-    dispatches = _find(
-        torch, "utils._python_dispatch._get_current_dispatch_mode_stack", "carry modes into another thread"
-    )
-    return list(functions()), list(dispatches())
-
-
-@contextlib.contextmanager
-def entered_modes(modes: tuple[list[Any], list[Any]]) -> Iterator[None]:
-    """Push another thread's modes in this one, without entering them anew."""
-    functions, dispatches = modes
-    entering = (
-        (functions, torch.overrides._push_mode, torch.overrides._pop_mode),
-        (dispatches, torch.utils._python_dispatch._push_mode, torch.utils._python_dispatch._pop_mode),
-    )
-    with contextlib.ExitStack() as stack:
-        for found, push, pop in entering:
-            for mode in found:
-                push(mode)
-                stack.callback(pop)
-        yield
 
 
 # Modules: torch/nn/modules

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import autoaccum
 from autoaccum import UsageError, Workload
 from autoaccum.window import norms
+from autoaccum.window.lanes import torch_internals
 from autoaccum.window.lanes.baton import Lanes, Request, current_lane
 from autoaccum.window.step import WindowResult, open_context, train_window
 from autoaccum.workload import default_loss
@@ -565,3 +566,54 @@ def test_a_runner_trains_tails_and_micro_batches_of_one_sample() -> None:
         want, _ = whole(copy.deepcopy(model), part)
         assert runner.step(part).split == (1,) * samples
         assert distance(seen(runner)[-1], want) <= FP64
+
+
+# Private names of torch
+
+
+class _Seen(torch.overrides.TorchFunctionMode):
+    """Count the functions that a mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_sequence_numbers_are_read_and_set() -> None:
+    x = torch.ones(2, requires_grad=True)
+    expected = torch_internals.next_sequence_number()
+    node = (x * 2).grad_fn
+    assert torch_internals.sequence_number(node) == expected == torch_internals.next_sequence_number() - 1
+    torch_internals.set_sequence_number(node, 1 << 40)
+    assert torch_internals.sequence_number(node) == 1 << 40
+
+
+def test_modes_are_carried_into_another_thread() -> None:
+    def work() -> None:
+        torch.ones(2).add(1)
+        with torch_internals.entered_modes(carried):
+            torch.ones(2).add(1)
+
+    with _Seen() as mode:
+        carried = torch_internals.current_modes()
+        assert carried[0] == [mode]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert mode.count == 2
+
+
+def test_the_backward_runs_with_modes_on() -> None:
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return (x * 3).exp()
+
+    x = torch.ones(2, requires_grad=True)
+    loss = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum()
+    with _Seen() as mode:
+        torch_internals.run_backward(loss)
+    assert mode.count >= 2  # the second forward is seen
+    assert x.grad is not None and torch.allclose(x.grad, 3 * torch.ones(2).mul(3).exp())

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...torch_compat import next_sequence_number, sequence_number, set_sequence_number
+from .torch_internals import next_sequence_number, sequence_number, set_sequence_number
 
 WIDTH = 2**32  # numbers for each lane between two meetings
 UNCOUNTED = 2**63  # from here on: nodes that accumulate gradients, which always run first

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ...errors import UsageError
-from ...torch_compat import compiled_call, is_compiled_function, is_compiled_wrapper
 from ...ranks.group import ranks_here
+from ...torch_compat import compiled_call, is_compiled_function, is_compiled_wrapper
 
 if TYPE_CHECKING:
     from ..norms import Norms

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...torch_compat import current_modes, entered_modes
+from .torch_internals import current_modes, entered_modes
 
 Result = TypeVar("Result")
 

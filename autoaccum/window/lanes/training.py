@@ -13,7 +13,7 @@ from ...data import split as cutting
 from ...data import tree
 from ...devices.registry import get_device
 from ...errors import UsageError
-from ...torch_compat import run_backward, write_count
+from ...torch_compat import write_count
 from ...workload import Batch
 from .. import loss_terms
 from .. import norms as batchnorm
@@ -26,6 +26,7 @@ from .host_store import HostStore
 from .interception import LaneMode, Meetings, RecomputingMode
 from .random_states import RandomStates
 from .thread_state import ThreadState
+from .torch_internals import run_backward
 
 
 def train_in_lanes(
