@@ -472,7 +472,7 @@ def test_compiled_scripted_and_synchronized_models_are_refused(monkeypatch: pyte
             open_context(Workload(model, vectors(4), batchnorm="exact"))
     synced = nn.Sequential(nn.Linear(6, 8), nn.SyncBatchNorm(8), nn.Linear(8, 5))
     monkeypatch.setattr("autoaccum.window.lanes.limits.ranks_here", lambda: 2)
-    with pytest.raises(UsageError, match="on 2 ranks. 1 takes its statistics over them"):
+    with pytest.raises(UsageError, match=r"on 2 ranks\. 1 takes its statistics over them"):
         open_context(Workload(synced, vectors(4), batchnorm="exact"))
     with pytest.raises(UsageError, match="batch_interactions 'some' is not known"):
         open_context(Workload(norm_net(), vectors(4), batch_interactions="some"))
