@@ -103,7 +103,7 @@ class HostStore:
             write_count(tensor),
         )  # fmt: skip
         known = self._known.get(key)
-        if known is not None and not known[0].expired():
+        if known is not None and not known[0].expired():  # type: ignore[no-untyped-call]
             known[1].uses += 1
             return known[1]
         place = self._place(tensor.nbytes)
@@ -111,7 +111,7 @@ class HostStore:
         if self._copies:
             self._view(kept).copy_(tensor.detach(), non_blocking=True)
         self.saved_bytes += tensor.nbytes
-        self._known[key] = StorageWeakRef(storage), kept
+        self._known[key] = StorageWeakRef(storage), kept  # type: ignore[no-untyped-call]
         return kept
 
     def _moves(self, tensor: torch.Tensor) -> bool:
