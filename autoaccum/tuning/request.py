@@ -108,10 +108,10 @@ def _check_study(file: Path) -> None:
     try:
         if file.is_dir():
             raise UsageError(f"The study {str(file)!r} is a folder.", "A study is one SQLite file.", _OTHER_STUDY)
-        if not file.exists():
-            return
         with file.open("r+b") as opened:
             start = opened.read(len(_SQLITE_MAGIC)) if file.is_file() else b"?"
+    except FileNotFoundError:  # Path.exists() hides other errors from Python 3.14 on
+        return
     except OSError as error:
         why = f"The system reports: {error.strerror}."
         raise UsageError(f"The study {str(file)!r} can't be written.", why, _OTHER_STUDY) from None
