@@ -75,6 +75,7 @@ def test_a_row_holds_what_failed_and_why_tests_were_skipped(
 
     monkeypatch.setenv("MENDED", "1")
     (stored, other) = matrix.read_results("torch-versions")
+    assert matrix.existing(Path(sys.executable), [names[0], "tests/test_few.py::test_gone"]) == [names[0]]
     again = matrix.merged(stored, run(matrix, tmp_path, *json.loads(stored["failures"])), "def")
     path = matrix.store(again, "scripts/matrix")
     assert [again[name] for name in ("passed", "failed", "skipped")] == [3, 1, 3] and other["passed"] == 9
