@@ -217,7 +217,7 @@ def test_a_model_that_cannot_be_lifted_is_bracketed_and_the_plan_says_why() -> N
 
 
 def test_a_budget_too_small_for_two_primes_is_recorded_size_by_size() -> None:
-    fit_plan(net(), (torch.randn(2, 8), torch.zeros(2).long()), target_batch=2)  # what a first plan imports takes memory
+    fit_plan(net(), (torch.randn(2, 8), torch.zeros(2).long()), target_batch=2)  # imports what all of them need
     budget = committed_bytes() + 110 * 2**20
     data = torch.randn(2, 16384, 64), torch.randn(2, 16384, 8)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
