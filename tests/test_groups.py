@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +28,7 @@ from torch.utils.data import DataLoader
 from autoaccum import Plan, PlanMismatch, Runner, UsageError, Workload, fit_plan
 from autoaccum.data.groups import group_sizes
 from autoaccum.exactness.check import check
+from autoaccum.tuning import tasks
 
 
 def network() -> nn.Module:
@@ -141,3 +146,28 @@ def test_what_would_take_groups_apart_is_refused() -> None:
     plan = planned(work, 40, 12)
     with pytest.raises(PlanMismatch, match="groups of 4"):
         Runner(replace(copy.copy(work), samples_per_group=1), plan)
+
+
+def test_tune_refuses_groups_by_name() -> None:
+    with pytest.raises(UsageError, match="groups of 3, which tune doesn't support"):
+        tasks._changed(ExitStack(), work_of(3), None, {})
+
+
+PAIRS = """
+import torch
+from torch import nn
+from autoaccum import Workload
+
+def workload():
+    pairs = lambda m, b: m(b).unflatten(0, (-1, 2)).diff(dim=1).square().mean()
+    return Workload(nn.Linear(4, 4), torch.randn(8, 4), loss=pairs, optimizer="sgd", samples_per_group=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_the_commands_refuse_groups_by_name(command: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    args = [command, "--workload", "pairs.py", "--target-batch", "8", "--memory", "2GiB"]
+    done = subprocess.run([sys.executable, "-m", "autoaccum", *args], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and f"groups of 2, which {command} doesn't support" in done.stderr, done.stderr

@@ -10,10 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import stat
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import numpy as np
+import torch
 
 from ..devices.base import Device
 from ..files import stamps
@@ -26,6 +30,7 @@ from .request import PlanRequest
 
 log = logging.getLogger("autoaccum")
 
+_SEED = 0
 _COARSE_SECONDS = 0.02  # how coarse a file system's times may be
 
 
@@ -48,9 +53,16 @@ class KeptPlans:
         self._mode, self._started, self._opened = mode, time.time(), stamps.OpenedFiles()
 
     def watch(self) -> None:
-        """Note opened files from now on, before the user's code runs."""
+        """Note opened files from now on, before the user's code runs.
+
+        The random states start from one seed, so that a function which sets none makes the same objects each time.
+        torch's own is drawn anew in each process (ATen/CPUGeneratorImpl.cpp), and so are Python's and NumPy's.
+        """
         if self._mode != cache.OFF:
             self._opened.watch()
+            torch.default_generator.manual_seed(_SEED)
+            random.seed(_SEED)
+            np.random.seed(_SEED)
 
     def answer(self, device: Device, workload: Workload, request: PlanRequest, make: Callable[[], Plan]) -> Plan:
         """Return the plan that was kept, or what `make` returns.

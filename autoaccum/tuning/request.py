@@ -117,3 +117,17 @@ def _check_study(file: Path) -> None:
         raise UsageError(f"The study {str(file)!r} can't be written.", why, _OTHER_STUDY) from None
     if start not in (b"", _SQLITE_MAGIC):
         raise UsageError(f"The study {str(file)!r} can't be used.", "It is not a SQLite file.", _OTHER_STUDY)
+
+
+def refuse_groups(samples_per_group: int, command: str) -> None:
+    """Refuse samples in groups.
+
+    Raises:
+        UsageError: There are such.
+    """
+    if samples_per_group > 1:
+        raise UsageError(
+            f"The workload's samples come in groups of {samples_per_group}, which {command} doesn't support.",
+            "It tries micro-batches of any number of samples, and those cut groups apart.",
+            "Plan it, whose micro-batches are whole groups: autoaccum plan.",
+        )

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..configuration import Configuration
-from ..errors import AutoaccumError, DoesNotFit, UsageError
+from ..errors import AutoaccumError, DoesNotFit
 from ..plan import Plan
 from ..processes.child import Say
+from .request import refuse_groups
 
 
 def record(
@@ -107,11 +108,7 @@ def _changed(stack: ExitStack, workload: Any, values: Mapping[str, Any] | None, 
     from ..data.sample import with_sample
     from .apply import configured
 
-    if workload.samples_per_group > 1:
-        raise UsageError(
-            f"The workload's samples come in groups of {workload.samples_per_group}, which tune doesn't know yet.",
-            hint="Plan it: autoaccum plan.",
-        )
+    refuse_groups(workload.samples_per_group, "tune")
     workload, _ = with_sample(workload)
     if values is None:
         facts |= facts_of(workload)

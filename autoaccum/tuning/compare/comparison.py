@@ -13,6 +13,7 @@ from ...planning.environment import versions
 from ...planning.request import PlanRequest
 from ...processes.child import Say, call
 from .. import tune
+from ..request import refuse_groups
 from .candidates import TUNED, Candidate, Comparison, Trained, candidates_for
 
 DEFAULT_TUNE_TRIALS = 12
@@ -63,6 +64,7 @@ def compare(
             env=page_cache.environment_on(device, malloc),
         )["plan"]
     )
+    refuse_groups(plan.request.samples_per_group, "bench")
     left_out: list[str] = []
     if tuned is None:
         tuned, why = _tuned(asked, target_batch, tune_trials, say)
