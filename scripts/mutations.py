@@ -115,6 +115,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('lanes: the statistics have no gradient', 'autoaccum/window/lanes/joint_norm.py', 'along = -direct * scale * projected / ctx.count', 'along = 0 * direct', ('tests/test_lanes.py', '-k', 'images')),
     ('lanes: every lane counts the batch', 'autoaccum/window/lanes/interception.py', 'elif func is torch.Tensor.add_ and self._lane and', 'elif False and', ('tests/test_lanes.py', '-k', 'images')),
     ('lanes: the others stay when one fails', 'autoaccum/window/lanes/baton.py', '                lane.end()\n', '', ('tests/test_lanes.py', '-k', 'ends_all')),
+    ('lanes: parameters move, too', 'autoaccum/window/lanes/host_store.py', 'not in self._stay and _is_dense(tensor)', 'not in () and _is_dense(tensor)', ('tests/test_lanes.py', '-k', 'move_once')),
     ('lanes: one generator for all', 'autoaccum/window/lanes/random_states.py', '        """Continue a lane\'s draws."""\n        self._put(lane)', '        """Continue a lane\'s draws."""', ('tests/test_lanes.py', '-k', 'draws')),
     ('batchnorm: if not self.window.collecting:', 'autoaccum/window/norms.py', '        if not self.window.collecting:\n            return\n', '', ('tests/test_batchnorm.py',)),
     ('batchnorm: merging.end(commit=done)', 'autoaccum/window/norms.py', 'merging.end(commit=done)', 'merging.end(commit=True)', ('tests/test_batchnorm.py',)),

@@ -340,9 +340,9 @@ def test_the_options_of_the_command_line_are_frozen() -> None:
         ],
         "export": ["--force", "--merge", "--output", "--to"],
         "plan": [
-            "--device", "--force", "--gpu", "--gpus", "--headroom", "--json", "--malloc", "--max-micro-batch",
-            "--memory", "--objective", "--output", "--parallel", "--refresh", "--target-batch", "--timing", "--uniform",
-            "--verbose", "--verify", "--workload",
+            "--device", "--force", "--gpu", "--gpus", "--headroom", "--host-memory", "--json", "--malloc",
+            "--max-micro-batch", "--memory", "--objective", "--output", "--parallel", "--refresh", "--target-batch",
+            "--timing", "--uniform", "--verbose", "--verify", "--workload",
         ],
         "report": ["--force", "--output"],
         "run": ["--checkpoint", "--checkpoint-seconds", "--epochs", "--json", "--steps"],

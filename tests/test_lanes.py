@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autoaccum
-from autoaccum import UsageError, Workload
+from autoaccum import OutOfMemory, UsageError, Workload
 from autoaccum.window import norms
-from autoaccum.window.lanes import torch_internals
+from autoaccum.window.lanes import host_store, torch_internals
 from autoaccum.window.lanes.baton import Lanes, Request, current_lane
 from autoaccum.window.step import WindowResult, open_context, train_window
 from autoaccum.workload import default_loss
@@ -323,6 +323,73 @@ def test_the_backward_goes_lane_by_lane_between_meetings() -> None:
     lanes(model, vectors(16), loss=loss)
     back = [(name, lane) for pair in (("d", "c"), ("b", "a")) for lane in (3, 2, 1, 0) for name in pair]
     assert order == back
+
+
+# What waits on the host
+
+
+def stored(monkeypatch: pytest.MonkeyPatch, limit_bytes: int | None = None) -> host_store.HostStore:
+    """A store as a GPU's lanes have it, for tensors of this CPU, of any size."""
+    monkeypatch.setattr(host_store, "THRESHOLD_BYTES", 1)
+    monkeypatch.setattr(host_store, "BUFFER_BYTES", 1 << 12)
+    store = host_store.HostStore(torch.device("cpu"), limit_bytes)
+
+    def found(context: Any) -> host_store.HostStore:
+        context.host_store = store
+        store.begin((*context.model.parameters(), *context.model.buffers()))
+        return store
+
+    monkeypatch.setattr("autoaccum.window.lanes.training._host_store", found)
+    return store
+
+
+def test_what_is_saved_comes_back_from_buffers_that_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stored(monkeypatch)
+    x, y = images()
+    for batch in ((x, y), (x.to(memory_format=torch.channels_last), y)):
+        agree(net(nn.BatchNorm2d(4)), batch)
+        held = store.bytes
+        assert held >= store.saved_bytes > x.nbytes
+        assert store.returned_bytes > store.saved_bytes  # a norm's input comes back twice
+        agree(net(nn.BatchNorm2d(4)), batch)
+        assert store.bytes == held
+    agree(Tangled().double(), vectors(16))
+
+
+def test_parameters_and_what_two_operations_save_move_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stored(monkeypatch)
+    model, x = nn.Linear(6, 8), torch.randn(4, 6)
+    store.begin(model.parameters())
+    with store.moving():
+        hidden = torch.relu(model(x))  # its result is saved by relu and by exp's neighbour
+        out = (hidden * hidden.detach()).sum() + hidden.square().sum()
+    assert store.saved_bytes == x.nbytes + hidden.nbytes
+    out.backward()
+    assert store.returned_bytes <= store.saved_bytes + 3 * hidden.nbytes
+
+
+def test_a_host_that_is_too_small_is_named_before_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stored(monkeypatch, limit_bytes=5000)
+    with pytest.raises(OutOfMemory, match=r"more than 4\.9 KiB on the host"):
+        lanes(ready(net(nn.BatchNorm2d(4)), images()), images())
+    assert store.bytes <= 5000
+
+
+def test_a_plan_for_a_cpu_is_that_of_one_micro_batch_and_trains() -> None:
+    model, batch = norm_net(), vectors(24)
+    work = Workload(model, vectors(4), optimizer=Capture, batchnorm="exact")
+    plan = autoaccum.fit_plan(work, target_batch=24, max_micro_batch=8, check=False)
+    assert plan.split == (8, 8, 8) and plan.memory.host_bytes == 0
+    assert "Micro-batches run in lanes" in plan.notes[0]
+    assert autoaccum.Plan.from_json(plan.to_json()) == plan
+    want, _ = whole(copy.deepcopy(model), batch)
+    runner = autoaccum.Runner(work, plan)
+    assert runner.step(batch).split == (8, 8, 8)
+    assert distance(seen(runner)[-1], want) <= FP64
+    whole_plan = autoaccum.fit_plan(work, target_batch=24, check=False)
+    assert whole_plan.split == (24,) and whole_plan.predicted_peak_bytes == pytest.approx(
+        plan.predicted_peak_bytes, rel=0.05
+    )
 
 
 # gather_window

@@ -67,6 +67,7 @@ def plan(
     uniform: bool = typer.Option(
         False, "--uniform", help="One size for all micro-batches, for trainers that know only one (see export)."
     ),
+    host_memory: str = typer.Option(None, help="What lanes on a GPU may keep on the host, like 24GiB."),
     timing: float = typer.Option(None, help="Seconds to time smaller micro-batches for. Left out: 3 at most, or 30."),
     output: Path = typer.Option(None, "--output", "-o", help="Write the plan to this file, as JSON."),
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),
@@ -79,7 +80,7 @@ def plan(
     request = PlanRequest(
         target_batch=samples, target_tokens=tokens, budget=memory, headroom=headroom, verify=verify, malloc=malloc,
         max_micro_batch=max_micro_batch, objective=objective, timing_seconds=timing, train_in_new_process=True,
-        uniform=uniform,
+        uniform=uniform, host_memory=host_memory,
     )  # fmt: skip
     kinds, cluster = read_gpus(gpu, gpus, parallel)
     refuse_unequal(kinds)
@@ -178,6 +179,7 @@ def _check_request(request: PlanRequest, gpu: str | None) -> None:
     check_samples("--max-micro-batch", request.max_micro_batch)
     check_seconds("--timing", request.timing_seconds)
     check_memory(request.budget, request.headroom)
+    check_memory(request.host_memory, None)
     if request.objective not in OBJECTIVES:
         raise UsageError(f"--objective {request.objective} is not known.", hint=f"Give {' or '.join(OBJECTIVES)}.")
     has_target = request.target_batch is not None or request.target_tokens is not None

@@ -97,6 +97,9 @@ class MemorySection:
         growth_where: The lines that keep them.
         composition: By phase, bytes alive at its peak by category (simulation/breakdown.py), baseline included.
         timeline: Bytes alive through a window of at most three of the split's micro-batches (simulation/timeline.py).
+        host_bytes: On a GPU, with micro-batches in lanes: host memory of what they save for the backward, in pinned
+            buffers, measured; 0 otherwise.
+        host_limit_bytes: What these may use; None for all but a tenth of what is available when training begins.
     """
 
     budget: Budget
@@ -115,6 +118,8 @@ class MemorySection:
     growth_where: str = ""
     composition: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     timeline: tuple[TimelinePart, ...] = ()
+    host_bytes: int = 0
+    host_limit_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -104,13 +104,13 @@ def fit_plan(
     objective: str = FEWEST_STEPS,
     timing_seconds: float | None = None,
     uniform: bool = False,
+    host_memory: str | int | None = None,
     progress: Callable[[str], None] | None = None,
     **workload_kwargs: Any,
 ) -> Plan:
     """Find the fewest accumulation steps that fit, and verify them.
 
-    Afterwards parameters, buffers, optimizer, gradients, modes, random states and plain attributes are bitwise as
-    before, also after an exception or Ctrl-C. On the CPU malloc's setting stays (`DeviceSection.malloc`).
+    Afterwards, or after an exception, parameters, buffers, optimizer, modes and random states are bitwise as before.
 
     Args:
         workload: The workload; or its model, with `Workload`'s other arguments as keywords.
@@ -131,6 +131,7 @@ def fit_plan(
         objective: "fewest-steps", the largest micro-batches; "fastest", the smallest within 1 % of the fastest step.
         timing_seconds: Seconds to time smaller micro-batches for; None for 15 % of planning, at most 3 (30: fastest).
         uniform: Whether all micro-batches must have one size, for trainers that know only one.
+        host_memory: What lanes on a GPU may keep on the host, like "24GiB"; None for 90 % of what is available.
         progress: Called with progress messages.
         **workload_kwargs: `Workload`'s other arguments, if a model is given.
 
@@ -138,10 +139,9 @@ def fit_plan(
         UsageError: An argument is invalid.
         DoesNotFit: Not even the smallest micro-batch fits.
     """
-    rank, world_size = request_here(rank, world_size)
-    request = PlanRequest(
-        target_batch, budget, headroom, max_micro_batch, min_micro_batch, rank, world_size, objective, timing_seconds,
-        verify, check, malloc, train_in_new_process, uniform=uniform, shares=shares,
+    request = PlanRequest(target_batch, budget, headroom, max_micro_batch, min_micro_batch,
+        *request_here(rank, world_size), objective, timing_seconds, verify, check, malloc, train_in_new_process,
+        uniform=uniform, shares=shares, host_memory=host_memory,
     )  # fmt: skip
     return plan_workload(as_workload(workload, sample, workload_kwargs), request, device=device, progress=progress)
 
@@ -263,7 +263,7 @@ def _plan_samples(
         if measured is not None and not compiles and in_lanes is None:
             rows = most_short_rows(predictor, solution, start_over)
         plan = build_plan.plan(predictor, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
-        plan = plan if in_lanes is None else lanes.with_lanes(plan, in_lanes)
+        plan = plan if in_lanes is None else lanes.with_lanes(plan, in_lanes, context.host_memory_bytes)
         if plan_request.check:  # before the state is restored: a forward may change any state
             start_over()
             plan = exact.check_plan(plan, workload, environment.progress)
@@ -277,6 +277,7 @@ def _solve(
     """Return the solution and its measurement, and what lanes showed."""
     if not predictor.subject.context.runs_in_lanes:
         return (*solve_and_verify(predictor, start_over, verify=request.verify, compiles=compiles), None)
+    predictor.subject.context.host_memory_bytes = lanes.host_limit_bytes(request)
     found = lanes.solve_in_lanes(predictor, start_over, verify=request.verify)
     return found.solution, found.measured, found
 

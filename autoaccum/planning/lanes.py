@@ -16,14 +16,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..devices.base import MALLOC
-from ..errors import DoesNotFit, UsageError
+from ..errors import DoesNotFit, OutOfMemory, UsageError
 from ..phases import FIRST, LATER, PHASE_TITLES
 from ..plan import FASTEST, Plan
 from ..simulation.solver import Solution, Split, balanced, uniform_sizes
-from ..units import show_bytes
+from ..units import parse_bytes, show_bytes
 from ..window.step import TrainingContext
 from . import failures
 from .predictor import MemoryPredictor
+from .request import PlanRequest
 from .solution import solve
 from .trial import run_for_real
 from .verify import solve_and_verify
@@ -51,6 +52,11 @@ class LanesFound:
     phases: dict[str, int]
     host_bytes: int = 0
     tried: tuple[str, ...] = ()
+
+
+def host_limit_bytes(request: PlanRequest) -> int | None:
+    """Return the host memory that saved tensors may use, if named."""
+    return None if request.host_memory is None else parse_bytes(request.host_memory, what="an amount of host memory")
 
 
 @contextmanager
@@ -209,7 +215,10 @@ class _Search:
     def _tried(self, split: Split) -> tuple[LanesFound | None, str]:
         predictor = self.predictor
         self.start_over()
-        measured, failure = run_for_real(predictor, split)
+        try:
+            measured, failure = run_for_real(predictor, split)
+        except OutOfMemory as error:  # of the host, whatever the number of lanes
+            raise DoesNotFit(error.what, error.why, error.hint, missing_bytes=1) from None
         if failure is not None:
             return None, failure
         peak = int(measured.peak_bytes)  # type: ignore[union-attr]
@@ -217,7 +226,9 @@ class _Search:
             return None, f"reserved {show_bytes(peak)}, with a margin of 2 % to keep"
         phases = dict(predictor.phases(split))
         phases.pop(LATER, None)
-        return LanesFound(Solution(split, 1), measured, peak, {**phases, FIRST: peak}), ""
+        store = predictor.subject.context.host_store
+        host_bytes = 0 if store is None else store.bytes
+        return LanesFound(Solution(split, 1), measured, peak, {**phases, FIRST: peak}, host_bytes), ""
 
     def _nothing_fits(self, failure: str) -> DoesNotFit:
         split, budget = self.splits[-1], self.predictor.budget
@@ -230,8 +241,14 @@ class _Search:
         )
 
 
-def with_lanes(plan: Plan, found: LanesFound) -> Plan:
-    """State in a plan what running windows in lanes showed."""
+def with_lanes(plan: Plan, found: LanesFound, host_limit_bytes: int | None) -> Plan:
+    """State in a plan what running windows in lanes showed.
+
+    Args:
+        plan: The plan.
+        found: What was found.
+        host_limit_bytes: What saved tensors may use on the host; None where it wasn't named.
+    """
     if plan.accumulation_steps == 1:
         return plan
     on_cuda = plan.on_cuda
@@ -260,6 +277,8 @@ def with_lanes(plan: Plan, found: LanesFound) -> Plan:
         binding_constraint=f"{PHASE_TITLES[peak]}, this process",
         history_bytes=0,
         plain_loop_peak_bytes=None,
+        host_bytes=found.host_bytes,
+        host_limit_bytes=host_limit_bytes,
         composition={},
         timeline=(),
     )

@@ -29,6 +29,8 @@ class PlanRequest:
         train_in_new_process: Whether another process will train, so that the plan need not hold in this one.
         sizes: Micro-batches that the plan's table of peaks must include.
         uniform: Whether all micro-batches must have one size, for tools that know only one.
+        host_memory: What lanes on a GPU may keep on the host, in bytes or like "24GiB"; None for all but a tenth of
+            what is available.
         target_tokens: The target in tokens, over all ranks, in place of samples.
         shares: Over several ranks: "equal", "speed", "memory", or each rank's samples; None to choose.
         samples: This rank's share of the target; None for an equal one.
@@ -51,6 +53,7 @@ class PlanRequest:
     train_in_new_process: bool = False
     sizes: tuple[int, ...] = ()
     uniform: bool = False
+    host_memory: str | int | None = None
     target_tokens: int | None = None
     shares: str | tuple[int, ...] | None = None
     samples: int | None = None

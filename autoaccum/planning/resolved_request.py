@@ -107,6 +107,7 @@ def _check_values(request: PlanRequest) -> None:
     for name in ("target_batch", "max_micro_batch", "min_micro_batch"):
         check_samples(name, getattr(request, name))
     check_memory(request.budget, request.headroom)
+    check_memory(request.host_memory, None)
     target_batch, rank, world_size = request.target_batch, request.rank, request.world_size
     if not 0 <= rank < world_size:
         raise UsageError(f"rank is {rank}, of {world_size} ranks.", hint="Give a rank from 0 to world_size - 1.")

@@ -33,6 +33,7 @@ def summary(plan: Plan) -> str:
             if plan.memory.plain_loop_peak_bytes not in (None, plan.predicted_peak_bytes)
             else []
         ),
+        *([("host", _host(plan))] if plan.memory.host_bytes else []),
         ("why", _why(plan)),
         ("largest", _largest(plan)),
     ]
@@ -121,6 +122,14 @@ def _peak(plan: Plan) -> str:
         else f"{show_bytes(plan.evidence.resident_peak_bytes or 0)} of it resident"
     )
     return f"{text}; {show_bytes(plan.measured_peak_bytes)} {place(plan)} ({error:+.1%}), {part}"
+
+
+def _host(plan: Plan) -> str:
+    """Return what waits on the host, and its limit."""
+    limit = plan.memory.host_limit_bytes
+    most = f"of at most {show_bytes(limit)}" if limit is not None else "of all but a tenth of what is available"
+    used = show_bytes(plan.memory.host_bytes)
+    return f"{used} {most}: pinned buffers for what lanes save for the backward, {place(plan)}"
 
 
 def _by_hand(plan: Plan) -> str:

@@ -1,0 +1,1 @@
+"""Measure batch normalization over a window: exactness, price and use."""

@@ -1,0 +1,38 @@
+"""Measure windows in lanes: `python -m benchmarks.lanes [--exactness | --digits]`.
+
+Without an option: the time of a window in lanes against plain accumulation and one whole batch, on this CPU, and the
+bytes that lanes on a GPU move. `--exactness`: gradients and running statistics against one whole batch's, for models of
+torchvision, a U-Net, a PointNet and a net of volumes. `--digits`: what exact statistics are good for, in two minutes.
+Tables are printed and written to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..tables import markdown, write_results
+from . import digits, exactness, price
+
+
+def main() -> None:
+    """Run one of the measurements."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lanes", description=__doc__)
+    parser.add_argument("--exactness", action="store_true")
+    parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--only", help="names of models, separated by commas")
+    parser.add_argument("--picture", help="where --digits writes its picture")
+    given = parser.parse_args()
+    if given.digits:
+        name, rows = "lanes-digits", digits.run(given.picture)
+    elif given.exactness:
+        name, rows = "lanes-exactness", exactness.run(given.only.split(",") if given.only else None)
+    else:
+        name, rows = "lanes-price", price.run()
+    text = markdown(rows)
+    print(text)
+    if not given.only:
+        print(write_results(name, text, rows))
+
+
+if __name__ == "__main__":
+    main()
