@@ -2,16 +2,19 @@
 
     python tests/rank_groups.py MODULE FOLDER PLAN GROUP...
 
-MODULE has the cases: functions of a rank and its world that return what JSON has. A GROUP is WORLD:case,case,...
+MODULE has the cases: functions of a rank and its world that return what JSON has. A GROUP is WORLD:case,case,... where
+WORLD may have a letter behind it, as in 3a: another group of as many.
 One process imports all there is, and forks every rank of every group; `run_groups` starts it and reads what they said.
 """
 
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,8 +40,8 @@ Said = dict[str, list[Any]]
 
 
 def run_groups(
-    module: str, groups: Mapping[int, Sequence[str]], plan: Plan, folder: Path, timeout: float = 240, env: Any = None
-) -> dict[int, Said]:
+    module: str, groups: Mapping[Any, Sequence[str]], plan: Plan, folder: Path, timeout: float = 600, env: Any = None
+) -> dict[Any, Said]:
     """Run groups one after the other; return what each rank's case returned, by world and case."""
     file = folder / "plan.json"
     plan.save(file)
@@ -48,9 +51,10 @@ def run_groups(
         [sys.executable, "-W", "ignore", __file__, module, str(folder), str(file), *wanted],
         check=True, timeout=timeout, env=given,
     )  # fmt: skip
-    found: dict[int, Said] = {}
+    found: dict[Any, Said] = {}
     for world, cases in groups.items():
-        said = [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+        files = [folder / f"{world}-{rank}.json" for rank in range(world_of(str(world)))]
+        said = [json.loads(file.read_text()) if file.exists() else {} for file in files]
         found[world] = {case: [each.get(case, "nothing was said") for each in said] for case in cases}
     return found
 
@@ -67,33 +71,41 @@ def plan_of_ranks(plan: Plan, work: Workload, splits: Splits, rank: int) -> Plan
     return replace(plan, distribution=DistributionSection(entries, "bare", "given"))
 
 
-def run_rank(module: str, folder: Path, world: int, rank: int, cases: Sequence[str], prefix: str = "") -> None:
+def world_of(group: str) -> int:
+    """The ranks of a group by its name."""
+    return int(group.rstrip("abcdefgh"))
+
+
+def run_rank(module: str, folder: Path, group: str, rank: int, cases: Sequence[str]) -> None:
     """Run the cases in a rank of a group."""
     torch.set_num_threads(1)
-    store = f"file://{folder / f'{prefix}group-{world}'}"
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
+    world, limit = world_of(group), datetime.timedelta(seconds=60)
+    store = dist.TCPStore("127.0.0.1", int(os.environ[f"PORT_{group}"]), world, rank == 0, limit)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     found: dict[str, Any] = {}
     functions = importlib.import_module(module)
     for case in cases:
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             found[case] = getattr(functions, case)(rank, world)
         except Exception:
             found[case] = traceback.format_exc()
         if os.environ.get("RANK_TIMES"):
-            print(f"[{rank}] {case} {time.perf_counter() - begun:.2f} s", file=sys.stderr, flush=True)
-        (folder / f"{prefix}{world}-{rank}.json").write_text(json.dumps(found))
+            print(f"[{rank}] {case} {time.process_time() - begun:.2f} s", file=sys.stderr, flush=True)
+        (folder / f"{group}-{rank}.json").write_text(json.dumps(found))
 
 
-def fork(module: str, folder: Path, world: int, cases: Sequence[str], prefix: str = "") -> list[int]:
+def fork(module: str, folder: Path, group: str, cases: Sequence[str]) -> list[int]:
     """Fork a group's ranks; return their processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ[f"PORT_{group}"] = str(free.getsockname()[1])
     ranks = []
-    for rank in range(world):
+    for rank in range(world_of(group)):
         child = os.fork()
         if child == 0:
             try:
-                run_rank(module, folder, world, rank, cases, prefix)
+                run_rank(module, folder, group, rank, cases)
             finally:
                 os._exit(0)
         ranks.append(child)
@@ -101,13 +113,16 @@ def fork(module: str, folder: Path, world: int, cases: Sequence[str], prefix: st
 
 
 def main() -> None:
+    """Run every group after the one before."""
     module, folder, plan, *groups = sys.argv[1:]
     os.environ["RANK_PLAN"] = plan
     os.environ["RANK_FOLDER"] = tempfile.mkdtemp(dir=folder)
     importlib.import_module(module)
-    for group in groups:
-        world, _, cases = group.partition(":")
-        for child in fork(module, Path(folder), int(world), cases.split(",")):
+    gc.collect()
+    gc.freeze()  # or each of the many collections would go through all that torch has
+    for text in groups:
+        group, _, cases = text.partition(":")
+        for child in fork(module, Path(folder), group, cases.split(",")):
             os.waitpid(child, 0)
 
 

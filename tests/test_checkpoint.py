@@ -167,7 +167,7 @@ def test_a_flipped_byte_is_always_noticed(whole: bytes, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="can't be read"):
             read_checkpoint(path)
     path.write_bytes(whole)
-    assert read_checkpoint(path).keys() == {"runner", "place", "for"}
+    assert read_checkpoint(path).keys() == {"runner", "place", "for", "ranks"}
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 21, 22, 23, 1000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ OTHERS = [
     "bucket_view_and_unused", "fifty_steps", "one_decision_of_the_scaler", "bf16_sums_in_fp32",
     "batchnorm_takes_the_first_ranks", "a_bad_batch_on_one_rank", "an_error_of_the_loss",
 ]  # fmt: skip
-PLANS = ["refused", "a_plan_of_all_ranks", "shares_by_what_fits"]
+PLANS = ["refused", "a_plan_of_all_ranks"]
 GROUPS = {2: [*EXACT, *EPOCHS, *OTHERS, *PLANS], 3: [*EXACT[:1], *EXACT[3:4], *EPOCHS[:2], *OTHERS[:1]]}
 
 
@@ -161,7 +162,9 @@ def test_one_plan_has_all_ranks(said: dict[int, Any]) -> None:
         assert each["why"] == "equal" and "exact" in each["exactness"]
 
 
-def test_shares_by_memory_and_speed_sum_to_the_target(said: dict[int, Any]) -> None:
+@pytest.mark.slow
+def test_shares_by_memory_and_speed_sum_to_the_target(tmp_path: Path) -> None:
+    said = run_groups("rank_cases", {2: ["shares_by_what_fits"]}, base_plan(), tmp_path)
     for each in of(said, 2, "shares_by_what_fits"):
         assert each["memory"] == [100, 200] and each["given"] == [290, 10] and each["parallel"] == "ddp"
         assert sum(each["speed"]) == 300 and min(each["speed"]) >= 1 and "samples per second" in each["why"]

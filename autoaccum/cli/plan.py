@@ -16,6 +16,7 @@ from ..files.whole import check_output
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..planning.request import PlanRequest
 from ..processes.examples import BUILT_IN, DEFAULT
+from ..processes.launch import launched_rank
 from ..units import check_memory, check_samples, check_seconds, parse_target
 from .completion import choices, workloads
 from .completion import gpus as complete_gpus
@@ -87,13 +88,15 @@ def plan(
     named = kinds[0].name if kinds else None
     _check_device(device, named)
     _check_request(request, named)
-    if output is not None:
+    if output is not None and launched_rank() == 0:
         check_output(output, force=force)
     from ..plan import Plan
     from .terminal import keep_plan
 
     answer = _planned(workload, request, device, named, cluster, refresh=refresh)
     found = Plan.from_json(answer["plan"])
+    if launched_rank() > 0:  # the first one prints and writes what all have agreed on
+        return
     if output is not None:
         keep_plan(found, output)
     if json:

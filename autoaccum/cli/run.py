@@ -18,6 +18,7 @@ from ..files.json_text import to_json
 from ..files.whole import check_output
 from ..processes.child import Say
 from ..processes.interrupts import exit_code
+from ..processes.launch import launched_rank
 from ..units import check_count, check_seconds, show_bytes
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def run(
             hint="Train it there: Runner(workload, plan).epoch(loader); or plan with --workload FILE.py:FUNCTION.",
         )
     check_source(read.request.workload)
-    if checkpoint is not None:
+    if checkpoint is not None and launched_rank() == 0:
         check_output(checkpoint, force=True)
     arguments = {
         "plan": read.to_json(),
@@ -60,7 +61,8 @@ def run(
     }
     with _shown(read, json=json) as say:
         result = call("cli.tasks:run", arguments, on_message=say, env=_environment(read))
-    _print_result(result, json=json)
+    if launched_rank() == 0:
+        _print_result(result, json=json)
     if result["interrupted"]:
         raise typer.Exit(exit_code(result["signal"]))
     if result["nonfinite_windows"] and not math.isfinite(result["loss"]):
@@ -90,7 +92,9 @@ def _environment(plan: Plan) -> dict[str, str] | None:
 @contextmanager
 def _shown(plan: Plan, *, json: bool) -> Iterator[Say]:
     """Show progress: a bar on a terminal, otherwise lines on stdout."""
-    if sys.stderr.isatty():
+    if launched_rank() > 0:  # the first one shows what all do
+        yield lambda message: None
+    elif sys.stderr.isatty():
         with _bar(plan) as say:
             yield say
     else:

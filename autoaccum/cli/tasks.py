@@ -23,45 +23,92 @@ if TYPE_CHECKING:
 def run(
     *, say: Say, plan: str, epochs: int, steps: int | None, checkpoint: str | None, checkpoint_seconds: float
 ) -> dict[str, Any]:
-    """Train a plan's workload under the plan's memory limit."""
+    """Train a plan's workload under the plan's memory limit.
+
+    On as many ranks as were launched together; a plan for another number is made anew, for the same target.
+    """
     say({"say": "loading torch and the workload"})
+    from ..processes.launch import launched_group
     from ..processes.workload_source import load_workload
     from ..runner.loop import train
 
     read = Plan.from_json(plan)
     assert read.request.workload is not None
+    device = "cuda" if read.on_cuda else "cpu"
     if read.on_cuda:
-        import torch
+        _require_cuda(read)
+    workload = load_workload(read.request.workload, device)
+    workload.model.to(device)
+    with launched_group(device):
+        read = _plan_of_these_ranks(read, workload, say)
+        _limit_memory(read.budget_bytes, on_cuda=read.on_cuda)
+        say({"say": f"limited to {show_bytes(read.budget_bytes)}"})
+        if read.schedule.configuration:
+            from ..tuning.apply import configure
 
-        if not torch.cuda.is_available():
-            raise UsageError(
-                f"The plan is for {read.device.name}, and torch sees no CUDA device here.",
-                "A plan for one device does not apply to another.",
-                "Run it on a machine with that GPU, or plan for this machine: autoaccum plan --target-batch "
-                f"{read.target_batch} --workload {read.request.workload}",
-            )
-        from ..devices.registry import get_device
+            workload = configure(workload, read)
+        return train(
+            workload,
+            read,
+            progress=say,
+            epochs=epochs,
+            steps=steps,
+            checkpoint=checkpoint,
+            checkpoint_seconds=checkpoint_seconds,
+        )
 
-        workload = load_workload(read.request.workload, "cuda")
-        workload.model.to("cuda")
-        get_device(torch.device("cuda")).limit_memory(read.budget_bytes)
-    else:
-        workload = load_workload(read.request.workload)
-        limit_data(read.budget_bytes)
-    say({"say": f"limited to {show_bytes(read.budget_bytes)}"})
-    if read.schedule.configuration:
-        from ..tuning.apply import configure
 
-        workload = configure(workload, read)
-    return train(
-        workload,
-        read,
-        progress=say,
-        epochs=epochs,
-        steps=steps,
-        checkpoint=checkpoint,
-        checkpoint_seconds=checkpoint_seconds,
+def _require_cuda(plan: Plan) -> None:
+    """Make this process's GPU the current one.
+
+    Raises:
+        UsageError: There is none.
+    """
+    import torch
+
+    from ..processes.launch import choose_device
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"The plan is for {plan.device.name}, and torch sees no CUDA device here.",
+            "A plan for one device does not apply to another.",
+            "Run it on a machine with that GPU, or plan for this machine: autoaccum plan --target-batch "
+            f"{plan.target_batch} --workload {plan.request.workload}",
+        )
+    choose_device()
+
+
+def _limit_memory(budget_bytes: int, *, on_cuda: bool) -> None:
+    if not on_cuda:
+        limit_data(budget_bytes)
+        return
+    import torch
+
+    from ..devices.registry import get_device
+
+    get_device(torch.device("cuda", torch.cuda.current_device())).limit_memory(budget_bytes)
+
+
+def _plan_of_these_ranks(plan: Plan, workload: Workload, say: Say) -> Plan:
+    """Return a plan for the launched ranks, made anew if for others."""
+    from ..planning.fit import plan_workload
+    from ..planning.request import PlanRequest
+    from ..planning.tasks import with_ranks
+
+    request = with_ranks(
+        PlanRequest(
+            plan.target_batch,
+            min_micro_batch=plan.request.min_micro_batch,
+            max_micro_batch=plan.request.max_micro_batch,
+            objective=plan.request.objective,
+            check=False,
+            train_in_new_process=True,
+        )
     )
+    if request.world_size == plan.world_size:
+        return plan.for_rank(request.rank)
+    say({"say": f"planning for {request.world_size} ranks; the plan is for {plan.world_size}"})
+    return plan_workload(workload, request, progress=lambda text: say({"say": text}))
 
 
 def check(*, say: Say, workload: str) -> dict[str, Any]:

@@ -143,12 +143,24 @@ class Plan:
         """Whether the plan's window was run and its peak was as predicted."""
         return self.measured_peak_bytes is not None
 
+    def entry(self) -> RankEntry:
+        """Return this plan's own part, as one rank's."""
+        return RankEntry(
+            device=self.device.name,
+            split=self.split,
+            predicted_peak_bytes=self.predicted_peak_bytes,
+            budget_bytes=self.budget_bytes,
+            largest_micro_batch=self.largest_micro_batch,
+            measured_peak_bytes=self.measured_peak_bytes,
+            window_seconds=self.timing.window_seconds,
+        )
+
     def for_rank(self, rank: int) -> Plan:
         """Return the plan with one rank's own split and peaks.
 
         A file has the first rank's. What else the plan says, its table of peaks above all, stays as it is.
         """
-        if not self.ranks or self.ranks[rank].split == self.split:
+        if not self.ranks or self.ranks[rank] == self.entry():
             return self
         entry, phases = self.ranks[rank], self.memory.phases
         schedule = replace(
@@ -158,7 +170,12 @@ class Plan:
             split=entry.split,
             largest_micro_batch=entry.largest_micro_batch,
         )
-        memory = replace(self.memory, predicted_peak_bytes=entry.predicted_peak_bytes, phases=phases)
+        memory = replace(
+            self.memory,
+            predicted_peak_bytes=entry.predicted_peak_bytes,
+            phases=phases,
+            budget=replace(self.memory.budget, bytes=entry.budget_bytes),
+        )
         return replace(self, schedule=schedule, memory=memory)
 
     def fewer_steps_need(self) -> tuple[int, int] | None:

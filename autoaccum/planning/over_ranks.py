@@ -19,7 +19,7 @@ from .. import __version__
 from ..data.sample import with_sample
 from ..devices.registry import get_device
 from ..errors import UsageError
-from ..plan import DistributionSection, Plan, RankEntry
+from ..plan import DistributionSection, Plan
 from ..ranks.agreement import require_equal, together
 from ..ranks.group import Place, apart, place_here
 from ..ranks.shares import EQUAL, MEMORY, SPEED, Shares, check_shares, proportional
@@ -29,7 +29,9 @@ from ..window import norms as batchnorm
 from ..window.context import held_in_window
 from ..window.fingerprint import describe_model
 from ..workload import Workload
+from .build_plan import with_note
 from .request import PlanRequest
+from .target_tokens import tokens_to_samples
 
 PlanHere = Callable[[Workload, PlanRequest], Plan]
 GIVEN = "given"
@@ -94,6 +96,7 @@ class _Agreement:
         self.given, self.wish = workload, request.shares
         self.workload = workload
         self.wrapper: Wrapper | None = None
+        self.remark = ""
 
     def run(self) -> Plan:
         """Claim, share, plan and agree."""
@@ -103,12 +106,14 @@ class _Agreement:
         shares, by, why, plans = self._shares(claims)
         if plans is None:
             plans = self._plans(None if shares is None else shares[self.control.rank], check=self.request.check)
-        return _combined(plans, self.control.rank, parallel_of(self.wrapper, self.control.world), by, why)
+        parallel = parallel_of(self.wrapper, self.control.world)
+        return with_note(_combined(plans, self.control.rank, parallel, by, why), self.remark)
 
     def _claim(self) -> _Claim:
         """Say what this rank is asked for."""
         workload, self.wrapper = unwrapped(self.given)
         self.workload = with_sample(workload)[0]
+        self.request, self.remark = tokens_to_samples(self.request, self.workload)
         world, request = self.control.world, self.request
         refuse_unsupported(self.workload, world)
         check_shares(request.shares, request.target_batch, world, self._least(), self.workload.samples_per_group)
@@ -214,7 +219,7 @@ def _speed(plan: Plan) -> float:
 
 def _combined(plans: Sequence[Plan], rank: int, parallel: str, by: str, why: str) -> Plan:
     """Return a rank's plan with all ranks in it."""
-    entries = tuple(_entry(plan) for plan in plans)
+    entries = tuple(plan.entry() for plan in plans)
     own, first = plans[rank], plans[0]
     target = sum(entry.samples for entry in entries)
     provenance = replace(own.provenance, reasons={**own.provenance.reasons, "shares": why})
@@ -227,16 +232,4 @@ def _combined(plans: Sequence[Plan], rank: int, parallel: str, by: str, why: str
         evidence=replace(own.evidence, exactness=first.exactness),
         provenance=provenance,
         distribution=DistributionSection(entries, parallel, by),
-    )
-
-
-def _entry(plan: Plan) -> RankEntry:
-    return RankEntry(
-        device=plan.device.name,
-        split=plan.split,
-        predicted_peak_bytes=plan.predicted_peak_bytes,
-        budget_bytes=plan.budget_bytes,
-        largest_micro_batch=plan.largest_micro_batch,
-        measured_peak_bytes=plan.measured_peak_bytes,
-        window_seconds=plan.timing.window_seconds,
     )

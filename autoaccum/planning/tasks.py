@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import UsageError
 from ..processes.child import Say
 from .cache import OFF
 from .request import PlanRequest
@@ -40,11 +41,15 @@ def plan(
 
     progress("loading torch and the workload")
     wanted = PlanRequest(**{**request, "sizes": tuple(request["sizes"])})
+    from ..processes.launch import choose_device, launched_group, launched_ranks
+
+    if launched_ranks() > 1 and gpu is not None:
+        raise _named_gpu(launched_ranks())
     from .kept_plans import KeptPlans, about
 
-    kept = KeptPlans(cache)
+    kept = KeptPlans(cache if launched_ranks() == 1 else OFF)  # ranks agree on a plan that all of them make
     kept.watch()
-    if device == "cuda":
+    if device == "cuda" and launched_ranks() == 1:
         from ..devices.cuda.gpu_specs import find_gpu
         from .cluster import Cluster
         from .new_process import plan_on_gpu
@@ -61,5 +66,28 @@ def plan(
     from ..processes.workload_source import load_workload
     from .fit import plan_workload
 
-    found = plan_workload(load_workload(workload), wanted, progress=progress, kept=kept)
+    if device == "cuda":
+        choose_device()
+    loaded = load_workload(workload, device)
+    loaded.model.to(device)
+    with launched_group(device):
+        found = plan_workload(loaded, with_ranks(wanted), progress=progress, kept=kept)
     return {"plan": found.to_json(), **about(kept)}
+
+
+def with_ranks(request: PlanRequest) -> PlanRequest:
+    """Return a request with this process's place among its ranks."""
+    from dataclasses import replace
+
+    from .over_ranks import request_here
+
+    rank, world_size = request_here(None, None)
+    return request if world_size == 1 else replace(request, rank=rank, world_size=world_size)
+
+
+def _named_gpu(ranks: int) -> UsageError:
+    return UsageError(
+        f"--gpu plans for a GPU that isn't here, and {ranks} processes were launched together.",
+        "One process plans for all ranks of such a GPU; launched ones plan on their own devices.",
+        "Leave out --gpu, or plan in one process: autoaccum plan --gpu NAME --gpus 8 --parallel ddp.",
+    )

@@ -21,9 +21,11 @@ from ..errors import UsageError
 from ..plan import Plan
 from ..processes import interrupts
 from ..processes.child import FINISHES
+from ..ranks.order import generators_of
 from ..state.rng import as_plain, from_plain, put_rng, take_rng
 from ..workload import Batch, Workload
 from .checkpoint import plain, read_checkpoint, unusable, write_checkpoint
+from .over_ranks import agreed, exists_everywhere, on_all_ranks, states_of_ranks
 from .runner import Runner, StepResult
 
 # What taking over a state that is no state of this workload's raises, torch's and the workload's own classes included.
@@ -53,19 +55,18 @@ def train(
 
     Returns:
         Optimizer steps, samples and the last loss; whether it was interrupted; the checkpoint that was written.
+
+    Ranks of a process group all call this. They stop together, and the first one writes the checkpoint.
     """
     if workload.loader is None:
         raise UsageError(
             f"The workload {workload.name} has no loader, so there is nothing to train on.",
             hint="Return Workload(..., loader=DataLoader(dataset, ...)), or a function that makes one.",
         )
-    runner = Runner(workload, plan)
+    runner, position = Runner(workload, plan), _Position()
     device = get_device(runner.context.device)
-    position = _Position()
     if checkpoint is not None:
-        plain(runner.state_dict(), "the checkpoint")  # what it can't hold is an error before the first window
-        if Path(checkpoint).exists():
-            _resume(Path(checkpoint), runner, position, plan)
+        _begin(checkpoint, runner, position, plan)
     saved, last, nonfinite = time.monotonic(), {"loss": None}, _NonfiniteLosses(device)
     length = loader_length(_loader(workload), runner.samples, least=runner.least)
     with _interrupts(progress) as interrupted:
@@ -74,9 +75,11 @@ def train(
             last = _figures(result, runner, position, length, device)
             nonfinite.count(result, position, progress)
             progress({"step": last})
-            if interrupted() is not None or (steps is not None and runner.number >= steps):
+            is_due = checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds
+            stops, saves = agreed(runner.ranks, stops=interrupted() is not None, saves=is_due)
+            if stops or (steps is not None and runner.number >= steps):
                 break
-            if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
+            if saves and checkpoint:
                 _save(checkpoint, runner, position, plan)
                 saved = time.monotonic()
         if checkpoint is not None:
@@ -129,6 +132,7 @@ class _Position:
         self.rng_at_epoch: dict[str, Any] | None = None
         self.rng_now: dict[str, Any] | None = None
         self.order_at_epoch: list[torch.Tensor] = []
+        self.is_own = True  # whether the random states are this rank's; a rank that is new has none
 
     def state(self) -> dict[str, Any]:
         """Return the position in tensors and plain values, for a checkpoint."""
@@ -165,9 +169,10 @@ def _windows(runner: Runner, workload: Workload, position: _Position, epochs: in
     An epoch that was begun before a resume continues where it was left.
     """
     while position.epoch < epochs:
-        skip, rng = position.windows, position.rng_now
+        skip, rng = position.windows, position.rng_now if position.is_own else take_rng()
+        position.is_own = True
         loader = _loader(workload)
-        generators = _generators(loader)
+        generators = generators_of(loader)
         if position.rng_at_epoch is None:
             position.rng_at_epoch = take_rng()
             position.order_at_epoch = [generator.get_state() for generator in generators]
@@ -195,16 +200,6 @@ def _loader(workload: Workload) -> Iterable[Batch]:
     return loader() if callable(loader) else loader  # type: ignore[return-value]
 
 
-def _generators(loader: Iterable[Batch]) -> list[torch.Generator]:
-    """Return the generators that determine a DataLoader's order.
-
-    These are its own and its sampler's, beside the global one.
-    """
-    holders = loader, getattr(loader, "sampler", None)
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
-
-
 def _figures(
     result: StepResult, runner: Runner, position: _Position, length: int | None, device: Device
 ) -> dict[str, Any]:
@@ -216,14 +211,28 @@ def _figures(
         "loss": float(result.loss),
         "held_bytes": device.held_bytes(),
         "samples": result.samples,
-        "micro_batch": max(result.split),
+        "micro_batch": max(result.split, default=0),
         "accumulation_steps": len(result.split),
         "retries": result.retries,
     }
 
 
+def _begin(path: str, runner: Runner, position: _Position, plan: Plan) -> None:
+    """Go on from a checkpoint, where there is one."""
+    plain(runner.state_dict(), "the checkpoint")  # what it can't hold is an error before the first window
+    if exists_everywhere(runner.ranks, path):
+        on_all_ranks(runner.ranks, lambda: _resume(Path(path), runner, position, plan))
+
+
 def _save(path: str, runner: Runner, position: _Position, plan: Plan) -> None:
-    write_checkpoint(path, {"runner": runner.state_dict(), "place": position.state(), "for": _made_for(plan)})
+    places = states_of_ranks(runner.ranks, position.state())
+    content = {"runner": runner.state_dict(), "place": places[0], "for": _made_for(plan), "ranks": places[1:]}
+
+    def write() -> None:
+        if runner.ranks is None or runner.ranks.rank == 0:
+            write_checkpoint(path, content)
+
+    on_all_ranks(runner.ranks, write)
 
 
 def _resume(path: Path, runner: Runner, position: _Position, plan: Plan) -> None:
@@ -249,7 +258,10 @@ def _resume(path: Path, runner: Runner, position: _Position, plan: Plan) -> None
             "Go on with a plan for the same target, or name another --checkpoint.",
         )
     try:
-        position.load_state(state["place"])
+        rank = 0 if runner.ranks is None else runner.ranks.rank
+        others = state.get("ranks", [])
+        position.load_state(others[rank - 1] if 0 < rank <= len(others) else state["place"])
+        position.is_own = rank <= len(others)
         runner.load_state_dict(state["runner"])
     except _MISMATCH_ERRORS as error:
         raise unusable(path, f"its state isn't this workload's ({type(error).__name__}: {error})") from error
@@ -258,10 +270,10 @@ def _resume(path: Path, runner: Runner, position: _Position, plan: Plan) -> None
 def _made_for(plan: Plan) -> dict[str, str]:
     """Return what must be the same to resume from a checkpoint.
 
-    Versions and the micro-batch may change.
+    Versions, the micro-batch and the number of ranks may change.
     """
     parts = {name: plan.provenance.fingerprint[name] for name in ("model", "optimizer")}
-    return parts | {"target batch": str(plan.target_batch), "world size": str(plan.world_size)}
+    return parts | {"target batch": str(plan.target_batch)}
 
 
 @contextmanager

@@ -102,6 +102,8 @@ class OomRecovery:
         attempt.put_back()
         self._free_memory()
         window, where = attempt.window, PHASE_TITLES.get(attempt.phase, "pass that counts")
+        if attempt.phase == OPTIMIZER:  # still private to this rank
+            where = "preparation of the reduction over ranks"
         failed = failed_samples(window, attempt.micro_batches_begun, self.sizing.limits)
         if failed <= self.sizing.least:
             raise self._smallest_fails(failed, where, failure)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,6 +151,49 @@ def open_ranks(workload: Workload, plan: Plan, wrapper: Wrapper | None, timeout_
     control = Control(place, timeout_seconds)
     together(control, lambda: _check_plan(plan, place), Kind.START)
     return RanksAtWork(control, wrapper)
+
+
+def agreed(ranks: RanksAtWork | None, *, stops: bool, saves: bool) -> tuple[bool, bool]:
+    """Return whether any rank stops, and whether the first one saves."""
+    if ranks is None:
+        return stops, saves
+    found, _ = ranks.control.say(Kind.STATUS, [float(stops), float(saves and ranks.rank == 0)])
+    return bool(found[0]), bool(found[1])
+
+
+def on_all_ranks(ranks: RanksAtWork | None, action: Callable[[], None]) -> None:
+    """Run an action on every rank, and go on when all have.
+
+    Raises:
+        AutoaccumError: It failed on some rank; the same on all.
+    """
+    if ranks is None:
+        action()
+    else:
+        together(ranks.control, action, Kind.STATUS)
+
+
+def states_of_ranks(ranks: RanksAtWork | None, state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each rank's state, by rank."""
+    return [state] if ranks is None else together(ranks.control, lambda: state, Kind.STATUS)
+
+
+def exists_everywhere(ranks: RanksAtWork | None, path: str) -> bool:
+    """Return whether a checkpoint is there.
+
+    Raises:
+        UsageError: It is on some ranks only.
+    """
+    if ranks is None:
+        return Path(path).exists()
+    found = together(ranks.control, Path(path).exists, Kind.STATUS)
+    if len(set(found)) > 1:
+        raise UsageError(
+            f"The checkpoint {path!r} is on ranks {', '.join(str(r) for r, there in enumerate(found) if there)} only.",
+            "Every rank reads it, and the first one writes it.",
+            "Put it where all ranks see it: on a file system that the machines share.",
+        )
+    return found[0]
 
 
 def _check_plan(plan: Plan, place: Place) -> None:
