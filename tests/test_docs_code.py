@@ -22,6 +22,7 @@ INDENTED = re.compile(r"^ {4,}(?:\$ )?(autoaccum .*)$", re.MULTILINE)
 
 # Pages whose python blocks another test runs.
 RUN_ELSEWHERE = {
+    "ranks.md": "tests/test_torchrun.py",
     **dict.fromkeys(("accelerate.md", "lightning.md", "plain-loop.md", "training.md"), "tests/test_loop_pages.py"),
     "huggingface.md": "tests/test_hugging_face_trainer.py",
     "two-optimizers.md": "tests/test_first_tries.py",
