@@ -137,10 +137,16 @@ def _refuse_over_ranks(workload: Workload, ranks: int) -> None:
             "Train on one rank; or give a loss that gathers representations itself, in your own loop.",
         ),
         (
-            workload.batchnorm == "merged",
-            f"batchnorm='merged', on {ranks} ranks.",
+            workload.batchnorm in ("merged", "exact"),
+            f"batchnorm={workload.batchnorm!r}, on {ranks} ranks.",
             "Statistics are merged over the micro-batches of one rank, which would not be those of all.",
             "Use batchnorm='frozen', which is exact, or 'per_micro_batch': the first rank's statistics are kept.",
+        ),
+        (
+            workload.batch_interactions is not None,
+            f"batch_interactions={workload.batch_interactions!r}, on {ranks} ranks.",
+            "Micro-batches meet within one rank, and samples of other ranks would not.",
+            "Leave it out, or train on one rank.",
         ),
         (
             type(optimizer).__name__ == "ZeroRedundancyOptimizer",
