@@ -75,7 +75,7 @@ def _require_cuda(plan: Plan) -> None:
             "Run it on a machine with that GPU, or plan for this machine: autoaccum plan --target-batch "
             f"{plan.target_batch} --workload {plan.request.workload}",
         )
-    choose_device()
+    choose_device("cuda")
 
 
 def _limit_memory(budget_bytes: int, *, on_cuda: bool) -> None:

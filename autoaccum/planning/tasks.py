@@ -43,8 +43,7 @@ def plan(
     wanted = PlanRequest(**{**request, "sizes": tuple(request["sizes"])})
     from ..processes.launch import choose_device, launched_group, launched_ranks
 
-    if launched_ranks() > 1 and gpu is not None:
-        raise _named_gpu(launched_ranks())
+    _refuse_named_gpu(gpu, launched_ranks())
     from .kept_plans import KeptPlans, about
 
     kept = KeptPlans(cache if launched_ranks() == 1 else OFF)  # ranks agree on a plan that all of them make
@@ -66,8 +65,7 @@ def plan(
     from ..processes.workload_source import load_workload
     from .fit import plan_workload
 
-    if device == "cuda":
-        choose_device()
+    choose_device(device)
     loaded = load_workload(workload, device)
     loaded.model.to(device)
     with launched_group(device):
@@ -85,8 +83,10 @@ def with_ranks(request: PlanRequest) -> PlanRequest:
     return request if world_size == 1 else replace(request, rank=rank, world_size=world_size)
 
 
-def _named_gpu(ranks: int) -> UsageError:
-    return UsageError(
+def _refuse_named_gpu(gpu: str | None, ranks: int) -> None:
+    if gpu is None or ranks == 1:
+        return
+    raise UsageError(
         f"--gpu plans for a GPU that isn't here, and {ranks} processes were launched together.",
         "One process plans for all ranks of such a GPU; launched ones plan on their own devices.",
         "Leave out --gpu, or plan in one process: autoaccum plan --gpu NAME --gpus 8 --parallel ddp.",

@@ -19,11 +19,11 @@ def launched_ranks() -> int:
     return int(values[1]) if all(values) and values[0].isdigit() and values[1].isdigit() else 1
 
 
-def choose_device() -> None:
-    """Make this rank's GPU the current one."""
+def choose_device(device: str) -> None:
+    """Make this rank's GPU the current one, where it trains on one."""
     import torch
 
-    if launched_ranks() > 1:
+    if device == "cuda" and launched_ranks() > 1:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 

@@ -27,7 +27,8 @@ from ..torch_compat import default_store
 from .group import Place
 
 POLL_SECONDS = 0.5
-ANSWER_SECONDS = 3.0  # after a word broke off: how long ranks that are alive have to say so
+ANSWER_SECONDS = 3.0  # after a word broke off: how long the last rank has to say that it is alive
+MOST_ANSWER_SECONDS = 20.0  # and several of them
 EQUAL_BELOW = 1 << 16
 _SUMS, _EQUALS = 6, 4
 _made = itertools.count()
@@ -166,6 +167,21 @@ class Control:
             return bool(self._store.check([f"{self._id}/broken"]))
         return False
 
+    def _silent_rank(self, keys: list[str]) -> int:
+        """Return the first rank that isn't alive; -1 for none.
+
+        All ranks return the same: the first to find out says it.
+        """
+        store, verdict, begun = self._store, f"{self._id}/verdict", time.monotonic()
+        while not store.check([verdict]):
+            silent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            waited = time.monotonic() - begun
+            patience = ANSWER_SECONDS if len(silent) == 1 else MOST_ANSWER_SECONDS  # others may only be slow
+            if not silent or waited > patience:
+                store.set(verdict, str(silent[0] if silent else -1).encode())
+            time.sleep(0.05)
+        return int(store.get(verdict))
+
     def _lost(self, phase: str, error: str) -> RanksFailed:
         """Find out which rank doesn't answer any more, and return the error."""
         store, mine = self._store, f"{self._id}/alive/{self.rank}"
@@ -173,14 +189,7 @@ class Control:
         try:
             store.set(mine, b"1")
             store.set(f"{self._id}/broken", b"1")
-            verdict = f"{self._id}/verdict"
-            deadline = time.monotonic() + min(ANSWER_SECONDS, self.timeout_seconds)
-            while not store.check(keys) and not store.check([verdict]) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if not store.check([verdict]):
-                silent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-                store.set(verdict, str(silent[0] if silent else -1).encode())
-            rank = int(store.get(verdict))
+            rank = self._silent_rank(keys)
         except RuntimeError:  # the store's own process is gone: the first rank's, or the launcher's
             rank = 0
         gone = "closed" in error or "reset" in error or "refused" in error
