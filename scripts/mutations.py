@@ -199,7 +199,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('an interrupt that was handed on is lost', 'autoaccum/processes/child.py', '        signal.raise_signal(asked.number)', '        pass', ('tests/test_interrupts.py', '-k', 'its_own_handler')),
     ('a first micro-batch may take less than nothing', 'autoaccum/planning/timing.py', 'max(0.0, first - later[-1])', '(first - later[-1])', ('tests/test_times.py', '-k', 'hiccup')),
     ('the last line of all is blamed', 'autoaccum/processes/error_origin.py', '    return own[-1] if own else "", named[-1]', '    return named[-1] if own else "", named[-1]', ('tests/test_odd_workloads.py', '-k', 'own_line')),
-    ('run on CUDA has no limit', 'autoaccum/cli/tasks.py', '        get_device(torch.device("cuda")).limit_memory(read.budget_bytes)\n', '', ('tests/test_one_loader.py', '-k', 'limit')),
+    ('run on CUDA has no limit', 'autoaccum/cli/tasks.py', '    get_device(torch.device("cuda", torch.cuda.current_device())).limit_memory(budget_bytes)\n', '', ('tests/test_one_loader.py', '-k', 'limit')),
     ('a dropped interrupt ends nothing', 'autoaccum/processes/interrupts.py', '            signal.setitimer(signal.ITIMER_REAL, DROPPED_SECONDS)', '            pass', ('tests/test_interrupts.py', '-k', 'python_drops')),
     ('a child that goes on is waited for', 'autoaccum/processes/child.py', '        if time.monotonic() - self._asked_at > GRACE_SECONDS:', '        if False:', ('tests/test_interrupts.py', '-k', 'goes_on')),
     ('the second of all follows a refused winner', 'autoaccum/tuning/session.py', 'trial = left[0]', 'trial = ranked(trials, self.ranking)[len(refused)]', ('tests/test_tuning.py', '-k', 'not_confirmed')),

@@ -180,7 +180,13 @@ class Control:
             if not silent or waited > patience:
                 store.set(verdict, str(silent[0] if silent else -1).encode())
             time.sleep(0.05)
-        return int(store.get(verdict))
+        found = int(store.get(verdict))
+        store.set(f"{self._id}/read/{self.rank}", b"1")
+        read = [key.replace("/alive/", "/read/") for key in keys if store.check([key])]
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while self.rank == 0 and not store.check(read) and time.monotonic() < deadline:
+            time.sleep(0.05)  # its process may hold the store, which ends with it
+        return found
 
     def _lost(self, phase: str, error: str) -> RanksFailed:
         """Find out which rank doesn't answer any more, and return the error."""
