@@ -21,7 +21,7 @@ from autoaccum.plan import Plan
 from autoaccum.reporting.card import Look, card
 
 COLOURS = re.compile(r"\x1b\[[\d;]*m")
-NEXT = "autoaccum run plan.json, autoaccum explain plan.json (keep the plan: -o plan.json)"
+NEXT = "-o plan.json keeps it for autoaccum run and autoaccum explain"
 
 
 def shown(plan: Plan, **look: Any) -> list[str]:

@@ -144,9 +144,9 @@ def _planned(
 
 def _print(found: Plan, output: Path | None, answer: dict[str, Any], *, verbose: bool) -> None:
     """Print a plan as a card, or all of its summary."""
-    file = output or "plan.json"
-    keep = "" if output is not None else " (keep the plan: -o plan.json)"
-    following = f"autoaccum run {file}, autoaccum explain {file}{keep}"
+    following = "-o plan.json keeps it for autoaccum run and autoaccum explain"
+    if output is not None:
+        following = f"autoaccum run {output}, autoaccum explain {output}"
     if verbose:
         from ..reporting.explain import summary
 
