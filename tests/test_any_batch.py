@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from helpers_train import (
 )
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence, pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from autoaccum import BatchError, Plan, Runner, UsageError, Workload, fit_plan
 from autoaccum.data.collated import Collated
@@ -388,3 +388,21 @@ def test_torchvisions_detection_models() -> None:
     want = gradients(model, loss, zipped([item(index) for index in range(10)]))
     list(runner.epoch(loader))
     assert distance(seen(runner)[0], want) < FP64
+
+
+class Stream(IterableDataset[Any]):
+    """Pictures and their boxes, one after the other."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(scene, ORDER)
+
+
+def test_lists_of_a_stream_are_refused_before_anything_is_trained() -> None:
+    """Cut by their elements they'd have another form in each micro-batch, and whole batches sum to no exact target."""
+    loader = DataLoader(Stream(), batch_size=4, collate_fn=zipped)
+    with pytest.raises(BatchError, match="Micro-batches are cut along dimension 0"):
+        planned(work_of("lists of boxes", loader=loader))
+    named = {"loader": loader, "per_sample": {"batch[0]", "batch[1]"}}
+    with pytest.raises(UsageError, match=r"the loader is a DataLoader that isn't map-style") as error:
+        planned(work_of("lists of boxes", **named))
+    assert "its collate_fn makes each micro-batch" in error.value.hint

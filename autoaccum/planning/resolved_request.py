@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.utils.data import DataLoader
 
 from ..data import split as cutting
+from ..data.collated import Collated
 from ..data.groups import Grouped
 from ..data.loaders import loader_length
 from ..devices.cpu.page_cache import MALLOCS
@@ -17,6 +18,7 @@ from ..simulation.solver import rank_share, uniform_sizes
 from ..units import check_memory, check_samples, check_seconds
 from ..window import norms as batchnorm
 from ..window.context import held_in_window
+from ..window.fingerprint import signature
 from ..workload import Workload
 from .request import PlanRequest
 
@@ -77,7 +79,7 @@ def resolve(request: PlanRequest, workload: Workload, *, computes: bool) -> Reso
         UsageError: The request cannot be met, whatever the memory.
     """
     _check_values(request)
-    _sample_size(workload)
+    _refuse_lists(workload, _sample_size(workload))
     target_batch, world_size = request.target_batch, request.world_size
     samples = request.samples
     if samples is None and target_batch is not None:
@@ -232,3 +234,24 @@ def dataset_note(request: ResolvedRequest, micro_batch: int) -> str:
 def _sample_size(workload: Workload) -> int:
     """Return the samples of the workload's own batch."""
     return cutting.batch_size(workload.sample, shared=workload.shared, per_sample=workload.per_sample)
+
+
+def _refuse_lists(workload: Workload, rows: int) -> None:
+    """Refuse lists of tensors with one element for each sample.
+
+    Cut, they have fewer tensors than the plan's form, and a micro-batch of another form is refused in training. A
+    map-style loader's collate function makes such batches of any size.
+    """
+    sample = workload.sample
+    if rows < 2 or not workload.per_sample or isinstance(sample, (Collated, Grouped)):
+        return
+    names = {"shared": workload.shared, "per_sample": workload.per_sample}
+    (part,) = cutting.split(cutting.select(sample, [0], **names), (1,), **names)
+    if len(signature(part)) != len(signature(sample)):
+        loader = "none" if workload.loader is None else f"a {type(workload.loader).__name__} that isn't map-style"
+        raise UsageError(
+            f"The batch has a list with one element for each sample, and the loader is {loader}.",
+            "Micro-batches of unlike size then have unlike numbers of tensors, whose memory follows no rule; and whole "
+            "batches can't be joined to windows of an exact number of samples.",
+            "Give a DataLoader over a dataset with __getitem__ and __len__: its collate_fn makes each micro-batch.",
+        )
