@@ -81,8 +81,8 @@ def malloc_name() -> str:
 
 
 def replaces_malloc(preload: str) -> bool:
-    """Return whether LD_PRELOAD names an allocator that is known."""
-    return any(name in preload for name in _KNOWN_MALLOCS)
+    """Return whether LD_PRELOAD names an allocator or a sanitizer."""
+    return any(name in preload for name in (*_KNOWN_MALLOCS, "libasan", "libtsan", "libmsan"))
 
 
 def hide_page_cache(environment: MutableMapping[str, str]) -> None:

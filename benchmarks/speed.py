@@ -136,6 +136,8 @@ def table(cases: Any = CASES, windows: int = WINDOWS) -> list[dict[str, Any]]:
                 **{f"{way}, s": each["median"] for way, each in found.items()},
                 "runner / loop": found[allocators.RUN]["median"] / loop["median"],
                 **_spread(ratios),
+                **{f"{way}, processor s": each["processor"] for way, each in found.items()},
+                **{f"{way}, kernel s": each["kernel"] for way, each in found.items()},
                 **{f"{way}, faults": each["faults"] for way, each in found.items()},
                 **{f"{way}, resident MiB": each["resident"] for way, each in found.items()},
             }

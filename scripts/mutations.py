@@ -238,4 +238,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('a kept plan of another budget', 'autoaccum/planning/kept_plans.py', 'if plan.budget_bytes != device.read_budget(request.budget, request.headroom).bytes:', 'if False:', ('tests/test_plan_cache.py', '-k', 'only_for_its_budget')),
     ('a kept plan whose functions hold something else', 'autoaccum/planning/live_digest.py', '                self._feed(cell.cell_contents, variable)', '                pass', ('tests/test_plan_cache.py', '-k', 'hold')),
     ('an evaluation that ran out of memory is not repeated', 'autoaccum/integrations/hugging_face_memory.py', 'trainer.args.per_device_eval_batch_size = size // 2', 'pass', ('tests/test_hugging_face_memory.py', '-k', 'starts_over')),
+    ('kept pages and a heap that has not grown yet', 'autoaccum/simulation/malloc.py', 'grown = max(0, heap_top - free) if keeps else 0', 'grown = 0', ('tests/test_allocator.py', '-k', 'kept')),
+    ('a free page counted as one in use', 'autoaccum/devices/cpu/source/cache.c', '            kept += block->pages;\n            block->state = CACHED;', '            block->state = CACHED;', ('tests/test_page_cache.py', '-k', 'random')),
+    ('pages moved over those that are in use', 'autoaccum/devices/cpu/source/cache.c', '        if (!pull(donor, part, page + filled)) return filled;\n        filled += part;', '        if (!pull(donor, part, page)) return filled;\n        filled += part;', ('tests/test_page_cache.py', '-k', 'random')),
+    ('the fixed threshold beside a cache that serves', 'autoaccum/devices/cpu/page_cache.py', 'process_memory.serve_from_page_cache(is_cached)', 'process_memory.serve_from_page_cache(True)', ('tests/test_page_cache.py', '-k', 'fixed_is_fixed')),
 ]

@@ -85,7 +85,10 @@ void *stubborn(void *from, size_t old, size_t bytes, int flags, void *to) {
         errno = kind == 63 ? ENOMEM : EFAULT;
         return MAP_FAILED;
     }
-    return mremap(from, old, bytes, flags, to);
+    void *found = mremap(from, old, bytes, flags, to);
+    if (kind == 62) /* another thread maps a page where these were, before the cache reserves that again */
+        mmap(from, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    return found;
 }
 #endif
 
