@@ -57,7 +57,7 @@ def driven(command: list[Any], timeout: float = 120) -> dict[str, int]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    "operations", [100_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+    "operations", [50_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 )
 def test_random_operations_leave_every_block_as_it_was_filled(variant: str, operations: int, folder: Path) -> None:
     """After each one, what is committed is the most that was alive, whatever the order."""
@@ -202,7 +202,7 @@ def process(code: str, how: str) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("how", ["preloaded", "joined"])
+@pytest.mark.parametrize("how", ["preloaded", pytest.param("joined", marks=pytest.mark.slow)])
 def test_tensors_come_from_it_and_keep_their_values(how: str) -> None:
     found = process(PROCESS, how)
     assert found["live"] == 4 * MIB and found["outside"] >= 4 * MIB
@@ -254,6 +254,7 @@ print(json.dumps([runner.micro_batch, process_memory.read_page_cache().peak_byte
 """
 
 
+@pytest.mark.slow  # tests/test_prediction.py has the same of a model, preloaded
 def test_a_plan_in_python_is_for_the_page_cache_and_right_to_half_a_percent(tmp_path: Path) -> None:
     code = (
         "import sys; from test_page_cache import wide, ASKED; from autoaccum import fit_plan;"
@@ -324,6 +325,7 @@ def test_without_a_compiler_the_threshold_is_fixed_and_the_plan_says_why(tmp_pat
     assert any("there is no no-such-compiler on the PATH. Each is mapped anew" in note for note in plan.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(page_cache.find_jemalloc() is None, reason="no jemalloc on this machine")
 def test_without_a_compiler_jemalloc_is_preloaded_and_the_plan_says_why(tmp_path: Path) -> None:
     found = without_compiler(tmp_path, jemalloc=True)
@@ -345,6 +347,7 @@ assert float(torch.ones(1 << 20).sum()) == 1 << 20
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["preloaded", "joined"])
 def test_under_a_limit_on_addresses_malloc_serves(how: str) -> None:
     env = page_cache.environment("cached") if how == "preloaded" else None
