@@ -238,40 +238,6 @@ def local_bytes(tensor: torch.Tensor) -> int:
     return sum(each.nbytes for each in local_tensors(tensor))
 
 
-# FSDP2: torch/distributed/fsdp/_fully_shard
-
-
-def has_begun(root: Any) -> bool:
-    """Return whether a forward began since `fully_shard` was applied.
-
-    Before it, there is no state to reset, and `reset_iter_state` fails.
-    """
-    return _find(root, "_get_fsdp_state", "reset a sharded model")()._is_root is not None
-
-
-# Process groups: torch/testing/_internal/distributed/fake_pg.py
-
-
-def open_fake_group(rank: int, world_size: int) -> None:
-    """Initialize torch's fake process group as the default one.
-
-    Its collectives communicate with nobody.
-
-    Raises:
-        UnsupportedTorch: This torch has none.
-    """
-    try:
-        module = importlib.import_module("torch.testing._internal.distributed.fake_pg")
-    except ImportError as error:
-        raise UnsupportedTorch(
-            f"torch {torch.__version__} has no fake process group ({error}).",
-            "autoaccum uses it to plan for ranks that are not here.",
-            "Install a torch that is built with torch.distributed: pip install 'torch>=2.6'.",
-        ) from error
-    store = _find(module, "FakeStore", "plan for ranks that are not here")()
-    torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=world_size)
-
-
 # Modules: torch/nn/modules
 
 

@@ -134,7 +134,7 @@ def sharded(ranks: int) -> nn.Module:
     """Return the model, sharded over ranks that are not here."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    from autoaccum.torch_compat import open_fake_group
+    from autoaccum.ranks.torch_internals import open_fake_group
 
     open_fake_group(0, ranks)
     with torch.device("meta"):

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers_train import mlp, plan_for, vectors
 from torch import nn
 
-from autoaccum import UsageError, Workload
-from autoaccum.cli.gpus import GpuKind, read_gpus
+from autoaccum import Plan, UsageError, Workload
+from autoaccum.cli.gpus import read_gpus
 from autoaccum.devices.virtual import available
 from autoaccum.planning.cluster import Cluster
 from autoaccum.planning.request import PlanRequest
 from autoaccum.planning.target_tokens import tokens_to_samples
+from autoaccum.planning.unequal import GpuKind, plan_unequal
+from autoaccum.simulation.solver import balanced
 from autoaccum.units import parse_target
 from autoaccum.window.blocks import find_blocks, repeated_blocks
 
@@ -150,6 +154,31 @@ def test_repeated_blocks_of_an_encoder_and_a_decoder_are_found() -> None:
     assert repeated_blocks(outer) == list(outer)
 
 
+def test_unequal_gpus_share_a_target_by_their_memory() -> None:
+    made = plan_for(Workload(mlp(), vectors(4)), 16, 4)
+    asked: list[PlanRequest] = []
+
+    def plan_kind(kind: GpuKind, request: PlanRequest) -> Plan:
+        """As a plan of that kind would be: 30 samples fit the large one, 11 the small one."""
+        asked.append(request)
+        most = {"large": 30, "small": 11}[kind.name]
+        split = balanced(request.samples, -(-request.samples // most)) if request.samples else (most,)
+        schedule = replace(made.schedule, split=split, micro_batch=split[0], accumulation_steps=len(split))
+        return replace(made, schedule=schedule, request=replace(made.request, world_size=5))
+
+    found = plan_unequal([GpuKind("large", 3), GpuKind("small", 2)], PlanRequest(target_batch=300), plan_kind)
+    assert sum(found.shares) == 300 and found.parallel == "ddp" and found.target_batch == 300
+    assert max(found.shares[:3]) - min(found.shares[:3]) <= 1 and found.shares[0] / found.shares[3] == pytest.approx(
+        30 / 11, rel=0.05
+    )
+    assert all(entry.micro_batch <= most for entry, most in zip(found.ranks, (30, 30, 30, 11, 11), strict=True))
+    assert len({entry.accumulation_steps for entry in found.ranks}) == 1
+    assert [request.samples for request in asked] == [None, None, found.shares[0], found.shares[3]]
+    assert Plan.from_json(found.to_json()) == found
+    with pytest.raises(UsageError, match="none was named"):
+        plan_unequal([GpuKind("large", 3), GpuKind("small", 2)], PlanRequest(), plan_kind)
+
+
 # -- plans
 
 
@@ -201,3 +230,19 @@ def test_a_wrapped_model_has_buckets_and_a_bare_one_is_refused(tmp_path: Path) -
     assert abs(plan["evidence"]["this_process_peak_bytes"] / plan["evidence"]["measured_peak_bytes"] - 1) < 0.01
     refused = autoaccum(tmp_path, *args, "--workload", "train.py:work", code=2).stderr
     assert "--parallel fsdp or --parallel ddp" in refused
+
+
+@pytest.mark.slow
+@on_a_virtual_gpu
+def test_two_kinds_of_gpus_are_planned_together(tmp_path: Path) -> None:
+    out = autoaccum(
+        tmp_path, "plan", "--gpu", "h100-80gb:6", "--gpu", "a100-40gb:2", "--parallel", "ddp", "--target-batch",
+        "4M-tokens", "--workload", "train.py:large", "--json",
+    ).stdout  # fmt: skip
+    plan = Plan.from_json(out)
+    assert plan.target_batch == sum(plan.shares) == 62_500 and plan.world_size == len(plan.ranks) == 8
+    large, small = plan.ranks[0], plan.ranks[7]
+    assert "H100" in large.device and "A100" in small.device and plan.shares[0] > 2 * plan.shares[7]
+    for entry in (large, small):
+        assert entry.predicted_peak_bytes <= entry.budget_bytes
+        assert abs(entry.predicted_peak_bytes / (entry.measured_peak_bytes or 1) - 1) < 0.02

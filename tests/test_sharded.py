@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autoaccum import Plan, UsageError, Workload, fit_plan
 from autoaccum.exactness.check import check
+from autoaccum.ranks import sharded
 from autoaccum.ranks.group import absent_allowed
-from autoaccum.torch_compat import local_bytes, local_tensors, open_fake_group
-from autoaccum.window import sharded
+from autoaccum.ranks.torch_internals import gradient_divisors, has_begun, open_fake_group
+from autoaccum.torch_compat import local_bytes, local_tensors
 from autoaccum.window.forward_only import forward_only
 from autoaccum.window.step import open_context, run_between
 
@@ -155,3 +156,15 @@ def test_an_unfinished_window_leaves_nothing_behind(absent_ranks: None) -> None:
     assert all(p.grad is None for p in model.parameters()) and torch.equal(output(model), expected)
     F.cross_entropy(model(SAMPLE[0]), SAMPLE[1]).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_private_names_of_torch_do_what_they_promise(absent_ranks: None) -> None:
+    assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (1, RANKS, "fake")
+    module = fully_shard(nn.Sequential(fully_shard(nn.Linear(8, 8))))
+    assert gradient_divisors(module) == [] and gradient_divisors(module[0]) == [None]
+    if hasattr(module, "set_gradient_divide_factor"):
+        module[0].set_gradient_divide_factor(3.0)
+        assert gradient_divisors(module[0]) == [3.0]
+    assert not has_begun(module)
+    module(torch.zeros(1, 8))
+    assert has_begun(module)

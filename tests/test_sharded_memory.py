@@ -25,7 +25,7 @@ from autoaccum.devices.virtual import available, launch
 from autoaccum.devices.virtual.stand_in import ANY_AMOUNT_BYTES, virtual_settings
 from autoaccum.planning.new_process import plan_on_gpu
 from autoaccum.planning.request import PlanRequest
-from autoaccum.torch_compat import open_fake_group
+from autoaccum.ranks.torch_internals import open_fake_group
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.truth_search import forked

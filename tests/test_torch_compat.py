@@ -26,6 +26,7 @@ from autoaccum.devices.virtual import VirtualGpu, available, environment
 from autoaccum.processes.fork import in_copy
 
 REASON = available()
+OTHERS = ("window/lanes/torch_internals.py", "ranks/torch_internals.py")  # tests/test_lanes.py, tests/test_sharded.py
 ROOT = Path(autoaccum.__file__).parent
 # Private attributes of torch's objects and modules, whatever they are read from.
 NAMES = {
@@ -79,7 +80,7 @@ def test_private_names_of_torch_are_used_in_two_files() -> None:
     found = [
         f"{path.relative_to(ROOT.parent)}:{line}: {name}"
         for path in sorted(ROOT.rglob("*.py"))
-        if path not in (Path(compat.__file__), ROOT / "window/lanes/torch_internals.py")
+        if path not in (Path(compat.__file__), *(ROOT / name for name in OTHERS))
         for line, name in private_names(path.read_text())
     ]
     assert not found, "move these to autoaccum/torch_compat.py:\n" + "\n".join(found)
@@ -260,32 +261,6 @@ def check_local_tensors() -> None:
 
 def check_local_bytes() -> None:
     assert compat.local_bytes(torch.zeros(3)) == 12
-
-
-def check_open_fake_group() -> None:
-    compat.open_fake_group(1, 3)
-    try:
-        assert (torch.distributed.get_rank(), torch.distributed.get_world_size()) == (1, 3)
-        assert torch.distributed.get_backend() == "fake"
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (3,))
-        sharded = torch.distributed.tensor.distribute_tensor(torch.zeros(7), mesh, [torch.distributed.tensor.Shard(0)])
-        assert sharded.nbytes == 28 and compat.local_bytes(sharded) == 12
-        assert compat.local_tensors(nn.Parameter(sharded))[0].shape == (3,)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def check_has_begun() -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    compat.open_fake_group(0, 2)
-    try:
-        module = fully_shard(nn.Linear(2, 2))
-        assert not compat.has_begun(module)
-        module(torch.zeros(1, 2))
-        assert compat.has_begun(module)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import typer
 
 from ..errors import UsageError
 from ..planning.cluster import DDP, WAYS, Cluster
+from ..planning.unequal import GpuKind
 from .completion import choices
 
 GPUS = typer.Option(None, help="So many of these GPUs train together, one rank each.")
@@ -16,19 +15,6 @@ PARALLEL = typer.Option(
     help="How a bare model is spread over them: fsdp (FSDP2's fully_shard) or ddp.",
     autocompletion=choices(*WAYS),
 )
-
-
-@dataclass(frozen=True)
-class GpuKind:
-    """Equal GPUs of a cluster.
-
-    Attributes:
-        name: As in `--gpu`.
-        count: How many of them.
-    """
-
-    name: str
-    count: int
 
 
 def read_gpus(named: list[str] | None, gpus: int | None, parallel: str | None) -> tuple[list[GpuKind], Cluster | None]:
@@ -72,21 +58,6 @@ def read_gpus(named: list[str] | None, gpus: int | None, parallel: str | None) -
         return [GpuKind(kinds[0].name, 1)], None
     cluster = Cluster(total, parallel)
     return (kinds if len(kinds) > 1 else [GpuKind(kinds[0].name, total)]), cluster
-
-
-def refuse_unequal(kinds: list[GpuKind]) -> None:
-    """Refuse GPUs of several kinds.
-
-    Raises:
-        UsageError: There are several.
-    """
-    if len(kinds) > 1:
-        names = " and ".join(f"{kind.count} {kind.name}" for kind in kinds)
-        raise UsageError(
-            f"GPUs of several kinds, {names}, are not planned from elsewhere yet.",
-            "Each kind has a share of its own, which is agreed among the ranks where they are.",
-            "Plan there: torchrun ... -m autoaccum plan; or plan each kind here, with its share as --target-batch.",
-        )
 
 
 def _kind(text: str) -> GpuKind:

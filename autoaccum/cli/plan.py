@@ -15,13 +15,14 @@ from ..files.escape import one_line
 from ..files.whole import check_output
 from ..plan import FASTEST, FEWEST_STEPS, OBJECTIVES
 from ..planning.request import PlanRequest
+from ..planning.unequal import GpuKind, plan_unequal
 from ..processes.examples import BUILT_IN, DEFAULT
 from ..processes.launch import launched_rank
 from ..units import check_memory, check_samples, check_seconds, parse_target
 from .completion import choices, workloads
 from .completion import gpus as complete_gpus
 from .flags import in_flags
-from .gpus import GPUS, PARALLEL, read_gpus, refuse_unequal
+from .gpus import GPUS, PARALLEL, read_gpus
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -84,7 +85,6 @@ def plan(
         uniform=uniform, host_memory=host_memory,
     )  # fmt: skip
     kinds, cluster = read_gpus(gpu, gpus, parallel)
-    refuse_unequal(kinds)
     named = kinds[0].name if kinds else None
     _check_device(device, named)
     _check_request(request, named)
@@ -93,8 +93,14 @@ def plan(
     from ..plan import Plan
     from .terminal import keep_plan
 
-    answer = _planned(workload, request, device, named, cluster, refresh=refresh)
-    found = Plan.from_json(answer["plan"])
+    def planned(kind: GpuKind, wanted: PlanRequest) -> Plan:
+        return Plan.from_json(_planned(workload, wanted, device, kind.name, cluster, refresh=refresh)["plan"])
+
+    if len(kinds) > 1:
+        found, answer = plan_unequal(kinds, request, planned), {"origin": "", "not_kept": "it is of several GPUs"}
+    else:
+        answer = _planned(workload, request, device, named, cluster, refresh=refresh)
+        found = Plan.from_json(answer["plan"])
     if launched_rank() > 0:  # the first one prints and writes what all have agreed on
         return
     if output is not None:

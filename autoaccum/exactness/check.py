@@ -26,7 +26,7 @@ from ..plan import Plan
 from ..process_memory import available_bytes
 from ..processes import crash_guard
 from ..ranks.group import apart, are_absent, ranks_here
-from ..ranks.wrapped import refuse_unsupported, unwrapped
+from ..ranks.wrapped import is_trained_sharded, refuse_unsupported, unwrapped
 from ..window import norms as batchnorm
 from ..window.context import forward, held_in_window
 from ..window.isolated import as_it_trains
@@ -109,6 +109,11 @@ def check(
     Raises:
         UsageError: The forward of the workload talks to other ranks.
     """
+    if is_trained_sharded(workload.model):
+        return unknown(
+            "the model is sharded over ranks",
+            "Check the same model in one process, before it is sharded: autoaccum check.",
+        )
     if are_absent():
         return unknown(
             "the model is spread over ranks that are not here",

@@ -13,6 +13,7 @@ from ..data import tree
 from ..devices.oom import drop_frames
 from ..devices.registry import get_device
 from ..errors import AutoaccumError
+from ..ranks.sharded import sharded_modules
 from ..window.isolated import as_it_trains
 from ..window.step import TrainingContext
 from ..workload import IGNORED, Batch
@@ -66,8 +67,8 @@ def recheck(
     Returns:
         A warning; None if the gradients agree, or the window can't be tested.
     """
-    if not get_device(context.device).computes:
-        return None
+    if not get_device(context.device).computes or sharded_modules(context.model):
+        return None  # copies in the place of shards would break FSDP2's own bookkeeping
     rows = _few_rows(
         pieces, sizes, _most_rows(max(sizes), autocasts=context.autocast_dtype is not None), batch_keys or {}
     )

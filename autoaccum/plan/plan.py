@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def parallel(self) -> str:
-        """How the model is trained over ranks: "ddp", "bare" or "single"."""
+        """How the model is trained over ranks: "ddp", "bare", "fsdp" or "single"."""
         return self.distribution.parallel
 
     @property

@@ -214,7 +214,7 @@ class DistributionSection:
 
     Attributes:
         ranks: Each rank's part, by rank; empty where the plan is of one process.
-        parallel: How the model is trained over ranks: "ddp", "bare", or "single" for one process.
+        parallel: How the model is trained over ranks: "ddp", "bare", "fsdp", or "single" for one process.
         shares_by: What the shares were chosen by: "equal", "speed", "memory", "given"; empty for one process.
     """
 

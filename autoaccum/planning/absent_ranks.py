@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..ranks import sharded
 from ..ranks.group import absent_allowed, are_absent
-from ..window import sharded
 from .request import PlanRequest
 
 

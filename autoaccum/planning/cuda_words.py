@@ -10,10 +10,10 @@ import torch
 from ..budget import Budget
 from ..devices.cuda.allocator_rules import AllocatorRules
 from ..phases import PHASE_TITLES
+from ..ranks.sharded import sharded_modules
 from ..simulation.solver import Split
 from ..torch_compat import allocator_settings, local_bytes
 from ..units import show_bytes
-from ..window.sharded import sharded_modules
 
 if TYPE_CHECKING:
     from .predictor_cuda import CudaPredictor

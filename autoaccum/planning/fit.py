@@ -31,6 +31,7 @@ from ..exactness import check as exact
 from ..plan import FASTEST, FEWEST_STEPS, Plan
 from ..ranks.exchange import Alone
 from ..ranks.group import are_absent, place_here
+from ..ranks.sharded import drop_unfinished, settle_shards
 from ..ranks.wrapped import refuse_unsupported, unwrapped
 from ..simulation.recording import Event
 from ..simulation.solver import Solution
@@ -39,13 +40,13 @@ from ..state.appended import keeper
 from ..state.closures import Holdings, holdings
 from ..window import compiled, step
 from ..window.over_ranks import reduction_of
-from ..window.sharded import drop_unfinished, settle_shards
 from ..window.trained_parameters import left_out_note
 from ..workload import Workload, as_workload
 from . import build_plan, failures, lanes, predictor_cpu, schedule
 from .absent_ranks import absent_ranks
 from .evidence import Evidence
 from .fastest import fastest, time_smaller
+from .follow import DONE, Procession
 from .groups import plan_in_groups
 from .over_ranks import plan_over_ranks, request_here
 from .predictor import MemoryPredictor
@@ -74,6 +75,7 @@ class PlanningEnvironment:
         keep: Whether the workload's state must be restored; False in a process that ends with the plan.
         progress: Called with progress messages.
         subject: The recording target's class, which makes the batches.
+        procession: The ranks that plan a sharded model together.
     """
 
     device: Device
@@ -82,6 +84,7 @@ class PlanningEnvironment:
     keep: bool = True
     progress: Callable[[str], None] = lambda text: None
     subject: type[RecordingTarget] = RecordingTarget
+    procession: Procession | None = None
 
 
 def fit_plan(
@@ -153,6 +156,7 @@ def plan_workload(
     device: str | torch.device | None = None,
     progress: Callable[[str], None] | None = None,
     kept: KeptPlans | None = None,
+    procession: Procession | None = None,
 ) -> Plan:
     """Plan a workload on its model's device.
 
@@ -164,6 +168,7 @@ def plan_workload(
         device: The device that the model must be on; None for any.
         progress: Called with progress messages.
         kept: Where an earlier plan may be found, and this one is kept; None for nowhere.
+        procession: The ranks that plan a sharded model together.
 
     Raises:
         UsageError: The request cannot be met, whatever the memory.
@@ -175,12 +180,13 @@ def plan_workload(
     started = time.perf_counter()
     workload, text = with_sample(workload if are_absent() else unwrapped(workload)[0])
     assumed = f"Assumed, as no sample was given: {text}." if text else ""
-    environment = _environment_of(workload.model, device)
+    environment = replace(_environment_of(workload.model, device), procession=procession)
     if progress is not None:
         environment = replace(environment, progress=progress)
 
     def make() -> Plan:
-        plan = plan_in(environment, workload, request, assumed=assumed)
+        with contextlib.nullcontext() if procession is None else procession.telling_the_end():
+            plan = plan_in(environment, workload, request, assumed=assumed)
         return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
 
     return make() if kept is None else kept.answer(environment.device, workload, request, make)
@@ -217,19 +223,13 @@ def _plan_samples(
     refuse_unsupported(workload, ranks=1)  # before any forward: its collectives would wait for ranks that don't plan
     started, threshold = time.perf_counter(), environment.device.prepare(plan_request.malloc)
     sample, lengthened = at_longest(workload)
-    longest = replace(workload, sample=sample)
-    held = _held(workload)
+    longest, held = replace(workload, sample=sample), _held(workload)
     with contextlib.ExitStack() as stack:
         environment.device.clean()
         filled_bytes = stack.enter_context(environment.device.holes_filled(threshold))
         snapshot = stack.enter_context(_as_it_was(workload, held)) if environment.keep else None
         stack.callback(drop_unfinished, workload.model)
-        context = step.open_context(
-            replace(workload, scheduler=None)
-        )  # a scheduler may allow few steps, and uses no memory
-        context.window_samples = request.samples
-        if plan_request.exchanges:
-            context.exchange = Alone(reduction_of(context), plan_request.world_size)
+        context = _context_of(workload, request, plan_request)
         left_out = left_out_note(context.model, context.optimizer)
         subject = environment.subject(
             context, longest, environment.device, threshold, environment.progress, environment.model_events
@@ -244,6 +244,11 @@ def _plan_samples(
             _make_ready(context, owns_optimizer=context.optimizer is not workload.optimizer)
             environment.device.clean()
 
+        procession = environment.procession
+        if procession is not None:
+            subject, start_over = procession.target(subject), procession.starting_over(start_over)
+            if not procession.leads:
+                return procession.follow(subject, start_over)
         start_over()
         recording = stack.enter_context(contextlib.ExitStack())
         recording.enter_context(lanes.one_after_the_other(context))
@@ -259,16 +264,26 @@ def _plan_samples(
         timed = time_smaller(predictor, solution, timeable, time.perf_counter() - started, start_over)
         if request.objective == FASTEST:
             solution, measured = fastest(predictor, solution, measured, timed, start_over)
-        rows = None
-        if measured is not None and not compiles and in_lanes is None:
-            rows = most_short_rows(predictor, solution, start_over)
+        tries_rows = measured is not None and not compiles and in_lanes is None
+        rows = most_short_rows(predictor, solution, start_over) if tries_rows else None
         plan = build_plan.plan(predictor, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
         plan = plan if in_lanes is None else lanes.with_lanes(plan, in_lanes, context.host_memory_bytes)
         if plan_request.check:  # before the state is restored: a forward may change any state
             start_over()
             plan = exact.check_plan(plan, workload, environment.progress)
         start_over()  # the plan's figures for this process hold for its state before planning, its cache empty
+        if procession is not None:
+            procession.say(DONE, plan.to_json())
         return plan
+
+
+def _context_of(workload: Workload, request: ResolvedRequest, plan_request: PlanRequest) -> step.TrainingContext:
+    """Return the context of what is recorded."""
+    context = step.open_context(replace(workload, scheduler=None))  # it may allow few steps, and uses no memory
+    context.window_samples = request.samples
+    if plan_request.exchanges:
+        context.exchange = Alone(reduction_of(context), plan_request.world_size)
+    return context
 
 
 def _solve(

@@ -22,10 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..devices import oom
 from ..phases import FIRST, LATER, PHASE_TITLES
-from ..torch_compat import TorchDispatchMode
+from ..torch_compat import TorchDispatchMode, local_tensors
 from ..units import show_bytes
 from ..window import step
-from ..window.compiled import uncompiled
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -86,13 +85,12 @@ def probe(subject: RecordingTarget, n: int) -> Growth | None:
         What each window keeps; None where the third ends as the second did.
     """
     subject.progress(f"three windows of {n} samples, to find what outlives them")
-    piece = subject.tile(n)
+    run = subject.window(n)
     watch, alive = _Watch(), []
     try:
-        with uncompiled(), watch:
+        with watch:
             for _ in range(WINDOWS):
-                step.train_window(subject.context, [piece] * 2, (n, n), on_phase=watch.on_phase)
-                step.run_between(subject.context, on_phase=watch.on_phase)
+                run(watch.on_phase)
                 alive.append(watch.alive(subject.context))
     except (RuntimeError, MemoryError) as error:
         if oom.is_out_of_memory(error):
@@ -117,7 +115,8 @@ def _state(context: step.TrainingContext) -> set[int]:
     tensors: list[Any] = [*context.model.parameters(), *context.model.buffers()]
     tensors += [tensor.grad for tensor in context.model.parameters()]
     tensors += [value for state in context.optimizer.state.values() for value in state.values()]
-    return {StorageWeakRef(t.untyped_storage()).cdata for t in tensors if isinstance(t, torch.Tensor)}  # type: ignore[no-untyped-call]
+    parts = (part for tensor in tensors if isinstance(tensor, torch.Tensor) for part in local_tensors(tensor))
+    return {StorageWeakRef(part.untyped_storage()).cdata for part in parts}  # type: ignore[no-untyped-call]
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -21,12 +21,13 @@ from ..devices.cuda.model_blocks import model_blocks
 from ..devices.registry import get_device
 from ..devices.virtual.device import StandInDevice
 from ..errors import UsageError
-from ..plan import Plan
+from ..plan import DistributionSection, Plan
 from ..processes.workload_source import load_function, make_workload, takes_device
+from ..ranks.shares import EQUAL
 from ..simulation.recording import Event
 from ..workload import Workload
 from . import build_plan, predictor_cuda, predictor_virtual
-from .cluster import Cluster
+from .cluster import DDP, Cluster
 from .fit import PlanningEnvironment, plan_in
 from .request import PlanRequest
 from .spread import spread
@@ -78,6 +79,7 @@ def plan_on_gpu(
         progress(f"spreading the model over {cluster.ranks} ranks")
         found = spread(workload, device, build, cluster)
         workload, build, note = found.workload, found.build, found.note
+        request = replace(request, exchanges=cluster.parallel == DDP)
     request = replace(request, train_in_new_process=True)
     make_predictor = predictor_cuda.make_predictor if gpu is None else predictor_virtual.make_predictor
     subject = RecordingTarget if gpu is None else predictor_virtual.UninitializedTarget
@@ -85,6 +87,8 @@ def plan_on_gpu(
 
     def make() -> Plan:
         plan = build_plan.with_note(plan_in(environment, workload, request), note)
+        if cluster is not None and cluster.parallel is not None:
+            plan = replace(plan, distribution=DistributionSection((), cluster.parallel, EQUAL))
         return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
 
     return make() if kept is None else kept.answer(device, workload, request, make)

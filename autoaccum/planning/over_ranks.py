@@ -18,22 +18,33 @@ import torch
 from .. import __version__
 from ..data.sample import with_sample
 from ..devices.registry import get_device
-from ..errors import UsageError
-from ..plan import DistributionSection, Plan
+from ..errors import DoesNotFit, UsageError
+from ..plan import FEWEST_STEPS, DistributionSection, Plan, RankEntry
 from ..ranks.agreement import require_equal, together
 from ..ranks.group import Place, apart, place_here
 from ..ranks.shares import EQUAL, MEMORY, SPEED, Shares, check_shares, proportional
 from ..ranks.words import Control
-from ..ranks.wrapped import Wrapper, parallel_of, quiet, refuse_unsupported, unwrapped
+from ..ranks.wrapped import (
+    FSDP,
+    Wrapper,
+    is_trained_sharded,
+    parallel_of,
+    quiet,
+    refuse_unsupported,
+    unwrapped,
+)
+from ..simulation.solver import balanced
+from ..units import show_bytes
 from ..window import norms as batchnorm
 from ..window.context import held_in_window
 from ..window.fingerprint import describe_model
 from ..workload import Workload
 from .build_plan import with_note
+from .follow import Procession
 from .request import PlanRequest
 from .target_tokens import tokens_to_samples
 
-PlanHere = Callable[[Workload, PlanRequest], Plan]
+PlanHere = Callable[..., Plan]  # of a workload and a request; a procession, where ranks plan together
 GIVEN = "given"
 
 _ASKED = ("target_batch", "min_micro_batch", "objective", "verify", "check", "uniform", "shares")
@@ -103,11 +114,43 @@ class _Agreement:
         claims = together(self.control, self._claim)
         together(self.control, lambda: require_equal([claim.values for claim in claims]))
         self.request = self._own_request(claims)
+        if is_trained_sharded(self.workload.model):
+            return self._in_step()
         shares, by, why, plans = self._shares(claims)
         if plans is None:
             plans = self._plans(None if shares is None else shares[self.control.rank], check=self.request.check)
         parallel = parallel_of(self.wrapper, self.control.world)
         return with_note(_combined(plans, self.control.rank, parallel, by, why), self.remark)
+
+    def _in_step(self) -> Plan:
+        """Plan a sharded model, whose windows run on all ranks."""
+        request, world = self.request, self.control.world
+        if self.wish not in (None, EQUAL) or request.objective != FEWEST_STEPS:
+            raise UsageError(
+                f"shares={self.wish!r} and objective={request.objective!r} were given for a sharded model.",
+                "Its ranks run the same micro-batches at the same time, so their shares are equal.",
+                "Leave them out, or train with DistributedDataParallel.",
+            )
+        target = request.target_batch
+        shares = None if target is None else self._in_groups(target, [1.0] * world)
+        own = replace(request, samples=None if shares is None else shares[0], timing_seconds=0, exchanges=True)
+        with apart():
+            plan = self.plan_here(self.workload, own, procession=Procession(self.control))
+        room = together(self.control, lambda: plan.budget_bytes if self.control.rank == 0 else self._room(own))
+        entries = []
+        for rank, share in enumerate(shares or [sum(plan.split)] * world):
+            split = plan.split if share == sum(plan.split) else balanced(share, min(share, plan.accumulation_steps))
+            entries.append(replace(plan.entry(), split=split, budget_bytes=room[rank]))
+        _require_room(entries)
+        section = DistributionSection(tuple(entries), FSDP, EQUAL)
+        found = replace(
+            plan, distribution=section, request=replace(plan.request, target_batch=target or sum(plan.split) * world)
+        )
+        return with_note(found.for_rank(self.control.rank), self.remark)
+
+    def _room(self, request: PlanRequest) -> int:
+        """Return what this rank may use."""
+        return get_device(self._device).read_budget(request.budget, request.headroom).bytes
 
     def _claim(self) -> _Claim:
         """Say what this rank is asked for."""
@@ -199,6 +242,24 @@ class _Agreement:
     def _alone(self, request: PlanRequest) -> Plan:
         with apart(), quiet(self.wrapper):
             return self.plan_here(self.workload, request)
+
+
+def _require_room(entries: Sequence[RankEntry]) -> None:
+    """Refuse a plan that some rank has no memory for.
+
+    Raises:
+        DoesNotFit: Names the rank; on all ranks.
+    """
+    rank, least = min(enumerate(entries), key=lambda item: item[1].budget_bytes)
+    missing = least.predicted_peak_bytes - least.budget_bytes
+    if missing > 0:
+        raise DoesNotFit(
+            f"The plan needs {show_bytes(least.predicted_peak_bytes)} on every rank, and rank {rank} has "
+            f"{show_bytes(least.budget_bytes)}.",
+            "Ranks of a sharded model run the same micro-batches, and the first one planned them for its own memory.",
+            f"Plan for the smallest: budget={least.budget_bytes}.",
+            missing_bytes=missing,
+        )
 
 
 def _speed(plan: Plan) -> float:

@@ -193,6 +193,7 @@ class CudaPredictor(MemoryPredictor):
 
     def needed_bytes(self, split: Split) -> int:
         """Return the smallest budget that it fits, with retries."""
+        split = verified_part(split)  # a fourth micro-batch of one size repeats the third
         histories = self.request.histories
         unlimited = max(self.replayed(split, history, None).peak_reserved_bytes for history in histories)
         low, high = 0, int(unlimited / (1 - CAPACITY_MARGIN)) + 1

@@ -18,9 +18,9 @@ from ..devices.cuda.allocator_rules import find_rules
 from ..devices.cuda.device import CudaMeasurement
 from ..devices.cuda.model_blocks import model_blocks, reserved_bytes_of
 from ..devices.virtual.device import VirtualGpuDevice
+from ..ranks.sharded import can_drop_unfinished
 from ..simulation.cuda_allocator.allocator import EMPTY
 from ..simulation.solver import Solution, Split, balanced, uniform_sizes
-from ..window.sharded import can_drop_unfinished
 from ..workload import Batch
 from . import cuda_words
 from .cuda_budget import read_budget

@@ -20,10 +20,10 @@ from ..devices.cuda.device import CudaDevice
 from ..devices.cuda.model_blocks import model_blocks
 from ..errors import UsageError
 from ..ranks.group import are_absent
+from ..ranks.sharded import sharded_modules
+from ..ranks.torch_internals import open_fake_group
 from ..simulation.recording import Event
-from ..torch_compat import open_fake_group
 from ..window.blocks import repeated_blocks
-from ..window.sharded import sharded_modules
 from ..workload import Workload
 from .cluster import DDP, Cluster
 
@@ -118,8 +118,11 @@ def _sharded(workload: Workload, device: CudaDevice) -> Spread:
     before.clear()
     gc.collect()
     device.release_cache()  # the whole tensors, and gaps between shards, are there for planning alone
-    _, build = device.record_build(lambda: model.to_empty(device=device.torch_device))
     optimizer = _over_shards(workload.optimizer, names_of, model)
+    _, events = device.record_build(lambda: model.to_empty(device=device.torch_device))
+    build = tuple(event for event in events if event.block > 0)  # without frees of the first shards
+    gc.collect()
+    device.release_cache()
     names = {type(block).__name__.removeprefix("FSDP") for block in blocks}
     units = f"each of {len(blocks)} {' and '.join(sorted(names))}" if blocks else "no block, as none repeats"
     note = f"FSDP2 shards {units}, then the rest: fully_shard(block), fully_shard(model)" + (
@@ -147,10 +150,13 @@ def _over_shards(
         for group in optimizer.param_groups
     ]
     try:
-        return type(optimizer)(groups)  # type: ignore[call-arg]  # each group has all of its settings
+        made = type(optimizer)(groups)  # type: ignore[call-arg]  # each group has all of its settings
     except Exception as error:
         raise UsageError(
             f"The workload's {type(optimizer).__name__} can't be made anew for sharded parameters ({error}).",
             "fully_shard replaces the parameters that it was made for.",
             "Give a function of the parameters: Workload(optimizer=lambda p: torch.optim.AdamW(p)).",
         ) from error
+    optimizer.param_groups.clear()  # it would keep the whole parameters on the device
+    optimizer.state.clear()
+    return made

@@ -41,17 +41,28 @@ class Alone:
     Args:
         reduction: Of what is trained.
         world: Number of ranks.
+
+    Attributes:
+        in_step: Whether forward and backward are collectives, so that all ranks run them together (FSDP2).
+        loss_factor: What the loss is multiplied by for what others divide gradients by.
     """
+
+    in_step = False
+    loss_factor = 1.0
 
     def __init__(self, reduction: Reduction, world: int) -> None:
         self.reduction, self.world = reduction, world
         self.is_private = True
         self.retries = 0
 
-    def count(self, count: Any, samples: int) -> tuple[Any, int]:
+    def count(self, count: Any, samples: int, passes: int = 0) -> tuple[Any, int]:
         """Return what the window counts, and its samples."""
         self.is_private = True
         return count, samples
+
+    def level(self, pieces: Sequence[Any], sizes: Sequence[int]) -> tuple[Sequence[Any], Sequence[int]]:
+        """Return the micro-batches to run; those of size 0 add nothing."""
+        return pieces, sizes
 
     def reduce(self, wide: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
         """Prepare a reduction and undo it; return the loss."""
@@ -99,12 +110,13 @@ class Exchange(Alone):
         self.digests = (digest % EQUAL_BELOW, digest // EQUAL_BELOW % EQUAL_BELOW)
         self._totals, self.retries, self.is_private = None, 0, True
 
-    def count(self, count: Any, samples: int) -> tuple[float | None, int]:
+    def count(self, count: Any, samples: int, passes: int = 0) -> tuple[float | None, int]:
         """Return what all ranks count, and their samples; said once a window.
 
         Args:
             count: What this rank counts; None where its micro-batches are weighted by samples.
             samples: Its samples.
+            passes: Its micro-batches.
 
         Raises:
             RanksFailed: A rank failed, its data has ended, or it has other samples.
@@ -188,9 +200,14 @@ class Exchange(Alone):
                 raise failed_rank(who[0], "epoch", "its loader has ended, and other ranks' has not", self.control.rank)
         elif not agrees:
             said = self.control.gather(digests)
-            other = next(rank for rank, each in enumerate(said) if each != said[0])
-            raise failed_rank(other, "loading of samples", _OTHER_SAMPLES, self.control.rank)
+            other = self._other_samples(said)
+            if other is not None:
+                raise failed_rank(other, "loading of samples", _OTHER_SAMPLES, self.control.rank)
         return found
+
+    def _other_samples(self, said: Sequence[tuple[int, ...]]) -> int | None:
+        """Return a rank whose samples are not the first one's."""
+        return next((rank for rank, each in enumerate(said) if each != said[0]), None)
 
     def _say(
         self, kind: Kind, sums: list[float], *, digests: tuple[int, ...] = (), failure: str = ""

@@ -64,11 +64,12 @@ class Control:
 
     Attributes:
         words: Words said so far.
+        name: A name for these words in the store.
     """
 
     def __init__(self, place: Place, timeout_seconds: float) -> None:
         self.rank, self.world, self.timeout_seconds = place.rank, place.world, timeout_seconds
-        self._id = f"autoaccum/{next(_made)}"
+        self._id = self.name = f"autoaccum/{next(_made)}"
         self._store = default_store()
         limit = datetime.timedelta(seconds=timeout_seconds + ANSWER_SECONDS)
         self._group: Any = dist.new_group(backend="gloo", timeout=limit)

@@ -97,6 +97,7 @@ class OomRecovery:
 
     def _start_over(self, attempt: Attempt, failure: str) -> Window:
         """Return the window to repeat, with all else put back."""
+        _refuse_in_step(attempt, failure)
         attempt.refuse_moved(failure)
         _refuse_optimizer_step(attempt, failure)
         attempt.put_back()
@@ -139,6 +140,18 @@ class OomRecovery:
             "repeated in smaller pieces; nothing was trained by it. "
             f"The next windows are loaded in micro-batches of at most {self.sizing.limits.micro_batch}.",
             "Plan again with less memory (budget=), and go on from the last checkpoint.",
+        )
+
+
+def _refuse_in_step(attempt: Attempt, failure: str) -> None:
+    """Raise where other ranks wait in this window's collectives."""
+    exchange = attempt.context.exchange
+    if exchange is not None and exchange.in_step:
+        raise OutOfMemory(
+            f"A window of a sharded model ran out of memory ({failure}).",
+            "Other ranks are in its collectives, so that no rank can start it over.",
+            "Start all ranks again (torchrun --max-restarts), with a plan for less memory: budget= or "
+            f"max_micro_batch={max(1, max(attempt.window.sizes) - 1)}.",
         )
 
 

@@ -23,8 +23,10 @@ from ..ranks.agreement import require_equal, together
 from ..ranks.exchange import Exchange
 from ..ranks.group import Place, place_here
 from ..ranks.order import SharedOrder
+from ..ranks.sharded import divisor_of, sharded_modules
+from ..ranks.sharded_exchange import ShardedExchange
 from ..ranks.words import Control, Kind
-from ..ranks.wrapped import Wrapper, broadcast, quiet
+from ..ranks.wrapped import FSDP, Wrapper, broadcast, parallel_of, quiet
 from ..window.context import TrainingContext
 from ..window.fingerprint import describe_model
 from ..window.over_ranks import describe_trained, reduction_of
@@ -70,15 +72,29 @@ class RanksAtWork:
             "trained tensors": describe_trained(context),
             "target batch": plan.target_batch,
             "shares": plan.shares,
-            "parallel": "bare" if self.wrapper is None else "ddp",
+            "parallel": self._parallel(context),
         }
         claims = together(self.control, lambda: values, Kind.START)
         require_equal(claims)
         self._shares, self._least, self._group = plan.shares, least, group
         reduction = reduction_of(context, self.wrapper)
+        if sharded_modules(context.model):
+            self._attach_sharded(context)
+            return
         self.exchange = context.exchange = Exchange(self.control, reduction)
         if self.wrapper is None:  # DistributedDataParallel did so when it was made
             broadcast([*context.model.parameters(), *(each for group in reduction.buffers for each in group)])
+
+    def _parallel(self, context: TrainingContext) -> str:
+        return FSDP if sharded_modules(context.model) else parallel_of(self.wrapper, self.control.world)
+
+    def _attach_sharded(self, context: TrainingContext) -> None:
+        """Begin to exchange for a model whose forward and backward are collectives."""
+        divisors = together(self.control, lambda: divisor_of(context.model, self.control.world), Kind.START)
+        require_equal([{"gradient divide factor": each} for each in divisors])
+        self.exchange = context.exchange = ShardedExchange(
+            self.control, list(context.model.buffers()), divisors[self.rank]
+        )
 
     def part(self, loader: Iterable[Batch]) -> Part:
         """Begin an epoch: return which of each window's samples are this rank's."""

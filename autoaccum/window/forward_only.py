@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from ..devices.oom import drop_frames, is_out_of_memory
+from ..ranks.sharded import reshard
 from ..state import snapshot
 from .compiled import uncompiled
-from .sharded import reshard
 
 if TYPE_CHECKING:
     from .context import TrainingContext

@@ -53,16 +53,22 @@ def part_of_window(
     """
     reads_count = None if form.passes_count or loss_terms.count_of(out) is not None else form.count
     count = None if reads_count is None else reads_count(piece)
-    if is_nothing(context, count):
+    in_step = context.exchange is not None and context.exchange.in_step
+    if is_nothing(context, count) and not in_step:
         return None
     weight = 1.0 if form.kind is LossKind.ADDED else share
-    return loss_terms.part(out, weight, count, None if total is None else loss_terms.nonzero(total))
+    part = loss_terms.part(out, weight, count, None if total is None else loss_terms.nonzero(total))
+    if in_step and (share == 0 or is_nothing(context, count)):  # other ranks wait for its backward's collectives
+        part = part * 0
+    return part
 
 
 def backward(
     context: TrainingContext, loss: torch.Tensor, run: Callable[[torch.Tensor], None] = torch.autograd.backward
 ) -> None:
     """Run backward of a loss, scaled where the workload has a scaler."""
+    if context.exchange is not None and context.exchange.loss_factor != 1.0:
+        loss = loss * context.exchange.loss_factor
     scaled: Any = context.scaler.scale(loss) if context.scaler else loss
     with loss_terms.graph_is_there():
         run(scaled)

@@ -70,11 +70,17 @@ def _clip(context: TrainingContext, wide: fp32_accumulation.Parameters) -> torch
         context.scaler.unscale_(context.optimizer)  # before clipping, and before small numbers are cast
     if context.clip_grad_norm is None:
         return None
-    return nn.utils.clip_grad_norm_(_trained(context), context.clip_grad_norm)
+    return _whole(nn.utils.clip_grad_norm_(_trained(context), context.clip_grad_norm))
 
 
 def _trained(context: TrainingContext) -> list[torch.Tensor]:
     return [p for group in context.optimizer.param_groups for p in group["params"]]
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """Return a norm over all ranks, also that of shards."""
+    whole = getattr(norm, "full_tensor", None)
+    return norm if whole is None else whole()
 
 
 def _is_finite(context: TrainingContext, grad_norm: torch.Tensor | None) -> bool:
@@ -83,7 +89,8 @@ def _is_finite(context: TrainingContext, grad_norm: torch.Tensor | None) -> bool
     That is one pass and one synchronization with the device.
     """
     if grad_norm is None:
-        grad_norm = nn.utils.get_total_norm([p.grad for p in _trained(context) if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in _trained(context) if p.grad is not None])
+        grad_norm = _whole(norm)
     return bool(torch.isfinite(grad_norm))
 
 

@@ -7,6 +7,7 @@ import hashlib
 import torch
 
 from ..ranks.reduction import Reduction
+from ..ranks.sharded import sharded_modules
 from ..ranks.wrapped import Wrapper
 from .context import TrainingContext
 
@@ -25,6 +26,8 @@ def reduction_of(context: TrainingContext, wrapper: Wrapper | None = None) -> Re
         wrapper: The model's DistributedDataParallel, which says whether buffers are those of the first rank.
     """
     keeps = wrapper is not None and not wrapper.broadcast_buffers
+    if sharded_modules(context.model):  # FSDP2 reduces gradients itself
+        return Reduction([], list(context.model.buffers()))
     return Reduction(trained_tensors(context), [] if keeps else list(context.model.buffers()))
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ..devices.registry import get_device
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, OnPhase
+from ..ranks.sharded import reshard
 from ..workload import Batch
 from . import cached_representations, fp32_accumulation, loss_terms
 from . import norms as batchnorm
@@ -25,7 +26,6 @@ from .lanes.training import train_in_lanes
 from .loss_form import LossForm, LossKind, settle_loss_form, window_count
 from .micro_batch import backward, is_nothing, keywords, part_of_window, release_workspaces
 from .optimizer_step import optimizer_step
-from .sharded import reshard
 
 __all__ = ["TrainingContext", "WindowResult", "forward", "open_context", "run_between", "train_window"]
 
@@ -70,7 +70,8 @@ def train_window(
     total = window_count(context, form, pieces) if counted else None
     if exchange is not None:
         pieces, sizes = ((), ()) if is_nothing(context, total) else (pieces, sizes)  # else 0 / 0 for all ranks
-        total, samples = exchange.count(total, samples)
+        total, samples = exchange.count(total, samples, len(pieces))
+        pieces, sizes = exchange.level(pieces, sizes)
         steps += 1  # those of other ranks
     if not context.has_begun:  # whatever this process did before: the first window finds what a fresh one would
         get_device(context.device).release_cache()

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..torch_compat import has_begun
+from ..errors import UsageError
+from .torch_internals import gradient_divisors, has_begun
 
 FSDP = "torch.distributed.fsdp"  # importing it takes a second, and whoever has such a model has imported it
 
@@ -74,6 +76,39 @@ def drop_unfinished(model: nn.Module) -> None:
             root.reset_iter_state()
     reshard(model)
     model.zero_grad(set_to_none=True)
+
+
+def divisor_of(model: nn.Module, ranks: int) -> float:
+    """Return what FSDP2 divides sums of gradients by.
+
+    Raises:
+        UsageError: Its modules differ, or the model is sharded in a way that isn't trained here.
+    """
+    for name, tensor in model.named_parameters():
+        if not _is_sharded_over_all(tensor, ranks):
+            raise UsageError(
+                f"{name} of the model isn't sharded by fully_shard over all {ranks} ranks.",
+                "A window's gradient is a sum over all of them, of which each has one part.",
+                "Apply fully_shard to the whole model, on a mesh of all ranks; without tensor parallelism.",
+            )
+    found = {factor for module in sharded_modules(model) for factor in gradient_divisors(module)}
+    if len(found) > 1:
+        raise UsageError(
+            f"set_gradient_divide_factor was called for some modules and not for others: {_shown(found)}.",
+            "It sets one module's, and a loss has one factor.",
+            "Call it for every module in model.modules() that fully_shard was applied to, or for none.",
+        )
+    factor = next(iter(found))
+    return float(ranks) if factor is None else factor
+
+
+def _is_sharded_over_all(tensor: torch.Tensor, ranks: int) -> bool:
+    mesh, placements = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", ())
+    return mesh is not None and mesh.size() == ranks and all(each.is_replicate() for each in placements[:-1])
+
+
+def _shown(factors: set[float | None]) -> str:
+    return ", ".join("the ranks" if each is None else f"{each:g}" for each in factors)
 
 
 @contextlib.contextmanager
