@@ -5,6 +5,7 @@ Where a change is meant: `python -m tests.golden --write`, read what it says, an
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -51,6 +52,21 @@ def test_one_number_that_moves_is_seen_and_named(found: Any) -> None:
         golden.difference({"a": 1}, {"a": 1.0}) and golden.difference([1], [1, 2]) and golden.difference({}, {"b": 0})
     )
     assert not golden.difference(found[0], found[0])
+
+
+def test_a_plan_without_its_explanation_has_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = {name: golden.read_source(name) for name in ("llama", "cnn")}
+    asked = (each for each in golden.questions() if each.source in sources and each.target)
+    question = next(each for each in asked if sources[each.source]["device"] != "cpu")
+    data = sources[question.source]
+    evidence = golden.observed_of(data, question.setting)
+    whole = golden.plan_of(question, data, evidence)
+    monkeypatch.setattr(golden, "ResolvedRequest", partial(golden.ResolvedRequest, explained=False))
+    short = golden.plan_of(question, data, evidence)
+    assert whole.on_cuda and whole.schedule.largest_without_retries and len(whole.memory.peaks) > 10
+    assert short.schedule.largest_without_retries is None and len(short.memory.peaks) <= len({*short.split}) + 2
+    assert short.schedule.split == whole.schedule.split
+    assert short.predicted_peak_bytes == whole.predicted_peak_bytes and short.memory.phases == whole.memory.phases
 
 
 @pytest.mark.slow

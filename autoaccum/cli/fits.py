@@ -53,8 +53,9 @@ def fits(
         dtype=dtype, precision=precision, checkpointing=checkpointing, packed=packed,
     )  # fmt: skip
     request = PlanRequest(
-        target_batch=samples, target_tokens=tokens, budget=memory, check=False, train_in_new_process=True
-    )
+        target_batch=samples, target_tokens=tokens, budget=memory, check=False, train_in_new_process=True,
+        explained=False,
+    )  # fmt: skip
     answer = _answer(description, request, kind.name, cluster, refresh=refresh)
     if json:
         from ..files.json_text import to_json

@@ -203,6 +203,8 @@ def _table(predictor: MemoryPredictor, split: Split, known: set[int]) -> tuple[P
     needed = {1, predictor.request.least, *split, *known, *predictor.request.sizes, *sorted(neighbours)[-count // 2 :]}
     most = max(2 * max(known), *needed)
     sizes = needed | {round(1 + (most - 1) * part / (count - 1)) for part in range(count)}
+    if not predictor.request.explained:
+        sizes = {*split, *known}
     rows = []
     for size in sorted(sizes):
         try:

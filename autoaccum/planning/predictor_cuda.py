@@ -239,11 +239,16 @@ class CudaPredictor(MemoryPredictor):
         """Return GPU, retries, and what other allocator settings would allow."""
         limited = self.replayed(split, self.request.histories[0], self.budget.bytes, kept=self.keeps(split))
         device, threshold = self.device, self.subject.mmap_threshold_bytes
-        return DeviceFigures(
+        figures = DeviceFigures(
             DeviceSection(device.name, not device.computes, threshold, self.keeps(split)),
             retries=limited.retries,
             this_process_peak_bytes=self.peak_bytes(split, THIS_PROCESS),
             plain_loop_peak_bytes=None if self.sums_wide(split) else self.peak_with(split, NEW_PROCESS, kept=True),
+        )
+        if not self.request.explained:
+            return figures
+        return replace(
+            figures,
             largest_without_retries=self._largest(largest, expandable=None),
             largest_with_expandable_segments=self._largest(None, expandable=True),
         )

@@ -45,6 +45,7 @@ class ResolvedRequest:
         sizes: Micro-batches that the plan's table of peaks must include.
         dataset_samples: Samples in one epoch of the training data; None if unknown.
         uniform: Whether all micro-batches must have one size.
+        explained: Whether the plan has what only explains it.
     """
 
     target_batch: int | None
@@ -60,6 +61,7 @@ class ResolvedRequest:
     sizes: tuple[int, ...] = ()
     dataset_samples: int | None = None
     uniform: bool = False
+    explained: bool = True
 
     @property
     def is_bounded(self) -> bool:
@@ -101,6 +103,7 @@ def resolve(request: PlanRequest, workload: Workload, *, computes: bool) -> Reso
         sizes=request.sizes,
         dataset_samples=dataset,
         uniform=request.uniform,
+        explained=request.explained,
     )
 
 
