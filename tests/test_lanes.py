@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autoaccum
 from autoaccum import OutOfMemory, UsageError, Workload
+from autoaccum.exactness import check
 from autoaccum.window import norms
 from autoaccum.window.lanes import host_store, torch_internals
 from autoaccum.window.lanes.baton import Lanes, Request, current_lane
@@ -323,6 +324,31 @@ def test_the_backward_goes_lane_by_lane_between_meetings() -> None:
     lanes(model, vectors(16), loss=loss)
     back = [(name, lane) for pair in (("d", "c"), ("b", "a")) for lane in (3, 2, 1, 0) for name in pair]
     assert order == back
+
+
+# What is said of it
+
+
+def test_check_finds_it_exact_and_a_loss_that_couples_samples_not() -> None:
+    found = check.check(Workload(norm_net().float(), vectors(12, torch.float32), batchnorm="exact"), isolated=False)
+    assert found.kind == "exact" and found.error <= FP64
+    plain = check.check(Workload(norm_net().float(), vectors(12, torch.float32)), isolated=False)
+    assert not plain.exact and "batchnorm='exact'" in plain.advice[1]
+    coupled = Workload(
+        norm_net().float(), vectors(12, torch.float32), loss=lambda m, b: _info_nce(m(b[0])), batchnorm="exact"
+    )
+    assert check.check(coupled, isolated=False).kind == "not decomposable"
+
+
+def test_lightning_and_tune_refuse_it() -> None:
+    from autoaccum.integrations.lightning import ExactAccumulation
+    from autoaccum.tuning.tasks import facts_of
+
+    with pytest.raises(UsageError, match="isn't tuned"):
+        facts_of(Workload(norm_net(), vectors(4), batchnorm="exact"))
+
+    with pytest.raises(UsageError, match="one after the other"):
+        ExactAccumulation(16, batchnorm="exact")
 
 
 # What waits on the host

@@ -24,6 +24,8 @@ from ..errors import UsageError
 from ..plan import Plan
 from ..planning.request import PlanRequest
 from ..torch_compat import BatchNorm
+from ..window.lanes.limits import refuse_one_by_one
+from ..window.norms import EXACT
 from ..workload import Batch
 from .lightning_loader import WindowSource, in_windows
 from .lightning_loop import LightningWindows
@@ -60,7 +62,7 @@ class ExactAccumulation(*_callbacks()):  # type: ignore[misc]
         max_micro_batch: The largest micro-batch allowed.
         plan: A plan made before, or its file's name; None to plan in on_fit_start.
         check: Whether planning tests that the window's gradient is the large batch's.
-        batchnorm: As for `Workload`.
+        batchnorm: As for `Workload`; not "exact", which needs another order of computation.
         shared: As for `Workload`.
         per_sample: As for `Workload`.
 
@@ -83,6 +85,8 @@ class ExactAccumulation(*_callbacks()):  # type: ignore[misc]
         per_sample: Collection[str] = (),
     ) -> None:
         super().__init__()
+        if batchnorm == EXACT:
+            refuse_one_by_one()
         self.plan = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
         self._target = self.plan.target_batch if self.plan is not None else target_batch
         if self.plan is not None and target_batch not in (None, self._target):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..configuration import Configuration
-from ..errors import AutoaccumError, DoesNotFit
+from ..errors import AutoaccumError, DoesNotFit, UsageError
 from ..plan import Plan
 from ..processes.child import Say
 from .request import refuse_groups
@@ -143,6 +143,11 @@ def facts_of(workload: Any) -> dict[str, Any]:
     from .apply import implementations, plain
 
     context = open_context(replace(workload, scheduler=None))
+    if context.runs_in_lanes:
+        raise UsageError(
+            "batchnorm='exact' isn't tuned: the memory of windows in lanes is measured, and tune predicts it.",
+            hint="Plan it (autoaccum plan), or tune with batchnorm='frozen'.",
+        )
     blocks = find_blocks(workload.model)
     merges = blocks is not None and workload.batchnorm == norms.MERGED and bool(context.norms)
     return {
