@@ -78,9 +78,10 @@ class Enter(torch.autograd.Function):
             return dh, None
         shape = [1, -1] + [1] * (x.dim() - 2)
         direct, along, constant, mean = (row.view(shape) for row in rows)
-        found = torch.addcmul(constant, x.to(rows.dtype) - mean, along)  # not x * along: a large mean would cancel
+        found = x.to(rows.dtype) - mean  # not x * along: a large mean would cancel
+        found.mul_(along).add_(constant)
         if dh is not None:
-            found = found.addcmul_(dh.to(rows.dtype), direct)
+            found.addcmul_(dh.to(rows.dtype), direct)
         return found.to(x.dtype), None
 
 
