@@ -164,7 +164,8 @@ def test_unequal_gpus_share_a_target_by_their_memory() -> None:
         most = {"large": 30, "small": 11}[kind.name]
         split = balanced(request.samples, -(-request.samples // most)) if request.samples else (most,)
         schedule = replace(made.schedule, split=split, micro_batch=split[0], accumulation_steps=len(split))
-        return replace(made, schedule=schedule, request=replace(made.request, world_size=5))
+        made_for = replace(made.request, target_batch=sum(split), world_size=1)
+        return Plan.from_json(replace(made, schedule=schedule, request=made_for).to_json())
 
     found = plan_unequal([GpuKind("large", 3), GpuKind("small", 2)], PlanRequest(target_batch=300), plan_kind)
     assert sum(found.shares) == 300 and found.parallel == "ddp" and found.target_batch == 300

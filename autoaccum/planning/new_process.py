@@ -87,7 +87,9 @@ def plan_on_gpu(
 
     def make() -> Plan:
         plan = build_plan.with_note(plan_in(environment, workload, request), note)
-        if cluster is not None and cluster.parallel is not None:
+        if request.samples is not None:  # of an unequal share: all ranks' plan is put together by who asked
+            plan = replace(plan, request=replace(plan.request, target_batch=request.samples, world_size=1))
+        elif cluster is not None and cluster.parallel is not None:
             plan = replace(plan, distribution=DistributionSection((), cluster.parallel, EQUAL))
         return replace(plan, provenance=replace(plan.provenance, planning_seconds=time.perf_counter() - started))
 

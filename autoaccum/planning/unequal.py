@@ -91,7 +91,7 @@ def _combined(
     first = plans[0]
     return replace(
         first,
-        request=replace(first.request, target_batch=target),
+        request=replace(first.request, target_batch=target, world_size=len(entries)),
         provenance=replace(
             first.provenance,
             reasons={**first.provenance.reasons, "shares": f"by the largest micro-batches that fit: {shown}"},
