@@ -56,10 +56,11 @@ def test_faults_of_one_rank_leave_exact_gradients_or_end_all(said: dict[str, Any
 
 
 @pytest.mark.slow
-def test_two_hundred_schedules_of_faults(tmp_path: Path) -> None:
-    found = run_groups("rank_faults", {"2": ["schedules_200"], "3": ["schedules_200"]}, base_plan(), tmp_path, 1800)
-    for world in (2, 3):
-        print(world, check_schedules(found[str(world)]["schedules_200"], world, range(200)))
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("world", [2, 3])
+def test_two_hundred_schedules_of_faults(tmp_path: Path, world: int) -> None:
+    found = run_groups("rank_faults", {str(world): ["schedules_200"]}, base_plan(), tmp_path, 1800)
+    print(world, "ranks:", check_schedules(found[str(world)]["schedules_200"], world, range(200)))
 
 
 def test_a_run_that_goes_on_from_its_checkpoint_has_the_same_bits(said: dict[str, Any]) -> None:
