@@ -72,8 +72,11 @@ def plan(model: nn.Module, **how: Any) -> Plan:
     return fit_plan(Workload(model, SAMPLE, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1)), **how)
 
 
+BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+
+
 @pytest.mark.parametrize(
-    "make", [fsdp, lambda: fsdp(mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)), ddp]
+    "make", [fsdp, ddp, pytest.param(lambda: fsdp(mp_policy=BF16), marks=pytest.mark.slow)], ids=["fsdp", "ddp", "bf16"]
 )
 def test_planning_leaves_a_spread_model_as_it_was(make: Any, absent_ranks: None) -> None:
     model = make()

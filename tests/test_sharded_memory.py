@@ -145,6 +145,7 @@ def check(kind: str, *sizes: int) -> None:
         assert found["terms"]["collectives"] == 688 << 20
 
 
+@pytest.mark.slow  # tests/test_cluster.py has one on the virtual GPU that isn't
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")
 def test_a_sharded_model_s_peak_is_the_bare_loop_s() -> None:
     check("fsdp 64 bf16", 23)
