@@ -62,7 +62,7 @@ def prediction(quick: bool) -> Part:
     part = Part(
         "prediction", "Predicted and measured memory",
         "Committed bytes; increments are above the base. A process limited (RLIMIT_DATA) to 1.01 times the predicted "
-        "peak has to train its windows, one limited to 0.98 times has to run out of memory.", [CPU, PREDICTED],
+        "peak has to train its windows, one limited to 0.97 times has to run out of memory.", [CPU, PREDICTED],
     )  # fmt: skip
     rows = benchmark.table(list(MODELS)[:2] if quick else list(MODELS), [8] if quick else list(benchmark.SIZES))
     part.rows = [_peaks_last(row) for row in rows]
