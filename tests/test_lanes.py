@@ -384,7 +384,7 @@ def test_what_is_saved_comes_back_from_buffers_that_are_used_again(monkeypatch: 
 
 def test_parameters_and_what_two_operations_save_move_once(monkeypatch: pytest.MonkeyPatch) -> None:
     store = stored(monkeypatch)
-    model, x = nn.Linear(6, 8), torch.randn(4, 6)
+    model, x = nn.Linear(6, 8), torch.randn(4, 6, requires_grad=True)  # so that the weight is saved
     store.begin(model.parameters())
     with store.moving():
         hidden = torch.relu(model(x))  # its result is saved by relu and by exp's neighbour
