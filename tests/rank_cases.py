@@ -375,20 +375,16 @@ def said_by(action: Callable[[], Any]) -> Any:
 
 
 def refused(rank: int, world: int) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
     work = Workload(mlp(), vectors(4), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     splits = UNEVEN[world]
     wrapped = ddp(mlp(), static_graph=True)
     synced = nn.Sequential(nn.Linear(6, 5), nn.SyncBatchNorm(5)).double()
     plain = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).double()
-    sharded = fully_shard(mlp(), mesh=dist.init_device_mesh("cpu", (world,)))
     sampler: Any = torch.utils.data.DistributedSampler(Rows(range(64)), world, rank)
     return {
         "static_graph": said_by(lambda: fit_plan(Workload(wrapped, vectors(4)), target_batch=64)),
         "SyncBatchNorm": said_by(lambda: fit_plan(Workload(synced, vectors(4)), target_batch=64)),
         "merged": said_by(lambda: fit_plan(Workload(plain, vectors(4), batchnorm="merged"), target_batch=64)),
-        "fully_shard": said_by(lambda: fit_plan(Workload(sharded, vectors(4)), target_batch=64)),
         "encode": said_by(
             lambda: fit_plan(
                 Workload(mlp(), vectors(4), encode=lambda m, b: m(b[0]), loss=lambda m, r: r.mean()), target_batch=64

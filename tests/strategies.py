@@ -234,6 +234,8 @@ def made_up_plan(**changes: Any) -> Plan:
         "predicted_peak_bytes": 1900 * mib,
         "measured_peak_bytes": 1910 * mib,
         "resident_peak_bytes": 1700 * mib,
+        "host_bytes": 5 * mib,
+        "host_limit_bytes": 64 * mib,
         "phases": {"first": 1700 * mib, "later": 1900 * mib, "optimizer": 900 * mib, "between": 700 * mib},
         "binding_constraint": "later micro-batch, a new process",
         "loss_average": "samples",

@@ -130,7 +130,7 @@ def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> Non
     ("args", "code", "message"),
     [
         (["plan", "--target-batch", "0"], 2, "--target-batch is 0"),
-        (["plan", "--target-batch", "many"], 2, "valid integer"),
+        (["plan", "--target-batch", "many"], 2, "neither samples nor tokens"),
         (["plan", "--memory", "lots"], 2, "'lots' is not"),
         (["plan", "--workload", "chatgpt"], 2, "Did you mean --workload chargpt"),
         (["plan", "--workload", "none.py:workload"], 2, "no file 'none.py'"),

@@ -387,8 +387,8 @@ def test_gpus_are_found_by_the_numbers_that_people_type(name: str, meant: str) -
     [
         ("a100", "a100-40gb (39.39 GiB), a100-80gb"),
         ("v100", "v100-16gb"),
-        ("3060", "rtx-3090"),
-        ("4080 super", "rtx-4090"),
+        ("3050", "rtx-3060"),
+        ("5060", "rtx-5070"),
     ],
 )
 def test_several_gpus_are_answered_with_the_candidates(name: str, shown: str) -> None:

@@ -104,7 +104,6 @@ REFUSED = {
     "static_graph": ("UsageError", "static_graph=True"),
     "SyncBatchNorm": ("UsageError", "(SyncBatchNorm)"),
     "merged": ("UsageError", "batchnorm='merged'"),
-    "fully_shard": ("UsageError", "FSDP2's fully_shard"),
     "encode": ("UsageError", "encode= was given, on 2 ranks"),
     "below the world": ("UsageError", "A target batch of 1 cannot be shared by 2 ranks"),
     "shares": ("UsageError", "shares is (60, 1), 2 numbers that sum to 61"),

@@ -878,7 +878,8 @@ def test_run_sets_the_allocators_variable_where_the_plan_was_tuned_with_it() -> 
 
     plan = made_up_plan()
     assert _environment(plan) is None
-    shown = _environment(changed_plan(plan, configuration={"expandable_segments": True})) or {}
+    settings = {"device_name": "NVIDIA A100", "configuration": {"expandable_segments": True}}
+    shown = _environment(changed_plan(plan, **settings)) or {}
     assert "expandable_segments:True" in shown["PYTORCH_CUDA_ALLOC_CONF"] and "PATH" in shown
 
 

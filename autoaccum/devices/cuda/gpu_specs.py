@@ -53,11 +53,11 @@ def find_gpu(name: str) -> Gpu:
 
 def list_gpus() -> str:
     """The table as text, with its sources."""
-    lines = []
+    lines, width = [], max(len(gpu.name) for gpu in GPUS) + 2
     for gpu in GPUS:
         sources = gpu.sources
         lines += [
-            f"{gpu.name:<16}{gpu.device_name}: {show_bytes(gpu.total_bytes)}, compute capability {gpu.capability},"
+            f"{gpu.name:<{width}}{gpu.device_name}: {show_bytes(gpu.total_bytes)}, compute capability {gpu.capability},"
             f" {gpu.multiprocessors} multiprocessors, context {show_bytes(gpu.context_bytes)},"
             f" libraries {show_bytes(gpu.library_bytes)}",
             f"    memory: {sources.total}",
