@@ -69,11 +69,11 @@ def generated(seed: int) -> truth_cases.Case:
 
 
 QUICK = [
-    case(counting, "AdamW foreach", "fp32", 0.25, 240),
     case("ResNet-18", "AdamW foreach", "fp32", 2, 230),  # with retries in the first windows
-    case("GPT", "AdamW loop", "bf16", 2, 10),  # too small for two primes
 ]
 SLOW = [
+    case(counting, "AdamW foreach", "fp32", 0.25, 240),
+    case("GPT", "AdamW loop", "bf16", 2, 10),  # too small for two primes
     case("BERT", "AdamW fused", "fp32", 3, 40),  # sizes that step with the rows
     case("ResNet-18", "SGD", "bf16", 2, 400, "0.5x"),  # workspaces of a + b n
     case("U-Net", "SGD", "fp16", 2, 60),

@@ -98,6 +98,7 @@ def found() -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.slow
 def test_where_four_of_128_do_not_fit_a_larger_size_is_repeated(found: dict[str, Any]) -> None:
     plan = found["512"]
     assert not found["fits"]["even"] and found["fits"]["512"], "the truth, of windows in fresh processes"
@@ -106,12 +107,14 @@ def test_where_four_of_128_do_not_fit_a_larger_size_is_repeated(found: dict[str,
     assert plan["ooms"] == 0
 
 
+@pytest.mark.slow
 def test_another_target_whose_balanced_split_does_not_fit_takes_no_step_more(found: dict[str, Any]) -> None:
     split = found[str(OTHER)]["split"]
     assert len(split) == 3 and sum(split) == OTHER and not {126, 127, 128} & set(split)
     assert found["fits"][str(OTHER)]
 
 
+@pytest.mark.slow
 def test_the_largest_and_the_steps_tell_one_story(found: dict[str, Any]) -> None:
     plan = found["512"]
     assert found["fits"]["largest"] and not found["fits"]["larger"], "the truth, of windows in fresh processes"
@@ -123,6 +126,7 @@ def test_the_largest_and_the_steps_tell_one_story(found: dict[str, Any]) -> None
     assert "3 steps of up to 171 would need" in plan["explained"]
 
 
+@pytest.mark.slow
 def test_where_the_balanced_split_fits_it_is_taken_and_no_size_is_both_too_large_and_not(found: dict[str, Any]) -> None:
     """In 2 GiB of a GPU, 0.5 of them CUDA's own: "4 steps of up to 128 would need 1.64 GiB", "137 is the largest"."""
     plan = found["roomy"]
@@ -132,6 +136,7 @@ def test_where_the_balanced_split_fits_it_is_taken_and_no_size_is_both_too_large
     assert "of up to 128" not in plan["explained"] and "3 steps of up to 171 would need" in plan["explained"]
 
 
+@pytest.mark.slow
 def test_the_runner_cuts_a_tail_as_it_was_planned(found: dict[str, Any]) -> None:
     """510 in balance would be 128 + 128 + 127 + 127, of the sizes that don't fit."""
     whole = [129, 129, 129, 125]
