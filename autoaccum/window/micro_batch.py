@@ -68,5 +68,6 @@ def backward(context: TrainingContext, loss: torch.Tensor, run: Callable[[torch.
     if context.exchange is not None and context.exchange.loss_factor != 1.0:
         loss = loss * context.exchange.loss_factor
     scaled: Any = context.scaler.scale(loss) if context.scaler else loss
+    run = run or torch.Tensor.backward  # looked up here: other libraries replace it
     with loss_terms.graph_is_there():
-        (run or torch.Tensor.backward)(scaled)  # looked up here: other libraries replace it
+        run(scaled)
