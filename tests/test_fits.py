@@ -179,7 +179,14 @@ def test_the_answer_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
     yes = fits(*place, code=0)
     assert yes.stdout.count("\n") == 1 and yes.stdout.startswith("yes: LlamaForCausalLM")
     assert "real allocator on a virtual GPU" in yes.stdout and "attention mask" in yes.stderr
-    config(tmp_path, {**LLAMA, "vocab_size": 2_000_000, "hidden_size": 1024})
+
+
+@pytest.mark.slow
+@on_a_virtual_gpu
+def test_a_model_that_is_too_large_is_a_no(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    large = config(tmp_path, {**LLAMA, "vocab_size": 2_000_000, "hidden_size": 1024})
+    place = ["--config", str(large), "--gpu", "t4", "--target-batch", "64", "--length", "128"]
     answer = json.loads(fits(*place, "--json", code=3).stdout)
     assert answer["fits"] is False and "Not even a micro-batch of 1 fits" in answer["why"]
     assert answer["split"] is None and answer["parameters"] > 4e9

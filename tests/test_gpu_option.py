@@ -57,6 +57,7 @@ Runner(work, plan)
 """
 
 
+@pytest.mark.slow
 def test_memory_that_is_gone_since_the_plan_is_reported_before_training() -> None:
     process = launch([sys.executable, "-c", FULLER], VirtualGpu(memory_bytes=2 * 2**30), stdout=subprocess.PIPE)
     out, _ = process.communicate(timeout=240)

@@ -221,6 +221,7 @@ def holds(found: Answer) -> None:
 
 
 @usable
+@pytest.mark.slow
 def test_memory_that_others_took_while_planning_is_not_planned_with() -> None:
     found = answers("neighbour")["neighbour"]
     holds(found)

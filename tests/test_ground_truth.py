@@ -20,6 +20,7 @@ HEAD = "gpu,bench,batch_size,memory_mib_median,near_capacity\n"
 
 
 @needs_gpu
+@pytest.mark.slow
 def test_the_command_predicts_a_made_up_row(tmp_path):
     pytest.importorskip("torchvision")
     data = tmp_path / "data.csv"

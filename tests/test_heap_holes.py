@@ -103,6 +103,7 @@ def process(kind: str, malloc: str = "fixed") -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_holes_are_filled_without_a_page_from_the_system_and_given_back() -> None:
     found = process("loaded")["filling"]
     assert found["filled"] > 100 * MIB

@@ -206,6 +206,7 @@ def test_a_plan_file_is_taken_and_another_training_refuses_it(tmp_path: Path) ->
         in_windows(tmp_path, make("llama"), dataset(), plan=tmp_path / "plan.json")
 
 
+@pytest.mark.slow
 def test_the_evaluation_is_in_the_plan(tmp_path: Path) -> None:
     """Its logits stay until the end, since metrics are computed from them: far more than training's."""
     more = {"eval_dataset": dataset(samples=4000), "compute_metrics": lambda outputs: {}}

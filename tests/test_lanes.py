@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -623,8 +624,12 @@ def test_an_interrupt_waits_for_the_running_lane_and_ends_all() -> None:
             ended.append(lane.index)
 
     team = Lanes()
-    with pytest.raises(KeyboardInterrupt):
-        team.run([work] * 3, None, lambda lane: nullcontext())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started with & ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            team.run([work] * 3, None, lambda lane: nullcontext())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended == [0, 1] and all(lane.request is None for lane in team._lanes)
     assert team.run([lambda: 1] * 3, None, lambda lane: nullcontext()) == [1, 1, 1]
 

@@ -104,6 +104,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return dict(environment(VirtualGpu(memory_bytes=4 * 2**30)))
 
 
+@pytest.mark.slow
 def test_run_on_cuda_holds_the_plans_limit_and_recovers_beyond_it(folder: Path, gpu: dict[str, str]) -> None:
     plan = ["plan", "--device", "cuda", "--target-batch", "256", "--memory", "1GiB", "--no-verify", "--timing", "0"]
     made = run(*plan, "--workload", "asks.py:hungry", "-o", "cuda.json", cwd=folder, env=gpu)

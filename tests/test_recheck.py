@@ -167,6 +167,7 @@ def on_gpus() -> None:
 
 
 @pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
+@pytest.mark.slow
 def test_on_a_gpu_it_stays_within_the_plans_peak() -> None:
     tests = Path(__file__).parent
     code = f"import sys; sys.path.insert(0, {str(tests)!r}); import test_recheck; test_recheck.on_gpus()"

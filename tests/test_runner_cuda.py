@@ -65,6 +65,7 @@ def test_on_the_virtual_gpu(name: str) -> None:
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.slow
 def test_a_plan_for_one_gpu_is_refused_on_another() -> None:
     plan = on_virtual_gpu("makes_a_plan", gpu=VirtualGpu(name="Virtual A", memory_bytes=2 * 2**30)).splitlines()[-1]
     on_virtual_gpu("takes_a_plan", plan, gpu=VirtualGpu(name="Virtual A", memory_bytes=2 * 2**30))

@@ -67,6 +67,7 @@ def run(*args: str, cwd: Path, code: int = 0, first: str = "") -> subprocess.Com
     return out
 
 
+@pytest.mark.slow
 def test_tune_finds_a_plan_that_run_trains_with(folder: Path) -> None:
     """And JSON is alone on stdout, and a line for each trial on stderr."""
     few = [

@@ -178,6 +178,7 @@ def test_controls_say_when_there_is_no_virtual_gpu() -> None:
 
 
 @usable
+@pytest.mark.slow
 def test_two_builders_at_once(tmp_path: Path) -> None:
     source = "from autoaccum.devices.virtual import *; print(environment(VirtualGpu(), {})['LD_PRELOAD'])"
     command, env = [sys.executable, "-c", source], clean() | {"XDG_CACHE_HOME": str(tmp_path / "with space")}

@@ -42,6 +42,7 @@ def test_digits_says_how_to_get_scikit_learn(monkeypatch: pytest.MonkeyPatch) ->
         load_workload("digits")
 
 
+@pytest.mark.slow
 def test_the_page_on_workloads_works_as_it_is_written(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/workload.md").read_text(), re.DOTALL)
     (tmp_path / "mine.py").write_text(blocks[0])

@@ -131,17 +131,20 @@ def answers() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("n", SIZES)
+@pytest.mark.slow
 def test_what_ran_before_changes_nothing(answers: dict[str, dict[str, Any]], n: int) -> None:
     found = answers[str(n)]
     assert found["fresh"] == found["asked"] == found["evaluated"]
 
 
 @pytest.mark.parametrize("n", SIZES)
+@pytest.mark.slow
 def test_a_window_reserves_no_more_than_a_loop(answers: dict[str, dict[str, Any]], n: int) -> None:
     found = answers[str(n)]
     assert found["fresh"]["reserved"] <= found["loop"]["reserved"]
 
 
+@pytest.mark.slow
 def test_a_window_reserves_less_where_a_workspace_would_keep_logits_from_their_place(
     answers: dict[str, dict[str, Any]],
 ) -> None:
@@ -149,6 +152,7 @@ def test_a_window_reserves_less_where_a_workspace_would_keep_logits_from_their_p
     assert any(less) == KEEPS_WORKSPACES
 
 
+@pytest.mark.slow
 def test_nothing_is_left_but_parameters_and_state(answers: dict[str, dict[str, Any]]) -> None:
     for found in answers.values():
         assert found["fresh"]["left"] < MIB  # the window's loss; a workspace has 8 MiB
@@ -156,6 +160,7 @@ def test_nothing_is_left_but_parameters_and_state(answers: dict[str, dict[str, A
 
 
 @pytest.mark.parametrize("n", SIZES)
+@pytest.mark.slow
 def test_the_prediction_is_the_measurement_in_each_history(answers: dict[str, dict[str, Any]], n: int) -> None:
     found = answers[str(n)]
     plan = found["plan"]
