@@ -22,6 +22,7 @@ import torch
 from ..devices.base import Device
 from ..files import stamps
 from ..plan import Plan
+from ..processes.fork import Died, ForkFailed, in_copy
 from ..workload import Workload
 from . import cache
 from .cache_key import question
@@ -30,7 +31,9 @@ from .request import PlanRequest
 
 log = logging.getLogger("autoaccum")
 
+CPU = "cpu"
 _SEED = 0
+_SEPARATOR = "\0"  # in no path
 _COARSE_SECONDS = 0.02  # how coarse a file system's times may be
 
 
@@ -92,13 +95,25 @@ class KeptPlans:
             self.reason = "it is for this process"
         if self.reason:
             return "", set()
+
+        def find() -> tuple[str, str]:
+            try:
+                asked = question(workload, request, device)
+            except Opaque as error:
+                return "", str(error)
+            known = stamps.loaded_files() | self._opened.paths()
+            key = cache.key_of({**asked, **cache.surroundings(), "files": stamps.stamps(known)})
+            return key, _SEPARATOR.join(known)
+
+        # What this leaves in the heap, some 10 MiB, would count to the plan of this process: a copy leaves nothing.
         try:
-            asked = question(workload, request, device)
-        except Opaque as error:
-            self.reason = str(error)
+            key, found = in_copy(find) if device.name == CPU else find()
+        except (ForkFailed, Died, MemoryError) as error:
+            key, found = "", f"its question could not be asked ({error})"
+        if not key:
+            self.reason = found
             return "", set()
-        known = stamps.loaded_files() | self._opened.paths()
-        return cache.key_of({**asked, **cache.surroundings(), "files": stamps.stamps(known)}), known
+        return key, set(found.split(_SEPARATOR))
 
     def _look_up(self, key: str, device: Device, request: PlanRequest) -> Plan | None:
         entry = cache.look_up(key)
