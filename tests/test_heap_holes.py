@@ -123,6 +123,7 @@ def test_a_used_process_is_planned_by_replay(kind: str) -> None:
     assert kind == "fresh" or "restart the kernel" in plan["holes"][0]
 
 
+@pytest.mark.slow
 def test_the_page_cache_uses_no_hole_and_needs_none_filled() -> None:
     found = process("loaded", "cached")
     plan, filled = found["plan"], found["filling"]

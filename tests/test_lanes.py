@@ -161,7 +161,9 @@ def test_norms_used_twice_shared_frozen_and_without_gradients() -> None:
     agree(Tangled().double(), vectors(16))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "squeeze"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v3_small", "squeeze", pytest.param("densenet121", marks=pytest.mark.slow)]
+)
 def test_models_of_torchvision(name: str) -> None:
     import torchvision
 

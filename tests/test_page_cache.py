@@ -275,6 +275,7 @@ def test_a_plan_in_python_is_for_the_page_cache_and_right_to_half_a_percent(tmp_
     assert trained[0.98][0] < 2000 and trained[0.98][1], "it runs out under 0.98 times its peak, and recovers"
 
 
+@pytest.mark.slow
 def test_fixed_is_fixed_also_where_the_cache_served_before() -> None:
     work = wide()
     assert fit_plan(work, **ASKED, verify=False).device.malloc == "cached" and process_memory.page_cache_serves()

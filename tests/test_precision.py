@@ -319,6 +319,7 @@ def plan_of_half_precision() -> dict[str, int | None]:
     }
 
 
+@pytest.mark.slow
 def test_the_memory_of_fp32_gradients_is_in_the_plans_prediction() -> None:
     # A process of its own: in one that ran hundreds of tests, small blocks find holes in the heap.
     code = "import json, test_precision as t; print(json.dumps(t.plan_of_half_precision()))"

@@ -177,6 +177,7 @@ INIT = "import ctypes; raise SystemExit(ctypes.CDLL('libcuda.so.1').cuInit(0))"
 
 
 @pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
+@pytest.mark.slow
 def test_a_truncated_library_is_rebuilt_before_a_process_maps_it(tmp_path: Path) -> None:
     """Mapped as it is, it would end every process on a virtual GPU by SIGBUS."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}

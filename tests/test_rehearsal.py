@@ -100,10 +100,12 @@ def answers() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("room", [*CAPACITIES, *(f"LSTM: {name}" for name in RECURRENT)])
+@pytest.mark.slow
 def test_memory_never_runs_out_while_planning(answers: dict[str, dict[str, Any]], room: str) -> None:
     assert answers[room]["ooms"] == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_it_would_need(answers: dict[str, dict[str, Any]]) -> None:
     found = answers["none"]
     assert found["split"] is None
@@ -111,6 +113,7 @@ def test_what_does_not_fit_is_refused_with_what_it_would_need(answers: dict[str,
     assert not any(text.startswith("recording") for text in found["said"])
 
 
+@pytest.mark.slow
 def test_one_sample_is_planned_where_two_do_not_fit(answers: dict[str, dict[str, Any]]) -> None:
     for found in (answers["one"], answers["nearly two"]):
         assert found["split"] == [1] * 8
@@ -118,11 +121,13 @@ def test_one_sample_is_planned_where_two_do_not_fit(answers: dict[str, dict[str,
         assert "recording at 2 samples" not in found["said"]
 
 
+@pytest.mark.slow
 def test_two_samples_are_recorded_where_they_fit(answers: dict[str, dict[str, Any]]) -> None:
     assert all(answers[room]["said"][0] == "recording at 2 samples" for room in ("two", "many"))
     assert max(answers["two"]["split"]) >= 2
 
 
+@pytest.mark.slow
 def test_what_cudnn_reserves_for_a_recurrent_net_is_expected(answers: dict[str, dict[str, Any]]) -> None:
     assert answers["LSTM: none"]["split"] is None and answers["LSTM: one"]["split"] == [1] * 8
     assert any("windows of 2 don't fit" in text for text in answers["LSTM: one"]["said"])

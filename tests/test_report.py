@@ -186,6 +186,7 @@ def test_what_if_gives_the_fewest_steps_that_fit_by_brute_force(
     assert sum(count * size for count, size in found.split) == samples
 
 
+@pytest.mark.slow
 def test_what_if_answers_as_the_solver_does_from_replays() -> None:
     """Over recordings of real models: the same steps, and a peak within the small heap blocks' difference."""
     rules, checked, same = CpuRules(131072), 0, 0
