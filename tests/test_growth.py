@@ -191,6 +191,7 @@ def test_what_an_evaluation_keeps_is_not_taken_for_the_process(growing: tuple[Pl
     assert "(between windows)" in plan.memory.growth_where
 
 
+@pytest.mark.slow
 def test_windows_that_keep_too_much_do_not_fit_and_the_error_says_why() -> None:
     work = Workload(network(), SAMPLE, loss=losing_into(remember))
     with pytest.raises(DoesNotFit, match=r"keeping less than 152.\d MiB of each window \(allocated at test_growth.py"):

@@ -114,6 +114,7 @@ def test_holes_are_filled_without_a_page_from_the_system_and_given_back() -> Non
 @pytest.mark.parametrize(
     "kind", ["loaded", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("trained", "fresh"))]
 )
+@pytest.mark.slow
 def test_a_used_process_is_planned_by_replay(kind: str) -> None:
     found = process(kind)
     plan = found["plan"]

@@ -319,6 +319,7 @@ def without_compiler(folder: Path, *, jemalloc: bool) -> dict[str, Any]:
     return {"plan": found, "env": env}
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_threshold_is_fixed_and_the_plan_says_why(tmp_path: Path) -> None:
     found = without_compiler(tmp_path, jemalloc=False)
     plan: Plan = found["plan"]

@@ -175,6 +175,7 @@ def _chain(links: int) -> Callable[[nn.Module, Any], torch.Tensor]:
     return loss
 
 
+@pytest.mark.slow  # run it alone: torch's log level and its count of blocks are the process' own
 def test_torchs_own_log_is_silent_while_it_is_profiled() -> None:
     """Torch logs each thousandth of these blocks. A warning of Python's is seen all the same."""
 

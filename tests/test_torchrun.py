@@ -66,6 +66,7 @@ def torchrun(ranks: int, *command: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_trains_uneven_shares(tmp_path: Path) -> None:
     out = torchrun(2, str(ROOT / "examples" / "ddp" / "train.py"), cwd=tmp_path)
     steps = re.findall(r"step (\d): (\d+) samples, loss \d\.\d{3}, (\d) here", out)
