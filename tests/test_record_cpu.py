@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import subprocess
+import sys
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +18,6 @@ from torch import nn
 from autoaccum import UsageError, Workload, fit_plan
 from autoaccum.devices import oom
 from autoaccum.devices.cpu.device import CpuDevice
-from autoaccum.devices.cpu.native_log import native_warnings_left_out
 from autoaccum.devices.cpu.recorder import record
 from autoaccum.processes import fork
 from autoaccum.simulation.recording import Recording
@@ -175,26 +174,33 @@ def _chain(links: int) -> Callable[[nn.Module, Any], torch.Tensor]:
     return loss
 
 
-@pytest.mark.slow  # run it alone: torch's log level and its count of blocks are the process' own
+LOGGED = """
+import os, tempfile, warnings, torch
+from autoaccum.devices.cpu.native_log import native_warnings_left_out
+def logged(blocks):
+    before = [torch.zeros(4) for _ in range(blocks)]
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True):
+                before.clear()
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        file.seek(0)
+        return file.read().count(b"Memory block of unknown size")
+assert logged(1001) > 0
+with native_warnings_left_out(), warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert logged(1000) == 0
+    warnings.warn("mine")
+assert [str(warning.message) for warning in caught] == ["mine"], caught
+assert logged(1001) > 0
+"""
+
+
 def test_torchs_own_log_is_silent_while_it_is_profiled() -> None:
-    """Torch logs each thousandth of these blocks. A warning of Python's is seen all the same."""
-
-    def logged(blocks: int) -> int:
-        before = [torch.zeros(4) for _ in range(blocks)]
-        kept = os.dup(2)
-        with tempfile.TemporaryFile() as file:
-            os.dup2(file.fileno(), 2)
-            try:
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True):
-                    before.clear()
-            finally:
-                os.dup2(kept, 2)
-                os.close(kept)
-            file.seek(0)
-            return file.read().count(b"Memory block of unknown size")
-
-    assert logged(1001) > 0
-    with native_warnings_left_out(), pytest.warns(UserWarning, match="mine"):
-        assert logged(1000) == 0
-        warnings.warn("mine", stacklevel=1)
-    assert logged(1001) > 0
+    """Torch logs each thousandth of these blocks in a process. A warning of Python is seen all the same."""
+    done = subprocess.run([sys.executable, "-c", LOGGED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
