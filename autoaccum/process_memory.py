@@ -11,16 +11,12 @@ import ctypes
 import functools
 import os
 import resource
-import threading
-import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MMAP_THRESHOLD_BYTES = 128 * 1024  # glibc's own DEFAULT_MMAP_THRESHOLD_MIN, held fixed
-SAMPLING_SECONDS = 50e-6
 PAGE_CACHE = "libautoaccum-pages.so"
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -326,75 +322,3 @@ def data_limited(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-class Watcher:
-    """Call `look` from a thread, some thousand times per second.
-
-    What lasts less than 0.1 ms can be missed; a large block takes longer than that to fill.
-
-    Attributes:
-        user_seconds: Processor time that watching itself took, once it has stopped.
-        system_seconds: The same of the kernel's: it reads a file of /proc each time.
-    """
-
-    def __init__(self, look: Callable[[], None]) -> None:
-        self._look = look
-        self.user_seconds = self.system_seconds = 0.0
-        self._stop, self._ready = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="autoaccum-memory", daemon=True)
-
-    def __enter__(self) -> Watcher:
-        """Start watching; return once the thread runs with its stack mapped."""
-        self._thread.start()
-        self._ready.wait()
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Stop watching."""
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        self._ready.set()
-        while not self._stop.is_set():
-            self._look()
-            time.sleep(SAMPLING_SECONDS)
-        used = resource.getrusage(resource.RUSAGE_THREAD)
-        self.user_seconds, self.system_seconds = used.ru_utime, used.ru_stime
-
-
-class PeakSampler:
-    """Watch committed and resident bytes while it is entered.
-
-    Attributes:
-        baseline_bytes: Committed bytes when it was entered, its own thread included.
-        committed_peak_bytes: The most that were seen.
-        resident_peak_bytes: The most that were seen.
-    """
-
-    def __init__(self) -> None:
-        self.baseline_bytes = self.committed_peak_bytes = self.resident_peak_bytes = 0
-        self._statm = os.open("/proc/self/statm", os.O_RDONLY)
-        self._watcher = Watcher(self._look)
-
-    def __enter__(self) -> PeakSampler:
-        """Start watching; the thread's own stack is part of the base."""
-        self._watcher.__enter__()
-        self.baseline_bytes = committed_bytes()
-        return self
-
-    @property
-    def own_seconds(self) -> tuple[float, float]:
-        """Processor time that watching itself took, the user's and the kernel's."""
-        return self._watcher.user_seconds, self._watcher.system_seconds
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Stop watching."""
-        self._watcher.__exit__()
-        os.close(self._statm)
-
-    def _look(self) -> None:
-        committed, resident = read_memory(self._statm)
-        self.committed_peak_bytes = max(self.committed_peak_bytes, committed)
-        self.resident_peak_bytes = max(self.resident_peak_bytes, resident)

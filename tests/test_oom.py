@@ -556,7 +556,7 @@ import json, logging, resource, sys
 import helpers_train, torch
 from torch import nn
 from autoaccum import Plan, Runner, Workload
-from autoaccum.process_memory import PeakSampler
+from autoaccum.devices.cpu.peak_sampler import PeakSampler
 
 WIDTH, WINDOW, MICRO, STEPS = 1 << 17, 64, 32, 2
 limited = sys.argv[1] == "limited"

@@ -92,6 +92,7 @@ def test_no_invalid_access(folder: Path) -> None:
 PROCESS = """
 import ctypes, gc, json, os, resource, sys, threading, torch
 from autoaccum import process_memory as memory
+from autoaccum.devices.cpu.peak_sampler import PeakSampler
 MIB = 1 << 20
 if sys.argv[1] == "joined":
     held = torch.ones(MIB)  # taken from malloc, freed while the cache serves
@@ -130,6 +131,17 @@ plain = torch.ones(MIB)
 found["off"] = memory.read_page_cache().live_bytes
 memory.serve_from_page_cache(True)
 del plain
+
+with PeakSampler() as sampler:
+    for _ in range(40):
+        parts = [torch.ones(6 * MIB) for _ in range(4)]
+        del parts[::2]
+        torch.ones(12 * MIB)  # made of two parts that lie apart: one of them is moved
+        del parts
+        memory.trim()
+found["moved"] = memory.read_page_cache().moved_bytes
+found["seen"] = sampler.committed_peak_bytes - sampler.baseline_bytes
+memory.trim()
 
 limit = memory.committed_bytes() + 64 * MIB
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -208,6 +220,7 @@ def test_tensors_come_from_it_and_keep_their_values(how: str) -> None:
     assert found["live"] == 4 * MIB and found["outside"] >= 4 * MIB
     assert found["kept"] == 12 * MIB and found["reused"] == 8 * MIB
     assert found["left"] == 0 and found["off"] == 0
+    assert found["moved"] >= 40 * 24 * MIB and found["seen"] < 100 * MIB  # what is moved isn't counted twice
     assert 2 < found["refused"] < 150 and 40 * MIB < found["whole"] < 66 * MIB
 
 

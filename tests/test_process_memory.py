@@ -13,7 +13,8 @@ import torch
 
 from autoaccum import process_memory
 from autoaccum.devices.cpu.device import CpuDevice
-from autoaccum.process_memory import PeakSampler, available_bytes, committed_bytes, in_use_bytes
+from autoaccum.devices.cpu.peak_sampler import PeakSampler
+from autoaccum.process_memory import available_bytes, committed_bytes, in_use_bytes
 
 MIB = 2**20
 

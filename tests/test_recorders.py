@@ -23,9 +23,9 @@ from autoaccum import Workload
 from autoaccum.devices import virtual
 from autoaccum.devices.cpu import recorder
 from autoaccum.devices.cpu.device import CpuDevice
+from autoaccum.devices.cpu.peak_sampler import PeakSampler
 from autoaccum.devices.cuda.nvml import see_device
 from autoaccum.exactness import check
-from autoaccum.process_memory import PeakSampler
 from autoaccum.simulation.cuda_allocator.allocator import CudaRules
 
 KINETO = b"USDT:2026-11-28 04:08:40 32118:32118 SyncActivityProfilerHandler.cpp:39] profiler_start\n"

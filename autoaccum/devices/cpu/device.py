@@ -25,6 +25,7 @@ from ..base import MALLOC, Device, Measurement, RecordingPolicy, Window
 from . import heap_holes, page_cache, recorder
 from .budget import read_cpu_budget
 from .page_cache import MallocSetting
+from .peak_sampler import PeakSampler, Watcher
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class CpuDevice(Device):
         """Train windows and watch the process. All of them are timed."""
         process_memory.trim()  # what the page cache keeps is committed before, and would not be seen to be taken
         before = resource.getrusage(resource.RUSAGE_SELF)
-        with process_memory.PeakSampler() as sampler:
+        with PeakSampler() as sampler:
             started = time.perf_counter()
             for split in windows:
                 train(split)
@@ -248,7 +249,7 @@ def _unrecorded_bytes(run: Window, recording: Recording, rules: CpuRules) -> int
     collects = gc.isenabled()
     gc.disable()  # what it frees meanwhile would be missing in the difference
     try:
-        with process_memory.Watcher(sample):
+        with Watcher(sample):
             before = process_memory.in_use_bytes() or 0
             run(on_phase)
     finally:

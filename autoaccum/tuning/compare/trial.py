@@ -15,9 +15,10 @@ import torch
 from ...data import split as cutting
 from ...devices import oom
 from ...devices.base import CACHING_ALLOCATOR, Device
+from ...devices.cpu.peak_sampler import PeakSampler
 from ...devices.registry import get_device
 from ...plan import Plan
-from ...process_memory import PeakSampler, trim
+from ...process_memory import trim
 from ...processes.child import Say
 from ...runner.runner import Runner
 from ...window import step
