@@ -87,7 +87,7 @@ class PeakSampler:
             self.committed_peak_bytes = max(self.committed_peak_bytes, settled)
 
     def _settled_bytes(self) -> int | None:
-        """Return the committed bytes, or None if the page cache moved pages meanwhile.
+        """Return the committed bytes; None while the page cache moves pages.
 
         The kernel counts pages that it moves twice until they have left their old place, which takes up to
         milliseconds. Reading the cache's counts waits for such a move to end.
