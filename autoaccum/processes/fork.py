@@ -6,10 +6,15 @@ A fork copies one thread only. OpenMP's pool and torch's profiler belong to the 
 the pool, torch the profiler's state, per thread), so the copy does its work in a thread of its own: it has its own
 pool, and no profiler. In the forking thread itself the first OpenMP region would wait for ever for workers that weren't
 copied.
+
+Nor may the copy free what it inherited: the destructor of a process group, say, joins its threads, which the copy
+doesn't have, and crashes. What only reference cycles keep alive is freed whenever Python next collects garbage, so the
+copy takes all that it inherited out of the garbage collection.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import select
@@ -64,9 +69,7 @@ def in_copy(
         MemoryError: It ran out of memory, in the words of the error that it got there.
     """
     reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what this module takes care of
-        child = os.fork()
+    child = _fork()
     if not child:
         _be_the_copy(prepare, lambda: _attempt(work, is_out_of_memory), reading, writing, own_thread)
     os.close(writing)
@@ -84,6 +87,28 @@ def in_copy(
     if kind == "died":
         raise Died(_ending(status))
     raise ForkFailed(answer)
+
+
+def _fork() -> int:
+    """Fork; in the copy, garbage collection leaves alone what it inherited.
+
+    Collections are off from before the fork on: at-fork hooks allocate, and could start one.
+
+    Returns:
+        0 in the copy, its process id here.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what this module takes care of
+            child = os.fork()
+        if not child:
+            gc.freeze()
+    finally:
+        if collects:
+            gc.enable()
+    return child
 
 
 def _ending(status: int) -> str:
