@@ -707,6 +707,15 @@ def test_modes_are_carried_into_another_thread() -> None:
     assert mode.count == 2
 
 
+def test_modes_off_and_on_again() -> None:
+    with _Seen() as mode:
+        with torch_internals.modes_off():
+            torch.ones(2).add(1)
+        assert mode.count == 0
+        torch.ones(2).add(1)
+    assert mode.count > 0
+
+
 def test_the_backward_runs_with_modes_on() -> None:
     def block(x: torch.Tensor) -> torch.Tensor:
         return (x * 3).exp()

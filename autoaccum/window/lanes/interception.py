@@ -19,21 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ...errors import UsageError
 from .backward_order import BackwardOrder
 from .baton import Request, current_lane
-from .joint_norm import Gate, enter, join, leave, wide
-
-
-@dataclass(frozen=True, eq=False)
-class Met:
-    """What one meeting of a batch normalization found.
-
-    Attributes:
-        merged: The window's mean and variance, of shape (2, channels), without their graph; a gradient is required
-            where they had one.
-        means: Each lane's own mean, by which a recomputation finds its meeting.
-    """
-
-    merged: torch.Tensor
-    means: list[torch.Tensor]
+from .joint_norm import Gate, Joined, enter, join, leave, wide
 
 
 @dataclass(eq=False)
@@ -45,14 +31,23 @@ class Meetings:
         names: Names of modules, by the identity of a tensor of theirs.
         counters: The identities of the modules' counts of batches.
         gate: Whether the backward may run.
-        met: By place, what each meeting there found.
+        met: By place, what each meeting there found, without its graph.
     """
 
     order: BackwardOrder
     names: Mapping[int, str]
     counters: frozenset[int]
     gate: Gate = field(default_factory=Gate)
-    met: dict[tuple[Any, ...], list[Met]] = field(default_factory=lambda: defaultdict(list))
+    met: dict[tuple[Any, ...], list[Joined]] = field(default_factory=lambda: defaultdict(list))
+    _shares: dict[tuple[float, ...], torch.Tensor] = field(default_factory=dict)
+
+    def shares(self, counts: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Return each lane's part of all values, one row for each lane."""
+        parts = tuple(each / sum(counts) for each in counts)
+        if parts not in self._shares:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._shares[parts] = torch.tensor(parts, dtype=dtype).to(device)[:, None]
+        return self._shares[parts]
 
     def title(self, kind: str, channels: int, *tensors: torch.Tensor | None) -> str:
         """Name a place, by its module where that is known."""
@@ -103,8 +98,48 @@ def of_torch(
 READERS: Mapping[Any, Callable[..., NormCall]] = {F.batch_norm: of_functional, torch.batch_norm: of_torch}
 
 
-class LaneMode(TorchFunctionMode):
-    """See a lane's normalizations, and meet the other lanes there.
+class NormMode(TorchFunctionMode):
+    """See calls of normalizations, and counts of batches.
+
+    Args:
+        meetings: The window's meetings.
+        counts: Whether a module counts the batch that it is given.
+    """
+
+    def __init__(self, meetings: Meetings, *, counts: bool) -> None:
+        super().__init__()
+        self.meetings, self._counts = meetings, counts
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch, or its substitute."""
+        kwargs = kwargs or {}
+        reader = READERS.get(func)
+        if reader is not None:
+            call = reader(*args, **kwargs)
+            found = self.normalized(call) if call.training else None
+            if found is not None:
+                return found
+        elif func is F.instance_norm:
+            return self.instance_normalized(*args, **kwargs)
+        elif func is torch.Tensor.add_ and not self._counts and id(args[0]) in self.meetings.counters:
+            return args[0]
+        return func(*args, **kwargs)
+
+    def normalized(self, call: NormCall) -> torch.Tensor | None:
+        """Return a normalized input; None for torch's own way."""
+        raise NotImplementedError
+
+    def instance_normalized(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Normalize each sample by itself."""
+        raise NotImplementedError
+
+
+class LaneMode(NormMode):
+    """Meet the other lanes at each normalization.
+
+    The first lane counts a batch for all.
 
     Args:
         lane: The lane.
@@ -112,71 +147,73 @@ class LaneMode(TorchFunctionMode):
     """
 
     def __init__(self, lane: int, meetings: Meetings) -> None:
-        super().__init__()
-        self._lane, self._meetings = lane, meetings
+        super().__init__(meetings, counts=lane == 0)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function of torch, or its substitute in a lane."""
-        kwargs = kwargs or {}
-        reader = READERS.get(func)
-        if reader is not None:
-            call = reader(*args, **kwargs)
-            if call.training:
-                return _normalized(self._meetings, call)
-        elif func is F.instance_norm:
-            return _instance_normalized(self._meetings, *args, **kwargs)
-        elif func is torch.Tensor.add_ and self._lane and id(args[0]) in self._meetings.counters:
-            return args[0]  # the first lane has counted this batch
-        return func(*args, **kwargs)
+    def normalized(self, call: NormCall) -> torch.Tensor:
+        """Normalize by the statistics of the window."""
+        meetings, lane = self.meetings, current_lane()
+        assert lane is not None
+        h, rows = enter(call.input, meetings.gate)
+        count = call.input.numel() // call.input.shape[1]
+        is_on = torch.is_grad_enabled()
 
+        def settle(values: list[Any]) -> list[Any]:
+            with torch.set_grad_enabled(is_on):
+                return [_join(meetings, call, [each for each, _ in values], [each for _, each in values])] * len(values)
 
-def _normalized(meetings: Meetings, call: NormCall) -> torch.Tensor:
-    lane = current_lane()
-    assert lane is not None
-    h, rows = enter(call.input, meetings.gate)
-    count = call.input.numel() // call.input.shape[1]
-    is_on = torch.is_grad_enabled()
+        joined = lane.ask(Request(call.place, lambda: _title(meetings, call), (rows, count), settle))
+        meetings.order.mark(lane.index)
+        return leave(h, joined, call.eps)
 
-    def settle(values: list[Any]) -> list[Any]:
-        with torch.set_grad_enabled(is_on):
-            return [_join(meetings, call, [each for each, _ in values], [each for _, each in values])] * len(values)
+    def instance_normalized(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Update the running statistics once a window."""
+        out, call, own = _by_instance(*args, **kwargs)
+        if not own:
+            return out
+        meetings, lane = self.meetings, current_lane()
+        assert lane is not None
 
-    merged = lane.ask(Request(call.place, lambda: _title(meetings, call), (rows, count), settle))
-    meetings.order.mark(lane.index)
-    return leave(h, merged, call.weight, call.bias, call.eps, meetings.gate)
+        def settle(values: list[Any]) -> list[Any]:
+            samples = sum(each for _, each in values)
+            mean, variance = (sum(found[row] * (count / samples) for found, count in values) for row in (0, 1))
+            _update(call, mean, variance)
+            return [None] * len(values)
+
+        place = ("instance normalization", *call.place[1:])
+        title = meetings.title("instance normalization", call.input.shape[1], call.running_mean)
+        lane.ask(Request(place, lambda: title, (own, len(call.input)), settle))
+        meetings.order.mark(lane.index)
+        return out
 
 
 def _title(meetings: Meetings, call: NormCall) -> str:
     return meetings.title("batch normalization", call.input.shape[1], call.running_mean, call.weight)
 
 
-def _join(meetings: Meetings, call: NormCall, rows: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
+def _join(meetings: Meetings, call: NormCall, rows: list[torch.Tensor], counts: list[int]) -> Joined:
     """Merge the lanes' statistics, and update the running ones once."""
     count = sum(counts)
     if count < 2:  # as torch.nn.functional.batch_norm
         raise ValueError(f"Expected more than 1 value per channel when training, got {count} in the window")
-    merged = join(call.weight, call.bias, call.eps, counts, rows)
-    meetings.order.met(rows, [merged])
-    alike = merged.detach().requires_grad_(merged.requires_grad)
-    meetings.met[call.place].append(Met(alike, [each[0].detach() for each in rows]))
-    with torch.no_grad():
-        mean, variance = merged
-        _update(call, mean, variance * (count / (count - 1)))
-    return merged
+    shares = meetings.shares(counts, rows[0].device)
+    joined = join(call.weight, call.bias, call.eps, meetings.gate, count, shares, rows)
+    meetings.order.met(rows, [joined.weight])
+    meetings.met[call.place].append(joined.alike())
+    _update(call, joined.mean, joined.variance * (count / (count - 1)))
+    return joined
 
 
 @torch.no_grad()
 def _update(call: NormCall, mean: torch.Tensor, variance: torch.Tensor) -> None:
     """Update running statistics as torch does."""
     for running, value in ((call.running_mean, mean), (call.running_var, variance)):
-        if running is not None:
+        if running is not None and running.dtype == value.dtype:
+            running.lerp_(value, call.momentum)
+        elif running is not None:
             running.copy_(torch.lerp(running.to(value.dtype), value, call.momentum))
 
 
-def _instance_normalized(
-    meetings: Meetings,
+def _by_instance(
     input: torch.Tensor,
     running_mean: torch.Tensor | None = None,
     running_var: torch.Tensor | None = None,
@@ -185,32 +222,21 @@ def _instance_normalized(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> torch.Tensor:
-    """Normalize each sample by itself; update the running statistics once a window."""
-    more = (weight, bias, use_input_stats)
-    if running_mean is None or running_var is None or not use_input_stats:
-        return F.instance_norm(input, running_mean, running_var, *more, momentum, eps)
-    dtype = wide(input.dtype)
-    own = [torch.zeros_like(each, dtype=dtype) for each in (running_mean, running_var)]
-    out = F.instance_norm(input, own[0], own[1], *more, 1.0, eps)
+) -> tuple[torch.Tensor, NormCall, list[torch.Tensor]]:
+    """Normalize each sample by itself, without an update.
+
+    Returns:
+        The output, the call, and the statistics that it would update the running ones by; none where it would not.
+    """
     call = NormCall(input, running_mean, running_var, momentum=momentum, eps=eps)
-    lane = current_lane()
-    assert lane is not None
-
-    def settle(values: list[Any]) -> list[Any]:
-        samples = sum(each for _, each in values)
-        mean, variance = (sum(found[row] * (count / samples) for found, count in values) for row in (0, 1))
-        _update(call, mean, variance)
-        return [None] * len(values)
-
-    place = ("instance normalization", *call.place[1:])
-    title = meetings.title("instance normalization", input.shape[1], running_mean)
-    lane.ask(Request(place, lambda: title, (own, len(input)), settle))
-    meetings.order.mark(lane.index)
-    return out
+    if running_mean is None or running_var is None or not use_input_stats:
+        out = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return out, call, []
+    own = [torch.zeros_like(each, dtype=wide(input.dtype)) for each in (running_mean, running_var)]
+    return F.instance_norm(input, own[0], own[1], weight, bias, use_input_stats, 1.0, eps), call, own
 
 
-class RecomputingMode(TorchFunctionMode):
+class RecomputingMode(NormMode):
     """Repeat a lane's normalizations in a checkpointed block's second forward.
 
     They take the statistics of the first one, of the whole window, and update nothing. Autograd carries this mode into
@@ -221,43 +247,35 @@ class RecomputingMode(TorchFunctionMode):
     """
 
     def __init__(self, meetings: Meetings) -> None:
-        super().__init__()
-        self._meetings = meetings
+        super().__init__(meetings, counts=False)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function of torch, or its substitute in a second forward."""
-        kwargs = kwargs or {}
-        reader = READERS.get(func)
-        if reader is not None:
-            call = reader(*args, **kwargs)
-            if call.training and call.place in self._meetings.met:
-                return self._repeated(call)
-        elif func is torch.Tensor.add_ and id(args[0]) in self._meetings.counters:
-            return args[0]
-        return func(*args, **kwargs)
-
-    def _repeated(self, call: NormCall) -> torch.Tensor:
-        meetings = self._meetings
+    def normalized(self, call: NormCall) -> torch.Tensor | None:
+        """Normalize by the statistics of the first forward."""
+        meetings = self.meetings
+        if call.place not in meetings.met:
+            return None
         h, rows = enter(call.input, meetings.gate)
-        met = _met_before(meetings.met[call.place], rows.detach()[0])  # a graph here would be saved, too
-        if torch.is_grad_enabled() and not met.merged.requires_grad and call.input.requires_grad:
+        joined = _met_before(meetings.met[call.place], rows.detach()[0])  # a graph here would be saved, too
+        if torch.is_grad_enabled() and not joined.weight.requires_grad and call.input.requires_grad:
             raise UsageError(
                 f"{_title(meetings, call).capitalize()} is inside a block that torch.utils.checkpoint runs with "
                 "use_reentrant=True.",
                 "Such a block goes back by itself, without the other micro-batches that share its statistics.",
                 "Use checkpoint(..., use_reentrant=False).",
             )
-        return leave(h, met.merged, call.weight, call.bias, call.eps, meetings.gate)
+        return leave(h, joined, call.eps)
+
+    def instance_normalized(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Update nothing: the first forward did."""
+        return _by_instance(*args, **kwargs)[0]
 
 
-def _met_before(found: list[Met], mean: torch.Tensor) -> Met:
+def _met_before(found: list[Joined], mean: torch.Tensor) -> Joined:
     """Return the meeting of a repeated call in the first forward.
 
     Of a module that is called several times, by the nearest mean of a lane.
     """
-    alike = [met for met in found if met.merged.requires_grad == torch.is_grad_enabled()] or found
+    alike = [each for each in found if each.weight.requires_grad == torch.is_grad_enabled()] or found
     if len(alike) == 1:
         return alike[0]
-    return min(alike, key=lambda met: min(float((each - mean).abs().max()) for each in met.means))
+    return min(alike, key=lambda joined: float((joined.means - mean).abs().amax(1).min()))

@@ -2,14 +2,16 @@
 
 In each lane two nodes, and between them one that all lanes share:
 
-    Enter     a lane's input; its mean and variance leave as a few numbers for each channel
-    Join      the mean and variance of the whole window
-    Leave     a lane's input, normalized by these
+    Enter                 a lane's input; its mean and variance leave as a few numbers for each channel
+    Join                  the mean and variance of the whole window, and the weight and bias that lanes normalize with
+    native_batch_norm     a lane's input, normalized by these: torch's own node, in evaluation mode
 
-Backward, each `Leave` returns its share of two sums for each channel, `Join` gets these of all lanes, and each `Enter`
-has the gradient of its own input: that of one batch, as torch has it for one (aten/src/ATen/native/Normalization.cpp).
-So only the inputs' gradients are there for all lanes simultaneously, and neither statistics nor gradient needs a pass
-that has all inputs at once. What passes between the three in place of gradients are coefficients.
+Backward, torch's node returns the gradient of its input as though mean and variance were constants, and those of weight
+and bias: a lane's share of two sums for each channel. `Join` gets these of all lanes, and each `Enter` adds what is due
+to mean and variance: so each has the gradient of its own input, that of one batch, as torch has it for one
+(aten/src/ATen/native/Normalization.cpp). Only the inputs' gradients are there for all lanes simultaneously, and neither
+statistics nor gradient needs a pass that has all inputs at once, nor more passes than torch takes for one batch. What
+passes from `Join` to `Enter` in place of gradients are coefficients.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 
 from ...errors import UsageError
+from .torch_internals import modes_off
 
-ROWS = 4  # of what passes between lanes and the meeting, for each channel
+ROWS = 3  # of what passes between a lane and the meeting, for each channel: as many go back
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -52,37 +54,92 @@ class Gate:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """What a meeting found.
+
+    Attributes:
+        mean: The window's mean for each channel.
+        variance: Its biased variance.
+        weight: What lanes multiply by; its gradient is a lane's share of a sum that each input's gradient needs.
+        bias: What lanes add; the same holds for its gradient.
+        means: Each lane's own mean, one row for each lane.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    means: torch.Tensor
+
+    def alike(self) -> Joined:
+        """Return the same without a graph; gradients are required where they were."""
+        weight, bias = (each.detach().requires_grad_(each.requires_grad) for each in (self.weight, self.bias))
+        return Joined(self.mean, self.variance, weight, bias, self.means)
+
+
 class Enter(torch.autograd.Function):
     """Hand a lane's statistics to the meeting."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the input, and rows with its mean, variance and two zeros."""
+        """Return the input, and rows with its mean and variance."""
         ctx.gate = gate
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
-        channels, dtype = x.shape[1], wide(x.dtype)
-        rows = torch.zeros(ROWS, channels, dtype=dtype, device=x.device)
-        if x.numel():
-            unused = torch.zeros_like(rows[0]), torch.zeros_like(rows[0])
-            rows[0], rows[1] = torch.batch_norm_update_stats(x, *unused, 0.0)
-        return x.view_as(x), rows
+        return x.view_as(x), statistics(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh: torch.Tensor | None, rows: torch.Tensor | None) -> Any:
-        """Return the input's gradient from what `Join` returns for each channel."""
+        """Add to the input's gradient what is due to mean and variance.
+
+        Args:
+            ctx: The node's.
+            dh: The gradient with mean and variance constant.
+            rows: What `Join` returns for each channel.
+        """
         ctx.gate.pass_through()
         (x,) = ctx.saved_tensors
-        if rows is None:
+        if rows is None or not x.numel():
             return dh, None
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        direct, along, constant, mean = (row.view(shape) for row in rows)
-        found = x.to(rows.dtype) - mean  # not x * along: a large mean would cancel
-        found.mul_(along).add_(constant)
-        if dh is not None:
-            found.addcmul_(dh.to(rows.dtype), direct)
-        return found.to(x.dtype), None
+        with modes_off():
+            if dh is None:
+                dh = torch.zeros_like(x)
+            return (_added_on_cuda if x.device.type == "cuda" else _added)(x, dh, *rows.unbind(0)), None
+
+
+def statistics(x: torch.Tensor) -> torch.Tensor:
+    """Return rows with the mean and the biased variance of each channel."""
+    dtype, channels = wide(x.dtype), x.shape[1]
+    if not x.numel():
+        return torch.zeros(ROWS, channels, dtype=dtype, device=x.device)
+    unused: Sequence[Any] = (None, None)
+    if dtype != x.dtype:  # the kernel's results have the type of these
+        unused = torch.zeros(2, channels, dtype=dtype, device=x.device).unbind(0)
+    mean, variance = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
+    return torch.stack((mean, variance, variance))
+
+
+def _added(
+    x: torch.Tensor, dh: torch.Tensor, mean: torch.Tensor, along: torch.Tensor, constant: torch.Tensor
+) -> torch.Tensor:
+    """Return dh + (x - mean) * along + constant for each channel.
+
+    By the kernel that normalizes, with a variance of 0 and an epsilon of 1: broadcasting takes several times as long.
+    """
+    found = torch.native_batch_norm(x, along, constant, mean, torch.zeros_like(mean), False, 0.0, 1.0)[0]
+    return found.add_(dh)
+
+
+def _added_on_cuda(
+    x: torch.Tensor, dh: torch.Tensor, mean: torch.Tensor, along: torch.Tensor, constant: torch.Tensor
+) -> torch.Tensor:
+    """Return dh + (x - mean) * along + constant for each channel, in one pass.
+
+    By the kernel of torch.nn.SyncBatchNorm: (dh - sum / count - (x - mean) * scale ** 2 * product / count) * scale.
+    """
+    count = torch.ones(1, dtype=torch.int32, device=x.device)
+    return torch.batch_norm_backward_elemt(dh, x, mean, torch.ones_like(mean), None, -constant, -along, count)
 
 
 class Join(torch.autograd.Function):
@@ -94,74 +151,48 @@ class Join(torch.autograd.Function):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         eps: float,
-        counts: list[int],
+        gate: Gate,
+        count: int,
+        shares: torch.Tensor,
         *rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return the window's mean and variance, of shape (2, channels).
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the window's mean and variance, weight, bias, and all lanes' means.
 
         Merged as by Chan, Golub and LeVeque (1979), without a difference of large squares.
         """
-        dtype = torch.float32 if rows[0].device.type == "mps" else torch.float64
-        means, variances = (torch.stack([each[row].to(dtype) for each in rows]) for row in (0, 1))
-        shares = torch.tensor(counts, dtype=dtype).div_(sum(counts)).to(means.device)[:, None]
-        mean = (shares * means).sum(0)
-        variance = (shares * (variances + (means - mean).square())).sum(0)
-        merged = torch.stack([mean, variance]).to(rows[0].dtype)
-        ctx.eps, ctx.count, ctx.lanes = eps, sum(counts), len(rows)
+        together = torch.stack(rows).to(shares.dtype)  # as many allocations, whatever the number of lanes
+        means, variances = together[:, 0], together[:, 1]
+        exact = (shares * means).sum(0)
+        apart = means - exact
+        spread = torch.addcmul(variances, apart, apart).mul_(shares).sum(0)
+        mean, variance = exact.to(rows[0].dtype), spread.to(rows[0].dtype)
+        own_weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype, copy=True)
+        own_bias = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype, copy=True)
+        ctx.eps, ctx.gate, ctx.count, ctx.lanes = eps, gate, count, len(rows)
         ctx.dtypes = [None if each is None else each.dtype for each in (weight, bias)]
-        ctx.save_for_backward(weight, merged)
-        return merged
+        ctx.save_for_backward(own_weight, mean, variance)
+        ctx.mark_non_differentiable(mean, variance, means)
+        ctx.set_materialize_grads(False)
+        return mean, variance, own_weight, own_bias, means
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, sums: torch.Tensor) -> Any:
+    def backward(ctx: Any, _mean: Any, _variance: Any, projected: Any, total: Any, _means: Any) -> Any:
         """Return the gradients of weight and bias, and rows for each lane.
 
         Args:
             ctx: The node's.
-            sums: For each channel, the outputs' gradients and these times the normalized inputs, over all lanes.
+            projected: For each channel, the outputs' gradients times the normalized inputs, over all lanes.
+            total: For each channel, the outputs' gradients, over all lanes.
         """
-        weight, (mean, variance) = ctx.saved_tensors
-        scale = torch.rsqrt(variance + ctx.eps)
-        direct = scale if weight is None else scale * weight.to(scale.dtype)
-        total, projected = sums
-        along = -direct * scale * projected / ctx.count
-        rows = torch.stack([direct, along, -direct * total / ctx.count, mean])
-        parts = zip((projected, total), ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-        own = [value.to(dtype) if needed else None for value, dtype, needed in parts]
-        return (*own, None, None, *[rows] * ctx.lanes)
-
-
-class Leave(torch.autograd.Function):
-    """Normalize a lane's input by the window's statistics."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h: torch.Tensor,
-        merged: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-        gate: Gate,
-    ) -> torch.Tensor:
-        """Return the output, in the input's dtype."""
-        ctx.eps, ctx.gate = eps, gate
-        ctx.save_for_backward(h, merged)
-        return F.batch_norm(h, merged[0], merged[1], weight, bias, False, 0.0, eps)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        """Return the output's gradient, and this lane's part of two sums."""
         ctx.gate.pass_through()
-        h, merged = ctx.saved_tensors
-        mean, variance = merged
-        own = torch.ones_like(mean), mean, variance, mean, torch.rsqrt(variance + ctx.eps)  # CUDA reads the last two
-        _, projected, total = torch.ops.aten.native_batch_norm_backward(
-            dy, h, *own, False, ctx.eps, [False, True, True]
-        )
-        return dy, torch.stack([total, projected]).to(merged.dtype), None, None, None, None
+        weight, mean, variance = ctx.saved_tensors
+        with modes_off():
+            scale = torch.rsqrt(variance + ctx.eps)
+            each = weight * scale / -ctx.count
+            rows = torch.stack((mean, each * scale * projected, each * total))
+            parts = zip((projected, total), ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+            own = [value.to(dtype) if needed else None for value, dtype, needed in parts]
+        return (*own, None, None, None, None, *[rows] * ctx.lanes)
 
 
 def enter(x: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,21 +204,28 @@ def join(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
-    counts: Sequence[int],
-    rows: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    """Apply `Join`."""
-    return cast(torch.Tensor, Join.apply(weight, bias, eps, list(counts), *rows))
-
-
-def leave(
-    h: torch.Tensor,
-    merged: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
     gate: Gate,
-) -> torch.Tensor:
-    """Apply `Leave`; weight and bias get their gradients by `Join`."""
-    own = [None if each is None else each.detach() for each in (weight, bias)]
-    return cast(torch.Tensor, Leave.apply(h, merged, *own, eps, gate))
+    count: int,
+    shares: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+) -> Joined:
+    """Apply `Join`.
+
+    Args:
+        weight: The module's, or None.
+        bias: The module's, or None.
+        eps: What is added to the variance.
+        gate: Whether the backward may run.
+        count: Values in each channel, of the whole window.
+        shares: Each lane's part of these, one row for each lane; in the dtype to merge in.
+        rows: Each lane's statistics.
+    """
+    return Joined(*cast(tuple[torch.Tensor, ...], Join.apply(weight, bias, eps, gate, count, shares, *rows)))
+
+
+def leave(h: torch.Tensor, joined: Joined, eps: float) -> torch.Tensor:
+    """Normalize a lane's input by the window's statistics."""
+    own = joined.weight, joined.bias, joined.mean, joined.variance, False, 0.0, eps
+    if not h.numel():
+        return torch.batch_norm(h, *own, False)
+    return torch.native_batch_norm(h, *own)[0]

@@ -27,9 +27,10 @@ class RandomStates:
         if device.type == "cuda":
             index = device.index if device.index is not None else torch.cuda.current_device()
             self._generators.append(torch.cuda.default_generators[index])
-        callers = [generator.get_state() for generator in self._generators]
+        callers = self._taken()
         self._states = [callers, *(self._seeded(callers, lane) for lane in range(1, lanes))]
-        self._put(0)
+        self._lane = 0
+        self._put(callers)
 
     def _seeded(self, callers: list[torch.Tensor], lane: int) -> list[torch.Tensor]:
         """Return a lane's first states."""
@@ -38,15 +39,16 @@ class RandomStates:
         pairs = zip(self._generators, seeds, strict=True)
         return [generator.manual_seed(seed).get_state() for generator, seed in pairs]
 
-    def _put(self, lane: int) -> None:
-        for generator, state in zip(self._generators, self._states[lane], strict=True):
+    def _taken(self) -> list[torch.Tensor]:
+        return [generator.get_state() for generator in self._generators]
+
+    def _put(self, states: list[torch.Tensor]) -> None:
+        for generator, state in zip(self._generators, states, strict=True):
             generator.set_state(state)
 
     def enter(self, lane: int) -> None:
-        """Continue a lane's draws."""
-        self._put(lane)
-
-    def leave(self, lane: int) -> None:
-        """Remember a lane's states, and continue the first lane's draws."""
-        self._states[lane] = [generator.get_state() for generator in self._generators]
-        self._put(0)
+        """Continue a lane's draws, and remember where the one before it stopped."""
+        if lane != self._lane:
+            self._states[self._lane] = self._taken()
+            self._put(self._states[lane])
+            self._lane = lane

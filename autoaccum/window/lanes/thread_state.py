@@ -42,6 +42,7 @@ class ThreadState:
         return run
 
     def _under(self, work: Callable[[], Result]) -> Result:
+        torch.get_num_threads()  # a new thread takes the number that was set with its first call of this, not before
         with contextlib.ExitStack() as stack:
             if self._stream is not None:
                 stack.enter_context(torch.cuda.device(self._device))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -38,6 +39,12 @@ def run_backward(loss: torch.Tensor) -> None:
     run = _find(torch, "autograd.graph._engine_run_backward", "repeat checkpointed blocks in lanes")
     ones = torch.ones_like(loss, memory_format=torch.preserve_format)
     run((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def modes_off() -> AbstractContextManager[Any]:
+    """Return a context manager in which no function mode sees what runs."""
+    off: AbstractContextManager[Any] = _find(torch, "_C.DisableTorchFunction", "run lanes' own backward")()
+    return off
 
 
 def current_modes() -> tuple[list[Any], list[Any]]:

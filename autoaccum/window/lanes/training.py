@@ -100,7 +100,6 @@ def _forward(
         try:
             yield
         finally:
-            draws.leave(lane)
             release_workspaces(context)
 
     if context.lanes is None:
@@ -113,7 +112,10 @@ def _forward(
             return run()
 
     works = [state.carried(partial(in_lane, lane, run)) for lane, run in enumerate(runs)]
-    outs = context.lanes.run(works, meetings, turn)
+    try:
+        outs = context.lanes.run(works, meetings, turn)
+    finally:
+        draws.enter(0)  # the caller's draws go on
     for lane, out in enumerate(outs):
         for tensor in _tensors(out):
             meetings.order.add_end(lane, tensor)
