@@ -123,7 +123,7 @@ def statistics(x: torch.Tensor) -> torch.Tensor:
 def _added(
     x: torch.Tensor, dh: torch.Tensor, mean: torch.Tensor, along: torch.Tensor, constant: torch.Tensor
 ) -> torch.Tensor:
-    """Return dh + (x - mean) * along + constant for each channel.
+    """Add (x - mean) * along + constant, for each channel.
 
     By the kernel that normalizes, with a variance of 0 and an epsilon of 1: broadcasting takes several times as long.
     """
@@ -134,7 +134,7 @@ def _added(
 def _added_on_cuda(
     x: torch.Tensor, dh: torch.Tensor, mean: torch.Tensor, along: torch.Tensor, constant: torch.Tensor
 ) -> torch.Tensor:
-    """Return dh + (x - mean) * along + constant for each channel, in one pass.
+    """Add (x - mean) * along + constant in one pass.
 
     By the kernel of torch.nn.SyncBatchNorm: (dh - sum / count - (x - mean) * scale ** 2 * product / count) * scale.
     """
