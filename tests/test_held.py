@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import statistics
 import sys
 import time
 import types
@@ -365,7 +364,7 @@ def test_a_light_snapshot_of_what_is_held_is_quick() -> None:
             start = time.perf_counter()
             snapshot.take(model=nets[0], storages=False, **of)
             times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return min(times)  # what other programs take of the processor only adds to the others
 
     alone = light()
     beside = light(held=holdings(nets[0], loss=lambda m, b: m(b) + nets[1](b)))

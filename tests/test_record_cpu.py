@@ -159,7 +159,8 @@ def test_what_a_recording_does_not_show_is_the_graph_and_not_the_batch() -> None
     for links, n in ((20, 7), (400, 7), (400, 61)):
         work = window_of(context[links], n)
         recording = record(work, micro_batch=n)
-        found[links, n] = device.unrecorded_bytes(work, recording, 131072)
+        # A sampler sees it, which on a loaded machine comes too late at times: the most of several looks.
+        found[links, n] = max(device.unrecorded_bytes(work, recording, 131072) for _ in range(3))
     assert found[400, 7] > found[20, 7] + 380 * 200  # a node and its tensor take some hundred bytes
     assert found[400, 61] == pytest.approx(found[400, 7], rel=0.25)
 

@@ -41,9 +41,13 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 32), *blocks, nn.Linear(32, 5))
 
 
-def fsdp(**how: Any) -> nn.Module:
+def needs_fsdp_on_cpu() -> None:
     if not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip(f"torch {torch.__version__}: FSDP2 doesn't run on a CPU (torch.cpu.Stream has no record_event)")
+
+
+def fsdp(**how: Any) -> nn.Module:
+    needs_fsdp_on_cpu()
     model = net()
     for block in model[1:3]:
         fully_shard(block, **how)
@@ -169,5 +173,6 @@ def test_private_names_of_torch_do_what_they_promise(absent_ranks: None) -> None
         module[0].set_gradient_divide_factor(3.0)
         assert gradient_divisors(module[0]) == [3.0]
     assert not has_begun(module)
+    needs_fsdp_on_cpu()
     module(torch.zeros(1, 8))
     assert has_begun(module)
