@@ -236,6 +236,7 @@ def made_up_plan(**changes: Any) -> Plan:
         "resident_peak_bytes": 1700 * mib,
         "host_bytes": 5 * mib,
         "host_limit_bytes": 64 * mib,
+        "moved_bytes_per_sample": 4096,
         "phases": {"first": 1700 * mib, "later": 1900 * mib, "optimizer": 900 * mib, "between": 700 * mib},
         "binding_constraint": "later micro-batch, a new process",
         "loss_average": "samples",

@@ -387,13 +387,41 @@ def test_what_is_saved_comes_back_from_buffers_that_are_used_again(monkeypatch: 
 def test_parameters_and_what_two_operations_save_move_once(monkeypatch: pytest.MonkeyPatch) -> None:
     store = stored(monkeypatch)
     model, x = nn.Linear(6, 8), torch.randn(4, 6, requires_grad=True)  # so that the weight is saved
-    store.begin(model.parameters())
-    with store.moving():
+    store.begin(tuple(model.parameters()))
+    with store.moving(4):
         hidden = torch.relu(model(x))  # its result is saved by relu and by exp's neighbour
         out = (hidden * hidden.detach()).sum() + hidden.square().sum()
     assert store.saved_bytes == x.nbytes + hidden.nbytes
     out.backward()
     assert store.returned_bytes <= store.saved_bytes + 3 * hidden.nbytes
+
+
+@pytest.mark.parametrize("samples", [2, 7])
+def test_what_moves_is_decided_per_sample(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+    store = stored(monkeypatch)
+    store.begin((), bytes_per_sample=4 * 50)
+    wide, narrow = (torch.randn(samples, n, requires_grad=True) for n in (60, 40))
+    with store.moving(samples):
+        (wide.exp().sum() + narrow.exp().sum()).backward()
+    assert store.moved == [4 * 60 * samples]
+
+
+def test_buffers_use_what_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stored(monkeypatch)
+    store.begin(())
+    with store.moving(1):
+        for n in (100, 900, 2000, 30, 1024, 1, 700):
+            torch.randn(n, requires_grad=True).exp()
+    assert len(store.moved) == 7 and store.bytes == host_store.buffer_bytes(store.moved) > 3 * 4096
+
+
+def test_what_autocast_casts_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stored(monkeypatch)
+    model, x = nn.Linear(6, 8), torch.randn(4, 6, requires_grad=True)
+    store.begin(tuple(model.parameters()), cast=torch.bfloat16)
+    with store.moving(4), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)
+    assert store.moved == [2 * x.numel()]  # and not the weight's cast, which all lanes share
 
 
 def test_a_host_that_is_too_small_is_named_before_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,8 +98,10 @@ class MemorySection:
         composition: By phase, bytes alive at its peak by category (simulation/breakdown.py), baseline included.
         timeline: Bytes alive through a window of at most three of the split's micro-batches (simulation/timeline.py).
         host_bytes: On a GPU, with micro-batches in lanes: host memory of what they save for the backward, in pinned
-            buffers, measured; 0 otherwise.
+            buffers; 0 otherwise.
         host_limit_bytes: What these may use; None for all but a tenth of what is available when training begins.
+        moved_bytes_per_sample: In lanes: saved tensors of at least so many bytes for each sample move to the host; None
+            for those of 1 MiB and more.
     """
 
     budget: Budget
@@ -120,6 +122,7 @@ class MemorySection:
     timeline: tuple[TimelinePart, ...] = ()
     host_bytes: int = 0
     host_limit_bytes: int | None = None
+    moved_bytes_per_sample: int | None = None
 
 
 @dataclass(frozen=True)

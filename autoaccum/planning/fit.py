@@ -267,7 +267,7 @@ def _plan_samples(
         tries_rows = measured is not None and not compiles and in_lanes is None
         rows = most_short_rows(predictor, solution, start_over) if tries_rows else None
         plan = build_plan.plan(predictor, solution, measured, longest, [assumed, lengthened, left_out], timed, rows)
-        plan = plan if in_lanes is None else lanes.with_lanes(plan, in_lanes, context.host_memory_bytes)
+        plan = plan if in_lanes is None else lanes.with_lanes(plan, in_lanes, context)
         if plan_request.check:  # before the state is restored: a forward may change any state
             start_over()
             plan = exact.check_plan(plan, workload, environment.progress)

@@ -1,11 +1,13 @@
-"""Plan windows whose micro-batches run in lanes, by running them.
+"""Plan windows whose micro-batches run in lanes.
 
-Everything is recorded for micro-batches one after the other, which is less than what lanes need: on a GPU the inputs of
-each normalization are there for all lanes beside it, and on a CPU all that is saved for the backward. So
+Micro-batches one after the other are recorded first. Lanes need other memory: on a GPU the inputs of each normalization
+are there for all lanes, and on a CPU all that is saved for the backward. So
 
     on a CPU    a window in lanes is planned as one micro-batch of all its samples: lanes save no memory there
-    on a GPU    windows in lanes are run, from the steps on that micro-batches one after the other would need, until
-                one fits; then fewer steps are tried between the last that didn't and that one
+    on a GPU    short windows in lanes are recorded and lifted, and each split's own is replayed (lanes_replayed.py)
+
+Where windows in lanes can't be lifted, they are run: from the steps on that micro-batches one after the other would
+need, until one fits; then fewer steps are tried between the last that didn't and that one. The plan says why.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from ..devices.base import MALLOC
 from ..errors import DoesNotFit, OutOfMemory, UsageError
 from ..phases import FIRST, LATER, PHASE_TITLES
 from ..plan import FASTEST, Plan
+from ..simulation.lane_windows import NotRegular
 from ..simulation.solver import Solution, Split, balanced, uniform_sizes
 from ..units import parse_bytes, show_bytes
+from ..window.lanes.host_store import host_limit
 from ..window.step import TrainingContext
 from . import failures
 from .predictor import MemoryPredictor
@@ -29,6 +33,7 @@ from .solution import solve
 from .trial import run_for_real
 from .verify import solve_and_verify
 
+MEET = "Micro-batches run in lanes that meet where samples interact"
 STEPS_FACTOR = 1.25  # from a number of lanes that doesn't fit to the next one that is tried
 TRIES = 8  # windows that are run between the most lanes that didn't fit and the fewest that did
 
@@ -44,6 +49,10 @@ class LanesFound:
         phases: The peak of each phase.
         host_bytes: Most bytes that waited on the host.
         tried: How each other number of lanes failed.
+        method: How lanes were predicted; empty where they were run instead.
+        fallback_reason: Why they were run.
+        predicted: The peak in the process that planned; None where it is `peak_bytes`.
+        retries: How often the allocator gives its cache back, by window.
     """
 
     solution: Solution
@@ -52,6 +61,10 @@ class LanesFound:
     phases: dict[str, int]
     host_bytes: int = 0
     tried: tuple[str, ...] = ()
+    method: str = ""
+    fallback_reason: str = ""
+    predicted: int | None = None
+    retries: tuple[int, ...] = ()
 
 
 def host_limit_bytes(request: PlanRequest) -> int | None:
@@ -151,23 +164,61 @@ def splits_of(predictor: MemoryPredictor, fewest: int = 1) -> Iterator[Split]:
 
 
 def _on_device(predictor: MemoryPredictor, start_over: Callable[[], None], *, verify: bool) -> LanesFound:
-    """Run windows in lanes until the fewest steps that fit are known."""
+    """Find the fewest lanes that fit, by predicting or running them."""
+    request, context = predictor.request, predictor.subject.context
     plain = solve(predictor)
-    if plain is None:
-        raise failures.does_not_fit(predictor, (predictor.request.least,), None)
-    if len(plain.split) == 1:
+    if plain is not None and len(plain.split) == 1:
         solution, measured = solve_and_verify(predictor, start_over, verify=verify, compiles=False)
         if len(solution.split) == 1:
             split = solution.split
             return LanesFound(solution, measured, predictor.worst_bytes(split), dict(predictor.phases(split)))
         plain = solution
+    guess = plain.split[0] if plain is not None else request.least
+    try:
+        return _replayed(predictor, start_over, guess, verify=verify)
+    except NotRegular as error:
+        reason = f"{error}"
+    predictor.subject.progress(f"lanes are not predicted: {reason}")
+    context.moved_bytes_per_sample = None
+    if plain is None:
+        raise failures.does_not_fit(predictor, (request.least,), None)
     if not verify:
         raise UsageError(
             "A window in lanes can't be planned without running it: verify=False.",
-            "Its memory isn't predicted from recordings of micro-batches one after the other.",
+            f"It isn't predicted: {reason}.",
             "Let planning verify, or use batchnorm='frozen' or 'merged'.",
         )
-    return _Search(predictor, start_over, list(splits_of(predictor, len(plain.split)))).run()
+    found = _Search(predictor, start_over, list(splits_of(predictor, len(plain.split)))).run()
+    return replace(found, fallback_reason=reason)
+
+
+def _replayed(
+    predictor: MemoryPredictor, start_over: Callable[[], None], micro_batch: int, *, verify: bool
+) -> LanesFound:
+    """Predict windows in lanes.
+
+    Raises:
+        NotRegular: They can't be predicted.
+    """
+    from . import lanes_replayed  # CUDA's rules aren't loaded for a CPU
+    from .predictor_cuda import THIS_PROCESS, CudaPredictor
+
+    assert isinstance(predictor, CudaPredictor)
+    lanes, limit = lanes_replayed.LanePredictor(predictor, start_over), predictor.subject.context.host_memory_bytes
+    splits = list(splits_of(predictor, 2))
+    split, measured = lanes_replayed.solve_by_replay(
+        lanes, splits, micro_batch, verify=verify, host_limit_bytes=host_limit(limit)
+    )
+    return LanesFound(
+        Solution(split, 1),
+        measured,
+        lanes.worst_bytes(split),
+        lanes_replayed.phases_of(lanes, split),
+        lanes.host_bytes(split),
+        method=lanes.words,
+        predicted=lanes.peak_bytes(split, THIS_PROCESS),
+        retries=lanes.within(split, THIS_PROCESS).retries,
+    )
 
 
 @dataclass
@@ -241,34 +292,17 @@ class _Search:
         )
 
 
-def with_lanes(plan: Plan, found: LanesFound, host_limit_bytes: int | None) -> Plan:
-    """State in a plan what running windows in lanes showed.
+def with_lanes(plan: Plan, found: LanesFound, context: TrainingContext) -> Plan:
+    """State in a plan what recording or running windows in lanes showed.
 
     Args:
         plan: The plan.
         found: What was found.
-        host_limit_bytes: What saved tensors may use on the host; None where it wasn't named.
+        context: What was trained: what may move to the host, and what does.
     """
     if plan.accumulation_steps == 1:
         return plan
-    on_cuda = plan.on_cuda
-    method = (
-        "windows in lanes were run, each number of steps separately"
-        if on_cuda
-        else "a window in lanes is planned as one micro-batch of all its samples"
-    )
-    tried = f"; {', '.join(found.tried)}" if found.tried else ""
-    reasons = {
-        **plan.provenance.reasons,
-        "method": method,
-        "accumulation_steps": f"the fewest lanes that fit by running them{tried}"
-        if on_cuda
-        else plan.provenance.reasons["accumulation_steps"],
-        "fewer_steps": f"fewer lanes were not found to fit{tried}"
-        if on_cuda
-        else "fewer steps need no less memory on a CPU, and are not slower",
-    }
-    note = f"Micro-batches run in lanes that meet where samples interact: {method}."
+    reasons, note = _reasons(plan, found)
     peak = max(found.phases, key=lambda name: found.phases[name])
     memory = replace(
         plan.memory,
@@ -278,12 +312,42 @@ def with_lanes(plan: Plan, found: LanesFound, host_limit_bytes: int | None) -> P
         history_bytes=0,
         plain_loop_peak_bytes=None,
         host_bytes=found.host_bytes,
-        host_limit_bytes=host_limit_bytes,
+        host_limit_bytes=context.host_memory_bytes,
+        moved_bytes_per_sample=context.moved_bytes_per_sample,
+        retries=found.retries,
         composition={},
         timeline=(),
     )
-    evidence = replace(plan.evidence, method="bracketed" if on_cuda else plan.evidence.method)
-    if on_cuda:
-        evidence = replace(evidence, this_process_peak_bytes=found.peak_bytes)
-    provenance = replace(plan.provenance, reasons=reasons, notes=(note, *plan.notes))
-    return replace(plan, memory=memory, evidence=evidence, provenance=provenance)
+    provenance = replace(plan.provenance, reasons={**plan.provenance.reasons, **reasons}, notes=(note, *plan.notes))
+    if not plan.on_cuda:
+        return replace(plan, memory=memory, provenance=provenance)
+    peak_here = found.peak_bytes if found.predicted is None else found.predicted
+    evidence = replace(
+        plan.evidence, method="replayed" if found.method else "bracketed", this_process_peak_bytes=peak_here
+    )
+    device = replace(plan.device, keeps_workspaces=False) if found.method else plan.device
+    return replace(plan, memory=memory, evidence=evidence, provenance=provenance, device=device)
+
+
+def _reasons(plan: Plan, found: LanesFound) -> tuple[dict[str, str], str]:
+    """Return the reasons by field, and a note on lanes."""
+    if not plan.on_cuda:
+        method = "a window in lanes is planned as one micro-batch of all its samples"
+        fewer = "fewer steps need no less memory on a CPU, and are not slower"
+        return {"method": method, "fewer_steps": fewer}, f"{MEET}: {method}."
+    if found.method:
+        reasons = {
+            "method": found.method,
+            "accumulation_steps": "the fewest lanes whose window fits the budget, and 2 % less",
+            "fewer_steps": "fewer lanes, each with more samples, need more than the budget",
+        }
+        return reasons, f"{MEET}."
+    method = "windows in lanes were run, each number of steps separately"
+    tried = f"; {', '.join(found.tried)}" if found.tried else ""
+    reasons = {
+        "method": method,
+        "accumulation_steps": f"the fewest lanes that fit by running them{tried}",
+        "fewer_steps": f"fewer lanes were not found to fit{tried}",
+    }
+    why = f" They could not be predicted: {found.fallback_reason}." if found.fallback_reason else ""
+    return reasons, f"{MEET}: {method}.{why}"

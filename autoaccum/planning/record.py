@@ -77,7 +77,7 @@ def add_recording(subject: RecordingTarget, evidence: Evidence, n: int) -> float
     """
     simulator = window_simulator(subject, evidence)
     predicted = simulator.replay((n, n)).peak_bytes if evidence.has_program else None
-    _restore_state(subject, evidence)
+    restore_state(subject, evidence)
     recording = record_window(subject, n)
     if not evidence.recordings:
         evidence.unrecorded_bytes = subject.device.unrecorded_bytes(
@@ -94,7 +94,7 @@ def add_recording(subject: RecordingTarget, evidence: Evidence, n: int) -> float
     return None if predicted is None else abs(predicted - measured) / measured
 
 
-def _restore_state(subject: RecordingTarget, evidence: Evidence) -> None:
+def restore_state(subject: RecordingTarget, evidence: Evidence) -> None:
     """Train a small window where planning dropped the optimizer's state."""
     if evidence.state_bytes and not subject.context.optimizer.state and evidence.first_step is not None:
         record_window(subject, evidence.first_step.micro_batch, steps=1)

@@ -123,6 +123,7 @@ class Runner:
         self.context = step.open_context(workload)
         self.context.keeps_workspaces = plan.device.keeps_workspaces
         self.context.host_memory_bytes = plan.memory.host_limit_bytes
+        self.context.moved_bytes_per_sample = plan.memory.moved_bytes_per_sample
         compatibility.open_plan(self.context, workload, plan)
         self.samples = rank_share(plan.target_batch, plan.world_size, rank)
         least = max(plan.request.min_micro_batch, norms.least_micro_batch(self.context.norms, self.context.batchnorm))

@@ -76,7 +76,7 @@ def lift(recordings: Sequence[Recording], first_step_events: tuple[Event, ...] =
     phases = {}
     for phase in base.phases:
         others = [(m, theirs.get(phase.name, phase)) for m, theirs in smaller]
-        phases[phase.name] = _lift_phase(phase, base.micro_batch, others)
+        phases[phase.name] = lift_phase(phase, base.micro_batch, others)
     other = ordered[-2]
     rules = size_rules(_leftover(base), base.micro_batch, _leftover(other), other.micro_batch)
     return _program(base, first_step_events, phases, rules)
@@ -122,7 +122,7 @@ def _leftover(recording: Recording) -> list[int]:
     return [-event.bytes for event in _foreign(recording)]
 
 
-def _lift_phase(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> tuple[Step, ...]:
+def lift_phase(phase: Phase, n: int, others: Sequence[tuple[int, Phase]]) -> tuple[Step, ...]:
     """Give each allocation its rule; buffers of reductions are handled separately.
 
     Args:

@@ -65,6 +65,10 @@ class TrainingContext:
         lanes: The lanes' threads, once there are any.
         host_store: Where lanes on a GPU keep what they save for the backward, once they have.
         host_memory_bytes: What that may use of the host's memory; None for all but a tenth of what is available.
+        moved_bytes_per_sample: Saved tensors of at least so many bytes for each sample of their lane move there; None
+            for those of 1 MiB and more.
+        on_stretch: While planning: called where a lane's stretch between two meetings begins, and a meeting, with its
+            name, the meetings before it, and the lane (-1 for all).
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
             for. Only a loss over all its representations asks.
     """
@@ -106,6 +110,8 @@ class TrainingContext:
     lanes: Lanes | None = None
     host_store: HostStore | None = None
     host_memory_bytes: int | None = None
+    moved_bytes_per_sample: int | None = None
+    on_stretch: Callable[[str, int, int], None] | None = None
     copies: Copies = field(init=False)
 
     def __post_init__(self) -> None:

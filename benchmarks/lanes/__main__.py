@@ -1,8 +1,9 @@
-"""Measure windows in lanes: `python -m benchmarks.lanes [--exactness | --digits]`.
+"""Measure windows in lanes: `python -m benchmarks.lanes [--exactness | --memory | --digits]`.
 
 Without an option: the time of a window in lanes against plain accumulation and one whole batch, on this CPU, and the
 bytes that lanes on a GPU move. `--exactness`: gradients and running statistics against one whole batch's, for models of
-torchvision, a U-Net, a PointNet and a net of volumes. `--digits`: what exact statistics are good for, in two minutes.
+torchvision, a U-Net, a PointNet and a net of volumes. `--memory`: plans against what the real allocator reserves on a
+virtual GPU. `--digits`: what exact statistics are good for, in two minutes.
 Tables are printed and written to benchmarks/results/.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from ..tables import markdown, write_results
-from . import digits, exactness, price
+from . import digits, exactness, memory, price
 
 
 def main() -> None:
@@ -19,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lanes", description=__doc__)
     parser.add_argument("--exactness", action="store_true")
     parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--only", help="names of models, separated by commas")
     parser.add_argument("--picture", help="where --digits writes its picture")
     given = parser.parse_args()
@@ -26,6 +28,8 @@ def main() -> None:
         name, rows = "lanes-digits", digits.run(given.picture)
     elif given.exactness:
         name, rows = "lanes-exactness", exactness.run(given.only.split(",") if given.only else None)
+    elif given.memory:
+        name, rows = "lanes-memory", memory.run(given.only.split(",") if given.only else None)
     else:
         name, rows = "lanes-price", price.run()
     text = markdown(rows)

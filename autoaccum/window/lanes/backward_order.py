@@ -9,7 +9,8 @@ holds in between is freed first.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from .torch_internals import next_sequence_number, sequence_number, set_sequence
 
 WIDTH = 2**32  # numbers for each lane between two meetings
 UNCOUNTED = 2**63  # from here on: nodes that accumulate gradients, which always run first
+
+
+OnStretch = Callable[[str, int, int], None]
+FORWARD, MEETING, LOSS, START_BACK, BACKWARD, MEETING_BACK, END = (
+    "forward", "meeting", "loss", "start back", "backward", "meeting back", "end",
+)  # fmt: skip
+ALL = -1  # the lane of what all lanes share
 
 
 class BackwardOrder:
@@ -32,6 +40,7 @@ class BackwardOrder:
         self._bounds: list[list[int]] = [[] for _ in range(lanes)]
         self._ends: list[list[Any]] = [[] for _ in range(lanes)]
         self._meetings: list[list[Any]] = []
+        self._heads: dict[tuple[int, int], tuple[int, Any]] = {}
 
     def mark(self, lane: int) -> None:
         """Note in a lane's thread that a meeting is over."""
@@ -53,16 +62,26 @@ class BackwardOrder:
         if tensor.grad_fn is not None:
             self._ends[lane].append(tensor.grad_fn)
 
-    def apply(self) -> None:
-        """Number all nodes anew, and forget them."""
+    def apply(self, on_stretch: OnStretch | None = None) -> None:
+        """Number all nodes anew, and forget them.
+
+        Args:
+            on_stretch: Called in the backward where a lane's stretch begins, and a meeting.
+        """
         seen: set[Any] = set()
         for number, nodes in enumerate(self._meetings):
             for node in nodes:
                 seen.add(node)
                 set_sequence_number(node, ((number + 1) * self._lanes) * WIDTH - 1)
+                if on_stretch is not None:
+                    node.register_prehook(partial(_note, on_stretch, MEETING_BACK, number, ALL))
         for lane, (bounds, ends) in enumerate(zip(self._bounds, self._ends, strict=True)):
             self._number(lane, bounds, ends, seen)
+        if on_stretch is not None:
+            for (part, lane), (_, node) in self._heads.items():
+                node.register_prehook(partial(_note, on_stretch, BACKWARD, part, lane))
         self._meetings = []
+        self._heads = {}
         self._ends = [[] for _ in range(self._lanes)]
 
     def _number(self, lane: int, bounds: list[int], pending: list[Any], seen: set[Any]) -> None:
@@ -77,4 +96,10 @@ class BackwardOrder:
             part = bisect_right(bounds, number) - 1
             if part >= 0:  # else it is from before the window
                 set_sequence_number(node, (part * self._lanes + lane) * WIDTH + number - bounds[part])
+                if number >= self._heads.get((part, lane), (0, None))[0]:  # the one that runs first
+                    self._heads[part, lane] = number, node
             pending.extend(inner for inner, _ in node.next_functions if inner is not None)
+
+
+def _note(on_stretch: OnStretch, name: str, part: int, lane: int, _gradients: Any) -> None:
+    on_stretch(name, part, lane)

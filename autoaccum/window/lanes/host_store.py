@@ -11,9 +11,10 @@ torch's allocator of pinned memory rounds up to that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class HostStore:
         bytes: What the buffers use.
         saved_bytes: What the last window moved to the host.
         returned_bytes: What it brought back, a tensor that two operations saved twice.
+        moved: The bytes of each tensor that the last window moved to the host, in order.
     """
 
     def __init__(self, device: torch.device, limit_bytes: int | None, *, copies: bool = True) -> None:
@@ -70,19 +72,31 @@ class HostStore:
         self.bytes = self.saved_bytes = self.returned_bytes = 0
         self._device = device
         self._buffers: list[torch.Tensor] = []
+        self.moved: list[int] = []
         self._at = self._used = 0
         self._stay: set[int] = set()
+        self._casts: set[tuple[torch.Size, torch.dtype]] = set()
+        self._bytes_per_sample: int | None = None
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, Kept]] = {}
         self._last: tuple[Kept, torch.Tensor] | None = None
 
-    def begin(self, stay: Iterable[torch.Tensor]) -> None:
+    def begin(
+        self, stay: Sequence[torch.Tensor], bytes_per_sample: int | None = None, cast: torch.dtype | None = None
+    ) -> None:
         """Begin a window, in empty buffers.
 
         Args:
             stay: Tensors that are on the device anyway: parameters and buffers.
+            bytes_per_sample: What moves: tensors of at least so many bytes for each sample of their lane; None for
+                those of 1 MiB and more.
+            cast: The type that autocast casts parameters to. Such a copy belongs to all lanes, and stays.
         """
         self.end()
         self._stay = {storage_id(tensor.untyped_storage()) for tensor in stay}
+        shapes = {tensor.shape for tensor in stay if tensor.dtype != cast} if cast is not None else set()
+        self._casts = {(each, cast) for shape in shapes for each in (shape, shape[::-1]) if cast is not None}
+        self._bytes_per_sample = bytes_per_sample
+        self.moved = []
         self.saved_bytes = self.returned_bytes = self._at = self._used = 0
 
     def end(self) -> None:
@@ -90,12 +104,18 @@ class HostStore:
         self._known.clear()
         self._last = None
 
-    def moving(self) -> AbstractContextManager[Any]:
-        """Move what is saved in this thread meanwhile."""
-        return saved_tensors_hooks(self._pack, self._unpack)
+    def moving(self, samples: int) -> AbstractContextManager[Any]:
+        """Move what is saved in this thread meanwhile.
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Kept:
-        if not self._moves(tensor):
+        Args:
+            samples: Those of its lane. What moves then depends on none of the window's other sizes.
+        """
+        per_sample = self._bytes_per_sample
+        least_bytes = THRESHOLD_BYTES if per_sample is None else per_sample * samples
+        return saved_tensors_hooks(partial(self._pack, least_bytes), self._unpack)
+
+    def _pack(self, least_bytes: int, tensor: torch.Tensor) -> torch.Tensor | Kept:
+        if not self._moves(tensor, least_bytes):
             return tensor
         storage = tensor.untyped_storage()
         key = (
@@ -111,11 +131,14 @@ class HostStore:
         if self._copies:
             self._view(kept).copy_(tensor.detach(), non_blocking=True)
         self.saved_bytes += tensor.nbytes
+        self.moved.append(tensor.nbytes)
         self._known[key] = StorageWeakRef(storage), kept  # type: ignore[no-untyped-call]
         return kept
 
-    def _moves(self, tensor: torch.Tensor) -> bool:
-        if tensor.device.type != self._device.type or tensor.nbytes < THRESHOLD_BYTES:
+    def _moves(self, tensor: torch.Tensor, least_bytes: int) -> bool:
+        if tensor.device.type != self._device.type or tensor.nbytes < least_bytes:
+            return False
+        if (tensor.shape, tensor.dtype) in self._casts:
             return False
         if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return False
@@ -150,13 +173,11 @@ class HostStore:
                 self._used += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
                 return found
             self._at, self._used = self._at + 1, 0
-        self._buffers.append(self._new_buffer(max(BUFFER_BYTES, 1 << (size - 1).bit_length())))
+        self._buffers.append(self._new_buffer(_buffer_size(size)))
         return self._place(size)
 
     def _new_buffer(self, size: int) -> torch.Tensor:
-        if self.limit_bytes is None:
-            self.limit_bytes = int((1 - FREE_FRACTION) * (available_bytes() or 0)) or None
-        limit = self.limit_bytes
+        self.limit_bytes = limit = host_limit(self.limit_bytes)
         if limit is not None and self.bytes + size > limit:
             raise OutOfMemory(
                 f"What a window in lanes saves for its backward needs more than {show_bytes(limit)} on the host: "
@@ -180,3 +201,24 @@ def _is_dense(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def _buffer_size(size: int) -> int:
+    """Return the bytes of a new buffer for a tensor."""
+    return max(BUFFER_BYTES, 1 << (size - 1).bit_length())
+
+
+def buffer_bytes(moved: Iterable[int]) -> int:
+    """Return what buffers use for tensors of these sizes, in order."""
+    total = left = 0
+    for size in moved:
+        if size > left:
+            left = _buffer_size(size)
+            total += left
+        left -= -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return total
+
+
+def host_limit(named_bytes: int | None) -> int | None:
+    """Return the buffers' limit; by default 90 % of what is available."""
+    return named_bytes if named_bytes is not None else int((1 - FREE_FRACTION) * (available_bytes() or 0)) or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from .. import norms as batchnorm
 from ..context import TrainingContext, autocast, encode, forward
 from ..loss_form import LossForm, LossKind
 from ..micro_batch import backward, keywords, part_of_window, release_workspaces
-from .backward_order import BackwardOrder
+from .backward_order import ALL, END, FORWARD, LOSS, MEETING, START_BACK, BackwardOrder
 from .baton import Lanes
 from .host_store import HostStore
 from .interception import LaneMode, Meetings, RecomputingMode
@@ -63,7 +64,7 @@ def train_in_lanes(
         return forward(context, piece, keywords(form, share, total))
 
     runs = [partial(run, piece, share) for piece, share in zip(pieces, shares, strict=True)]
-    outs = _forward(context, meetings, norms, runs)
+    outs = _forward(context, meetings, norms, runs, sizes)
     _refuse_unmet(context.norms, meetings, before)
     if context.encode is not None:
         loss: torch.Tensor | None = _loss_of_all(context, outs)
@@ -71,36 +72,55 @@ def train_in_lanes(
         if form.kind is LossKind.SUM:
             total = sum(loss_terms.count_of(out) for out in outs)
         loss = None
-        for piece, share in zip(pieces, shares, strict=True):
+        for lane, (piece, share) in enumerate(zip(pieces, shares, strict=True)):
+            _note(context, LOSS, 0, lane)
             part = part_of_window(context, form, piece, outs.pop(0), share, total)
             if part is not None:
                 loss = part if loss is None else loss + part
     if loss is None:
         return torch.zeros((), device=context.device), total
-    meetings.order.apply()
+    meetings.order.apply(context.on_stretch)
     meetings.gate.open = True
+    _note(context, START_BACK, 0)
     with RecomputingMode(meetings):
         backward(context, loss, run_backward)
+    _note(context, END, 0)
+    meetings.met.clear()  # autograd's threads let go of the mode that holds it at a time of their own
     if context.host_store is not None:
         context.host_store.end()
     release_workspaces(context)
     return loss.detach(), total
 
 
+def _note(context: TrainingContext, name: str, part: int, lane: int = ALL) -> None:
+    """Say where a window is, to what records it."""
+    if context.on_stretch is not None:
+        context.on_stretch(name, part, lane)
+
+
 def _forward(
-    context: TrainingContext, meetings: Meetings, norms: batchnorm.Window, runs: Sequence[Callable[[], Any]]
+    context: TrainingContext,
+    meetings: Meetings,
+    norms: batchnorm.Window,
+    runs: Sequence[Callable[[], Any]],
+    sizes: Sequence[int],
 ) -> list[Any]:
     """Run all forwards in lanes, and return what they return."""
     draws, state = RandomStates(context.device, len(runs)), ThreadState(context.device)
+    turns = Counter[int]()  # by lane: its meetings so far
 
     @contextlib.contextmanager
     def turn(lane: int) -> Iterator[None]:
+        _note(context, FORWARD, turns[lane], lane)
+        turns[lane] += 1
         draws.enter(lane)
         norms.iterate(lane == 0)
         try:
             yield
         finally:
             release_workspaces(context)
+            if lane == len(runs) - 1:
+                _note(context, MEETING, turns[lane] - 1)
 
     if context.lanes is None:
         context.lanes = Lanes()
@@ -108,7 +128,7 @@ def _forward(
 
     def in_lane(lane: int, run: Callable[[], Any]) -> Any:
         meetings.order.mark(lane)
-        with LaneMode(lane, meetings), contextlib.nullcontext() if store is None else store.moving():
+        with LaneMode(lane, meetings), contextlib.nullcontext() if store is None else store.moving(sizes[lane]):
             return run()
 
     works = [state.carried(partial(in_lane, lane, run)) for lane, run in enumerate(runs)]
@@ -129,7 +149,8 @@ def _host_store(context: TrainingContext) -> HostStore | None:
     if context.host_store is None:
         copies = get_device(context.device).computes
         context.host_store = HostStore(context.device, context.host_memory_bytes, copies=copies)
-    context.host_store.begin((*context.model.parameters(), *context.model.buffers()))
+    stay = (*context.model.parameters(), *context.model.buffers())
+    context.host_store.begin(stay, context.moved_bytes_per_sample, context.autocast_dtype)
     return context.host_store
 
 
