@@ -251,4 +251,10 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('a repeated batch counts', 'autoaccum/window/micro_batch.py', '        part = part * 0\n', '        pass\n', ('tests/test_sharded_training.py', '-k', 'gradient')),
     ('copies in the place of shards', 'autoaccum/exactness/recheck.py', ' or sharded_modules(context.model):', ':', ('tests/test_sharded_training.py', '-k', 'ragged')),
     ('a small GPU gets as much as a large one', 'autoaccum/planning/unequal.py', 'for kind, w in zip(kinds, weights, strict=True) for _', 'for kind, w in zip(kinds, [1] * len(kinds), strict=True) for _', ('tests/test_cluster.py', '-k', 'unequal')),
+    ('retries of micro-batches that are left out', 'autoaccum/simulation/training_run.py', '                self.retries[-1] += cycles * (self.retries[-1] - retries)\n', '', ('tests/test_long_windows.py', '-k', 'retries')),
+    ('a state is one of other blocks that are freed later', 'autoaccum/simulation/training_run.py', 'self.allocator.state_key(event.block for _, event in live)', 'self.allocator.state_key()', ('tests/test_long_windows.py', '-k', 'to_the_byte')),
+    ('whatever ran out of memory fails all alike', 'autoaccum/planning/training_simulator.py', '        if found.fatal_micro_batches:\n', '        if found.out_of_memory:\n', ('tests/test_long_windows.py', '-k', 'begins_like')),
+    ("a loop's own accumulation stays on", 'autoaccum/ranks/sharded.py', '        root.set_requires_gradient_sync(True)\n', '', ('tests/test_sharded_training.py', '-k', 'gradient')),
+    ('one factor for all modules', 'autoaccum/ranks/sharded_exchange.py', '                parameter.grad.mul_(factor)\n', '                pass\n', ('tests/test_sharded_training.py', '-k', 'gradient')),
+    ('a mean of nothing times 0', 'autoaccum/window/micro_batch.py', 'if not is_nothing(context, form.count(each[0]))]', ']', ('tests/test_sharded_training.py', '-k', 'gradient')),
 ]

@@ -31,7 +31,7 @@ from ..exactness import check as exact
 from ..plan import FASTEST, FEWEST_STEPS, Plan
 from ..ranks.exchange import Alone
 from ..ranks.group import are_absent, place_here
-from ..ranks.sharded import drop_unfinished, settle_shards
+from ..ranks.sharded import drop_unfinished, reduce_always, settle_shards
 from ..ranks.wrapped import refuse_unsupported, unwrapped
 from ..simulation.recording import Event
 from ..simulation.solver import Solution
@@ -330,6 +330,7 @@ def _as_it_was(workload: Workload, held: Holdings) -> Iterator[restore.Snapshot]
     """Restore all state that training changes at exit."""
     optimizer, scheduler = workload.optimizer, workload.scheduler
     settle_shards(workload.model)
+    reduce_always(workload.model)
     with restore.kept(
         model=workload.model,
         optimizer=optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,

@@ -33,7 +33,7 @@ from ..ranks.wrapped import (
     refuse_unsupported,
     unwrapped,
 )
-from ..simulation.solver import balanced
+from ..simulation.solver import Split, balanced
 from ..units import show_bytes
 from ..window import norms as batchnorm
 from ..window.context import held_in_window
@@ -125,28 +125,41 @@ class _Agreement:
     def _in_step(self) -> Plan:
         """Plan a sharded model, whose windows run on all ranks."""
         request, world = self.request, self.control.world
-        if self.wish not in (None, EQUAL) or request.objective != FEWEST_STEPS:
+        if self.wish in (SPEED, MEMORY) or request.objective != FEWEST_STEPS:
             raise UsageError(
                 f"shares={self.wish!r} and objective={request.objective!r} were given for a sharded model.",
-                "Its ranks run the same micro-batches at the same time, so their shares are equal.",
-                "Leave them out, or train with DistributedDataParallel.",
+                "Its ranks run their micro-batches at the same time, each with the others' shards: no time and no "
+                "memory is one rank's alone.",
+                "Leave them out, or give each rank's samples: shares=(384, 128).",
             )
         target = request.target_batch
-        shares = None if target is None else self._in_groups(target, [1.0] * world)
-        own = replace(request, samples=None if shares is None else shares[0], timing_seconds=0, exchanges=True)
+        given: Shares = () if self.wish is None or isinstance(self.wish, str) else tuple(self.wish)
+        shares = given or (None if target is None else self._in_groups(target, [1.0] * world))
+        own = replace(request, samples=None if shares is None else max(shares), timing_seconds=0, exchanges=True)
+        if given:  # the largest share's plan, until it has the others in it
+            own = replace(own, target_batch=max(given) * world)
         with apart():
             plan = self.plan_here(self.workload, own, procession=Procession(self.control))
         room = together(self.control, lambda: plan.budget_bytes if self.control.rank == 0 else self._room(own))
         entries = []
         for rank, share in enumerate(shares or [sum(plan.split)] * world):
-            split = plan.split if share == sum(plan.split) else balanced(share, min(share, plan.accumulation_steps))
+            split = plan.split if share == sum(plan.split) else self._beside(share, plan.accumulation_steps)
             entries.append(replace(plan.entry(), split=split, budget_bytes=room[rank]))
         _require_room(entries)
-        section = DistributionSection(tuple(entries), FSDP, EQUAL)
+        section = DistributionSection(tuple(entries), FSDP, GIVEN if given else EQUAL)
         found = replace(
             plan, distribution=section, request=replace(plan.request, target_batch=target or sum(plan.split) * world)
         )
         return with_note(found.for_rank(self.control.rank), self.remark)
+
+    def _beside(self, share: int, steps: int) -> Split:
+        """Split a smaller share into at most as many micro-batches as the largest's.
+
+        Each has at most as many samples as one of the largest's.
+        """
+        group = self.workload.samples_per_group
+        most = max(1, share // max(self._least(), group))
+        return tuple(group * each for each in balanced(share // group, min(most, steps)))
 
     def _room(self, request: PlanRequest) -> int:
         """Return what this rank may use."""

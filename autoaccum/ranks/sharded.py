@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,6 +55,18 @@ def settle_shards(model: nn.Module) -> None:
         module.reshard()
 
 
+def reduce_always(model: nn.Module) -> None:
+    """Let each backward reduce gradients over all ranks, and end alike.
+
+    A loop of one's own may have left `set_requires_gradient_sync(False)` behind: gradients would stay where they are.
+    """
+    for root in roots_of(model):
+        root.set_requires_gradient_sync(True)
+        root.set_requires_all_reduce(True)
+        root.set_is_last_backward(True)
+        root.set_reshard_after_backward(True)
+
+
 def can_drop_unfinished(model: nn.Module) -> bool:
     """Return whether a forward or backward that failed can be dropped.
 
@@ -78,37 +92,49 @@ def drop_unfinished(model: nn.Module) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def divisor_of(model: nn.Module, ranks: int) -> float:
+@dataclass(frozen=True)
+class Division:
+    """What FSDP2 divides sums of gradients by.
+
+    Attributes:
+        factor: What most of the model's modules divide by; the loss is multiplied by it.
+        others: The names of parameters whose module divides by something else, each with that over `factor`: what its
+            gradient is multiplied by after the last backward.
+    """
+
+    factor: float
+    others: tuple[tuple[str, float], ...] = ()
+
+
+def division_of(model: nn.Module, ranks: int) -> Division:
     """Return what FSDP2 divides sums of gradients by.
 
     Raises:
-        UsageError: Its modules differ, or the model is sharded in a way that isn't trained here.
+        UsageError: The model is sharded in a way that isn't trained here.
     """
     for name, tensor in model.named_parameters():
-        if not _is_sharded_over_all(tensor, ranks):
-            raise UsageError(
-                f"{name} of the model isn't sharded by fully_shard over all {ranks} ranks.",
-                "A window's gradient is a sum over all of them, of which each has one part.",
-                "Apply fully_shard to the whole model, on a mesh of all ranks; without tensor parallelism.",
-            )
-    found = {factor for module in sharded_modules(model) for factor in gradient_divisors(module)}
-    if len(found) > 1:
-        raise UsageError(
-            f"set_gradient_divide_factor was called for some modules and not for others: {_shown(found)}.",
-            "It sets one module's, and a loss has one factor.",
-            "Call it for every module in model.modules() that fully_shard was applied to, or for none.",
-        )
-    factor = next(iter(found))
-    return float(ranks) if factor is None else factor
+        _require_sharded(name, tensor, ranks)
+    factors: dict[str, float] = {}
+    for module in sharded_modules(model):  # outer ones first: a parameter's own module has the last word
+        found = {float(ranks) if each is None else each for each in gradient_divisors(module)}
+        inside = {id(p) for p in module.parameters()}
+        for factor in found:
+            factors |= {name: factor for name, p in model.named_parameters() if id(p) in inside}
+    counted = Counter(factors.values())
+    factor = max(counted, key=lambda each: (counted[each], each))
+    others = ((name, each / factor) for name, each in factors.items() if each != factor)
+    return Division(factor, tuple(others))
 
 
-def _is_sharded_over_all(tensor: torch.Tensor, ranks: int) -> bool:
+def _require_sharded(name: str, tensor: torch.Tensor, ranks: int) -> None:
     mesh, placements = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", ())
-    return mesh is not None and mesh.size() == ranks and all(each.is_replicate() for each in placements[:-1])
-
-
-def _shown(factors: set[float | None]) -> str:
-    return ", ".join("the ranks" if each is None else f"{each:g}" for each in factors)
+    # Replicated over all dimensions but the last: fully_shard on a mesh of one dimension, or of two (HSDP).
+    if mesh is None or mesh.size() != ranks or not all(each.is_replicate() for each in placements[:-1]):
+        raise UsageError(
+            f"{name} of the model isn't sharded by fully_shard over all {ranks} ranks.",
+            "A window's gradient is a sum over all of them, of which each has one part.",
+            "Apply fully_shard to the whole model, on a mesh of all ranks; without tensor parallelism.",
+        )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 Every rank runs as many micro-batches as the others: one that has fewer repeats a batch with a loss of 0. FSDP2 reduces
 gradients itself, in each backward, and divides their sum by the number of ranks, or by what was set. The loss is
-multiplied by that, so that the sum is the large batch's. No rank can start its window over, as the others are in its
+multiplied by that, so that the sum is the large batch's; where modules divide by different numbers, the gradients of
+the few are multiplied after the last backward. No rank can start its window over, as the others are in its
 collectives: a rank that fails ends all.
 """
 
@@ -26,6 +27,7 @@ class ShardedExchange(Exchange):
         control: The words.
         buffers: What every rank takes from the first one.
         divisor: What FSDP2 divides sums of gradients by.
+        others: Parameters whose gradients it divides by something else, and what they are multiplied by for that.
 
     Attributes:
         passes: Micro-batches that every rank runs of this window.
@@ -33,9 +35,16 @@ class ShardedExchange(Exchange):
 
     in_step = True
 
-    def __init__(self, control: Control, buffers: Sequence[torch.Tensor], divisor: float) -> None:
+    def __init__(
+        self,
+        control: Control,
+        buffers: Sequence[torch.Tensor],
+        divisor: float,
+        others: Sequence[tuple[torch.Tensor, float]] = (),
+    ) -> None:
         super().__init__(control, Reduction([], buffers))
         self.loss_factor = divisor
+        self._others = others
         self.passes = 0
         self._ending = Ending(control)
         self._spare: Any = None
@@ -64,6 +73,18 @@ class ShardedExchange(Exchange):
         if missing and self._spare is None:
             raise failed_rank(self.control.rank, TITLES[Kind.COUNT], _NOTHING_YET, self.control.rank)
         return (*pieces, *[self._spare] * missing), (*sizes, *[0] * missing)
+
+    def reduce(self, wide: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
+        """Return the window's loss; gradients are reduced already.
+
+        Raises:
+            RanksFailed: A rank failed.
+        """
+        found = super().reduce(wide, loss)
+        for parameter, factor in self._others:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        return found
 
     def give_up(self, error: Exception) -> Exception:
         """End all other ranks; return this one's error."""

@@ -20,7 +20,7 @@ from ..state.closures import holdings
 from ..torch_compat import communication_hooks, reset_reducer, uses_mixed_precision
 from ..workload import Workload
 from .group import are_absent, refuse_absent
-from .sharded import divisor_of, sharded_modules
+from .sharded import division_of, sharded_modules
 
 DDP, BARE, SINGLE, FSDP = "ddp", "bare", "single", "fsdp"
 
@@ -113,7 +113,7 @@ def refuse_unsupported(workload: Workload, ranks: int) -> None:
     if are_absent():
         return
     if is_trained_sharded(workload.model):
-        _refuse_with_shards(workload)
+        division_of(workload.model, torch.distributed.get_world_size())
     else:
         _refuse_wrapped(workload.model, "the model", inside=())
     own = tuple(workload.model.modules())
@@ -130,21 +130,6 @@ def is_trained_sharded(model: nn.Module) -> bool:
     if not there or torch.distributed.get_world_size() == 1 or torch.distributed.get_backend() == "fake":
         return False
     return bool(sharded_modules(model))
-
-
-def _refuse_with_shards(workload: Workload) -> None:
-    """Refuse what is not trained with a sharded model.
-
-    Raises:
-        UsageError: Names it.
-    """
-    divisor_of(workload.model, torch.distributed.get_world_size())
-    if workload.scaler is not None:
-        raise UsageError(
-            "A GradScaler was given for a sharded model.",
-            "Each rank would look for what isn't finite in its own shards alone, and ranks would part.",
-            "Use bf16: MixedPrecisionPolicy(param_dtype=torch.bfloat16), without a scaler.",
-        )
 
 
 def _refuse_over_ranks(workload: Workload, ranks: int) -> None:

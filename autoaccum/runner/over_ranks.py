@@ -23,7 +23,7 @@ from ..ranks.agreement import require_equal, together
 from ..ranks.exchange import Exchange
 from ..ranks.group import Place, place_here
 from ..ranks.order import SharedOrder
-from ..ranks.sharded import divisor_of, sharded_modules
+from ..ranks.sharded import division_of, reduce_always, sharded_modules
 from ..ranks.sharded_exchange import ShardedExchange
 from ..ranks.words import Control, Kind
 from ..ranks.wrapped import FSDP, Wrapper, broadcast, parallel_of, quiet
@@ -90,11 +90,13 @@ class RanksAtWork:
 
     def _attach_sharded(self, context: TrainingContext) -> None:
         """Begin to exchange for a model whose forward and backward are collectives."""
-        divisors = together(self.control, lambda: divisor_of(context.model, self.control.world), Kind.START)
-        require_equal([{"gradient divide factor": each} for each in divisors])
-        self.exchange = context.exchange = ShardedExchange(
-            self.control, list(context.model.buffers()), divisors[self.rank]
-        )
+        model = context.model
+        found = together(self.control, lambda: division_of(model, self.control.world), Kind.START)
+        require_equal([{"gradient divide factor": each.factor, "other factors": each.others} for each in found])
+        reduce_always(model)
+        own, parameters = found[self.rank], dict(model.named_parameters())
+        others = [(parameters[name], factor) for name, factor in own.others]
+        self.exchange = context.exchange = ShardedExchange(self.control, list(model.buffers()), own.factor, others)
 
     def part(self, loader: Iterable[Batch]) -> Part:
         """Begin an epoch: return which of each window's samples are this rank's."""

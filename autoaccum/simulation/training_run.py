@@ -68,6 +68,8 @@ class TrainingReplay:
         phases: Peak of reserved bytes by phase name, over all windows.
         retries: Number of cache flushes to make room, by window.
         out_of_memory: The phase in which memory ran out; None if it did not.
+        fatal_micro_batches: How many micro-batches of the very first window it took to run out of memory, so that each
+            window that begins with them does; 0 where it ran out elsewhere, or not.
     """
 
     peak_reserved_bytes: int
@@ -75,6 +77,7 @@ class TrainingReplay:
     phases: Mapping[str, int]
     retries: tuple[int, ...]
     out_of_memory: str | None = None
+    fatal_micro_batches: int = 0
 
     @property
     def fits(self) -> bool:
@@ -201,6 +204,7 @@ def replay_training(
         run.phases,
         tuple(run.retries),
         run.out_of_memory,
+        run.fatal_micro_batches,
     )
 
 
@@ -213,6 +217,8 @@ class _Run:
         self.retries: list[int] = []
         self.peak_allocated_bytes = 0
         self.out_of_memory: str | None = None
+        self.fatal_micro_batches = 0
+        self._done = 0  # micro-batches of the window that are over, those that were left out included
 
     def phase(self, phase: Phase) -> None:
         result = self.allocator.run(phase)
@@ -225,42 +231,54 @@ class _Run:
 
     def window(self, split: Sequence[int], *, first: bool) -> None:
         self.retries.append(0)
+        self._done = 0
         for phase in self._phases(split, first):
             self.phase(phase)
             if self.out_of_memory is not None:
+                merges = self.writer.program.later_growth_bytes > 0  # what is left behind, by how many there are
+                if first and phase.name in (FIRST, LATER) and not merges:
+                    self.fatal_micro_batches = self._done + 1
                 return
+            self._done += 1
 
     def state(self) -> object:
         """Return a key, equal for moments from which the run continues alike."""
-        live = self.writer.live
-        return self.allocator.state_key(event.block for role in sorted(live) for event in live[role])
+        live = [(role, event) for role, copies in sorted(self.writer.live.items()) for event in copies]
+        roles = tuple((role, event.bytes, event.stream) for role, event in live)
+        return roles, self.allocator.state_key(event.block for _, event in live)
 
     def _phases(self, split: Sequence[int], first: bool) -> Iterator[Phase]:
         writer = self.writer
         yield writer.first_of_all(split[0]) if first else writer.first(split[0], split[-1])
-        yield from self._later(split)
+        for size, run in groupby(split[1:]):
+            count = len(list(run))
+            yield from self._alike(size, count) if writer.program.later_growth_bytes <= 0 else writer.later(size, count)
         yield writer.first_optimizer_step() if first else writer.phase(OPTIMIZER, split[-1])
         if BETWEEN in writer.program.phases:
             yield writer.phase(BETWEEN, split[-1])
 
-    def _later(self, split: Sequence[int]) -> Iterator[Phase]:
-        """Yield the later micro-batches, skipping those that would repeat."""
-        if self.writer.program.later_growth_bytes > 0:
-            for size, run in groupby(split[1:]):
-                yield from self.writer.later(size, len(list(run)))
-            return
-        known: tuple[int, object] | None = None
-        index = 1
-        while index < len(split):
-            size = split[index]
+    def _alike(self, size: int, count: int) -> Iterator[Phase]:
+        """Yield later micro-batches of one size, leaving out whole cycles of states.
+
+        Equal micro-batches on equal states do equal things, so once a state returns, what follows is known: the same
+        peaks, and as many retries in each cycle. One earlier state is compared with, taken anew at powers of two, which
+        finds cycles of any length (Brent, "An improved Monte Carlo factorization algorithm", 1980, section 2).
+        """
+        known: object = None
+        at, reach, retries, index = 0, 1, 0, 0
+        while index < count:
             yield self.writer.phase(LATER, size)
-            last = len(split) - 1 - list(reversed(split)).index(size)
-            if self.writer.program.later_growth_bytes == 0 and last > index:  # it may be negative
-                state = size, self.state()
-                if state == known:
-                    index = last
-                known = state
             index += 1
+            if reach == 0 or index == count:
+                continue
+            state = self.state()
+            if state == known:
+                cycles, rest = divmod(count - index, index - at)
+                self.retries[-1] += cycles * (self.retries[-1] - retries)
+                self._done += count - index - rest
+                index, reach = count - rest, 0
+            elif index - at == reach:
+                known, at, reach, retries = state, index, 2 * reach, self.retries[-1]
 
 
 class _Writer(EventGenerator):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,22 @@ def is_nothing(context: TrainingContext, count: Any) -> bool:
     return count is not None and get_device(context.device).computes and not bool(count)
 
 
+def that_count(
+    context: TrainingContext, form: LossForm, pieces: Sequence[Batch], sizes: Sequence[int], total: Any
+) -> tuple[Sequence[Batch], Sequence[int]]:
+    """Return the micro-batches that this rank runs for its own gradient.
+
+    None where all of them count nothing. Where ranks run equally many, neither is one that counts nothing among others
+    that do: a mean of nothing is NaN, and so is its gradient times 0. One that counts is repeated for it.
+    """
+    if is_nothing(context, total):
+        return (), ()
+    if context.exchange is None or not context.exchange.in_step or form.count is None:
+        return pieces, sizes
+    found = [each for each in zip(pieces, sizes, strict=True) if not is_nothing(context, form.count(each[0]))]
+    return [piece for piece, _ in found], [size for _, size in found]
+
+
 def release_workspaces(context: TrainingContext) -> None:
     """Give cuBLAS's workspaces back, unless they are kept."""
     if not context.keeps_workspaces:
@@ -31,6 +47,7 @@ def release_workspaces(context: TrainingContext) -> None:
 def keywords(form: LossForm, share: float, total: Any) -> dict[str, Any] | None:
     """Return the keywords of a model that divides by the count itself."""
     # Times the share, which the loss is multiplied by: so what the model adds to its loss is weighted by samples.
+    share = share or 1.0  # of a batch that is repeated for nothing, whose 0 would be divided by
     return {"num_items_in_batch": torch.as_tensor(loss_terms.nonzero(total) * share)} if form.passes_count else None
 
 
@@ -58,7 +75,7 @@ def part_of_window(
         return None
     weight = 1.0 if form.kind is LossKind.ADDED else share
     part = loss_terms.part(out, weight, count, None if total is None else loss_terms.nonzero(total))
-    if in_step and (share == 0 or is_nothing(context, count)):  # other ranks wait for its backward's collectives
+    if in_step and share == 0:  # other ranks wait for its backward's collectives
         part = part * 0
     return part
 

@@ -24,7 +24,7 @@ from .context import TrainingContext, autocast, encode, forward, open_context
 from .forward_only import forward_only
 from .lanes.training import train_in_lanes
 from .loss_form import LossForm, LossKind, settle_loss_form, window_count
-from .micro_batch import backward, is_nothing, keywords, part_of_window, release_workspaces
+from .micro_batch import backward, is_nothing, keywords, part_of_window, release_workspaces, that_count
 from .optimizer_step import optimizer_step
 
 __all__ = ["TrainingContext", "WindowResult", "forward", "open_context", "run_between", "train_window"]
@@ -69,7 +69,7 @@ def train_window(
     counted = not (context.runs_in_lanes and form.kind is LossKind.SUM)
     total = window_count(context, form, pieces) if counted else None
     if exchange is not None:
-        pieces, sizes = ((), ()) if is_nothing(context, total) else (pieces, sizes)  # else 0 / 0 for all ranks
+        pieces, sizes = that_count(context, form, pieces, sizes, total)
         total, samples = exchange.count(total, samples, len(pieces))
         pieces, sizes = exchange.level(pieces, sizes)
         steps += 1  # those of other ranks
