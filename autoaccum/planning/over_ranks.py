@@ -153,9 +153,9 @@ class _Agreement:
         return with_note(found.for_rank(self.control.rank), self.remark)
 
     def _beside(self, share: int, steps: int) -> Split:
-        """Split a smaller share into at most as many micro-batches as the largest's.
+        """Split a smaller share beside the largest.
 
-        Each has at most as many samples as one of the largest's.
+        There are at most as many micro-batches, each of at most as many samples.
         """
         group = self.workload.samples_per_group
         most = max(1, share // max(self._least(), group))

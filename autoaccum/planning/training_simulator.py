@@ -101,9 +101,9 @@ class TrainingSimulator:
         return found
 
     def _known_to_fail(self, split: Split, how: _How) -> TrainingReplay | None:
-        """Return the replay of a window that began alike and ran out of memory meanwhile.
+        """Return the replay of a window that began alike, and failed there.
 
-        Up to there both are the same, so its replay is this one's. A search over numbers of steps tries many windows of
+        Up to its out-of-memory both are the same, so its replay is this one's. A search over numbers of steps tries many windows of
         equal beginnings.
         """
         if not self._evidence.has_program:
