@@ -103,8 +103,8 @@ class TrainingSimulator:
     def _known_to_fail(self, split: Split, how: _How) -> TrainingReplay | None:
         """Return the replay of a window that began alike, and failed there.
 
-        Up to its out-of-memory both are the same, so its replay is this one's. A search over numbers of steps tries many
-        windows of equal beginnings.
+        Up to its out-of-memory both are the same, so its replay is this one's. A search over numbers of steps tries
+        many windows of equal beginnings.
         """
         if not self._evidence.has_program:
             return None  # the size that stands for all depends on the first one alone
