@@ -200,6 +200,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('contenders take more memory than there is', 'autoaccum/tuning/finals.py', ' and peak_bytes <= room_bytes', '', ('tests/test_tuning.py', '-k', 'room_for_all')),
     ('who begins never changes', 'autoaccum/tuning/finals.py', 'order[number % len(order) :] + order[: number % len(order)]', 'order', ('tests/test_tuning.py', '-k', 'live_on')),
     ('a copy frees what it inherited', 'autoaccum/processes/fork.py', '            gc.freeze()', '            pass', ('tests/test_ranks.py', '-k', 'inherited')),
+    ('reductions end where the most rounded one does', 'autoaccum/simulation/size_laws.py', 'if reductions else 0\n', 'if False else 0\n', ('tests/test_size_laws.py', '-k', 'whole_rows')),
     ('an interrupt that was handed on is lost', 'autoaccum/processes/child.py', '        signal.raise_signal(asked.number)', '        pass', ('tests/test_interrupts.py', '-k', 'its_own_handler')),
     ('a first micro-batch may take less than nothing', 'autoaccum/planning/timing.py', 'max(0.0, first - later[-1])', '(first - later[-1])', ('tests/test_times.py', '-k', 'hiccup')),
     ('the last line of all is blamed', 'autoaccum/processes/error_origin.py', '    return own[-1] if own else "", named[-1]', '    return named[-1] if own else "", named[-1]', ('tests/test_odd_workloads.py', '-k', 'own_line')),

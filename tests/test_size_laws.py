@@ -13,7 +13,7 @@ from autoaccum.simulation.from_verification import without_state
 from autoaccum.simulation.program import lift, window
 from autoaccum.simulation.recording import Event, Phase, Recording
 from autoaccum.simulation.scaling import Rule, size_rules
-from autoaccum.simulation.size_laws import reduction_buffers
+from autoaccum.simulation.size_laws import reduction_buffers, saturating
 
 MiB = 1 << 20
 Size = Callable[[int], int]
@@ -86,6 +86,24 @@ def test_a_buffer_of_a_reduction_follows_the_rows_that_it_reads(element_bytes: i
 
     found = ruled([buffer], [7, 11, 31, 37], reductions=True, inputs=[197 * 384 * element_bytes, 197 * 1000])
     assert [found(n) for n in (31, 37, 60, 80)] == [buffer(n) for n in (31, 37, 60, 80)]
+
+
+def test_a_buffer_of_a_reduction_ends_at_whole_rows_of_blocks() -> None:
+    # 132 multiprocessors run 16 blocks of 128 threads each, whose partial sums take 64 KiB. A row of blocks covers all
+    # outputs: rows of 2 and of 24 blocks fill the device, and of 9 the last row is not whole.
+    def ended(row: int) -> int:
+        return -(-132 * 16 // row) * row * 65536
+
+    assert ended(2) == ended(24) < ended(9)
+    growing, row = 87 * 24 * 65536, 24 * 65536
+    rules = {
+        ended(2): Rule(ended(2)),
+        ended(9): Rule(0, per_sample=1806336, max_bytes=ended(9), unit_bytes=3 * 65536),
+        growing: Rule(0, per_sample=1204224, unit_bytes=row),
+    }
+    sizes = [ended(2), ended(2), ended(9), growing]
+    found = saturating(sizes, rules, [[ended(2)]], reductions=True)
+    assert found == {growing: rules[growing]._replace(max_bytes=ended(24))}
 
 
 def test_a_buffer_of_a_reduction_is_known_by_the_counters_beside_it() -> None:

@@ -200,8 +200,10 @@ def saturating(
     """Return rules that saturate at a size others have reached.
 
     The buffer of a reduction grows with the rows until there are as many blocks as the device runs at once: that many
-    bytes are the same for all (Reduce.cuh). Scratch in tiles has no more of them than can be in use at once, which is
-    the same for all of one tile. It is known where some are that large here, and fewer were so in a smaller recording.
+    bytes are the same for all, rounded up to whole rows of blocks, one block for every 32 outputs or so (Reduce.cuh:
+    ctas_per_output is the rounded quotient of the two). So of those that ended nearly alike the smallest is the nearest
+    to the number before rounding. Scratch in tiles has no more of them than can be in use at once, which is the same
+    for all of one tile. It is known where some are that large here, and fewer were so in a smaller recording.
 
     Args:
         sizes: Of one kind of blocks, in a phase.
@@ -215,13 +217,20 @@ def saturating(
     found = {}
     for size in here:
         rule = rules[size]
-        whole = rule.per_sample if rule.samples_per_step > 1 else rule.unit_bytes  # blocks are counted up to whole ones
         if not rule.per_sample or rule.max_bytes or not (reductions or rule.unit_bytes > 1):
             continue
         most = max((each for each in reached if reductions or each % rule.unit_bytes == 0), default=0)
         if size < most:
-            found[size] = rule._replace(max_bytes=-(-most // whole) * whole)
+            whole = _whole(rule)
+            alike = max(whole, _whole(rules[most])) if reductions else 0
+            least = min(each for each in reached if most - alike <= each <= most)
+            found[size] = rule._replace(max_bytes=-(-least // whole) * whole)
     return found
+
+
+def _whole(rule: Rule) -> int:
+    """Return the bytes that a size grows by at once."""
+    return rule.per_sample if rule.samples_per_step > 1 else rule.unit_bytes
 
 
 def reduction_buffers(events: Sequence[Event]) -> set[int]:
