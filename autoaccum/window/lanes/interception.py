@@ -49,6 +49,11 @@ class Meetings:
             self._shares[parts] = torch.tensor(parts, dtype=dtype).to(device)[:, None]
         return self._shares[parts]
 
+    def forget(self) -> None:
+        """Drop all tensors, once the backward is over."""
+        self.met.clear()
+        self._shares.clear()
+
     def title(self, kind: str, channels: int, *tensors: torch.Tensor | None) -> str:
         """Name a place, by its module where that is known."""
         known = [self.names[id(each)] for each in tensors if id(each) in self.names]

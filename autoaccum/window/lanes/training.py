@@ -85,7 +85,7 @@ def train_in_lanes(
     with RecomputingMode(meetings):
         backward(context, loss, run_backward)
     _note(context, END, 0)
-    meetings.met.clear()  # autograd's threads let go of the mode that holds it at a time of their own
+    meetings.forget()  # autograd's threads let go of the mode that holds it at a time of their own
     if context.host_store is not None:
         context.host_store.end()
     release_workspaces(context)
