@@ -364,8 +364,8 @@ class CountedSchedule(torch.optim.lr_scheduler.LambdaLR):
 
 def test_scheduler_clipping_step_and_between_come_once_per_window(monkeypatch: pytest.MonkeyPatch) -> None:
     count = Counted()
-    clip = nn.utils.clip_grad_norm_
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *a, **k: (count("clip"), clip(*a, **k))[1])
+    clip = nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(nn.utils, "clip_grads_with_norm_", lambda *a, **k: (count("clip"), clip(*a, **k))[1])
     work = Workload(
         mlp(),
         vectors(2),

@@ -70,15 +70,20 @@ def _clip(context: TrainingContext, wide: fp32_accumulation.Parameters) -> torch
         context.scaler.unscale_(context.optimizer)  # before clipping, and before small numbers are cast
     if context.clip_grad_norm is None:
         return None
-    return _whole(nn.utils.clip_grad_norm_(_trained(context), context.clip_grad_norm))
+    trained = _trained(context)
+    # In two steps: before torch 2.11, `clip_grad_norm_` adds its 1e-6 to each shard's norm rather than to the whole one.
+    norm = _total_norm(trained)
+    nn.utils.clip_grads_with_norm_(trained, context.clip_grad_norm, norm)
+    return norm
 
 
 def _trained(context: TrainingContext) -> list[torch.Tensor]:
     return [p for group in context.optimizer.param_groups for p in group["params"]]
 
 
-def _whole(norm: torch.Tensor) -> torch.Tensor:
-    """Return a norm over all ranks, also that of shards."""
+def _total_norm(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Return the norm of all gradients over all ranks, also that of shards."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     whole = getattr(norm, "full_tensor", None)
     return norm if whole is None else whole()
 
@@ -89,8 +94,7 @@ def _is_finite(context: TrainingContext, grad_norm: torch.Tensor | None) -> bool
     That is one pass and one synchronization with the device.
     """
     if grad_norm is None:
-        norm = nn.utils.get_total_norm([p.grad for p in _trained(context) if p.grad is not None])
-        grad_norm = _whole(norm)
+        grad_norm = _total_norm(_trained(context))
     return bool(torch.isfinite(grad_norm))
 
 
