@@ -151,9 +151,9 @@ def test_what_they_take_beyond_a_plain_loops_is_counted() -> None:
 @HALVES
 def test_clipping_is_done_in_fp32_before_the_cast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    clip = nn.utils.clip_grad_norm_
+    clip = nn.utils.clip_grads_with_norm_
     monkeypatch.setattr(
-        nn.utils, "clip_grad_norm_", lambda ps, *a: (seen.extend(p.grad.dtype for p in ps), clip(ps, *a))[1]
+        nn.utils, "clip_grads_with_norm_", lambda ps, *a: (seen.extend(p.grad.dtype for p in ps), clip(ps, *a))[1]
     )
     context = open_context(Workload(mlp(dtype), vectors(8, dtype), clip_grad_norm=1e-3, optimizer=Dtypes))
     train_window(context, list(cut(vectors(8, dtype), (4, 4))), (4, 4))

@@ -71,7 +71,7 @@ def _clip(context: TrainingContext, wide: fp32_accumulation.Parameters) -> torch
     if context.clip_grad_norm is None:
         return None
     trained = _trained(context)
-    # In two steps: before torch 2.11, `clip_grad_norm_` adds its 1e-6 to each shard's norm rather than to the whole one.
+    # In two steps: before torch 2.11, `clip_grad_norm_` adds its 1e-6 to each shard's norm, not to the whole one.
     norm = _total_norm(trained)
     nn.utils.clip_grads_with_norm_(trained, context.clip_grad_norm, norm)
     return norm
