@@ -82,7 +82,7 @@ def _trained(context: TrainingContext) -> list[torch.Tensor]:
 
 
 def _total_norm(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """Return the norm of all gradients over all ranks, also that of shards."""
+    """Return the norm of all gradients, of shards over all ranks."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     whole = getattr(norm, "full_tensor", None)
     return norm if whole is None else whole()
