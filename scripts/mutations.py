@@ -121,7 +121,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('lanes: parameters move, too', 'autoaccum/window/lanes/host_store.py', 'not in self._stay and _is_dense(tensor)', 'not in () and _is_dense(tensor)', ('tests/test_lanes.py', '-k', 'move_once')),
     ('lanes: one generator for all', 'autoaccum/window/lanes/random_states.py', '            self._put(self._states[lane])\n', '', ('tests/test_lanes.py', '-k', 'draws')),
     ('batchnorm: if not self.window.collecting:', 'autoaccum/window/norms.py', '        if not self.window.collecting:\n            return\n', '', ('tests/test_batchnorm.py',)),
-    ('batchnorm: merging.end(commit=done)', 'autoaccum/window/norms.py', 'merging.end(commit=done)', 'merging.end(commit=True)', ('tests/test_batchnorm.py',)),
+    ('batchnorm: merging.end(commit=done)', 'autoaccum/window/norms.py', 'merging.end(commit=done and', 'merging.end(commit=True and', ('tests/test_batchnorm.py',)),
     ('batchnorm: module.training = False', 'autoaccum/window/norms.py', 'module.training = False\n        if self.merges', 'pass\n        if self.merges', ('tests/test_batchnorm.py',)),
     ('batchnorm: module.training = True', 'autoaccum/window/norms.py', '                module.training = True', '                pass', ('tests/test_batchnorm.py',)),
     ('batchnorm: if self.norms.spectral and not', 'autoaccum/window/norms.py', 'if self.norms.spectral and not', 'if False and not', ('tests/test_batchnorm.py',)),
@@ -258,4 +258,9 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ("a loop's own accumulation stays on", 'autoaccum/ranks/sharded.py', '        root.set_requires_gradient_sync(True)\n', '', ('tests/test_sharded_training.py', '-k', 'gradient')),
     ('one factor for all modules', 'autoaccum/ranks/sharded_exchange.py', '                parameter.grad.mul_(factor)\n', '                pass\n', ('tests/test_sharded_training.py', '-k', 'gradient')),
     ('a mean of nothing times 0', 'autoaccum/window/micro_batch.py', 'if not is_nothing(context, form.count(each[0]))]', ']', ('tests/test_sharded_training.py', '-k', 'gradient')),
+    ('running statistics of one rank alone', 'autoaccum/window/norms_over_ranks.py', '        add_up(sums)\n', '', ('tests/test_over_ranks.py', '-k', 'merged')),
+    ('what a loss draws is each rank\'s own', 'autoaccum/window/cached_representations.py', 'with drawing_alike(met.seed):', 'with __import__("contextlib").nullcontext():', ('tests/test_over_ranks.py', '-k', 'representations')),
+    ("every rank adds the loss's own gradients", 'autoaccum/window/step.py', '        exchange.reduction.drop()\n', '        pass\n', ('tests/test_over_ranks.py', '-k', 'representations')),
+    ('a rank starts over alone after representations have met', 'autoaccum/runner/oom_recovery.py', '            self.context.exchange.ask_to_start_over()\n', '            pass\n', ('tests/test_over_ranks.py', '-k', 'representations')),
+    ('a failure after the last window waits for all', 'autoaccum/ranks/words.py', 'ANSWER_SECONDS if failure and kind is Kind.COUNT else None', 'None', ('tests/test_rank_faults.py', '-k', 'waits_for_nobody')),
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,8 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from autoaccum import Plan, Runner, UsageError, Workload, fit_plan
-from autoaccum.ranks import reduction
+from autoaccum.data import split as cutting
+from autoaccum.ranks import exchange, reduction
+from autoaccum.ranks.group import apart
 from autoaccum.ranks.shares import slice_of
+from autoaccum.window.step import open_context, train_window
 from autoaccum.workload import default_loss
 
 UNEVEN: dict[int, Splits] = {
@@ -253,6 +258,208 @@ def batchnorm_takes_the_first_ranks(rank: int, world: int) -> Any:
     return {"equal": is_equal_everywhere(model), "moved": float(model[1].running_mean.abs().sum()) > 0}
 
 
+def normed(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None), nn.Tanh(),
+        nn.Linear(8, 5),
+    ).to(dtype)  # fmt: skip
+
+
+def twice(model: Any, batch: Any) -> torch.Tensor:
+    """Some micro-batches pass a normalization twice: those of one rank."""
+    out = model(batch[0])
+    if bool((batch[0] > 1e2).any()):
+        out = out + model[6](model[1](model[0](-batch[0])))
+    return nn.functional.cross_entropy(out, batch[1])
+
+
+def merged_statistics(rank: int, world: int) -> Any:
+    """Running statistics of all ranks, and the gradient of the same micro-batches in one process."""
+    found: dict[str, Any] = {}
+    far = vectors(64)
+    far[0][50, 0] = 1e3
+    cases = {"bare": (vectors(64, seed=3), None, False), "twice, ddp": (far, twice, True)}
+    for name, (batch, loss, wraps) in cases.items():
+        model = normed()
+        optimizer = Capture(model.parameters(), lr=0.1)
+        wrapped = ddp(model) if wraps else model
+        work = Workload(wrapped, rows(batch, slice(0, 4)), loss=loss, optimizer=optimizer, batchnorm="merged")
+        runner = runner_for(work, UNEVEN[world], rank)
+        worst = 0.0
+        for _ in range(2):
+            twin = copy.deepcopy(model)
+            runner.step(rows(batch, slice_of(tuple(map(sum, UNEVEN[world])), rank)))
+            alone = in_one_process(twin, batch, [n for split in UNEVEN[world] for n in split], loss)
+            worst = max(worst, distance(optimizer.seen[-1], alone), apart_of(model, twin))
+        found[name] = {"worst": worst, "equal": is_equal_everywhere(model), "steps": int(model[1].num_batches_tracked)}
+    return found | {"tail": merged_tail(rank, world)}
+
+
+def merged_tail(rank: int, world: int) -> Any:
+    """A window of 64 and one of 2, of which only the first rank has any; the statistics of the whole batches."""
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 5)).double()
+    twin = copy.deepcopy(model)
+    batches = [vectors(64), vectors(2, seed=5)]
+    work = Workload(model, vectors(4), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), batchnorm="merged")
+    results = list(runner_for(work, UNEVEN[world], rank).epoch(batches))
+    for batch in batches:
+        default_loss(twin, batch)
+    return {
+        "worst": apart_of(model, twin), "equal": is_equal_everywhere(model), "steps": int(model[0].num_batches_tracked),
+        "samples": [result.samples for result in results],
+    }  # fmt: skip
+
+
+def in_one_process(model: nn.Module, batch: Any, sizes: list[int], loss: Any) -> list[torch.Tensor]:
+    """The gradient of the same micro-batches without ranks; the model's statistics are updated."""
+    with apart():
+        context = open_context(Workload(model, batch, loss=loss, optimizer=Capture, batchnorm="merged"))
+        train_window(context, cutting.split(batch, sizes), sizes)
+    return context.optimizer.seen[-1]  # type: ignore[attr-defined,no-any-return]
+
+
+def apart_of(model: nn.Module, twin: nn.Module) -> float:
+    """The worst distance of two models' running statistics."""
+    pairs = zip(model.buffers(), twin.buffers(), strict=True)
+    return max(float((a - b).double().norm() / b.double().norm()) for a, b in pairs)
+
+
+class Towers(nn.Module):
+    """An encoder, with dropout or without, and a temperature that only the loss uses."""
+
+    def __init__(self, p: float, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(p), nn.Linear(16, width), nn.Dropout(p))
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.p = p
+        self.double()
+
+
+def two_views(model: Any, batch: Any) -> Any:
+    return {"one": model.body(batch[0]), "other": [model.body(batch[0].flip(1)), batch[1]], "name": "views"}
+
+
+def contrast(model: Any, found: Any) -> torch.Tensor:
+    """Each sample against all of the window, of its own class or not; drops out scores itself."""
+    one, (other, label) = nn.functional.normalize(found["one"], dim=1), found["other"]
+    assert found["name"] == "views"
+    scores = nn.functional.dropout(one @ nn.functional.normalize(other, dim=1).T * model.scale.exp(), model.p)
+    same = (label[:, None] == label).double()
+    return -(scores.log_softmax(1) * same).sum(1).mean()
+
+
+def representations(rank: int, world: int) -> Any:
+    """A loss over the representations of all ranks: dropout on each is its own, the loss's the same on all."""
+    found: dict[str, Any] = {}
+    for name, p, wraps, fails in (
+        ("ddp", 0.0, True, ""), ("bare", 0.3, False, ""), ("encoding", 0.3, False, "encoding"),
+        ("meeting", 0.3, False, "meeting"), ("second pass", 0.3, True, "second pass"),
+        ("reduction", 0.0, True, "reduction"),
+    ):  # fmt: skip
+        found[name] = contrasted(rank, world, Towers(p), wraps, fails if rank == world - 1 else "")
+    return found | {"tail": representations_of_a_tail(rank, world), "unlike": unlike_representations(rank, world)}
+
+
+def contrasted(rank: int, world: int, model: Towers, wraps: bool, fails: str) -> dict[str, Any]:
+    """Train windows whose second one runs out of memory on one rank; compare each with one process."""
+    optimizer = Capture(model.parameters(), lr=0.1)
+    part = slice_of(tuple(map(sum, UNEVEN[world])), rank)
+    work = Workload(ddp(model) if wraps else model, vectors(4), encode=two_views, loss=contrast, optimizer=optimizer)
+    runner = runner_for(work, UNEVEN[world], rank)
+    torch.manual_seed(100 + rank)
+    worst, results = 0.0, []
+    for window in range(3):
+        twin, state, batch = copy.deepcopy(model), torch.get_rng_state(), vectors(64, seed=window)
+        with failing_once(model, fails if window == 1 else ""):
+            results.append(runner.step(rows(batch, part)))
+        expected, loss = at_once(twin, batch, gathered((state, results[-1].split)))
+        worst = max(worst, distance(optimizer.seen[-1], expected), abs(float(results[-1].loss) / loss - 1))
+    return {
+        "worst": worst, "equal": is_equal_everywhere(model), "retries": [each.retries for each in results],
+        "ranks_retried": [each.ranks_retried for each in results], "samples": results[-1].samples,
+    }  # fmt: skip
+
+
+def gathered(mine: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def at_once(model: Any, batch: Any, ranks: Sequence[Any]) -> tuple[list[torch.Tensor], float]:
+    """All encodings in one graph, each rank's drawn from its state; then the loss, from the first rank's draw."""
+    before, first, found, seed = torch.get_rng_state(), 0, [], 0
+    for rank, (state, split) in enumerate(ranks):
+        torch.set_rng_state(state)
+        for size in split:
+            found.append(two_views(model, rows(batch, slice(first, first + size))))
+            first += size
+        seed = int(torch.randint(1 << 31, ())) if rank == 0 else seed
+    torch.manual_seed(seed)
+    loss = contrast(model, cutting.join(found))
+    loss.backward()
+    torch.set_rng_state(before)
+    return [p.grad for p in model.parameters()], float(loss.detach())  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def failing_once(model: Towers, place: str) -> Iterator[None]:
+    """Run out of memory once, in one place of a window."""
+    left = [place]
+
+    def fail(here: str) -> None:
+        if left[0] == here:
+            left[0] = ""
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB (injected)")
+
+    def in_pass(module: nn.Module, args: Any, out: torch.Tensor) -> None:
+        fail("second pass" if torch.is_grad_enabled() else "encoding")
+
+    def wrapping(owner: Any, name: str, here: str) -> Any:
+        inner = getattr(owner, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            fail(here)
+            return inner(*args, **kwargs)
+
+        return mock.patch.object(owner, name, wrapper)
+
+    handle = model.body.register_forward_hook(in_pass)
+    with wrapping(exchange, "Meeting", "meeting"), wrapping(reduction.Reduction, "prepare", "reduction"):
+        yield
+    handle.remove()
+
+
+def representations_of_a_tail(rank: int, world: int) -> Any:
+    """Ranks without samples: the first one has all of the last window."""
+    model = Towers(0.0)
+    twin = copy.deepcopy(model)
+    batches = [vectors(64), vectors(1, seed=5)]
+    optimizer = Capture(model.parameters(), lr=0.1)
+    work = Workload(model, vectors(4), encode=two_views, loss=contrast, optimizer=optimizer)
+    splits = UNEVEN[world] if world == 2 else UNEVEN[world][::-1]
+    results = list(runner_for(work, splits, rank).epoch(batches))
+    for batch in batches:
+        whole = gradients(twin, lambda m, b: contrast(m, two_views(m, b)), batch)
+        with torch.no_grad():
+            for p, gradient in zip(twin.parameters(), whole, strict=True):
+                p.sub_(gradient, alpha=0.1)
+    return {
+        "worst": distance(list(model.parameters()), list(twin.parameters())), "equal": is_equal_everywhere(model),
+        "samples": [result.samples for result in results],
+    }  # fmt: skip
+
+
+def unlike_representations(rank: int, world: int) -> Any:
+    def encode(model: Any, batch: Any) -> Any:
+        return model.body(batch[0])[:, : 8 - rank]
+
+    work = Workload(Towers(0.0), vectors(4), encode=encode, loss=lambda m, z: z.square().mean())
+    return said_by(lambda: runner_for(work, UNEVEN[world], rank).step(vectors(16)))
+
+
 def large_gradients_in_place(rank: int, world: int) -> Any:
     before, reduction.SMALL_BYTES = reduction.SMALL_BYTES, 256
     try:
@@ -384,11 +591,9 @@ def refused(rank: int, world: int) -> Any:
     return {
         "static_graph": said_by(lambda: fit_plan(Workload(wrapped, vectors(4)), target_batch=64)),
         "SyncBatchNorm": said_by(lambda: fit_plan(Workload(synced, vectors(4)), target_batch=64)),
-        "merged": said_by(lambda: fit_plan(Workload(plain, vectors(4), batchnorm="merged"), target_batch=64)),
+        "lanes": said_by(lambda: fit_plan(Workload(plain, vectors(4), batchnorm="exact"), target_batch=64)),
         "encode": said_by(
-            lambda: fit_plan(
-                Workload(mlp(), vectors(4), encode=lambda m, b: m(b[0]), loss=lambda m, r: r.mean()), target_batch=64
-            )
+            lambda: fit_plan(Workload(mlp(), vectors(4), encode=lambda m, b: m(b[0]), loss=lambda m, r: r.mean()))
         ),
         "below the world": said_by(lambda: fit_plan(work, target_batch=world - 1)),
         "shares": said_by(lambda: fit_plan(work, target_batch=64, shares=(60,) + (1,) * (world - 1))),
@@ -506,6 +711,21 @@ def a_plan_of_all_ranks(rank: int, world: int) -> Any:
         "first": Plan.from_json(made.to_json()).for_rank(0).split, "why": made.provenance.reasons["shares"],
         "explain": "ranks" in made.explain(), "exactness": made.exactness,
     }  # fmt: skip
+
+
+def a_plan_with_representations(rank: int, world: int) -> Any:
+    """The loss of all ranks' representations is in each rank's memory."""
+
+    def work() -> Workload:
+        return Workload(Towers(0.0).float(), vectors(8, torch.float32), encode=two_views, loss=contrast)
+
+    limits: dict[str, Any] = {"budget": "4GiB", "verify": False, "max_micro_batch": 200, "check": False}
+    made = fit_plan(work(), target_batch=1600, **limits)
+    with apart():
+        alone = fit_plan(work(), target_batch=800, **limits)
+    result = Runner(work(), made, timeout_seconds=TIMEOUT).step(vectors(800, torch.float32))
+    more = made.predicted_peak_bytes - alone.predicted_peak_bytes
+    return {"shares": made.shares, "samples": result.samples, "split": result.split, "more": more}
 
 
 def shares_by_what_fits(rank: int, world: int) -> Any:

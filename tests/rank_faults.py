@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from autoaccum import Runner, Workload
-from autoaccum.ranks import reduction
+from autoaccum.ranks import reduction, words
 from autoaccum.ranks.shares import slice_of
 from autoaccum.runner.loop import train
 from autoaccum.simulation.solver import split_within
@@ -131,33 +131,55 @@ def schedule(seed: int, world: int) -> tuple[Any, ...]:
     if seed % 8 == 7:
         # Not in the last window: a failed optimizer step is said in the word after it, which there is none of.
         faults[draw.randrange(world)] = [Fault(draw.randrange(WINDOWS - 1), draw.choice(ENDS), 0, 999)]
-    return draw.choice(("ddp", "bare")), draw.choice(("tokens", "vectors")), splits, faults
+    kind, data = draw.choice(("ddp", "bare")), draw.choice(("tokens", "vectors"))
+    return kind, "representations" if seed % 4 == 1 else data, splits, faults
+
+
+def _views(model: nn.Module, batch: Any) -> Any:
+    return model(batch[0]), batch[1]
+
+
+def _against_all(model: nn.Module, found: Any) -> torch.Tensor:
+    """Compare each sample's representation with those of the whole window."""
+    views, label = found
+    same = (label[:, None] == label).double()
+    return -((views @ views.T).log_softmax(1) * same).sum(1).mean()
+
+
+# Of a number of samples: the model, the batch, the loss, and what else a Workload gets.
+CASES: dict[str, Callable[[int], Any]] = {
+    "tokens": lambda n: (tagger, tokens(n), token_sum, {}),
+    "vectors": lambda n: (mlp, vectors(n), default_loss, {}),
+    "representations": lambda n: (mlp, vectors(n), _against_all, {"encode": _views}),
+}
 
 
 def run_schedule(seed: int, rank: int, world: int) -> dict[str, Any]:
     """Train some windows with faults; compare each with one process."""
     kind, data, splits, faults = schedule(seed, world)
     total = sum(map(sum, splits))
-    batch, loss = (tokens(total), token_sum) if data == "tokens" else (vectors(total), default_loss)
-    model = tagger() if data == "tokens" else mlp()
+    make, batch, loss, more = CASES[data](total)
+    model = make()
     inject = Faults(model, copy.deepcopy(faults[rank]))
     optimizer = Stepping(model.parameters(), lr=0.05)
     optimizer.faults = inject
     wrapped = ddp(model) if kind == "ddp" else model
-    work = Workload(wrapped, rows(batch, slice(0, 2)), loss=loss, optimizer=optimizer)
+    work = Workload(wrapped, rows(batch, slice(0, 2)), loss=loss, optimizer=optimizer, **more)
     runner = Runner(work, plan_of_ranks(plan(), work, splits, rank), timeout_seconds=TIMEOUT)
+    encode = more.get("encode")
+    whole = loss if encode is None else lambda model, batch: loss(model, encode(model, batch))
     runner.checks.rechecked = True
     worst, retries, counted = 0.0, [], []
     with inject.reducing():
         for window in range(WINDOWS):
-            twin = mlp() if data == "vectors" else tagger()
+            twin = make()
             twin.load_state_dict(model.state_dict())
             inject.begin(window, len(runner.sizing.sizes(sum(splits[rank]))))
             try:
                 result = runner.step(rows(batch, slice_of(tuple(map(sum, splits)), rank)))
             except Exception as error:
                 return {"ended": [type(error).__name__, getattr(error, "rank", None), str(error)[:200]], "worst": worst}
-            worst = max(worst, distance(optimizer.seen[-1], gradients(twin, loss, batch)))
+            worst = max(worst, distance(optimizer.seen[-1], gradients(twin, whole, batch)))
             retries.append(result.retries)
             counted.append(result.ranks_retried)
     return {"ended": None, "worst": worst, "equal": is_equal_everywhere(model), "retries": retries, "counted": counted}
@@ -227,6 +249,21 @@ def the_first_rank_is_killed(rank: int, world: int) -> Any:
 
 def a_rank_stops_answering(rank: int, world: int) -> Any:
     return _training(rank, world, 2.0, lambda: time.sleep(6))
+
+
+def an_optimizer_fails_at_the_very_end(rank: int, world: int) -> Any:
+    """Nothing follows its last window: the rank raises soon, and one that steps on all the same learns why."""
+    words.ANSWER_SECONDS = 0.5
+    model = mlp()
+    optimizer = Stepping(model.parameters(), lr=0.05)
+    optimizer.faults = Faults(model, [Fault(1, "optimizer", 0, 1)] if rank == 1 else [])
+    work = Workload(model, vectors(4), optimizer=optimizer)
+    runner = Runner(work, plan_of_ranks(plan(), work, [(4, 4)] * world, rank), timeout_seconds=TIMEOUT)
+    runner.step(vectors(8))
+    optimizer.faults.begin(1, 2)
+    last = _timed(lambda: runner.step(vectors(8)))
+    time.sleep(2)  # rank 1 waits for nobody any more
+    return {"last": last, "then": None if rank == 1 else _timed(lambda: runner.step(vectors(8)))}
 
 
 # -- a checkpoint of ranks

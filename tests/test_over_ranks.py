@@ -23,8 +23,12 @@ OTHERS = [
     "bucket_view_and_unused", "fifty_steps", "one_decision_of_the_scaler", "bf16_sums_in_fp32",
     "batchnorm_takes_the_first_ranks", "a_bad_batch_on_one_rank", "an_error_of_the_loss",
 ]  # fmt: skip
-PLANS = ["refused", "a_plan_of_all_ranks"]
-GROUPS = {2: [*EXACT, *EPOCHS, *OTHERS, *PLANS], 3: [*EXACT[:1], *EXACT[3:4], *EPOCHS[:2], *OTHERS[:1]]}
+WINDOWS = ["merged_statistics", "representations"]
+PLANS = ["refused", "a_plan_of_all_ranks", "a_plan_with_representations"]
+GROUPS = {
+    2: [*EXACT, *EPOCHS, *OTHERS, *WINDOWS, *PLANS],
+    3: [*EXACT[:1], *EXACT[3:4], *EPOCHS[:2], *OTHERS[:1], *WINDOWS],
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,32 @@ def test_buffers_are_the_first_ranks(said: dict[int, Any]) -> None:
     assert all(each["equal"] and each["moved"] for each in of(said, 2, "batchnorm_takes_the_first_ranks"))
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_merged_running_statistics_are_those_of_all_ranks(said: dict[int, Any], world: int) -> None:
+    for each in of(said, world, "merged_statistics"):
+        assert [each[case]["steps"] for case in ("bare", "twice, ddp", "tail")] == [2, 4, 2], each
+        assert all(found["worst"] <= FP64 and found["equal"] for found in each.values()), each
+        assert each["tail"]["samples"] == [64, 2]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_loss_over_representations_has_those_of_all_ranks(said: dict[int, Any], world: int) -> None:
+    """Also where a rank runs out of memory, before or after they met; all then start over, or it alone does."""
+    for rank, each in enumerate(of(said, world, "representations")):
+        name, text, failed, _ = each.pop("unlike")
+        assert (
+            name == "RanksFailed"
+            and failed in range(world)
+            and "representations of ranks 0 and 1 can't be joined" in text
+        ), text
+        assert all(found["worst"] <= FP64 and found["equal"] for found in each.values()), each
+        assert each.pop("tail")["samples"] == [64, 1]
+        for case, found in each.items():
+            fails = case not in ("ddp", "bare")
+            assert found["ranks_retried"] == [0, int(fails), 0] and found["samples"] == 64, (case, found)
+            assert found["retries"] == [0, int(fails and rank == world - 1), 0], (case, found)
+
+
 @pytest.mark.parametrize(
     ("world", "case"), [(w, case) for w, cases in GROUPS.items() for case in cases if case in EPOCHS]
 )
@@ -103,8 +133,8 @@ def test_every_sample_is_trained_once(said: dict[int, Any], world: int, case: st
 REFUSED = {
     "static_graph": ("UsageError", "static_graph=True"),
     "SyncBatchNorm": ("UsageError", "(SyncBatchNorm)"),
-    "merged": ("UsageError", "batchnorm='merged'"),
-    "encode": ("UsageError", "encode= was given, on 2 ranks"),
+    "lanes": ("UsageError", "batchnorm='exact', on 2 ranks"),
+    "encode": ("UsageError", "encode= was given on 2 ranks, without a target batch"),
     "below the world": ("UsageError", "A target batch of 1 cannot be shared by 2 ranks"),
     "shares": ("UsageError", "shares is (60, 1), 2 numbers that sum to 61"),
     "other targets": ("UsageError", "target_batch: 64 on rank 0, 65 on rank 1"),
@@ -159,6 +189,12 @@ def test_one_plan_has_all_ranks(said: dict[int, Any]) -> None:
         assert each["splits"] == [[84, 83, 83], [125, 125]] and each["split"] == each["splits"][rank] == each["own"]
         assert each["first"] == each["splits"][0] and each["samples"] == 500 and each["explain"]
         assert each["why"] == "equal" and "exact" in each["exactness"]
+
+
+def test_a_plan_has_room_for_the_loss_of_all_ranks(said: dict[int, Any]) -> None:
+    for each in of(said, 2, "a_plan_with_representations"):
+        assert each["shares"] == [800, 800] and each["samples"] == 1600 and each["split"] == [200] * 4
+        assert each["more"] > 3 * 4 * (1600**2 - 800**2), each  # scores of all pairs, of which some are there at once
 
 
 @pytest.mark.slow

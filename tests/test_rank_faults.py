@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 from helpers_train import FP64, base_plan, mlp, vectors
 from rank_faults import schedule
 from rank_groups import run_groups
+from rank_memory import SHARES, WINDOWS
 from torch.utils.data import DataLoader
 
+from autoaccum.devices.virtual import VirtualGpu, available, launch
 from autoaccum.workload import default_loss
 
 GROUPS = {
-    "2": ["schedules_few", "a_checkpoint_goes_on_bitwise", "begun_here"],
+    "2": ["schedules_few", "a_checkpoint_goes_on_bitwise", "begun_here", "an_optimizer_fails_at_the_very_end"],
     "3": ["schedules_few", "gone_on_with", "a_rank_is_killed"],
 }
 
@@ -98,6 +102,14 @@ def test_a_rank_that_is_killed_ends_all_others(said: dict[str, Any]) -> None:
         assert (name, rank) == ("RanksFailed", 2) and "its process ended" in text and each["seconds"] < 20, each
 
 
+def test_a_failure_after_the_last_window_waits_for_nobody(said: dict[str, Any]) -> None:
+    trained, failed = said["2"]["an_optimizer_fails_at_the_very_end"]
+    assert trained["last"]["said"] == "nothing was raised"  # its step was whole
+    for name, text, rank, phase in (failed["last"]["said"], trained["then"]["said"]):
+        assert (name, rank, phase) == ("RanksFailed", 1, "optimizer step, loading or counting") and "injected" in text
+    assert failed["last"]["seconds"] < 5 and trained["then"]["seconds"] < 5, (trained, failed)
+
+
 @pytest.mark.slow
 def test_a_rank_that_does_not_answer_and_a_first_rank_that_is_killed(tmp_path: Path) -> None:
     groups = {"3a": ["the_first_rank_is_killed"], "2a": ["a_rank_stops_answering"]}
@@ -107,3 +119,26 @@ def test_a_rank_that_does_not_answer_and_a_first_rank_that_is_killed(tmp_path: P
     waiting = found["2a"]["a_rank_stops_answering"][0]
     assert waiting["said"][0] == "RanksFailed" and waiting["said"][2] == 1 and waiting["seconds"] < 10, waiting
     assert "didn't answer within 2 s" in waiting["said"][1], json.dumps(waiting)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(available() is not None, reason=available() or "")
+def test_a_real_out_of_memory_of_one_rank_leaves_the_other_alone(tmp_path: Path) -> None:
+    """On two virtual GPUs: rank 1's neighbour takes three quarters of its device after planning."""
+    here = Path(__file__).parent
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    gpus = VirtualGpu(memory_bytes=4 << 30, devices=2, copies="all")
+    done = launch([*ranks, str(here / "rank_memory.py"), str(tmp_path)], gpus, env=env)
+    assert done.wait(timeout=240) == 0
+    whole, short = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    print(json.dumps([whole, short]))
+    for each in (whole, short):
+        assert each["samples"] == [sum(SHARES)] * WINDOWS and each["ranks_retried"] == [
+            int(n > 0) for n in short["retries"]
+        ]
+        assert all(each["same"]) and len(each["same"]) == 1 + WINDOWS  # parameters, and each window's gradient
+    assert whole["retries"] == [0] * WINDOWS and whole["splits"] == [whole["planned"]] * WINDOWS
+    assert whole["failures"] == 0 and abs(whole["reserved"] / whole["predicted"] - 1) <= 0.01, whole
+    assert short["failures"] > 0 and short["retries"][0] >= 1 and len(short["splits"][-1]) > len(short["planned"])
+    assert all(sum(split) == SHARES[1] for split in short["splits"])

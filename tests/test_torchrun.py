@@ -74,9 +74,18 @@ def test_the_example_trains_uneven_shares(tmp_path: Path) -> None:
     assert "shares (384, 128) micro-batches [4, 3]" in out
 
 
-def test_the_page_shows_the_example() -> None:
-    example = (ROOT / "examples" / "ddp" / "train.py").read_text()
-    assert f"```python\n{example}```" in (ROOT / "docs" / "ranks.md").read_text()
+def test_the_page_shows_the_examples() -> None:
+    page = (ROOT / "docs" / "ranks.md").read_text()
+    for name in ("ddp",):
+        assert f"```python\n{(ROOT / 'examples' / name / 'train.py').read_text()}```" in page, name
+
+
+@pytest.mark.slow
+def test_the_example_of_accelerate_trains_uneven_shares(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    out = torchrun(2, str(ROOT / "examples" / "accelerate" / "train.py"), cwd=tmp_path)
+    assert re.findall(r"step (\d): (\d+) samples, loss \d\.\d{3}", out) == [("1", "512"), ("2", "512"), ("3", "176")]
+    assert "shares (384, 128) micro-batches [4, 2]" in out
 
 
 @pytest.mark.slow

@@ -282,6 +282,7 @@ def _context_of(workload: Workload, request: ResolvedRequest, plan_request: Plan
     context = step.open_context(replace(workload, scheduler=None))  # it may allow few steps, and uses no memory
     context.window_samples = request.samples
     if plan_request.exchanges:
+        context.window_samples = plan_request.target_batch  # a loss over representations has those of all ranks
         context.exchange = Alone(reduction_of(context), plan_request.world_size)
     return context
 

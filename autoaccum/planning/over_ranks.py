@@ -179,6 +179,12 @@ class _Agreement:
                 "Without one each rank has the largest micro-batch that fits.",
                 "Give target_batch=512, say, or leave out shares.",
             )
+        if request.target_batch is None and workload.encode is not None:
+            raise UsageError(
+                f"encode= was given on {world} ranks, without a target batch.",
+                "Its loss has the representations of all ranks at once, whose number has to be known.",
+                "Give target_batch=512, say.",
+            )
         asked = {name: getattr(request, name) for name in _ASKED}
         values = asked | {
             "model": describe_model(self.workload.model),

@@ -1,16 +1,21 @@
 """What a window exchanges with other ranks: two words, one reduction.
 
     count      what the window counts, in samples and in what its loss averages over, summed before the first forward
+    (meet)     only for a loss over representations: all ranks bring theirs together (representations.py)
     (private)  forward and backward of all micro-batches: as often, and in as small ones, as this rank's memory takes
     reduce     the loss; that every rank has its gradient. Then gradients are summed, once
     (private)  the optimizer step: alike on all ranks
 
 A failure before a word is said in that word, and raised on all ranks. `Alone` is the same for planning: it uses the
 same memory at the same places, and talks to nobody.
+
+Once representations have met, a rank that runs out of memory can't start over alone: it would draw other random numbers
+than those that the others' loss was computed with. It says so in the next word, and all ranks start the window over.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +24,12 @@ import torch
 
 from ..errors import BatchError
 from .reduction import Reduction
+from .representations import Described, Meeting, Met, describe, require_alike
 from .words import EQUAL_BELOW, TITLES, Control, Kind, failed_rank
+
+
+class StartOver(Exception):
+    """Ask this rank to start its window over, as another one has run out of memory."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,12 @@ class Alone:
     Attributes:
         in_step: Whether forward and backward are collectives, so that all ranks run them together (FSDP2).
         loss_factor: What the loss is multiplied by for what others divide gradients by.
+        calls: How often each normalization whose statistics are merged was called, on the rank that did most often.
     """
 
     in_step = False
     loss_factor = 1.0
+    calls: tuple[int, ...] = ()
 
     def __init__(self, reduction: Reduction, world: int) -> None:
         self.reduction, self.world = reduction, world
@@ -64,14 +76,21 @@ class Alone:
         """Return the micro-batches to run; those of size 0 add nothing."""
         return pieces, sizes
 
-    def reduce(self, wide: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
+    def reduce(self, wide: Sequence[torch.Tensor], loss: torch.Tensor, calls: Sequence[int] = ()) -> torch.Tensor:
         """Prepare a reduction and undo it; return the loss."""
+        self.calls = tuple(calls)
         self.reduction.prepare(wide)
         self.is_private = False
         self.reduction.put_back()
         for i in self.reduction.missing:
             self.reduction.parameters[i].grad = None
         return loss
+
+    def ask_to_start_over(self) -> None:
+        """Ask nobody."""
+
+    def add_up(self, numbers: torch.Tensor) -> None:
+        """Leave numbers as they are."""
 
     def average(self, figure: Any) -> Any:
         """Return a figure."""
@@ -84,18 +103,20 @@ class Exchange(Alone):
     Args:
         control: The words.
         reduction: Of what is trained.
+        meets: Whether all ranks' representations meet in each window.
 
     Attributes:
         next_word: The word that comes next, whatever happens.
         retries: How often this rank's window started over.
         ranks_retried: Ranks whose window started over; of the last window.
         digests: What the window's samples are, in numbers below 2**16 that are the same on all ranks.
-        is_private: Whether this rank may still start over alone.
+        is_private: Whether this rank may still start over.
+        has_met: Whether all ranks start over, if one does.
     """
 
-    def __init__(self, control: Control, reduction: Reduction) -> None:
+    def __init__(self, control: Control, reduction: Reduction, *, meets: bool = False) -> None:
         super().__init__(reduction, control.world)
-        self.control = control
+        self.control, self.meets, self.has_met = control, meets, False
         self.next_word = Kind.COUNT
         self.digests: tuple[int, ...] = ()
         self.ranks_retried = 0
@@ -108,7 +129,7 @@ class Exchange(Alone):
             digest: Of all its samples, those of other ranks included.
         """
         self.digests = (digest % EQUAL_BELOW, digest // EQUAL_BELOW % EQUAL_BELOW)
-        self._totals, self.retries, self.is_private = None, 0, True
+        self._totals, self.retries, self.is_private, self.has_met = None, 0, True, False
 
     def count(self, count: Any, samples: int, passes: int = 0) -> tuple[float | None, int]:
         """Return what all ranks count, and their samples; said once a window.
@@ -149,26 +170,74 @@ class Exchange(Alone):
         """
         self._said_count([0.0, 0.0, 0.0], bad=str(error))
 
-    def reduce(self, wide: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
+    def meet(self, own: Any, rows: int, device: torch.device) -> Met:
+        """Bring all ranks' representations together.
+
+        Args:
+            own: This rank's, a tree of detached tensors; None where it has no samples.
+            rows: Their samples.
+            device: Where they are.
+
+        Raises:
+            RanksFailed: A rank failed.
+            StartOver: A rank has no memory for them.
+            UsageError: Ranks' representations can't be joined; on all ranks.
+        """
+        said: list[Described] = self.control.gather(describe(own, rows), kind=Kind.MEET)
+        self.has_met, self.next_word = True, Kind.JOIN
+        require_alike(said)
+        meeting = Meeting(said, self.control.rank, own, device)  # needs memory
+        self._say_unless_over(Kind.JOIN, [0.0] * 3)
+        return meeting.run(lambda work: self.control.wait(work, TITLES[Kind.JOIN]))
+
+    def ask_to_start_over(self) -> None:
+        """Let all ranks start this window over, if one can't do so alone."""
+        if self.has_met:
+            self._say(self.next_word, [0.0, 0.0, 0.0, 1.0])
+            self._begin_again()
+
+    def _begin_again(self) -> None:
+        self.reduction.release()
+        self.has_met, self.is_private, self.next_word = False, True, Kind.MEET
+
+    def _say_unless_over(
+        self, kind: Kind, sums: list[float], digests: tuple[int, ...] = ()
+    ) -> tuple[list[float], bool]:
+        """Say a word; raise StartOver where a rank asks for it."""
+        found, agrees = self._say(kind, [*sums, 0.0], digests=digests)
+        if found[3]:
+            self._begin_again()
+            raise StartOver
+        return found, agrees
+
+    def reduce(self, wide: Sequence[torch.Tensor], loss: torch.Tensor, calls: Sequence[int] = ()) -> torch.Tensor:
         """Sum gradients over ranks, and return the window's loss.
 
         Args:
             wide: Parameters whose gradients add up in fp32.
             loss: This rank's part of the loss.
+            calls: How often each normalization whose statistics are merged was called here.
 
         Raises:
             RanksFailed: A rank failed.
+            StartOver: A rank ran out of memory when this one couldn't be left out of it.
         """
         self.reduction.prepare(wide)
         sums = [float(loss), float(len(self.reduction.missing)), float(self.retries > 0)]
         self.is_private = False
-        found, _ = self._say(Kind.REDUCE, sums)
+        digest = zlib.crc32(repr(tuple(calls)).encode())
+        found, agrees = self._say_unless_over(Kind.REDUCE, sums, (digest % EQUAL_BELOW, digest // EQUAL_BELOW))
+        self.calls = tuple(calls) if agrees else tuple(map(max, zip(*self.control.gather(tuple(calls)), strict=True)))
         self.ranks_retried = int(found[2])
         nowhere = self.reduction.missing_everywhere(self.control.add_up) if found[1] else []
         self.reduction.run(lambda work: self.control.wait(work, "reduction of gradients"))
         for i in nowhere:  # an optimizer passes over these, as it does with one batch
             self.reduction.parameters[i].grad = None
         return torch.full_like(loss, found[0])
+
+    def add_up(self, numbers: torch.Tensor) -> None:
+        """Replace numbers on the host by their sums over ranks."""
+        self.control.add_up(numbers)
 
     def average(self, figure: Any) -> Any:
         """Return a figure's mean over ranks; None where one has none."""
@@ -213,7 +282,8 @@ class Exchange(Alone):
         self, kind: Kind, sums: list[float], *, digests: tuple[int, ...] = (), failure: str = ""
     ) -> tuple[list[float], bool]:
         found = self.control.say(kind, sums, equal=digests, failure=failure)
-        self.next_word = Kind.REDUCE if kind is Kind.COUNT else Kind.COUNT
+        after_count = Kind.MEET if self.meets else Kind.REDUCE
+        self.next_word = {Kind.COUNT: after_count, Kind.JOIN: Kind.REDUCE}.get(kind, Kind.COUNT)
         return found
 
     def _bad_batch(self, said: list[str]) -> BatchError:

@@ -106,6 +106,11 @@ class Reduction:
                 _scatter(flat, buffers)
         self.release()
 
+    def drop(self) -> None:
+        """Drop what gradients there are."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def release(self) -> None:
         """Drop the flat tensors."""
         self._flat, self._flat_buffers = [], []

@@ -74,13 +74,13 @@ class ShardedExchange(Exchange):
             raise failed_rank(self.control.rank, TITLES[Kind.COUNT], _NOTHING_YET, self.control.rank)
         return (*pieces, *[self._spare] * missing), (*sizes, *[0] * missing)
 
-    def reduce(self, wide: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
+    def reduce(self, wide: Sequence[torch.Tensor], loss: torch.Tensor, calls: Sequence[int] = ()) -> torch.Tensor:
         """Return the window's loss; gradients are reduced already.
 
         Raises:
             RanksFailed: A rank failed.
         """
-        found = super().reduce(wide, loss)
+        found = super().reduce(wide, loss, calls)
         for parameter, factor in self._others:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import json
 import time
 from collections.abc import Sequence
 from enum import IntEnum
@@ -43,6 +44,8 @@ class Kind(IntEnum):
     REDUCE = 4
     ORDER = 5
     STATUS = 6
+    MEET = 7
+    JOIN = 8
 
 
 TITLES = {
@@ -52,6 +55,8 @@ TITLES = {
     Kind.REDUCE: "forward and backward",
     Kind.ORDER: "start of an epoch",
     Kind.STATUS: "checkpoint",
+    Kind.MEET: "encoding of representations",
+    Kind.JOIN: "meeting of representations",
 }
 
 
@@ -93,11 +98,15 @@ class Control:
             RanksFailed: A rank gave up, is in another word, was killed, or doesn't answer in time.
         """
         self.words += 1
+        if failure:
+            self._post(kind, failure)
         numbers = [*sums, *[0.0] * (_SUMS - len(sums)), float(bool(failure))]
         for number in (int(kind), *equal, *[0] * (_EQUALS - len(equal))):
             numbers += [float(number), float(number * number)]
         word = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        self.wait(dist.all_reduce(word, group=self._group, async_op=True), TITLES[kind])
+        # After the last window no word follows, so that a rank that fails then may wait for others in vain.
+        seconds = ANSWER_SECONDS if failure and kind is Kind.COUNT else None
+        self.wait(dist.all_reduce(word, group=self._group, async_op=True), TITLES[kind], seconds)
         found: list[float] = word.tolist()
         pairs = list(zip(found[_SUMS + 1 :: 2], found[_SUMS + 2 :: 2], strict=True))
         differs = [self.world * square != total * total for total, square in pairs]
@@ -124,13 +133,18 @@ class Control:
             raise self._lost(TITLES[kind], str(error)) from None
         return message[0]
 
-    def wait(self, work: Any, phase: str) -> None:
+    def wait(self, work: Any, phase: str, seconds: float | None = None) -> None:
         """Wait for a collective until it ends or a rank is lost.
+
+        Args:
+            work: The collective.
+            phase: What lies before it.
+            seconds: How long to wait; None for `timeout_seconds`.
 
         Raises:
             RanksFailed: A rank was killed, gave up meanwhile, or doesn't answer in time.
         """
-        deadline = time.monotonic() + self.timeout_seconds
+        deadline = time.monotonic() + (self.timeout_seconds if seconds is None else seconds)
         while True:
             try:
                 work.wait(datetime.timedelta(seconds=min(POLL_SECONDS, self.timeout_seconds)))
@@ -138,10 +152,11 @@ class Control:
             except RuntimeError as error:
                 if work.is_completed():
                     raise self._lost(phase, str(error)) from None
-            if self._is_broken():
-                raise self._lost(phase, "another rank lost it")
-            if time.monotonic() >= deadline:
-                raise self._lost(phase, "") from None
+            late, posted = time.monotonic() >= deadline, self._posted()
+            if posted is not None and (late or posted.rank != self.rank):
+                raise posted
+            if late or self._is_broken():
+                raise self._lost(phase, "" if late else "another rank lost it")
 
     def _gathered(self, mine: Any) -> list[Any]:
         found: list[Any] = [None] * self.world
@@ -152,7 +167,10 @@ class Control:
         return found
 
     def _why(self, kind: Kind, failure: str) -> RanksFailed:
-        """Ask every rank, and return the error that all of them raise."""
+        """Find out why a word failed; return the error that all ranks raise."""
+        posted = self._posted()
+        if posted is not None:
+            return posted
         said = self._gathered((int(kind), failure))
         failed = [(rank, text) for rank, (_, text) in enumerate(said) if text]
         if failed:
@@ -162,6 +180,20 @@ class Control:
         rank = next(rank for rank, each in enumerate(said) if each[0] != said[0][0])
         there, first = (TITLES[Kind(each[0])] for each in (said[rank], said[0]))
         return failed_rank(rank, there, f"it is in the word after {there}, and rank 0 after {first}", self.rank)
+
+    def _post(self, kind: Kind, failure: str) -> None:
+        """Leave word of this rank's failure, for ranks that come when it has ended."""
+        with contextlib.suppress(RuntimeError):  # the store's process is gone: the word itself says it
+            if self._store.add(f"{self._id}/failures", 1) == 1:  # the first one is everybody's error
+                self._store.set(f"{self._id}/failure", json.dumps([self.rank, TITLES[kind], failure]))
+
+    def _posted(self) -> RanksFailed | None:
+        """Return the error about a rank that gave up; None where none did."""
+        with contextlib.suppress(RuntimeError):
+            if self._store.check([f"{self._id}/failure"]):
+                rank, phase, reason = json.loads(self._store.get(f"{self._id}/failure"))
+                return failed_rank(rank, phase, reason, self.rank)
+        return None
 
     def _is_broken(self) -> bool:
         with contextlib.suppress(RuntimeError):
@@ -191,6 +223,9 @@ class Control:
 
     def _lost(self, phase: str, error: str) -> RanksFailed:
         """Find out which rank doesn't answer any more, and return the error."""
+        posted = self._posted()
+        if posted is not None:
+            return posted
         store, mine = self._store, f"{self._id}/alive/{self.rank}"
         keys = [f"{self._id}/alive/{rank}" for rank in range(self.world)]
         try:

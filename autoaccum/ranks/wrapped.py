@@ -132,6 +132,26 @@ def is_trained_sharded(model: nn.Module) -> bool:
     return bool(sharded_modules(model))
 
 
+def _with_shards(workload: Workload, ranks: int) -> list[tuple[object, str, str, str]]:
+    """Return what is refused over ranks of a sharded model only."""
+    if not sharded_modules(workload.model):
+        return []
+    return [
+        (
+            workload.encode is not None,
+            f"encode= was given, on {ranks} ranks of a sharded model.",
+            "Representations meet between the passes over the micro-batches, which are collectives here.",
+            "Use DistributedDataParallel, or train on one rank.",
+        ),
+        (
+            workload.batchnorm == "merged",
+            f"batchnorm='merged', on {ranks} ranks of a sharded model.",
+            "A rank with fewer micro-batches than others repeats one, whose statistics would count twice.",
+            "Use batchnorm='frozen', which is exact, or 'per_micro_batch': the first rank's statistics are kept.",
+        ),
+    ]
+
+
 def _refuse_over_ranks(workload: Workload, ranks: int) -> None:
     synced = [name for name, module in workload.model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
     optimizer = workload.optimizer
@@ -139,21 +159,18 @@ def _refuse_over_ranks(workload: Workload, ranks: int) -> None:
         (
             synced,
             f"{', '.join(synced[:3])} of the model takes its statistics over {ranks} ranks (SyncBatchNorm).",
-            _SHARDED,
-            "Use BatchNorm with batchnorm='frozen', which is exact, or torch.nn.GroupNorm.",
+            "It waits for all ranks in each forward, so one with another number of micro-batches, or one that starts "
+            "over after an out-of-memory, leaves the others waiting.",
+            "Use BatchNorm: with batchnorm='merged' running statistics are those of all ranks and micro-batches, with "
+            "'frozen' the gradient is exact. Or torch.nn.GroupNorm.",
         ),
         (
-            workload.encode is not None,
-            f"encode= was given, on {ranks} ranks.",
-            "The loss compares the samples of the whole window, and each rank has its own only.",
-            "Train on one rank; or give a loss that gathers representations itself, in your own loop.",
+            workload.batchnorm == "exact",
+            f"batchnorm='exact', on {ranks} ranks.",
+            "Lanes meet within one process: statistics would be those of one rank's share of the window.",
+            "Use batchnorm='frozen', which is exact; or 'merged': its running statistics are those of all ranks.",
         ),
-        (
-            workload.batchnorm in ("merged", "exact"),
-            f"batchnorm={workload.batchnorm!r}, on {ranks} ranks.",
-            "Statistics are merged over the micro-batches of one rank, which would not be those of all.",
-            "Use batchnorm='frozen', which is exact, or 'per_micro_batch': the first rank's statistics are kept.",
-        ),
+        *_with_shards(workload, ranks),
         (
             workload.batch_interactions is not None,
             f"batch_interactions={workload.batch_interactions!r}, on {ranks} ranks.",

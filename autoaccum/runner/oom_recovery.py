@@ -24,6 +24,7 @@ from ..devices.registry import get_device
 from ..errors import OutOfMemory
 from ..phases import OPTIMIZER, PHASE_TITLES
 from ..plan import Plan
+from ..ranks.exchange import StartOver
 from ..state import snapshot
 from ..units import show_bytes
 from ..window.context import TrainingContext
@@ -90,6 +91,10 @@ class OomRecovery:
                 if not oom.is_out_of_memory(error):
                     raise
                 failure = oom.drop_frames(error)
+            except StartOver:  # another rank ran out of memory; this one repeats the window as it is
+                attempt.refuse_moved("on another rank")
+                attempt.put_back()
+                continue
             finally:
                 self.attempt = None
             retries += 1
@@ -113,6 +118,8 @@ class OomRecovery:
         smaller, lowered = self.sizing.shrink(window, attempt.micro_batches_begun)
         if smaller.sizes == window.sizes:
             raise self._cannot_be_cut(failed, where, failure)
+        if self.context.exchange is not None:
+            self.context.exchange.ask_to_start_over()
         log.warning(
             "Out of memory in the %s of a window with micro-batches of %d (%s). The window starts over with at most "
             "%d, and so do the next ones; its gradient is still that of all %d samples.",

@@ -81,7 +81,7 @@ class RanksAtWork:
         if sharded_modules(context.model):
             self._attach_sharded(context)
             return
-        self.exchange = context.exchange = Exchange(self.control, reduction)
+        self.exchange = context.exchange = Exchange(self.control, reduction, meets=context.encode is not None)
         if self.wrapper is None:  # DistributedDataParallel did so when it was made
             broadcast([*context.model.parameters(), *(each for group in reduction.buffers for each in group)])
 

@@ -27,6 +27,7 @@ from torch import nn
 from ..data import split as cutting
 from ..data import tree
 from ..errors import UsageError
+from ..ranks.representations import Met, drawing_alike
 from ..state import snapshot
 from ..state.closures import Holdings
 from ..state.rng import put_rng, take_rng
@@ -59,6 +60,7 @@ def fill(
     pieces: Sequence[Batch],
     window_samples: int | None = None,
     held: Holdings | None = None,
+    meet: Callable[[Any, int], Met] | None = None,
 ) -> Cache:
     """Encode every micro-batch, and compute the loss of all representations.
 
@@ -71,6 +73,7 @@ def fill(
         window_samples: Where planning runs a short window in place of a longer one: the samples of that one, of whose
             representations the loss is to be taken, for its memory's sake.
         held: What encoder and loss hold.
+        meet: Brings these representations, and their number, together with those of other ranks.
 
     Raises:
         UsageError: The representations of two micro-batches can't be joined.
@@ -80,8 +83,23 @@ def fill(
         states.append(take_rng())
         encoded.append(tree.map_leaves(encode(piece), _leaf))
     counts = [cutting.batch_size(each) for each in encoded]
-    if sum(counts) < (window_samples or 0):
-        encoded = _stand_ins(encoded[0], window_samples or 0)
+    if meet is not None:
+        with torch.no_grad():
+            own = _joined(encoded) if encoded else None
+        met = meet(own, sum(counts))
+        with drawing_alike(met.seed):
+            loss = backward(met.together)
+        gradients = _cut(met.gradients(), counts)
+    else:
+        if sum(counts) < (window_samples or 0):
+            encoded = _stand_ins(encoded[0], window_samples or 0)
+        loss = backward(_joined(encoded))
+        gradients = [_gradients(encoded[min(i, len(encoded) - 1)], count) for i, count in enumerate(counts)]
+    return Cache(loss, gradients, states, snapshot.take(model=model, held=held, storages=False))
+
+
+def _joined(encoded: Sequence[Any]) -> Any:
+    """Return the representations of all micro-batches as one."""
     together = cutting.join(encoded)
     if together is None:
         raise UsageError(
@@ -89,9 +107,13 @@ def fill(
             "A loss over all of them needs tensors with the samples in dimension 0 and one shape for the rest.",
             "Let encode= return such tensors: pooled over the sequence, or padded to one length.",
         )
-    loss = backward(together)
-    gradients = [_gradients(encoded[min(i, len(encoded) - 1)], count) for i, count in enumerate(counts)]
-    return Cache(loss, gradients, states, snapshot.take(model=model, held=held, storages=False))
+    return together
+
+
+def _cut(gradients: dict[str, torch.Tensor], counts: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+    """Cut the gradients of all own representations into those of micro-batches."""
+    parts = {path: torch.split(gradient, list(counts)) for path, gradient in gradients.items()}
+    return [{path: part[i] for path, part in parts.items()} for i in range(len(counts))]
 
 
 def _stand_ins(encoded: Any, samples: int) -> list[Any]:

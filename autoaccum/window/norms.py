@@ -19,7 +19,7 @@ only, and the window is exact. *Synchronized batch normalization* is a batch nor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,12 +165,14 @@ def _batch_warning(norms: Norms, how: str | None) -> str:
 class Window:
     """The normalizations of one window.
 
-    Enter it around the micro-batches, and `forward` around each forward.
+    Enter it around the micro-batches, and `forward` around each forward. Where it `waits` for other ranks' statistics,
+    running ones are as before until `commit`.
     """
 
-    def __init__(self, norms: Norms, how: str | None, steps: int) -> None:
-        self.norms = norms
+    def __init__(self, norms: Norms, how: str | None, steps: int, *, waits: bool = False) -> None:
+        self.norms, self.waits = norms, waits
         self.merges = how == MERGED and steps > 1
+        self.merges |= how == MERGED and waits  # other ranks' windows may have more
         self.freezes = how == FROZEN
         self.meets = how == EXACT and steps > 1
         self.steps = steps
@@ -194,7 +196,7 @@ class Window:
             done = True
         finally:
             for merging in self.merged:
-                merging.end(commit=done)
+                merging.end(commit=done and not self.waits)
             for module in trained if self.freezes else ():
                 module.training = True
             for module, before in self._iterated:
@@ -220,6 +222,12 @@ class Window:
             self.collecting = False
         if self.norms.spectral and not self._iterated and self.steps > 1:
             self._iterated = [(module, _set_iterating(module, False)) for module in self.norms.spectral]
+
+    def commit(self, found: Sequence[Sequence[Statistics]]) -> None:
+        """Update running statistics by those of all ranks, for each module and call."""
+        for merging, calls in zip(self.merged, found, strict=True):
+            for statistics in calls:
+                _update(merging.module, statistics)
 
     def iterate(self, iterates: bool) -> None:
         """Switch spectral normalizations' iteration: on in the first lane only."""
@@ -296,7 +304,7 @@ def statistics_of(module: NormBase, x: torch.Tensor) -> Statistics:
         x: What it was given: (samples, channels, ...); for an instance normalization maybe one sample alone.
     """
     assert module.running_mean is not None and module.running_var is not None
-    mean, var = module.running_mean.to(_wide(x.device)), module.running_var.to(_wide(x.device))
+    mean, var = module.running_mean.to(wide_float(x.device)), module.running_var.to(wide_float(x.device))
     if isinstance(module, InstanceNorm):
         samples = x.shape[0] if x.dim() == unbatched_dimensions(module) + 1 else 1
         return Statistics(samples, mean.clone(), var * samples, of_instances=True)
@@ -341,7 +349,8 @@ def _set_iterating(spectral: Any, iterates: Any) -> Any:
     return before
 
 
-def _wide(device: torch.device) -> torch.dtype:
+def wide_float(device: torch.device) -> torch.dtype:
+    """Return the widest float type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -16,6 +16,8 @@ import torch
 
 from ..devices.registry import get_device
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, OnPhase
+from ..ranks.exchange import Alone, Exchange
+from ..ranks.representations import Met
 from ..ranks.sharded import reshard
 from ..workload import Batch
 from . import cached_representations, fp32_accumulation, loss_terms
@@ -25,6 +27,7 @@ from .forward_only import forward_only
 from .lanes.training import train_in_lanes
 from .loss_form import LossForm, LossKind, settle_loss_form, window_count
 from .micro_batch import backward, is_nothing, keywords, part_of_window, release_workspaces, that_count
+from .norms_over_ranks import OwnStatistics
 from .optimizer_step import optimizer_step
 
 __all__ = ["TrainingContext", "WindowResult", "forward", "open_context", "run_between", "train_window"]
@@ -78,7 +81,7 @@ def train_window(
         context.has_begun = True
     window_loss: torch.Tensor | None = None
     cache: cached_representations.Cache | None = None
-    norms = batchnorm.Window(context.norms, context.batchnorm, steps)
+    norms = batchnorm.Window(context.norms, context.batchnorm, steps, waits=exchange is not None)
     in_lanes = context.runs_in_lanes and len(pieces) > 1
     half = fp32_accumulation.wide_parameters(context.model.parameters(), context.accumulate, steps)
     with fp32_accumulation.wide_gradients(half), context.copies.window():
@@ -96,18 +99,31 @@ def train_window(
                     window_loss = loss if window_loss is None else window_loss.add_(loss)
                     del loss
                     release_workspaces(context)
+            if exchange is not None and context.encode is not None and not pieces:
+                window_loss = _all_representations(context, norms, ()).loss  # others wait for this rank
             if cache is not None:
                 cache.after.restore()
         window_loss = _no_loss(context) if window_loss is None else window_loss
         with phase(OPTIMIZER):
             context.copies.release_copied_ahead()
-            if exchange is not None:
-                window_loss = exchange.reduce(half, window_loss)
+            window_loss = _over_ranks(exchange, norms, half, window_loss)
             counts_nothing = is_nothing(context, total)
             grad_norm, stepped = optimizer_step(context, half, counts_nothing=counts_nothing, loss=window_loss)
             context.copies.release()
             release_workspaces(context)
     return WindowResult(window_loss, samples, grad_norm, stepped)
+
+
+def _over_ranks(
+    exchange: Alone | None, norms: batchnorm.Window, wide: Sequence[torch.Tensor], loss: torch.Tensor
+) -> torch.Tensor:
+    """Sum gradients and statistics over ranks; return the window's loss."""
+    if exchange is None:
+        return loss
+    own = OwnStatistics(norms)  # before the reduction: here running out of memory is private
+    loss = exchange.reduce(wide, loss, own.calls)
+    norms.commit(own.merged(exchange.calls, exchange.add_up))
+    return loss
 
 
 def run_between(context: TrainingContext, *, on_phase: OnPhase | None = None) -> None:
@@ -171,9 +187,22 @@ def _all_representations(
         backward(context, loss)
         return loss.detach()
 
-    return cached_representations.fill(
-        context.model, encode_first, backward_of_all, pieces, context.window_samples, context.held
+    exchange = context.exchange
+    if not isinstance(exchange, Exchange):
+        return cached_representations.fill(
+            context.model, encode_first, backward_of_all, pieces, context.window_samples, context.held
+        )
+
+    def meet(own: Any, rows: int) -> Met:
+        return exchange.meet(own, rows, context.device)
+
+    cache = cached_representations.fill(
+        context.model, encode_first, backward_of_all, pieces, held=context.held, meet=meet
     )
+    if exchange.control.rank:
+        exchange.reduction.drop()
+        cache.loss = torch.zeros_like(cache.loss)
+    return cache
 
 
 def _from_cache(
