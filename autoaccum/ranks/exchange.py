@@ -29,7 +29,7 @@ from .words import EQUAL_BELOW, TITLES, Control, Kind, failed_rank
 
 
 class StartOver(Exception):
-    """Ask this rank to start its window over, as another one has run out of memory."""
+    """Start the window over, as another rank ran out of memory."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Exchange(Alone):
         return meeting.run(lambda work: self.control.wait(work, TITLES[Kind.JOIN]))
 
     def ask_to_start_over(self) -> None:
-        """Let all ranks start this window over, if one can't do so alone."""
+        """Let all ranks start this window over, if one can't alone."""
         if self.has_met:
             self._say(self.next_word, [0.0, 0.0, 0.0, 1.0])
             self._begin_again()

@@ -1,4 +1,4 @@
-"""Bring the representations of all ranks together, for a loss over all of them.
+"""Bring all ranks' representations together, for a loss over all of them.
 
 Every rank has encoded its own samples. All representations are brought to every rank, which computes the whole loss of
 them, and backpropagates its own rows. A tensor of all rows is 0 where other ranks' are, and its bytes are summed: any
@@ -96,7 +96,7 @@ def require_alike(said: Sequence[Described]) -> None:
 
 
 class Meeting:
-    """Brings the rows of all ranks to each; making it needs the memory.
+    """Bring the rows of all ranks to each; making it needs memory.
 
     Args:
         said: What each rank has.
@@ -137,7 +137,7 @@ class Meeting:
 
 @contextlib.contextmanager
 def drawing_alike(seed: int) -> Iterator[None]:
-    """Draw the same random numbers on all ranks; each then goes on with its own."""
+    """Draw the same random numbers on all ranks; restore each rank's own."""
     before = take_rng()
     random.seed(seed)
     torch.manual_seed(seed)

@@ -167,7 +167,7 @@ class Control:
         return found
 
     def _why(self, kind: Kind, failure: str) -> RanksFailed:
-        """Find out why a word failed; return the error that all ranks raise."""
+        """Return the error that all ranks raise about a failed word."""
         posted = self._posted()
         if posted is not None:
             return posted
@@ -182,13 +182,13 @@ class Control:
         return failed_rank(rank, there, f"it is in the word after {there}, and rank 0 after {first}", self.rank)
 
     def _post(self, kind: Kind, failure: str) -> None:
-        """Leave word of this rank's failure, for ranks that come when it has ended."""
+        """Leave this rank's failure in the store, for ranks that come later."""
         with contextlib.suppress(RuntimeError):  # the store's process is gone: the word itself says it
             if self._store.add(f"{self._id}/failures", 1) == 1:  # the first one is everybody's error
                 self._store.set(f"{self._id}/failure", json.dumps([self.rank, TITLES[kind], failure]))
 
     def _posted(self) -> RanksFailed | None:
-        """Return the error about a rank that gave up; None where none did."""
+        """Return the error about a rank that gave up, or None."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([f"{self._id}/failure"]):
                 rank, phase, reason = json.loads(self._store.get(f"{self._id}/failure"))

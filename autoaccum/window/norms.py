@@ -224,7 +224,7 @@ class Window:
             self._iterated = [(module, _set_iterating(module, False)) for module in self.norms.spectral]
 
     def commit(self, found: Sequence[Sequence[Statistics]]) -> None:
-        """Update running statistics by those of all ranks, for each module and call."""
+        """Update running statistics by those of all ranks, by module."""
         for merging, calls in zip(self.merged, found, strict=True):
             for statistics in calls:
                 _update(merging.module, statistics)

@@ -16,7 +16,7 @@ import torch
 
 from ..devices.registry import get_device
 from ..phases import BETWEEN, FIRST, LATER, OPTIMIZER, OnPhase
-from ..ranks.exchange import Alone, Exchange
+from ..ranks.exchange import Exchange
 from ..ranks.representations import Met
 from ..ranks.sharded import reshard
 from ..workload import Batch
@@ -99,14 +99,13 @@ def train_window(
                     window_loss = loss if window_loss is None else window_loss.add_(loss)
                     del loss
                     release_workspaces(context)
-            if exchange is not None and context.encode is not None and not pieces:
-                window_loss = _all_representations(context, norms, ()).loss  # others wait for this rank
             if cache is not None:
                 cache.after.restore()
-        window_loss = _no_loss(context) if window_loss is None else window_loss
+            elif exchange is not None and context.encode is not None:  # others wait for a rank without samples
+                window_loss = _all_representations(context, norms, ()).loss
         with phase(OPTIMIZER):
             context.copies.release_copied_ahead()
-            window_loss = _over_ranks(exchange, norms, half, window_loss)
+            window_loss = _of_all_ranks(context, norms, half, window_loss)
             counts_nothing = is_nothing(context, total)
             grad_norm, stepped = optimizer_step(context, half, counts_nothing=counts_nothing, loss=window_loss)
             context.copies.release()
@@ -114,10 +113,11 @@ def train_window(
     return WindowResult(window_loss, samples, grad_norm, stepped)
 
 
-def _over_ranks(
-    exchange: Alone | None, norms: batchnorm.Window, wide: Sequence[torch.Tensor], loss: torch.Tensor
+def _of_all_ranks(
+    context: TrainingContext, norms: batchnorm.Window, wide: Sequence[torch.Tensor], loss: torch.Tensor | None
 ) -> torch.Tensor:
     """Sum gradients and statistics over ranks; return the window's loss."""
+    loss, exchange = _no_loss(context) if loss is None else loss, context.exchange
     if exchange is None:
         return loss
     own = OwnStatistics(norms)  # before the reduction: here running out of memory is private
