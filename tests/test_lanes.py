@@ -164,7 +164,7 @@ def test_norms_used_twice_shared_frozen_and_without_gradients() -> None:
     "name", ["resnet18", "mobilenet_v3_small", "squeeze", pytest.param("densenet121", marks=pytest.mark.slow)]
 )
 def test_models_of_torchvision(name: str) -> None:
-    import torchvision
+    torchvision = pytest.importorskip("torchvision")
 
     torch.manual_seed(0)
     if name == "squeeze":  # the whole table: python -m benchmarks.lanes --exactness
