@@ -10,7 +10,7 @@ from helpers_train import Capture, distance, gradients, mlp, pad, sequence, tagg
 from rank_cases import UNEVEN, rows, runner_for, token_mean, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from autoaccum import Runner, UsageError, Workload, fit_plan
@@ -33,7 +33,7 @@ def full(tensors: Any) -> list[torch.Tensor]:
 
 def trained(rank: int, make: Any, batch: Any, splits: Any, loss: Any = None, steps: int = 3, **how: Any) -> Any:
     """Train windows, each rank with its share; the worst distance from one process with the whole batch."""
-    parts = {name: how.pop(name) for name in ("mp_policy", "mesh") if name in how}
+    parts = {name: how.pop(name) for name in ("mp_policy", "mesh", "offload_policy") if name in how}
     twin, model = make(), sharded(make(), **parts)
     after = how.pop("after", lambda model: None)
     after(model)
@@ -134,6 +134,13 @@ def replicated_and_sharded(rank: int, world: int) -> Any:
         found.append(trained(rank, mlp, vectors(sum(map(sum, splits))), splits, **how)["worst"])
         found.append(clipped_epochs(rank, world, mesh)["worst"])
     return {"worst": max(found)}
+
+
+def kept_on_the_host(rank: int, world: int) -> Any:
+    """Shards and their gradients offloaded: on a CPU that takes the same way, without pinned memory."""
+    policy = CPUOffloadPolicy(pin_memory=False)
+    found = trained(rank, mlp, vectors(64), UNEVEN[world], offload_policy=policy, clip_grad_norm=1e6)
+    return {"worst": found["worst"]}
 
 
 def scaled(rank: int, world: int) -> Any:

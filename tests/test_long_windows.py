@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 from unittest import mock
 
@@ -13,15 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Truth, random_truth, recorded_programs
 
-from autoaccum.phases import FIRST, LATER, OPTIMIZER
+from autoaccum.phases import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER
 from autoaccum.planning.evidence import Evidence
 from autoaccum.planning.training_simulator import TrainingSimulator
 from autoaccum.simulation import training_run
 from autoaccum.simulation.cuda_allocator.allocator import EMPTY, CachingAllocator, CudaRules
 from autoaccum.simulation.cuda_allocator.ties import TIE_RULES
+from autoaccum.simulation.cuda_allocator.transitions import Transitions
 from autoaccum.simulation.program import as_recorded, lift
 from autoaccum.simulation.recording import Event, Phase, Recording
 from autoaccum.simulation.scaling import Rule
+from autoaccum.simulation.solver import balanced
 from autoaccum.simulation.training_run import Training, TrainingReplay, replay_training, training_of
 
 MiB = 2**20
@@ -35,15 +38,45 @@ RULES = (
 )
 
 
-def every(self: Any, size: int, count: int) -> Iterator[Phase]:
-    """All micro-batches, in place of those until a state returns."""
-    for _ in range(count):
-        yield self.writer.phase(LATER, size)
+def in_full(training: Training, split: tuple[int, ...], rules: CudaRules, windows: int = 6) -> TrainingReplay:
+    """All phases of all windows, one after the other, without looking at any state but those at windows' ends."""
+    allocator, writer = CachingAllocator(rules), training_run._Writer(training)
+    peaks: dict[str, int] = {}
+    peak, retries, failed, before = 0, [0], None, None
+    for window in range(-1, windows):
+        for phase in phases_of(training, writer, split, window):
+            found = allocator.run(phase)
+            peaks[phase.name] = max(peaks.get(phase.name, 0), found.peak_reserved_bytes)
+            peak, retries[-1] = max(peak, found.peak_allocated_bytes), retries[-1] + found.retries
+            if found.out_of_memory:
+                failed = phase.name
+                break
+        if window < 0:
+            retries.clear()
+        after = None if failed else state(allocator, writer)
+        if failed or (window >= 2 and (after == before or retries[-1])):
+            break
+        before = after
+        if window + 1 < windows:
+            retries.append(0)
+    return TrainingReplay(max(peaks.values()), peak, peaks, tuple(retries), failed)
 
 
-def in_full(training: Training, split: tuple[int, ...], rules: CudaRules, **how: Any) -> TrainingReplay:
-    with mock.patch.object(training_run._Run, "_alike", every):
-        return replay_training(training, split, rules, **how)
+def phases_of(training: Training, writer: Any, split: tuple[int, ...], window: int) -> Iterator[Phase]:
+    if window < 0:
+        yield from [Phase(BUILD, training.build)] * bool(training.build)
+        return
+    yield writer.first_of_all(split[0]) if window == 0 else writer.first(split[0], split[-1])
+    for size, run in groupby(split[1:]):
+        yield from writer.later(size, len(list(run)))
+    yield writer.first_optimizer_step() if window == 0 else writer.phase(OPTIMIZER, split[-1])
+    if BETWEEN in training.program.phases:
+        yield writer.phase(BETWEEN, split[-1])
+
+
+def state(allocator: CachingAllocator, writer: Any) -> object:
+    live = [(role, event) for role in sorted(writer.live) for event in writer.live[role]]
+    return [(role, event.bytes) for role, event in live], allocator.state_key(event.block for _, event in live)
 
 
 def counted(training: Training, split: tuple[int, ...], rules: CudaRules) -> tuple[TrainingReplay, int]:
@@ -139,29 +172,42 @@ def test_retries_of_cycles_that_are_left_out_are_counted() -> None:
     assert found == expected and min(found.retries) > 100 and phases < 40
 
 
-def test_a_window_that_begins_like_one_without_memory_is_not_replayed() -> None:
-    rng = random.Random(3)
+def test_windows_that_share_stretches_are_to_the_byte_their_full_replays() -> None:
+    """A search's windows, one after the other: what one showed is not replayed for the next."""
     for seed in range(6):
-        truth = random_truth(random.Random(seed), scale=SCALE)
+        rng, truth = random.Random(seed), random_truth(random.Random(seed), scale=SCALE)
         evidence = Evidence()
         evidence.recordings[:] = [truth.recording(5), truth.recording(7)]
         evidence.first_step = truth.recording(3)
         simulator = TrainingSimulator(evidence, (Event(1, 3 * MiB),), CudaRules(), EMPTY)
-        training, runs = training_of_truth(truth), []
+        training = training_of_truth(truth)
         most = replay_training(training, (9, 9, 9), CudaRules()).peak_reserved_bytes
-        with mock.patch.object(simulator, "_run", side_effect=simulator._run) as run:
-            for _ in range(40):
-                split = tuple(sorted((rng.randint(5, 9) for _ in range(rng.randint(1, 5))), reverse=True))
-                capacity = int(most * rng.choice((0.6, 0.8)))
-                expected = replay_training(training, split, CudaRules(capacity_bytes=capacity))
-                assert simulator.replay(split, capacity) == expected
-                runs.append(expected.fatal_micro_batches)
-        if sum(map(bool, runs)) > 20:
-            assert run.call_count < len(runs)
+        tight = rng.choice([None, *(int(most * part) for part in (0.6, 0.8, 0.95))])
+        wanted = [(balanced(31, k), None if k == 20 else tight) for k in range(12, 31)]
+        expected = [in_full(training, split, CudaRules(capacity_bytes=capacity)) for split, capacity in wanted]
+        assert [simulator.replay(*each) for each in wanted] == expected
 
 
-@pytest.mark.parametrize("growing", [Rule(0, per_sample=3 * MiB), Rule(5 * MiB)])
-def test_where_micro_batches_leave_blocks_behind_nothing_is_said_of_longer_windows(growing: Rule) -> None:
-    training = training_of_truth(Truth(growing=(growing,)))
-    found = replay_training(training, (9,) * 30, CudaRules(capacity_bytes=100 * MiB))
-    assert found.out_of_memory == LATER and found.fatal_micro_batches == 0
+@pytest.mark.parametrize(("capacity", "most"), [(110 * MiB, 3), (None, 30)])
+def test_a_search_over_numbers_of_steps_replays_each_stretch_once(capacity: int | None, most: int) -> None:
+    """Windows of two and one samples: the second micro-batch has no memory, or all have."""
+    truth = Truth(temporaries=((Rule(0, per_sample=30 * MiB), True),), gradients=(Rule(20 * MiB),))
+    training, known, rules = training_of_truth(truth), Transitions(), CudaRules(capacity_bytes=capacity)
+    with mock.patch.object(CachingAllocator, "run", autospec=True, side_effect=CachingAllocator.run) as run:
+        for steps in range(85, 160):
+            found = replay_training(training, balanced(163, steps), rules, known=known)
+            assert found.out_of_memory == (LATER if capacity else None)
+    assert run.call_count <= most
+
+
+@pytest.mark.parametrize("growing", [Rule(0, per_sample=1 * MiB), Rule(3 * MiB)])
+def test_where_micro_batches_leave_blocks_behind_they_are_merged_as_before(growing: Rule) -> None:
+    training, known = (
+        training_of_truth(Truth(temporaries=((Rule(30 * MiB), False),), growing=(growing,))),
+        Transitions(),
+    )
+    for count in (30, 31, 9, 30):
+        for capacity in (None, 250 * MiB):
+            rules = CudaRules(capacity_bytes=capacity)
+            own = known if capacity is None else Transitions()
+            assert replay_training(training, (9,) * count, rules, known=own) == in_full(training, (9,) * count, rules)

@@ -39,6 +39,8 @@ KINDS = {
     "fsdp 8": (8, False),
     "ddp view 8": (8, False),
     "fsdp 8 bf16": (8, True),
+    "fsdp 8 offload": (8, False),
+    "hsdp 2x4 bf16": (8, True),
 }
 
 
@@ -82,14 +84,19 @@ def made(kind: str) -> nn.Module:
     if kind.startswith("ddp"):
         model = Language().cuda()
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view="view" in kind)
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    how: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if half else {}
+    if "offload" in kind:
+        how["offload_policy"] = CPUOffloadPolicy()
+    if kind.startswith("hsdp"):
+        how["mesh"] = init_device_mesh("cuda", (2, 4), mesh_dim_names=("replicate", "shard"))
     with torch.device("meta"):
         sharded = Language()
     for block in sharded.blocks:
-        fully_shard(block, mp_policy=policy)
-    return fully_shard(sharded, mp_policy=policy).to_empty(device="cuda")
+        fully_shard(block, **how)
+    return fully_shard(sharded, **how).to_empty(device="cpu" if "offload" in kind else "cuda")
 
 
 def workload(kind: str) -> Workload:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 EXACT = [
     "unequal_steps", "mean_of_samples", "ragged_tokens", "a_share_that_is_all_ignored", "a_factor_that_was_set",
     "factors_that_differ", "a_loop_that_accumulated_itself", "a_micro_batch_that_is_all_ignored", "scaled",
+    "kept_on_the_host",
     "replicated_and_sharded", "clipped_epochs", "planned_together", "shares_that_were_given",
 ]  # fmt: skip
 GROUPS = {2: [*EXACT, "overflow", "in_bf16", "refused"]}

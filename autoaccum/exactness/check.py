@@ -26,6 +26,7 @@ from ..plan import Plan
 from ..process_memory import available_bytes
 from ..processes import crash_guard
 from ..ranks.group import apart, are_absent, ranks_here
+from ..ranks.sharded import device_of
 from ..ranks.wrapped import is_trained_sharded, refuse_unsupported, unwrapped
 from ..window import norms as batchnorm
 from ..window.context import forward, held_in_window
@@ -123,7 +124,7 @@ def check(
     refuse_unsupported(workload, ranks_here())
     if workload.samples_per_group > 1 and not isinstance(workload.sample, Grouped):
         workload = replace(workload, sample=Grouped(workload.sample, workload.samples_per_group))
-    if not get_device(next(workload.model.parameters()).device).computes:
+    if not get_device(device_of(next(workload.model.parameters()))).computes:
         return unknown("a virtual GPU computes nothing", "Check on a CPU or on a real GPU: autoaccum check.")
     if max_rows < test_batches.MIN_ROWS_AT_ONCE:
         fewest = test_batches.MIN_ROWS_AT_ONCE

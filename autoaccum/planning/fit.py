@@ -31,7 +31,7 @@ from ..exactness import check as exact
 from ..plan import FASTEST, FEWEST_STEPS, Plan
 from ..ranks.exchange import Alone
 from ..ranks.group import are_absent, place_here
-from ..ranks.sharded import drop_unfinished, reduce_always, settle_shards
+from ..ranks.sharded import device_of, drop_unfinished, reduce_always, settle_shards
 from ..ranks.wrapped import refuse_unsupported, unwrapped
 from ..simulation.recording import Event
 from ..simulation.solver import Solution
@@ -299,7 +299,7 @@ def _solve(
 
 
 def _environment_of(model: torch.nn.Module, device: str | torch.device | None) -> PlanningEnvironment:
-    here = next(model.parameters()).device
+    here = device_of(next(model.parameters()))
     wanted = torch.device(device) if device is not None else here
     if wanted.type != here.type:
         raise UsageError(f"The model is on {here}, not on {wanted}.", hint=f"Move it first: model.to({str(wanted)!r})")

@@ -22,6 +22,7 @@ from ..errors import DoesNotFit, UsageError
 from ..plan import FEWEST_STEPS, DistributionSection, Plan, RankEntry
 from ..ranks.agreement import require_equal, together
 from ..ranks.group import Place, apart, place_here
+from ..ranks.sharded import device_of
 from ..ranks.shares import EQUAL, MEMORY, SPEED, Shares, check_shares, proportional
 from ..ranks.words import Control
 from ..ranks.wrapped import (
@@ -196,7 +197,7 @@ class _Agreement:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.workload.model.parameters()).device
+        return device_of(next(self.workload.model.parameters()))
 
     def _least(self) -> int:
         norms = batchnorm.find_norms(self.workload.model, held_in_window(self.workload).modules)

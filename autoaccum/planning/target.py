@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +80,18 @@ class RecordingTarget:
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the model's gradients."""
-        return sum(local_bytes(p) for p in self.context.model.parameters() if p.requires_grad)
+        """Bytes of the model's gradients on the device."""
+        return self._bytes_here(p for p in self.context.model.parameters() if p.requires_grad)
 
     @property
     def held_state_bytes(self) -> int:
-        """Bytes of the optimizer state that exists now."""
+        """Bytes of the optimizer state that exists now on the device."""
         values = (value for state in self.context.optimizer.state.values() for value in state.values())
-        return sum(local_bytes(value) for value in values if isinstance(value, torch.Tensor))
+        return self._bytes_here(value for value in values if isinstance(value, torch.Tensor))
+
+    def _bytes_here(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Return the bytes of tensors on the device; FSDP2 may keep shards on the host."""
+        return sum(local_bytes(each) for each in tensors if each.device.type == self.context.device.type)
 
 
 def _tensor_bytes(batch: Batch) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..simulation.cuda_allocator.allocator import AllocatorState, CudaRules
+from ..simulation.cuda_allocator.transitions import Transitions
 from ..simulation.program import StepProgram, as_recorded, plain_window
 from ..simulation.recording import Event, live_peak
 from ..simulation.solver import Split
@@ -21,7 +22,6 @@ from .evidence import Evidence
 from .growth import WINDOWS
 
 MAX_REPLAYS = 4096  # kept in memory
-_How = tuple[int | None, bool, bool, bool]  # capacity, workspaces kept, expandable segments, stops at a retry
 _Key = tuple[Split, int | None, bool, bool, bool]
 
 
@@ -43,14 +43,14 @@ class TrainingSimulator:
         self._rules = rules
         self._start = start
         self._replays: dict[_Key, TrainingReplay] = {}
-        self._fatal: dict[_Key, TrainingReplay] = {}  # by the first micro-batches, after which memory has run out
+        self._known: dict[tuple[object, ...], Transitions] = {}
         self._floors: dict[tuple[int, bool], int] = {}
         self._trainings: dict[int, Training] = {}  # by recorded micro-batch; 0: of the program
 
     def clear(self) -> None:
         """Drop all results."""
         self._replays.clear()
-        self._fatal.clear()
+        self._known.clear()
         self._floors.clear()
         self._trainings.clear()
 
@@ -76,41 +76,22 @@ class TrainingSimulator:
             LookupError: There is neither a program nor a recording that large.
         """
         expandable = self._rules.expandable_segments if expandable is None else expandable
-        how = capacity_bytes, kept, expandable, stops_at_retry
-        if (split, *how) not in self._replays:
-            found = self._known_to_fail(split, how) or self._run(split, how)
+        key = split, capacity_bytes, kept, expandable, stops_at_retry
+        if key not in self._replays:
+            training, sizes = self._training(split)
             if len(self._replays) > MAX_REPLAYS:
                 self._replays.clear()
-            self._replays[split, *how] = found
-        return self._replays[split, *how]
-
-    def _run(self, split: Split, how: _How) -> TrainingReplay:
-        """Replay windows of a split."""
-        capacity_bytes, kept, expandable, stops_at_retry = how
-        training, sizes = self._training(split)
-        found = replay_training(
-            with_kept_workspaces(training) if kept else training,
-            sizes,
-            replace(self._rules, capacity_bytes=capacity_bytes, expandable_segments=expandable),
-            start=self._start,
-            windows=MAX_WINDOWS if self._evidence.growth is None else WINDOWS,
-            stops_at_retry=stops_at_retry,
-        )
-        if found.fatal_micro_batches:
-            self._fatal[split[: found.fatal_micro_batches], *how] = found
-        return found
-
-    def _known_to_fail(self, split: Split, how: _How) -> TrainingReplay | None:
-        """Return the replay of a window that began alike, and failed there.
-
-        Up to its out-of-memory both are the same, so its replay is this one's. A search over numbers of steps tries
-        many windows of equal beginnings.
-        """
-        if not self._evidence.has_program:
-            return None  # the size that stands for all depends on the first one alone
-        lengths = {len(begun) for begun, *rest in self._fatal if tuple(rest) == how}
-        found = (self._fatal.get((split[:length], *how)) for length in sorted(lengths))
-        return next((each for each in found if each is not None), None)
+                self._known.clear()
+            self._replays[key] = replay_training(
+                with_kept_workspaces(training) if kept else training,
+                sizes,
+                replace(self._rules, capacity_bytes=capacity_bytes, expandable_segments=expandable),
+                start=self._start,
+                windows=MAX_WINDOWS if self._evidence.growth is None else WINDOWS,
+                stops_at_retry=stops_at_retry,
+                known=self._known.setdefault((id(training), capacity_bytes, kept, expandable), Transitions()),
+            )
+        return self._replays[key]
 
     def has_workspaces(self, split: Split) -> bool:
         """Return whether cuBLAS's workspaces were recorded."""

@@ -55,6 +55,17 @@ def settle_shards(model: nn.Module) -> None:
         module.reshard()
 
 
+def device_of(tensor: torch.Tensor) -> torch.device:
+    """Return where a parameter is computed with.
+
+    FSDP2 with a CPUOffloadPolicy keeps shards on the host, and gathers them on its mesh's device.
+    """
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None or mesh.device_type == tensor.device.type or tensor.device.type != "cpu":
+        return tensor.device
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
 def reduce_always(model: nn.Module) -> None:
     """Let each backward reduce gradients over all ranks, and end alike.
 

@@ -7,12 +7,13 @@ the build on, until one leaves the allocator as it found it, or a few have passe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from ..phases import BETWEEN, BUILD, FIRST, LATER, OPTIMIZER
-from .cuda_allocator.allocator import EMPTY, AllocatorState, CachingAllocator, CudaRules
+from .cuda_allocator.allocator import EMPTY, AllocatorState, CachingAllocator, CudaRules, PhaseResult
+from .cuda_allocator.transitions import Outcome, Transitions
 from .program import CompiledPhase, EventGenerator, Step, StepProgram, compile_phase, left_behind, permanent_allocations
 from .recording import Event, Phase, Recording
 
@@ -68,8 +69,6 @@ class TrainingReplay:
         phases: Peak of reserved bytes by phase name, over all windows.
         retries: Number of cache flushes to make room, by window.
         out_of_memory: The phase in which memory ran out; None if it did not.
-        fatal_micro_batches: How many micro-batches of the very first window it took to run out of memory, so that each
-            window that begins with them does; 0 where it ran out elsewhere, or not.
     """
 
     peak_reserved_bytes: int
@@ -77,7 +76,6 @@ class TrainingReplay:
     phases: Mapping[str, int]
     retries: tuple[int, ...]
     out_of_memory: str | None = None
-    fatal_micro_batches: int = 0
 
     @property
     def fits(self) -> bool:
@@ -174,6 +172,7 @@ def replay_training(
     start: AllocatorState = EMPTY,
     windows: int = MAX_WINDOWS,
     stops_at_retry: bool = False,
+    known: Transitions | None = None,
 ) -> TrainingReplay:
     """Train window after window of one split on an allocator model.
 
@@ -184,15 +183,16 @@ def replay_training(
         start: The allocator's state before.
         windows: The most windows to replay.
         stops_at_retry: Whether to stop at the first retry.
+        known: What earlier replays of the same training, rules and start found out; this one adds to it.
     """
     allocator = CachingAllocator(rules, start)
-    run = _Run(allocator, _Writer(training))
+    run = _Run(allocator, _Writer(training), Transitions() if known is None else known)
     if training.build and start == EMPTY:
-        run.phase(Phase(BUILD, training.build))
+        run.step((BUILD,), lambda: Phase(BUILD, training.build))
     before = None
     for index in range(windows if run.out_of_memory is None else 0):  # the model alone may not fit
         run.window(split, first=index == 0)
-        after = run.state() if run.out_of_memory is None else None
+        after = run.at
         if run.out_of_memory is not None or (index >= 2 and after == before):
             break
         if run.retries[-1] and (stops_at_retry or index >= 2):  # it doesn't fit: see TrainingReplay.fits
@@ -204,81 +204,104 @@ def replay_training(
         run.phases,
         tuple(run.retries),
         run.out_of_memory,
-        run.fatal_micro_batches,
     )
 
 
 class _Run:
-    """Run phases on an allocator and accumulate their results."""
+    """Run phases on an allocator and accumulate their results.
 
-    def __init__(self, allocator: CachingAllocator, writer: _Writer) -> None:
-        self.allocator, self.writer = allocator, writer
+    Phases whose outcome is known are left for later: they run only where another one follows that isn't.
+    """
+
+    def __init__(self, allocator: CachingAllocator, writer: _Writer, known: Transitions) -> None:
+        self.allocator, self.writer, self.known = allocator, writer, known
         self.phases: dict[str, int] = {}
         self.retries: list[int] = []
         self.peak_allocated_bytes = 0
         self.out_of_memory: str | None = None
-        self.fatal_micro_batches = 0
-        self._done = 0  # micro-batches of the window that are over, those that were left out included
+        self.at = 0  # the number of the state
+        self._left: list[Callable[[], Phase]] = []
 
-    def phase(self, phase: Phase) -> None:
-        result = self.allocator.run(phase)
-        self.phases[phase.name] = max(self.phases.get(phase.name, 0), result.peak_reserved_bytes)
+    def step(self, what: tuple[object, ...], write: Callable[[], Phase], *, compares: bool = False) -> None:
+        """Run a phase, or take its outcome from where it is known.
+
+        Args:
+            what: Describes the phase: equal ones do equal things in equal states.
+            write: Writes its events; called in order.
+            compares: Whether the state after it may be one that was there before.
+        """
+        found = self.known.outcomes.get((self.at, *what))
+        if found is None:
+            self._catch_up()
+            result = self.allocator.run(write())
+            looks = compares and not result.out_of_memory
+            found = Outcome(result, self.known.number_of(self._key()) if looks else self.known.new())
+            self.known.outcomes[self.at, *what] = found
+        else:
+            self._left.append(write)
+        self._add(found.result)
+        self.at = found.after
+
+    def _catch_up(self) -> None:
+        """Run the phases that were left."""
+        for left in self._left:
+            self.allocator.run(left())
+        self._left.clear()
+
+    def _add(self, result: PhaseResult) -> None:
+        self.phases[result.name] = max(self.phases.get(result.name, 0), result.peak_reserved_bytes)
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, result.peak_allocated_bytes)
         if self.retries:
             self.retries[-1] += result.retries
         if result.out_of_memory:
-            self.out_of_memory = phase.name
+            self.out_of_memory = result.name
 
-    def window(self, split: Sequence[int], *, first: bool) -> None:
-        self.retries.append(0)
-        self._done = 0
-        for phase in self._phases(split, first):
-            self.phase(phase)
-            if self.out_of_memory is not None:
-                merges = self.writer.program.later_growth_bytes > 0  # what is left behind, by how many there are
-                if first and phase.name in (FIRST, LATER) and not merges:
-                    self.fatal_micro_batches = self._done + 1
-                return
-            self._done += 1
-
-    def state(self) -> object:
+    def _key(self) -> object:
         """Return a key, equal for moments from which the run continues alike."""
         live = [(role, event) for role, copies in sorted(self.writer.live.items()) for event in copies]
         roles = tuple((role, event.bytes, event.stream) for role, event in live)
         return roles, self.allocator.state_key(event.block for _, event in live)
 
-    def _phases(self, split: Sequence[int], first: bool) -> Iterator[Phase]:
-        writer = self.writer
-        yield writer.first_of_all(split[0]) if first else writer.first(split[0], split[-1])
-        for size, run in groupby(split[1:]):
-            count = len(list(run))
-            yield from self._alike(size, count) if writer.program.later_growth_bytes <= 0 else writer.later(size, count)
-        yield writer.first_optimizer_step() if first else writer.phase(OPTIMIZER, split[-1])
+    def window(self, split: Sequence[int], *, first: bool) -> None:
+        writer, n, last = self.writer, split[0], split[-1]
+        self.retries.append(0)
+        steps: list[tuple[tuple[object, ...], Callable[[], Phase]]] = []
+        if first:
+            self.step(("very first", n), lambda: writer.first_of_all(n))
+            steps.append((("first optimizer step",), writer.first_optimizer_step))
+        else:
+            self.step((FIRST, n, last), lambda: writer.first(n, last))
+            steps.append(((OPTIMIZER, last), lambda: writer.phase(OPTIMIZER, last)))
         if BETWEEN in writer.program.phases:
-            yield writer.phase(BETWEEN, split[-1])
+            steps.append(((BETWEEN, last), lambda: writer.phase(BETWEEN, last)))
+        for size, run in groupby(split[1:]):
+            self._later(size, len(list(run)))
+        for what, write in steps:
+            if self.out_of_memory is None:
+                self.step(what, write, compares=write is steps[-1][1])
 
-    def _alike(self, size: int, count: int) -> Iterator[Phase]:
-        """Yield later micro-batches of one size, leaving out whole cycles of states.
+    def _later(self, size: int, count: int) -> None:
+        """Run later micro-batches of one size, leaving out cycles of states.
 
-        Equal micro-batches on equal states do equal things, so once a state returns, what follows is known: the same
-        peaks, and as many retries in each cycle. One earlier state is compared with, taken anew at powers of two, which
-        finds cycles of any length (Brent, "An improved Monte Carlo factorization algorithm", 1980, section 2).
+        Once a state returns, what follows is known: the same peaks, and as many retries in each cycle.
         """
-        known: object = None
-        at, reach, retries, index = 0, 1, 0, 0
-        while index < count:
-            yield self.writer.phase(LATER, size)
+        if self.writer.program.later_growth_bytes > 0:  # no state returns, and long runs are merged into few phases
+            self._catch_up()  # before anything is written
+            for place, phase in enumerate(self.writer.later(size, count)):
+                if self.out_of_memory is None:
+                    self.step((LATER, size, count, place), lambda phase=phase: phase)  # type: ignore[misc]
+            return
+        seen: dict[int, tuple[int, int]] = {}
+        index = 0
+        while index < count and self.out_of_memory is None:
+            self.step((LATER, size), lambda: self.writer.phase(LATER, size), compares=True)
             index += 1
-            if reach == 0 or index == count:
-                continue
-            state = self.state()
-            if state == known:
-                cycles, rest = divmod(count - index, index - at)
+            if self.at in seen:
+                at, retries = seen[self.at]
+                cycles = (count - index) // (index - at)
                 self.retries[-1] += cycles * (self.retries[-1] - retries)
-                self._done += count - index - rest
-                index, reach = count - rest, 0
-            elif index - at == reach:
-                known, at, reach, retries = state, index, 2 * reach, self.retries[-1]
+                index += cycles * (index - at)
+            seen[self.at] = index, self.retries[-1]
 
 
 class _Writer(EventGenerator):

@@ -20,6 +20,7 @@ from ..data.prefetch import Copies
 from ..errors import UsageError
 from ..ranks.exchange import Alone
 from ..ranks.group import ranks_here
+from ..ranks.sharded import device_of
 from ..ranks.wrapped import refuse_unsupported
 from ..state.closures import Holdings, holdings
 from ..workload import Batch, Loss, Workload, class_count, default_loss, is_pair
@@ -160,7 +161,7 @@ def open_context(workload: Workload) -> TrainingContext:
         model=model,
         loss=loss or default_loss,
         optimizer=optimizer,
-        device=trained[0].device,
+        device=device_of(trained[0]),
         scaler=workload.scaler,
         scheduler=scheduler,
         metric=workload.metric,
