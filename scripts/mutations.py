@@ -92,7 +92,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('hooks of a forward left behind', 'autoaccum/window/isolated.py', '                del hooks[number]', '                pass', ('tests/test_exact.py',)),
     ("the user's batch given to a loss that writes into it", 'autoaccum/exactness/functional_copy.py', 'lambda tensor: self._cast(tensor.detach()).clone()', 'lambda tensor: self._cast(tensor.detach())', ('tests/test_exact.py',)),
     ('buffers carried from one window to the next', 'autoaccum/exactness/functional_copy.py', '        self.copies |= {name: buffer.clone() for name, buffer in self.buffers.items()}\n        return', '        self.copies |= {n: b.clone() for n, b in self.buffers.items() if n not in self.copies}\n        return', ('tests/test_exact.py',)),
-    ('a verdict on a virtual GPU', 'autoaccum/exactness/check.py', 'if not get_device(next(workload.model.parameters()).device).computes:', 'if False:', ('tests/test_exact.py',)),
+    ('a verdict on a virtual GPU', 'autoaccum/exactness/check.py', 'if not get_device(device_of(next(workload.model.parameters()))).computes:', 'if False:', ('tests/test_exact.py',)),
     ('modules around the one that couples samples are named', 'autoaccum/exactness/coupling.py', 'if _moved(gave, gave_too) and not _moved(given, given_too):', "if _moved(gave, gave_too) and name.startswith('the model'):", ('tests/test_exact.py',)),
     ('step: nothing ever counts as nothing', 'autoaccum/window/micro_batch.py', 'get_device(context.device).computes and not bool(count)', 'False', ('tests/test_step.py',)),
     ('hugging_face: labels[..., 1:] if self.shifted', 'autoaccum/window/hugging_face.py', 'labels[..., 1:] if self.shifted', 'labels if self.shifted', ('tests/test_hugging_face.py',)),

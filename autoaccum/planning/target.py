@@ -90,7 +90,7 @@ class RecordingTarget:
         return self._bytes_here(value for value in values if isinstance(value, torch.Tensor))
 
     def _bytes_here(self, tensors: Iterable[torch.Tensor]) -> int:
-        """Return the bytes of tensors on the device; FSDP2 may keep shards on the host."""
+        """Return the bytes of tensors, without shards that FSDP2 keeps elsewhere."""
         return sum(local_bytes(each) for each in tensors if each.device.type == self.context.device.type)
 
 

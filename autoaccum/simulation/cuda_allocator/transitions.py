@@ -10,7 +10,7 @@ from .allocator import PhaseResult
 
 
 class Outcome(NamedTuple):
-    """Hold what a phase did to a state: figures, and the next state's number."""
+    """Hold a phase's figures, and the number of the state after it."""
 
     result: PhaseResult
     after: int
