@@ -12,6 +12,7 @@ from ..data import tree
 from ..devices.base import Device
 from ..phases import OnPhase
 from ..process_memory import Heap
+from ..ranks.sharded import device_of
 from ..simulation.recording import Event
 from ..simulation.solver import Split
 from ..torch_compat import local_bytes
@@ -89,9 +90,10 @@ class RecordingTarget:
         values = (value for state in self.context.optimizer.state.values() for value in state.values())
         return self._bytes_here(value for value in values if isinstance(value, torch.Tensor))
 
-    def _bytes_here(self, tensors: Iterable[torch.Tensor]) -> int:
+    @staticmethod
+    def _bytes_here(tensors: Iterable[torch.Tensor]) -> int:
         """Return the bytes of tensors, without shards that FSDP2 keeps elsewhere."""
-        return sum(local_bytes(each) for each in tensors if each.device.type == self.context.device.type)
+        return sum(local_bytes(each) for each in tensors if device_of(each).type == each.device.type)
 
 
 def _tensor_bytes(batch: Batch) -> int:
