@@ -12,8 +12,10 @@ os.environ["AUTOACCUM_PLAN_CACHE"] = (
     "0"  # a plan that is tested is planned; tests/test_plan_cache.py has a cache of its own
 )
 
-import pytest
-import torch
+gc.disable()  # until the tests are collected: what imports make stays, and collections are half of their seconds
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Files that take longest, for pytest-xdist to start with: one of them begun last would keep one process alone at work.
 LONGEST_FIRST = (
@@ -60,6 +62,12 @@ def _hide_a_torchvision_for_another_torch() -> str:
 HIDDEN = _hide_a_torchvision_for_another_torch()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the process that only hands out tests collect garbage: it imports none of them."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        gc.enable()
+
+
 def pytest_report_header() -> list[str]:
     """Return a line that says whether torchvision is hidden."""
     return [HIDDEN] if HIDDEN else []
@@ -80,3 +88,4 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()

@@ -299,7 +299,11 @@ def chosen(argument: int, things: Sequence[Any]) -> list[Any]:
 
 def main() -> None:
     """Every case in every setting, a line of JSON each."""
+    import torch._dynamo  # noqa: F401  as the first optimizer does
+
     find_rules(0)  # before the first case: its test leaves nothing behind
+    gc.collect()
+    gc.freeze()  # or each case's collection would go through all that torch has
     for setting in chosen(2, SETTINGS):
         if "large_segment" in setting.text and not has_large_segments():
             continue

@@ -12,8 +12,10 @@ import pytest
 from plan_fields import changed_plan
 from strategies import made_up_plan
 from test_report import NASTY
+from typer.testing import CliRunner
 
 from autoaccum import Plan
+from autoaccum.cli import app
 from autoaccum.processes.child import call
 from autoaccum.tuning.compare import comparison, results
 from autoaccum.tuning.compare.candidates import (
@@ -145,7 +147,8 @@ def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_mistakes_are_reported_before_anything_runs(args: list[str], shown: str) -> None:
-    assert shown in run(*args, code=2).stderr
+    error = CliRunner().invoke(app, ["bench", *args]).exception
+    assert isinstance(error, comparison.UsageError) and shown in str(error)
 
 
 def test_a_tuned_plan_for_another_target_is_refused() -> None:

@@ -16,8 +16,13 @@ from typing import Any
 import pytest
 import torch
 from helpers_train import split_otherwise
+from typer.testing import CliRunner
 
 from autoaccum import Plan
+from autoaccum.cli import app
+from autoaccum.errors import PlanMismatch, UsageError
+from autoaccum.processes.workload_source import load_workload
+from autoaccum.runner.loop import train
 
 TINY = """
 import os, time
@@ -82,9 +87,16 @@ def trained(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def stopped(folder: Path) -> Path:
     """A checkpoint after three steps."""
-    out = run("run", "plan.json", "--epochs", "2", "--steps", "3", "--checkpoint", "three.pt", "--json", cwd=folder)
-    assert json.loads(out.stdout)["steps"] == 3
+    out = run("run", "plan.json", "--epochs", "2", "--steps", "3", "--checkpoint", "three.pt", cwd=folder)
+    *_, ended, kept = out.stdout.splitlines()
+    assert ended.startswith("done: 3 optimizer steps") and kept == "checkpoint: three.pt"
     return folder / "three.pt"
+
+
+def trained_here(folder: Path, plan: str, **how: Any) -> dict[str, Any]:
+    """What `autoaccum run` does in its child process once the workload is loaded."""
+    workload = load_workload(f"{folder / 'tiny.py'}:workload")
+    return train(workload, Plan.load(folder / plan), progress=lambda message: None, **how)
 
 
 def test_json_is_alone_on_stdout_and_with_the_default_malloc_a_quarter_is_added(folder: Path) -> None:
@@ -127,29 +139,54 @@ def test_does_not_fit_is_exit_code_3_with_the_missing_bytes(folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["plan", "--target-batch", "0"], "--target-batch is 0"),
+        (["plan", "--target-batch", "many"], "neither samples nor tokens"),
+        (["plan", "--memory", "lots"], "'lots' is not"),
+        (["plan", "--workload", "chatgpt"], "Did you mean --workload chargpt"),
+        (["plan", "--workload", "none.py:workload"], "no file 'none.py'"),
+        (["plan", "--device", "tpu"], "--device cpu"),
+        (["run", "none.json"], "cannot be read"),
+        (["run", "half.json"], "half.json"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_started(
+    folder: Path, args: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*args: Any, **how: Any) -> None:
+        raise AssertionError("a process was started")
+
+    text = (folder / "plan.json").read_text()
+    (folder / "half.json").write_text(text[: len(text) // 2])
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("autoaccum.processes.child.call", started)
+    result = CliRunner().invoke(app, args)
+    assert isinstance(result.exception, UsageError) and result.stdout == ""
+    assert message in f"{result.exception} {result.exception.hint}" and result.exception.exit_code == 2
+
+
+@pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["plan", "--target-batch", "0"], 2, "--target-batch is 0"),
-        (["plan", "--target-batch", "many"], 2, "neither samples nor tokens"),
-        (["plan", "--memory", "lots"], 2, "'lots' is not"),
-        (["plan", "--workload", "chatgpt"], 2, "Did you mean --workload chargpt"),
-        (["plan", "--workload", "none.py:workload"], 2, "no file 'none.py'"),
-        (["plan", "--workload", "tiny.py:worklod"], 2, "Did you mean tiny.py:workload"),
-        (["plan", "--workload", "tiny.py:other"], 2, "returned int"),
         (["plan", "--workload", "tiny.py:broken"], 1, "ValueError: a mistake of the user's"),
         (["plan", "--device", "cuda"], 2, "--gpu a100-40gb"),
-        (["plan", "--device", "tpu"], 2, "--device cpu"),
         (["explain", "none.json"], 2, "cannot be read"),
-        (["run", "none.json"], 2, "cannot be read"),
-        (["run", "half.json"], 2, "half.json"),
         (["plna"], 2, "plna"),
     ],
 )
 def test_mistakes_get_a_sentence_and_no_traceback(folder: Path, args: list[str], code: int, message: str) -> None:
-    text = (folder / "plan.json").read_text()
-    (folder / "half.json").write_text(text[: len(text) // 2])
     out = run(*args, cwd=folder, code=code)
     assert message in out.stderr and "Traceback" not in out.stderr and out.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"), [("worklod", "Did you mean .*tiny.py:workload"), ("other", "returned int")]
+)
+def test_a_function_that_makes_no_workload_is_a_mistake_of_usage(folder: Path, function: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load_workload(f"{folder / 'tiny.py'}:{function}")
+    assert caught.value.exit_code == 2
 
 
 def test_traceback_shows_the_users_own_line(folder: Path) -> None:
@@ -166,8 +203,6 @@ def test_run_without_a_terminal_prints_a_line_per_epoch_and_says_what_was_kept(f
     out = run("run", "plan.json", "--epochs", "2", cwd=folder).stdout.splitlines()
     assert [line.split(":")[0] for line in out[:2]] == ["epoch 1, window 4 of 4", "epoch 2, window 4 of 4"]
     assert out[2].startswith("done: 8 optimizer steps, 400 samples") and out[3].startswith("no checkpoint was written")
-    out = run("run", "plan.json", "--steps", "1", "--checkpoint", "one.pt", cwd=folder).stdout.splitlines()
-    assert len(out) == 2 and out[1] == "checkpoint: one.pt"
 
 
 def test_speed_is_of_all_windows_after_the_first_whatever_their_sizes() -> None:
@@ -186,8 +221,9 @@ def test_run_refuses_a_plan_for_another_model(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     plan["provenance"]["fingerprint"]["model"] = "Another 0123"
     (folder / "other.json").write_text(json.dumps(plan))
-    out = run("run", "other.json", cwd=folder, code=1)
-    assert "Another 0123" in out.stderr and "Plan again" in out.stderr
+    with pytest.raises(PlanMismatch, match=r"(?s)Another 0123.*Plan again") as caught:
+        trained_here(folder, "other.json")
+    assert caught.value.exit_code == 1
 
 
 def parameters(path: Path) -> dict[str, torch.Tensor]:
@@ -237,20 +273,19 @@ def test_an_interrupt_stops_at_a_windows_end_with_a_checkpoint(
 
 def test_a_killed_run_leaves_a_whole_checkpoint(folder: Path) -> None:
     command = [sys.executable, "-c", "from autoaccum.cli import main; main()", "run", "plan.json", "--epochs", "50"]
-    for round in range(2):
-        process = subprocess.Popen(
-            [*command, "--checkpoint", "killed.pt", "--checkpoint-seconds", "0"],
-            cwd=folder, start_new_session=True, env=os.environ | {"SLOW": "1"},
-        )  # fmt: skip
-        _wait_for(folder / "killed.pt")
-        time.sleep(0.1 + 0.37 * round)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        state = torch.load(folder / "killed.pt", weights_only=False)
-        assert state["runner"]["number"] >= 1
+    process = subprocess.Popen(
+        [*command, "--checkpoint", "killed.pt", "--checkpoint-seconds", "0"],
+        cwd=folder, start_new_session=True, env=os.environ | {"SLOW": "1"},
+    )  # fmt: skip
+    _wait_for(folder / "killed.pt")
+    time.sleep(0.37)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    state = torch.load(folder / "killed.pt", weights_only=False)
+    assert state["runner"]["number"] >= 1
     (folder / ".killed.pt.killed.part").touch()
     os.utime(folder / ".killed.pt.killed.part", (0, 0))
-    run("run", "plan.json", "--steps", "1", "--checkpoint", "killed.pt", cwd=folder)
+    trained_here(folder, "plan.json", steps=1, checkpoint=str(folder / "killed.pt"))
     assert not list(folder.glob(".killed.pt.*"))
 
 
@@ -262,8 +297,9 @@ def _wait_for(path: Path) -> None:
 
 
 def test_steps_that_were_done_before_a_resume_count(folder: Path, stopped: Path) -> None:
-    out = run("run", "plan.json", "--epochs", "2", "--steps", "3", "--checkpoint", stopped.name, "--json", cwd=folder)
-    assert json.loads(out.stdout)["steps"] == 3
+    shutil.copy(stopped, folder / "done.pt")
+    found = trained_here(folder, "plan.json", epochs=2, steps=3, checkpoint=str(folder / "done.pt"))
+    assert found["steps"] == 3 and found["loss"] is None
 
 
 def test_a_checkpoint_goes_on_with_a_smaller_micro_batch_but_not_with_another_target(
@@ -272,11 +308,12 @@ def test_a_checkpoint_goes_on_with_a_smaller_micro_batch_but_not_with_another_ta
     shutil.copy(stopped, folder / "moved.pt")
     plan = Plan.load(folder / "plan.json")
     split_otherwise(plan, 64, 8).save(folder / "smaller.json")
-    out = run("run", "smaller.json", "--steps", "4", "--checkpoint", "moved.pt", "--json", cwd=folder)
-    assert json.loads(out.stdout)["steps"] == 4 and json.loads(out.stdout)["micro_batch"] == 8
+    moved = str(folder / "moved.pt")
+    found = trained_here(folder, "smaller.json", steps=4, checkpoint=moved)
+    assert found["steps"] == 4 and found["micro_batch"] == 8
     split_otherwise(plan, 32, 16).save(folder / "other-target.json")
-    out = run("run", "other-target.json", "--checkpoint", "moved.pt", cwd=folder, code=2)
-    assert "target batch: 64 there, 32 here" in out.stderr
+    with pytest.raises(UsageError, match="target batch: 64 there, 32 here"):
+        trained_here(folder, "other-target.json", checkpoint=moved)
 
 
 def test_where_a_cap_decided_the_plan_says_so(folder: Path) -> None:
@@ -317,8 +354,6 @@ def test_importing_and_help_are_quick_and_load_nothing_heavy() -> None:
 
 def test_the_options_of_the_command_line_are_frozen() -> None:
     from typer.main import get_command
-
-    from autoaccum.cli import app
 
     group: Any = get_command(app)
     found = {

@@ -7,6 +7,7 @@ program; a line of JSON is its answer. The wide version, which tries every size,
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -167,6 +168,9 @@ def _changed(of: truth_search.Truth, target: int, *, state: bool) -> list[str]:
 
 def main(number: int) -> None:
     """The answer of one case, on the virtual GPU."""
+    import torch._dynamo
+
+    gc.freeze()
     torch.set_num_threads(1)
     of = truth_search.Truth(CASES[number])
     target = int(of.case.load)

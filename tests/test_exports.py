@@ -13,8 +13,10 @@ import pytest
 import torch
 from plan_fields import changed_plan
 from torch import nn
+from typer.testing import CliRunner
 
 from autoaccum import Plan, UsageError, Workload, fit_plan
+from autoaccum.cli import app
 from autoaccum.reporting.exports.equal_steps import equal_steps
 from autoaccum.reporting.exports.json_merge import merge
 from autoaccum.reporting.exports.targets import TARGETS, export
@@ -285,7 +287,8 @@ def test_the_command_prints_plain_values_and_writes_once(plan: Plan, tmp_path: P
     assert (tmp_path / "ds.json").read_text() == COMMENTED
     cli(*merged, str(tmp_path / "ds.json"), "--force")
     assert (tmp_path / "ds.json").read_text() == merge(COMMENTED, NUMBERS, source="")
-    assert "one of: hf" in cli("export", str(file), "--to", "megatron", code=2).stderr
+    error = CliRunner().invoke(app, ["export", str(file), "--to", "megatron"]).exception
+    assert isinstance(error, UsageError) and "one of: hf" in f"{error} {error.hint}"
 
 
 def test_the_command_knows_every_target() -> None:

@@ -1,12 +1,14 @@
 """The Runner on CUDA, by the real allocator of a virtual GPU: copies, running out of memory, the scaler.
 
 Kernels compute nothing there, so gradients are compared on the CPU (test_oom.py, test_runner.py); what is shown here is
-what the device adds: a real `torch.OutOfMemoryError`, blocks, streams. Each case is a process that runs this file.
+what the device adds: a real `torch.OutOfMemoryError`, blocks, streams. Each case is a process of its own, forked from
+one that runs this file.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import gc
 import json
 import logging
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,19 +52,25 @@ def on_virtual_gpu(name: str, *arguments: object, gpu: VirtualGpu | None = None)
     return out.decode()
 
 
-@pytest.mark.skipif(REASON is not None, reason=str(REASON))
-@pytest.mark.parametrize(
-    "name",
-    [
-        "a_loop_reserves_what_the_runner_does",
-        "a_loss_counted_on_it",
-        "copies_overlap",
-        "everything_is_recovered_from",
-        "the_scaler_works_once_a_window",
-    ],
+TOGETHER = (
+    "a_loop_reserves_what_the_runner_does",
+    "a_loss_counted_on_it",
+    "copies_overlap",
+    "everything_is_recovered_from",
+    "the_scaler_works_once_a_window",
 )
+
+
+@functools.cache
+def outcomes() -> dict[str, str]:
+    """What went wrong in each case, "" where nothing did."""
+    return dict(json.loads(on_virtual_gpu("all_of", *TOGETHER).splitlines()[-1]))
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("name", TOGETHER)
 def test_on_the_virtual_gpu(name: str) -> None:
-    on_virtual_gpu(name)
+    assert not outcomes()[name], outcomes()[name]
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -227,6 +236,25 @@ def the_scaler_works_once_a_window() -> None:
     work.model[0].register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
     runner.step(batch(TARGET))
     assert dtypes == {torch.float16}
+
+
+@case
+def all_of(*names: str) -> None:
+    """Each in a process forked from this one, which has imported all that a training loop imports."""
+    import torch._dynamo  # noqa: F401  as the first optimizer does
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from benchmarks.truth_search import forked
+
+    gc.freeze()
+    found = {}
+    for name in names:
+        try:
+            forked(CASES[name])
+            found[name] = ""
+        except RuntimeError as error:
+            found[name] = str(error)
+    print(json.dumps(found))
 
 
 @case

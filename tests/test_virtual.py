@@ -35,16 +35,30 @@ def clean() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
 
 
+FORKED = tuple(name for name, group in GROUPS.items() if group.can_be_forked)
+
+
+@cache
+def lines(*groups: str) -> tuple[list[dict[str, Any]], str]:
+    """What a process prints that runs the groups' checks, and how it ended."""
+    command = [sys.executable, str(HERE / "virtual_checks.py"), *groups]
+    gpu, env = (GROUPS[groups[0]].gpu, GROUPS[groups[0]].env) if len(groups) == 1 else (VirtualGpu(), {})
+    process = launch(command, gpu, env=clean() | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=240)
+    ending = "" if process.returncode == 0 else f"the process ended with {process.returncode}:\n{err.decode()[-3000:]}"
+    return [json.loads(line) for line in out.decode().splitlines()], ending
+
+
 @cache
 def outcomes(group: str) -> dict[str, str]:
-    """Runs a group's checks in one process: check -> what went wrong, "" where nothing did."""
-    wanted = GROUPS[group]
-    command = [sys.executable, str(HERE / "virtual_checks.py"), group]
-    process = launch(command, wanted.gpu, env=clean() | wanted.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=240)
-    found = {message["check"]: message["error"] for message in map(json.loads, out.decode().splitlines())}
-    ending = "" if process.returncode == 0 else f"the process ended with {process.returncode}:\n{err.decode()[-3000:]}"
-    return {name: found.get(name, "it didn't run") or ending for name in wanted.checks}
+    """Runs a group's checks: check -> what went wrong, "" where nothing did."""
+    found, ending = lines(*FORKED if group in FORKED else (group,))
+    of_group = [line for line in found if line["group"] == group]
+    errors = {line["check"]: line["error"] for line in of_group if "check" in line}
+    codes = [line["ending"] for line in of_group if "ending" in line]
+    if group in FORKED and codes != [0]:
+        ending = f"the forked process ended with {codes}; {ending}"
+    return {name: errors.get(name, "it didn't run") or ending for name in GROUPS[group].checks}
 
 
 def each_check() -> list[Any]:

@@ -1,7 +1,8 @@
 """What is real and what is faked on the virtual GPU, as checks that run on it; test_virtual.py starts them.
 
-Checks that can share a process form a group, which has one GPU and one environment. `virtual_checks.py GROUP` runs a
-group's checks in order and prints a line of JSON for each.
+Checks that can share a process form a group, which has one GPU and one environment. `virtual_checks.py GROUP...` runs
+the groups' checks in order and prints a line of JSON for each. Several groups run in a process each, forked from this
+one, which has imported torch and used no GPU.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Group:
     env: dict[str, str]
     checks: dict[str, Check] = field(default_factory=dict)
 
+    @property
+    def can_be_forked(self) -> bool:
+        """Whether nothing of its environment is read while torch is imported."""
+        return "PYTORCH_CUDA_ALLOC_CONF" not in self.env and "torch_compile" not in self.checks
+
 
 GROUPS: dict[str, Group] = {}
 
@@ -60,7 +66,7 @@ def _group(name: str, env: dict[str, str] | None = None, /, **gpu: Any) -> str:
     return name
 
 
-# A process takes two seconds, so settings that don't touch each other's checks share one.
+# A process takes a while, so settings that don't touch each other's checks share one.
 PLAIN = _group("plain")
 SMALL = HUGE = _group("small", memory_bytes=2 * GIB, context_bytes=256 * MIB, convolution_workspace="20GiB")
 NEIGHBOUR = ZERO = _group(
@@ -881,11 +887,31 @@ def _outcome(body: Check) -> str:
     return ""
 
 
-def main(group: str) -> None:
-    """Runs the group's checks; ends right after a backward(), as short scripts do (see source/ending.c)."""
+def main(groups: list[str]) -> None:
+    """Runs the groups' checks; a group's exit code follows them."""
+    import torch._dynamo  # noqa: F401  as the first optimizer does
+
     warnings.simplefilter("ignore")
+    gc.collect()
+    gc.freeze()  # or the collection after each check would go through all that torch has
+    if len(groups) == 1:
+        return run(groups[0])
+    for group in groups:
+        child = os.fork()
+        if not child:
+            for name in [name for name in os.environ if name.startswith("AUTOACCUM_GPU_")]:
+                del os.environ[name]
+            os.environ.update(GROUPS[group].gpu.settings() | GROUPS[group].env)
+            control.read_settings()
+            return run(group)
+        _, status = os.waitpid(child, 0)
+        print(json.dumps({"group": group, "ending": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+def run(group: str) -> None:
+    """Runs the group's checks; ends right after a backward(), as short scripts do (see source/ending.c)."""
     for name, body in GROUPS[group].checks.items():
-        print(json.dumps({"check": name, "error": _outcome(body)}), flush=True)
+        print(json.dumps({"group": group, "check": name, "error": _outcome(body)}), flush=True)
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -895,4 +921,4 @@ def main(group: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

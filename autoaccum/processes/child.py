@@ -31,7 +31,7 @@ from .. import errors
 from ..errors import AutoaccumError
 from ..files.escape import OneLine
 from ..process_memory import hide_page_cache
-from . import function_pipe, interrupts
+from . import function_pipe, interrupts, quick_imports
 from .error_origin import explained
 from .import_path import ROOT
 from .interrupts import Interrupted
@@ -296,6 +296,7 @@ def main(argv: list[str]) -> int:
     hide_page_cache(os.environ)
     task, descriptor, functions = argv
     die_with_parent()
+    quick_imports.install()
     function_pipe.receive(int(functions))
     arguments = sys.stdin.read()
     logging.getLogger("autoaccum").addFilter(OneLine())

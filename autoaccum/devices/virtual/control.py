@@ -48,6 +48,14 @@ def is_virtual() -> bool:
     return hasattr(ctypes.CDLL(None), "autoaccum_gpu_stats")
 
 
+def read_settings() -> None:
+    """Read the environment's settings again, in a process forked since.
+
+    It must not have used its GPU yet.
+    """
+    _loaded().autoaccum_gpu_read_settings()
+
+
 def set_other(device: int, other_bytes: int) -> None:
     """Set the bytes that the other process holds from now on."""
     _library(device).autoaccum_gpu_set_other(device, ctypes.c_uint64(other_bytes))

@@ -111,8 +111,10 @@ static void read_workspace(void) {
   if (end == text || end[0] != 'x' || end[1]) refuse(name, text, "a number of bytes, like 0.5x, or transposed");
 }
 
-__attribute__((constructor)) static void read_settings(void) {
+/* Also called for a forked process with an environment of its own, before it uses its GPU (control.py). */
+API __attribute__((constructor)) void autoaccum_gpu_read_settings(void) {
   const char *text;
+  settings = (Settings){0};
   settings.physical = number_of("AUTOACCUM_GPU_DEVICES", 1, MAX_DEVICES);
   settings.memory = number_of("AUTOACCUM_GPU_MEMORY", 16ull << 30, 1ull << 44);
   settings.context = number_of("AUTOACCUM_GPU_CONTEXT", 512ull << 20, 1ull << 44);

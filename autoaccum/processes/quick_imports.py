@@ -1,0 +1,56 @@
+"""Import torch without garbage collections, in a process that is autoaccum's own.
+
+An import makes many objects and little garbage. Python's collector walks through all of them again and again while
+there are more, and at each full collection later: a fifth of the seconds that a small plan takes. So it pauses for
+these imports, and leaves out what they made afterwards (`gc.freeze`, made for processes that load much at their start).
+Processes that plan and processes that train both do that, so that their memory is the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+# What a first optimizer imports by torch._compile is as large as torch. It is not imported before it is asked for: its
+# settings are read from the environment then, which the user's code may change until then.
+_LARGE = ("torch", "torch._dynamo")
+
+
+def install() -> None:
+    """Pause the collector for torch's imports, whoever starts them."""
+    sys.meta_path.insert(0, _Finder())
+
+
+class _Finder:
+    """Find the large modules as Python does; any other is left to it."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of a large module, whose loader pauses the collector."""
+        if name not in _LARGE:
+            return None
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                _run_paused(lambda: load(module))
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _run_paused(load: Callable[[], None]) -> None:
+    collects = gc.isenabled()
+    gc.collect()  # what is garbage by now would be kept with the rest
+    gc.disable()
+    try:
+        load()
+        gc.freeze()
+    finally:
+        if collects:
+            gc.enable()
