@@ -25,7 +25,7 @@ def install() -> None:
 
 
 class _Finder:
-    """Find the large modules as Python does; any other is left to it."""
+    """Find the large modules as Python does, and no other."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
