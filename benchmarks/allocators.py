@@ -2,7 +2,8 @@
 
 One process for each way trains the same model; they take turns at single windows, so that noise affects all of them
 equally. *As it comes* is a loop as tutorials write it under glibc's malloc: what people compare with. The Runner's
-processes are those of `autoaccum run` (the page cache preloaded) and of a program of one's own (joined).
+processes are those of `autoaccum run` (the page cache preloaded, the plan made in another process) and of a program of
+one's own (joined, and planned in the same process).
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Any, TextIO
 
 from autoaccum import process_memory
 from autoaccum.devices.cpu import page_cache
+from autoaccum.processes.fork import in_copy
 
 LOOP, RUN, JOINED = "loop, glibc as it comes", "Runner, cached", "Runner in Python, cached"
 FIXED, JEMALLOC, TCMALLOC = "Runner, fixed", "loop, jemalloc", "loop, tcmalloc"
 WAYS = (LOOP, RUN, JOINED, FIXED, JEMALLOC, TCMALLOC)
-WARM_UP = 3
+WARM_UP = 2
+LEAST_WINDOWS = 8  # of a way: six show a median with 95 %
 _TCMALLOC = "libtcmalloc_minimal.so.4"
 
 
@@ -69,7 +72,10 @@ class Worker:
         return float(self._ask("window"))
 
     def usage(self) -> dict[str, float]:
-        """Return its minor faults, its kernel seconds and its memory so far."""
+        """Return its faults and processor seconds so far, and its memory.
+
+        The resident peak is that since the call before.
+        """
         found: dict[str, float] = self._ask("usage")
         return found
 
@@ -87,12 +93,15 @@ class Worker:
         raise SystemExit(f"a worker ended with exit code {self._process.wait()}")
 
 
-def compare(case: tuple[str, int, int], windows: int, ways: tuple[str, ...] = WAYS) -> dict[str, dict[str, Any]]:
+def compare(
+    case: tuple[str, int, int], windows: int, most_seconds: float, ways: tuple[str, ...] = WAYS
+) -> dict[str, dict[str, Any]]:
     """Return seconds, faults and memory of each way that this machine has.
 
     Args:
         case: The model, samples in a window, micro-batches.
-        windows: Timed windows of each.
+        windows: Timed windows of each, at most.
+        most_seconds: Seconds for all of them; at least 8 windows of each are timed.
         ways: What to compare.
     """
     with ExitStack() as stack:
@@ -102,15 +111,18 @@ def compare(case: tuple[str, int, int], windows: int, ways: tuple[str, ...] = WA
             for worker in workers.values():
                 worker.window()
         before = {way: worker.usage() for way, worker in workers.items()}
+        started = time.perf_counter()
         for turn in range(windows):
             order = list(workers.values())
             for worker in order[turn % len(order) :] + order[: turn % len(order)]:
                 worker.seconds.append(worker.window())
-        return {way: _measured(worker, before[way], windows) for way, worker in workers.items()}
+            if turn + 1 >= LEAST_WINDOWS and time.perf_counter() - started > most_seconds:
+                break
+        return {way: _measured(worker, before[way]) for way, worker in workers.items()}
 
 
-def _measured(worker: Worker, before: dict[str, float], windows: int) -> dict[str, Any]:
-    after = worker.usage()
+def _measured(worker: Worker, before: dict[str, float]) -> dict[str, Any]:
+    after, windows = worker.usage(), len(worker.seconds)
     return {
         "seconds": worker.seconds,
         "median": statistics.median(worker.seconds),
@@ -127,7 +139,7 @@ def _measured(worker: Worker, before: dict[str, float], windows: int) -> dict[st
 
 def _trained(way: str, name: str, samples: int, steps: int) -> Iterator[None]:
     """Train a window for each `next`."""
-    from autoaccum import Runner, fit_plan
+    from autoaccum import Plan, Runner, fit_plan
     from autoaccum.data import split
     from autoaccum.simulation.solver import balanced
     from autoaccum.window import step
@@ -139,8 +151,11 @@ def _trained(way: str, name: str, samples: int, steps: int) -> Iterator[None]:
     batch = split.tile(workload.sample, samples)
     if way in (RUN, JOINED, FIXED):
         asked: dict[str, Any] = {"target_batch": samples, "max_micro_batch": -(-samples // steps)}
-        plan = fit_plan(workload, **asked, verify=False, check=False, malloc="fixed" if way == FIXED else "cached")
-        assert plan.device.malloc == ("fixed" if way == FIXED else "cached"), plan.notes
+        asked |= {"verify": False, "check": False, "malloc": "fixed" if way == FIXED else "cached"}
+        apart = way != JOINED  # as `autoaccum run`'s process, which has planned nothing
+        plan = Plan.from_json(in_copy(lambda: fit_plan(workload, **asked).to_json())) if apart else None
+        plan = plan or fit_plan(workload, **asked)
+        assert plan.device.malloc == asked["malloc"] and len(plan.split) == steps, plan.notes
         runner = Runner(workload, plan)
         while True:
             yield
@@ -170,6 +185,7 @@ def _work(out: TextIO, way: str, name: str, samples: int, steps: int) -> None:
                 "resident": process_memory.resident_peak_bytes() / 2**20,
                 "committed": process_memory.committed_bytes() / 2**20,
             }  # fmt: skip
+            process_memory.begin_resident_peak()
         print("=", json.dumps(answer), file=out, flush=True)
 
 

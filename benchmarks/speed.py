@@ -1,8 +1,10 @@
-"""Time the Runner against a tutorial's loop: `python -m benchmarks.speed`.
+"""Time the Runner against a tutorial's loop: `python -m benchmarks.speed [--save]`.
 
 Both train the same splits of the same model: the Runner as `autoaccum run` starts it, the loop in a process as it
 comes, under glibc's malloc; and both under other allocators (benchmarks/allocators.py). Processes take turns, window by
-window; a ratio is that of the medians.
+window; a ratio is that of the medians. Nine minutes on two cores, and for nothing else to run beside it.
+
+Writes benchmarks/results/<date>-speed.md and .csv with --save, and the table of docs/cpu.md.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from typing import Any
 
 from autoaccum.simulation.knee import interval
 
-from . import allocators
+from . import allocators, tables
 
 # model, samples in a window, micro-batches
 CASES = (
     ("char-GPT", 64, 2), ("CNN with BatchNorm", 64, 2), ("MLP", 512, 4), ("ViT", 64, 2), ("LSTM", 64, 2),
     ("GRU tagger", 64, 2),
 )  # fmt: skip
-WINDOWS = 24
+WINDOWS, CASE_SECONDS = 24, 50.0
 
 
 def tutorial_loop(model: Any, optimizer: Any, pieces: Any) -> None:
@@ -125,14 +127,14 @@ def table(cases: Any = CASES, windows: int = WINDOWS) -> list[dict[str, Any]]:
     """Return one row for each case."""
     rows = []
     for case in cases:
-        found = allocators.compare(case, windows)
+        found = allocators.compare(case, windows, CASE_SECONDS)
         loop = found[allocators.LOOP]
         ratios = [run / by_hand for run, by_hand in zip(found[allocators.RUN]["seconds"], loop["seconds"], strict=True)]
         rows.append(
             {
                 "model": case[0],
                 "window": f"{case[1]} in {case[2]}",
-                "windows": windows,
+                "windows": len(loop["seconds"]),
                 **{f"{way}, s": each["median"] for way, each in found.items()},
                 "runner / loop": found[allocators.RUN]["median"] / loop["median"],
                 **_spread(ratios),
@@ -155,10 +157,27 @@ def _spread(ratios: list[float]) -> dict[str, Any]:
     return {"ratio low": low, "ratio high": high, "ratios": len(ratios)}
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    """Return the table of docs/cpu.md.
+
+    Seconds and resident peak of each way, by model.
+    """
+    lines = []
+    for row in rows:
+        line = {"window": f"{row['model']}, {row['window']}"}
+        for way in (way for way in allocators.WAYS if f"{way}, s" in row):
+            line[way] = f"{row[f'{way}, s']:.3f} s, {row[f'{way}, resident MiB']:,.0f} MiB"
+        ratio = f"{row['runner / loop']:.2f} ({row['ratio low']:.2f} to {row['ratio high']:.2f})"
+        lines.append({**line, f"{allocators.RUN} / {allocators.LOOP}": ratio})
+    return tables.markdown(lines)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--model", action="append", help="one of the six; may be given several times")
+    parser.add_argument("--save", action="store_true", help="write the results, and the table of docs/cpu.md")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     kinds = {"solving": solving}
@@ -166,9 +185,12 @@ def main() -> None:
         kind, *rest = json.loads(args.one)
         print("RESULT", json.dumps(kinds[kind](*rest)))
         return
-    import pandas
-
-    print(pandas.DataFrame(table(windows=args.windows)).set_index("model").T.to_string(float_format="{:.3f}".format))
+    rows = table([case for case in CASES if not args.model or case[0] in args.model], args.windows)
+    text = page(rows)
+    print(text)
+    if args.save:
+        tables.write_results("speed", f"# Windows under each allocator\n\n{text}", rows)
+        tables.write_between_marks(tables.DOCS / "cpu.md", text)
     print("solving", _in_process("solving"))
     print("starting", starting())
 

@@ -233,7 +233,8 @@ def plan_of(question: Question, data: Flat, evidence: Evidence) -> Plan:
     measured, timed = None, Times((), "not timed")
     if question.measured:
         took = predictor.peak_bytes(solution.split, "this_process")
-        on_cpu = {"increment_bytes": took - predictor.baseline_bytes, "resident_bytes": took // 2, "system_share": 0.25}
+        present = predictor.baseline_bytes + getattr(predictor, "inside_bytes", 0)  # on a CPU
+        on_cpu = {"increment_bytes": took - present, "resident_bytes": took // 2, "system_share": 0.25}
         measured = SimpleNamespace(
             peak_bytes=took, allocated_bytes=took - MiB, retries=(0, 0, 0), seconds=2.5, recording=None, **on_cpu
         )

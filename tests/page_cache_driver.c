@@ -1,6 +1,6 @@
 /* Drives the page cache (autoaccum/devices/cpu/source/cache.c) by itself, against a model: tests/test_page_cache.py.
  *
- *     driver random OPERATIONS SEED | threads OPERATIONS SEED | fork OPERATIONS SEED | limit MIB SEED
+ *     driver random OPERATIONS SEED | threads OPERATIONS SEED | fork OPERATIONS SEED | limit MIB SEED | moving MIB SEED
  *
  * Each block is filled with words of its own, which must still be there when it is freed; and after each operation the
  * cache's counts must be what the model has. Compiled with -DCACHE_MREMAP=stubborn, mremap fails now and then.
@@ -71,6 +71,14 @@ static struct cache_counts counts(void) {
     struct cache_counts found;
     autoaccum_cache_counts(&found);
     return found;
+}
+
+static size_t data_bytes(void) {
+    FILE *file = fopen("/proc/self/statm", "r");
+    size_t data = 0;
+    CHECK(fscanf(file, "%*u %*u %*u %*u %*u %zu", &data) == 1);
+    fclose(file);
+    return data * PAGE;
 }
 
 #ifndef CACHE_MREMAP
@@ -204,11 +212,7 @@ static void run_limit(size_t mib, uint64_t seed) {
     struct owned first;
     allocate(&first, &state);
     struct rlimit limit = {0, 0};
-    FILE *file = fopen("/proc/self/statm", "r");
-    size_t data = 0;
-    CHECK(fscanf(file, "%*u %*u %*u %*u %*u %zu", &data) == 1);
-    fclose(file);
-    limit.rlim_cur = limit.rlim_max = data * PAGE + (mib << 20);
+    limit.rlim_cur = limit.rlim_max = data_bytes() + (mib << 20);
     CHECK(!setrlimit(RLIMIT_DATA, &limit));
     for (int round = 0; round < 50; round++, now++) {
         size_t count = 0;
@@ -242,6 +246,56 @@ static void run_limit(size_t mib, uint64_t seed) {
     printf("{\"peak\": %lu}\n", counts().peak);
 }
 
+/* -- pages on their way: /proc counts them twice for a moment (mm/mremap.c, move_vma); a limit must not refuse others
+ * for that. The kernel checks limits under the lock that the move holds. */
+
+static volatile bool is_moving = true;
+static size_t mapped_beside, most_seen;
+
+static void *map_beside(void *argument) {
+    for (now = 0; is_moving; now++, mapped_beside++) {
+        char *found = mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(found != MAP_FAILED);
+        munmap(found, 1 << 20);
+    }
+    return argument;
+}
+
+static void *look(void *argument) {
+    while (is_moving) {
+        size_t seen = data_bytes();
+        if (seen > most_seen) most_seen = seen;
+    }
+    return argument;
+}
+
+static void move_once(size_t part) { /* two free runs on either side of a live one, and one block that needs both */
+    char *before = cache_allocate(part), *between = cache_allocate(part), *behind = cache_allocate(part);
+    CHECK(before && between && behind);
+    for (size_t at = 0; at < part; at += PAGE) before[at] = behind[at] = 1;
+    cache_free(before), cache_free(behind);
+    char *whole = cache_allocate(2 * part);
+    CHECK(whole);
+    cache_free(whole), cache_free(between);
+    autoaccum_cache_trim();
+}
+
+static void run_moving(size_t mib, uint64_t seed) {
+    size_t part = (mib << 20) / 2, rounds = 0;
+    struct rlimit limit = {0, 0};
+    pthread_t threads[2];
+    CHECK(!pthread_create(&threads[0], NULL, map_beside, NULL) && !pthread_create(&threads[1], NULL, look, NULL));
+    move_once(part);
+    limit.rlim_cur = limit.rlim_max = data_bytes() + 3 * part + (4 << 20);
+    CHECK(!setrlimit(RLIMIT_DATA, &limit));
+    for (; rounds < 40 + seed || mapped_beside < 1000; rounds++) move_once(part);
+    is_moving = false;
+    for (size_t i = 0; i < 2; i++) pthread_join(threads[i], NULL);
+    CHECK(counts().moved >= rounds * part);
+    printf("{\"mapped\": %zu, \"moved\": %lu, \"over\": %zd}\n", mapped_beside, counts().moved,
+           (ssize_t)most_seen - (ssize_t)limit.rlim_cur);
+}
+
 int main(int count, char **words) {
     if (count != 4) return 2;
     size_t much = strtoul(words[2], NULL, 10), seed = strtoul(words[3], NULL, 10);
@@ -249,6 +303,7 @@ int main(int count, char **words) {
     else if (!strcmp(words[1], "threads")) run_threads(much, seed);
     else if (!strcmp(words[1], "fork")) run_fork(much, seed);
     else if (!strcmp(words[1], "limit")) run_limit(much, seed);
+    else if (!strcmp(words[1], "moving")) run_moving(much, seed);
     else return 2;
     return 0;
 }

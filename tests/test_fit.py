@@ -88,12 +88,13 @@ def failing_loss(error: BaseException, call: int, *, backward: bool) -> Callable
     return failing
 
 
-# Calls of the loss: 1 the scout, 2 the pair test (no backward), 3-4 at five samples, 5-6 at seven, then verification.
+# Calls of the loss: 1 a first step, 2 the same recorded, 3 the pair test (no backward), 4-5 at five samples, 6-9 what
+# that recording misses, 10-11 at seven, then verification.
 # Each call with an exception in one of its halves and Ctrl-C in the other.
 @pytest.mark.parametrize("error", [Boom("boom"), KeyboardInterrupt()], ids=["exception", "Ctrl-C"])
 @pytest.mark.parametrize(
     ("call", "backward_on"),
-    [(1, Boom), (2, None), (3, KeyboardInterrupt), (4, Boom), (6, KeyboardInterrupt), (8, Boom), (11, Boom)],
+    [(1, Boom), (2, KeyboardInterrupt), (3, None), (5, Boom), (7, KeyboardInterrupt), (10, Boom), (12, Boom)],
 )
 def test_an_error_in_any_micro_batch_leaves_no_trace(
     error: BaseException, call: int, backward_on: type[BaseException] | None
@@ -283,7 +284,7 @@ def test_what_a_model_keeps_from_window_to_window_is_predicted() -> None:
     assert done.returncode == 0, done.stderr
     method, predicted, measured, nothing_left = json.loads(done.stdout)
     assert method == "replayed" and nothing_left
-    assert abs(predicted - measured) < 24 * 2**20  # 64 MiB are kept; planning's own objects are up to 15
+    assert abs(predicted - measured) < 4 * 2**20  # 64 MiB are kept; planning's own objects are in both
 
 
 @pytest.mark.parametrize(

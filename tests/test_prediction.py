@@ -28,7 +28,7 @@ def test_the_increment_is_predicted_and_the_peak_is_a_border(name: str) -> None:
     (row,) = prediction.table([name], [SIZES[name]], limits)
     assert row["method"] == "replayed"
     assert abs(row["error %"]) < 3
-    assert abs(row["predicted peak MiB"] - row["measured peak MiB"]) < 15
+    assert abs(row["peak's error %"]) < 0.5 or not torch.version.cuda
     assert [row[f"trains at {factor:.2f}"] for factor in limits] == [True, False]
     if torch.version.cuda:  # whose libraries commit much that they never touch
         assert row["resident peak MiB"] < row["measured peak MiB"]

@@ -53,6 +53,18 @@ def profiled() -> torch.profiler.profile:
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL")
+def test_what_mkl_keeps_from_a_window_is_part_of_its_recording() -> None:
+    device, layer = CpuDevice(torch.device("cpu")), nn.Linear(1024, 2048)
+
+    def run(on_phase: OnPhase) -> None:
+        with on_phase("first"), torch.no_grad():
+            layer(torch.ones(128, 1024))
+
+    assert device.record(run, micro_batch=128).library_bytes > 2**20
+    assert device.record(lambda on_phase: void(torch.ones(128, 1024)), micro_batch=128).library_bytes < 2**16
+
+
 def test_with_the_users_profiler_on_the_same_is_recorded_and_the_same_is_trained() -> None:
     alone, watched = make(), make()
     expected = record(window_of(alone), micro_batch=7)

@@ -29,7 +29,7 @@ class Evidence:
 
     Attributes:
         first_step: The first optimizer step, of small micro-batches.
-        heap_after_first_step: malloc's heap after it; None on CUDA.
+        heap_after_first_step: malloc's heap after a first step that wasn't recorded, without its state; None on CUDA.
         first_step_events: The events of the first step.
         small_recording: On CUDA, the first step without the blocks that it leaves behind: a recording at few samples.
         recordings: Windows of two micro-batches, by ascending size.
@@ -54,6 +54,14 @@ class Evidence:
     looked_for_growth: bool = False
     _program: StepProgram | None = None
     _simulators: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def library_bytes(self) -> int:
+        """What libraries keep from one product to the next.
+
+        The larger the micro-batch, the more.
+        """
+        return max((recording.library_bytes for recording in self.recordings), default=0)
 
     @property
     def method(self) -> str:

@@ -50,7 +50,7 @@ from .follow import DONE, Procession
 from .groups import plan_in_groups
 from .over_ranks import plan_over_ranks, request_here
 from .predictor import MemoryPredictor
-from .record import FIRST_STEP_SAMPLES
+from .record import FIRST_STEP_SAMPLES, train_before_recording
 from .request import PlanRequest
 from .resolved_request import SEARCH_LIMIT, ResolvedRequest, resolve
 from .short_rows import most_short_rows
@@ -367,16 +367,16 @@ def _record_and_predict(
     """
     sample_bytes = subject.sample_bytes
 
-    def predictor(evidence: Evidence, state_bytes: int) -> MemoryPredictor:
-        return environment.make_predictor(subject, request, evidence, sample_bytes, snapshot_bytes + state_bytes)
+    def predictor(evidence: Evidence) -> MemoryPredictor:
+        return environment.make_predictor(subject, request, evidence, sample_bytes, snapshot_bytes)
 
     def chosen(evidence: Evidence) -> schedule.Guess:
-        now = predictor(evidence, evidence.state_bytes)  # this process's present memory is planning's
+        now = predictor(evidence)  # this process's present memory is planning's
         return guess(replace(now, request=replace(request, histories=("new_process",))))
 
     def allowed(evidence: Evidence, n: int) -> bool:
         too_many = n > begin and begin < FIRST_STEP_SAMPLES  # the next larger size failed its rehearsal
-        return not too_many and predictor(evidence, evidence.state_bytes).is_sure_to_fit(n)
+        return not too_many and predictor(evidence).is_sure_to_fit(n)
 
     evidence, begin = Evidence(), FIRST_STEP_SAMPLES
     try:
@@ -384,15 +384,17 @@ def _record_and_predict(
             from .rehearsal import samples_to_begin_with  # CUDA's rules aren't loaded for a CPU
 
             begin = samples_to_begin_with(subject, min(request.least, FIRST_STEP_SAMPLES), start_over)
+        else:
+            train_before_recording(subject, evidence, request.least, start_over)
         schedule.record_towards_answer(subject, evidence, chosen, allowed, request.least, begin)
     except (RuntimeError, MemoryError) as error:
         if not oom.is_out_of_memory(error):
             raise
         failure = oom.drop_frames(error).removeprefix("NoPlace: ")
-        raise failures.ran_out(predictor(Evidence(), 0), failure) from None
+        raise failures.ran_out(predictor(Evidence()), failure) from None
     if evidence.fallback_reason is not None:
         schedule.bracket(subject, evidence, allowed, min(request.most, SEARCH_LIMIT))
     start_over()
     if compiles:
-        compile_at_answer(predictor(evidence, state_bytes=0), start_over)
-    return predictor(evidence, state_bytes=0)
+        compile_at_answer(predictor(evidence), start_over)
+    return predictor(evidence)

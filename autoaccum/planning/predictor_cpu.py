@@ -100,20 +100,28 @@ class CpuPredictor(MemoryPredictor):
         held = self.baseline_bytes + self.input_bytes(sum(split)) + self.kept_bytes(split)
         if history == "new_process":
             return held + self._window(split, self.new_process).peak_bytes
-        inside = self.own_bytes + self.this_process.heap_free_bytes - self.new_process.heap_free_bytes
-        return held + inside + self._window(split, self.this_process).peak_bytes
+        return held + self.inside_bytes + self._window(split, self.this_process).peak_bytes
+
+    @property
+    def inside_bytes(self) -> int:
+        """What this process has committed beside the baseline.
+
+        Planning's own, and its heap's holes.
+        """
+        return self.own_bytes + self.this_process.heap_free_bytes - self.new_process.heap_free_bytes
 
     def kept_bytes(self, split: Split) -> int:
         """Return what the windows before the predicted one have kept."""
         return (WINDOWS - 1) * self.growth_bytes(split)
 
     def _window(self, split: Split, start: HeapState) -> Replay:
-        """Replay a window; a compiled one is scaled by its measured share."""
-        found, share = self.windows.replay(split, start), self.compiled_share
-        if share == 1:
-            return found
-        phases = tuple(replace(phase, bytes=int(share * phase.bytes)) for phase in found.phases)
-        return replace(found, peak_bytes=int(share * found.peak_bytes), phases=phases)
+        """Replay a window, and add what libraries keep.
+
+        A compiled one is scaled by its measured share.
+        """
+        found, kept, share = self.windows.replay(split, start), self.evidence.library_bytes, self.compiled_share
+        phases = tuple(replace(phase, bytes=int(share * (phase.bytes + kept))) for phase in found.phases)
+        return replace(found, peak_bytes=int(share * (found.peak_bytes + kept)), phases=phases)
 
     def phases(self, split: Split) -> dict[str, int]:
         """Return the peak of each phase by the replay of the window."""
@@ -146,7 +154,8 @@ class CpuPredictor(MemoryPredictor):
         ran = verified[0] + 2 * sum(verified)
         if self.evidence.growth is not None:
             rest = self.worst_bytes(split) - self.worst_bytes(verified) + self._not_kept_yet(verified)
-            rest += self.leaked_bytes if "this_process" in self.request.histories else 0
+        if "this_process" in self.request.histories:
+            rest += self.inside_bytes
         return VerifiedFigures(
             measured_peak_bytes=self.baseline_bytes + measured.increment_bytes + rest,
             resident_peak_bytes=measured.resident_bytes,
@@ -205,8 +214,7 @@ class CpuPredictor(MemoryPredictor):
 
     def _predicted_increment(self, split: Split) -> int:
         """Return what a window adds to this process by the prediction."""
-        holes = self.this_process.heap_free_bytes - self.new_process.heap_free_bytes
-        present = self.baseline_bytes + self.own_bytes + holes
+        present = self.baseline_bytes + self.inside_bytes
         return self.peak_bytes(split, "this_process") - present - self._not_kept_yet(split)
 
     def _not_kept_yet(self, split: Split) -> int:
@@ -233,7 +241,7 @@ def make_predictor(
         request: What is asked for.
         evidence: What was recorded.
         sample_bytes: Bytes that each further sample adds to a batch.
-        own_bytes: Planning's own memory in this process, and the optimizer state that exists already.
+        own_bytes: Planning's copies of what training changes, which this process holds.
     """
     uses_glibc = process_memory.malloc_name() == "glibc"
     start = (_read_start if uses_glibc else _read_start_of_another_malloc)(subject, evidence, own_bytes)
@@ -269,13 +277,13 @@ def _read_start(subject: RecordingTarget, evidence: Evidence, own_bytes: int) ->
     """Read the process by the counters of glibc's malloc."""
     assert subject.heap_before is not None
     found = _cpu_of(subject).read_baseline(subject.heap_before, evidence.heap_after_first_step)
-    leaked = _leaked_bytes(subject, evidence)
+    first_kept, since = _leaked_bytes(subject, evidence)
     return _Start(
-        baseline_bytes=found.bytes - own_bytes - leaked,
+        baseline_bytes=found.bytes - own_bytes - first_kept,
         new_process=found.new_process,
         this_process=found.this_process,
-        own_bytes=found.planning_bytes + leaked,
-        leaked_bytes=leaked,
+        own_bytes=max(0, found.planning_bytes - _made_state_bytes(subject, evidence)) + first_kept,
+        leaked_bytes=first_kept + since,
     )
 
 
@@ -287,26 +295,30 @@ def _read_start_of_another_malloc(subject: RecordingTarget, evidence: Evidence, 
     """
     assert subject.heap_before is not None
     before = subject.heap_before.outside_bytes
-    baseline_bytes = before - own_bytes + subject.held_state_bytes
+    baseline_bytes = before - own_bytes
     if evidence.heap_after_first_step is not None:
         kept = live_peak([Phase(FIRST_STEP, evidence.first_step_events)])
         baseline_bytes += max(0, evidence.heap_after_first_step.outside_bytes - kept - before)
     return _Start(baseline_bytes, present_bytes=baseline_bytes + own_bytes)
 
 
-def _leaked_bytes(subject: RecordingTarget, evidence: Evidence) -> int:
-    """Return what planning's windows left behind, planning's own objects among it.
+def _leaked_bytes(subject: RecordingTarget, evidence: Evidence) -> tuple[int, int]:
+    """Return what the first window left behind, and what later ones did.
 
-    That is the growth of malloc's heap since the first window, and what the first window kept. A process that trains
-    begins without either.
+    The latter is the growth of malloc's heap since then, planning's own objects among it. A process that trains begins
+    without either.
     """
     first, then = evidence.first_step, evidence.heap_after_first_step
     if evidence.growth is None or evidence.growth.undone or first is None or then is None:
-        return 0
-    now = _cpu_of(subject).read_heap().in_use_bytes - subject.held_state_bytes
-    since = now - (then.in_use_bytes - evidence.state_at_first_bytes)
+        return 0, 0
+    now = _cpu_of(subject).read_heap().in_use_bytes - _made_state_bytes(subject, evidence)
     first_split = (first.micro_batch,) * subject.device.policy.first_step_micro_batches
-    return max(0, since) + window_simulator(subject, evidence).growth_bytes(first_split)
+    return window_simulator(subject, evidence).growth_bytes(first_split), max(0, now - then.in_use_bytes)
+
+
+def _made_state_bytes(subject: RecordingTarget, evidence: Evidence) -> int:
+    """Return the optimizer state that windows have made since the first."""
+    return subject.held_state_bytes - evidence.state_at_first_bytes
 
 
 def _cpu_of(subject: RecordingTarget) -> CpuDevice:

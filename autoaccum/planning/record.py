@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -32,6 +33,36 @@ def record_window(subject: RecordingTarget, n: int, steps: int = 2) -> Recording
     return recording
 
 
+def train_before_recording(
+    subject: RecordingTarget, evidence: Evidence, min_samples: int, start_over: Callable[[], None]
+) -> None:
+    """Train an unrecorded first step, and read the heap after it.
+
+    Where not even the fewest samples fit, nothing is read: the recorded step reports it.
+
+    Args:
+        subject: What is trained.
+        evidence: Gets the heap.
+        min_samples: The samples to train where memory is too short for two.
+        start_over: Puts back what training changed.
+    """
+
+    def trained(n: int) -> bool:
+        def train() -> bool:
+            subject.window(n, steps=1)(lambda name: contextlib.nullcontext())
+            return True
+
+        return unless_out_of_memory(subject, n, train) is not None
+
+    sizes = dict.fromkeys((FIRST_STEP_SAMPLES, min(min_samples, FIRST_STEP_SAMPLES)))
+    done = any(map(trained, sizes))
+    start_over()
+    subject.context.has_begun = False  # so that the recorded one is the first
+    if done:
+        evidence.heap_after_first_step = subject.device.read_heap()
+        evidence.state_at_first_bytes = subject.held_state_bytes
+
+
 def record_first_step(
     subject: RecordingTarget, evidence: Evidence, min_samples: int = FIRST_STEP_SAMPLES, begin: int = FIRST_STEP_SAMPLES
 ) -> None:
@@ -49,8 +80,10 @@ def record_first_step(
         recording = unless_out_of_memory(subject, begin, lambda: record_window(subject, begin, steps=steps))
     if recording is None:
         recording = record_window(subject, min(min_samples, begin), steps=steps)
-    evidence.first_step, evidence.heap_after_first_step = recording, subject.device.read_heap()
-    evidence.state_at_first_bytes = subject.held_state_bytes
+    evidence.first_step = recording
+    if evidence.heap_after_first_step is None:
+        evidence.heap_after_first_step = subject.device.read_heap()
+        evidence.state_at_first_bytes = subject.held_state_bytes
     if steps > 1:
         evidence.small_recording = without_state(recording)
     evidence.first_step_events = tuple(event for phase in recording.phases for event in phase.events)

@@ -53,5 +53,8 @@ def compile_at_answer(predictor: MemoryPredictor, start_over: Callable[[], None]
     start_over()
     after, first = subject.device.read_heap(), evidence.heap_after_first_step
     if after is not None and before is not None and first is not None:
-        grown = max(0, after.outside_bytes - before.outside_bytes)
-        evidence.heap_after_first_step = replace(first, outside_bytes=first.outside_bytes + grown)
+        outside = max(0, after.outside_bytes - before.outside_bytes)
+        in_use = max(0, after.in_use_bytes - before.in_use_bytes)
+        evidence.heap_after_first_step = replace(
+            first, outside_bytes=first.outside_bytes + outside, in_use_bytes=first.in_use_bytes + in_use
+        )

@@ -44,6 +44,7 @@ class Recording:
         seconds: Its duration.
         start: The caching allocator's state at its start; None on a CPU.
         workspaces: Blocks that are cuBLAS's workspaces, released at the end of each phase.
+        library_bytes: On a CPU, buffers that libraries keep from its products to later ones; they are in no event.
     """
 
     micro_batch: int
@@ -52,6 +53,7 @@ class Recording:
     seconds: float = 0.0
     start: AllocatorState | None = None
     workspaces: frozenset[int] = frozenset()
+    library_bytes: int = 0
 
 
 def name_blocks(raw: Iterable[tuple[int, int, int]]) -> list[Event]:

@@ -10,7 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,7 @@ from ...simulation.solver import Split
 from ..base import MALLOC, Device, Measurement, RecordingPolicy, Window
 from . import heap_holes, page_cache, recorder
 from .budget import read_cpu_budget
+from .library_buffers import free_library_buffers
 from .page_cache import MallocSetting
 from .peak_sampler import PeakSampler, Watcher
 
@@ -53,7 +54,8 @@ class Baseline:
         bytes: Committed by a new process, the free part of its heap included.
         new_process: The free part of a new process's heap. Only small blocks can use it.
         this_process: The free part of this process's heap.
-        planning_bytes: What this process has committed beside that, for planning's own objects and threads.
+        planning_bytes: What this process uses beside that now: planning's own objects and threads, and what libraries
+            keep for windows of other sizes.
     """
 
     bytes: int
@@ -101,7 +103,9 @@ class CpuDevice(Device):
 
     def record(self, run: Window, *, micro_batch: int) -> Recording:
         """Record a window with torch's profiler."""
-        return recorder.record(run, micro_batch=micro_batch)
+        free_library_buffers()
+        recording = recorder.record(run, micro_batch=micro_batch)
+        return replace(recording, library_bytes=free_library_buffers())
 
     def unrecorded_bytes(self, run: Window, recording: Recording, threshold_bytes: int | None) -> int:
         """Measure what a micro-batch allocates beside its recording: autograd's nodes, Python's objects.
@@ -120,11 +124,15 @@ class CpuDevice(Device):
         if threshold_bytes is None or process_memory.in_use_bytes() is None:
             return 0
         rules = CpuRules(threshold_bytes, keeps_pages=self.keeps_pages)
-        if recorder.profiler_is_on():
-            # The last of two: in a copy of a process that has not trained, the first makes buffers that libraries keep.
-            return recorder.apart(lambda: [_unrecorded_bytes(run, recording, rules) for _ in range(2)][-1])
-        # Twice: the first run may free what the recording's profiler left, which would be missing in the difference.
-        return max(_unrecorded_bytes(run, recording, rules) for _ in range(2))
+
+        def of_the_second() -> int:
+            """Measure twice, and return the second.
+
+            The first run makes what libraries keep, and may free what the profiler left.
+            """
+            return [_unrecorded_bytes(run, recording, rules) for _ in range(2)][-1]
+
+        return recorder.apart(of_the_second) if recorder.profiler_is_on() else of_the_second()
 
     def replay(
         self,
@@ -171,22 +179,22 @@ class CpuDevice(Device):
     def read_baseline(self, before: Heap, after: Heap | None = None) -> Baseline:
         """Read what a new process has committed before training.
 
-        Buffers that libraries allocate on first use belong to it, so it is read after a window. The heap counts with
-        what is in use now, or with all it had before anything was trained, whichever is more: free parts that training
-        left are not in a new process, those from before are, as far as nothing lasting has filled them.
-
-        Outside of malloc, training allocates nothing more once its first window is done: what has grown there since
-        then is planning's own (Python's objects, stacks of threads), some 10 to 25 MiB.
+        What libraries make on first use belongs to it (oneDNN's compiled code, threads), so it is read after a window
+        that nothing recorded: the profiler's thread, recordings, and the code for each further size are planning's. The
+        heap counts with what was in use then, or with all it had before anything was trained, whichever is more: free
+        parts that training left are not in a new process, those from before are, as far as nothing lasting has filled
+        them.
 
         Args:
             before: The heap before anything was trained.
-            after: The heap after the first window; None to count everything as training's.
+            after: The heap after such a window, without its gradients and state; None to read it now.
         """
-        heap = process_memory.read_heap()
-        free = max(0, before.taken_bytes - (heap.taken_bytes - heap.free_bytes))
-        own = max(0, heap.outside_bytes - after.outside_bytes) if after is not None else 0
-        committed = process_memory.committed_bytes() - process_memory.read_page_cache().kept_bytes - own
-        return Baseline(committed - heap.free_bytes + free, HeapState(free), HeapState(heap.free_bytes), own)
+        now = process_memory.read_heap()
+        after = now if after is None else after
+        free = max(0, before.taken_bytes - (after.taken_bytes - after.free_bytes))
+        used = after.outside_bytes + after.in_use_bytes
+        own = max(0, now.outside_bytes + now.in_use_bytes - used)
+        return Baseline(used + free, HeapState(free), HeapState(now.free_bytes), own)
 
     def limit_memory(self, limit_bytes: int) -> None:
         """Limit the process's committed bytes (RLIMIT_DATA)."""
@@ -220,8 +228,9 @@ class CpuDevice(Device):
         return heap_holes.filled(None if self.keeps_pages else threshold_bytes)
 
     def clean(self) -> None:
-        """Collect garbage; trim the heap and the page cache."""
+        """Collect garbage; trim the heap, the page cache, and libraries' buffers."""
         gc.collect()
+        free_library_buffers()
         process_memory.trim()
 
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from ...process_memory import committed_bytes, read_memory, read_page_cache
 
 SAMPLING_SECONDS = 50e-6
+_STACK_BYTES = 1 << 20  # of 8 MiB as a rule, which the C library keeps when the thread has ended
 
 
 class Watcher:
@@ -32,7 +33,11 @@ class Watcher:
 
     def __enter__(self) -> Watcher:
         """Start watching; return once the thread runs with its stack mapped."""
-        self._thread.start()
+        before = threading.stack_size(_STACK_BYTES)  # of threads that start from now on
+        try:
+            self._thread.start()
+        finally:
+            threading.stack_size(before)
         self._ready.wait()
         return self
 

@@ -16,6 +16,7 @@ import torch
 
 from ...errors import UsageError
 from ...phases import OnPhase
+from ...process_memory import trim
 from ...processes.fork import ForkFailed, in_copy
 from ...simulation.recording import Event, Phase, Recording, name_blocks
 from ...torch_compat import end_inherited_profiler, is_profiler_on, profiler_events
@@ -84,6 +85,7 @@ def _record(run: Callable[[OnPhase], None], micro_batch: int) -> Recording:
         with native_warnings_left_out():
             run(_mark)
     finally:
+        trim()  # the profiler's work on its events, up to hundreds of MiB, has the room that the window had
         with _quiet_stderr():
             profiler.stop()
     seconds = time.perf_counter() - started
