@@ -87,12 +87,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def made(name: str, dtype: torch.dtype, samples: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-    """Make a model that draws nothing in its forward, and a batch."""
-    torch.manual_seed(0)
+def made(
+    name: str, dtype: torch.dtype, samples: int, seed: int = 0
+) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """Make a model that draws nothing in its forward, and a batch.
+
+    Weights and inputs are numbers of single precision, so they are the same in double.
+    """
+    torch.manual_seed(seed)
     make, shape = MODELS[name]
     model = make().to(dtype).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout) or type(module).__name__ == "StochasticDepth":
             module.p = 0.0
-    return model, (torch.randn(samples, *shape, dtype=torch.float64).to(dtype), torch.arange(samples) % CLASSES)
+    return model, (torch.randn(samples, *shape).to(dtype), torch.arange(samples) % CLASSES)
