@@ -20,7 +20,7 @@ import autoaccum
 from autoaccum import OutOfMemory, UsageError, Workload
 from autoaccum.exactness import check
 from autoaccum.window import norms
-from autoaccum.window.lanes import host_store, torch_internals
+from autoaccum.window.lanes import host_buffers, host_store, torch_internals
 from autoaccum.window.lanes.baton import Lanes, Request, current_lane
 from autoaccum.window.step import WindowResult, open_context, train_window
 from autoaccum.workload import default_loss
@@ -359,7 +359,7 @@ def test_lightning_and_tune_refuse_it() -> None:
 def stored(monkeypatch: pytest.MonkeyPatch, limit_bytes: int | None = None) -> host_store.HostStore:
     """A store as a GPU's lanes have it, for tensors of this CPU, of any size."""
     monkeypatch.setattr(host_store, "THRESHOLD_BYTES", 1)
-    monkeypatch.setattr(host_store, "BUFFER_BYTES", 1 << 12)
+    monkeypatch.setattr(host_buffers, "BUFFER_BYTES", 1 << 12)
     store = host_store.HostStore(torch.device("cpu"), limit_bytes)
 
     def found(context: Any) -> host_store.HostStore:
@@ -412,7 +412,7 @@ def test_buffers_use_what_is_said_before(monkeypatch: pytest.MonkeyPatch) -> Non
     with store.moving(1):
         for n in (100, 900, 2000, 30, 1024, 1, 700):
             torch.randn(n, requires_grad=True).exp()
-    assert len(store.moved) == 7 and store.bytes == host_store.buffer_bytes(store.moved) > 3 * 4096
+    assert len(store.moved) == 7 and store.bytes == host_buffers.buffer_bytes(store.moved) > 3 * 4096
 
 
 def test_what_autocast_casts_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,6 +422,51 @@ def test_what_autocast_casts_stays_on_the_device(monkeypatch: pytest.MonkeyPatch
     with store.moving(4), torch.autocast("cpu", dtype=torch.bfloat16):
         model(x)
     assert store.moved == [2 * x.numel()]  # and not the weight's cast, which all lanes share
+
+
+def test_what_is_needed_next_is_brought_back_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, most = stored(monkeypatch), 0
+    fetch = host_store.HostStore._fetch
+
+    def counted(self: host_store.HostStore, kept: Any) -> Any:
+        nonlocal most
+        found = fetch(self, kept)
+        most = max(most, (self._ahead is not None) + 1)
+        return found
+
+    monkeypatch.setattr(host_store.HostStore, "_fetch", counted)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2 if i == 0 else 4, 4, 3, padding=1) for i in range(4)]
+    inner = (each for conv in layers for each in (conv, nn.BatchNorm2d(4), nn.ReLU()))
+    agree(nn.Sequential(*inner, nn.Flatten(), nn.LazyLinear(5)).double(), images())
+    saves = len(store.moved)
+    assert saves > 30 and store.late <= 2  # the first that is needed, and one that is needed with another
+    assert store._ahead is None and most == 1
+
+
+def test_tensors_that_are_asked_for_twice_or_never_come_back_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Greedy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x, y)
+            return x * y
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            return grad * ctx.saved_tensors[1], grad * ctx.saved_tensors[0]
+
+    store = stored(monkeypatch)
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    store.begin(())
+    with store.moving(6):
+        unused = [(x.detach().requires_grad_() * i).exp() for i in range(8)]
+        y = Greedy.apply(x.sin(), x.cos())
+    y.sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, (2 * x).cos())
+    assert store._ahead is not None  # of those that nobody asks for
+    unused[0].sum().backward()
+    store.end()
+    assert store._ahead is None and not store._saves
 
 
 def test_a_host_that_is_too_small_is_named_before_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:

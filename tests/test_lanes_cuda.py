@@ -7,10 +7,14 @@ import sys
 
 import pytest
 import torch
+from stream_races import Races
 from torch import nn
 
 from autoaccum import DoesNotFit, Runner, Workload, fit_plan
+from autoaccum.devices.registry import get_device
 from autoaccum.devices.virtual import VirtualGpu, available, launch
+from autoaccum.window.lanes import host_store
+from autoaccum.window.step import open_context, train_window
 
 REASON = available()
 GIB = 2**30
@@ -19,7 +23,15 @@ TARGET, PIXELS = 128, 48
 
 @pytest.mark.slow
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-@pytest.mark.parametrize("name", ["a_runner_reserves_what_was_planned", "a_small_host_is_refused"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a_runner_reserves_what_was_planned",
+        "a_small_host_is_refused",
+        "copies_wait_and_are_waited_for",
+        "what_was_copied_comes_back",
+    ],
+)
 def test_on_a_virtual_gpu(name: str) -> None:
     gpu = VirtualGpu(memory_bytes=4 * GIB)
     process = launch([sys.executable, __file__, name], gpu, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -61,6 +73,44 @@ def a_small_host_is_refused() -> None:
         assert "more than 100.0 MiB on the host" in str(error), error
         return
     raise AssertionError("it was planned")
+
+
+def copies_wait_and_are_waited_for() -> None:
+    work = workload()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_device(torch.device("cuda", 0)), "computes", True)  # so that tensors are copied
+        patch.setattr(host_store, "THRESHOLD_BYTES", 1 << 16)
+        context = open_context(work)
+        sizes = (6, 4, 5)
+        pieces = [(torch.zeros(size, 3, 16, 16), torch.zeros(size, dtype=torch.long)) for size in sizes]
+        with Races(patch) as races:
+            for _ in range(2):
+                train_window(context, pieces, sizes)
+    store = context.host_store
+    assert store is not None and len(store.moved) > 20 and store.late <= 1
+    assert len(races.computing) == 1 and len(races.copies - races.computing) == 1
+    assert not races.found, races.found
+
+
+def what_was_copied_comes_back() -> None:
+    store, found = host_store.HostStore(torch.device("cuda", 0), None), []
+    shapes = ((4, 8, 256, 256), (2, 1 << 20), (3, 700, 513))
+    for _ in range(2):
+        store.begin(())
+        host = [torch.randn(shape) for shape in shapes]
+        host[0] = host[0].to(memory_format=torch.channels_last)
+        tensors = [each.cuda().requires_grad_() for each in host]
+        with store.moving(4):
+            outs = [tensor.square() for tensor in tensors]
+        nodes = [out.grad_fn for out in outs]
+        for node, tensor in zip(nodes, tensors, strict=True):
+            with torch.no_grad():
+                tensor.data.zero_()
+            found.append(node._saved_self.cpu())  # type: ignore[union-attr]
+        assert len(store.moved) == len(shapes)
+        assert all(torch.equal(one, other) for one, other in zip(found[-len(shapes) :], host, strict=True))
+        assert found[-len(shapes)].is_contiguous(memory_format=torch.channels_last)
+        store.end()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ..plan import FASTEST, Plan
 from ..simulation.lane_windows import NotRegular
 from ..simulation.solver import Solution, Split, balanced, uniform_sizes
 from ..units import parse_bytes, show_bytes
-from ..window.lanes.host_store import host_limit
+from ..window.lanes.host_buffers import host_limit
 from ..window.step import TrainingContext
 from . import failures
 from .predictor import MemoryPredictor

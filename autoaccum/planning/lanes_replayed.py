@@ -22,7 +22,8 @@ from ..simulation.recording import Recording, kept_blocks, live_peak
 from ..simulation.solver import Split
 from ..simulation.training_run import TrainingReplay, replay_training, training_of
 from ..units import show_bytes
-from ..window.lanes.host_store import THRESHOLD_BYTES, buffer_bytes
+from ..window.lanes.host_buffers import buffer_bytes
+from ..window.lanes.host_store import THRESHOLD_BYTES
 from .lane_recording import record_lanes
 from .predictor import AGREEMENT_FRACTION
 from .predictor_cuda import NEW_PROCESS, THIS_PROCESS, CudaPredictor

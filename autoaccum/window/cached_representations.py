@@ -85,7 +85,7 @@ def fill(
     counts = [cutting.batch_size(each) for each in encoded]
     if meet is not None:
         with torch.no_grad():
-            own = _joined(encoded) if encoded else None
+            own = joined(encoded) if encoded else None
         met = meet(own, sum(counts))
         with drawing_alike(met.seed):
             loss = backward(met.together)
@@ -93,13 +93,17 @@ def fill(
     else:
         if sum(counts) < (window_samples or 0):
             encoded = _stand_ins(encoded[0], window_samples or 0)
-        loss = backward(_joined(encoded))
+        loss = backward(joined(encoded))
         gradients = [_gradients(encoded[min(i, len(encoded) - 1)], count) for i, count in enumerate(counts)]
     return Cache(loss, gradients, states, snapshot.take(model=model, held=held, storages=False))
 
 
-def _joined(encoded: Sequence[Any]) -> Any:
-    """Return the representations of all micro-batches as one."""
+def joined(encoded: Sequence[Any]) -> Any:
+    """Join the representations of micro-batches.
+
+    Raises:
+        UsageError: They differ in more than their samples.
+    """
     together = cutting.join(encoded)
     if together is None:
         raise UsageError(

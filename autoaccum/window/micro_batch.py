@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,24 @@ import torch
 from ..devices.registry import get_device
 from ..workload import Batch
 from . import loss_terms
+from . import norms as batchnorm
 from .context import TrainingContext
 from .loss_form import LossForm, LossKind
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What the micro-batches of a window share.
+
+    Attributes:
+        context: What is trained.
+        form: What its loss is divided by.
+        norms: What the window does with normalizations.
+    """
+
+    context: TrainingContext
+    form: LossForm
+    norms: batchnorm.Window
 
 
 def is_nothing(context: TrainingContext, count: Any) -> bool:

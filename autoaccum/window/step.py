@@ -25,8 +25,8 @@ from . import norms as batchnorm
 from .context import TrainingContext, autocast, encode, forward, open_context
 from .forward_only import forward_only
 from .lanes.training import train_in_lanes
-from .loss_form import LossForm, LossKind, settle_loss_form, window_count
-from .micro_batch import backward, is_nothing, keywords, part_of_window, release_workspaces, that_count
+from .loss_form import LossKind, settle_loss_form, window_count
+from .micro_batch import Course, backward, is_nothing, keywords, part_of_window, release_workspaces, that_count
 from .norms_over_ranks import OwnStatistics
 from .optimizer_step import optimizer_step
 
@@ -88,14 +88,14 @@ def train_window(
         with norms.entered():
             if in_lanes:
                 with phase(FIRST):
-                    window_loss, total = train_in_lanes(context, form, norms, pieces, sizes, total)
+                    window_loss, total = train_in_lanes(Course(context, form, norms), pieces, sizes, total)
             for index, (piece, size) in enumerate(() if in_lanes else zip(pieces, sizes, strict=True)):
                 with phase(FIRST if index == 0 else LATER):
                     if context.encode is not None and steps > 1:
                         cache = cache or _all_representations(context, norms, pieces)
                         loss = _from_cache(context, norms, cache, index, piece)
                     else:
-                        loss, total = _micro_batch(context, form, norms, piece, size / samples, total)
+                        loss, total = _micro_batch(Course(context, form, norms), piece, size / samples, total)
                     window_loss = loss if window_loss is None else window_loss.add_(loss)
                     del loss
                     release_workspaces(context)
@@ -141,15 +141,11 @@ def _no_loss(context: TrainingContext) -> torch.Tensor:
     return torch.zeros((), device=context.device, dtype=torch.promote_types(dtype, torch.float32))
 
 
-def _micro_batch(
-    context: TrainingContext, form: LossForm, norms: batchnorm.Window, piece: Batch, share: float, total: Any
-) -> tuple[torch.Tensor, Any]:
+def _micro_batch(course: Course, piece: Batch, share: float, total: Any) -> tuple[torch.Tensor, Any]:
     """Forward and backward of one piece.
 
     Args:
-        context: What is trained.
-        form: What its loss is divided by.
-        norms: What the window does with normalizations.
+        course: What the window's micro-batches share.
         piece: The micro-batch.
         share: Its part of the window's samples.
         total: What the window counts, where that is known.
@@ -157,7 +153,8 @@ def _micro_batch(
     Returns:
         Its part of the window's loss, detached, and what the window counts.
     """
-    with norms.forward():
+    context, form = course.context, course.form
+    with course.norms.forward():
         out = forward(context, piece, keywords(form, share, total))
     counted = loss_terms.count_of(out)
     total = counted if total is None else total

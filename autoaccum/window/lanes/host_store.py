@@ -1,19 +1,17 @@
 """Keep what lanes save for the backward on the host.
 
-Saved tensors above a threshold go to pinned buffers as they are saved, and come back when the backward needs them. So a
-GPU holds one lane's stretch between two meetings, and of the others only what crosses a meeting. The copies are on the
-stream that computes, so that a block is given back and taken again in the same order every time, whatever the copies'
-speed.
+Saved tensors above a threshold go to buffers on the host as they are saved, and come back in the backward. So a GPU
+holds one lane's stretch between two meetings, and of the others only what crosses a meeting.
 
-The buffers are kept for the next window, which fills them in the same order. They are of a power of two bytes, since
-torch's allocator of pinned memory rounds up to that.
+Lanes go back in the reverse order of their forward (backward_order.py), so what the operation before saved is needed
+next: it is brought back meanwhile. One tensor ahead, whatever the time that takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,34 +19,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...errors import OutOfMemory
-from ...process_memory import available_bytes
+from ...errors import UsageError
 from ...torch_compat import storage_id, write_count
-from ...units import show_bytes
+from .host_buffers import HostBuffers
+from .torch_internals import next_sequence_number
+from .transfers import Arriving, Kept, Transfers
 
 THRESHOLD_BYTES = 1 << 20  # what is smaller stays on the device
-BUFFER_BYTES = 1 << 28  # of a buffer, at least
-ALIGNMENT_BYTES = 512
-FREE_FRACTION = 0.1  # of the host's available memory that is left alone where no limit was named
-
-
-@dataclass(eq=False)
-class Kept:
-    """A tensor on the host.
-
-    Attributes:
-        bytes: Its place in a buffer.
-        shape: Its shape.
-        stride: Its stride, of a dense tensor.
-        dtype: Its type.
-        uses: How often it was saved, and not yet brought back.
-    """
-
-    bytes: torch.Tensor
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    uses: int = 1
+MOST_PASSES = 4  # other tensors that may be needed before the one that was brought back ahead
 
 
 class HostStore:
@@ -60,25 +38,35 @@ class HostStore:
         copies: Whether anything is copied; where a device computes nothing, its tensors have no values.
 
     Attributes:
-        bytes: What the buffers use.
+        buffers: Where they wait.
         saved_bytes: What the last window moved to the host.
         returned_bytes: What it brought back, a tensor that two operations saved twice.
+        late: How many tensors it began to bring back when they were needed, not before.
         moved: The bytes of each tensor that the last window moved to the host, in order.
     """
 
     def __init__(self, device: torch.device, limit_bytes: int | None, *, copies: bool = True) -> None:
-        self.limit_bytes = limit_bytes
-        self._copies = copies
-        self.bytes = self.saved_bytes = self.returned_bytes = 0
-        self._device = device
-        self._buffers: list[torch.Tensor] = []
+        self.buffers = HostBuffers(limit_bytes, pinned=copies and device.type == "cuda")
+        self.saved_bytes = self.returned_bytes = self.late = 0
         self.moved: list[int] = []
-        self._at = self._used = 0
+        self._device = device
+        self._transfers = Transfers(device, copies=copies)
         self._stay: set[int] = set()
         self._casts: set[tuple[torch.Size, torch.dtype]] = set()
         self._bytes_per_sample: int | None = None
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, Kept]] = {}
-        self._last: tuple[Kept, torch.Tensor] | None = None
+        self._saves: list[Kept | None] = []  # in order; None once it is back
+        self._firsts: list[int] = []  # for each save, the index of its node's first one
+        self._node: tuple[int, int] | None = None  # that saved last
+        self._first = 0
+        self._last: Arriving | None = None
+        self._ahead: Arriving | None = None
+        self._passes = 0
+
+    @property
+    def bytes(self) -> int:
+        """Return what the buffers use."""
+        return self.buffers.bytes
 
     def begin(
         self, stay: Sequence[torch.Tensor], bytes_per_sample: int | None = None, cast: torch.dtype | None = None
@@ -97,11 +85,17 @@ class HostStore:
         self._casts = {(each, cast) for shape in shapes for each in (shape, shape[::-1]) if cast is not None}
         self._bytes_per_sample = bytes_per_sample
         self.moved = []
-        self.saved_bytes = self.returned_bytes = self._at = self._used = 0
+        self.saved_bytes = self.returned_bytes = self.late = 0
+        self.buffers.empty()
 
     def end(self) -> None:
         """Forget the window's tensors; keep the buffers."""
+        self._transfers.settle()
+        self._release_ahead()
         self._known.clear()
+        self._saves.clear()
+        self._firsts.clear()
+        self._node = None
         self._last = None
 
     def moving(self, samples: int) -> AbstractContextManager[Any]:
@@ -123,17 +117,23 @@ class HostStore:
             write_count(tensor),
         )  # fmt: skip
         known = self._known.get(key)
-        if known is not None and not known[0].expired():  # type: ignore[no-untyped-call]
-            known[1].uses += 1
-            return known[1]
-        place = self._place(tensor.nbytes)
-        kept = Kept(place, tensor.shape, tensor.stride(), tensor.dtype)
-        if self._copies:
-            self._view(kept).copy_(tensor.detach(), non_blocking=True)
-        self.saved_bytes += tensor.nbytes
-        self.moved.append(tensor.nbytes)
-        self._known[key] = StorageWeakRef(storage), kept  # type: ignore[no-untyped-call]
+        kept = None if known is None or known[0].expired() else known[1]  # type: ignore[no-untyped-call]
+        if kept is None:
+            kept = Kept(self.buffers.place(tensor.nbytes), tensor.shape, tensor.stride(), tensor.dtype)
+            self._transfers.send(tensor, kept)
+            self.saved_bytes += tensor.nbytes
+            self.moved.append(tensor.nbytes)
+            self._known[key] = StorageWeakRef(storage), kept  # type: ignore[no-untyped-call]
+        self._note_save(kept)
         return kept
+
+    def _note_save(self, kept: Kept) -> None:
+        node = threading.get_ident(), next_sequence_number()  # equal for all that one node saves
+        if node != self._node:
+            self._node, self._first = node, len(self._saves)
+        kept.saves.append(len(self._saves))
+        self._saves.append(kept)
+        self._firsts.append(self._first)
 
     def _moves(self, tensor: torch.Tensor, least_bytes: int) -> bool:
         if tensor.device.type != self._device.type or tensor.nbytes < least_bytes:
@@ -147,48 +147,72 @@ class HostStore:
     def _unpack(self, kept: torch.Tensor | Kept) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
             return kept
-        if self._last is not None and self._last[0] is kept:
-            found = self._last[1]
-        else:
-            self._last = None
-            found = torch.empty_strided(kept.shape, kept.stride, dtype=kept.dtype, device=self._device)
-            if self._copies:
-                found.copy_(self._view(kept), non_blocking=True)
-            self.returned_bytes += found.nbytes
-        kept.uses -= 1
-        self._last = (kept, found) if kept.uses > 0 else None  # the next operation often saved the same
-        return found
+        self._transfers.settle()
+        if kept.overwritten:
+            raise _overwritten(kept)
+        last, self._last = self._last, None
+        arriving = last if last is not None and last.kept is kept else self._taken(kept)
+        del last
+        if kept.saves:  # else an operation asks for it a second time
+            at = kept.saves.pop()
+            self._saves[at] = None
+            self._fetch_ahead(at, kept)
+        if kept.saves:
+            self._last = arriving  # the next operation often saved the same
+        return self._transfers.receive(arriving)
 
-    @staticmethod
-    def _view(kept: Kept) -> torch.Tensor:
-        """Return the host's copy in the tensor's own layout."""
-        return kept.bytes.view(kept.dtype).as_strided(kept.shape, kept.stride)
+    def _taken(self, kept: Kept) -> Arriving:
+        """Return a tensor that was brought back ahead, or begin to."""
+        ahead = self._ahead
+        if ahead is not None and ahead.kept is kept:
+            self._ahead = None
+            return ahead
+        self._passes += 1
+        self.late += 1
+        return self._fetch(kept)
 
-    def _place(self, size: int) -> torch.Tensor:
-        """Return the next bytes of a buffer, or of a new one."""
-        while self._at < len(self._buffers):
-            buffer = self._buffers[self._at]
-            if self._used + size <= len(buffer):
-                found = buffer[self._used : self._used + size]
-                self._used += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-                return found
-            self._at, self._used = self._at + 1, 0
-        self._buffers.append(self._new_buffer(_buffer_size(size)))
-        return self._place(size)
+    def _fetch(self, kept: Kept) -> Arriving:
+        arriving = self._transfers.fetch(kept)
+        self.returned_bytes += arriving.tensor.nbytes
+        return arriving
 
-    def _new_buffer(self, size: int) -> torch.Tensor:
-        self.limit_bytes = limit = host_limit(self.limit_bytes)
-        if limit is not None and self.bytes + size > limit:
-            raise OutOfMemory(
-                f"What a window in lanes saves for its backward needs more than {show_bytes(limit)} on the host: "
-                f"{show_bytes(self.bytes)} are in use, and {show_bytes(size)} more are needed.",
-                "Saved tensors wait on the host; smaller micro-batches don't change their sum.",
-                "Give it more (host_memory=, --host-memory), lower the target, or use batchnorm='frozen', which is "
-                "exact, too, and saves nothing there.",
-            )
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._copies and self._device.type == "cuda")
-        self.bytes += size
-        return buffer
+    def _fetch_ahead(self, at: int, now: Kept) -> None:
+        """Begin to bring back what was saved before, if nothing is."""
+        if self._ahead is not None and self._passes >= MOST_PASSES:
+            self._release_ahead()
+        if self._ahead is not None:
+            return
+        expected = (self._saves[index] for index in self._expected_after(at))
+        following = next((kept for kept in expected if kept is not None and kept is not now), None)
+        if following is not None:
+            self._ahead, self._passes = self._fetch(following), 0
+
+    def _expected_after(self, at: int) -> Iterator[int]:
+        """Yield indices of saves as the backward needs them.
+
+        Nodes in reverse order, and what one node saved in its own.
+        """
+        first, end = self._firsts[at], at + 1
+        while end < len(self._firsts) and self._firsts[end] == first:
+            end += 1
+        yield from range(at + 1, end)
+        while first > 0:
+            end, first = first, self._firsts[first - 1]
+            yield from range(first, end)
+
+    def _release_ahead(self) -> None:
+        """Give back what was brought back ahead and isn't needed."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self._transfers.receive(ahead)
+
+
+def _overwritten(kept: Kept) -> UsageError:
+    return UsageError(
+        f"A tensor of shape {tuple(kept.shape)} that the backward needs was written to after it was saved.",
+        "An in-place operation (relu_, add_, x[...] = ...) changed it before its gradient was computed.",
+        "Use the operation that makes a new tensor.",
+    )
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -201,24 +225,3 @@ def _is_dense(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _buffer_size(size: int) -> int:
-    """Return the bytes of a new buffer for a tensor."""
-    return max(BUFFER_BYTES, 1 << (size - 1).bit_length())
-
-
-def buffer_bytes(moved: Iterable[int]) -> int:
-    """Return what buffers use for tensors of these sizes, in order."""
-    total = left = 0
-    for size in moved:
-        if size > left:
-            left = _buffer_size(size)
-            total += left
-        left -= -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return total
-
-
-def host_limit(named_bytes: int | None) -> int | None:
-    """Return the buffers' limit; by default 90 % of what is available."""
-    return named_bytes if named_bytes is not None else int((1 - FREE_FRACTION) * (available_bytes() or 0)) or None

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ...data import split as cutting
 from ...data import tree
 from ...devices.registry import get_device
 from ...errors import UsageError
@@ -18,9 +17,10 @@ from ...torch_compat import write_count
 from ...workload import Batch
 from .. import loss_terms
 from .. import norms as batchnorm
+from ..cached_representations import joined
 from ..context import TrainingContext, autocast, encode, forward
-from ..loss_form import LossForm, LossKind
-from ..micro_batch import backward, keywords, part_of_window, release_workspaces
+from ..loss_form import LossKind
+from ..micro_batch import Course, backward, keywords, part_of_window, release_workspaces
 from .backward_order import ALL, END, FORWARD, LOSS, MEETING, START_BACK, BackwardOrder
 from .baton import Lanes
 from .host_store import HostStore
@@ -31,19 +31,12 @@ from .torch_internals import run_backward
 
 
 def train_in_lanes(
-    context: TrainingContext,
-    form: LossForm,
-    norms: batchnorm.Window,
-    pieces: Sequence[Batch],
-    sizes: Sequence[int],
-    total: Any,
+    course: Course, pieces: Sequence[Batch], sizes: Sequence[int], total: Any
 ) -> tuple[torch.Tensor, Any]:
     """Run forward and backward of a window whose samples interact.
 
     Args:
-        context: What is trained.
-        form: What its loss is divided by.
-        norms: What the window does with normalizations.
+        course: What the window's micro-batches share.
         pieces: The micro-batches.
         sizes: Samples in each.
         total: What the window counts, where that is known.
@@ -54,6 +47,20 @@ def train_in_lanes(
     Raises:
         UsageError: The lanes don't meet in the same order, or a normalization can't be met.
     """
+    store = _host_store(course.context)
+    try:
+        loss, total = _train(course, store, pieces, sizes, total)
+    finally:
+        if store is not None:
+            store.end()
+    release_workspaces(course.context)
+    return loss, total
+
+
+def _train(
+    course: Course, store: HostStore | None, pieces: Sequence[Batch], sizes: Sequence[int], total: Any
+) -> tuple[torch.Tensor, Any]:
+    context, form = course.context, course.form
     meetings = Meetings(BackwardOrder(len(pieces)), *_identities(context.norms))
     before = _writes(context.norms)
     shares = [size / sum(sizes) for size in sizes]
@@ -64,7 +71,7 @@ def train_in_lanes(
         return forward(context, piece, keywords(form, share, total))
 
     runs = [partial(run, piece, share) for piece, share in zip(pieces, shares, strict=True)]
-    outs = _forward(context, meetings, norms, runs, sizes)
+    outs = _forward(course, store, meetings, runs, sizes)
     _refuse_unmet(context.norms, meetings, before)
     if context.encode is not None:
         loss: torch.Tensor | None = _loss_of_all(context, outs)
@@ -86,9 +93,6 @@ def train_in_lanes(
         backward(context, loss, run_backward)
     _note(context, END, 0)
     meetings.forget()  # autograd's threads let go of the mode that holds it at a time of their own
-    if context.host_store is not None:
-        context.host_store.end()
-    release_workspaces(context)
     return loss.detach(), total
 
 
@@ -99,13 +103,10 @@ def _note(context: TrainingContext, name: str, part: int, lane: int = ALL) -> No
 
 
 def _forward(
-    context: TrainingContext,
-    meetings: Meetings,
-    norms: batchnorm.Window,
-    runs: Sequence[Callable[[], Any]],
-    sizes: Sequence[int],
+    course: Course, store: HostStore | None, meetings: Meetings, runs: Sequence[Callable[[], Any]], sizes: Sequence[int]
 ) -> list[Any]:
     """Run all forwards in lanes, and return what they return."""
+    context = course.context
     draws, state = RandomStates(context.device, len(runs)), ThreadState(context.device)
     turns = Counter[int]()  # by lane: its meetings so far
 
@@ -114,7 +115,7 @@ def _forward(
         _note(context, FORWARD, turns[lane], lane)
         turns[lane] += 1
         draws.enter(lane)
-        norms.iterate(lane == 0)
+        course.norms.iterate(lane == 0)
         try:
             yield
         finally:
@@ -124,7 +125,6 @@ def _forward(
 
     if context.lanes is None:
         context.lanes = Lanes()
-    store = _host_store(context)
 
     def in_lane(lane: int, run: Callable[[], Any]) -> Any:
         meetings.order.mark(lane)
@@ -156,13 +156,7 @@ def _host_store(context: TrainingContext) -> HostStore | None:
 
 def _loss_of_all(context: TrainingContext, encoded: list[Any]) -> torch.Tensor:
     """Return the loss of the representations of all lanes, with its graph."""
-    together = cutting.join(encoded)
-    if together is None:
-        raise UsageError(
-            "The representations of two micro-batches can't be joined: they differ in more than their samples.",
-            "A loss over all of them needs tensors with the samples in dimension 0 and one shape for the rest.",
-            "Let encode= return such tensors: pooled over the sequence, or padded to one length.",
-        )
+    together = joined(encoded)
     encoded.clear()
     with autocast(context):
         return loss_terms.whole(loss_terms.check(context.loss(context.model, together)))
