@@ -1,9 +1,10 @@
-"""Measure windows in lanes: `python -m benchmarks.lanes [--exactness | --memory | --digits]`.
+"""Measure windows in lanes: `python -m benchmarks.lanes [--exactness | --memory | --host | --digits]`.
 
 Without an option: the time of a window in lanes against plain accumulation and one whole batch, on this CPU, and the
 bytes that lanes on a GPU move. `--exactness`: gradients and running statistics against one whole batch's, for models of
 torchvision, a U-Net, a PointNet and a net of volumes. `--memory`: plans against what the real allocator reserves on a
-virtual GPU. `--digits`: what exact statistics are good for, in two minutes.
+virtual GPU. `--host`: what lanes hold on such a device and on the host. `--digits`: what exact statistics are good for,
+in two minutes.
 Tables are printed and written to benchmarks/results/.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 from ..tables import markdown, write_results
-from . import digits, exactness, memory, price
+from . import digits, exactness, host, memory, price
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--exactness", action="store_true")
     parser.add_argument("--digits", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--host", action="store_true")
     parser.add_argument("--only", help="names of models, separated by commas")
     parser.add_argument("--picture", help="where --digits writes its picture")
     given = parser.parse_args()
@@ -30,6 +32,8 @@ def main() -> None:
         name, rows = "lanes-exactness", exactness.run(given.only.split(",") if given.only else None)
     elif given.memory:
         name, rows = "lanes-memory", memory.run(given.only.split(",") if given.only else None)
+    elif given.host:
+        name, rows = "lanes-host", host.run()
     else:
         name, rows = "lanes-price", price.run()
     text = markdown(rows)
