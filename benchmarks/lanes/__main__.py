@@ -1,4 +1,4 @@
-"""Measure windows in lanes: `python -m benchmarks.lanes [--exactness | --memory | --host | --digits]`.
+"""Measure windows in lanes: `python -m benchmarks.lanes [--exactness | ...]`.
 
 Without an option: the time of a window in lanes against plain accumulation and one whole batch, on this CPU, and the
 bytes that lanes on a GPU move. `--exactness`: gradients and running statistics against one whole batch's, for models of
