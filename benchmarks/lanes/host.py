@@ -1,6 +1,8 @@
 """Measure what lanes hold on the device and on the host.
 
-On a virtual GPU. ResNet-50 in bf16 autocast, 8 micro-batches of 64 images of 128 px, SGD with momentum: the allocator's peaks of three
+On a virtual GPU.
+
+ResNet-50 in bf16 autocast, 8 micro-batches of 64 images of 128 px, SGD with momentum: the allocator's peaks of three
 windows, of plain accumulation, of lanes, and of lanes with each block checkpointed.
 """
 
