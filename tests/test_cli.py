@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 from autoaccum import Plan
 from autoaccum.cli import app
 from autoaccum.errors import PlanMismatch, UsageError
+from autoaccum.planning.new_process import plan_on_gpu
+from autoaccum.planning.request import PlanRequest
 from autoaccum.processes.workload_source import load_workload
 from autoaccum.runner.loop import train
 
@@ -170,7 +172,6 @@ def test_mistakes_are_refused_before_anything_is_started(
     ("args", "code", "message"),
     [
         (["plan", "--workload", "tiny.py:broken"], 1, "ValueError: a mistake of the user's"),
-        (["plan", "--device", "cuda"], 2, "--gpu a100-40gb"),
         (["explain", "none.json"], 2, "cannot be read"),
         (["plna"], 2, "plna"),
     ],
@@ -187,6 +188,13 @@ def test_a_function_that_makes_no_workload_is_a_mistake_of_usage(folder: Path, f
     with pytest.raises(UsageError, match=message) as caught:
         load_workload(f"{folder / 'tiny.py'}:{function}")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_way_to_plan_for_one_is_named() -> None:
+    with pytest.raises(UsageError) as caught:
+        plan_on_gpu("chargpt", PlanRequest(8), gpu=None, progress=lambda text: None)
+    assert "--gpu a100-40gb" in caught.value.hint
 
 
 def test_traceback_shows_the_users_own_line(folder: Path) -> None:

@@ -23,8 +23,10 @@ from exact_cases import CASES, CHANCE, COUNT, COUPLED, EXACT, Case, classes, mlp
 from helpers_train import Capture, base_plan, cut, distance, drained, gradients, mean_of, one_thread  # noqa: F401
 from plan_fields import changed_plan
 from torch import nn
+from typer.testing import CliRunner
 
 from autoaccum import LossTerms, Workload, fit_plan
+from autoaccum.cli import app, tasks
 from autoaccum.devices import virtual
 from autoaccum.exactness import check, functional_copy
 from autoaccum.exactness.advice import percent
@@ -600,15 +602,25 @@ def wrong():
 """
 
 
-@pytest.mark.parametrize(("function", "code"), [("workload", 0), ("wrong", 1)])
-def test_the_command_prints_the_verdict_and_what_to_type_next(tmp_path: Path, function: str, code: int) -> None:
+def test_the_command_prints_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the task in this process; the next test starts one."""
+
+    def call(task: str, arguments: dict[str, Any], *, on_message: Any, **how: Any) -> dict[str, Any]:
+        assert task == "cli.tasks:check"
+        return tasks.check(say=on_message, **arguments)
+
     (tmp_path / "mine.py").write_text(WORKLOADS)
-    command = [sys.executable, "-m", "autoaccum", "check", "--workload", f"mine.py:{function}"]
-    out = subprocess.run([*command, *["--json"] * (code == 1)], cwd=tmp_path, capture_output=True, text=True)
-    assert out.returncode == code, out.stderr
-    if code == 0:
-        assert out.stdout.splitlines()[0] == "exact (tested on 8 samples)"
-        return
+    monkeypatch.setattr("autoaccum.processes.child.call", call)
+    result = CliRunner().invoke(app, ["check", "--workload", f"{tmp_path / 'mine.py'}:workload"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == "exact (tested on 8 samples)"
+
+
+def test_the_command_prints_what_to_type_next(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(WORKLOADS)
+    command = [sys.executable, "-m", "autoaccum", "check", "--workload", "mine.py:wrong", "--json"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 1, out.stderr
     found = json.loads(out.stdout)
     assert found["kind"] == COUNT and not found["exact"]
     assert found["advice"][-1] == "Workload(..., count=lambda batch: (batch[1] != -100).sum())"

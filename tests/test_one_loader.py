@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from autoaccum import UsageError
+from autoaccum.cli import tasks
 from autoaccum.devices.virtual import VirtualGpu, available, environment
 from autoaccum.processes.workload_source import load_workload, takes_device
 
@@ -63,8 +64,9 @@ def run(*args: str, cwd: Path, code: int = 0, env: dict[str, str] | None = None)
     return out
 
 
-def test_a_command_makes_the_workload_for_its_device(folder: Path) -> None:
-    assert run("check", "--workload", "asks.py:workload", cwd=folder).stderr.count("made for cpu\n") == 1
+def test_a_command_makes_the_workload_for_its_device(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tasks.check(say=lambda message: None, workload=f"{folder / 'asks.py'}:workload")["exact"]
+    assert capsys.readouterr().out.count("made for cpu\n") == 1
 
 
 @pytest.mark.slow

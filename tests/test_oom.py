@@ -551,83 +551,83 @@ def test_dropping_frames_reaches_cause_and_context() -> None:
 
 # --- for real ----------------------------------------------------------------------------------------------------
 
-CHILD = """
-import json, logging, resource, sys
-import helpers_train, torch
+MADE = """
+import torch
 from torch import nn
-from autoaccum import Plan, Runner, Workload
-from autoaccum.devices.cpu.peak_sampler import PeakSampler
 
 WIDTH, WINDOW, MICRO, STEPS = 1 << 17, 64, 32, 2
-limited = sys.argv[1] == "limited"
-torch.set_num_threads(1)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 2)).double()
 windows = [(torch.randn(WINDOW, 4).double(), torch.randint(2, (WINDOW,))) for _ in range(STEPS)]
 sgd = lambda params: torch.optim.SGD(params, lr=0.05)
-found = {}
-if limited:
-    warnings = []
-    handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())
-    logging.getLogger("autoaccum").addHandler(handler)
-    work = Workload(model, windows[0], optimizer=sgd)
-    base = Plan.load(sys.argv[3])
-    helpers_train.base_plan = lambda: base
-    runner = Runner(work, helpers_train.plan_for(work, WINDOW, MICRO))
-    first = {name: value.clone() for name, value in model.state_dict().items()}
-    runner.micro_batch = MICRO // 2
-    with PeakSampler() as warm_up:
-        runner.step(windows[0])
-    model.load_state_dict(first)
-    runner.micro_batch = MICRO
-    half = (MICRO // 2) * WIDTH * 8  # one block of hidden values, for half the micro-batch
-    limit = warm_up.committed_peak_bytes + half // 2
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    results = [runner.step(window) for window in windows]
-    found = {
-        "retries": [result.retries for result in results],
-        "splits": [result.split for result in results],
-        "recoveries": [text for text in warnings if "ut of memory" in text],
-        "block": half,
-    }
-else:
-    optimizer = sgd(model.parameters())
-    for x, y in windows:
+"""
+LIMITED = (
+    MADE
+    + """
+import json, logging, resource, sys
+import helpers_train
+from autoaccum import Plan, Runner, Workload
+from autoaccum.devices.cpu.peak_sampler import PeakSampler
+
+torch.set_num_threads(1)
+warnings = []
+handler = logging.Handler()
+handler.emit = lambda record: warnings.append(record.getMessage())
+logging.getLogger("autoaccum").addHandler(handler)
+work = Workload(model, windows[0], optimizer=sgd)
+base = Plan.load(sys.argv[2])
+helpers_train.base_plan = lambda: base
+runner = Runner(work, helpers_train.plan_for(work, WINDOW, MICRO))
+first = {name: value.clone() for name, value in model.state_dict().items()}
+runner.micro_batch = MICRO // 2
+with PeakSampler() as warm_up:
+    runner.step(windows[0])
+model.load_state_dict(first)
+runner.micro_batch = MICRO
+half = (MICRO // 2) * WIDTH * 8  # one block of hidden values, for half the micro-batch
+limit = warm_up.committed_peak_bytes + half // 2
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+results = [runner.step(window) for window in windows]
+found = {
+    "retries": [result.retries for result in results],
+    "splits": [result.split for result in results],
+    "recoveries": [text for text in warnings if "ut of memory" in text],
+    "block": half,
+}
+print(json.dumps(found))
+torch.save(model.state_dict(), sys.argv[1])
+"""
+)
+
+
+def limited(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a process with a limit found, and the parameters that it came to."""
+    base_plan().save(folder / "plan.json")
+    path = os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)])
+    command = [sys.executable, "-c", LIMITED, folder / "limited.pt", folder / "plan.json"]
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), torch.load(folder / "limited.pt")
+
+
+def without_limit() -> dict[str, torch.Tensor]:
+    """The parameters that a plain loop comes to."""
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        exec(MADE, names)
+    model = names["model"]
+    optimizer = names["sgd"](model.parameters())
+    for x, y in names["windows"]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-print(json.dumps(found))
-torch.save(model.state_dict(), sys.argv[2])
-"""
-
-
-def children(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """What a process with a limit and one without it found, and the parameters that they came to."""
-    base_plan().save(folder / "plan.json")
-    path = os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)])
-    started = {
-        how: subprocess.Popen(
-            [sys.executable, "-c", CHILD, how, folder / f"{how}.pt", folder / "plan.json"],
-            env={**os.environ, "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for how in ("limited", "whole")
-    }
-    found = {}
-    for how, process in started.items():
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err[-3000:]
-        found[how] = json.loads(out.splitlines()[-1]), torch.load(folder / f"{how}.pt")
-    return found
+    return dict(model.state_dict())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_DATA")
 def test_a_real_out_of_memory_is_recovered_from_exactly(tmp_path: Path) -> None:
-    both = children(tmp_path)
-    (found, got), (_, want) = both["limited"], both["whole"]
+    (found, got), want = limited(tmp_path), without_limit()
     assert found["retries"][0] >= 1, found
     assert sum(found["retries"]) == len(found["recoveries"])
     assert all("allocate" in text or "MemoryError" in text for text in found["recoveries"]), found["recoveries"]
