@@ -76,7 +76,7 @@ def test_the_example_trains_uneven_shares(tmp_path: Path) -> None:
 
 def test_the_page_shows_the_examples() -> None:
     page = (ROOT / "docs" / "ranks.md").read_text()
-    for name in ("ddp",):
+    for name in ("ddp", "ray"):
         assert f"```python\n{(ROOT / 'examples' / name / 'train.py').read_text()}```" in page, name
 
 
@@ -86,6 +86,35 @@ def test_the_example_of_accelerate_trains_uneven_shares(tmp_path: Path) -> None:
     out = torchrun(2, str(ROOT / "examples" / "accelerate" / "train.py"), cwd=tmp_path)
     assert re.findall(r"step (\d): (\d+) samples, loss \d\.\d{3}", out) == [("1", "512"), ("2", "512"), ("3", "176")]
     assert "shares (384, 128) micro-batches [4, 2]" in out
+
+
+@pytest.mark.slow
+def test_the_example_of_fsdp_trains_equal_shares(tmp_path: Path) -> None:
+    out = torchrun(2, str(ROOT / "examples" / "fsdp" / "train.py"), cwd=tmp_path)
+    steps = re.findall(r"step (\d): (\d+) samples, loss \d\.\d{3}, (\(.*\)) here", out)
+    assert steps == [("1", "512", "(86, 85, 85)"), ("2", "512", "(86, 85, 85)"), ("3", "176", "(44, 44)")]
+
+
+@pytest.mark.slow
+def test_the_example_of_ray_trains_on_two_workers(tmp_path: Path) -> None:
+    pytest.importorskip("ray.train.torch")
+    # Ray's workers have a niceness of 15 else, and hardly run beside other tests.
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "HOME": str(tmp_path),
+    }
+    env = {**os.environ, **settings, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples" / "ray" / "train.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=tmp_path)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    for rank, split in enumerate(("(96, 96, 96, 96)", "(64, 64)")):
+        assert f"worker {rank}: shares (384, 128), {split} here" in said, said
+        assert re.search(
+            r"'step': 3, 'samples': 176, 'loss': [\d.]+}, validation=False\) from rank " + str(rank), said
+        ), said
 
 
 @pytest.mark.slow
