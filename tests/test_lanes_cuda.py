@@ -10,11 +10,12 @@ import torch
 from stream_races import Races
 from torch import nn
 
-from autoaccum import DoesNotFit, Runner, Workload, fit_plan
+from autoaccum import DoesNotFit, Runner, UsageError, Workload, fit_plan
 from autoaccum.devices.registry import get_device
 from autoaccum.devices.virtual import VirtualGpu, available, launch
 from autoaccum.window.lanes import host_store
 from autoaccum.window.step import open_context, train_window
+from benchmarks.lanes import memory
 
 REASON = available()
 GIB = 2**30
@@ -30,6 +31,8 @@ TARGET, PIXELS = 128, 48
         "a_small_host_is_refused",
         "copies_wait_and_are_waited_for",
         "what_was_copied_comes_back",
+        "it_is_planned_without_running_it",
+        "what_is_not_regular_is_run_instead",
     ],
 )
 def test_on_a_virtual_gpu(name: str) -> None:
@@ -39,12 +42,23 @@ def test_on_a_virtual_gpu(name: str) -> None:
     assert process.returncode == 0, err.decode()[-3000:]
 
 
-def workload() -> Workload:
+@pytest.mark.slow
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("name", memory.CASES)
+def test_six_models_reserve_what_was_planned(name: str) -> None:
+    found = memory.compare(name)
+    plan = found["plan"]
+    assert plan.accumulation_steps > 1 and plan.method == "replayed", plan.notes
+    assert abs(found["reserved"] - plan.predicted_peak_bytes) <= 0.02 * plan.predicted_peak_bytes
+    assert not any(found["retries"][2:]) and found["host"] == plan.memory.host_bytes > 0
+
+
+def workload(*more: nn.Module) -> Workload:
     """A net whose activations are much more than its weights, on the GPU."""
     layers: list[nn.Module] = []
     for channels in (3, 32, 32, 32, 32, 32):
         layers += [nn.Conv2d(channels, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).cuda()
+    model = nn.Sequential(*layers, *more, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).cuda()
     sample = torch.zeros(4, 3, PIXELS, PIXELS), torch.zeros(4, dtype=torch.long)
     return Workload(model, sample, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), batchnorm="exact")
 
@@ -52,7 +66,7 @@ def workload() -> Workload:
 def a_runner_reserves_what_was_planned() -> None:
     work = workload()
     plan = fit_plan(work, target_batch=TARGET, budget=GIB * 3 // 4, check=False)
-    assert plan.accumulation_steps > 1 and plan.method == "bracketed"
+    assert plan.accumulation_steps > 1 and plan.method == "replayed"
     assert plan.memory.host_bytes > 0 and "pinned buffers" in str(plan)
     runner = Runner(work, plan)
     torch.cuda.empty_cache()
@@ -64,6 +78,34 @@ def a_runner_reserves_what_was_planned() -> None:
     assert abs(reserved - planned) <= 0.02 * planned, (reserved, planned)
     store = runner.context.host_store
     assert store is not None and store.bytes == plan.memory.host_bytes
+
+
+def it_is_planned_without_running_it() -> None:
+    run = fit_plan(workload(), target_batch=TARGET, budget=GIB * 3 // 4, check=False)
+    plan = fit_plan(workload(), target_batch=TARGET, budget=GIB * 3 // 4, check=False, verify=False)
+    assert plan.measured_peak_bytes is None and plan.method == run.method == "replayed"
+    assert plan.split == run.split and plan.memory.phases == run.memory.phases  # those of a new process
+    assert plan.memory.host_bytes == run.memory.host_bytes
+
+
+class Chunks(nn.Module):
+    """Works on three samples at a time: on more of them it makes more blocks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([2 * chunk for chunk in x.split(3)])
+
+
+def what_is_not_regular_is_run_instead() -> None:
+    work = workload(Chunks())
+    plan = fit_plan(work, target_batch=TARGET, budget=GIB * 3 // 4, check=False)
+    assert plan.accumulation_steps > 1 and plan.method == "bracketed"
+    assert "could not be predicted" in str(plan) and plan.memory.moved_bytes_per_sample is None
+    try:
+        fit_plan(work, target_batch=TARGET, budget=GIB * 3 // 4, check=False, verify=False)
+    except UsageError as error:
+        assert "isn't predicted" in str(error), error
+        return
+    raise AssertionError("it was planned")
 
 
 def a_small_host_is_refused() -> None:

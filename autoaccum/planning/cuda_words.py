@@ -36,14 +36,15 @@ def notes(predictor: CudaPredictor, split: Split) -> list[str]:
     """Return notes about retries, the plain loop, cuDNN and the virtual GPU."""
     found = [text for text in (predictor.rules_remark, ignored_settings()) if text]
     history, capacity = predictor.request.histories[0], predictor.budget.bytes
-    retries = predictor.replayed(split, history, capacity, kept=predictor.keeps(split)).retries
+    in_lanes = predictor.subject.context.runs_in_lanes and len(split) > 1  # what was replayed here is without lanes
+    retries = () if in_lanes else predictor.replayed(split, history, capacity, kept=predictor.keeps(split)).retries
     if any(retries):
         found.append(
             f"The allocator reaches the budget in the first windows and releases its cache ({sum(retries)} times in "
             "all). This costs milliseconds and does not happen after them. torch may log 'memory allocation failed "
             "with OOM' each time, though the allocation then succeeds."
         )
-    if not predictor.sums_wide(split) and not predictor.fits_in(split, "new_process", kept=True):
+    if not in_lanes and not predictor.sums_wide(split) and not predictor.fits_in(split, "new_process", kept=True):
         peak = predictor.peak_with(split, "new_process", kept=True)
         found.append(
             f"For the Runner: a loop written by hand would reserve {show_bytes(peak)} with these micro-batches, "

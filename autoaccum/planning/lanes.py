@@ -199,6 +199,7 @@ def _replayed(
 
     Raises:
         NotRegular: They can't be predicted.
+        DoesNotFit: No number of lanes fits the device, or what they move doesn't fit the host.
     """
     from . import lanes_replayed  # CUDA's rules aren't loaded for a CPU
     from .predictor_cuda import THIS_PROCESS, CudaPredictor
@@ -206,9 +207,12 @@ def _replayed(
     assert isinstance(predictor, CudaPredictor)
     lanes, limit = lanes_replayed.LanePredictor(predictor, start_over), predictor.subject.context.host_memory_bytes
     splits = list(splits_of(predictor, 2))
-    split, measured = lanes_replayed.solve_by_replay(
-        lanes, splits, micro_batch, verify=verify, host_limit_bytes=host_limit(limit)
-    )
+    try:
+        split, measured = lanes_replayed.solve_by_replay(
+            lanes, splits, micro_batch, verify=verify, host_limit_bytes=host_limit(limit)
+        )
+    except OutOfMemory as error:  # of the host, whatever the number of lanes
+        raise DoesNotFit(error.what, error.why, error.hint, missing_bytes=1) from None
     return LanesFound(
         Solution(split, 1),
         measured,
@@ -318,6 +322,13 @@ def with_lanes(plan: Plan, found: LanesFound, context: TrainingContext) -> Plan:
         composition={},
         timeline=(),
     )
+    schedule = replace(
+        plan.schedule,
+        largest_micro_batch=plan.micro_batch,
+        largest_without_retries=None,
+        largest_with_expandable_segments=None,
+    )
+    plan = replace(plan, schedule=schedule)
     provenance = replace(plan.provenance, reasons={**plan.provenance.reasons, **reasons}, notes=(note, *plan.notes))
     if not plan.on_cuda:
         return replace(plan, memory=memory, provenance=provenance)

@@ -1,6 +1,6 @@
 """Predict windows in lanes on a GPU, by recording short ones.
 
-Windows of five and four lanes are recorded at two small primes, then one nearer the answer. From them follow the
+Windows of five, four and two lanes are recorded at two small primes, then one nearer the answer. From them follow the
 allocations of any split (simulation/lane_program.py), which are replayed by the allocator's rules like those of
 micro-batches one after the other.
 """
@@ -32,6 +32,7 @@ from .schedule import prime_near, small_primes
 from .trial import unless_out_of_memory
 
 MANY, FEW = 5, 4  # lanes of the recorded windows: the first, one or two between, and the last two
+TWO = 2  # recorded, too: there the first lane is the last but one
 NEAR_FRACTION = 0.7  # of the answer's micro-batch: where the third window is recorded
 WINDOWS = 4  # that are replayed: the first two may release the cache
 ATTEMPTS = 3
@@ -45,13 +46,13 @@ class LanePredictor:
         plain: What is known of micro-batches one after the other, and the budget.
         start_over: Puts back what training changed.
         windows: What was recorded.
-        program: What was lifted from these.
+        programs: What was lifted from these: of two lanes, and of more.
     """
 
     plain: CudaPredictor
     start_over: Callable[[], None]
     windows: list[LaneWindow] = field(default_factory=list)
-    program: LaneProgram | None = None
+    programs: dict[bool, LaneProgram] = field(default_factory=dict)
     _composed: dict[Split, Recording] = field(default_factory=dict)
     _replays: dict[tuple[Split, str, int | None], TrainingReplay] = field(default_factory=dict)
 
@@ -65,26 +66,28 @@ class LanePredictor:
         Raises:
             NotRegular: The windows are not one program, or don't fit.
         """
-        self.windows, self.program = [], None
+        self.windows, self.programs = [], {}
         context = self.plain.subject.context
         context.moved_bytes_per_sample = max(1, THRESHOLD_BYTES // micro_batch)
         first, second = small_primes(context.model)
-        self._record(first, MANY)
-        self._record(first, FEW)
-        self.add(second, FEW)
+        for n, lanes in ((first, MANY), (first, FEW), (first, TWO), (second, FEW), (second, TWO)):
+            self._record(n, lanes)
+        self._lift()
 
-    def record_near(self, micro_batch: int) -> None:
+    def record_near(self, split: Split) -> None:
         """Record nearer to the answer, where that shows more.
 
         Raises:
             NotRegular: Larger windows are another program.
         """
-        n = prime_near(int(NEAR_FRACTION * micro_batch))
-        if n <= max(window.micro_batch for window in self.windows):
-            return
-        if self.peak_bytes((n,) * FEW, THIS_PROCESS) > self.plain.usable_bytes:
-            return
-        self.add(n, FEW)
+        n = prime_near(int(NEAR_FRACTION * split[0]))
+        if n > self.largest and self.peak_bytes((n,) * like(split), THIS_PROCESS) <= self.plain.usable_bytes:
+            self.add(n, like(split))
+
+    @property
+    def largest(self) -> int:
+        """The largest micro-batch that was recorded."""
+        return max(window.micro_batch for window in self.windows)
 
     def add(self, n: int, lanes: int) -> None:
         """Record a window, and lift all.
@@ -93,7 +96,11 @@ class LanePredictor:
             NotRegular: It is another program than the others.
         """
         self._record(n, lanes)
-        self.program = lift_lanes(self.windows)
+        self._lift()
+
+    def _lift(self) -> None:
+        for of_two in (False, True):
+            self.programs[of_two] = lift_lanes([each for each in self.windows if (each.lanes == TWO) == of_two])
         self._composed.clear()
         self._replays.clear()
 
@@ -111,8 +118,7 @@ class LanePredictor:
     def composed(self, split: Split) -> Recording:
         """Return a split's window."""
         if split not in self._composed:
-            assert self.program is not None
-            self._composed[split] = compose(self.program, split)
+            self._composed[split] = compose(self.programs[len(split) == TWO], split)
         return self._composed[split]
 
     def replayed(self, split: Split, history: str, capacity_bytes: int | None) -> TrainingReplay:
@@ -162,8 +168,7 @@ class LanePredictor:
 
     def host_bytes(self, split: Split) -> int:
         """Return the buffers that hold what the window moves to the host."""
-        assert self.program is not None
-        return buffer_bytes(self.program.moved_sizes(split))
+        return buffer_bytes(self.programs[len(split) == TWO].moved_sizes(split))
 
     def contradiction(self, split: Split, measured: CudaMeasurement) -> str | None:
         """Return how a measurement contradicts the prediction, or None."""
@@ -180,6 +185,11 @@ class LanePredictor:
         """What the prediction rests on."""
         recorded = ", ".join(f"{each.lanes} lanes of {each.micro_batch}" for each in self.windows)
         return f"a program of one lane and of what all share, lifted from windows of {recorded} samples"
+
+
+def like(split: Split) -> int:
+    """Return the lanes of a short window that is like a split's."""
+    return TWO if len(split) == TWO else FEW
 
 
 def fewest_lanes(predictor: LanePredictor, splits: list[Split]) -> Split | None:
@@ -238,7 +248,7 @@ def solve_by_replay(
     if not micro_batch / 2 <= split[0] <= 2 * micro_batch:  # what moves was settled for other sizes
         predictor.record(split[0])
         split = _solved(predictor, splits, host_limit_bytes)
-    predictor.record_near(split[0])
+    predictor.record_near(split)
     failure = ""
     for _ in range(ATTEMPTS):
         split = _solved(predictor, splits, host_limit_bytes)
@@ -247,10 +257,10 @@ def solve_by_replay(
         measured, failure = _measured(predictor, split)
         if measured is not None and not failure:
             return split, measured
-        if split[0] <= max(window.micro_batch for window in predictor.windows):
+        if split[0] <= predictor.largest:
             break
         predictor.plain.subject.progress(f"a window of {len(split)} lanes {failure}: recording it")
-        predictor.add(split[0], FEW)
+        predictor.add(split[0], like(split))
     raise NotRegular(f"a window of {len(split)} lanes of {split[0]} {failure}")
 
 

@@ -128,7 +128,8 @@ def lift_lanes(windows: Sequence[LaneWindow]) -> LaneProgram:
 
     Args:
         windows: At two sizes or more with the same number of lanes, and at one of them with another one; each of four
-            lanes or more. The largest is the program.
+            lanes or more. Or all of two lanes, for windows of two: there the first lane is the last but one, too. The
+            largest is the program.
 
     Raises:
         NotRegular: They are not one program.
@@ -137,6 +138,8 @@ def lift_lanes(windows: Sequence[LaneWindow]) -> LaneProgram:
     for window in ordered:
         if window.stages != ordered[-1].stages:
             raise NotRegular("lanes meet at other places, or train others, at another size")
+    if {window.lanes for window in ordered} == {2}:
+        return _Lifting(ordered, EDGES[0]).run()
     reason = ""
     for edges in EDGES:
         between = {window.micro_batch for window in ordered if window.lanes > sum(edges)}
