@@ -46,8 +46,8 @@ class Group:
 
     @property
     def can_be_forked(self) -> bool:
-        """Whether nothing of its environment is read while torch is imported."""
-        return "PYTORCH_CUDA_ALLOC_CONF" not in self.env and "torch_compile" not in self.checks
+        """Whether nothing of its environment is read while torch and these checks are imported."""
+        return set(self.env) <= {"CUDA_VISIBLE_DEVICES"} and "torch_compile" not in self.checks
 
 
 GROUPS: dict[str, Group] = {}
