@@ -196,7 +196,7 @@ def in_bf16(rank: int, world: int) -> Any:
         for total, gradient in zip(sums, gradients(twin, lambda *a: loss(*a) * (len(piece) / 64), part), strict=True):  # noqa: B023
             total += gradient.float()
     found = {}
-    for name, reduced_in in (("fp32", torch.float32), ("bf16", None)):
+    for name, reduced_in in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = sharded(mlp(torch.float32), mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduced_in))
         optimizer = Capture(model.parameters(), lr=0.0)
         runner = runner_for(Workload(model, rows(batch, slice(0, 4)), loss=loss, optimizer=optimizer), splits, rank)
