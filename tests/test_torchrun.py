@@ -96,6 +96,7 @@ def test_the_example_of_fsdp_trains_equal_shares(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_example_of_ray_trains_on_two_workers(tmp_path: Path) -> None:
     pytest.importorskip("ray.train.torch")
     # Ray's workers have a niceness of 15 else, and hardly run beside other tests.
@@ -107,7 +108,7 @@ def test_the_example_of_ray_trains_on_two_workers(tmp_path: Path) -> None:
     }
     env = {**os.environ, **settings, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "examples" / "ray" / "train.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=env, cwd=tmp_path)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     for rank, split in enumerate(("(96, 96, 96, 96)", "(64, 64)")):
