@@ -141,7 +141,7 @@ def test_a_compiled_window_that_takes_another_amount_is_planned_with_that() -> N
     assert plan.measured_peak_bytes is not None
     assert max(plan.measured_peak_bytes, plan.predicted_peak_bytes) <= budget
     assert abs(plan.predicted_peak_bytes / plan.measured_peak_bytes - 1) < 0.03
-    (share,) = (int(found[1]) for note in plan.notes if (found := re.search(r"Compiled it takes (\d+)% of that", note)))
+    (share,) = (int(found[1]) for note in plan.notes if (found := re.search(r"Compiled, it uses (\d+)% of that", note)))
     assert share > 200  # as written, more than twice as large a micro-batch would fit
 
 
