@@ -210,7 +210,7 @@ def like(split: Split) -> int:
 
 
 def _kind(lanes: int) -> int:
-    """Return which program a window follows: a short one its own, all others the same."""
+    """Return which program a window follows; each short one its own."""
     return min(lanes, SHORT + 1)
 
 
