@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoaccum.phases import FIRST, OPTIMIZER
-from autoaccum.simulation.lane_program import SHORT, LaneProgram, compose, lift_lanes
+from autoaccum.simulation.lane_program import compose, lift_lanes
 from autoaccum.simulation.lane_windows import ALL, LaneWindow, NotRegular, course_of, cut, phase_name
 from autoaccum.simulation.recording import Event, Phase, Recording
 
@@ -23,14 +23,14 @@ class Layer:
         sample_bytes: Of its output, for each sample.
         weight_bytes: Of its weight's gradient.
         stays: Whether its output stays on the device for the backward, or moves.
-        ahead: How many stretches ahead its own fetch what comes back.
+        ahead: Whether what comes back is fetched a stretch ahead.
         skips: Whether its output is needed by the last layer, too.
     """
 
     sample_bytes: int
     weight_bytes: int
     stays: bool = False
-    ahead: int = 0
+    ahead: bool = False
     skips: bool = False
 
 
@@ -98,21 +98,20 @@ def toy_window(net: Sequence[Layer], split: Sequence[int]) -> Machine:
     run.stretch("start back", 0)
     gradients: dict[int, int] = {}
     incoming: dict[int, int] = {}
-    order = [(part, lane) for part in reversed(range(len(net))) for lane in reversed(lanes)]
-    fetched: dict[tuple[int, int], int] = {}
+    ahead: int | None = None
     for part, layer in reversed(list(enumerate(net))):
         if part < len(net) - 1:
             run.stretch("meeting back", part)
             run.free(run.make(1024 * len(split)), saved.pop((part, ALL)))
         for lane in reversed(lanes):
             run.stretch("backward", part, lane)
-            back = saved.pop((part, lane), fetched.pop((part, lane), None))
-            if back is None:
+            back = saved.pop((part, lane), None)
+            if back is None and ahead is None:
                 back = run.make(layer.sample_bytes * split[lane])
-            following = order[order.index((part, lane)) :][layer.ahead : layer.ahead + 1]
-            for other in following if layer.ahead else ():
-                if other not in saved and other not in fetched:
-                    fetched[other] = run.make(net[other[0]].sample_bytes * split[other[1]])
+            elif back is None:
+                back, ahead = ahead, None
+            if layer.ahead and lane > 0 and (part, lane - 1) not in saved:
+                ahead = run.make(layer.sample_bytes * split[lane - 1])
             gradient = run.make(layer.weight_bytes)
             if part in gradients:
                 run.free(gradient)
@@ -134,13 +133,8 @@ def toy_cut(net: Sequence[Layer], n: int, lanes: int) -> LaneWindow:
 
 
 def recorded(net: Sequence[Layer]) -> list[LaneWindow]:
-    """Return the windows that planning records, without those of two and three lanes."""
-    return [toy_cut(net, n, lanes) for n, lanes in ((5, 6), (5, 5), (7, 5))]
-
-
-def lifted(net: Sequence[Layer], lanes: int) -> LaneProgram:
-    """Return the program that planning uses for windows of so many lanes."""
-    return lift_lanes([toy_cut(net, n, lanes) for n in (5, 7)] if lanes <= SHORT else recorded(net))
+    """Return the windows that planning records."""
+    return [toy_cut(net, n, lanes) for n, lanes in ((5, 5), (5, 4), (7, 4))]
 
 
 LAYERS = st.builds(
@@ -160,7 +154,7 @@ SPLITS = st.tuples(st.integers(2, 40), st.integers(2, 9)).flatmap(
 @settings(max_examples=60, deadline=None)
 @given(net=st.lists(LAYERS, min_size=1, max_size=5), split=SPLITS)
 def test_a_composed_window_is_what_such_a_window_does(net: list[Layer], split: tuple[int, ...]) -> None:
-    program = lifted(net, len(split))
+    program = lift_lanes(recorded(net))
     found, expected = compose(program, split), toy_window(net, split)
     assert [phase.name for phase in found.phases] == [FIRST, OPTIMIZER]
     assert course_of(found.phases) == course_of(expected.recording(split[0]).phases)
@@ -168,18 +162,10 @@ def test_a_composed_window_is_what_such_a_window_does(net: list[Layer], split: t
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    net=st.lists(LAYERS, min_size=2, max_size=4),
-    ahead=st.sampled_from((1, 2)),
-    n=st.integers(1, 50),
-    lanes=st.integers(2, 9),
-)
-def test_what_is_fetched_ahead_ends_in_the_lane_that_it_is_for(
-    net: list[Layer], ahead: int, n: int, lanes: int
-) -> None:
-    net = [dataclasses.replace(layer, ahead=ahead, stays=False, skips=False) for layer in net]
-    program = lifted(net, lanes)
-    assert lanes <= SHORT or program.edges == ((1, 1) if ahead == 1 else (2, 2))
+@given(net=st.lists(LAYERS, min_size=2, max_size=4), n=st.integers(1, 50), lanes=st.integers(2, 9))
+def test_what_is_fetched_ahead_ends_in_the_lane_that_it_is_for(net: list[Layer], n: int, lanes: int) -> None:
+    net = [dataclasses.replace(layer, ahead=True, stays=False, skips=False) for layer in net]
+    program = lift_lanes(recorded(net))
     expected = toy_window(net, (n,) * lanes).recording(n)
     assert course_of(compose(program, (n,) * lanes).phases) == course_of(expected.phases)
 
@@ -189,17 +175,17 @@ NET = [Layer(4000, 1236), Layer(400, 36, stays=True)]
 
 def test_a_window_of_other_meetings_is_refused() -> None:
     with pytest.raises(NotRegular, match="meet at other places"):
-        lift_lanes([*recorded(NET)[:2], toy_cut(NET[:1], 7, 5)])
+        lift_lanes([*recorded(NET)[:2], toy_cut(NET[:1], 7, 4)])
 
 
 def test_a_window_that_keeps_more_at_a_larger_size_is_refused() -> None:
     larger = [NET[0], dataclasses.replace(NET[1], stays=False)]
     with pytest.raises(NotRegular, match="part 1 of the forward makes 2 to 3 blocks"):
-        lift_lanes([*recorded(NET)[:2], toy_cut(larger, 7, 5)])
+        lift_lanes([*recorded(NET)[:2], toy_cut(larger, 7, 4)])
 
 
 def test_a_size_that_nothing_explains_is_refused() -> None:
-    window = toy_cut(NET, 7, 5)
+    window = toy_cut(NET, 7, 4)
     meeting = next(index for index, stage in enumerate(window.stages) if stage.name == "meeting")
     first, *others = window.blocks[meeting, ALL]
     odd = {**window.blocks, (meeting, ALL): (first._replace(bytes=first.bytes + 1), *others)}

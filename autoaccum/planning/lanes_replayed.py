@@ -1,6 +1,6 @@
 """Predict windows in lanes on a GPU, by recording short ones.
 
-Windows of six, five and two lanes are recorded at two small primes, then one nearer the answer. From them follow the
+Windows of five, four and two lanes are recorded at two small primes, then one nearer the answer. From them follow the
 allocations of any split (simulation/lane_program.py), which are replayed by the allocator's rules like those of
 micro-batches one after the other.
 """
@@ -15,7 +15,7 @@ from ..devices.cuda.device import CudaMeasurement
 from ..errors import DoesNotFit
 from ..phases import FIRST
 from ..simulation.cuda_allocator.snapshot import EMPTY
-from ..simulation.lane_program import SHORT, LaneProgram, compose, lift_lanes
+from ..simulation.lane_program import LaneProgram, compose, lift_lanes
 from ..simulation.lane_windows import LaneWindow, NotRegular
 from ..simulation.program import as_recorded
 from ..simulation.recording import Recording, kept_blocks, live_peak
@@ -31,8 +31,8 @@ from .record import restore_state
 from .schedule import prime_near, small_primes
 from .trial import unless_out_of_memory
 
-MANY, FEW = 6, 5  # lanes of the recorded windows: the first two, one or two between, and the last two
-TWO = 2  # recorded, too; three only where they may be the answer
+MANY, FEW = 5, 4  # lanes of the recorded windows: the first, one or two between, and the last two
+TWO = 2  # recorded, too: there the first lane is the last but one
 NEAR_FRACTION = 0.7  # of the answer's micro-batch: where the third window is recorded
 WINDOWS = 4  # that are replayed: the first two may release the cache
 ATTEMPTS = 3
@@ -46,13 +46,13 @@ class LanePredictor:
         plain: What is known of micro-batches one after the other, and the budget.
         start_over: Puts back what training changed.
         windows: What was recorded.
-        programs: What was lifted from these: of two lanes, of three, and of more.
+        programs: What was lifted from these: of two lanes, and of more.
     """
 
     plain: CudaPredictor
     start_over: Callable[[], None]
     windows: list[LaneWindow] = field(default_factory=list)
-    programs: dict[int, LaneProgram] = field(default_factory=dict)
+    programs: dict[bool, LaneProgram] = field(default_factory=dict)
     _composed: dict[Split, Recording] = field(default_factory=dict)
     _replays: dict[tuple[Split, str, int | None], TrainingReplay] = field(default_factory=dict)
 
@@ -99,10 +99,8 @@ class LanePredictor:
         self._lift()
 
     def _lift(self) -> None:
-        recorded: dict[int, list[LaneWindow]] = {}
-        for window in self.windows:
-            recorded.setdefault(_kind(window.lanes), []).append(window)
-        self.programs = {kind: lift_lanes(windows) for kind, windows in recorded.items()}
+        for of_two in (False, True):
+            self.programs[of_two] = lift_lanes([each for each in self.windows if (each.lanes == TWO) == of_two])
         self._composed.clear()
         self._replays.clear()
 
@@ -120,23 +118,8 @@ class LanePredictor:
     def composed(self, split: Split) -> Recording:
         """Return a split's window."""
         if split not in self._composed:
-            program = self.program_of(len(split))
-            self._composed[split] = compose(program, split)
+            self._composed[split] = compose(self.programs[len(split) == TWO], split)
         return self._composed[split]
-
-    def program_of(self, lanes: int) -> LaneProgram:
-        """Return the program of windows of so many lanes.
-
-        That of three is recorded when it is first asked for: then such a window may be the answer.
-
-        Raises:
-            NotRegular: Windows of three lanes are not one program, or don't fit.
-        """
-        if _kind(lanes) not in self.programs:
-            for n in small_primes(self.plain.subject.context.model):
-                self._record(n, lanes)
-            self._lift()
-        return self.programs[_kind(lanes)]
 
     def replayed(self, split: Split, history: str, capacity_bytes: int | None) -> TrainingReplay:
         """Replay a split's first windows in a new process, or in this."""
@@ -185,7 +168,7 @@ class LanePredictor:
 
     def host_bytes(self, split: Split) -> int:
         """Return the buffers that hold what the window moves to the host."""
-        return buffer_bytes(self.program_of(len(split)).moved_sizes(split))
+        return buffer_bytes(self.programs[len(split) == TWO].moved_sizes(split))
 
     def contradiction(self, split: Split, measured: CudaMeasurement) -> str | None:
         """Return how a measurement contradicts the prediction, or None."""
@@ -206,12 +189,7 @@ class LanePredictor:
 
 def like(split: Split) -> int:
     """Return the lanes of a short window that is like a split's."""
-    return len(split) if len(split) <= SHORT else FEW
-
-
-def _kind(lanes: int) -> int:
-    """Return which program a window follows; each short one its own."""
-    return min(lanes, SHORT + 1)
+    return TWO if len(split) == TWO else FEW
 
 
 def fewest_lanes(predictor: LanePredictor, splits: list[Split]) -> Split | None:
@@ -282,7 +260,7 @@ def solve_by_replay(
         if split[0] <= predictor.largest:
             break
         predictor.plain.subject.progress(f"a window of {len(split)} lanes {failure}: recording it")
-        predictor.add(split[0], min(len(split), FEW))  # no more lanes than fit
+        predictor.add(split[0], like(split))
     raise NotRegular(f"a window of {len(split)} lanes of {split[0]} {failure}")
 
 

@@ -1,6 +1,6 @@
 """Lift windows in lanes, by samples and number of lanes.
 
-Windows are recorded at a few sizes and numbers of lanes. What one lane does is one program, the same for each lane
+Windows are recorded at a few sizes and three to five lanes. What one lane does is one program, the same for each lane
 between the first ones and the last ones; it is lifted like a micro-batch (program.py). What all lanes share is lifted
 by its place: such sizes follow the number of lanes and the window's samples. No torch here.
 """
@@ -18,8 +18,7 @@ from .recording import Event, Phase, Recording
 from .scaling import Rule
 
 Edges = tuple[int, int]
-EDGES: tuple[Edges, ...] = ((1, 1), (1, 2), (2, 1), (2, 2))  # lanes at both ends that differ from those between
-SHORT = 3  # windows of so many lanes, and of fewer, are programs of their own: no lane there is only between
+EDGES: tuple[Edges, ...] = ((1, 1), (1, 2), (2, 2))  # lanes at the beginning and the end that differ from those between
 MIDDLE = 10**6  # the kind of a lane between them
 SAME, NEXT, BEFORE, FROM_FIRST, FROM_LAST, SHARED = "same", "next", "before", "from first", "from last", "shared"
 
@@ -59,7 +58,7 @@ class Relation(NamedTuple):
         if self.kind == SHARED:
             return ALL
         found = {
-            SAME: lane, NEXT: lane + 1, BEFORE: lane - self.distance,
+            SAME: lane, NEXT: lane + 1, BEFORE: lane - 1,
             FROM_FIRST: self.distance, FROM_LAST: lanes - 1 - self.distance,
         }[self.kind]  # fmt: skip
         return min(max(found, 0), lanes - 1)
@@ -129,8 +128,8 @@ def lift_lanes(windows: Sequence[LaneWindow]) -> LaneProgram:
 
     Args:
         windows: At two sizes or more with the same number of lanes, and at one of them with another one; each of four
-            lanes or more. Or all of two lanes, for windows of two, or all of three: there a lane that is one of the
-            first is one of the last, too. The largest is the program.
+            lanes or more. Or all of two lanes, for windows of two: there the first lane is the last but one, too. The
+            largest is the program.
 
     Raises:
         NotRegular: They are not one program.
@@ -139,8 +138,7 @@ def lift_lanes(windows: Sequence[LaneWindow]) -> LaneProgram:
     for window in ordered:
         if window.stages != ordered[-1].stages:
             raise NotRegular("lanes meet at other places, or train others, at another size")
-    counts = {window.lanes for window in ordered}
-    if len(counts) == 1 and max(counts) <= SHORT:
+    if {window.lanes for window in ordered} == {2}:
         return _Lifting(ordered, EDGES[0]).run()
     reason = ""
     for edges in EDGES:
@@ -262,9 +260,9 @@ def _relations(lane: int, target: int, lanes: int) -> Iterator[Relation]:
         yield Relation(SHARED)
         return
     if lane != ALL:
-        near = {0: Relation(SAME), 1: Relation(NEXT), -1: Relation(BEFORE, 1), -2: Relation(BEFORE, 2)}
-        if target - lane in near:
-            yield near[target - lane]
+        near = {lane: SAME, lane + 1: NEXT, lane - 1: BEFORE}
+        if target in near:
+            yield Relation(near[target])
     yield Relation(FROM_FIRST, target)
     yield Relation(FROM_LAST, lanes - 1 - target)
 

@@ -58,7 +58,7 @@ def vision(name: str) -> Callable[[], nn.Module]:
 CASES = {
     "resnet18": Case(vision("resnet18"), 64, 256, 850),
     "resnet50": Case(vision("resnet50"), 64, 128, 1100, "bf16"),
-    "densenet121": Case(vision("densenet121"), 64, 96, 900),
+    "densenet121": Case(vision("densenet121"), 64, 96, 800),
     "mobilenet_v3_small": Case(vision("mobilenet_v3_small"), 96, 256, 800),
     "efficientnet_b0": Case(vision("efficientnet_b0"), 64, 128, 800),
     "U-Net": Case(lambda: UNet(16), 64, 64, 650),
