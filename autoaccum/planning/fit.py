@@ -230,7 +230,7 @@ def _plan_samples(
         snapshot = stack.enter_context(_as_it_was(workload, held)) if environment.keep else None
         stack.callback(drop_unfinished, workload.model)
         context = _context_of(workload, request, plan_request)
-        left_out = left_out_note(context.model, context.optimizer)
+        left_out, makes_state = left_out_note(context.model, context.optimizer), not context.optimizer.state
         subject = environment.subject(
             context, longest, environment.device, threshold, environment.progress, environment.model_events
         )
@@ -241,7 +241,7 @@ def _plan_samples(
             drop_unfinished(workload.model)
             if snapshot is not None:
                 snapshot.restore()
-            _make_ready(context, owns_optimizer=context.optimizer is not workload.optimizer)
+            _make_ready(context, makes_state=makes_state)
             environment.device.clean()
 
         procession = environment.procession
@@ -342,13 +342,13 @@ def _as_it_was(workload: Workload, held: Holdings) -> Iterator[restore.Snapshot]
         yield snapshot
 
 
-def _make_ready(context: step.TrainingContext, *, owns_optimizer: bool) -> None:
-    """Set train mode, drop gradients, and clear a newly created optimizer's state."""
+def _make_ready(context: step.TrainingContext, *, makes_state: bool) -> None:
+    """Set train mode; drop gradients and the state that planning made."""
     if not context.model.training:
         context.model.train()
     context.model.zero_grad(set_to_none=True)
     context.optimizer.zero_grad(set_to_none=True)
-    if owns_optimizer:
+    if makes_state:
         context.optimizer.state.clear()
 
 
