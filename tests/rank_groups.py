@@ -117,6 +117,8 @@ def main() -> None:
     module, folder, plan, *groups = sys.argv[1:]
     os.environ["RANK_PLAN"] = plan
     os.environ["RANK_FOLDER"] = tempfile.mkdtemp(dir=folder)
+    import torch._dynamo  # noqa: F401  as the first optimizer does, on every rank
+
     importlib.import_module(module)
     gc.collect()
     gc.freeze()  # or each of the many collections would go through all that torch has

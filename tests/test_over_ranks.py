@@ -24,16 +24,22 @@ OTHERS = [
     "batchnorm_takes_the_first_ranks", "a_bad_batch_on_one_rank", "an_error_of_the_loss",
 ]  # fmt: skip
 WINDOWS = ["merged_statistics", "representations"]
-PLANS = ["refused", "a_plan_of_all_ranks", "a_plan_with_representations"]
+PLANS = ["refused", "a_plan_of_all_ranks"]
 GROUPS = {
     2: [*EXACT, *EPOCHS, *OTHERS, *WINDOWS, *PLANS],
-    3: [*EXACT[:1], *EXACT[3:4], *EPOCHS[:2], *OTHERS[:1], *WINDOWS],
+    3: [*EXACT[:1], *EXACT[3:4], *EPOCHS[:2], *OTHERS[:1], *WINDOWS[:1]],
 }
+SLOW_GROUPS = {2: ["a_plan_with_representations"], 3: ["representations"]}
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     return run_groups("rank_cases", GROUPS, base_plan(), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def said_slowly(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    return run_groups("rank_cases", SLOW_GROUPS, base_plan(), tmp_path_factory.mktemp("slow"))
 
 
 def of(said: dict[int, Any], world: int, case: str) -> list[Any]:
@@ -88,9 +94,10 @@ def test_merged_running_statistics_are_those_of_all_ranks(said: dict[int, Any], 
         assert each["tail"]["samples"] == [64, 2]
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_a_loss_over_representations_has_those_of_all_ranks(said: dict[int, Any], world: int) -> None:
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_loss_over_representations_has_those_of_all_ranks(request: pytest.FixtureRequest, world: int) -> None:
     """Also where a rank runs out of memory, before or after they met; all then start over, or it alone does."""
+    said = request.getfixturevalue("said" if world == 2 else "said_slowly")
     for rank, each in enumerate(of(said, world, "representations")):
         name, text, failed, _ = each.pop("unlike")
         assert (
@@ -191,8 +198,9 @@ def test_one_plan_has_all_ranks(said: dict[int, Any]) -> None:
         assert each["why"] == "equal" and "exact" in each["exactness"]
 
 
-def test_a_plan_has_room_for_the_loss_of_all_ranks(said: dict[int, Any]) -> None:
-    for each in of(said, 2, "a_plan_with_representations"):
+@pytest.mark.slow
+def test_a_plan_has_room_for_the_loss_of_all_ranks(said_slowly: dict[int, Any]) -> None:
+    for each in of(said_slowly, 2, "a_plan_with_representations"):
         assert each["shares"] == [800, 800] and each["samples"] == 1600 and each["split"] == [200] * 4
         assert each["more"] > 3 * 4 * (1600**2 - 800**2), each  # scores of all pairs, of which some are there at once
 
