@@ -111,7 +111,7 @@ class Control:
         pairs = list(zip(found[_SUMS + 1 :: 2], found[_SUMS + 2 :: 2], strict=True))
         differs = [self.world * square != total * total for total, square in pairs]
         if differs[0] or found[_SUMS]:
-            raise self._why(kind, failure)
+            raise self._why(kind, failure, gave_up=found[_SUMS] > 0)
         return found[: len(sums)], not any(differs)
 
     def gather(self, mine: Any, failure: str = "", kind: Kind = Kind.PLAN) -> list[Any]:
@@ -154,7 +154,7 @@ class Control:
                     raise self._lost(phase, str(error)) from None
             late, posted = time.monotonic() >= deadline, self._posted()
             if posted is not None and (late or posted.rank != self.rank):
-                raise posted
+                raise self._heard() or posted
             if late or self._is_broken():
                 raise self._lost(phase, "" if late else "another rank lost it")
 
@@ -166,9 +166,9 @@ class Control:
             raise self._lost(TITLES[Kind.PLAN], str(error)) from None
         return found
 
-    def _why(self, kind: Kind, failure: str) -> RanksFailed:
+    def _why(self, kind: Kind, failure: str, *, gave_up: bool) -> RanksFailed:
         """Return the error that all ranks raise about a failed word."""
-        posted = self._posted()
+        posted = self._heard(ANSWER_SECONDS if gave_up else 0.0)
         if posted is not None:
             return posted
         said = self._gathered((int(kind), failure))
@@ -194,6 +194,24 @@ class Control:
                 rank, phase, reason = json.loads(self._store.get(f"{self._id}/failure"))
                 return failed_rank(rank, phase, reason, self.rank)
         return None
+
+    def _heard(self, seconds: float = 0.0) -> RanksFailed | None:
+        """Return the posted failure; stay until all ranks have it.
+
+        Args:
+            seconds: How long to wait for it.
+        """
+        deadline = time.monotonic() + seconds
+        while (posted := self._posted()) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if posted is not None:
+            deadline = time.monotonic() + ANSWER_SECONDS
+            with contextlib.suppress(RuntimeError):
+                heard = self._store.add(f"{self._id}/heard", 1)
+                while self.rank == 0 and heard < self.world and time.monotonic() < deadline:
+                    time.sleep(0.05)  # its process may hold the store, which ends with it
+                    heard = self._store.add(f"{self._id}/heard", 0)
+        return posted
 
     def _is_broken(self) -> bool:
         with contextlib.suppress(RuntimeError):
@@ -223,7 +241,7 @@ class Control:
 
     def _lost(self, phase: str, error: str) -> RanksFailed:
         """Find out which rank doesn't answer any more, and return the error."""
-        posted = self._posted()
+        posted = self._heard()
         if posted is not None:
             return posted
         store, mine = self._store, f"{self._id}/alive/{self.rank}"
