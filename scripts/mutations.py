@@ -71,6 +71,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('what ran before the first window stays', 'autoaccum/window/step.py', '    if not context.has_begun:', '    if False:', ('tests/test_workspaces.py', '-m', '')),
     ('half precision adds up in half precision', 'autoaccum/window/step.py', 'fp32_accumulation.wide_parameters(context.model.parameters(), context.accumulate, steps)', '[]', ('tests/test_precision.py',)),
     ('tested on even parts only', 'autoaccum/exactness/test_batches.py', '    last, middle = max(2, rows // 5), max(2, rows // 3)', '    last = middle = rows // 3', ('tests/test_exact.py',)),
+    ('a test without an end', 'autoaccum/exactness/time_limit.py', '        if time.monotonic() > self.ends:', '        if False:', ('tests/test_exact_time.py', '-k', 'part_of_the_limit')),
+    ('tested in TF32', 'autoaccum/exactness/determinism.py', '        cudnn.allow_tf32 = False\n', '        pass\n', ('tests/test_exact_time.py',)),
     ('no hard batch', 'autoaccum/exactness/arrangements.py', '                return _try(bench, hard, easy)', '                continue', ('tests/test_exact.py',)),
     ('the second look in single precision', 'autoaccum/exactness/recheck.py', 'widens=False', 'widens=True', ('tests/test_recheck.py', '-m', '')),
     ('the last gradient kept beside the next', 'autoaccum/exactness/functional_copy.py', 'self._read(optimizer.seen), []', 'self._read(optimizer.seen), optimizer.seen', ('tests/test_recheck.py', '-m', '')),

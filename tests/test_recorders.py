@@ -160,6 +160,6 @@ def test_an_error_that_is_survived_leaves_a_line_in_the_log(caplog: pytest.LogCa
     with caplog.at_level(logging.DEBUG, logger="autoaccum"):
         assert "driver on strike" in see_device("GPU-0", library=Broken()).note
         work = Workload(nn.Linear(2, 2), (torch.zeros(8, 2), torch.zeros(8, dtype=torch.long)), loss=loss)
-        assert "the test itself failed" in check._check(work, 8).words
+        assert "the test itself failed" in check.check(work, max_rows=8, isolated=False).words
     assert "NVML failed: RuntimeError: driver on strike" in caplog.text
     assert 'raise LookupError("the user\'s own mistake")' in caplog.text  # with its traceback

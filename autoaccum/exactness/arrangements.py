@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,13 +50,19 @@ class _Bench:
         return self.forward_trace.uses.freedom(path, self.device)
 
 
-def run_cases(workload: Workload, model_copy: FunctionalCopy, max_rows: int) -> list[CheckCase]:
+def run_cases(
+    workload: Workload,
+    model_copy: FunctionalCopy,
+    max_rows: int,
+    tracing: AbstractContextManager[object] | None = None,
+) -> list[CheckCase]:
     """Run arrangements up to the first in which the gradients differ.
 
     Args:
         workload: What is trained.
         model_copy: Its model on copied parameters.
         max_rows: Samples that fit at once, at least 2.
+        tracing: Entered for the first forward.
 
     Raises:
         Untestable: No arrangement has a usable gradient.
@@ -67,9 +74,9 @@ def run_cases(workload: Workload, model_copy: FunctionalCopy, max_rows: int) -> 
     plain = test_batches.plain(workload, max_rows, least)
     together = plain.rows <= max_rows
     first = plain if together else test_batches.groups(plain, max_rows, least)[0]
-    bench = _Bench(
-        workload, model_copy, model_copy.trace_forward(lambda: context_of(workload), first.batch, first.rows)
-    )
+    with tracing or contextlib.nullcontext():
+        trace = model_copy.trace_forward(lambda: context_of(workload), first.batch, first.rows)
+    bench = _Bench(workload, model_copy, trace)
     easy = test_batches.easy(plain, bench.freedom)
     if together:
         samples = [easy, test_batches.other_mix(easy, bench.forward_trace.keys())]

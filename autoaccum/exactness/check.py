@@ -36,8 +36,10 @@ from . import advice, arrangements, compare, coupling, test_batches
 from .arrangements import Untestable
 from .case import CheckCase
 from .compare import Gradients
+from .determinism import without_tf32
 from .functional_copy import HALF_PRECISION_TOLERANCE, MAX_DOUBLE_PARAMETERS, FunctionalCopy
 from .recheck import counts_differ, recheck
+from .time_limit import DOUBLE_PART, LEAST_SECONDS, TRACED_PART, OutOfTime, TimeLimit
 
 log = logging.getLogger("autoaccum")
 
@@ -93,6 +95,7 @@ def check(
     max_rows: int = test_batches.MAX_ROWS,
     progress: Callable[[str], None] = lambda text: None,
     isolated: bool = True,
+    limit_seconds: float | None = None,
 ) -> Verdict:
     """Test on the sample whether accumulation gives the large batch's gradient.
 
@@ -106,6 +109,8 @@ def check(
         max_rows: Samples that fit at once, in the precision of the test.
         progress: Called with messages.
         isolated: Whether to test in a copy of this process if possible, so that a crash becomes a verdict.
+        limit_seconds: How long the test may take; None for as long as it needs. Where double precision would take
+            more than half of it, the test runs in the model's own.
 
     Raises:
         UsageError: The forward of the workload talks to other ranks.
@@ -129,13 +134,15 @@ def check(
     if max_rows < test_batches.MIN_ROWS_AT_ONCE:
         fewest = test_batches.MIN_ROWS_AT_ONCE
         return unknown(f"the test needs {fewest} samples at once", "Run autoaccum check, which plans no memory.")
-    progress("testing whether the gradient is the large batch's")
+    bound = "" if limit_seconds is None else f", for {limit_seconds:.0f} s at most"
+    progress(f"testing whether the gradient is the large batch's{bound}")
+    limit = TimeLimit.of(limit_seconds)
     if not isolated:
         with apart():
-            return _check(workload, max_rows)
+            return _check(workload, max_rows, limit)
     try:
         with apart():  # the test is this rank's alone
-            return crash_guard.run(lambda: _check(workload, max_rows), is_out_of_memory)
+            return crash_guard.run(lambda: _check(workload, max_rows, limit), is_out_of_memory)
     except crash_guard.Crashed as crash:
         return unknown(
             f"the test crashed ({crash})",
@@ -143,12 +150,17 @@ def check(
         )
 
 
-def _check(workload: Workload, max_rows: int) -> Verdict:
-    with as_it_trains(workload.model, held_in_window(workload), everything=True):
+def _check(workload: Workload, max_rows: int, limit: TimeLimit) -> Verdict:
+    with as_it_trains(workload.model, held_in_window(workload), everything=True), without_tf32():
         try:
-            model_copy, cases = _run(workload, max_rows)
+            model_copy, cases = _run(workload, max_rows, limit)
             if not cases[-1].holds:
-                return _verdict(workload, model_copy, cases[-1])
+                return _explained(workload, model_copy, cases[-1], limit)
+        except OutOfTime:
+            return unknown(
+                f"the test takes longer than {limit.seconds:.0f} s",
+                "Run autoaccum check, which takes the time that it needs.",
+            )
         except Untestable as error:
             return unknown(str(error), "Give a sample of real data: a batch whose loss is finite and not at its best.")
         except Exception as error:  # from the user's code; a plan is usable without a verdict
@@ -159,9 +171,22 @@ def _check(workload: Workload, max_rows: int) -> Verdict:
     return _holds(cases, settled=workload.encode is not None)
 
 
-def check_plan(plan: Plan, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Plan:
-    """Add a verdict to a plan, tested on samples that fit it."""
-    return with_verdict(plan, check(workload, max_rows=_rows_at_once(plan, workload), progress=progress))
+def check_plan(
+    plan: Plan,
+    workload: Workload,
+    progress: Callable[[str], None] = lambda text: None,
+    planning_seconds: float = 0.0,
+) -> Plan:
+    """Add a verdict to a plan, tested on samples that fit it.
+
+    Args:
+        plan: The plan.
+        workload: What it is for.
+        progress: Called with messages.
+        planning_seconds: How long planning took; the test takes no longer, or 20 seconds.
+    """
+    rows, limit = _rows_at_once(plan, workload), max(LEAST_SECONDS, planning_seconds)
+    return with_verdict(plan, check(workload, max_rows=rows, progress=progress, limit_seconds=limit))
 
 
 def _rows_at_once(plan: Plan, workload: Workload) -> int:
@@ -196,18 +221,22 @@ def unknown(why: str, *advice: str) -> Verdict:
     return Verdict(UNKNOWN, f"unknown: {why}", nan, None, nan, 0, advice=advice)
 
 
-def _run(workload: Workload, max_rows: int) -> tuple[FunctionalCopy, list[CheckCase]]:
+def _run(workload: Workload, max_rows: int, limit: TimeLimit) -> tuple[FunctionalCopy, list[CheckCase]]:
     """Test in double precision on the CPU, or in the model's own."""
     if _is_small(workload):
-        with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, Untestable):
-            model_copy = FunctionalCopy(workload.model, workload.loss, dtype=torch.float64, device=torch.device("cpu"))
-            return model_copy, arrangements.run_cases(workload, model_copy, max_rows)
+        host, part = torch.device("cpu"), DOUBLE_PART
+        with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError, Untestable, OutOfTime):
+            model_copy = FunctionalCopy(workload.model, workload.loss, dtype=torch.float64, device=host)
+            with limit.held(host, part):
+                tracing = limit.held(host, part * TRACED_PART)
+                return model_copy, arrangements.run_cases(workload, model_copy, max_rows, tracing)
     # Without room for copies: on views, and in half precision if that is the model's.
     parameters = list(workload.model.parameters())
     single = sum(4 * p.numel() for p in parameters)  # copies in single precision, and their gradients as well
     has_room = 2 * single < get_device(parameters[0].device).free_bytes()
     model_copy = FunctionalCopy(workload.model, workload.loss, alias=not has_room, widens=has_room)
-    return model_copy, arrangements.run_cases(workload, model_copy, max_rows)
+    with limit.held(parameters[0].device):
+        return model_copy, arrangements.run_cases(workload, model_copy, max_rows)
 
 
 def _is_half(model: torch.nn.Module) -> bool:
@@ -247,6 +276,21 @@ def _holds(cases: Sequence[CheckCase], *, settled: bool) -> Verdict:
 
 def _rows(cases: Sequence[CheckCase]) -> int:
     return sum(each.sample.rows for each in cases)
+
+
+def _explained(workload: Workload, model_copy: FunctionalCopy, pair: CheckCase, limit: TimeLimit) -> Verdict:
+    """Explain a difference, or say that time was too short."""
+    try:
+        with limit.held(next(iter(model_copy.copies.values())).device):
+            return _verdict(workload, model_copy, pair)
+    except OutOfTime:
+        found, rows = pair.gradients, pair.test_batch.rows
+        if found.draws.kept:
+            raise  # the difference may be chance
+        off = f"off by {advice.percent(found.error())} on {rows} samples"
+        words = f"not exact: {off}; there was no time to determine why"
+        why = "Run autoaccum check, which takes the time that it needs to say why."
+        return Verdict(INEXACT, words, found.error(), *found.worst(), rows, advice=(why,))
 
 
 def _verdict(workload: Workload, model_copy: FunctionalCopy, pair: CheckCase) -> Verdict:
@@ -330,6 +374,9 @@ def _coupling(workload: Workload, model_copy: FunctionalCopy, case: CheckCase) -
         with norms.entered():
             model_copy.run(lambda: forward(parts, piece))
 
-    with contextlib.suppress(Exception):
+    try:
         return coupling.coupling_module(workload.model, fresh_forward, batch, trial.batch_keys)
-    return None
+    except OutOfTime:
+        raise
+    except Exception:
+        return None

@@ -7,7 +7,7 @@ element. Calls of class losses are recorded too, since they show what the loss a
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,27 @@ def _attending_to_all(draws: RandomOps, keywords: dict[str, Any]) -> dict[str, A
         return keywords
     draws.replaced.add("dropout")
     return {**keywords, "dropout_p": 0.0}
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute single precision in full until exit.
+
+    A GPU's convolutions round their inputs to TF32 (cuDNN's default in PyTorch), to 10 bits of 23: of values that
+    differ in their last bit, as those of another micro-batch do, some are then rounded apart.
+    """
+    cudnn, precision, allowed = torch.backends.cudnn, None, None
+    with suppress(RuntimeError):  # set by fp32_precision, torch 2.9's other way: it stays
+        precision, allowed = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):
+            if precision is not None and allowed is not None:
+                torch.set_float32_matmul_precision(precision)
+                cudnn.allow_tf32 = allowed
 
 
 class _Functions(TorchFunctionMode):

@@ -270,7 +270,7 @@ def _plan_samples(
         plan = plan if in_lanes is None else lanes.with_lanes(plan, in_lanes, context)
         if plan_request.check:  # before the state is restored: a forward may change any state
             start_over()
-            plan = exact.check_plan(plan, workload, environment.progress)
+            plan = exact.check_plan(plan, workload, environment.progress, time.perf_counter() - started)
         start_over()  # the plan's figures for this process hold for its state before planning, its cache empty
         if procession is not None:
             procession.say(DONE, plan.to_json())
