@@ -254,6 +254,25 @@ def test_a_memory_fraction_limits_like_a_smaller_device() -> None:
     assert replay_cuda(phase(512), CudaRules(allowed_bytes=MiB, expandable_segments=True)).out_of_memory == 0
 
 
+@pytest.mark.parametrize("expandable", [False, True])
+def test_what_a_window_would_take_is_not_limited_by_the_fraction(expandable: bool) -> None:
+    events = phase(30 * MiB, 40 * MiB, -1, 50 * MiB, -2, 60 * MiB)
+    free = CudaRules(expandable_segments=expandable)
+    limited = replace(free, allowed_bytes=60 * MiB)
+    assert replay_cuda(events, limited).out_of_memory == 0
+    assert replay_cuda(events, limited.with_capacity(None)) == replay_cuda(events, free)
+    assert replay_cuda(events, limited.with_capacity(100 * MiB)) == replay_cuda(events, free.with_capacity(100 * MiB))
+    assert replay_cuda(events, limited.with_capacity(60 * MiB)).out_of_memory == 0
+    assert replay_cuda(events, limited.with_capacity(50 * MiB)).out_of_memory == 0
+
+
+def test_without_the_fraction_s_limit_garbage_is_collected_from_the_same_amount_on() -> None:
+    events = phase(30 * MiB, 40 * MiB, -1, 50 * MiB, -2, 60 * MiB)
+    rules = CudaRules(garbage_collection_threshold=0.5, allowed_bytes=200 * MiB)
+    assert reserved(events, rules.with_capacity(None)) == reserved(events, rules.with_capacity(1 << 40)) == 150 * MiB
+    assert reserved(events, CudaRules(garbage_collection_threshold=0.5).with_capacity(None)) == 180 * MiB
+
+
 def test_a_block_above_the_maximum_split_size_is_not_given_to_a_smaller_request() -> None:
     events = phase(100 * MiB, -1, 30 * MiB)
     assert reserved(events, CudaRules()) == 100 * MiB

@@ -114,6 +114,35 @@ def test_ragged_labels_give_the_gradient_of_the_whole_batch(name: str) -> None:
     assert distance(naive, want) > NAIVE
 
 
+class Divides(nn.Module):
+    """Divides by `num_items_in_batch` as transformers' models do, in its own type; notes what it was given."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, VOCABULARY, dtype=dtype)
+        self.given: list[torch.Tensor] = []
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None) -> dict[str, Any]:
+        logits = self.table(input_ids)[:, :-1].flatten(0, 1)
+        targets = labels[:, 1:].flatten()
+        if num_items_in_batch is None:
+            return {"loss": F.cross_entropy(logits, targets)}
+        self.given.append(num_items_in_batch)
+        return {"loss": F.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, FP32)])
+def test_a_part_of_the_count_is_not_rounded_to_fp32(dtype: torch.dtype, bound: float) -> None:
+    batch, sizes = {key: value for key, value in ragged("own").items() if key != "attention_mask"}, (5, 5, 4, 2)
+    torch.manual_seed(0)
+    model = Divides(dtype)
+    want = gradients(model, lambda model, batch: model(**batch)["loss"], batch)
+    context, result = window_of(copy.deepcopy(model), batch, sizes)
+    assert context.loss_form.passes_count
+    assert distance(context.optimizer.seen[-1], want) <= bound and result.loss.dtype is dtype
+    assert [each.dtype for each in context.model.given[-4:]] == [dtype] * 4
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_a_micro_batch_whose_labels_are_all_ignored_adds_nothing(name: str) -> None:
     model, batch = made(name), ragged(name)

@@ -188,6 +188,26 @@ def test_windows_that_share_stretches_are_to_the_byte_their_full_replays() -> No
         assert [simulator.replay(*each) for each in wanted] == expected
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fraction_of_this_process_is_no_limit_to_what_a_window_would_take(seed: int) -> None:
+    """A recording is tried where its window's peak is within the budget: a peak that the fraction cut off always is."""
+    truth = random_truth(random.Random(seed), scale=SCALE)
+    evidence = Evidence()
+    evidence.recordings[:] = [truth.recording(5), truth.recording(7)]
+    evidence.first_step = truth.recording(3)
+
+    def simulator(rules: CudaRules) -> TrainingSimulator:
+        return TrainingSimulator(evidence, (Event(1, 3 * MiB),), rules, EMPTY)
+
+    free = simulator(CudaRules())
+    allowed = free.replay((7, 7), None).peak_reserved_bytes
+    limited = simulator(CudaRules(allowed_bytes=allowed))
+    assert limited.replay((53, 53), allowed).out_of_memory is not None
+    for capacity in (None, allowed - MiB, allowed, 2 * allowed):
+        assert limited.replay((53, 53), capacity) == free.replay((53, 53), capacity), capacity
+    assert limited.replay((53, 53), None).peak_reserved_bytes > allowed
+
+
 @pytest.mark.parametrize(("capacity", "most"), [(110 * MiB, 3), (None, 30)])
 def test_a_search_over_numbers_of_steps_replays_each_stretch_once(capacity: int | None, most: int) -> None:
     """Windows of two and one samples: the second micro-batch has no memory, or all have."""

@@ -30,7 +30,10 @@ from autoaccum.phases import LATER
 from autoaccum.planning.evidence import Evidence
 from autoaccum.planning.record import record_first_step, record_window
 from autoaccum.planning.target import RecordingTarget
+from autoaccum.torch_compat import TorchDispatchMode
 from autoaccum.window import step
+from autoaccum.window.hugging_face import Denominator
+from autoaccum.window.loss_form import LossForm, LossKind
 
 REASON = available()
 MIB = 2**20
@@ -53,6 +56,7 @@ def on_virtual_gpu(name: str, *arguments: object, gpu: VirtualGpu | None = None)
 
 
 TOGETHER = (
+    "a_count_waits_for_nothing",
     "a_loop_reserves_what_the_runner_does",
     "a_loss_counted_on_it",
     "copies_overlap",
@@ -99,6 +103,47 @@ def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def plan_for(work: Workload) -> Any:
     return fit_plan(work, target_batch=TARGET, max_micro_batch=MICRO)
+
+
+class _HostCopies(TorchDispatchMode):
+    """Counts what is copied from the host to the device: of pageable memory each waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_cuda and args and isinstance(args[-1], torch.Tensor):
+            self.shapes += [each.shape for each in args if isinstance(each, torch.Tensor) and not each.is_cuda]
+        elif isinstance(out, torch.Tensor) and out.is_cuda and func.name() == "aten::_to_copy":
+            self.shapes += [args[0].shape] if not args[0].is_cuda else []
+        return out
+
+
+class _Divides(nn.Module):
+    """Divides by what the window counts, moved to the device as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None) -> dict[str, Any]:
+        summed = nn.functional.cross_entropy(self.linear(x), labels, reduction="sum")
+        count = len(labels) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": summed / (count.to(summed.device) if isinstance(count, torch.Tensor) else count)}
+
+
+@case
+def a_count_waits_for_nothing() -> None:
+    pieces = [{"x": torch.randn(n, 8), "labels": torch.randint(4, (n,))} for n in (3, 2)]
+    context = step.open_context(Workload(_Divides().cuda(), pieces[0]))
+    divides = Denominator(shifted=False, passed=True)
+    context.loss_form = LossForm(LossKind.LABELS, divides.count, divides)  # kernels compute nothing: it can't be asked
+    step.train_window(context, pieces, (3, 2))  # makes the optimizer's state
+    with _HostCopies() as copied:
+        step.train_window(context, pieces, (3, 2))
+    assert [tuple(shape) for shape in copied.shapes] == [(3, 8), (3,), (2, 8), (2,)]
 
 
 @case

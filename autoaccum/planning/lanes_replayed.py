@@ -8,7 +8,7 @@ micro-batches one after the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..devices.cuda.device import CudaMeasurement
@@ -131,7 +131,7 @@ class LanePredictor:
             self._replays[key] = replay_training(
                 training_of(program, plain.evidence.first_step, plain.model_events),
                 split[:1],
-                replace(plain.rules, capacity_bytes=capacity_bytes),
+                plain.rules.with_capacity(capacity_bytes),
                 start=plain.start if history == THIS_PROCESS else EMPTY,
                 windows=WINDOWS,
             )

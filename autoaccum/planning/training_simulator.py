@@ -85,7 +85,7 @@ class TrainingSimulator:
             self._replays[key] = replay_training(
                 with_kept_workspaces(training) if kept else training,
                 sizes,
-                replace(self._rules, capacity_bytes=capacity_bytes, expandable_segments=expandable),
+                replace(self._rules.with_capacity(capacity_bytes), expandable_segments=expandable),
                 start=self._start,
                 windows=MAX_WINDOWS if self._evidence.growth is None else WINDOWS,
                 stops_at_retry=stops_at_retry,

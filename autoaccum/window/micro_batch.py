@@ -62,11 +62,28 @@ def release_workspaces(context: TrainingContext) -> None:
         get_device(context.device).release_workspaces()
 
 
-def keywords(form: LossForm, share: float, total: Any) -> dict[str, Any] | None:
+def keywords(context: TrainingContext, form: LossForm, share: float, total: Any) -> dict[str, Any] | None:
     """Return the keywords of a model that divides by the count itself."""
     # Times the share, which the loss is multiplied by: so what the model adds to its loss is weighted by samples.
     share = share or 1.0  # of a batch that is repeated for nothing, whose 0 would be divided by
-    return {"num_items_in_batch": torch.as_tensor(loss_terms.nonzero(total) * share)} if form.passes_count else None
+    return {"num_items_in_batch": _count_on_device(context, total, share)} if form.passes_count else None
+
+
+def _count_on_device(context: TrainingContext, total: Any, share: float) -> torch.Tensor:
+    """Return the count's part that a model divides its loss by.
+
+    In the model's own type, fp32 at least: rounded to fp32 it would cost a model in fp64 half of its digits. It is made
+    on the device: a model that moves a host's number there waits for all that was asked of a GPU.
+    """
+    dtype = torch.promote_types(next(map(_float_type, context.model.parameters()), torch.float32), torch.float32)
+    if isinstance(total, torch.Tensor) and total.device.type == context.device.type != "cpu":
+        part: torch.Tensor = loss_terms.nonzero(total).to(dtype) * share
+        return part
+    return torch.full((), float(loss_terms.nonzero(total)) * share, dtype=dtype, device=context.device)
+
+
+def _float_type(parameter: torch.Tensor) -> torch.dtype:
+    return parameter.dtype if parameter.is_floating_point() else torch.float32
 
 
 def part_of_window(

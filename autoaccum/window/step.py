@@ -155,7 +155,7 @@ def _micro_batch(course: Course, piece: Batch, share: float, total: Any) -> tupl
     """
     context, form = course.context, course.form
     with course.norms.forward():
-        out = forward(context, piece, keywords(form, share, total))
+        out = forward(context, piece, keywords(context, form, share, total))
     counted = loss_terms.count_of(out)
     total = counted if total is None else total
     loss = part_of_window(context, form, piece, out, share, total)

@@ -18,15 +18,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def hand_written(work: Workload, optimizer: torch.optim.Optimizer, n: int, steps: int) -> Callable[[], None]:
     """Return a function that trains one window on the GPU.
 
-    It copies each micro-batch from the host, divides its mean loss by their number, clips and steps.
+    It copies each micro-batch from the host, divides its mean loss by their number, clips and steps. Each is memory of
+    its own, as a loader's would be: one that is copied again and again comes from the processor's cache.
     """
-    piece = cutting.tile(work.sample, n)
+    pieces = cutting.split(cutting.tile(work.sample, n * steps), (n,) * steps)
     loss_of = work.loss or default_loss
     dtype = DTYPES.get(work.precision or "")
     scaler, trained = work.scaler, [p for p in work.model.parameters() if p.requires_grad]
 
     def window() -> None:
-        for _ in range(steps):
+        for piece in pieces:
             batch: Any = tree.to_device(piece, torch.device("cuda"))
             with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
                 loss = loss_of(work.model, batch) / steps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -50,4 +49,4 @@ def _in_order(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 def reserved_bytes_of(blocks: tuple[Event, ...], rules: CudaRules) -> int:
     """Return what is reserved for blocks allocated one after another."""
-    return replay_cuda([Phase(BUILD, blocks)], replace(rules, capacity_bytes=None)).peak_reserved_bytes
+    return replay_cuda([Phase(BUILD, blocks)], rules.with_capacity(None)).peak_reserved_bytes

@@ -74,6 +74,7 @@ class CachingAllocator:
         self._large: dict[int, Pool] = {}  # by stream
         self._small: dict[int, Pool] = {}
         self._wanted: dict[int, tuple[int, int, dict[int, Pool], int]] = {}  # by requested bytes: see _want
+        self._allowed_bytes = rules.allowed_bytes if rules.refuses_above_allowed else None
         self._collects = rules.allowed_bytes is not None and rules.garbage_collection_threshold > 0
         self._searches = 0  # get_free_blocks_call_count, of large blocks
         expandable = rules.expandable_segments or any(segment.expandable for segment in start.segments)
@@ -294,7 +295,7 @@ class CachingAllocator:
     def _alloc_block(self, pool: Pool, size: int) -> Block | None:
         rules = self.rules
         total = segment_bytes(size, rules.large_segment_bytes)
-        if rules.allowed_bytes is not None and self.reserved_bytes + total > rules.allowed_bytes:
+        if self._allowed_bytes is not None and self.reserved_bytes + total > self._allowed_bytes:
             return None
         if rules.expandable_segments:
             page = SMALL_SEGMENT_BYTES if pool.small else rules.large_segment_bytes

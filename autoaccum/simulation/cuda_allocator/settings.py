@@ -42,6 +42,7 @@ class CudaRules:
             never.
         allowed_bytes: What `set_per_process_memory_fraction` allows; None where it wasn't called. Without it there is
             no garbage collection either.
+        refuses_above_allowed: Whether more than `allowed_bytes` is refused, as by the allocator; see `with_capacity`.
         expandable_segments: Whether memory is mapped page by page into one segment for each stream and pool.
         large_segment_bytes: Segments for large requests below 10 MiB, and the pages of a large expandable segment.
         device_bytes: The device's memory, of which an expandable segment spans 9/8; None for no end.
@@ -56,12 +57,25 @@ class CudaRules:
     roundup_power2_divisions: tuple[int, ...] = ()
     garbage_collection_threshold: float = 0.0
     allowed_bytes: int | None = None
+    refuses_above_allowed: bool = True
     expandable_segments: bool = False
     large_segment_bytes: int = LARGE_SEGMENT_BYTES
     device_bytes: int | None = None
     expandable_reserve_bytes: int | None = None
     tie_rule: TieRule = OLDEST_SEGMENT
     addresses_down: bool = False
+
+    def with_capacity(self, capacity_bytes: int | None) -> CudaRules:
+        """Return the rules where so many bytes can be reserved.
+
+        What a fraction allows in this process is no limit to a larger amount: it is asked what a window would take if
+        it had that much. Garbage collection still begins at its part of `allowed_bytes`.
+
+        Args:
+            capacity_bytes: What the allocator may reserve in all; None for any amount.
+        """
+        within = capacity_bytes is not None and capacity_bytes <= (self.allowed_bytes or 0)
+        return replace(self, capacity_bytes=capacity_bytes, refuses_above_allowed=within)
 
     def expandable_span(self, page: int) -> int:
         """Return the addresses of an expandable segment of such pages (ExpandableSegment's constructor)."""

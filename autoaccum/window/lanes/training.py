@@ -68,7 +68,7 @@ def _train(
     def run(piece: Batch, share: float) -> Any:
         if context.encode is not None:
             return encode(context, piece)
-        return forward(context, piece, keywords(form, share, total))
+        return forward(context, piece, keywords(context, form, share, total))
 
     runs = [partial(run, piece, share) for piece, share in zip(pieces, shares, strict=True)]
     outs = _forward(course, store, meetings, runs, sizes)
