@@ -152,6 +152,23 @@ def _refuse(given: Any) -> None:
             "What it is to be given follows from your batch.",
             "Write it: loss=lambda model, batch: criterion(model(batch[0]), batch[1], ...).",
         )
+    required = [] if isinstance(given, nn.Module) else _required(given)
+    if len(required) > 2:
+        raise UsageError(
+            f"loss takes {len(required)} arguments ({', '.join(required)}), and is called with two.",
+            "A loss gets the model and the whole batch; a criterion the model's output and the target.",
+            "Take the batch apart within it: loss=lambda model, batch: criterion(model(batch[0]), batch[1]).",
+        )
+
+
+def _required(function: Any) -> list[str]:
+    """Return the names of the parameters that a function must be given in order."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [each.name for each in parameters if each.kind in kinds and each.default is inspect.Parameter.empty]
 
 
 def _takes_a_pair(function: Any) -> bool:

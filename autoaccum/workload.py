@@ -6,6 +6,7 @@ Planning and training read the same workload; it holds no memory figures and no 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -197,7 +198,8 @@ def as_workload(given: Any, sample: Batch, keywords: Mapping[str, Any], *, calle
     if isinstance(given, Workload):
         if sample is not None or keywords:
             names = ", ".join(["sample"] * (sample is not None) + list(keywords))
-            raise UsageError(f"{names} cannot be combined with a Workload.", hint="Give it to the Workload.")
+            meant = "" if sample is not None else _meant(keywords, _OF_PLANNING if caller == "fit_plan" else {})
+            raise UsageError(f"{names} cannot be combined with a Workload.", hint=meant or "Give it to the Workload.")
         return given
     if not hasattr(given, "parameters"):
         raise UsageError(
@@ -209,22 +211,30 @@ def as_workload(given: Any, sample: Batch, keywords: Mapping[str, Any], *, calle
     try:
         return Workload(given, sample, **keywords)
     except TypeError as error:
-        raise UsageError(_unexpected(str(error), caller), hint=_meant(keywords)) from None
+        raise UsageError(
+            _unexpected(str(error), caller), hint=_meant(keywords, _MEANT) or "See help(Workload)."
+        ) from None
 
 
 def _unexpected(error: str, caller: str) -> str:
     return f"{error}.".replace("Workload.__init__()", caller)
 
 
-def _meant(keywords: Mapping[str, Any]) -> str:
-    """Return the hint for a keyword that isn't known."""
+_OF_PLANNING = {
+    "batch_size": "target_batch", "effective_batch": "target_batch", "memory": "budget", "max_memory": "budget",
+    "micro_batch": "max_micro_batch", "max_batch_size": "max_micro_batch",
+}  # fmt: skip
+_MEANT = {**_OF_PLANNING, "criterion": "loss", "max_grad_norm": "clip_grad_norm"}
+
+
+def _meant(keywords: Mapping[str, Any], others: Mapping[str, str]) -> str:
+    """Return the hint for a keyword that isn't known; "" for none."""
     known = [each.name for each in fields(Workload)]
-    other = {"batch_size": "target_batch", "memory": "budget", "criterion": "loss", "max_grad_norm": "clip_grad_norm"}
     for name in keywords:
-        near = [other[name]] if name in other else difflib.get_close_matches(name, known, n=1)
+        near = [others[name]] if name in others else difflib.get_close_matches(name, known, n=1)
         if name not in known and near:
             return f"Did you mean {near[0]}=?"
-    return "See help(Workload)."
+    return ""
 
 
 def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -244,13 +254,21 @@ def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     import torch.nn.functional as F
 
     if isinstance(batch, Mapping):
-        out = model(**batch)
+        try:
+            out = model(**batch)
+        except TypeError as error:
+            if takes_keywords(model, batch):
+                raise
+            names = ", ".join(map(repr, batch))
+            raise _no_loss(model, f"was called with the batch's {names}: {error}") from None
         loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
         if loss is None:
             raise _no_loss(model, f"returned {type(out).__name__} without a .loss")
         return loss  # type: ignore[no-any-return]
     if not is_pair(batch):
-        raise _no_loss(model, f"is given a {type(batch).__name__}, neither a mapping nor an (input, class) pair")
+        what = f"is given a {type(batch).__name__}, neither a mapping nor an (input, class) pair"
+        items = isinstance(batch, list) and len(batch) > 0 and isinstance(batch[0], (tuple, list, Mapping))
+        raise _no_loss(model, what, "Collate the items: torch.utils.data.default_collate(items). " if items else "")
     inputs, classes = batch
     logits = model(inputs)
     if not hasattr(logits, "dim"):
@@ -273,8 +291,19 @@ def is_pair(batch: Batch) -> bool:
     return isinstance(batch, (tuple, list)) and len(batch) == 2
 
 
-def _no_loss(model: nn.Module, what: str) -> UsageError:
+def takes_keywords(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Return whether a model's forward can be called with a batch's entries by name."""
+    try:
+        inspect.signature(model.forward).bind(**batch)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True
+
+
+def _no_loss(model: nn.Module, what: str, hint: str = "") -> UsageError:
     return UsageError(
         f"No loss was given, and {type(model).__name__} {what}.",
-        hint="Give the loss: Workload(model, sample, loss=lambda model, batch: ...), a mean or (sum, count).",
+        hint=f"{hint}Give the loss: Workload(model, sample, loss=lambda model, batch: ...), a mean or (sum, count).",
     )

@@ -239,6 +239,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('a stand-in keeps what its own making leaves', 'autoaccum/planning/new_process.py', '    build = model_blocks(workload.model) if is_moved else build\n', '', ('tests/test_gpu_option.py', '-k', 'moving')),
     ('a smaller batch forgets sooner', 'autoaccum/reporting/batch_choice.py', 'float(beta2 ** (small / large))', 'float(beta2 ** (large / small))', ('tests/test_batch_choice.py',)),
     ('a Trainer\'s micro-batch divided by its own count', 'autoaccum/integrations/hugging_face_training.py', 'return torch.full_like(items, total), 1.0', 'return items, 1.0', ('tests/test_hugging_face_trainer.py', '-k', 'llama')),
+    ('a group in two batches of unlike shapes', 'autoaccum/data/stream.py', 'if sum(sizes) % group:', 'if False:', ('tests/test_groups.py', '-k', 'take_groups_apart')),
+    ("a subclass's own loss has no weight", 'autoaccum/integrations/transformers.py', 'with _replaced(self, "compute_loss", weighted):', 'with contextlib.nullcontext():', ('tests/test_hugging_face_trainer.py', '-k', 'overrides')),
     ('a Trainer\'s padding on the left cut off', 'autoaccum/integrations/hugging_face_window.py', 'width = _used(mask != 0)', 'width = int((mask != 0).sum(1).max())', ('tests/test_hugging_face_trainer.py', '-k', 'padding')),
     ('a contrastive loss cut all the same', 'autoaccum/integrations/hugging_face_loss.py', 'if found.error > within:', 'if False:', ('tests/test_hugging_face_trainer.py', '-k', 'compares')),
     ('a Trainer\'s evaluation left out of the plan', 'autoaccum/integrations/hugging_face_plan.py', 'between_steps=_evaluation(trainer),', '', ('tests/test_hugging_face_trainer.py', '-k', 'evaluation')),

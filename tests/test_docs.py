@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import badges
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -87,6 +89,14 @@ def test_commands_named_in_the_docs_exist(page: Path) -> None:
     missing = [name for name in files if not (ROOT / name).is_file()]
     missing += [name for name in modules if not ((ROOT / f"{name}.py").is_file() or (ROOT / name).is_dir())]
     assert not missing
+
+
+def test_the_readmes_badges_state_what_is_so() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for file, (name, value) in badges.badges().items():
+        picture = f"docs/pictures/badge-{file}.svg"
+        assert f"[![{name.replace('python', 'Python')} {value}]({picture})]" in readme
+        assert (ROOT / picture).read_text() == badges.draw(name, value), "python -m benchmarks.badges"
 
 
 def test_every_script_says_how_it_is_used_and_is_in_the_table() -> None:

@@ -64,6 +64,7 @@ BEFORE: dict[str, str] = {
     "README.md": TRAINER,
     "README.md:1": SMALL + "criterion = torch.nn.CrossEntropyLoss()\nplan = 'plan.json'\n" + PLAN,
     "README.md:2": SMALL,
+    "plan-cache.md": SMALL,
     "report.md": SMALL + PLAN,
     "tune.md": MINE,
     "virtual-gpu.md": "import sys\nfrom pathlib import Path\nPath('train.py').write_text('')\n",

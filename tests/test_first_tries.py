@@ -168,6 +168,7 @@ def test_modules_of_ones_own_are_distinguished_by_their_parameters(loss: nn.Modu
         (nn.MSELoss(), {"image": torch.ones(2, 6), "label": torch.ones(2, 5)}, "model(batch['image']), batch['label']"),
         (nn.MSELoss(), (torch.ones(2, 6),) * 3, "a tuple of 3"),
         (3, None, "of type int"),
+        (lambda m, x, y: F.cross_entropy(m(x), y), None, "takes 3 arguments (m, x, y), and is called with two"),
     ],
 )
 def test_what_is_no_criterion_for_the_batch_is_answered_when_the_workload_is_made(
@@ -188,6 +189,32 @@ def test_a_loss_may_return_a_dictionary(out: Callable[[Any], Any]) -> None:
     assert distance(seen(runner)[0], want) < FP64
     with pytest.raises(UsageError, match="of 'ce', 'l2', without a 'loss'"):
         planned(Workload(mlp(), vectors(4), loss=lambda m, b: {"ce": m(b[0]).sum(), "l2": 0.0}))
+
+
+def test_a_batch_that_a_model_without_a_loss_cannot_take_is_answered() -> None:
+    x, y = vectors(4)
+    with pytest.raises(UsageError, match=r"Sequential was called with the batch's 'x', 'y': .*unexpected keyword"):
+        planned(Workload(mlp(), {"x": x, "y": y}))
+    with pytest.raises(UsageError, match="Collate the items"):
+        planned(Workload(mlp(), [(x[i], y[i]) for i in range(4)]))
+
+    class Fails(nn.Linear):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            raise TypeError("of its own")
+
+    with pytest.raises(TypeError, match="of its own"):
+        planned(Workload(Fails(6, 5), {"x": x, "y": y}))
+
+
+def test_an_argument_by_anothers_name_is_answered_with_ours() -> None:
+    work = Workload(mlp(), vectors(4))
+    for name, ours in (("batch_size", "target_batch"), ("memory", "budget"), ("micro_batch", "max_micro_batch")):
+        with pytest.raises(UsageError, match=f"Did you mean {ours}="):
+            fit_plan(work, **{name: 8})
+        with pytest.raises(UsageError, match=f"Did you mean {ours}="):
+            fit_plan(mlp(), vectors(4), **{name: 8})
+    with pytest.raises(UsageError, match="Give it to the Workload"):
+        fit_plan(work, target_batch=8, loss=F.cross_entropy)
 
 
 # --- optimizers, schedulers, scalers

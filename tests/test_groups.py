@@ -25,7 +25,7 @@ from helpers_train import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autoaccum import Plan, PlanMismatch, Runner, UsageError, Workload, fit_plan
+from autoaccum import BatchError, Plan, PlanMismatch, Runner, UsageError, Workload, fit_plan, windows
 from autoaccum.data.groups import group_sizes
 from autoaccum.exactness.check import check
 from autoaccum.tuning import tasks
@@ -146,6 +146,57 @@ def test_what_would_take_groups_apart_is_refused() -> None:
     plan = planned(work, 40, 12)
     with pytest.raises(PlanMismatch, match="groups of 4"):
         Runner(replace(copy.copy(work), samples_per_group=1), plan)
+
+
+class OfPlaces(nn.Module):
+    """Two outputs for sequences of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(2, 2, dtype=torch.float64)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.inner(batch).tanh().sum(1)
+
+
+def pairs(m: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return m(batch).unflatten(0, (-1, 2)).diff(dim=1).square().mean()
+
+
+def padded(*sizes: int) -> list[torch.Tensor]:
+    """Batches of unlike lengths, which can't be joined."""
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 3 + size % 4, 2, generator=g, dtype=torch.float64) for size in sizes]
+
+
+def test_a_loader_that_would_take_groups_apart_is_refused_when_it_is_given() -> None:
+    """Not the workload's own, but the one that is trained; batches of a stream that end within a group."""
+    work = work_of(4)
+    plan = planned(work, 16, 8)
+    shuffled = DataLoader(Rows([{"x": x, "reward": x[0].sigmoid()} for x in rows(32)]), batch_size=8, shuffle=True)
+    with pytest.raises(UsageError, match="shuffles single samples"):
+        next(iter(Runner(work, plan).epoch(shuffled)))
+    with pytest.raises(UsageError, match="shuffles single samples"):
+        windows(shuffled, plan)
+    work = Workload(OfPlaces(), padded(7)[0][:4], loss=pairs, optimizer=Capture, samples_per_group=2)
+    plan = planned(work, 8, 4)
+    runner = Runner(work, plan)
+    assert [r.split for r in runner.epoch(padded(6, 4, 6))] == [(4, 2, 2), (2, 4, 2)]
+    with pytest.raises(BatchError, match="ends within a group of 2 samples"):
+        list(runner.epoch(padded(5, 4)))
+    with pytest.raises(BatchError, match="ends within a group of 2 samples"):
+        for window in windows(padded(5, 4), plan):
+            for micro in window:
+                window.backward(pairs(runner.context.model, micro.batch))
+            window.step(runner.context.optimizer)
+    same = [batch for whole in padded(6) for batch in whole.split(3)]  # joined, for they have one shape
+    assert [r.split for r in runner.epoch(same)] == [(4, 2)]
+    bad: Any = [padded(3)[0], {"broken": 1}, padded(3)[0], padded(2)[0]]
+    with pytest.raises(BatchError):
+        found = runner.epoch(bad)
+        next(found)
+    assert list(found) == []  # where the next group begins isn't known
 
 
 def test_tune_refuses_groups_by_name() -> None:

@@ -32,7 +32,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 from autoaccum import Plan, PlanMismatch, UsageError
 from autoaccum.integrations import hugging_face_training
 from autoaccum.integrations.hugging_face_window import HostWindow, trimmed
-from autoaccum.integrations.transformers import ExactTrainer
+from autoaccum.integrations.transformers import ExactTrainer, ExactTrainerMixin
 
 TARGET = 10
 
@@ -100,6 +100,98 @@ def test_a_loss_function_of_the_users(takes_count: bool, tmp_path: Path) -> None
     ours, found = in_windows(tmp_path, make("llama").double(), dataset(), compute_loss_func=loss)
     assert difference(found, expected) < 1e-12
     assert ours._windows.average.passes is takes_count
+
+
+class OwnLoss(Trainer):
+    """A Trainer as people write them: a loss of its own, which doesn't look at `num_items_in_batch`."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return (loss, outputs) if return_outputs else loss
+
+
+class OwnStep(Trainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class InASubclass(ExactTrainer):
+    compute_loss = OwnLoss.compute_loss
+
+
+class AfterTheMixin(ExactTrainerMixin, OwnLoss):
+    pass
+
+
+class StepAfterTheMixin(ExactTrainerMixin, OwnStep):
+    pass
+
+
+class StepInASubclass(ExactTrainer):
+    training_step = OwnStep.training_step
+
+
+@pytest.mark.parametrize(
+    ("plain", "ours"),
+    [
+        (OwnLoss, InASubclass),
+        pytest.param(OwnLoss, AfterTheMixin, marks=pytest.mark.slow),
+        pytest.param(OwnStep, StepAfterTheMixin, marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_users_trainer_overrides_is_weighted(plain: Any, ours: Any, tmp_path: Path) -> None:
+    args = arguments(tmp_path, per_device_train_batch_size=TARGET)
+    _, expected = trained(plain, make("llama").double(), args, dataset())
+    args = arguments(tmp_path, per_device_train_batch_size=2)
+    windows = {"target_batch": TARGET, "max_micro_batch": 4, **CHEAP}
+    _, found = trained(ours, make("llama").double(), args, dataset(), **windows)
+    assert difference(found, expected) < 1e-12
+
+
+class OwnLoader(ExactTrainer):
+    """A loader as people write one, with samples in their order."""
+
+    batch_size: int | None = None
+
+    def get_train_dataloader(self) -> Any:
+        size = self.batch_size or self._train_batch_size
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator)
+
+
+class OfEight(OwnLoader):
+    batch_size = 8
+
+
+class OfLists(ExactTrainer):
+    def get_train_dataloader(self) -> Any:
+        return [collate(dataset())]
+
+
+def test_a_loader_of_the_users_gives_windows_or_is_refused(tmp_path: Path) -> None:
+    """With a batch size of its own it would have another effective batch, without a word."""
+    _, expected = in_one_batch(tmp_path, make("llama").double(), dataset())
+    args = arguments(tmp_path, per_device_train_batch_size=2)
+    windows = {"target_batch": TARGET, "max_micro_batch": 4, **CHEAP}
+    ours, found = trained(OwnLoader, make("llama").double(), args, dataset(), **windows)
+    assert ours.plan.split == (4, 3, 3) and difference(found, expected) < 1e-12
+    assert isinstance(next(iter(ours.get_train_dataloader())), dict)  # outside of training it is the Trainer's own
+    for cls, said in ((OfEight, "batches of 8, and a window has 10 samples"), (OfLists, "returned a list")):
+        with pytest.raises(UsageError, match=said):
+            trained(cls, make("llama"), args, dataset(), **windows)
+    with pytest.raises(UsageError, match="is no window"):
+        ours.training_step(ours.model, collate(dataset()[:4]))
+
+
+def test_a_step_in_the_place_of_the_windows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"class Mine\(ExactTrainerMixin, YourTrainer\)"):
+        args = arguments(tmp_path)
+        trained(StepInASubclass, make("llama"), args, dataset(), target_batch=TARGET, **CHEAP)
 
 
 def test_the_effective_batch_is_what_the_arguments_multiply_to(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def windows_of_batches(
     keys: BatchKeys,
     least: int,
     floats: torch.dtype | None = None,
+    group: int = 1,
     part: Part | None = None,
 ) -> Iterator[Window | BatchError]:
     """Yield windows; in the place of what can't be cut, the error.
@@ -45,7 +46,11 @@ def windows_of_batches(
         keys: `shared` and `per_sample`, as `split` takes them.
         least: The fewest samples that a micro-batch may have; fewer at the end join the last window.
         floats: What float64 arrays become; None to keep them.
+        group: Consecutive samples that are never cut apart.
         part: Which of a window's samples are this rank's; None for all.
+
+    Raises:
+        BatchError: A batch can't be cut, and a group of samples lies partly before it.
     """
     waiting: deque[Piece] = deque()
     waiting_samples = given = 0  # `given` counts those of the windows before
@@ -55,15 +60,18 @@ def windows_of_batches(
             batch = as_tensors(batch, floats)
             size = batch_size(batch, **keys)
         except BatchError as error:
-            yield of_samples(error, [number], "the loader's batches, counted from 0")
+            error = of_samples(error, [number], "the loader's batches, counted from 0")
+            if (given + waiting_samples) % group:  # where the next one begins isn't known
+                raise error from None
+            yield error
             continue
         waiting.append((batch, size))
         waiting_samples += size
         while waiting_samples >= enough:
-            yield _window_or_error(waiting, range(given, given + target), sizes_of, keys, part)
+            yield _window_or_error(waiting, range(given, given + target), sizes_of, keys, group, part)
             waiting_samples, given = waiting_samples - target, given + target
     if waiting:
-        yield _window_or_error(waiting, range(given, given + waiting_samples), sizes_of, keys, part)
+        yield _window_or_error(waiting, range(given, given + waiting_samples), sizes_of, keys, group, part)
 
 
 def _read(batches: Iterable[Batch], part: Part | None) -> Iterator[Batch]:
@@ -82,7 +90,7 @@ def _read(batches: Iterable[Batch], part: Part | None) -> Iterator[Batch]:
 
 
 def _window_or_error(
-    waiting: deque[Piece], samples: range, sizes_of: SizesOf, keys: BatchKeys, part: Part | None
+    waiting: deque[Piece], samples: range, sizes_of: SizesOf, keys: BatchKeys, group: int, part: Part | None
 ) -> Window | BatchError:
     """Take the next window off the front of what waits.
 
@@ -96,7 +104,7 @@ def _window_or_error(
             cut, samples = deque(parts), samples[own]
             _take(cut, own.start, keys)
             parts = _take(cut, len(samples), keys)
-        window = _window(parts, sizes_of, keys)
+        window = _window(parts, sizes_of, keys, group)
     except BatchError as error:
         return of_samples(error, samples, "the epoch, counted from 0")
     return Window(window.pieces, window.sizes, samples, "the epoch, counted from 0", digest=digest)
@@ -119,14 +127,26 @@ def _take(parts: deque[Piece], samples: int, keys: BatchKeys) -> list[Piece]:
     return taken
 
 
-def _window(parts: list[Piece], sizes_of: SizesOf, keys: BatchKeys) -> Window:
+def _window(parts: list[Piece], sizes_of: SizesOf, keys: BatchKeys, group: int) -> Window:
     """Make micro-batches of consecutive parts.
 
     Each run of joinable ones is cut separately.
+
+    Raises:
+        BatchError: A group of samples lies in two runs.
     """
     pieces: list[Batch] = []
     sizes: list[int] = []
+    window = sum(samples for _, samples in parts)
     for run in _runs(parts, keys):
+        if sum(sizes) % group:
+            raise BatchError(
+                f"The loader gives a batch that ends within a group of {group} samples, and the next one has another "
+                f"shape (after {sum(sizes)} of the window's {window} samples).",
+                "The samples of a group are never in different micro-batches, and batches of unlike shapes can't be "
+                "joined.",
+                f"Give the loader a batch size that is a multiple of {group}, or pad to one length.",
+            )
         for size in sizes_of(sum(samples for _, samples in run)):
             # Only what a micro-batch takes from several batches is copied; the rest are views.
             pieces.append(join([batch for batch, _ in _take(run, size, keys)], **keys))

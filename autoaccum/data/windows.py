@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BatchError, UsageError
 from .bad_batches import Surviving
+from .groups import check_groups
 from .indexed_loader import PlanOf, windows_of_indices
 from .loaders import check_loader, is_map_style
 from .part import Part
@@ -38,6 +39,7 @@ def windows(
     least: int = 1,
     floats: Any = None,
     collates: bool = False,
+    group: int = 1,
     part: Part | None = None,
 ) -> Surviving[Window]:
     """Return one epoch of a loader as windows.
@@ -63,6 +65,7 @@ def windows(
             before it; for this the loader is read so many samples ahead.
         floats: The torch.dtype that numpy's float64 becomes, the model's; None to keep it.
         collates: Whether batches are made by the loader's collate function alone, and can't be cut.
+        group: Consecutive samples that are never cut apart.
         part: Which of each window's samples are this rank's; None for all. A window may have none.
 
     Returns:
@@ -74,6 +77,7 @@ def windows(
             batch at all (when the first window is asked for).
     """
     check_loader(loader, target)
+    check_groups(group, loader, has_lengths=lengths is not None)
     sizes_of = partial(_checked_sizes, split_of)
     if is_map_style(loader):
         plan_of = _plan_of(sizes_of, lengths, split_of_lengths)
@@ -82,7 +86,7 @@ def windows(
     else:
         _refuse_unindexed(loader, has_lengths=lengths is not None, collates=collates)
         keys = {"shared": shared, "per_sample": per_sample}
-        found = windows_of_batches(loader, target, sizes_of, keys, least, floats, part)
+        found = windows_of_batches(loader, target, sizes_of, keys, least, floats, group, part)
     return Surviving(_not_empty(found, loader))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from ..errors import PlanMismatch, UsageError
 from ..plan import Plan
 from ..planning.request import PlanRequest
@@ -91,6 +93,38 @@ def target_of(args: Any, target_batch: int | None, plan: Plan | None) -> int:
             f"Use target_batch={below + args.world_size}" + (f" or {below}." if below else "."),
         )
     return int(target)
+
+
+def check_loader_of(trainer: Any, loader: Any) -> None:
+    """Refuse a training loader whose batches can't be whole windows.
+
+    Raises:
+        UsageError: It is no DataLoader, or has another batch size.
+    """
+    window, name = trainer._train_batch_size, type(trainer).__name__
+    if not isinstance(loader, DataLoader):
+        raise UsageError(
+            f"get_train_dataloader of {name} returned a {type(loader).__name__}.",
+            "A window is what a DataLoader collates for one optimizer step.",
+            "Return a torch.utils.data.DataLoader with batch_size=self._train_batch_size.",
+        )
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    if size is not None and size != window:
+        raise UsageError(
+            f"get_train_dataloader of {name} makes batches of {size}, and a window has {window} samples.",
+            f"Its batches are whole windows here, so that the effective batch would be {size}.",
+            "Give it batch_size=self._train_batch_size.",
+        )
+
+
+def no_window(trainer: Any) -> UsageError:
+    """Return the refusal of a batch that no loader of windows made."""
+    return UsageError(
+        f"training_step of {type(trainer).__name__} was given a batch that is no window.",
+        "In train() the loader's batches are windows, which are cut as the plan says; this one's effective batch "
+        "isn't known.",
+        "Train with train(), and let get_train_dataloader's loader yield what its collate_fn returns.",
+    )
 
 
 def whole_window_only(trainer: Any, request: PlanRequest, average: Average) -> PlanRequest:

@@ -34,17 +34,27 @@ class HostWindow(dict[str, Any]):
         rows: The samples as the dataset gave them, where the batch can't be cut; None where it can.
         collate: Collates some of them.
         trims: Whether columns that are padding in a whole micro-batch are cut off.
+
+    Raises:
+        UsageError: It was made without its samples, by a Trainer that takes it for a batch.
     """
 
     def __init__(
         self,
         batch: Mapping[str, Any],
-        samples: int,
+        samples: int | None = None,
         rows: Sequence[Any] | None = None,
         collate: Collate | None = None,
         *,
         trims: bool = True,
     ) -> None:
+        if samples is None:  # Trainer._prepare_input makes another of its type: a batch for the device
+            raise UsageError(
+                "A training_step of your own was given a whole window as one batch.",
+                "It takes the place of the one that cuts a window into micro-batches.",
+                "Write ExactTrainerMixin before the class that has it, which then gets each micro-batch: "
+                "class Mine(ExactTrainerMixin, YourTrainer).",
+            )
         super().__init__(batch)
         self.samples, self.rows, self.collate, self.trims = samples, rows, collate, trims
 

@@ -42,7 +42,7 @@ def _callbacks() -> tuple[Any, ...]:
     installed = [name for name in _PACKAGES if find_spec(name.partition(".")[0]) is not None]
     names = loaded or installed[:1]
     if not names:
-        raise ImportError("Neither lightning nor pytorch_lightning is installed: pip install autoaccum[lightning]")
+        raise ImportError("Neither lightning nor pytorch_lightning is installed: pip install lightning")
     return tuple(import_module(name).Callback for name in names)
 
 

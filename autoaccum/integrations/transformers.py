@@ -27,7 +27,15 @@ from ..errors import DoesNotFit
 from ..plan import Plan
 from ..planning.request import PlanRequest
 from ..window.norms import least_micro_batch
-from .hugging_face_checks import cannot_be_cut, check_plan_of, refuse_unsupported, target_of, whole_window_only
+from .hugging_face_checks import (
+    cannot_be_cut,
+    check_loader_of,
+    check_plan_of,
+    no_window,
+    refuse_unsupported,
+    target_of,
+    whole_window_only,
+)
 from .hugging_face_memory import in_smaller_batches, optimizer_step_named
 from .hugging_face_plan import describe, make_plan, quietly
 from .hugging_face_training import WindowTraining
@@ -81,7 +89,6 @@ class ExactTrainerMixin(_Base):
         malloc: str = "cached",
         **kwargs: Any,
     ) -> None:
-        self._weight: float | None = None
         self.in_backward = False
         super().__init__(*args, **kwargs)
         refuse_unsupported(self)
@@ -100,16 +107,6 @@ class ExactTrainerMixin(_Base):
         self._windows: WindowTraining | None = None
         self._planned_for: tuple[Any, Any] = None, None
 
-    def get_train_dataloader(self) -> Any:
-        """Return the Trainer's loader; its batches are whole windows on the host."""
-        with _left_on_host(self.accelerator):
-            loader = super().get_train_dataloader()
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate's loaders wrap torch's
-        if not isinstance(inner.collate_fn, WindowCollator):
-            inner.collate_fn = WindowCollator(inner.collate_fn)
-        self._loader = inner
-        return loader
-
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._plan_once()
@@ -117,7 +114,18 @@ class ExactTrainerMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; name an out-of-memory of the optimizer."""
-        with optimizer_step_named(self):
+        own = self.get_train_dataloader  # a subclass's, too
+
+        def of_windows() -> Any:
+            with _left_on_host(self.accelerator):
+                loader = own()
+            self._loader = getattr(loader, "base_dataloader", loader)  # accelerate's loaders wrap torch's
+            check_loader_of(self, self._loader)
+            if not isinstance(self._loader.collate_fn, WindowCollator):
+                self._loader.collate_fn = WindowCollator(self._loader.collate_fn)
+            return loader
+
+        with optimizer_step_named(self), _replaced(self, "get_train_dataloader", of_windows):
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,26 +139,23 @@ class ExactTrainerMixin(_Base):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward of a window, in the plan's micro-batches."""
         if not isinstance(inputs, HostWindow):
-            return super().training_step(model, inputs, num_items_in_batch)
+            raise no_window(self)
         return self._plan_once().train(model, inputs)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the Trainer's loss; within a window, a micro-batch's share of it."""
-        found = super().compute_loss(*args, **kwargs)
-        self.in_backward = True
-        if self._weight is None:
-            return found
-        if isinstance(found, tuple):
-            return found[0] * self._weight, *found[1:]
-        return found * self._weight
 
     def step_on_piece(self, model: Any, piece: dict[str, Any], items: Any, weight: float) -> torch.Tensor:
         """Run the Trainer's own step on a micro-batch, its loss weighted."""
-        self._weight, self.in_backward = weight, False
-        try:
+        own = self.compute_loss  # a subclass's, or one that was assigned to this Trainer
+
+        def weighted(*args: Any, **kwargs: Any) -> Any:
+            found = own(*args, **kwargs)
+            self.in_backward = True
+            if isinstance(found, tuple):
+                return found[0] * weight, *found[1:]
+            return found * weight
+
+        self.in_backward = False
+        with _replaced(self, "compute_loss", weighted):
             loss: torch.Tensor = super().training_step(model, piece, items)
-        finally:
-            self._weight = None
         return loss
 
     def count_items(self, batch: dict[str, Any], device: torch.device) -> Any:
@@ -204,3 +209,16 @@ def _left_on_host(accelerator: Any) -> Iterator[None]:
         yield
     finally:
         accelerator.device_placement = before
+
+
+@contextlib.contextmanager
+def _replaced(trainer: Any, name: str, function: Any) -> Iterator[None]:
+    """Put a function in the place of a method, for one object."""
+    assigned = vars(trainer)
+    before = {name: assigned[name]} if name in assigned else {}
+    assigned[name] = function
+    try:
+        yield
+    finally:
+        del assigned[name]
+        assigned.update(before)

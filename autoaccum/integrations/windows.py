@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..data import bad_batches
+from ..data.groups import check_groups
 from ..data.loaders import loader_length
 from ..data.prefetch import Copies
 from ..data.resplit import counted
@@ -77,6 +78,7 @@ def windows(
     """
     backend = _backend(loader, model, accelerator, scaler)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    check_groups(plan.request.samples_per_group, loader, has_lengths=lengths is not None)
     where = _device(plan, backend.model, device or getattr(accelerator, "device", None))
     _check_plan(plan, backend.model, where)
     sizing = Sizing(plan, plan.request.min_micro_batch, shared=shared, per_sample=per_sample)
@@ -138,6 +140,7 @@ class Windows:
             split_of_lengths=sizing.sizes_of_lengths,
             least=sizing.least,
             collates=is_collated(state.plan.provenance.signature),
+            group=state.plan.request.samples_per_group,
             **sizing.batch_keys,
         ).items
         if state.steps_taken == 0:

@@ -237,6 +237,7 @@ class Runner:
             least=self.least,
             floats=float_type(self.context.model),
             collates=self.collates,
+            group=self.workload.samples_per_group,
             part=None if ranks is None else ranks.part(loader),
             **self.sizing.batch_keys,
         ).items
