@@ -162,7 +162,7 @@ def _refuse(given: Any) -> None:
 
 
 def _required(function: Any) -> list[str]:
-    """Return the names of the parameters that a function must be given in order."""
+    """Return the names of the positional parameters without a default."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -292,7 +292,7 @@ def is_pair(batch: Batch) -> bool:
 
 
 def takes_keywords(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Return whether a model's forward can be called with a batch's entries by name."""
+    """Return whether a model takes a batch's entries as keywords."""
     try:
         inspect.signature(model.forward).bind(**batch)
     except TypeError:

@@ -46,9 +46,9 @@ def windows(
 
     Each has `target` samples; the last has what is left.
 
-    A map-style DataLoader is batched anew at the level of its sampler's indices: one collate per micro-batch, so
-    that it is padded to its own longest sample only. Of any other loader each batch is cut, and pieces of different
-    batches are joined where their trailing shapes agree.
+    A map-style DataLoader is batched anew at the level of its sampler's indices: one collate per micro-batch, padded to
+    its own longest sample. Of any other loader each batch is cut, and pieces of different batches are joined where
+    their trailing shapes agree.
 
     Args:
         loader: A DataLoader, or an iterable of batches (any trees of tensors, samples in dimension 0).
@@ -81,8 +81,7 @@ def windows(
     sizes_of = partial(_checked_sizes, split_of)
     if is_map_style(loader):
         plan_of = _plan_of(sizes_of, lengths, split_of_lengths)
-        found: Iterator[Window | BatchError]
-        found = windows_of_indices(loader, target, plan_of, least, floats, collates=collates, part=part)
+        found: Iterator[Any] = windows_of_indices(loader, target, plan_of, least, floats, collates=collates, part=part)
     else:
         _refuse_unindexed(loader, has_lengths=lengths is not None, collates=collates)
         keys = {"shared": shared, "per_sample": per_sample}
