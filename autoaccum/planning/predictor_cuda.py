@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ..devices.cuda.allocator_rules import find_rules
@@ -17,7 +17,7 @@ from ..simulation.solver import CAPACITY_MARGIN, Split, largest_micro_batch
 from ..simulation.training_run import TrainingReplay
 from ..units import show_bytes
 from ..window import fp32_accumulation
-from . import cuda_budget, cuda_learning, cuda_words
+from . import cuda_budget, cuda_certainty, cuda_learning, cuda_words
 from .evidence import Evidence
 from .predictor import DeviceFigures, MemoryPredictor, VerifiedFigures, verified_part
 from .resolved_request import ResolvedRequest
@@ -25,7 +25,6 @@ from .target import RecordingTarget
 from .training_simulator import TrainingSimulator
 
 NEW_PROCESS, THIS_PROCESS = "new_process", "this_process"
-MAX_ENDS = 8  # of a block that grows in steps: so many possible upper ends are tried
 BUDGET_RESOLUTION_BYTES = 2 << 20
 
 
@@ -38,6 +37,7 @@ class CudaPredictor(MemoryPredictor):
         start: What the allocator holds in this process.
         rules: The allocator's settings.
         rules_remark: Where its rule for equal blocks comes from, if not from torch's version.
+        by_program: Predictors by other programs that the recordings leave open (cuda_certainty.py).
     """
 
     model_events: tuple[Event, ...] = ()
@@ -45,7 +45,7 @@ class CudaPredictor(MemoryPredictor):
     rules: CudaRules = field(default_factory=CudaRules)
     rules_remark: str = ""
     _simulators: dict[str, TrainingSimulator] = field(default_factory=dict, init=False, repr=False)
-    _saturated: dict[int, CudaPredictor] = field(default_factory=dict, init=False, repr=False)
+    by_program: dict[int | str, CudaPredictor] = field(default_factory=dict, init=False, repr=False)
     _kept: dict[Split, bool] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,28 +95,13 @@ class CudaPredictor(MemoryPredictor):
         return self.replayed(split, history, self.as_uncompiled(self.budget.bytes), kept=kept).fits
 
     def fits_surely(self, split: Split) -> bool:
-        """Return whether it fits wherever the blocks that grow in steps end."""
-        return all(predictor.fits(split) for predictor in self._with_every_end(split[0]))
-
-    def _with_every_end(self, n: int) -> Iterator[CudaPredictor]:
-        """Yield a predictor for each possible end of stepping blocks."""
-        yield self
-        if not self.evidence.has_program:
-            return
-        program = self.evidence.program()
-        ends = min(MAX_ENDS, saturation.steps_until(program, n)) if n > program.recorded_at else 0
-        for steps in range(ends):
-            if steps not in self._saturated:
-                evidence = self.evidence.with_program(saturation.saturated_after(program, steps))
-                self._saturated[steps] = replace(self, evidence=evidence)
-            yield self._saturated[steps]
+        """Return whether it fits by every program that recordings leave open."""
+        return all(predictor.fits(split) for predictor in cuda_certainty.every_end(self, split[0]))
 
     def is_sure_to_fit(self, n: int) -> bool:
         """Return whether recording at n samples is sure to fit."""
         if self.evidence.recordings and self.evidence.has_program:
-            room = self.usable_bytes - self.leaked_bytes
-            unlimited = self.replayed((n, n), NEW_PROCESS, None).peak_reserved_bytes <= room
-            return unlimited or self.replayed((n, n), NEW_PROCESS, room).out_of_memory is None
+            return cuda_certainty.is_sure_to_record(self, n)
         small = self.evidence.small_recording
         if self.evidence.recordings or small is None or n <= small.micro_batch:
             return super().is_sure_to_fit(n)
@@ -270,7 +255,7 @@ class CudaPredictor(MemoryPredictor):
         def fits(split: Split) -> bool:
             found = (
                 predictor.replayed(split, history, self.usable_bytes, expandable=expandable, stops_at_retry=True)
-                for predictor in self._with_every_end(split[0])
+                for predictor in cuda_certainty.every_end(self, split[0])
                 for history in histories
             )
             return all(each.out_of_memory is None and not any(each.retries) for each in found)
@@ -338,7 +323,7 @@ class CudaPredictor(MemoryPredictor):
 
     def forget(self) -> None:
         """Drop the choices about workspaces, and the predictors of other ends."""
-        self._saturated.clear()
+        self.by_program.clear()
         self._kept.clear()
 
     def teaches(self, split: Split, measured: CudaMeasurement) -> bool:

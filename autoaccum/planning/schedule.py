@@ -21,6 +21,8 @@ from .target import RecordingTarget
 SMALL_ANSWER = 24  # below it, two small primes and two nearer sizes are more than three times the answer's samples
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
 BRACKETING_ROUNDS = 8
+MOST_RECORDINGS = 5  # with those near the answer
+SURE_SIZE_TRIES = 4  # halvings, towards a size that may not fit
 
 
 class Guess(NamedTuple):
@@ -78,12 +80,16 @@ class Recorder:
     def _record_near_answer(self) -> None:
         """Record nearer to the answer until a recording is as predicted."""
         evidence, policy = self.evidence, self.subject.device.policy
-        for fraction in policy.answer_fractions:
-            guess = self.answer(evidence)
-            is_last = fraction == policy.answer_fractions[-1]
-            n = self._next_size(guess.micro_batch, fraction, guess.at_least if is_last else guess.micro_batch)
-            if n <= evidence.recordings[-1].micro_batch or not self.allowed(evidence, n):
+        fractions, last = list(policy.answer_fractions), policy.answer_fractions[-1]
+        while fractions:
+            fraction, guess = fractions.pop(0), self.answer(evidence)
+            nearest = guess.at_least if fraction == last else guess.micro_batch
+            wanted = self._next_size(guess.micro_batch, fraction, nearest)
+            n = self._sure_size(wanted)
+            if n <= evidence.recordings[-1].micro_batch:
                 continue
+            if n < wanted and len(evidence.recordings) < MOST_RECORDINGS:
+                fractions = fractions or [last]  # what it shows may make a nearer one sure to fit
             program, before = evidence.program(), len(evidence.recordings)
             error = self._add_unless_out_of_memory(n)
             if len(evidence.recordings) == before:
@@ -94,6 +100,22 @@ class Recorder:
         reason = reason_against_program(self.subject, evidence)
         if reason is not None:
             evidence.fall_back(reason)
+
+    def _sure_size(self, wanted: int) -> int:
+        """Return the size or a smaller prime that surely fits; or 0."""
+        low, high = self.evidence.recordings[-1].micro_batch, wanted
+        if wanted <= low or self.allowed(self.evidence, wanted):
+            return wanted
+        found = 0
+        for _ in range(SURE_SIZE_TRIES):
+            middle = prime_near((low + high) // 2)
+            if middle <= low:
+                break
+            if self.allowed(self.evidence, middle):
+                found = low = middle
+            else:
+                high = middle
+        return found
 
     def _confirms(self, program: StepProgram, n: int) -> bool:
         """Return whether the recording at n confirms the program beyond its peak.

@@ -54,6 +54,35 @@ def saturated_after(program: StepProgram, steps: int) -> StepProgram:
     return replace(program, phases={name: tuple(map(limit, phase)) for name, phase in program.phases.items()})
 
 
+def grown_on(program: StepProgram, *, ended: bool) -> StepProgram | None:
+    """Return the program whose uncertain blocks grow with the batch.
+
+    A block that stood still between two recordings is constant. One that was seen at the largest alone may grow on: on
+    an H200, all twelve convolutions' workspaces that were taken for constant after a recording did.
+
+    Args:
+        program: The program.
+        ended: Whether those grow, too, that other blocks show to have saturated.
+
+    Returns:
+        None where there are no such blocks.
+    """
+    at, found = program.recorded_at, False
+
+    def grown(step: Step) -> Step:
+        nonlocal found
+        rule = step.rule
+        if rule is None or rule.at(at) <= MIN_LARGE_BLOCK_BYTES:
+            return step
+        if not (rule.is_guess or (ended and rule.at(at) == rule.max_bytes)):
+            return step
+        found = True
+        return step._replace(rule=Rule(0, per_sample=rule.at(at), divisor=at))
+
+    phases = {name: tuple(map(grown, phase)) for name, phase in program.phases.items()}
+    return replace(program, phases=phases) if found else None
+
+
 def _rules(program: StepProgram) -> Iterator[Rule]:
     return (step.rule for phase in program.phases.values() for step in phase if step.rule is not None)
 

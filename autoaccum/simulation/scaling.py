@@ -98,4 +98,5 @@ def _rounded_rule(size: int, n: int, rest: Sequence[int], m: int) -> Rule:
     expected = [partner * n / m for partner in rest if partner <= size]
     if any(abs(each - size) <= ROUNDING_TOLERANCE * size for each in expected):
         return Rule(0, per_sample=size, divisor=n)  # rounded up from something proportional
-    return Rule(size) if any(each > size for each in expected) else Rule(0, per_sample=size, divisor=n)
+    grew_faster = any(each > size for each in expected)
+    return Rule(size, is_guess=True) if grew_faster else Rule(0, per_sample=size, divisor=n)
