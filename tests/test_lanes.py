@@ -6,7 +6,9 @@ import copy
 import gc
 import signal
 import threading
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -356,7 +358,9 @@ def test_lightning_and_tune_refuse_it() -> None:
 # What waits on the host
 
 
-def stored(monkeypatch: pytest.MonkeyPatch, limit_bytes: int | None = None) -> host_store.HostStore:
+def stored(
+    monkeypatch: pytest.MonkeyPatch, limit_bytes: int | None = None, parts: int | None = None
+) -> host_store.HostStore:
     """A store as a GPU's lanes have it, for tensors of this CPU, of any size."""
     monkeypatch.setattr(host_store, "THRESHOLD_BYTES", 1)
     monkeypatch.setattr(host_buffers, "BUFFER_BYTES", 1 << 12)
@@ -364,7 +368,7 @@ def stored(monkeypatch: pytest.MonkeyPatch, limit_bytes: int | None = None) -> h
 
     def found(context: Any) -> host_store.HostStore:
         context.host_store = store
-        store.begin((*context.model.parameters(), *context.model.buffers()))
+        store.begin((*context.model.parameters(), *context.model.buffers()), parts=parts)
         return store
 
     monkeypatch.setattr("autoaccum.window.lanes.training._host_store", found)
@@ -404,6 +408,52 @@ def test_what_moves_is_decided_per_sample(monkeypatch: pytest.MonkeyPatch, sampl
     with store.moving(samples):
         (wide.exp().sum() + narrow.exp().sum()).backward()
     assert store.moved == [4 * 60 * samples]
+
+
+def test_what_the_last_parts_save_stays_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    for parts in (None, 0, 1, 2, 3):
+        store = stored(monkeypatch, parts=parts)
+        torch.manual_seed(0)
+        norms = (nn.Sequential(nn.Conv2d(2 if i == 0 else 4, 4, 3), nn.BatchNorm2d(4), nn.SiLU()) for i in range(2))
+        agree(nn.Sequential(*norms, nn.Flatten(), nn.LazyLinear(5)).double(), images())
+        moved.append(store.moved)
+    everything, *fewer = moved
+    assert fewer[0] == [] and fewer[3] == everything  # two meetings, three parts
+    assert 0 < sum(fewer[1]) < sum(fewer[2]) < sum(everything)
+    assert fewer[1] == everything[: len(fewer[1])]
+
+
+def test_what_stays_is_freed_with_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stored(monkeypatch)
+    store.begin((), parts=0)
+    with store.moving(1):
+        out = torch.ones(100, requires_grad=True).exp()  # its node saves what it returns
+    freed = weakref.ref(out)
+    del out
+    assert freed() is None and store.moved == []
+
+
+def test_what_stayed_moves_after_an_out_of_memory() -> None:
+    class Short(nn.Module):
+        fails = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if Short.fails:
+                Short.fails = False
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return x
+
+    Short.fails = False
+    model, batch = nn.Sequential(norm_net(), Short()).double(), vectors(24)
+    work = Workload(model, vectors(4), optimizer=Capture, batchnorm="exact")
+    plan = autoaccum.fit_plan(work, target_batch=24, max_micro_batch=8, check=False)
+    want, _ = whole(copy.deepcopy(model), batch)
+    runner = autoaccum.Runner(work, replace(plan, memory=replace(plan.memory, moved_parts=1)))
+    Short.fails = True
+    result = runner.step(batch)
+    assert result.retries == 1 and result.split == (8, 8, 8) and runner.context.moved_parts is None
+    assert distance(seen(runner)[-1], want) <= FP64
 
 
 def test_buffers_use_what_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import torch
 from stream_races import Races
 from torch import nn
 
-from autoaccum import DoesNotFit, Runner, UsageError, Workload, fit_plan
+from autoaccum import DoesNotFit, Plan, Runner, UsageError, Workload, fit_plan
 from autoaccum.devices.registry import get_device
 from autoaccum.devices.virtual import VirtualGpu, available, launch
+from autoaccum.units import show_bytes
 from autoaccum.window.lanes import host_store
 from autoaccum.window.step import open_context, train_window
 from benchmarks.lanes import memory
@@ -28,6 +29,9 @@ TARGET, PIXELS = 128, 48
     "name",
     [
         "a_runner_reserves_what_was_planned",
+        "so_it_does_in_three_lanes",
+        "what_fits_the_device_stays_there",
+        "what_stays_moves_after_an_out_of_memory",
         "a_small_host_is_refused",
         "copies_wait_and_are_waited_for",
         "what_was_copied_comes_back",
@@ -68,6 +72,49 @@ def a_runner_reserves_what_was_planned() -> None:
     plan = fit_plan(work, target_batch=TARGET, budget=GIB * 3 // 4, check=False)
     assert plan.accumulation_steps > 1 and plan.method == "replayed"
     assert plan.memory.host_bytes > 0 and "pinned buffers" in str(plan)
+    reserves_what_was_planned(work, plan)
+
+
+def so_it_does_in_three_lanes() -> None:
+    work = workload()
+    plan = fit_plan(work, target_batch=TARGET, budget=GIB * 620 // 1024, check=False)
+    assert plan.accumulation_steps == 3 and plan.method == "replayed", plan
+    reserves_what_was_planned(work, plan)
+
+
+def what_fits_the_device_stays_there() -> None:
+    moved = []
+    for mib in (700, 760, 820):
+        work = workload()
+        plan = fit_plan(work, target_batch=TARGET, budget=mib << 20, max_micro_batch=TARGET // 4, check=False)
+        memory = plan.memory
+        assert plan.accumulation_steps == 4 and plan.method == "replayed", plan
+        assert memory.moved_parts is not None and memory.stayed_bytes > 0, plan
+        assert f"{show_bytes(memory.stayed_bytes)} of it stays on the device" in str(plan)
+        assert plan.predicted_peak_bytes <= 0.98 * (mib - 512 << 20)
+        reserves_what_was_planned(work, plan)
+        moved.append((memory.moved_bytes, memory.moved_bytes + memory.stayed_bytes))
+    (first, whole), (second, other), (third, another) = moved
+    assert first > second > third and whole == other == another, moved
+
+
+def what_stays_moves_after_an_out_of_memory() -> None:
+    work = workload()
+    plan = fit_plan(work, target_batch=TARGET, budget=800 << 20, max_micro_batch=TARGET // 4, check=False)
+    assert plan.memory.stayed_bytes > 0
+    runner = Runner(work, plan)
+    torch.cuda.empty_cache()
+    room = plan.predicted_peak_bytes - (32 << 20)  # of which the model has its part already
+    taken = torch.empty(torch.cuda.mem_get_info()[0] - room, dtype=torch.uint8).cuda()
+    batch = torch.zeros(TARGET, 3, PIXELS, PIXELS), torch.zeros(TARGET, dtype=torch.long)
+    results = [runner.step(batch) for _ in range(2)]
+    assert [each.retries for each in results] == [1, 0] and results[1].split == plan.split
+    store = runner.context.host_store
+    assert store is not None and store.saved_bytes == plan.memory.moved_bytes + plan.memory.stayed_bytes
+    del taken
+
+
+def reserves_what_was_planned(work: Workload, plan: Plan) -> None:
     runner = Runner(work, plan)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -78,12 +125,14 @@ def a_runner_reserves_what_was_planned() -> None:
     assert abs(reserved - planned) <= 0.02 * planned, (reserved, planned)
     store = runner.context.host_store
     assert store is not None and store.bytes == plan.memory.host_bytes
+    assert store.saved_bytes == plan.memory.moved_bytes
 
 
 def it_is_planned_without_running_it() -> None:
     run = fit_plan(workload(), target_batch=TARGET, budget=GIB * 3 // 4, check=False)
     plan = fit_plan(workload(), target_batch=TARGET, budget=GIB * 3 // 4, check=False, verify=False)
     assert plan.measured_peak_bytes is None and plan.method == run.method == "replayed"
+    assert plan.memory.moved_parts == run.memory.moved_parts and plan.memory.moved_bytes == run.memory.moved_bytes
     assert plan.split == run.split and plan.memory.phases == run.memory.phases  # those of a new process
     assert plan.memory.host_bytes == run.memory.host_bytes
 

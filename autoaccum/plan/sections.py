@@ -102,6 +102,10 @@ class MemorySection:
         host_limit_bytes: What these may use; None for all but a tenth of what is available when training begins.
         moved_bytes_per_sample: In lanes: saved tensors of at least so many bytes for each sample move to the host; None
             for those of 1 MiB and more.
+        moved_parts: In lanes: of each lane's parts between two meetings, so many move what they save, the first ones;
+            what later parts save stays on the device. None for all.
+        moved_bytes: What a window in lanes moves to the host; it comes back in the backward.
+        stayed_bytes: What it could move there, and keeps on the device, since it fits.
     """
 
     budget: Budget
@@ -123,6 +127,9 @@ class MemorySection:
     host_bytes: int = 0
     host_limit_bytes: int | None = None
     moved_bytes_per_sample: int | None = None
+    moved_parts: int | None = None
+    moved_bytes: int = 0
+    stayed_bytes: int = 0
 
 
 @dataclass(frozen=True)

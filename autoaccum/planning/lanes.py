@@ -4,7 +4,7 @@ Micro-batches one after the other are recorded first. Lanes need other memory: o
 are there for all lanes, and on a CPU all that is saved for the backward. So
 
     on a CPU    a window in lanes is planned as one micro-batch of all its samples: lanes save no memory there
-    on a GPU    short windows in lanes are recorded and lifted, and each split's own is replayed (lanes_replayed.py)
+    on a GPU    short windows in lanes are recorded and lifted, and each split's own is replayed (lane_predictor.py)
 
 Where windows in lanes can't be lifted, they are run: from the steps on that micro-batches one after the other would
 need, until one fits; then fewer steps are tried between the last that didn't and that one. The plan says why.
@@ -25,6 +25,7 @@ from ..simulation.lane_windows import NotRegular
 from ..simulation.solver import Solution, Split, balanced, uniform_sizes
 from ..units import parse_bytes, show_bytes
 from ..window.lanes.host_buffers import host_limit
+from ..window.lanes.host_store import THRESHOLD_BYTES
 from ..window.step import TrainingContext
 from . import failures
 from .predictor import MemoryPredictor
@@ -48,6 +49,8 @@ class LanesFound:
         peak_bytes: The peak that the plan states.
         phases: The peak of each phase.
         host_bytes: Most bytes that waited on the host.
+        moved_bytes: What a window moves there.
+        stayed_bytes: What it could move there, and keeps on the device.
         tried: How each other number of lanes failed.
         method: How lanes were predicted; empty where they were run instead.
         fallback_reason: Why they were run.
@@ -60,6 +63,8 @@ class LanesFound:
     peak_bytes: int
     phases: dict[str, int]
     host_bytes: int = 0
+    moved_bytes: int = 0
+    stayed_bytes: int = 0
     tried: tuple[str, ...] = ()
     method: str = ""
     fallback_reason: str = ""
@@ -179,7 +184,7 @@ def _on_device(predictor: MemoryPredictor, start_over: Callable[[], None], *, ve
     except NotRegular as error:
         reason = f"{error}"
     predictor.subject.progress(f"lanes are not predicted: {reason}")
-    context.moved_bytes_per_sample = None
+    context.moved_bytes_per_sample = context.moved_parts = None
     if plain is None:
         raise failures.does_not_fit(predictor, (request.least,), None)
     if not verify:
@@ -201,24 +206,27 @@ def _replayed(
         NotRegular: They can't be predicted.
         DoesNotFit: No number of lanes fits the device, or what they move doesn't fit the host.
     """
-    from . import lanes_replayed  # CUDA's rules aren't loaded for a CPU
+    from .lane_predictor import LanePredictor  # CUDA's rules aren't loaded for a CPU
+    from .lanes_replayed import solve_by_replay
     from .predictor_cuda import THIS_PROCESS, CudaPredictor
 
     assert isinstance(predictor, CudaPredictor)
-    lanes, limit = lanes_replayed.LanePredictor(predictor, start_over), predictor.subject.context.host_memory_bytes
+    start, limit = LanePredictor(predictor, start_over, THRESHOLD_BYTES), predictor.subject.context.host_memory_bytes
     splits = list(splits_of(predictor, 2))
     try:
-        split, measured = lanes_replayed.solve_by_replay(
-            lanes, splits, micro_batch, verify=verify, host_limit_bytes=host_limit(limit)
-        )
+        solved = solve_by_replay(start, splits, micro_batch, verify=verify, host_limit_bytes=host_limit(limit))
     except OutOfMemory as error:  # of the host, whatever the number of lanes
         raise DoesNotFit(error.what, error.why, error.hint, missing_bytes=1) from None
+    lanes, split = solved.predictor, solved.split
+    lanes.settle()
     return LanesFound(
         Solution(split, 1),
-        measured,
+        solved.measured,
         lanes.worst_bytes(split),
-        lanes_replayed.phases_of(lanes, split),
+        lanes.phases(split),
         lanes.host_bytes(split),
+        sum(lanes.moved_sizes(split)),
+        solved.stayed_bytes,
         method=lanes.words,
         predicted=lanes.peak_bytes(split, THIS_PROCESS),
         retries=lanes.within(split, THIS_PROCESS).retries,
@@ -282,8 +290,8 @@ class _Search:
         phases = dict(predictor.phases(split))
         phases.pop(LATER, None)
         store = predictor.subject.context.host_store
-        host_bytes = 0 if store is None else store.bytes
-        return LanesFound(Solution(split, 1), measured, peak, {**phases, FIRST: peak}, host_bytes), ""
+        used = (0, 0) if store is None else (store.bytes, store.saved_bytes)
+        return LanesFound(Solution(split, 1), measured, peak, {**phases, FIRST: peak}, *used), ""
 
     def _nothing_fits(self, failure: str) -> DoesNotFit:
         split, budget = self.splits[-1], self.predictor.budget
@@ -318,6 +326,9 @@ def with_lanes(plan: Plan, found: LanesFound, context: TrainingContext) -> Plan:
         host_bytes=found.host_bytes,
         host_limit_bytes=context.host_memory_bytes,
         moved_bytes_per_sample=context.moved_bytes_per_sample,
+        moved_parts=context.moved_parts,
+        moved_bytes=found.moved_bytes,
+        stayed_bytes=found.stayed_bytes,
         retries=found.retries,
         composition={},
         timeline=(),

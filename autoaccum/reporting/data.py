@@ -100,12 +100,24 @@ def _figures(plan: Plan) -> Rows:
         rows.append(("peak, measured", plan.measured_peak_bytes, "bytes", real, reasons.get("measured_peak_bytes", "")))
     if plan.evidence.resident_peak_bytes is not None and plan.device.name == "cpu":
         rows.append(("peak in memory", plan.evidence.resident_peak_bytes, "bytes", real, "peak of the resident part"))
+    rows += _of_lanes(plan)
     if plan.timing.window_seconds is not None:
         why = "estimated from the verification run, in proportion to the samples"
         rows.append(("optimizer step", plan.timing.window_seconds, "seconds", real, why))
     if plan.provenance.planning_seconds and not plan.device.is_virtual:  # a virtual GPU has no times
         rows.append(("planning", plan.provenance.planning_seconds, "seconds", real, ""))
     return [dict(zip(("figure", "value", "unit", "kind", "why"), row, strict=True)) for row in rows]
+
+
+def _of_lanes(plan: Plan) -> list[tuple[str, float, str, Kind, str]]:
+    """Return what lanes keep on the host, and what they move."""
+    memory = plan.memory
+    figures = (
+        ("on the host", memory.host_bytes, "pinned buffers for what lanes save for the backward"),
+        ("moved to the host", memory.moved_bytes, "by each window; it comes back in the backward"),
+        ("kept on the device", memory.stayed_bytes, "by each window, of what could move to the host"),
+    )
+    return [(name, size, "bytes", Kind.PREDICTED, why) for name, size, why in figures if size]
 
 
 def total_bytes(plan: Plan, row: PeakRow, samples: int | None = None) -> int:

@@ -33,7 +33,7 @@ def summary(plan: Plan) -> str:
             if plan.memory.plain_loop_peak_bytes not in (None, plan.predicted_peak_bytes)
             else []
         ),
-        *([("host", _host(plan))] if plan.memory.host_bytes else []),
+        *([("host", _host(plan))] if plan.memory.host_bytes or plan.memory.stayed_bytes else []),
         ("why", _why(plan)),
         ("largest", _largest(plan)),
     ]
@@ -126,10 +126,16 @@ def _peak(plan: Plan) -> str:
 
 def _host(plan: Plan) -> str:
     """Return what waits on the host, and its limit."""
-    limit = plan.memory.host_limit_bytes
+    memory, limit = plan.memory, plan.memory.host_limit_bytes
+    stays = f"{show_bytes(memory.stayed_bytes)} of it stays on the device, where it fits"
+    if not memory.host_bytes:
+        return f"nothing of what lanes save for the backward: {stays}"
     most = f"of at most {show_bytes(limit)}" if limit is not None else "of all but a tenth of what is available"
-    used = show_bytes(plan.memory.host_bytes)
-    return f"{used} {most}: pinned buffers for what lanes save for the backward, {place(plan)}"
+    text = f"{show_bytes(memory.host_bytes)} {most}: pinned buffers for what lanes save for the backward, {place(plan)}"
+    if not memory.moved_bytes:
+        return text
+    text = f"{text}; each window moves {show_bytes(memory.moved_bytes)} there, and back"
+    return f"{text}; {stays}" if memory.stayed_bytes else text
 
 
 def _by_hand(plan: Plan) -> str:

@@ -6,7 +6,8 @@ of all its samples:
     kept      the samples and their order; parameters and optimizer state, which only the optimizer step changes
     dropped   the gradients added up so far, and every tensor of the failed micro-batch
     restored  random states, the scaler, buffers and plain attributes of modules (`Attempt.put_back`)
-    lowered   the limit that the failed micro-batch was at (`Sizing.shrink`), for later windows as well
+    lowered   the limit that the failed micro-batch was at (`Sizing.shrink`), for later windows as well; in lanes that
+              keep on the device what they could move to the host, all moves first
     refused   where parameters or the batch itself have changed, where a micro-batch can't be smaller, or can't be cut
 
 Recovery runs outside the `except` block: within it the error still holds the activations of the failed micro-batch.
@@ -108,6 +109,8 @@ class OomRecovery:
         attempt.put_back()
         self._free_memory()
         window, where = attempt.window, PHASE_TITLES.get(attempt.phase, "pass that counts")
+        if self._moves_more(where, failure):
+            return window
         if attempt.phase == OPTIMIZER:  # still private to this rank
             where = "preparation of the reduction over ranks"
         failed = failed_samples(window, attempt.micro_batches_begun, self.sizing.limits)
@@ -126,6 +129,21 @@ class OomRecovery:
             where, failed, failure, lowered, sum(window.sizes),
         )  # fmt: skip
         return smaller
+
+    def _moves_more(self, where: str, failure: str) -> bool:
+        """Let lanes move all to the host, if they don't.
+
+        What stays doesn't shrink with the lanes.
+        """
+        if self.context.moved_parts is None:
+            return False
+        self.context.moved_parts = None
+        log.warning(
+            "Out of memory in the %s of a window in lanes (%s). The window starts over, and from now on all that lanes "
+            "save for the backward moves to the host.",
+            where, failure,
+        )  # fmt: skip
+        return True
 
     def _free_memory(self) -> None:
         oom.collect()

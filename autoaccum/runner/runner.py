@@ -124,6 +124,7 @@ class Runner:
         self.context.keeps_workspaces = plan.device.keeps_workspaces
         self.context.host_memory_bytes = plan.memory.host_limit_bytes
         self.context.moved_bytes_per_sample = plan.memory.moved_bytes_per_sample
+        self.context.moved_parts = plan.memory.moved_parts
         compatibility.open_plan(self.context, workload, plan)
         self.samples = rank_share(plan.target_batch, plan.world_size, rank)
         least = max(plan.request.min_micro_batch, norms.least_micro_batch(self.context.norms, self.context.batchnorm))

@@ -1,6 +1,6 @@
 """Lift windows in lanes, by samples and number of lanes.
 
-Windows are recorded at a few sizes and three to five lanes. What one lane does is one program, the same for each lane
+Windows are recorded at a few sizes and numbers of lanes. What one lane does is one program, the same for each lane
 between the first ones and the last ones; it is lifted like a micro-batch (program.py). What all lanes share is lifted
 by its place: such sizes follow the number of lanes and the window's samples. No torch here.
 """
@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..phases import BETWEEN, FIRST, OPTIMIZER
 from .lane_windows import ALL, Block, LaneWindow, NotRegular, Stage, Stretch
 from .program import lift_phase
-from .recording import Event, Phase, Recording
 from .scaling import Rule
 
 Edges = tuple[int, int]
-EDGES: tuple[Edges, ...] = ((1, 1), (1, 2), (2, 2))  # lanes at the beginning and the end that differ from those between
+EDGES: tuple[Edges, ...] = ((1, 1), (1, 2), (2, 1), (2, 2))  # lanes at both ends that differ from those between
+SHORT = 4  # windows of so many lanes, and of fewer, are programs of their own: no lane there is only between
 MIDDLE = 10**6  # the kind of a lane between them
 SAME, NEXT, BEFORE, FROM_FIRST, FROM_LAST, SHARED = "same", "next", "before", "from first", "from last", "shared"
 
@@ -48,8 +47,8 @@ class Relation(NamedTuple):
     kind: str
     distance: int = 0
 
-    def lane(self, lane: int, lanes: int) -> int:
-        """Return that lane.
+    def lane(self, lane: int, lanes: int) -> int | None:
+        """Return that lane; None where there is none.
 
         Args:
             lane: The lane that makes the block.
@@ -58,10 +57,10 @@ class Relation(NamedTuple):
         if self.kind == SHARED:
             return ALL
         found = {
-            SAME: lane, NEXT: lane + 1, BEFORE: lane - 1,
+            SAME: lane, NEXT: lane + 1, BEFORE: lane - self.distance,
             FROM_FIRST: self.distance, FROM_LAST: lanes - 1 - self.distance,
         }[self.kind]  # fmt: skip
-        return min(max(found, 0), lanes - 1)
+        return found if 0 <= found < lanes else None
 
 
 class Made(NamedTuple):
@@ -127,9 +126,9 @@ def lift_lanes(windows: Sequence[LaneWindow]) -> LaneProgram:
     """Make a program from recorded windows.
 
     Args:
-        windows: At two sizes or more with the same number of lanes, and at one of them with another one; each of four
-            lanes or more. Or all of two lanes, for windows of two: there the first lane is the last but one, too. The
-            largest is the program.
+        windows: At two sizes or more with the same number of lanes, and at one of them with another one; each of five
+            lanes or more, and one of seven: there a lane between ends a block in another one between. Or all of the
+            same number up to four: there each lane is of its own kind. The largest is the program.
 
     Raises:
         NotRegular: They are not one program.
@@ -138,8 +137,9 @@ def lift_lanes(windows: Sequence[LaneWindow]) -> LaneProgram:
     for window in ordered:
         if window.stages != ordered[-1].stages:
             raise NotRegular("lanes meet at other places, or train others, at another size")
-    if {window.lanes for window in ordered} == {2}:
-        return _Lifting(ordered, EDGES[0]).run()
+    counts = {window.lanes for window in ordered}
+    if len(counts) == 1 and max(counts) <= SHORT:
+        return _Lifting(ordered, EDGES[-1]).run()
     reason = ""
     for edges in EDGES:
         between = {window.micro_batch for window in ordered if window.lanes > sum(edges)}
@@ -260,9 +260,9 @@ def _relations(lane: int, target: int, lanes: int) -> Iterator[Relation]:
         yield Relation(SHARED)
         return
     if lane != ALL:
-        near = {lane: SAME, lane + 1: NEXT, lane - 1: BEFORE}
-        if target in near:
-            yield Relation(near[target])
+        near = {0: Relation(SAME), 1: Relation(NEXT), -1: Relation(BEFORE, 1), -2: Relation(BEFORE, 2)}
+        if target - lane in near:
+            yield near[target - lane]
     yield Relation(FROM_FIRST, target)
     yield Relation(FROM_LAST, lanes - 1 - target)
 
@@ -315,64 +315,3 @@ def _window_laws(sizes: Mapping[tuple[int, int], int]) -> Iterator[WindowRule]:
 
 def _explains(law: WindowRule, sizes: Mapping[tuple[int, int], int]) -> bool:
     return all(law.of(n, lanes, n * lanes) == size for (n, lanes), size in sizes.items())
-
-
-def compose(program: LaneProgram, split: Sequence[int]) -> Recording:
-    """Return the window of a split as a recording.
-
-    Args:
-        program: What was lifted.
-        split: Samples in each lane; at least two.
-
-    Raises:
-        NotRegular: A block would end before it is made.
-    """
-    return Recording(split[0], tuple(_Composing(program, split).run()))
-
-
-class _Composing:
-    """Write a window's events, stretch by stretch."""
-
-    def __init__(self, program: LaneProgram, split: Sequence[int]) -> None:
-        self.program, self.split, self.samples = program, split, sum(split)
-        self.frees: dict[Stretch, dict[int, list[Event]]] = {}
-        self.names = 0
-
-    def run(self) -> Iterator[Phase]:
-        events: list[Event] = []
-        name = FIRST
-        for stage, lane, kind in self.program.stretches(self.split):
-            if self.program.stages[stage].name in (OPTIMIZER, BETWEEN):
-                yield Phase(name, tuple(events))
-                events, name = [], self.program.stages[stage].name
-            self._write(events, stage, lane, kind)
-        if any(self.frees.values()):
-            raise NotRegular("a block would end before it is made")
-        yield Phase(name, tuple(events))
-
-    def _write(self, events: list[Event], stage: int, lane: int, kind: int) -> None:
-        made = self._of(stage, kind)
-        frees = self.frees.setdefault((stage, lane), {})
-        n, lanes = self.split[lane], len(self.split)
-        for place, block in enumerate(made):
-            if frees:
-                events += frees.pop(place, ())
-            rule = block.rule
-            size = rule.at(n) if isinstance(rule, Rule) else rule.of(n, lanes, self.samples)
-            self.names += 1
-            events.append(Event(self.names, size, block.stream))
-            if block.stage is not None:
-                self._end(block, lane, Event(self.names, -size, block.stream))
-        for place in sorted(frees):
-            events += frees[place]
-        del self.frees[stage, lane]
-
-    def _of(self, stage: int, kind: int) -> tuple[Made, ...]:
-        return self.program.made[stage, kind]
-
-    def _end(self, block: Made, lane: int, event: Event) -> None:
-        assert block.stage is not None
-        target = block.relation.lane(lane, len(self.split))
-        kind = kind_of(target, len(self.split), self.program.edges)
-        after = block.after[kind] if kind in block.after else next(iter(block.after.values()))
-        self.frees.setdefault((block.stage, target), {}).setdefault(after, []).append(event)

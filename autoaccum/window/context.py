@@ -68,6 +68,8 @@ class TrainingContext:
         host_memory_bytes: What that may use of the host's memory; None for all but a tenth of what is available.
         moved_bytes_per_sample: Saved tensors of at least so many bytes for each sample of their lane move there; None
             for those of 1 MiB and more.
+        moved_parts: Of each lane's parts between two meetings, so many move what they save, the first ones; None for
+            all.
         on_stretch: While planning: called where a lane's stretch between two meetings begins, and a meeting, with its
             name, the meetings before it, and the lane (-1 for all).
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
@@ -112,6 +114,7 @@ class TrainingContext:
     host_store: HostStore | None = None
     host_memory_bytes: int | None = None
     moved_bytes_per_sample: int | None = None
+    moved_parts: int | None = None
     on_stretch: Callable[[str, int, int], None] | None = None
     copies: Copies = field(init=False)
 

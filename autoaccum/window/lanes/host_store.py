@@ -43,17 +43,20 @@ class HostStore:
         returned_bytes: What it brought back, a tensor that two operations saved twice.
         late: How many tensors it began to bring back when they were needed, not before.
         moved: The bytes of each tensor that the last window moved to the host, in order.
+        part: In which part the lane is that runs: how many meetings it had.
     """
 
     def __init__(self, device: torch.device, limit_bytes: int | None, *, copies: bool = True) -> None:
         self.buffers = HostBuffers(limit_bytes, pinned=copies and device.type == "cuda")
         self.saved_bytes = self.returned_bytes = self.late = 0
         self.moved: list[int] = []
+        self.part = 0
         self._device = device
         self._transfers = Transfers(device, copies=copies)
         self._stay: set[int] = set()
         self._casts: set[tuple[torch.Size, torch.dtype]] = set()
         self._bytes_per_sample: int | None = None
+        self._parts: int | None = None
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, Kept]] = {}
         self._saves: list[Kept | None] = []  # in order; None once it is back
         self._firsts: list[int] = []  # for each save, the index of its node's first one
@@ -69,7 +72,11 @@ class HostStore:
         return self.buffers.bytes
 
     def begin(
-        self, stay: Sequence[torch.Tensor], bytes_per_sample: int | None = None, cast: torch.dtype | None = None
+        self,
+        stay: Sequence[torch.Tensor],
+        bytes_per_sample: int | None = None,
+        cast: torch.dtype | None = None,
+        parts: int | None = None,
     ) -> None:
         """Begin a window, in empty buffers.
 
@@ -78,12 +85,13 @@ class HostStore:
             bytes_per_sample: What moves: tensors of at least so many bytes for each sample of their lane; None for
                 those of 1 MiB and more.
             cast: The type that autocast casts parameters to. Such a copy belongs to all lanes, and stays.
+            parts: Of how many parts of each lane, the first ones; None for all. What is saved last is needed first.
         """
         self.end()
         self._stay = {storage_id(tensor.untyped_storage()) for tensor in stay}
         shapes = {tensor.shape for tensor in stay if tensor.dtype != cast} if cast is not None else set()
         self._casts = {(each, cast) for shape in shapes for each in (shape, shape[::-1]) if cast is not None}
-        self._bytes_per_sample = bytes_per_sample
+        self._bytes_per_sample, self._parts, self.part = bytes_per_sample, parts, 0
         self.moved = []
         self.saved_bytes = self.returned_bytes = self.late = 0
         self.buffers.empty()
@@ -110,7 +118,7 @@ class HostStore:
 
     def _pack(self, least_bytes: int, tensor: torch.Tensor) -> torch.Tensor | Kept:
         if not self._moves(tensor, least_bytes):
-            return tensor
+            return tensor.detach()  # itself would hold its own node, and a window that fails would never be freed
         storage = tensor.untyped_storage()
         key = (
             storage_id(storage), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype,
@@ -137,6 +145,8 @@ class HostStore:
 
     def _moves(self, tensor: torch.Tensor, least_bytes: int) -> bool:
         if tensor.device.type != self._device.type or tensor.nbytes < least_bytes:
+            return False
+        if self._parts is not None and self.part >= self._parts:
             return False
         if (tensor.shape, tensor.dtype) in self._casts:
             return False

@@ -89,10 +89,12 @@ def _train(
     meetings.order.apply(context.on_stretch)
     meetings.gate.open = True
     _note(context, START_BACK, 0)
-    with RecomputingMode(meetings):
-        backward(context, loss, run_backward)
-    _note(context, END, 0)
-    meetings.forget()  # autograd's threads let go of the mode that holds it at a time of their own
+    try:
+        with RecomputingMode(meetings):
+            backward(context, loss, run_backward)
+        _note(context, END, 0)
+    finally:
+        meetings.forget()  # autograd's threads let go of the mode that holds it at a time of their own
     return loss.detach(), total
 
 
@@ -113,6 +115,8 @@ def _forward(
     @contextlib.contextmanager
     def turn(lane: int) -> Iterator[None]:
         _note(context, FORWARD, turns[lane], lane)
+        if store is not None:
+            store.part = turns[lane]
         turns[lane] += 1
         draws.enter(lane)
         course.norms.iterate(lane == 0)
@@ -150,7 +154,7 @@ def _host_store(context: TrainingContext) -> HostStore | None:
         copies = get_device(context.device).computes
         context.host_store = HostStore(context.device, context.host_memory_bytes, copies=copies)
     stay = (*context.model.parameters(), *context.model.buffers())
-    context.host_store.begin(stay, context.moved_bytes_per_sample, context.autocast_dtype)
+    context.host_store.begin(stay, context.moved_bytes_per_sample, context.autocast_dtype, context.moved_parts)
     return context.host_store
 
 
