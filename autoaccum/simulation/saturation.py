@@ -57,8 +57,7 @@ def saturated_after(program: StepProgram, steps: int) -> StepProgram:
 def grown_on(program: StepProgram, *, ended: bool) -> StepProgram | None:
     """Return the program whose uncertain blocks grow with the batch.
 
-    A block that stood still between two recordings is constant. One that was seen at the largest alone may grow on: on
-    an H200, all twelve convolutions' workspaces that were taken for constant after a recording did.
+    A block that stood still between two recordings is constant. One that was seen at the largest alone may grow on.
 
     Args:
         program: The program.

@@ -143,8 +143,9 @@ def _affine_laws(size: int, n: int, m: int, sizes: set[int]) -> Iterator[Rule]:
 
     cuDNN's tensor-core kernels copy a convolution's input, output and filter to channels-last, into their workspace
     (docs/ground-truth.md): b is then the bytes per sample of two of the phase's tensors, which confirms such a law
-    where only two recordings chose that kernel. So it is for 110 of 138 workspaces of four nets on an H200 (torch 2.11,
-    cuDNN 9.19, fp32 as TF32 and bf16); the others changed kernels between two recordings.
+    where only two recordings chose that kernel. So it is for 102 of the 148 sizes above 1 MiB of four nets on an H200
+    (torch 2.11, cuDNN 9.19; fp32 as TF32, and bf16) that neither stand still nor are proportional from one recording to
+    the next; of most others the kernel changed between the two.
     """
     for partner in sizes:
         slope, uneven = divmod(size - partner, n - m)
