@@ -168,6 +168,52 @@ def test_a_trainer_that_generates_its_batches_is_refused_by_name(tmp_path: Path)
         Mine(model=make("gpt2"), args=arguments(tmp_path), train_dataset=dataset(), target_batch=8)
 
 
+@pytest.mark.parametrize(
+    ("kind", "loss_type", "said"),
+    [
+        ("KTO", "kto", "whose KL term is a mean over a whole batch"),
+        ("DPO", "aot_unpaired", "which compares the pairs of a whole batch"),
+        pytest.param("DPO", "sigmoid", "", marks=pytest.mark.slow),
+        pytest.param("KTO", "apo_zero_unpaired", "", marks=pytest.mark.slow),
+    ],
+)
+def test_preferences_are_cut_where_their_loss_is_a_mean(kind: str, loss_type: str, said: str, tmp_path: Path) -> None:
+    """At the beginning, where the model is its own reference, a loss of the whole batch looks like a mean."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    trainer, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+    mine = type("Mine", (ExactTrainerMixin, trainer), {})
+    g = torch.Generator().manual_seed(1)
+
+    def words() -> str:
+        ids = torch.randint(3, VOCABULARY, (int(torch.randint(2, 9, (1,), generator=g)),), generator=g)
+        return " ".join(f"w{int(each)}" for each in ids)
+
+    rows: list[dict[str, Any]] = [{"prompt": words(), "chosen": f" {words()}"} for _ in range(13)]
+    for number, row in enumerate(rows):
+        other = (
+            {"rejected": f" {words()}"} if kind == "DPO" else {"completion": row["chosen"], "label": number % 2 == 0}
+        )
+        row |= other
+        if kind == "KTO":
+            del row["chosen"]
+    table = datasets.Dataset.from_list(rows)
+    fixed = {"bf16": False, "gradient_checkpointing": False, "remove_unused_columns": False, "max_length": 32}
+
+    def run(cls: Any, batch: int, **windows: Any) -> Any:
+        args = arguments(tmp_path, config, per_device_train_batch_size=batch, loss_type=loss_type, **fixed)
+        given = {"processing_class": tokenizer(), "ref_model": make("llama").double(), **windows}
+        return trained(cls, make("llama").double(), args, table, None, **given)
+
+    if said:
+        with pytest.raises(UsageError, match=said):
+            run(mine, 2, **WINDOWS)
+        return
+    _, expected = run(trainer, 10)
+    ours, found = run(mine, 2, **WINDOWS)
+    assert ours.plan.split == (4, 3, 3) and ours._windows.average.words == "its samples"
+    assert difference(found, expected) < 1e-6  # its head is in single precision
+
+
 def _figures(*command: str, env: dict[str, str] | None = None) -> Any:
     """Run a command; return the JSON that it prints."""
     inherited = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}

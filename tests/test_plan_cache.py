@@ -332,6 +332,29 @@ def test_a_file_that_was_read_for_the_plan_and_changed_makes_a_new_one(tmp_path:
     assert "was written meanwhile" in written.reason
 
 
+def test_the_first_plan_on_a_machine_is_kept_though_libraries_were_compiled_for_it(folder: Path) -> None:
+    """And the kept plan itself, looked up for another budget, is nothing that the new one rests on."""
+    library = folder.parent / "pages" / "libautoaccum-pages.so"
+    library.parent.mkdir(parents=True)
+
+    def ask() -> kept_plans.KeptPlans:
+        kept = plans()
+
+        def make() -> Any:
+            library.write_text("compiled meanwhile")
+            for path in (library, *folder.glob("*.json")):
+                kept._opened._note("open", (str(path), "r", os.O_RDONLY))
+            return made_plan()
+
+        assert asked(kept, make)[0] is not None
+        return kept
+
+    assert ask().reason == "" and ask().entry is not None
+    (entry,) = folder.glob("*.json")
+    entry.write_text("{}")
+    assert ask().entry is None and ask().entry is not None
+
+
 def test_files_are_noted_as_they_are_opened(tmp_path: Path) -> None:
     code = (
         "import os, sys, json\nfrom autoaccum.files.stamps import OpenedFiles, loaded_files, stamps\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,12 @@ from ..planning.request import PlanRequest
 from ..units import check_samples
 from .hugging_face_loss import Average
 
+log = logging.getLogger("autoaccum")
+
 # Trainers that generate what they train on, and cut it themselves (trl: grpo_trainer.py:_prepare_inputs).
 _GENERATING = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer", "PPOTrainer")
+
+_COUPLED_TYPES = ("aot", "aot_unpaired")
 
 
 def refuse_unsupported(trainer: Any) -> None:
@@ -30,6 +35,14 @@ def refuse_unsupported(trainer: Any) -> None:
             f"{type(trainer).__name__} is a {generating}, which generates its batches and cuts them itself.",
             "Its generations of one prompt belong together, and its own counters decide where a step ends.",
             f"Use {generating} without ExactTrainerMixin.",
+        )
+    if coupled := _coupled_loss(trainer):
+        raise UsageError(
+            f"{type(trainer).__name__} has {coupled}.",
+            "Micro-batches would have others, and at the beginning, where the model is its own reference, no test sees "
+            "the difference.",
+            "Choose a loss that is a mean over samples (KTO's apo_zero_unpaired, DPO's sigmoid), or train it without "
+            "ExactTrainerMixin.",
         )
     parallelism = getattr(accelerator, "parallelism_config", None)
     sharded = getattr(trainer, "is_distributed_loading_by_transformers", False)
@@ -95,6 +108,19 @@ def target_of(args: Any, target_batch: int | None, plan: Plan | None) -> int:
     return int(target)
 
 
+def _coupled_loss(trainer: Any) -> str:
+    """Return what trl's loss takes from a whole batch; "" for nothing.
+
+    trl 1.16: kto_trainer.py averages the KL term over the batch, and pairs its completions within batches before
+    training; dpo_trainer.py sorts a batch's ratios (aot).
+    """
+    if getattr(trainer, "calculate_KL", False):
+        return f"loss_type={trainer.args.loss_type!r}, whose KL term is a mean over a whole batch"
+    kinds = getattr(trainer, "loss_types", None)
+    found = [kind for kind in kinds if kind in _COUPLED_TYPES] if isinstance(kinds, (list, tuple)) else []
+    return f"loss_type={found[0]!r}, which compares the pairs of a whole batch" if found else ""
+
+
 def check_loader_of(trainer: Any, loader: Any) -> None:
     """Refuse a training loader whose batches can't be whole windows.
 
@@ -115,6 +141,12 @@ def check_loader_of(trainer: Any, loader: Any) -> None:
             f"Its batches are whole windows here, so that the effective batch would be {size}.",
             "Give it batch_size=self._train_batch_size.",
         )
+
+
+def warn_if_inexact(plan: Plan) -> None:
+    """Warn of a plan whose gradient isn't the whole batch's."""
+    if not plan.exactness.startswith(("exact", "same distribution", "unchecked", "unknown")):
+        log.warning("%s", "\n".join((plan.exactness, *plan.notes)))
 
 
 def no_window(trainer: Any) -> UsageError:

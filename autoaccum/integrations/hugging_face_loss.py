@@ -25,6 +25,7 @@ from .hugging_face_window import Batch, trimmed
 
 _AGREES_WITHIN = 1e-3  # of the loss; in half precision the larger one
 _AGREES_WITHIN_HALF = 2e-2
+_ROUNDING = 1e-2  # of that
 _PART_ROWS = 2
 _NOT_ASKED = (
     "The loss could not be computed on a few samples, so that what it averages over isn't known. Micro-batches are "
@@ -82,7 +83,7 @@ def find_average(loss_of: LossOf, num_items: CountOf, batches: Iterable[Sequence
         if not all(map(_is_finite, losses)):
             continue
         found = _of_passed_count(loss_of, num_items, [whole, *parts], losses, within)
-        found = found or _best(_ways(whole, num_items), [whole, *parts], losses)
+        found = found or _best(_ways(whole, num_items), [whole, *parts], losses, within)
         if found.error > within:
             return Average(NOTHING, can_be_cut=False, error=found.error)
         return replace(found, trims=_may_trim(loss_of, num_items, parts[-1], losses[-1], within))
@@ -152,13 +153,17 @@ def _may_trim(loss_of: LossOf, num_items: CountOf, part: Batch, loss: float, wit
     return abs(loss_of(cut, num_items(part)) - loss) <= within * abs(loss)
 
 
-def _best(ways: Mapping[str, CountOf], batches: Sequence[Batch], losses: Sequence[float]) -> Average:
-    """Return the first way of counting that fits the losses."""
+def _best(ways: Mapping[str, CountOf], batches: Sequence[Batch], losses: Sequence[float], within: float) -> Average:
+    """Return the first way of counting that fits the losses.
+
+    Where all samples have the same loss, as in preference optimization at its beginning, all ways fit; what then
+    distinguishes them is rounding, and the first one stays.
+    """
     best: Average | None = None
     for words, count in ways.items():
         counts = [int(count(batch)) for batch in batches]
         error = _error(counts, losses) if all(counts) else float("inf")
-        if best is None or error < best.error / 2:
+        if best is None or (error < best.error / 2 and best.error > _ROUNDING * within):
             best = Average(words, count, error=error)
     assert best is not None
     return best

@@ -34,6 +34,7 @@ from .hugging_face_checks import (
     no_window,
     refuse_unsupported,
     target_of,
+    warn_if_inexact,
     whole_window_only,
 )
 from .hugging_face_memory import in_smaller_batches, optimizer_step_named
@@ -176,6 +177,7 @@ class ExactTrainerMixin(_Base):
         if plan is None:
             try:
                 plan = make_plan(self, described, request, check=request.check)
+                warn_if_inexact(plan)
             except DoesNotFit as error:
                 if described.average.can_be_cut:
                     raise

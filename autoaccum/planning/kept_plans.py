@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..devices.base import Device
-from ..files import stamps
+from ..files import private, stamps
 from ..plan import Plan
 from ..processes.fork import Died, ForkFailed, in_copy
 from ..workload import Workload
@@ -130,8 +130,12 @@ class KeptPlans:
         return plan
 
     def _keep(self, key: str, known: set[str], plan: Plan) -> None:
-        read = stamps.loaded_files() | self._opened.paths()
-        if changed := written_since(read, self._started):
+        own = os.path.realpath(private.cache_folder() / "autoaccum") + os.sep
+        read = {
+            path for path in stamps.loaded_files() | self._opened.paths() if not path.startswith(f"{own}plans{os.sep}")
+        }
+        # Libraries that autoaccum itself compiles, for the first plan on a machine, lie under a digest of their source.
+        if changed := written_since((path for path in read if not path.startswith(own)), self._started):
             self.reason = f"{changed} was written meanwhile"
             return
         cache.keep(key, {"plan": plan.to_json()}, stamps.stamps(read - known))
