@@ -17,6 +17,7 @@ from strategies import made_up_plan
 from autoaccum.cli.completion import choices, gpus, workloads
 from autoaccum.cli.flags import in_flags
 from autoaccum.cli.terminal import look_of
+from autoaccum.devices.cuda.gpu_specs import find_gpu
 from autoaccum.plan import Plan
 from autoaccum.reporting.card import Look, card
 
@@ -124,12 +125,13 @@ def _read(file: int) -> bytes:
 
 def test_values_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choices("cpu", "cuda")("cu") == ["cuda"]
-    assert gpus("rtx-409") == ["rtx-4090"] == gpus("4090") and "a100-80gb" in gpus("a100")
+    assert gpus("rtx-409") == ["rtx-4090"] and gpus("409") == ["4090"] and "a100-80gb" in gpus("a100")
     (tmp_path / "train.py").write_text(
         "from autoaccum import Workload\ndef build(): return Workload(1)\ndef other(): ...\n"
     )
     (tmp_path / "broken.py").write_text("def (\n")
     (tmp_path / "inner").mkdir()
+    assert all(name.endswith(find_gpu(name).name.removeprefix("rtx-")) for name in gpus("4"))
     monkeypatch.chdir(tmp_path)
     assert workloads("tr") == ["train.py:"] and workloads("dig") == ["digits"] and workloads("inn") == ["inner/"]
     assert workloads("train.py:") == ["train.py:build"] and workloads("train.py:x") == []
@@ -137,11 +139,12 @@ def test_values_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_shell_completes_commands_and_options() -> None:
-    run = "import sys; sys.argv[0] = 'autoaccum'; from autoaccum.cli import main; main()"
     for words, expected in (
         ("autoaccum pl", "plan"),
         ("autoaccum plan --gpu h2", "h200"),
         ("autoaccum plan --verb", "--verbose"),
+        ("autoaccum fits --gpu 407", "4070-ti-super"),
+        ("autoaccum export plan.json --to deep", "deepspeed"),
     ):
         env = {
             **os.environ,
@@ -149,5 +152,5 @@ def test_the_shell_completes_commands_and_options() -> None:
             "COMP_WORDS": words,
             "COMP_CWORD": str(len(words.split()) - 1),
         }
-        out = subprocess.run([sys.executable, "-c", run], env=env, capture_output=True, text=True)
+        out = subprocess.run([sys.executable, "-m", "autoaccum"], env=env, capture_output=True, text=True)
         assert expected in out.stdout.split(), out

@@ -69,7 +69,8 @@ def main() -> None:
         *(a for a in sys.argv[1:] if a != "--traceback"),
     ]
     try:
-        code = _code_of(app, with_traceback=with_traceback)
+        # By its name, however it was started: `python -m autoaccum --install-completion` completes `autoaccum`.
+        code = _code_of(lambda: app(prog_name="autoaccum"), with_traceback=with_traceback)
     except KeyboardInterrupt as error:
         interrupts.taken()
         print("interrupted", file=sys.stderr)

@@ -10,11 +10,14 @@ from ..devices.cpu import page_cache
 from ..errors import UsageError
 from ..processes.examples import BUILT_IN, DEFAULT
 from ..units import check_count, check_memory, check_samples
+from .completion import workloads
 
 
 def bench(
     target_batch: int = typer.Option(512, help="Samples in an optimizer step."),
-    workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
+    workload: str = typer.Option(
+        DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}.", autocompletion=workloads
+    ),
     device: str = typer.Option("cpu", help="cpu, or cuda for this machine's GPU."),
     memory: str = typer.Option(None, help="Memory limit of each process, like 2GiB. Left out: all free memory."),
     headroom: str = typer.Option(None, help="Part of it to keep free, like 500MiB or 5%."),

@@ -9,10 +9,13 @@ from ..files.escape import one_line
 from ..files.json_text import to_json
 from ..processes.examples import BUILT_IN, DEFAULT
 from ..processes.launch import launched_rank
+from .completion import workloads
 
 
 def check(
-    workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
+    workload: str = typer.Option(
+        DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}.", autocompletion=workloads
+    ),
     json: bool = typer.Option(False, "--json", help="Print the verdict as JSON only."),
 ) -> None:
     """Test whether accumulation gives the large batch's gradient.

@@ -15,11 +15,15 @@ def choices(*values: str) -> Callable[[str], list[str]]:
 
 
 def gpus(incomplete: str) -> list[str]:
-    """Complete the name of a GPU, also by its number."""
+    """Complete the name of a GPU, also from its number: 4090 for rtx-4090.
+
+    A shell takes only what begins with the typed letters.
+    """
     from ..devices.cuda.gpu_specs import GPUS
 
     names = [gpu.name for gpu in GPUS]
-    return [name for name in names if name.startswith(incomplete)] or [name for name in names if incomplete in name]
+    numbers = [name.removeprefix("rtx-") for name in names if name.startswith("rtx-")]
+    return [name for name in [*names, *numbers] if name.startswith(incomplete)] if incomplete else names
 
 
 def workloads(incomplete: str) -> list[str]:

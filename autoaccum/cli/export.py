@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from ..errors import UsageError
+from .completion import choices
 
 _TARGETS = ("hf", "accelerate", "lightning", "deepspeed", "torchtitan", "env", "json")
 _MOST_BYTES = 1 << 24
@@ -15,7 +16,7 @@ _MOST_BYTES = 1 << 24
 
 def export(
     plan: Path = typer.Argument(help="A plan file."),
-    to: str = typer.Option(..., "--to", help=f"One of: {', '.join(_TARGETS)}."),
+    to: str = typer.Option(..., "--to", help=f"One of: {', '.join(_TARGETS)}.", autocompletion=choices(*_TARGETS)),
     merge: Path = typer.Option(None, help="For deepspeed: a configuration file to set the numbers in."),
     output: Path = typer.Option(None, "--output", "-o", help="File to write. Left out: stdout."),
     force: bool = typer.Option(False, "--force", help="Overwrite the file."),

@@ -12,6 +12,8 @@ import typer
 from ..errors import DoesNotFit, UsageError
 from ..planning.request import PlanRequest
 from ..units import check_memory, parse_target, show_bytes
+from .completion import choices
+from .completion import gpus as complete_gpus
 from .gpus import GPUS, PARALLEL, read_gpus
 
 if TYPE_CHECKING:
@@ -22,7 +24,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VER
 
 
 def fits(
-    gpu: str = typer.Option(..., help="The GPU, like rtx-4090 (doctor --gpus lists them)."),
+    gpu: str = typer.Option(
+        ..., help="The GPU, like rtx-4090 (doctor --gpus lists them).", autocompletion=complete_gpus
+    ),
     target_batch: str = typer.Option(..., help="Samples in an optimizer step, or 4M-tokens."),
     gpus: int = GPUS,
     parallel: str = PARALLEL,
@@ -32,8 +36,14 @@ def fits(
     length: int = typer.Option(None, help="Tokens of the longest sample."),
     image_size: int = typer.Option(None, help="Pixels of an image's side. Left out: the model's own."),
     lora: int = typer.Option(None, help="Train LoRA adapters of this rank on all linear layers."),
-    dtype: str = typer.Option(None, help="Of the parameters: fp32, bf16 or fp16. Left out: the configuration's."),
-    precision: str = typer.Option(None, help="Autocast: bf16 or fp16. Left out: none."),
+    dtype: str = typer.Option(
+        None,
+        help="Of the parameters: fp32, bf16 or fp16. Left out: the configuration's.",
+        autocompletion=choices("fp32", "bf16", "fp16"),
+    ),
+    precision: str = typer.Option(
+        None, help="Autocast: bf16 or fp16. Left out: none.", autocompletion=choices("bf16", "fp16")
+    ),
     checkpointing: bool = typer.Option(False, "--checkpointing", help="Compute activations again in backward."),
     packed: bool = typer.Option(False, "--packed", help="Samples are full: no attention mask."),
     memory: str = typer.Option(None, help="Memory limit of the process. Left out: all that an idle GPU has."),

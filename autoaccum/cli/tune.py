@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..files.escape import one_line
 from ..files.whole import check_output
 from ..processes.examples import BUILT_IN, DEFAULT
+from .completion import gpus, workloads
 from .flags import in_flags
 from .terminal import keep_plan
 
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 
 def tune(
     target_batch: int = typer.Option(None, help="Samples in an optimizer step."),
-    workload: str = typer.Option(DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}."),
+    workload: str = typer.Option(
+        DEFAULT, help=f"FILE.py:FUNCTION, or one of: {', '.join(BUILT_IN)}.", autocompletion=workloads
+    ),
     trials: int = typer.Option(None, help="Configurations to try at most. Left out: 40, or all with --sampler grid."),
     timeout: float = typer.Option(None, help="Seconds after which no further trial starts."),
     vary: list[str] = typer.Option([], help="NAME=A,B: the choices for one part, like precision=fp32,bf16."),
     device: str = typer.Option(None, help="cpu, or cuda for this machine's GPU. Left out: cpu, or cuda with --gpu."),
-    gpu: str = typer.Option(None, help="Rank by memory for a GPU this machine lacks (doctor --gpus lists them)."),
+    gpu: str = typer.Option(
+        None, help="Rank by memory for a GPU this machine lacks (doctor --gpus lists them).", autocompletion=gpus
+    ),
     memory: str = typer.Option(None, help="Memory limit of the process, like 2GiB. Left out: all free memory."),
     headroom: str = typer.Option(None, help="Part of it to keep free, like 500MiB or 5%."),
     malloc: str = typer.Option(page_cache.CACHED, help=page_cache.HELP),
