@@ -15,7 +15,7 @@ def choices(*values: str) -> Callable[[str], list[str]]:
 
 
 def gpus(incomplete: str) -> list[str]:
-    """Complete the name of a GPU, also from its number: 4090 for rtx-4090.
+    """Complete a GPU's name, or its number: 4090 for rtx-4090.
 
     A shell takes only what begins with the typed letters.
     """
