@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 DEVICE, FRACTION, ASKED = "device", "memory fraction", "asked"  # limits
 FREE, IN_USE, CACHED, CONTEXT, OTHERS, HIDDEN = "free", "in use", "cached", "context", "other processes", "unexplained"
 _MOST_NAMED = 4  # processes
+# What the driver keeps for a context and NVML counts for no process. On an H200 (driver 580.159, three models, alone on
+# it) the device's used memory, less what it was before, exceeded NVML's figure for the process by 9,240,576 bytes.
+_KEPT_FOR_CONTEXT_BYTES = 16 << 20
 _BUS_ID = ("domain", "bus", "device")
 
 
@@ -68,15 +71,27 @@ class DeviceMemory:
         return sum(process.bytes or 0 for process in self.others)
 
     @property
+    def _outside_bytes(self) -> int:
+        """What is neither free nor torch's."""
+        return max(0, self.total_bytes - self.free_bytes - self.reserved_bytes)
+
+    @property
+    def _listed_bytes(self) -> int | None:
+        """What NVML lists here, less what torch reserved; else None."""
+        if self.own is None or self.own.bytes is None:
+            return None
+        return min(self._outside_bytes, max(0, self.own.bytes - self.reserved_bytes))
+
+    @property
     def context_bytes(self) -> int:
         """This process's context and libraries.
 
-        An upper limit where NVML does not list this process.
+        With what the driver keeps for it and NVML lists for nobody, 16 MiB at most. An upper limit where NVML does not
+        list this process.
         """
-        outside = max(0, self.total_bytes - self.free_bytes - self.reserved_bytes)
-        if self.own is None or self.own.bytes is None:
-            return max(0, outside - self.others_bytes)
-        return min(outside, max(0, self.own.bytes - self.reserved_bytes))
+        rest = max(0, self._outside_bytes - self.others_bytes)
+        listed = self._listed_bytes
+        return rest if listed is None else max(listed, min(rest, listed + _KEPT_FOR_CONTEXT_BYTES))
 
     @property
     def hidden_bytes(self) -> int:
@@ -90,8 +105,7 @@ class DeviceMemory:
 
         All that is not known to be this process's own.
         """
-        own = self.reserved_bytes if self.own is None else self.reserved_bytes + self.context_bytes
-        return max(0, self.total_bytes - self.free_bytes - own)
+        return max(0, self._outside_bytes - (self._listed_bytes or 0))
 
 
 def read_cuda_budget(
@@ -253,7 +267,10 @@ def _parts(found: DeviceMemory) -> tuple[BudgetItem, ...]:
 
 def _context(found: DeviceMemory) -> BudgetItem:
     if found.own is not None:
-        why = "this process's context and libraries: what NVML says it holds, less what torch reserved"
+        why = (
+            "this process's context and libraries: what NVML says it holds, less what torch reserved,"
+            " and what the driver keeps for it"
+        )
     else:
         reason = found.seen.note or "NVML doesn't list this process, as in a container"
         why = f"this process's context and libraries, and whatever others hold that cannot be distinguished: {reason}"

@@ -22,6 +22,7 @@ _MIB = 2**20
 #   H100   1219 to 1221 MiB in each of its rows, less the driver's 480: 741, where messages report 666
 #   H200   28 more than by the H100's figure, less what the driver holds there: 769, where messages report 670
 #   L40S    875 in 8 of 8 rows, less the driver's 479 (totals of 46068 and 45589): 396, where messages report 517 to 524
+# (and, measured by docs/on-gpu.md, torch 2.11, CUDA 13.0: H200 767 after GPT-2's training, 769 after ResNet-50's)
 # and whisper's and ResNet-50's, with cuDNN, 15 to 17 more. The reserve is the most by which that exceeds messages,
 # rounded up. Not for the L40S's chip: there messages, of 2026 and CUDA 13, report more than training with CUDA 12.4
 # held. They count, since newer versions' contexts may be larger, and cuDNN's 17 alone comes on top, rounded up.
