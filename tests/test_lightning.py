@@ -233,13 +233,38 @@ class Short(Module):
 
     fails_at: tuple[int, ...] = ()
 
-    def on_after_backward(self) -> None:
+    def on_before_backward(self, loss: Any) -> None:
         SEEN[0] += 1
         if SEEN[0] in self.fails_at:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 SEEN = [0]
+
+
+class Scales(pl.Callback):  # type: ignore[misc,name-defined]
+    """Changes gradients after a backward, and counts how often."""
+
+    calls = 0
+
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        self.calls += 1
+        for p in module.parameters():
+            p.grad.mul_(0.5)
+
+
+class ClipsItself(Module):
+    def on_after_backward(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+def test_what_changes_gradients_after_backward_gets_the_whole_window_s() -> None:
+    reference, module, scales = ClipsItself(lr=0.0), ClipsItself(lr=0.0), [Scales(), Scales()]
+    fit(reference, 20, scales[0], max_epochs=1)
+    fit(module, 4, Exact(), scales[1], max_epochs=1)
+    assert scales[0].calls == scales[1].calls == 3
+    for got, want in zip(module.seen, reference.seen, strict=True):
+        assert distance(got, want) <= FP64
 
 
 def test_an_out_of_memory_changes_nothing_but_the_split(caplog: pytest.LogCaptureFixture) -> None:

@@ -30,7 +30,9 @@ from ..window.context import TrainingContext, open_context
 from ..window.step import WindowResult
 from ..workload import Batch, Workload
 from .lightning_plan import loss_of
+from .replacement import replaced
 
+_AFTER_BACKWARD = "on_after_backward"
 _TRANSFER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -107,7 +109,7 @@ class LightningWindows:
         loss = torch.zeros((), device=context.device)
         with fp32_accumulation.wide_gradients(half), norms.entered():
             for number, index in enumerate(counted):
-                with phase(FIRST if number == 0 else LATER):
+                with phase(FIRST if number == 0 else LATER), self._backward_goes_on(is_last=index == counted[-1]):
                     part = self._train_piece(pieces[index], counts[index] / total, norms)
                     loss = part if number == 0 else loss + part
             fp32_accumulation.narrow(half)
@@ -127,6 +129,18 @@ class LightningWindows:
         if backward is not None:
             backward(loss)
         return loss.detach()
+
+    @contextlib.contextmanager
+    def _backward_goes_on(self, *, is_last: bool) -> Iterator[None]:
+        """Leave out on_after_backward until the whole gradient is there.
+
+        A hook that scales, clips or notes gradients would do so with parts.
+        """
+        holders = [] if is_last else [self.trainer.lightning_module, *self.trainer.callbacks]
+        with contextlib.ExitStack() as stack:
+            for holder in holders:
+                stack.enter_context(replaced(holder, _AFTER_BACKWARD, _nothing))
+            yield
 
     @contextlib.contextmanager
     def _bringing(self) -> Iterator[None]:
@@ -178,6 +192,10 @@ class LightningWindows:
             return batch if self.trainer.training and self._on_host else hook(batch, *args, **kwargs)
 
         return passing
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
 
 
 def _loop_of(windows: LightningWindows, before: Any) -> Any:

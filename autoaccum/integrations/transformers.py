@@ -41,6 +41,7 @@ from .hugging_face_memory import in_smaller_batches, optimizer_step_named
 from .hugging_face_plan import describe, make_plan, quietly
 from .hugging_face_training import WindowTraining
 from .hugging_face_window import HostWindow, WindowCollator
+from .replacement import replaced
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -126,7 +127,7 @@ class ExactTrainerMixin(_Base):
                 self._loader.collate_fn = WindowCollator(self._loader.collate_fn)
             return loader
 
-        with optimizer_step_named(self), _replaced(self, "get_train_dataloader", of_windows):
+        with optimizer_step_named(self), replaced(self, "get_train_dataloader", of_windows):
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +156,7 @@ class ExactTrainerMixin(_Base):
             return found * weight
 
         self.in_backward = False
-        with _replaced(self, "compute_loss", weighted):
+        with replaced(self, "compute_loss", weighted):
             loss: torch.Tensor = super().training_step(model, piece, items)
         return loss
 
@@ -211,16 +212,3 @@ def _left_on_host(accelerator: Any) -> Iterator[None]:
         yield
     finally:
         accelerator.device_placement = before
-
-
-@contextlib.contextmanager
-def _replaced(trainer: Any, name: str, function: Any) -> Iterator[None]:
-    """Put a function in the place of a method, for one object."""
-    assigned = vars(trainer)
-    before = {name: assigned[name]} if name in assigned else {}
-    assigned[name] = function
-    try:
-        yield
-    finally:
-        del assigned[name]
-        assigned.update(before)
