@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ LARGE = "import gc\nwas_collecting = gc.isenabled()\nmade = [[] for _ in range(1
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
-    monkeypatch.setattr(quick_imports, "_LARGE", ("large_module", "failing_module"))
+    monkeypatch.setattr(quick_imports, "_LARGE", {"large_module": True, "late_module": False, "failing_module": True})
+    monkeypatch.setattr(quick_imports, "_waits", False)
     (tmp_path / "large_module.py").write_text(LARGE)
+    (tmp_path / "late_module.py").write_text(LARGE)
     (tmp_path / "small_module.py").write_text(LARGE)
     (tmp_path / "failing_module.py").write_text("raise ImportError('no')")
     quick_imports.install()
@@ -37,6 +40,33 @@ def test_nothing_is_collected_while_a_large_module_is_imported_nor_its_objects_a
     assert id(large_module.made) not in seen and id(folder) not in seen
 
 
+def test_what_is_dropped_after_a_late_import_is_collected(folder: Path) -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.itself = self  # a cycle, as hooks make them
+
+    model = Model()
+    dropped = weakref.ref(model)
+    import late_module  # type: ignore[import-not-found]
+
+    assert not late_module.was_collecting and gc.isenabled()
+    del model
+    gc.collect()
+    assert dropped() is None
+
+
+def test_a_complete_workload_is_left_out_once_where_it_is_the_only_one(folder: Path) -> None:
+    for one, left_out in ((False, False), (True, True)):
+        quick_imports.install(one_workload=one)
+        before, there = gc.get_freeze_count(), [[]]
+        quick_imports.leave_out()
+        assert (gc.get_freeze_count() > before) == left_out
+        assert (id(there) in {id(each) for each in gc.get_objects()}) != left_out
+    before = gc.get_freeze_count()
+    quick_imports.leave_out()
+    assert gc.get_freeze_count() <= before
+
+
 @pytest.mark.parametrize("collects", [True, False])
 def test_an_import_that_fails_leaves_the_collector_as_it_was(folder: Path, collects: bool) -> None:
     was = gc.isenabled()
@@ -50,4 +80,5 @@ def test_an_import_that_fails_leaves_the_collector_as_it_was(folder: Path, colle
 
 
 def test_only_large_modules_are_looked_for() -> None:
-    assert quick_imports._Finder().find_spec("json") is None and {"torch", "torch._dynamo"} == set(quick_imports._LARGE)
+    assert quick_imports._Finder().find_spec("json") is None
+    assert quick_imports._LARGE == {"torch": True, "torch._dynamo": False}

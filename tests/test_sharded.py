@@ -18,6 +18,7 @@ from autoaccum import Plan, UsageError, Workload, fit_plan
 from autoaccum.exactness.check import check
 from autoaccum.ranks import sharded
 from autoaccum.ranks.group import absent_allowed
+from autoaccum.ranks.shard_sizes import sizes_on
 from autoaccum.ranks.torch_internals import gradient_divisors, has_begun, open_fake_group
 from autoaccum.torch_compat import local_bytes, local_tensors
 from autoaccum.window.forward_only import forward_only
@@ -121,6 +122,30 @@ def test_bytes_are_those_of_this_rank(absent_ranks: None) -> None:
     weight = model.get_parameter("1.0.weight")
     assert weight.nbytes == 32 * 32 * 4 and local_bytes(weight) == 11 * 32 * 4
     assert local_bytes(nn.Parameter(torch.zeros(3))) == 12
+
+
+def made_of_shards(model: nn.Module, ranks: int) -> list[int]:
+    """Bytes of each padded shard, and of the blocks that each sharded module gathers and reduces, in bf16 and fp32."""
+    found = []
+    for module in sharded.sharded_modules(model):
+        inner = {id(p) for m in sharded.sharded_modules(module)[1:] for p in m.parameters()}
+        own = [p for p in module.parameters() if id(p) not in inner]
+        rows = [-(-p.shape[0] // ranks) * (p.numel() // p.shape[0]) for p in own]
+        found += [4 * each for each in rows]
+        found += [width * sum(rows) * parts for width in (2, 4) for parts in (1, ranks)]
+    return found
+
+
+def test_sizes_on_other_ranks_are_those_of_a_model_that_is_sharded_there(absent_ranks: None) -> None:
+    model = fsdp()
+    shards = [local_tensors(p)[0].untyped_storage().nbytes() for p in model.parameters()]
+    here = made_of_shards(model, RANKS)
+    sizes = sizes_on(model, 7)
+    dist.destroy_process_group()
+    open_fake_group(0, 7)
+    there = fsdp()
+    assert [sizes[each] for each in here] == made_of_shards(there, 7)
+    assert [sizes[s] for s in shards] == [local_tensors(p)[0].untyped_storage().nbytes() for p in there.parameters()]
 
 
 def test_a_forward_that_trains_nothing_leaves_shards_alone(absent_ranks: None) -> None:

@@ -38,7 +38,8 @@ def teaches(predictor: CudaPredictor, split: Split, measured: CudaMeasurement) -
     found = _as_recording(predictor, split, measured)
     if found is None:
         return False
-    return predictor.may_saturate or not saturation.predicts_large_blocks(predictor.evidence.program(), found)
+    program = predictor.evidence.program(found.micro_batch)
+    return predictor.may_saturate or not saturation.predicts_large_blocks(program, found)
 
 
 def learn(predictor: CudaPredictor, split: Split, measured: CudaMeasurement | None) -> bool:
@@ -61,6 +62,8 @@ def _as_recording(predictor: CudaPredictor, split: Split, measured: CudaMeasurem
     if measured is None or measured.recording is None or not predictor.evidence.has_program:
         return None
     recordings = predictor.evidence.recordings
+    if split[0] in (each.micro_batch for each in predictor.evidence.small_recordings):
+        return None
     found = verified_recording(measured.recording, split, recordings)
     if found is not None and measured.kept and recordings and recordings[-1].workspaces:
         return with_released_workspaces(found, recordings[-1])  # as in the recordings that it joins

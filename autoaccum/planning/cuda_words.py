@@ -14,6 +14,7 @@ from ..ranks.sharded import sharded_modules
 from ..simulation.solver import Split
 from ..torch_compat import allocator_settings, local_bytes
 from ..units import show_bytes
+from .more_ranks import least_ranks
 
 if TYPE_CHECKING:
     from .predictor_cuda import CudaPredictor
@@ -128,9 +129,12 @@ def _more_ranks(predictor: CudaPredictor, needed_bytes: int) -> list[str]:
             f"a smaller sample or activation checkpointing: what no number of ranks shares, gathered blocks and "
             f"activations, is {show_bytes(needed_bytes - shards)}"
         ]
-    least = -(-shards * ranks // room)
-    found = -(-least // RANKS_A_NODE) * RANKS_A_NODE if least > RANKS_A_NODE else least
+    guess = -(-shards * ranks // room)
+    found = least_ranks(predictor, guess)
+    found, how = (guess, "an estimate") if found is None else (found, "its smallest window replayed with their shards")
+    nodes = -(-found // RANKS_A_NODE) * RANKS_A_NODE
+    whole = f", {nodes} in whole nodes of {RANKS_A_NODE}" if found > RANKS_A_NODE and nodes > found else ""
     return [
-        f"{found} such GPUs in place of {ranks} (an estimate: of the shards of parameters, gradients and optimizer "
+        f"{found} such GPUs in place of {ranks}{whole} ({how}: of the shards of parameters, gradients and optimizer "
         f"state, each rank then has {show_bytes(shards * ranks // found)} in place of {show_bytes(shards)})"
     ]

@@ -16,8 +16,8 @@ from .growth import Growth
 class Simulator(Protocol):
     """Replay windows, and keep the results until the evidence changes."""
 
-    def clear(self) -> None:
-        """Drop all results."""
+    def clear(self, most: int | None = None) -> None:
+        """Drop all results, or those of at most so many samples."""
 
 
 S = TypeVar("S", bound=Simulator)
@@ -33,6 +33,7 @@ class Evidence:
         first_step_events: The events of the first step.
         small_recording: On CUDA, the first step without the blocks that it leaves behind: a recording at few samples.
         recordings: Windows of two micro-batches, by ascending size.
+        small_recordings: The same at fewer samples than any of them, around an answer that is that small.
         notes: The same, for the plan.
         fallback_reason: Why no step program predicts other sizes; None while one does.
         unrecorded_bytes: Bytes of a micro-batch that its recording does not show, whatever its size.
@@ -46,6 +47,7 @@ class Evidence:
     first_step_events: tuple[Event, ...] = ()
     small_recording: Recording | None = None
     recordings: list[Recording] = field(default_factory=list)
+    small_recordings: list[Recording] = field(default_factory=list)
     notes: list[RecordingNote] = field(default_factory=list)
     fallback_reason: str | None = None
     unrecorded_bytes: int = 0
@@ -53,6 +55,7 @@ class Evidence:
     state_at_first_bytes: int = 0
     looked_for_growth: bool = False
     _program: StepProgram | None = None
+    _small_programs: dict[int, StepProgram] = field(default_factory=dict, init=False, repr=False)
     _simulators: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -68,8 +71,17 @@ class Evidence:
         """How peaks are found: "replayed" from a program or "bracketed"."""
         return "bracketed" if self.fallback_reason else "replayed"
 
-    def program(self) -> StepProgram:
-        """Return the step program lifted from the recordings."""
+    def program(self, n: int | None = None) -> StepProgram:
+        """Return the step program lifted from the recordings.
+
+        Args:
+            n: Samples of the window's first micro-batch. Where the answer is below all sizes that rules were found
+                with, what saturates between the two is far off: the program is then the next recording from n on.
+        """
+        if n is not None and self.is_small(n):
+            if n not in self._small_programs:
+                self._small_programs[n] = lift(self._all_small, self.first_step_events, n)
+            return self._small_programs[n]
         if self._program is None:
             recordings = self.recordings if len(self.recordings) > 1 else self.all_recordings
             self._program = lift(recordings, self.first_step_events)
@@ -77,7 +89,26 @@ class Evidence:
 
     def with_program(self, program: StepProgram) -> Evidence:
         """Return a copy that predicts by another program."""
-        return replace(self, _program=program)
+        return replace(self, _program=program, small_recordings=[])
+
+    def is_small(self, n: int) -> bool:
+        """Return whether windows of n samples are predicted from the small recordings."""
+        return bool(self.small_recordings) and n <= self.small_recordings[-1].micro_batch
+
+    def recorded_each(self, sizes: Iterable[int]) -> bool:
+        """Return whether each size is one of the small recordings'."""
+        return set(sizes) <= {each.micro_batch for each in self.small_recordings}
+
+    def add_small(self, recording: Recording) -> None:
+        """Add a recording at fewer samples than the others."""
+        self.small_recordings = sorted([*self.small_recordings, recording], key=lambda each: each.micro_batch)
+        self._small_programs.clear()
+        for simulator in self._simulators.values():
+            simulator.clear(self.small_recordings[-1].micro_batch)
+
+    @property
+    def _all_small(self) -> list[Recording]:
+        return self.small_recordings if len(self.small_recordings) > 1 else self.small_recordings + self.recordings[:1]
 
     def set_recordings(self, recordings: Iterable[Recording]) -> None:
         """Replace the recordings; drop everything computed from the earlier ones."""
@@ -88,6 +119,8 @@ class Evidence:
     def fall_back(self, reason: str) -> None:
         """Stop predicting by a program: each size needs its own recording."""
         self.fallback_reason = reason
+        self.recordings = [*self.small_recordings, *self.recordings]  # as good as they are
+        self.small_recordings = []
         self.clear_simulators()
 
     def simulator(self, kind: Callable[..., S], *settings: Hashable) -> S:

@@ -26,6 +26,7 @@ from .training_simulator import TrainingSimulator
 
 NEW_PROCESS, THIS_PROCESS = "new_process", "this_process"
 BUDGET_RESOLUTION_BYTES = 2 << 20
+BUDGET_STEPS = 4096  # of a peak: each further one replays a window twice
 
 
 @dataclass
@@ -182,7 +183,7 @@ class CudaPredictor(MemoryPredictor):
         histories = self.request.histories
         unlimited = max(self.replayed(split, history, None).peak_reserved_bytes for history in histories)
         low, high = 0, int(unlimited / (1 - CAPACITY_MARGIN)) + 1
-        while high - low > BUDGET_RESOLUTION_BYTES:
+        while high - low > max(BUDGET_RESOLUTION_BYTES, unlimited // BUDGET_STEPS):
             middle = (low + high) // 2
             fits = replace(self, budget=replace(self.budget, bytes=middle)).fits(split)
             low, high = (low, middle) if fits else (middle, high)

@@ -83,6 +83,8 @@ class VirtualGpuPredictor(CudaPredictor):
         while (fewer := self._with_fewer_steps(solution.split)) is not None:
             if fewer[0] > self.request.most or self.floor(fewer[0]) > self.usable_bytes:
                 break
+            if self.evidence.recorded_each(fewer) and not self.fits(fewer):
+                break  # as it was recorded: a run shows the same
             found = self._measured_within_margin(fewer[:VERIFIED_STEPS], train, start_over)
             if found is None:
                 break

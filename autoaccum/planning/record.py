@@ -122,7 +122,10 @@ def add_recording(subject: RecordingTarget, evidence: Evidence, n: int) -> float
         if evidence.growth is not None:
             evidence.first_step_events = _events_without_growth(evidence)
     measured = simulator.replay_recording(recording).peak_bytes
-    evidence.set_recordings([*evidence.recordings, recording])
+    if evidence.has_program and n < evidence.recordings[0].micro_batch:
+        evidence.add_small(recording)
+    else:
+        evidence.set_recordings([*evidence.recordings, recording])
     evidence.notes.append(RecordingNote(n, recording.passes, recording.seconds, measured, predicted))
     return None if predicted is None else abs(predicted - measured) / measured
 

@@ -23,6 +23,7 @@ PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31)
 BRACKETING_ROUNDS = 8
 MOST_RECORDINGS = 5  # with those near the answer
 SURE_SIZE_TRIES = 4  # halvings, towards a size that may not fit
+SMALL_ROUNDS = 3  # of recording around an answer below the small primes
 
 
 class Guess(NamedTuple):
@@ -31,10 +32,12 @@ class Guess(NamedTuple):
     Attributes:
         micro_batch: The largest micro-batch of its window.
         at_least: The same if a step more is needed; equal where that is unlikely.
+        is_below: Whether it is below all recordings since these don't fit.
     """
 
     micro_batch: int
     at_least: int
+    is_below: bool = False
 
 
 Answer = Callable[[Evidence], Guess]
@@ -80,6 +83,8 @@ class Recorder:
     def _record_near_answer(self) -> None:
         """Record nearer to the answer until a recording is as predicted."""
         evidence, policy = self.evidence, self.subject.device.policy
+        if self._record_around_small_answer():
+            return
         fractions, last = list(policy.answer_fractions), policy.answer_fractions[-1]
         while fractions:
             fraction, guess = fractions.pop(0), self.answer(evidence)
@@ -116,6 +121,24 @@ class Recorder:
             else:
                 high = middle
         return found
+
+    def _record_around_small_answer(self) -> bool:
+        """Record around an answer below all recordings; return whether it is.
+
+        That is where a device that has any amount of memory stands in for one: elsewhere, what was recorded fits.
+        """
+        evidence, smallest = self.evidence, self.evidence.recordings[0].micro_batch
+        for _ in range(SMALL_ROUNDS):
+            guess = self.answer(evidence)
+            n = max(guess.micro_batch, self.min_size)
+            if not guess.is_below or n >= smallest:
+                return False
+            sizes = sizes_around(evidence, n, self.min_size)
+            if not sizes or not self.allowed(evidence, sizes[-1]):
+                break
+            for size in sizes:
+                add_recording(self.subject, evidence, size)
+        return True
 
     def _confirms(self, program: StepProgram, n: int) -> bool:
         """Return whether the recording at n confirms the program beyond its peak.
@@ -248,6 +271,13 @@ def bracket(subject: RecordingTarget, evidence: Evidence, allowed: Allowed, max_
                 raise
             subject.progress(f"{n} samples are too many: {oom.drop_frames(error)}")
             return
+
+
+def sizes_around(evidence: Evidence, n: int, least: int) -> list[int]:
+    """Return a small answer and one sample more, unless they are recorded."""
+    known = {each.micro_batch for each in evidence.small_recordings}
+    smallest = evidence.recordings[0].micro_batch
+    return [size for size in (n, n + 1) if least <= size < smallest and size not in known]
 
 
 def prime_near(n: int) -> int:

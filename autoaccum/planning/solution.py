@@ -44,6 +44,8 @@ def solve(predictor: MemoryPredictor) -> Solution | None:
 
 def guess(predictor: MemoryPredictor) -> Guess:
     """Return the solution's micro-batch, now and with a step more."""
+    if (small := _largest_below(predictor)) is not None:
+        return Guess(small, small, is_below=True)
     solution = solve(predictor)
     if solution is None:
         return Guess(0, 0)
@@ -53,3 +55,15 @@ def guess(predictor: MemoryPredictor) -> Guess:
     if samples is None or split[0] <= predictor.request.least or predictor.fits(larger):
         return Guess(split[0], split[0])
     return Guess(split[0], balanced(samples, len(split) + 1)[0])
+
+
+def _largest_below(predictor: MemoryPredictor) -> int | None:
+    """Return the largest micro-batch that fits, if smaller than all recordings."""
+    recordings = predictor.evidence.recordings
+    smallest = recordings[0].micro_batch if predictor.evidence.has_program and recordings else 0
+    if smallest <= predictor.request.least or predictor.fits((smallest, smallest)):
+        return None
+    most = min(smallest - 1, predictor.request.most)
+    return largest_micro_batch(
+        predictor.fits, predictor.floor, budget_bytes=predictor.usable_bytes, max_size=most, steps=2
+    )

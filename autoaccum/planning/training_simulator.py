@@ -45,14 +45,22 @@ class TrainingSimulator:
         self._replays: dict[_Key, TrainingReplay] = {}
         self._known: dict[tuple[object, ...], Transitions] = {}
         self._floors: dict[tuple[int, bool], int] = {}
-        self._trainings: dict[int, Training] = {}  # by recorded micro-batch; 0: of the program
+        self._trainings: dict[int, Training] = {}  # by recorded micro-batch; 0: of the program; < 0: of a small one
 
-    def clear(self) -> None:
-        """Drop all results."""
-        self._replays.clear()
-        self._known.clear()
-        self._floors.clear()
-        self._trainings.clear()
+    def clear(self, most: int | None = None) -> None:
+        """Drop all results, or those of at most so many samples."""
+        if most is None:
+            self._replays.clear()
+            self._known.clear()
+            self._floors.clear()
+            self._trainings.clear()
+            return
+        self._replays = {key: found for key, found in self._replays.items() if key[0][0] > most}
+        self._floors = {key: found for key, found in self._floors.items() if key[0] > most}
+        kept = {key: training for key, training in self._trainings.items() if key >= 0}
+        named = {id(training) for training in kept.values()}
+        self._known = {key: known for key, known in self._known.items() if key[0] in named}
+        self._trainings = kept
 
     def replay(
         self,
@@ -114,7 +122,8 @@ class TrainingSimulator:
         """Return the training to replay, and the split in its sizes."""
         evidence = self._evidence
         if evidence.has_program:
-            return self._training_of(0, evidence.program), split
+            n = split[0]
+            return self._training_of(-n if evidence.is_small(n) else 0, lambda: evidence.program(n)), split
         recording = next((each for each in evidence.all_recordings if each.micro_batch >= split[0]), None)
         if recording is None:
             raise LookupError(f"nothing was recorded at {split[0]} samples or more")

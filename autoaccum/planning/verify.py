@@ -153,6 +153,10 @@ def _record_near(predictor: MemoryPredictor, n: int, *, is_last: bool) -> None:
         evidence.set_recordings([r for r in evidence.recordings if r.micro_batch < n] or evidence.recordings[:1])
         predictor.forget()
         return
+    small = schedule.sizes_around(evidence, n, predictor.request.least) if evidence.has_program else []
+    if small and all([_recorded(predictor, size) for size in small]):
+        predictor.forget()
+        return
     largest = evidence.recordings[-1].micro_batch
     near = next((size for size in (schedule.prime_near(n), n) if size > largest), None)
     if near is not None and not _recorded(predictor, near):

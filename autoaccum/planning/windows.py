@@ -31,9 +31,11 @@ class WindowSimulator:
         self._mmap_threshold_bytes = mmap_threshold_bytes
         self._replays: dict[tuple[Split, HeapState], Replay] = {}
 
-    def clear(self) -> None:
-        """Drop all replays."""
-        self._replays.clear()
+    def clear(self, most: int | None = None) -> None:
+        """Drop all replays, or those of at most so many samples."""
+        if most is None:
+            self._replays.clear()
+        self._replays = {key: replay for key, replay in self._replays.items() if key[0][0] > (most or 0)}
 
     def replay(self, split: Split, start: HeapState | None = None) -> Replay:
         """Replay the window of a split.
@@ -80,7 +82,7 @@ class WindowSimulator:
         if evidence.fallback_reason is not None:
             return 0
         split = (n, n) if later else (n,)
-        window = plain_window(evidence.program(), split)[: len(split)]
+        window = plain_window(evidence.program(n), split)[: len(split)]
         return live_peak([Phase(FIRST_STEP, evidence.first_step_events), *window])
 
 
@@ -96,7 +98,8 @@ def window_of(evidence: Evidence, split: Split) -> tuple[StepProgram, Split]:
         LookupError: There is neither a program nor a recording that large.
     """
     if evidence.has_program:
-        return evidence.program(), _representative(evidence.program(), split)
+        program = evidence.program(split[0])
+        return program, _representative(program, split)
     recording = next((each for each in evidence.recordings if each.micro_batch >= split[0]), None)
     if recording is None:
         raise LookupError(f"nothing was recorded at {split[0]} samples or more")

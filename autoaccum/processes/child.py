@@ -296,7 +296,7 @@ def main(argv: list[str]) -> int:
     hide_page_cache(os.environ)
     task, descriptor, functions = argv
     die_with_parent()
-    quick_imports.install()
+    quick_imports.install(one_workload=task.partition(".")[0] in ("planning", "cli"))
     function_pipe.receive(int(functions))
     arguments = sys.stdin.read()
     logging.getLogger("autoaccum").addFilter(OneLine())

@@ -14,14 +14,31 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-# What a first optimizer imports by torch._compile is as large as torch. It is not imported before it is asked for: its
-# settings are read from the environment then, which the user's code may change until then.
-_LARGE = ("torch", "torch._dynamo")
+# By name, whether none of the user's objects is there yet. What a first optimizer imports by torch._compile is as large
+# as torch. It is not imported before it is asked for: its settings are read from the environment then, which the user's
+# code may change until then.
+_LARGE = {"torch": True, "torch._dynamo": False}
+_waits = False  # for `leave_out`
 
 
-def install() -> None:
-    """Pause the collector for torch's imports, whoever starts them."""
+def install(*, one_workload: bool = False) -> None:
+    """Pause the collector for torch's imports, whoever starts them.
+
+    Args:
+        one_workload: Whether the process has one workload until its end, so that `leave_out` may leave it out.
+    """
+    global _waits
     sys.meta_path.insert(0, _Finder())
+    _waits = one_workload
+
+
+def leave_out() -> None:
+    """Leave out all objects, once, where there is one workload."""
+    global _waits
+    if _waits:
+        _waits = False
+        gc.collect()
+        gc.freeze()
 
 
 class _Finder:
@@ -38,19 +55,20 @@ class _Finder:
             load = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                _run_paused(lambda: load(module))
+                _run_paused(lambda: load(module), freezes=_LARGE[name])
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _run_paused(load: Callable[[], None]) -> None:
+def _run_paused(load: Callable[[], None], *, freezes: bool) -> None:
     collects = gc.isenabled()
     gc.collect()  # what is garbage by now would be kept with the rest
     gc.disable()
     try:
         load()
-        gc.freeze()
+        if freezes:
+            gc.freeze()
     finally:
         if collects:
             gc.enable()

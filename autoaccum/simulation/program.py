@@ -60,25 +60,27 @@ class StepProgram:
         return {name: compile_phase(steps) for name, steps in self.phases.items()}
 
 
-def lift(recordings: Sequence[Recording], first_step_events: tuple[Event, ...] = ()) -> StepProgram:
+def lift(
+    recordings: Sequence[Recording], first_step_events: tuple[Event, ...] = (), least: int | None = None
+) -> StepProgram:
     """Make a step program from recordings at different primes.
 
     Args:
         recordings: At least two, each of a window of two micro-batches and its optimizer step. The largest is the
             program, the next largest determines its rules, and smaller ones confirm them.
         first_step_events: The events of the first optimizer step.
+        least: The program is the smallest recording of at least so many samples, where that is given.
     """
-    *_, base = ordered = sorted(recordings, key=lambda recording: recording.micro_batch)
-    smaller = [
-        (recording.micro_batch, {phase.name: phase for phase in recording.phases})
-        for recording in reversed(ordered[:-1])
-    ]
+    ordered = sorted(recordings, key=lambda recording: recording.micro_batch)
+    base = ordered[-1] if least is None else next(each for each in ordered if each.micro_batch >= least)
+    at = ordered.index(base)
+    rest = (*reversed(ordered[:at]), *ordered[at + 1 :])
+    smaller = [(each.micro_batch, {phase.name: phase for phase in each.phases}) for each in rest]
     phases = {}
     for phase in base.phases:
         others = [(m, theirs.get(phase.name, phase)) for m, theirs in smaller]
         phases[phase.name] = lift_phase(phase, base.micro_batch, others)
-    other = ordered[-2]
-    rules = size_rules(_leftover(base), base.micro_batch, _leftover(other), other.micro_batch)
+    rules = size_rules(_leftover(base), base.micro_batch, _leftover(rest[0]), rest[0].micro_batch)
     return _program(base, first_step_events, phases, rules)
 
 

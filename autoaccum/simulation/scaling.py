@@ -88,7 +88,7 @@ def _paired_by_order(unsure: Sequence[int], n: int, rest: Sequence[int], m: int)
         return {}
     rules = {}
     for size, partner in zip(unsure, rest, strict=True):
-        slope, per = size - partner, n - m
+        slope, per = (size - partner, n - m) if n > m else (partner - size, m - n)
         if not 0 <= slope * n <= size * per * (1 + ROUNDING_TOLERANCE):  # falls with n, or rises faster than n does
             return {}
         rules[size] = Rule(size - slope * n // per, per_sample=slope, divisor=per)
@@ -106,7 +106,7 @@ def _rounded_rule(size: int, n: int, rest: Sequence[int], m: int, scales: Collec
         scales: Bytes per sample of the phase's proportional sizes; None where it may be a reduction's buffer, which
             saturates.
     """
-    expected = [partner * n / m for partner in rest if partner <= size]
+    expected = [partner * n / m for partner in rest if partner <= size or m > n]
     if any(abs(each - size) <= ROUNDING_TOLERANCE * size for each in expected):
         return Rule(0, per_sample=size, divisor=n)  # rounded up from something proportional
     if scales is not None:

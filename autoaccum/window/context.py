@@ -18,6 +18,7 @@ from ..data.collated import Collated
 from ..data.groups import check_groups
 from ..data.prefetch import Copies
 from ..errors import UsageError
+from ..processes import quick_imports
 from ..ranks.exchange import Alone
 from ..ranks.group import ranks_here
 from ..ranks.sharded import device_of
@@ -160,6 +161,7 @@ def open_context(workload: Workload) -> TrainingContext:
         scheduler = _made_scheduler(scheduler, optimizer)
     loss = workload.loss if workload.encode is not None else as_loss(workload.loss)
     count = loss.count if isinstance(loss, Criterion) else class_count if is_classes(workload) else None
+    quick_imports.leave_out()
     return TrainingContext(
         model=model,
         loss=loss or default_loss,
