@@ -250,6 +250,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('a stand-in keeps what its own making leaves', 'autoaccum/planning/new_process.py', '    build = model_blocks(workload.model) if is_moved else build\n', '', ('tests/test_gpu_option.py', '-k', 'moving')),
     ('a smaller batch forgets sooner', 'autoaccum/reporting/batch_choice.py', 'float(beta2 ** (small / large))', 'float(beta2 ** (large / small))', ('tests/test_batch_choice.py',)),
     ('a Trainer\'s micro-batch divided by its own count', 'autoaccum/integrations/hugging_face_training.py', 'return torch.full_like(items, total), 1.0', 'return items, 1.0', ('tests/test_hugging_face_trainer.py', '-k', 'llama')),
+    ('a Trainer that adds up is weighted', 'autoaccum/integrations/hugging_face_loss.py', '_sum(losses, within) or', '', ('tests/test_hugging_face_trainer.py', '-k', 'asked_what')),
     ("a module's hook changes a part of the gradient", 'autoaccum/integrations/lightning_loop.py', 'self._backward_goes_on(is_last=index == counted[-1])', 'contextlib.nullcontext()', ('tests/test_lightning.py', '-k', 'after_backward')),
     ("libraries of autoaccum's own keep the first plan from being kept", 'autoaccum/planning/kept_plans.py', 'written_since((path for path in read if not path.startswith(own)), self._started)', 'written_since(read, self._started)', ('tests/test_plan_cache.py', '-k', 'first_plan_on_a_machine')),
     ('a group in two batches of unlike shapes', 'autoaccum/data/stream.py', 'if sum(sizes) % group:', 'if False:', ('tests/test_groups.py', '-k', 'take_groups_apart')),

@@ -27,10 +27,17 @@ from hugging_face_cases import (
     make,
     trained,
 )
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
+from transformers import (
+    DataCollatorWithFlattening,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainerCallback,
+)
 
 from autoaccum import Plan, PlanMismatch, UsageError
 from autoaccum.integrations import hugging_face_training
+from autoaccum.integrations.hugging_face_loss import find_average, hard_batches
 from autoaccum.integrations.hugging_face_window import HostWindow, trimmed
 from autoaccum.integrations.transformers import ExactTrainer, ExactTrainerMixin
 
@@ -114,6 +121,18 @@ class OwnLoss(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class SumLoss(OwnLoss):
+    """A sum over the batch, as CTC's is by default in speech models."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = (inputs["labels"][:, 1:] != -100).sum()
+        return super().compute_loss(model, inputs) * labels
+
+
+class SumInASubclass(ExactTrainerMixin, SumLoss):
+    pass
+
+
 class OwnStep(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
@@ -142,6 +161,7 @@ class StepInASubclass(ExactTrainer):
     [
         (OwnLoss, InASubclass),
         pytest.param(OwnLoss, AfterTheMixin, marks=pytest.mark.slow),
+        pytest.param(SumLoss, SumInASubclass, marks=pytest.mark.slow),
         pytest.param(OwnStep, StepAfterTheMixin, marks=pytest.mark.slow),
     ],
 )
@@ -186,6 +206,43 @@ def test_a_loader_of_the_users_gives_windows_or_is_refused(tmp_path: Path) -> No
             trained(cls, make("llama"), args, dataset(), **windows)
     with pytest.raises(UsageError, match="is no window"):
         ours.training_step(ours.model, collate(dataset()[:4]))
+
+
+@pytest.mark.parametrize("kind", ["mean", "sum", "equal", "coupled"])
+def test_a_loss_is_asked_what_it_averages_over(kind: str) -> None:
+    """Where all samples have the same loss every count fits, but for rounding: then it is samples."""
+
+    def loss(batch: dict[str, torch.Tensor], items: Any) -> float:
+        x = batch["x"].double()
+        return float({"mean": x.mean, "sum": x.sum, "equal": lambda: x.mean() * 0 + 2 / 3, "coupled": x.std}[kind]())
+
+    rows = torch.arange(1, 6, dtype=torch.float32) ** 2
+    mask = (torch.arange(7) < torch.tensor([[7], [2], [3], [5], [1]])).long()
+    (batches,) = hard_batches({"x": rows, "attention_mask": mask})
+    found = find_average(loss, lambda batch: None, [batches], half=False)
+    assert (found.adds_up, found.can_be_cut) == (kind == "sum", kind != "coupled")
+    assert (found.words == "its samples") == (kind in ("mean", "equal"))
+
+
+def resnet() -> Any:
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic", "num_labels": 5}
+    return ResNetForImageClassification(ResNetConfig(**sizes)).double()
+
+
+@pytest.mark.slow
+def test_batch_normalization_is_as_it_was_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Frozen is exact, which the plan's own test says; what isn't is warned of; "exact" is the Runner's."""
+    args, data = {"learning_rate": 0.0, "max_steps": 1}, dataset("images")
+    frozen, _ = in_windows(tmp_path, resnet(), data, batchnorm="frozen", check=True, args=args)
+    assert frozen.plan.exactness.startswith("exact") and "not exact" not in caplog.text
+    merged, _ = in_windows(tmp_path, resnet(), data, batchnorm="merged", check=True, args=args)
+    assert merged.plan.exactness.startswith("not exact") and merged.plan.exactness in caplog.text
+    plain, _ = in_one_batch(tmp_path, resnet(), data, args=args)
+    first = [each.model.resnet.embedder.embedder.normalization.running_var for each in (merged, plain)]
+    assert torch.allclose(*first, rtol=1e-12, atol=0)
+    with pytest.raises(UsageError, match="runs them one after the other"):
+        in_windows(tmp_path, resnet(), data, batchnorm="exact")
 
 
 def test_a_step_in_the_place_of_the_windows_is_refused(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 The loss of a window is the mean of its micro-batches' losses, each computed as the Trainer computes a batch of that
 size, weighted by what each counts. What counts is asked, not guessed from the model's class: two parts and their union
 must agree, `loss(a + b) * count(a + b) = loss(a) * count(a) + loss(b) * count(b)`, for samples, for labels that aren't
-ignored, shifted by one or not, or for tokens. Where the loss divides by the count that it is given, it is given the
-window's, as in the Trainer's own accumulation. A loss for which no count does (contrastive losses, which compare a
-sample with all others of its batch) isn't a mean, and its window must not be cut.
+ignored, shifted by one or not, or for tokens; or without a count, where it is a sum (CTC's in speech models). Where
+the loss divides by the count that it is given, it is given the window's, as in the Trainer's own accumulation. A loss
+for which no count does (contrastive losses, which compare a sample with all others of its batch) isn't a mean, and its
+window must not be cut.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Average:
         count: What a micro-batch counts, on the host; None for its samples.
         passes: Whether the loss is a sum over `num_items_in_batch`, with nothing added: given the window's count, the
             micro-batches' losses need no weights.
+        adds_up: Whether the loss is a sum over the batch, so that micro-batches' losses need no weights.
         can_be_cut: False where no count makes a window's loss the mean of its micro-batches'.
         trims: Whether cutting off padding leaves the loss as it is.
         error: Relative error of the identity.
@@ -59,6 +61,7 @@ class Average:
     words: str
     count: CountOf | None = None
     passes: bool = False
+    adds_up: bool = False
     can_be_cut: bool = True
     trims: bool = True
     error: float = 0.0
@@ -83,7 +86,7 @@ def find_average(loss_of: LossOf, num_items: CountOf, batches: Iterable[Sequence
         if not all(map(_is_finite, losses)):
             continue
         found = _of_passed_count(loss_of, num_items, [whole, *parts], losses, within)
-        found = found or _best(_ways(whole, num_items), [whole, *parts], losses, within)
+        found = found or _sum(losses, within) or _best(_ways(whole, num_items), [whole, *parts], losses, within)
         if found.error > within:
             return Average(NOTHING, can_be_cut=False, error=found.error)
         return replace(found, trims=_may_trim(loss_of, num_items, parts[-1], losses[-1], within))
@@ -143,6 +146,12 @@ def _of_passed_count(
     error = abs(totals[0] - sum(totals[1:])) / max(abs(totals[0]), 1e-30)
     remark = "" if passes else _ADDED
     return Average("the labels that num_items_in_batch counts", num_items, passes, error=error, remark=remark)
+
+
+def _sum(losses: Sequence[float], within: float) -> Average | None:
+    """Return the average of a loss that is a sum."""
+    error = abs(losses[0] - sum(losses[1:])) / max(abs(losses[0]), 1e-30)
+    return Average("nothing: it is a sum over the batch", adds_up=True, error=error) if error <= within else None
 
 
 def _may_trim(loss_of: LossOf, num_items: CountOf, part: Batch, loss: float, within: float) -> bool:

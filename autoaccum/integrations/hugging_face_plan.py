@@ -49,12 +49,13 @@ class TrainerWorkload:
     average: Average
 
 
-def describe(trainer: Any, loader: Any) -> TrainerWorkload:
+def describe(trainer: Any, loader: Any, batchnorm: str | None) -> TrainerWorkload:
     """Describe a Trainer's training; ask its loss what it averages over.
 
     Args:
         trainer: A Trainer whose model and optimizer are prepared.
         loader: Its training loader, which collates by a `WindowCollator`.
+        batchnorm: As for `Workload`.
     """
     collator = loader.collate_fn
     assert isinstance(collator, WindowCollator)
@@ -79,6 +80,7 @@ def describe(trainer: Any, loader: Any) -> TrainerWorkload:
         scaler=getattr(trainer.accelerator, "scaler", None),
         clip_grad_norm=trainer.args.max_grad_norm or float("inf"),  # the Trainer takes the norm in any case
         between_steps=_evaluation(trainer),
+        batchnorm=batchnorm,
         name=f"{type(trainer).__name__} of {type(trainer.model).__name__}",
     )
     return TrainerWorkload(workload, average)
@@ -215,6 +217,7 @@ def _loss_of(
             return computing.loss(model, given, torch.ones_like(items)), items
         return computing.loss(model, given, items)
 
+    trainer_loss.adds_up = average.adds_up  # type: ignore[attr-defined]
     return trainer_loss
 
 

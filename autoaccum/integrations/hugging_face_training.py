@@ -107,6 +107,8 @@ class WindowTraining:
     def _share(self, piece: Batch, count: int, total: int) -> tuple[Any, float]:
         """Return a micro-batch's `num_items_in_batch`, and its weight."""
         items = num_items_of(self.trainer, piece)
+        if self.average.adds_up:
+            return items, 1.0
         if items is None:
             return None, self.ranks_factor(items) * count / (total or 1)
         items = torch.as_tensor(items, device=self.context.device)

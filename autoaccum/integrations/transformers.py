@@ -26,7 +26,8 @@ from transformers import Trainer
 from ..errors import DoesNotFit
 from ..plan import Plan
 from ..planning.request import PlanRequest
-from ..window.norms import least_micro_batch
+from ..window.lanes.limits import refuse_one_by_one
+from ..window.norms import EXACT, least_micro_batch
 from .hugging_face_checks import (
     cannot_be_cut,
     check_loader_of,
@@ -68,6 +69,7 @@ class ExactTrainerMixin(_Base):
         verify: Whether planning runs the plan's window.
         check: Whether planning tests that the window's gradient is the large batch's.
         malloc: On the CPU, "cached", "fixed" or "default", as for `fit_plan`.
+        batchnorm: As for `Workload`; not "exact", which needs another order of computation.
         **kwargs: The Trainer's own.
 
     Attributes:
@@ -89,9 +91,12 @@ class ExactTrainerMixin(_Base):
         verify: bool = True,
         check: bool = True,
         malloc: str = "cached",
+        batchnorm: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.in_backward = False
+        self.in_backward, self._batchnorm = False, batchnorm
+        if batchnorm == EXACT:
+            refuse_one_by_one()
         super().__init__(*args, **kwargs)
         refuse_unsupported(self)
         self.plan = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
@@ -170,7 +175,7 @@ class ExactTrainerMixin(_Base):
         if self._windows is not None and all(a is b for a, b in zip(made_for, self._planned_for, strict=True)):
             return self._windows
         with quietly(self):
-            described = describe(self, self._loader)
+            described = describe(self, self._loader, self._batchnorm)
         request = self._request
         if not described.average.can_be_cut:
             request = whole_window_only(self, request, described.average)

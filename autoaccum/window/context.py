@@ -175,7 +175,7 @@ def open_context(workload: Workload) -> TrainingContext:
         count=workload.count or count,
         collates=isinstance(workload.sample, Collated),
         samples_per_group=workload.samples_per_group,
-        adds_up=isinstance(loss, Criterion) and loss.adds_up,
+        adds_up=getattr(loss, "adds_up", None) is True,
         accumulate=workload.accumulate,
         between_steps=workload.between_steps,
         autocast_dtype=_DTYPES.get(workload.precision or ""),
