@@ -291,5 +291,9 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('what a loss draws is each rank\'s own', 'autoaccum/window/cached_representations.py', 'with drawing_alike(met.seed):', 'with __import__("contextlib").nullcontext():', ('tests/test_over_ranks.py', '-k', 'representations')),
     ("every rank adds the loss's own gradients", 'autoaccum/window/step.py', '        exchange.reduction.drop()\n', '        pass\n', ('tests/test_over_ranks.py', '-k', 'representations')),
     ('a rank starts over alone after representations have met', 'autoaccum/runner/oom_recovery.py', '            self.context.exchange.ask_to_start_over()\n', '            pass\n', ('tests/test_over_ranks.py', '-k', 'representations')),
+    ("lanes' gradients of one rank alone", 'autoaccum/window/lanes/over_ranks.py', '        sums = found.sum(0)\n', '        sums = found[0]\n', ('tests/test_rank_lanes.py', '-k', 'whole_batch')),
+    ('a rank without samples keeps its statistics', 'autoaccum/ranks/lane_exchange.py', 'self.reduction.source = here[0] if here else 0', 'self.reduction.source = 0', ('tests/test_rank_lanes.py', '-k', 'without_samples')),
+    ('a rank leaves out the meetings that its loss does not reach', 'autoaccum/window/lanes/training.py', 'anchors=tuple(meetings.anchors)', 'anchors=()', ('tests/test_rank_lanes.py', '-k', 'whole_batch')),
+    ('lanes of a rank start over alone', 'autoaccum/ranks/lane_exchange.py', '            self._turned(Page(Status.OVER), "")\n', '            raise StartOver\n', ('tests/test_rank_lanes.py', '-k', 'runs_out')),
     ('a failure after the last window waits for all', 'autoaccum/ranks/words.py', 'ANSWER_SECONDS if failure and kind is Kind.COUNT else None', 'None', ('tests/test_rank_faults.py', '-k', 'waits_for_nobody')),
 ]

@@ -586,12 +586,10 @@ def refused(rank: int, world: int) -> Any:
     splits = UNEVEN[world]
     wrapped = ddp(mlp(), static_graph=True)
     synced = nn.Sequential(nn.Linear(6, 5), nn.SyncBatchNorm(5)).double()
-    plain = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).double()
     sampler: Any = torch.utils.data.DistributedSampler(Rows(range(64)), world, rank)
     return {
         "static_graph": said_by(lambda: fit_plan(Workload(wrapped, vectors(4)), target_batch=64)),
         "SyncBatchNorm": said_by(lambda: fit_plan(Workload(synced, vectors(4)), target_batch=64)),
-        "lanes": said_by(lambda: fit_plan(Workload(plain, vectors(4), batchnorm="exact"), target_batch=64)),
         "encode": said_by(
             lambda: fit_plan(Workload(mlp(), vectors(4), encode=lambda m, b: m(b[0]), loss=lambda m, r: r.mean()))
         ),

@@ -146,17 +146,34 @@ def _against_all(model: nn.Module, found: Any) -> torch.Tensor:
     return -((views @ views.T).log_softmax(1) * same).sum(1).mean()
 
 
+class Normed(nn.Module):
+    """Runs out of memory between two normalizations: its last module is the one in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.other = nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        self.out, self.middle = nn.Linear(8, 5), nn.Linear(8, 8, bias=False)  # whose gradient would be 0
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.out(self.other(self.middle(torch.tanh(self.norm(self.first(x))))))
+        return out
+
+
 # Of a number of samples: the model, the batch, the loss, and what else a Workload gets.
 CASES: dict[str, Callable[[int], Any]] = {
     "tokens": lambda n: (tagger, tokens(n), token_sum, {}),
     "vectors": lambda n: (mlp, vectors(n), default_loss, {}),
     "representations": lambda n: (mlp, vectors(n), _against_all, {"encode": _views}),
+    "lanes": lambda n: (Normed, vectors(n), default_loss, {"batchnorm": "exact"}),
 }
 
 
-def run_schedule(seed: int, rank: int, world: int) -> dict[str, Any]:
+def run_schedule(seed: int, rank: int, world: int, case: str = "") -> dict[str, Any]:
     """Train some windows with faults; compare each with one process."""
     kind, data, splits, faults = schedule(seed, world)
+    data = case or data
     total = sum(map(sum, splits))
     make, batch, loss, more = CASES[data](total)
     model = make()

@@ -679,7 +679,7 @@ def test_a_norm_that_takes_its_statistics_unseen_is_refused_by_name() -> None:
         lanes(model, vectors(16), (8, 8))
 
 
-def test_compiled_scripted_and_synchronized_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_scripted_and_absent_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {
         "is compiled": torch.compile(norm_net()),
         "is a TorchScript module": torch.jit.script(norm_net()),
@@ -688,10 +688,10 @@ def test_compiled_scripted_and_synchronized_models_are_refused(monkeypatch: pyte
     for said, model in refused.items():
         with pytest.raises(UsageError, match=said):
             open_context(Workload(model, vectors(4), batchnorm="exact"))
-    synced = nn.Sequential(nn.Linear(6, 8), nn.SyncBatchNorm(8), nn.Linear(8, 5))
-    monkeypatch.setattr("autoaccum.window.lanes.limits.ranks_here", lambda: 2)
-    with pytest.raises(UsageError, match=r"on 2 ranks\. 1 takes its statistics over them"):
-        open_context(Workload(synced, vectors(4), batchnorm="exact"))
+    monkeypatch.setattr("autoaccum.window.lanes.limits.are_absent", lambda: True)
+    with pytest.raises(UsageError, match="on a fake process group"):
+        open_context(Workload(norm_net(), vectors(4), batchnorm="exact"))
+    monkeypatch.undo()
     with pytest.raises(UsageError, match="batch_interactions 'some' is not known"):
         open_context(Workload(norm_net(), vectors(4), batch_interactions="some"))
 

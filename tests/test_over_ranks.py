@@ -140,7 +140,6 @@ def test_every_sample_is_trained_once(said: dict[int, Any], world: int, case: st
 REFUSED = {
     "static_graph": ("UsageError", "static_graph=True"),
     "SyncBatchNorm": ("UsageError", "(SyncBatchNorm)"),
-    "lanes": ("UsageError", "batchnorm='exact', on 2 ranks"),
     "encode": ("UsageError", "encode= was given on 2 ranks, without a target batch"),
     "below the world": ("UsageError", "A target batch of 1 cannot be shared by 2 ranks"),
     "shares": ("UsageError", "shares is (60, 1), 2 numbers that sum to 61"),

@@ -27,7 +27,7 @@ from ..process_memory import available_bytes
 from ..processes import crash_guard
 from ..ranks.group import apart, are_absent, ranks_here
 from ..ranks.sharded import device_of
-from ..ranks.wrapped import is_trained_sharded, refuse_unsupported, unwrapped
+from ..ranks.wrapped import is_trained_sharded, quiet, refuse_unsupported, unwrapped
 from ..window import norms as batchnorm
 from ..window.context import forward, held_in_window
 from ..window.isolated import as_it_trains
@@ -138,10 +138,10 @@ def check(
     progress(f"testing whether the gradient is the large batch's{bound}")
     limit = TimeLimit.of(limit_seconds)
     if not isolated:
-        with apart():
+        with apart(), quiet(None, workload.model):
             return _check(workload, max_rows, limit)
     try:
-        with apart():  # the test is this rank's alone
+        with apart(), quiet(None, workload.model):  # the test is this rank's alone
             return crash_guard.run(lambda: _check(workload, max_rows, limit), is_out_of_memory)
     except crash_guard.Crashed as crash:
         return unknown(

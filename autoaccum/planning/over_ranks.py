@@ -180,9 +180,11 @@ class _Agreement:
                 "Without one each rank has the largest micro-batch that fits.",
                 "Give target_batch=512, say, or leave out shares.",
             )
-        if request.target_batch is None and workload.encode is not None:
+        joins = workload.encode is not None or workload.batch_interactions is not None
+        if request.target_batch is None and joins:
+            what = "batch_interactions=" if workload.encode is None else "encode="
             raise UsageError(
-                f"encode= was given on {world} ranks, without a target batch.",
+                f"{what} was given on {world} ranks, without a target batch.",
                 "Its loss has the representations of all ranks at once, whose number has to be known.",
                 "Give target_batch=512, say.",
             )
@@ -190,6 +192,7 @@ class _Agreement:
         values = asked | {
             "model": describe_model(self.workload.model),
             "loss": getattr(self.workload.loss, "__qualname__", type(self.workload.loss).__name__),
+            "batchnorm": batchnorm.chosen_norms(self.workload.batchnorm, self.workload.batch_interactions),
             "parallel": parallel_of(self.wrapper, world),
             "versions": f"torch {torch.__version__}, autoaccum {__version__}",
         }
@@ -260,7 +263,7 @@ class _Agreement:
         return together(self.control, lambda: self._alone(request))
 
     def _alone(self, request: PlanRequest) -> Plan:
-        with apart(), quiet(self.wrapper):
+        with apart(), quiet(self.wrapper, self.workload.model):
             return self.plan_here(self.workload, request)
 
 

@@ -27,6 +27,8 @@ from .reduction import Reduction
 from .representations import Described, Meeting, Met, describe, require_alike
 from .words import EQUAL_BELOW, TITLES, Control, Kind, failed_rank
 
+TOO_FEW_VALUES = "Expected more than 1 value per channel when training, got {} in the window"
+
 
 class StartOver(Exception):
     """Start the window over, as another rank ran out of memory."""
@@ -56,11 +58,13 @@ class Alone:
         in_step: Whether forward and backward are collectives, so that all ranks run them together (FSDP2).
         loss_factor: What the loss is multiplied by for what others divide gradients by.
         calls: How often each normalization whose statistics are merged was called, on the rank that did most often.
+        rank: This one's place among those that meet.
     """
 
     in_step = False
     loss_factor = 1.0
     calls: tuple[int, ...] = ()
+    rank = 0
 
     def __init__(self, reduction: Reduction, world: int) -> None:
         self.reduction, self.world = reduction, world
@@ -88,6 +92,27 @@ class Alone:
 
     def ask_to_start_over(self) -> None:
         """Ask nobody."""
+
+    def bring(self, place: str, count: int, payload: torch.Tensor, least: int = 0) -> list[tuple[int, torch.Tensor]]:
+        """Return what all ranks bring to a meeting: this one alone.
+
+        Raises:
+            ValueError: They bring fewer values than statistics can be taken of.
+        """
+        if count < least:  # as torch.nn.functional.batch_norm
+            raise ValueError(TOO_FEW_VALUES.format(count))
+        return [(count, payload)]
+
+    def end_forward(self, count: Any) -> Any:
+        """Return what the losses of the window's lanes count."""
+        return count
+
+    def end_backward(self) -> None:
+        """Go on with the reduction."""
+
+    def attend(self) -> Any:
+        """Return None: there is nobody to meet."""
+        return None
 
     def add_up(self, numbers: torch.Tensor) -> None:
         """Leave numbers as they are."""

@@ -24,11 +24,12 @@ class Reduction:
 
     Args:
         parameters: What the optimizer trains, in the same order on all ranks.
-        buffers: What every rank takes from the first one.
+        buffers: What every rank takes from one: the first, or the first that trained the window in lanes.
 
     Attributes:
         missing: Places of the parameters that had no gradient here.
         reduced_elements: Elements of gradients that were reduced so far.
+        source: The rank whose buffers all take.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> None:
@@ -47,7 +48,7 @@ class Reduction:
         self.missing: list[int] = []
         self._flat: Tensors = []
         self._flat_buffers: Tensors = []
-        self.reduced_elements = 0
+        self.reduced_elements = self.source = 0
 
     def prepare(self, wide: Sequence[torch.Tensor]) -> None:
         """Make what is missing of the gradients, and the flat tensors.
@@ -78,7 +79,7 @@ class Reduction:
         self._flat_buffers = [torch.cat([each.reshape(-1) for each in group]) for group in self.buffers]
 
     def run(self, wait: Callable[[Any], None]) -> None:
-        """Replace gradients by their sums, and buffers by the first rank's.
+        """Replace gradients by their sums, and buffers by one rank's.
 
         Args:
             wait: Waits for a collective.
@@ -88,7 +89,7 @@ class Reduction:
                 dist.all_reduce(_in_memory_order(self._gradient(i)), async_op=True) for i in reversed(self.large)
             ]
             works += [dist.all_reduce(flat, async_op=True) for flat in self._flat]
-            works += [dist.broadcast(flat.view(torch.uint8), 0, async_op=True) for flat in self._flat_buffers]
+            works += [dist.broadcast(flat.view(torch.uint8), self.source, async_op=True) for flat in self._flat_buffers]
             for work in works:
                 wait(work)
         self.reduced_elements += sum(self._gradient(i).numel() for i in self.large) + sum(

@@ -99,7 +99,7 @@ class Control:
         """
         self.words += 1
         if failure:
-            self._post(kind, failure)
+            self.post(kind, failure)
         numbers = [*sums, *[0.0] * (_SUMS - len(sums)), float(bool(failure))]
         for number in (int(kind), *equal, *[0] * (_EQUALS - len(equal))):
             numbers += [float(number), float(number * number)]
@@ -111,7 +111,7 @@ class Control:
         pairs = list(zip(found[_SUMS + 1 :: 2], found[_SUMS + 2 :: 2], strict=True))
         differs = [self.world * square != total * total for total, square in pairs]
         if differs[0] or found[_SUMS]:
-            raise self._why(kind, failure, gave_up=found[_SUMS] > 0)
+            raise self.why(kind, failure, gave_up=found[_SUMS] > 0)
         return found[: len(sums)], not any(differs)
 
     def gather(self, mine: Any, failure: str = "", kind: Kind = Kind.PLAN) -> list[Any]:
@@ -122,6 +122,20 @@ class Control:
     def add_up(self, numbers: torch.Tensor) -> None:
         """Replace numbers on the host by their sums over ranks."""
         self.wait(dist.all_reduce(numbers, group=self._group, async_op=True), TITLES[Kind.REDUCE])
+
+    def all_gather(self, own: torch.Tensor, phase: str) -> list[torch.Tensor]:
+        """Return all ranks' tensors on the host, alike in shape and type.
+
+        Args:
+            own: This rank's.
+            phase: What lies before it.
+
+        Raises:
+            RanksFailed: A rank was killed, or doesn't answer in time.
+        """
+        found = [torch.empty_like(own) for _ in range(self.world)]
+        self.wait(dist.all_gather(found, own, group=self._group, async_op=True), phase)
+        return found
 
     def from_first(self, mine: Any, kind: Kind) -> Any:
         """Return what the first rank says."""
@@ -166,8 +180,14 @@ class Control:
             raise self._lost(TITLES[Kind.PLAN], str(error)) from None
         return found
 
-    def _why(self, kind: Kind, failure: str, *, gave_up: bool) -> RanksFailed:
-        """Return the error that all ranks raise about a failed word."""
+    def why(self, kind: Kind, failure: str, *, gave_up: bool) -> RanksFailed:
+        """Return the error that all ranks raise about a failed word.
+
+        Args:
+            kind: The word that this rank was in.
+            failure: Why it gave up; empty for not.
+            gave_up: Whether some rank did.
+        """
         posted = self._heard(ANSWER_SECONDS if gave_up else 0.0)
         if posted is not None:
             return posted
@@ -181,7 +201,7 @@ class Control:
         there, first = (TITLES[Kind(each[0])] for each in (said[rank], said[0]))
         return failed_rank(rank, there, f"it is in the word after {there}, and rank 0 after {first}", self.rank)
 
-    def _post(self, kind: Kind, failure: str) -> None:
+    def post(self, kind: Kind, failure: str) -> None:
         """Leave this rank's failure in the store, for ranks that come later."""
         with contextlib.suppress(RuntimeError):  # the store's process is gone: the word itself says it
             if self._store.add(f"{self._id}/failures", 1) == 1:  # the first one is everybody's error

@@ -21,6 +21,7 @@ from ..torch_compat import communication_hooks, reset_reducer, uses_mixed_precis
 from ..workload import Workload
 from .group import are_absent, refuse_absent
 from .sharded import division_of, sharded_modules
+from .synchronized import alone, customized
 
 DDP, BARE, SINGLE, FSDP = "ddp", "bare", "single", "fsdp"
 
@@ -80,20 +81,25 @@ def unwrapped(workload: Workload) -> tuple[Workload, Wrapper | None]:
 
 
 @contextlib.contextmanager
-def quiet(wrapper: Wrapper | None) -> Iterator[None]:
-    """Keep a wrapper from collectives while it is entered.
+def quiet(wrapper: Wrapper | None, model: nn.Module) -> Iterator[None]:
+    """Keep a model and its wrapper from collectives while it is entered.
 
-    Its forward broadcasts buffers where `require_forward_param_sync` is set, and its backward reduces, also after a
-    forward before this that no backward followed.
+    The wrapper's forward broadcasts buffers where `require_forward_param_sync` is set, and its backward reduces, also
+    after a forward before this that no backward followed.
+
+    Args:
+        wrapper: The DistributedDataParallel, if there is one.
+        model: The model inside.
     """
     if wrapper is None:
-        yield
+        with alone(model):
+            yield
         return
     forward = wrapper.require_forward_param_sync
     reset_reducer(wrapper)
     wrapper.require_forward_param_sync = False
     try:
-        with wrapper.no_sync():
+        with alone(model), wrapper.no_sync():
             yield
     finally:
         wrapper.require_forward_param_sync = forward
@@ -132,6 +138,39 @@ def is_trained_sharded(model: nn.Module) -> bool:
     return bool(sharded_modules(model))
 
 
+def _in_lanes(workload: Workload, ranks: int) -> list[tuple[object, str, str, str]]:
+    """Return what is refused over ranks where micro-batches run in lanes."""
+    if not meets(workload):
+        return []
+    how = f"{'batchnorm' if workload.batchnorm else 'batch_interactions'}='exact'"
+    custom = customized(workload.model)
+    return [
+        (
+            sharded_modules(workload.model),
+            f"{how}, on {ranks} ranks of a sharded model.",
+            "Forward and backward are collectives there, and lanes would run them in another order on each rank.",
+            "Use batchnorm='frozen', which is exact, DistributedDataParallel, or one rank.",
+        ),
+        (
+            workload.encode is not None,
+            f"{how} and encode=, on {ranks} ranks.",
+            "Representations of all ranks meet after those of a rank's micro-batches, and statistics before.",
+            "Leave out encode=, and let the loss take autoaccum.gather_window(representations).",
+        ),
+        (
+            custom,
+            f"{custom} of the model is a SyncBatchNorm with a forward of its own, on {ranks} ranks.",
+            "It would talk to other ranks in each forward, where lanes meet by themselves.",
+            "Use torch.nn.SyncBatchNorm or BatchNorm: the statistics are those of all ranks with either.",
+        ),
+    ]
+
+
+def meets(workload: Workload) -> bool:
+    """Return whether a workload's micro-batches run in lanes."""
+    return "exact" in (workload.batchnorm, workload.batch_interactions)
+
+
 def _with_shards(workload: Workload, ranks: int) -> list[tuple[object, str, str, str]]:
     """Return what is refused over ranks of a sharded model only."""
     if not sharded_modules(workload.model):
@@ -157,26 +196,15 @@ def _refuse_over_ranks(workload: Workload, ranks: int) -> None:
     optimizer = workload.optimizer
     for wrong, what, why, hint in (
         (
-            synced,
+            synced and not meets(workload),
             f"{', '.join(synced[:3])} of the model takes its statistics over {ranks} ranks (SyncBatchNorm).",
             "It waits for all ranks in each forward, so one with another number of micro-batches, or one that starts "
             "over after an out-of-memory, leaves the others waiting.",
-            "Use BatchNorm: with batchnorm='merged' running statistics are those of all ranks and micro-batches, with "
-            "'frozen' the gradient is exact. Or torch.nn.GroupNorm.",
+            "Use batchnorm='exact': statistics are those of the whole window of all ranks. Or BatchNorm: with 'merged' "
+            "running statistics are those of all ranks and micro-batches, with 'frozen' the gradient is exact.",
         ),
-        (
-            workload.batchnorm == "exact",
-            f"batchnorm='exact', on {ranks} ranks.",
-            "Lanes meet within one process: statistics would be those of one rank's share of the window.",
-            "Use batchnorm='frozen', which is exact; or 'merged': its running statistics are those of all ranks.",
-        ),
+        *_in_lanes(workload, ranks),
         *_with_shards(workload, ranks),
-        (
-            workload.batch_interactions is not None,
-            f"batch_interactions={workload.batch_interactions!r}, on {ranks} ranks.",
-            "Micro-batches meet within one rank, and samples of other ranks would not.",
-            "Leave it out, or train on one rank.",
-        ),
         (
             type(optimizer).__name__ == "ZeroRedundancyOptimizer",
             "The optimizer is a ZeroRedundancyOptimizer, whose step is a collective.",

@@ -22,6 +22,7 @@ from ..ranks import shares
 from ..ranks.agreement import require_equal, together
 from ..ranks.exchange import Exchange
 from ..ranks.group import Place, place_here
+from ..ranks.lane_exchange import LaneExchange
 from ..ranks.order import SharedOrder
 from ..ranks.sharded import division_of, reduce_always, sharded_modules
 from ..ranks.sharded_exchange import ShardedExchange
@@ -39,6 +40,7 @@ class RanksAtWork:
     Args:
         control: The words.
         wrapper: The model's DistributedDataParallel; None for a bare model.
+        model: The model inside.
 
     Attributes:
         exchange: What a window exchanges; there once `attach` was called.
@@ -46,8 +48,8 @@ class RanksAtWork:
 
     exchange: Exchange
 
-    def __init__(self, control: Control, wrapper: Wrapper | None) -> None:
-        self.control, self.wrapper = control, wrapper
+    def __init__(self, control: Control, wrapper: Wrapper | None, model: torch.nn.Module) -> None:
+        self.control, self.wrapper, self.model = control, wrapper, model
 
     @property
     def rank(self) -> int:
@@ -72,6 +74,8 @@ class RanksAtWork:
             "trained tensors": describe_trained(context),
             "target batch": plan.target_batch,
             "shares": plan.shares,
+            "batchnorm": context.batchnorm,
+            "batch_interactions": context.batch_interactions,
             "parallel": self._parallel(context),
         }
         claims = together(self.control, lambda: values, Kind.START)
@@ -81,7 +85,10 @@ class RanksAtWork:
         if sharded_modules(context.model):
             self._attach_sharded(context)
             return
-        self.exchange = context.exchange = Exchange(self.control, reduction, meets=context.encode is not None)
+        if context.runs_in_lanes:
+            self.exchange = context.exchange = LaneExchange(self.control, reduction)
+        else:
+            self.exchange = context.exchange = Exchange(self.control, reduction, meets=context.encode is not None)
         if self.wrapper is None:  # DistributedDataParallel did so when it was made
             broadcast([*context.model.parameters(), *(each for group in reduction.buffers for each in group)])
 
@@ -143,7 +150,7 @@ class RanksAtWork:
     def failing_together(self) -> Iterator[None]:
         """Say in the next word that what is inside failed."""
         try:
-            with quiet(self.wrapper):
+            with quiet(self.wrapper, self.model):
                 yield
         except (RanksFailed, BatchError, NotFinite):  # raised on all ranks already
             raise
@@ -168,7 +175,7 @@ def open_ranks(workload: Workload, plan: Plan, wrapper: Wrapper | None, timeout_
         return None
     control = Control(place, timeout_seconds)
     together(control, lambda: _check_plan(plan, place), Kind.START)
-    return RanksAtWork(control, wrapper)
+    return RanksAtWork(control, wrapper, workload.model)
 
 
 def agreed(ranks: RanksAtWork | None, *, stops: bool, saves: bool) -> tuple[bool, bool]:

@@ -155,7 +155,7 @@ def open_context(workload: Workload) -> TrainingContext:
     how = chosen_norms(workload.batchnorm, workload.batch_interactions)
     check_choice(norms, how, model)
     if EXACT in (how, workload.batch_interactions):
-        refuse_lanes(norms, model, workload.loss)
+        refuse_lanes(model, workload.loss)
     scheduler = workload.scheduler
     if isinstance(scheduler, type) or (scheduler is not None and not hasattr(scheduler, "step")):
         scheduler = _made_scheduler(scheduler, optimizer)

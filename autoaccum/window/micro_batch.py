@@ -44,11 +44,11 @@ def that_count(
 ) -> tuple[Sequence[Batch], Sequence[int]]:
     """Return the micro-batches that this rank runs for its own gradient.
 
-    None where all of them count nothing, unless a loss compares them with those of other ranks. Where ranks run equally
+    None where all of them count nothing, unless their samples meet those of other ranks. Where ranks run equally
     many, neither is one that counts nothing among others that do: a mean of nothing is NaN, and so is its gradient
     times 0. One that counts is repeated for it.
     """
-    if context.encode is None and is_nothing(context, total):
+    if context.encode is None and not context.runs_in_lanes and is_nothing(context, total):
         return (), ()
     if context.exchange is None or not context.exchange.in_step or form.count is None:
         return pieces, sizes

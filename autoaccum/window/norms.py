@@ -13,7 +13,8 @@ Or changes more, and what happens to them within a window.
 
 *Instance normalization* takes each sample's own, so its gradient is exact; `merged` covers its running statistics.
 *Spectral normalization* runs its power iteration in each forward; within a window it runs in the first micro-batch
-only, and the window is exact. *Synchronized batch normalization* is a batch normalization over ranks: not over time.
+only, and the window is exact. *Synchronized batch normalization* is a batch normalization over ranks: not over time;
+with `exact` it meets like any other (ranks/synchronized.py).
 """
 
 from __future__ import annotations

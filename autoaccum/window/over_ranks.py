@@ -26,9 +26,13 @@ def reduction_of(context: TrainingContext, wrapper: Wrapper | None = None) -> Re
         wrapper: The model's DistributedDataParallel, which says whether buffers are those of the first rank.
     """
     keeps = wrapper is not None and not wrapper.broadcast_buffers
+    buffers = {} if keeps else {id(each): each for each in context.model.buffers()}
+    if context.runs_in_lanes:  # a rank without samples takes them, and on the others they are equal
+        modules = (*context.norms.batch.values(), *context.norms.instance.values())
+        buffers |= {id(each): each for module in modules for each in module.buffers()}
     if sharded_modules(context.model):  # FSDP2 reduces gradients itself
         return Reduction([], list(context.model.buffers()))
-    return Reduction(trained_tensors(context), [] if keeps else list(context.model.buffers()))
+    return Reduction(trained_tensors(context), list(buffers.values()))
 
 
 def describe_trained(context: TrainingContext) -> str:

@@ -82,13 +82,13 @@ def train_window(
     window_loss: torch.Tensor | None = None
     cache: cached_representations.Cache | None = None
     norms = batchnorm.Window(context.norms, context.batchnorm, steps, waits=exchange is not None)
-    in_lanes = context.runs_in_lanes and len(pieces) > 1
+    in_lanes = context.runs_in_lanes and (len(pieces) > 1 or exchange is not None)
     half = fp32_accumulation.wide_parameters(context.model.parameters(), context.accumulate, steps)
     with fp32_accumulation.wide_gradients(half), context.copies.window():
         with norms.entered():
             if in_lanes:
                 with phase(FIRST):
-                    window_loss, total = train_in_lanes(Course(context, form, norms), pieces, sizes, total)
+                    window_loss, total = train_in_lanes(Course(context, form, norms), pieces, sizes, total, samples)
             for index, (piece, size) in enumerate(() if in_lanes else zip(pieces, sizes, strict=True)):
                 with phase(FIRST if index == 0 else LATER):
                     if context.encode is not None and steps > 1:

@@ -62,11 +62,13 @@ class BackwardOrder:
         if tensor.grad_fn is not None:
             self._ends[lane].append(tensor.grad_fn)
 
-    def apply(self, on_stretch: OnStretch | None = None) -> None:
+    def apply(self, on_stretch: OnStretch | None = None, first: torch.Tensor | None = None) -> None:
         """Number all nodes anew, and forget them.
 
         Args:
             on_stretch: Called in the backward where a lane's stretch begins, and a meeting.
+            first: The loss of the lanes, where the backward begins from meetings, too: its own nodes are numbered as
+                after the last meeting, or a meeting that it doesn't reach would run before later ones.
         """
         seen: set[Any] = set()
         for number, nodes in enumerate(self._meetings):
@@ -75,6 +77,9 @@ class BackwardOrder:
                 set_sequence_number(node, ((number + 1) * self._lanes) * WIDTH - 1)
                 if on_stretch is not None:
                     node.register_prehook(partial(_note, on_stretch, MEETING_BACK, number, ALL))
+        if first is not None:
+            others = seen.union(*self._ends)
+            _number_after(first.grad_fn, len(self._meetings) * self._lanes * WIDTH, others)
         for lane, (bounds, ends) in enumerate(zip(self._bounds, self._ends, strict=True)):
             self._number(lane, bounds, ends, seen)
         if on_stretch is not None:
@@ -99,6 +104,20 @@ class BackwardOrder:
                 if number >= self._heads.get((part, lane), (0, None))[0]:  # the one that runs first
                     self._heads[part, lane] = number, node
             pending.extend(inner for inner, _ in node.next_functions if inner is not None)
+
+
+def _number_after(root: Any, begin: int, seen: set[Any]) -> None:
+    """Number the nodes between a root and those seen."""
+    pending = [root]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        number = sequence_number(node)
+        if number < UNCOUNTED:
+            set_sequence_number(node, begin + number)
+            pending.extend(inner for inner, _ in node.next_functions)
 
 
 def _note(on_stretch: OnStretch, name: str, part: int, lane: int, _gradients: Any) -> None:

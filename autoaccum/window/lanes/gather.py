@@ -9,6 +9,7 @@ import torch
 from ...errors import UsageError
 from .baton import Request, current_lane
 from .interception import Meetings
+from .over_ranks import gather_rows
 
 
 def gather_window(tensor: torch.Tensor) -> torch.Tensor:
@@ -16,8 +17,9 @@ def gather_window(tensor: torch.Tensor) -> torch.Tensor:
 
     Within a window whose micro-batches run in lanes (`batchnorm="exact"` or `batch_interactions="exact"`), the lanes
     meet here, and each gets the rows of all: a contrastive loss over all representations, a load balance over all
-    tokens, a Dice score. Each micro-batch's loss is then the whole window's, and so is their mean. Outside of such a
-    window, and in one of a single micro-batch, the argument is returned as it is.
+    tokens, a Dice score. Each micro-batch's loss is then the whole window's, and so is their mean. Over ranks it is the
+    window of all, with the first rank's rows first. Outside of such a window, and in one of a single micro-batch on one
+    rank, the argument is returned as it is.
 
     Args:
         tensor: With the micro-batch's rows in dimension 0, at least one dimension.
@@ -40,14 +42,20 @@ def gather_window(tensor: torch.Tensor) -> torch.Tensor:
     is_on = torch.is_grad_enabled()
 
     def settle(values: list[Any]) -> list[Any]:
-        with torch.set_grad_enabled(is_on):
-            together = torch.cat(values)
         meetings: Meetings = lane.meetings
+        with torch.set_grad_enabled(is_on):
+            ranks = meetings.over_ranks(title, tensor, values)
+            if ranks is None:
+                together = torch.cat(values)
+            else:
+                together, anchor = gather_rows(ranks, values)
+                meetings.anchor(anchor)
         meetings.order.met(values, [together])
         return [together] * len(values)
 
     shape = tuple(tensor.shape[1:])
+    title = f"gather_window of rows of shape {shape}"
     place = ("gather_window", shape, tensor.dtype, tensor.device.type)
-    found: torch.Tensor = lane.ask(Request(place, lambda: f"gather_window of rows of shape {shape}", tensor, settle))
+    found: torch.Tensor = lane.ask(Request(place, lambda: title, tensor, settle))
     lane.meetings.order.mark(lane.index)
     return found

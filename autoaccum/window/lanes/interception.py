@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ...errors import UsageError
+from ...ranks.exchange import TOO_FEW_VALUES, Alone
 from .backward_order import BackwardOrder
 from .baton import Request, current_lane
 from .joint_norm import Gate, Joined, enter, join, leave, wide
+from .over_ranks import RankMeeting
 
 
 @dataclass(eq=False)
@@ -32,6 +34,9 @@ class Meetings:
         counters: The identities of the modules' counts of batches.
         gate: Whether the backward may run.
         met: By place, what each meeting there found, without its graph.
+        ranks: What meets with other ranks; None on one rank.
+        absent: While planning: samples of ranks that are not here, for each one that is.
+        anchors: Over ranks: numbers that the backward begins from as well.
     """
 
     order: BackwardOrder
@@ -39,19 +44,46 @@ class Meetings:
     counters: frozenset[int]
     gate: Gate = field(default_factory=Gate)
     met: dict[tuple[Any, ...], list[Joined]] = field(default_factory=lambda: defaultdict(list))
+    ranks: Alone | None = None
+    absent: float = 0.0
+    anchors: list[torch.Tensor] = field(default_factory=list)
+    _begun: int = 0
     _shares: dict[tuple[float, ...], torch.Tensor] = field(default_factory=dict)
 
     def shares(self, counts: Sequence[int], device: torch.device) -> torch.Tensor:
         """Return each lane's part of all values, one row for each lane."""
-        parts = tuple(each / sum(counts) for each in counts)
+        parts = tuple(each / max(1, sum(counts)) for each in counts)
         if parts not in self._shares:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self._shares[parts] = torch.tensor(parts, dtype=dtype).to(device)[:, None]
         return self._shares[parts]
 
+    def over_ranks(self, title: str, like: torch.Tensor, brought: Sequence[torch.Tensor] = ()) -> RankMeeting | None:
+        """Return the next meeting of all ranks; None on one rank.
+
+        Args:
+            title: What it is, by names that are equal on all ranks.
+            like: A tensor whose type is, too.
+            brought: What may have a graph: on all ranks, or on none.
+        """
+        if self.ranks is None:
+            return None
+        self._begun += 1
+        has_graph = torch.is_grad_enabled() and any(each.requires_grad for each in brought)
+        graph = "with gradients" if has_graph else "without gradients"
+        return RankMeeting(
+            self.ranks, f"meeting {self._begun}, {title} in {like.dtype} {graph}".replace("torch.", ""), self.absent
+        )
+
+    def anchor(self, tensor: torch.Tensor | None) -> None:
+        """Begin the backward from a number, too."""
+        if tensor is not None and tensor.requires_grad:
+            self.anchors.append(tensor)
+
     def forget(self) -> None:
         """Drop all tensors, once the backward is over."""
         self.met.clear()
+        self.anchors.clear()
         self._shares.clear()
 
     def title(self, kind: str, channels: int, *tensors: torch.Tensor | None) -> str:
@@ -181,7 +213,11 @@ class LaneMode(NormMode):
         def settle(values: list[Any]) -> list[Any]:
             samples = sum(each for _, each in values)
             mean, variance = (sum(found[row] * (count / samples) for found, count in values) for row in (0, 1))
+            ranks = meetings.over_ranks(title, mean)
+            if ranks is not None:
+                mean, variance = ranks.averaged(samples, (mean, variance))
             _update(call, mean, variance)
+            meetings.order.met((), ())  # no graph goes through it
             return [None] * len(values)
 
         place = ("instance normalization", *call.place[1:])
@@ -198,10 +234,14 @@ def _title(meetings: Meetings, call: NormCall) -> str:
 def _join(meetings: Meetings, call: NormCall, rows: list[torch.Tensor], counts: list[int]) -> Joined:
     """Merge the lanes' statistics, and update the running ones once."""
     count = sum(counts)
-    if count < 2:  # as torch.nn.functional.batch_norm
-        raise ValueError(f"Expected more than 1 value per channel when training, got {count} in the window")
+    affine = [each for each in (call.weight, call.bias) if each is not None]
+    ranks = meetings.over_ranks(_title(meetings, call), call.input, [*rows, *affine])
+    if ranks is None and count < 2:  # as torch.nn.functional.batch_norm
+        raise ValueError(TOO_FEW_VALUES.format(count))
     shares = meetings.shares(counts, rows[0].device)
-    joined = join(call.weight, call.bias, call.eps, meetings.gate, count, shares, rows)
+    joined = join(call.weight, call.bias, call.eps, meetings.gate, count, shares, rows, ranks)
+    count = count if ranks is None else ranks.count
+    meetings.anchor(joined.anchor)
     meetings.order.met(rows, [joined.weight])
     meetings.met[call.place].append(joined.alike())
     _update(call, joined.mean, joined.variance * (count / (count - 1)))

@@ -23,8 +23,10 @@ from typing import Any, cast
 import torch
 
 from ...errors import UsageError
+from .over_ranks import RankMeeting, anchor_on
 from .torch_internals import modes_off
 
+JOIN_ARGUMENTS = 7  # of `Join`, before the lanes' rows
 ROWS = 3  # of what passes between a lane and the meeting, for each channel: as many go back
 
 
@@ -64,6 +66,7 @@ class Joined:
         weight: What lanes multiply by; its gradient is a lane's share of a sum that each input's gradient needs.
         bias: What lanes add; the same holds for its gradient.
         means: Each lane's own mean, one row for each lane.
+        anchor: Over ranks: a number that the backward begins from as well.
     """
 
     mean: torch.Tensor
@@ -71,6 +74,7 @@ class Joined:
     weight: torch.Tensor
     bias: torch.Tensor
     means: torch.Tensor
+    anchor: torch.Tensor | None = None
 
     def alike(self) -> Joined:
         """Return the same without a graph; gradients are required where they were."""
@@ -154,9 +158,12 @@ class Join(torch.autograd.Function):
         gate: Gate,
         count: int,
         shares: torch.Tensor,
+        ranks: RankMeeting | None,
         *rows: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """Return the window's mean and variance, weight, bias, and all lanes' means.
+
+        Over ranks there is an anchor as well.
 
         Merged as by Chan, Golub and LeVeque (1979), without a difference of large squares.
         """
@@ -165,18 +172,22 @@ class Join(torch.autograd.Function):
         exact = (shares * means).sum(0)
         apart = means - exact
         spread = torch.addcmul(variances, apart, apart).mul_(shares).sum(0)
+        if ranks is not None:
+            exact, spread = ranks.merged(count, exact, spread)
+            count = ranks.count
         mean, variance = exact.to(rows[0].dtype), spread.to(rows[0].dtype)
         own_weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype, copy=True)
         own_bias = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype, copy=True)
-        ctx.eps, ctx.gate, ctx.count, ctx.lanes = eps, gate, count, len(rows)
+        ctx.eps, ctx.gate, ctx.count, ctx.lanes, ctx.ranks = eps, gate, count, len(rows), ranks
         ctx.dtypes = [None if each is None else each.dtype for each in (weight, bias)]
         ctx.save_for_backward(own_weight, mean, variance)
         ctx.mark_non_differentiable(mean, variance, means)
         ctx.set_materialize_grads(False)
-        return mean, variance, own_weight, own_bias, means
+        found = mean, variance, own_weight, own_bias, means
+        return found if ranks is None else (*found, anchor_on(mean.device))
 
     @staticmethod
-    def backward(ctx: Any, _mean: Any, _variance: Any, projected: Any, total: Any, _means: Any) -> Any:
+    def backward(ctx: Any, _mean: Any, _variance: Any, projected: Any, total: Any, *_others: Any) -> Any:
         """Return the gradients of weight and bias, and rows for each lane.
 
         Args:
@@ -187,12 +198,15 @@ class Join(torch.autograd.Function):
         ctx.gate.pass_through()
         weight, mean, variance = ctx.saved_tensors
         with modes_off():
+            sums = (projected, total) if ctx.ranks is None else ctx.ranks.summed(projected, total, mean)
+            if sums is None:  # no rank's loss reaches this normalization
+                return (*[None] * JOIN_ARGUMENTS, *[None] * ctx.lanes)
             scale = torch.rsqrt(variance + ctx.eps)
             each = weight * scale / -ctx.count
-            rows = torch.stack((mean, each * scale * projected, each * total))
+            rows = torch.stack((mean, each * scale * sums[0], each * sums[1]))
             parts = zip((projected, total), ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-            own = [value.to(dtype) if needed else None for value, dtype, needed in parts]
-        return (*own, None, None, None, None, *[rows] * ctx.lanes)
+            own = [value.to(dtype) if needed and value is not None else None for value, dtype, needed in parts]
+        return (*own, *[None] * (JOIN_ARGUMENTS - 2), *[rows] * ctx.lanes)
 
 
 def enter(x: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,6 +222,7 @@ def join(
     count: int,
     shares: torch.Tensor,
     rows: Sequence[torch.Tensor],
+    ranks: RankMeeting | None = None,
 ) -> Joined:
     """Apply `Join`.
 
@@ -216,11 +231,12 @@ def join(
         bias: The module's, or None.
         eps: What is added to the variance.
         gate: Whether the backward may run.
-        count: Values in each channel, of the whole window.
+        count: Values in each channel, of the whole window; with ranks, of this one's part.
         shares: Each lane's part of these, one row for each lane; in the dtype to merge in.
         rows: Each lane's statistics.
+        ranks: Where these lanes meet those of other ranks.
     """
-    return Joined(*cast(tuple[torch.Tensor, ...], Join.apply(weight, bias, eps, gate, count, shares, *rows)))
+    return Joined(*cast(tuple[torch.Tensor, ...], Join.apply(weight, bias, eps, gate, count, shares, ranks, *rows)))
 
 
 def leave(h: torch.Tensor, joined: Joined, eps: float) -> torch.Tensor:

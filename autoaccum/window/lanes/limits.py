@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import UsageError
-from ...ranks.group import ranks_here
+from ...ranks.group import are_absent
 from ...torch_compat import compiled_call, is_compiled_function, is_compiled_wrapper
-
-if TYPE_CHECKING:
-    from ..norms import Norms
 
 INSTEAD = "Use batchnorm='frozen', which is exact, or 'merged' or 'per_micro_batch'"
 
 
-def refuse_lanes(norms: Norms, model: nn.Module, loss: Any) -> None:
+def refuse_lanes(model: nn.Module, loss: Any) -> None:
     """Refuse a model whose samples may interact where no lane can meet.
 
     Raises:
@@ -41,14 +38,11 @@ def refuse_lanes(norms: Norms, model: nn.Module, loss: Any) -> None:
             )
     if is_compiled_function(loss):
         raise _compiled("the loss is compiled")
-    ranks = ranks_here()
-    if ranks > 1:
-        synced = next((name for name, module in norms.batch.items() if isinstance(module, nn.SyncBatchNorm)), None)
-        which = f" {synced} takes its statistics over them (SyncBatchNorm)." if synced is not None else ""
+    if are_absent():
         raise UsageError(
-            f"batchnorm='exact' on {ranks} ranks.{which}",
-            "Lanes meet within one process: statistics would be those of one rank's share of the window.",
-            f"{INSTEAD} on several ranks.",
+            "batchnorm='exact' on a fake process group.",
+            "Lanes meet those of all ranks, and its ranks are not here.",
+            f"Plan on real ranks, or for them: autoaccum plan --gpus 8 --parallel ddp. {INSTEAD} here.",
         )
 
 

@@ -7,7 +7,7 @@ private names are in torch_compat.py; tests/test_lanes.py calls each function he
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,14 +31,20 @@ def set_sequence_number(node: Any, number: int) -> None:
     node._set_sequence_nr(number)
 
 
-def run_backward(loss: torch.Tensor) -> None:
+def run_backward(loss: torch.Tensor | None, anchors: Sequence[torch.Tensor] = ()) -> None:
     """Run backward of a scalar with this thread's function modes on.
 
     `torch.autograd.backward` is itself a function that modes see, and while it runs they are off.
+
+    Args:
+        loss: The scalar; None to begin from the anchors alone.
+        anchors: Scalars that it begins from as well, with a gradient of 0.
     """
     run = _find(torch, "autograd.graph._engine_run_backward", "repeat checkpointed blocks in lanes")
-    ones = torch.ones_like(loss, memory_format=torch.preserve_format)
-    run((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    ones = [] if loss is None else [torch.ones_like(loss, memory_format=torch.preserve_format)]
+    zeros = [torch.zeros_like(each) for each in anchors]
+    roots = (*([] if loss is None else [loss]), *anchors)
+    run(roots, (*ones, *zeros), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def modes_off() -> AbstractContextManager[Any]:

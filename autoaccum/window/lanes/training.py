@@ -13,6 +13,7 @@ import torch
 from ...data import tree
 from ...devices.registry import get_device
 from ...errors import UsageError
+from ...ranks.exchange import Exchange
 from ...torch_compat import write_count
 from ...workload import Batch
 from .. import loss_terms
@@ -31,25 +32,33 @@ from .torch_internals import run_backward
 
 
 def train_in_lanes(
-    course: Course, pieces: Sequence[Batch], sizes: Sequence[int], total: Any
-) -> tuple[torch.Tensor, Any]:
+    course: Course, pieces: Sequence[Batch], sizes: Sequence[int], total: Any, samples: int
+) -> tuple[torch.Tensor | None, Any]:
     """Run forward and backward of a window whose samples interact.
 
     Args:
         course: What the window's micro-batches share.
-        pieces: The micro-batches.
+        pieces: The micro-batches; none on a rank without samples.
         sizes: Samples in each.
         total: What the window counts, where that is known.
+        samples: Samples in the window, on all ranks.
 
     Returns:
-        The window's loss, detached, and what the window counts.
+        The window's loss, detached, and what the window counts. Over ranks the loss is this one's part; None where
+        nothing counts.
 
     Raises:
         UsageError: The lanes don't meet in the same order, or a normalization can't be met.
+        StartOver: Another rank ran out of memory.
+        RanksFailed: Another rank failed, or its lanes are at another meeting.
     """
-    store = _host_store(course.context)
+    exchange = course.context.exchange
+    if exchange is not None and not pieces:
+        counted = exchange.attend()
+        return None, total if counted is None else counted
+    store = _host_store(course.context) if len(pieces) > 1 else None
     try:
-        loss, total = _train(course, store, pieces, sizes, total)
+        loss, total = _train(course, store, pieces, [size / samples for size in sizes], sizes, total)
     finally:
         if store is not None:
             store.end()
@@ -58,12 +67,16 @@ def train_in_lanes(
 
 
 def _train(
-    course: Course, store: HostStore | None, pieces: Sequence[Batch], sizes: Sequence[int], total: Any
-) -> tuple[torch.Tensor, Any]:
+    course: Course,
+    store: HostStore | None,
+    pieces: Sequence[Batch],
+    shares: Sequence[float],
+    sizes: Sequence[int],
+    total: Any,
+) -> tuple[torch.Tensor | None, Any]:
     context, form = course.context, course.form
-    meetings = Meetings(BackwardOrder(len(pieces)), *_identities(context.norms))
+    meetings = _meetings(context, sizes)
     before = _writes(context.norms)
-    shares = [size / sum(sizes) for size in sizes]
 
     def run(piece: Batch, share: float) -> Any:
         if context.encode is not None:
@@ -78,24 +91,47 @@ def _train(
     else:
         if form.kind is LossKind.SUM:
             total = sum(loss_terms.count_of(out) for out in outs)
+        if context.exchange is not None:
+            found = context.exchange.end_forward(total if form.kind is LossKind.SUM else None)
+            total = total if found is None else found
         loss = None
         for lane, (piece, share) in enumerate(zip(pieces, shares, strict=True)):
             _note(context, LOSS, 0, lane)
             part = part_of_window(context, form, piece, outs.pop(0), share, total)
             if part is not None:
                 loss = part if loss is None else loss + part
-    if loss is None:
-        return torch.zeros((), device=context.device), total
-    meetings.order.apply(context.on_stretch)
-    meetings.gate.open = True
-    _note(context, START_BACK, 0)
-    try:
-        with RecomputingMode(meetings):
-            backward(context, loss, run_backward)
-        _note(context, END, 0)
-    finally:
-        meetings.forget()  # autograd's threads let go of the mode that holds it at a time of their own
-    return loss.detach(), total
+    _backward(context, meetings, loss)
+    return None if loss is None else loss.detach(), total
+
+
+def _meetings(context: TrainingContext, sizes: Sequence[int]) -> Meetings:
+    """Return the meetings of a window to come."""
+    meetings = Meetings(BackwardOrder(len(sizes)), *_identities(context.norms), ranks=context.exchange)
+    if context.exchange is not None and not isinstance(context.exchange, Exchange) and context.window_samples:
+        meetings.absent = max(0.0, context.window_samples / sum(sizes) - 1)
+    return meetings
+
+
+def _backward(context: TrainingContext, meetings: Meetings, loss: torch.Tensor | None) -> None:
+    """Run one backward for all lanes, through the meetings of all ranks."""
+    over_ranks = context.exchange is not None
+    if loss is not None or meetings.anchors:
+        meetings.order.apply(context.on_stretch, loss if over_ranks else None)
+        meetings.gate.open = True
+        _note(context, START_BACK, 0)
+        run = partial(run_backward, anchors=tuple(meetings.anchors))
+        try:
+            with RecomputingMode(meetings):
+                if loss is not None:
+                    backward(context, loss, run)
+                else:
+                    run(None)
+            _note(context, END, 0)
+        finally:
+            del run
+            meetings.forget()  # autograd's threads let go of the mode that holds it at a time of their own
+    if context.exchange is not None:
+        context.exchange.end_backward()
 
 
 def _note(context: TrainingContext, name: str, part: int, lane: int = ALL) -> None:
