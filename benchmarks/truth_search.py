@@ -56,12 +56,17 @@ def forked(run: Callable[[], Any]) -> Any:
 
 @dataclass
 class Tried:
-    """The result of training a split."""
+    """The result of training a split.
+
+    `raised` says whether an out-of-memory error reached the training: a convolution without room for its workspace
+    runs with another engine, and only counts one.
+    """
 
     ooms: int
     retries: Split
     peak_bytes: int
     live_bytes: int
+    raised: bool = False
 
     @property
     def fits(self) -> bool:
@@ -89,6 +94,7 @@ def train(
     `target` makes the batches: written ones where something is computed.
     """
     retries: list[int] = []
+    raised = False
     before = count("num_ooms")
     torch.cuda.reset_peak_memory_stats()
     subject = target(context, work, get_device(context.device), None)
@@ -101,6 +107,7 @@ def train(
             if not oom.is_out_of_memory(error):
                 raise
             oom.drop_frames(error)
+            raised = True
         retries.append(count("num_alloc_retries") - retried)
         if count("num_ooms") > before or (index >= 2 and retries[-1]):
             break
@@ -110,6 +117,7 @@ def train(
         tuple(retries),
         stats["reserved_bytes.all.peak"],
         stats["requested_bytes.all.peak"],
+        raised,
     )
 
 

@@ -218,6 +218,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('a copy frees what it inherited', 'autoaccum/processes/fork.py', '            gc.freeze()', '            pass', ('tests/test_ranks.py', '-k', 'inherited')),
     ('a size seen once is constant', 'autoaccum/simulation/saturation.py', '        if not (rule.is_guess or (', '        if not (False or (', ('tests/test_real_windows.py',)),
     ('copies to channels-last confirm nothing', 'autoaccum/simulation/size_laws.py', '        if copies is not None:\n', '        if False:\n', ('tests/test_size_laws.py',)),
+    ('trials in the order of the list', 'benchmarks/on_gpu/earlier.py', '    return sorted(ranked, key=lambda each: each.rank)', '    return ranked', ('tests/test_on_gpu.py',)),
+    ("what the driver keeps is nobody's", 'autoaccum/devices/cuda/budget.py', 'listed + _KEPT_FOR_CONTEXT_BYTES', 'listed', ('tests/test_budget_cuda.py',)),
     ('a new workspace is constant', 'autoaccum/simulation/scaling.py', '        return _most_copied(size, n, scales)', '        return Rule(size)', ('tests/test_real_windows.py',)),
     ('parts of a workspace are not aligned', 'autoaccum/simulation/size_laws.py', '    return max(found)[-1] if found else None', '    return None', ('tests/test_real_windows.py',)),
     ('reductions end where the most rounded one does', 'autoaccum/simulation/size_laws.py', 'if reductions else 0\n', 'if False else 0\n', ('tests/test_size_laws.py', '-k', 'whole_rows')),

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.tables import RESULTS
 
-from . import card, report
+from . import card, earlier, report
 from .drive import ROOT, Driver
 from .rows import Rows, read
 from .schedule import trials
@@ -57,7 +57,9 @@ def main() -> None:
     driver = Driver(rows, facts, workers, started + 60 * minutes - REPORT_SECONDS)
     code = 0
     try:
-        driver.run(trials(facts, [each for each in args.only.split(",") if each]))
+        wanted = trials(facts, [each for each in args.only.split(",") if each])
+        known = [] if facts["virtual"] else earlier.real_rows({RESULTS, args.output})
+        driver.run(earlier.in_order(wanted, known) if known else wanted)
     except KeyboardInterrupt:
         print("interrupted: --resume goes on with what is left", file=sys.stderr)
         code = 130

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import windows
 from .job import ROW, Job
 from .process import Command, Ended
 from .rows import DONE, FAILED, FINAL, SKIPPED, STOPPED, Rows
-from .schedule import CARD_SHARE, VIRTUAL_SLOWNESS, Trial
+from .schedule import CARD_SHARE, MEASURED, VIRTUAL_SLOWNESS, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SHARE = 0.6  # of the guess: with less time left a trial isn't begun
@@ -53,7 +54,7 @@ class Driver:
         """Run trials side by side, then those that run alone."""
         pending = [each for each in trials if not self.rows.is_done(each.part, each.model)]
         alone = [each for each in pending if each.alone and not each.skip]
-        kept = sum(each.seconds for each in alone) if self.ends < float("inf") else 0.0
+        kept = sum(each.seconds for each in alone if each.rank < MEASURED) if self.ends < float("inf") else 0.0
         card = [each for each in pending if not each.alone and (each.card_bytes or each.skip)]
         host = [each for each in pending if not each.alone and not each.card_bytes and not each.skip]
         try:
@@ -61,6 +62,9 @@ class Driver:
             self._side_by_side([([each for each in pending if each.alone], 1)], self.ends)
         except BaseException:
             self._stop()
+            for trial in pending:  # nothing is left out without a word
+                if FINAL not in self.rows.steps(trial.part, trial.model):
+                    self._finish(trial, SKIPPED, "interrupted")
             raise
         finally:
             self._scratch.cleanup()
@@ -148,7 +152,9 @@ class Driver:
                 self._say(f"{trial.name} {short(row)}")
 
         command = Command(
-            [sys.executable, "-m", "benchmarks.on_gpu.trial", job.to_json()], environment(self._scratch.name), on_line
+            [sys.executable, "-m", "benchmarks.on_gpu.trial", job.to_json()],
+            environment(self._scratch.name) | {windows.FOLDER_VARIABLE: str(self.rows.path.parent / "windows")},
+            on_line,
         )
         with self._changed:
             self._running.append(command)

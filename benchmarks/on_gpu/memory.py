@@ -26,6 +26,7 @@ from benchmarks.truth_plans import counted
 from benchmarks.truth_search import count, train
 
 from . import apart
+from . import windows as windows_kept
 from .around import largest_around
 from .job import Job
 from .models import MODELS, made, on_device
@@ -66,6 +67,7 @@ def run(job: Job) -> None:
     job.emit(
         "truth", largest=found.largest, fails=found.fails, complete=found.is_complete, tried=sorted(found.tried),
         tries=len(tries), seconds=time.perf_counter() - started, ooms=sum(each["ooms"] for each in tries),
+        **{"tries detail": tries},
     )  # fmt: skip
 
 
@@ -84,7 +86,7 @@ def planned(name: str, limit_bytes: int, target: int) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     try:
-        with counted() as counts:
+        with counted() as counts, windows_kept.kept(name):
             # untimed: beside other trials times would mean nothing
             plan = fit.fit_plan(work, target_batch=target, train_in_new_process=True, timing_seconds=0)
     except errors.AutoaccumError as error:
@@ -131,6 +133,7 @@ def trained(name: str, split: Sequence[int], limit_bytes: int, keeps: bool, wind
         "keeps workspaces": keeps,
         "fits": found.fits,
         "ooms": found.ooms,
+        "raised": found.raised,
         "retries": found.retries,
         "reserved": found.peak_bytes,
         "live": found.live_bytes,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import sysconfig
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import finders, gradients, times
+from . import finders, gradients, libraries, times
 from .models import MODELS
 
 TITLES = {
@@ -20,7 +20,9 @@ TITLES = {
     "e": "Runner.step and the loop by hand; the knee; pinned copies",
     "f": "Accelerate's finder and halving",
     "g": "the command line",
+    "h": "cuDNN's workspaces, call by call",
 }
+NEW, NOT_AS_PREDICTED, MEASURED = range(3)  # ranks of a trial, by earlier runs on real cards
 CONTEXT_BYTES = 3 << 29  # 1.5 GiB: allowed to each process for its context and libraries, above its memory fraction
 CARD_SHARE = 0.9  # of the card for all trials that run side by side
 CONTEXT_MODELS = ("resnet50-fp32", "gpt2-bf16", "lstm-fp32")
@@ -35,9 +37,10 @@ class Trial:
         part: A key of `TITLES`.
         model: A model's name; for the command line a word.
         card_bytes: What it may hold on the card, its context included; 0 where it only uses the host.
-        seconds: A guess for an H100 and 16 cores.
+        seconds: What an H200 and 16 cores took, side by side; a guess for what hasn't run there.
         alone: Whether nothing may run beside it, since times or the card's free memory are read.
         skip: Why it can't run here; "" if it can.
+        rank: Whether a real card has measured it, and as predicted (earlier.py).
     """
 
     part: str
@@ -46,6 +49,7 @@ class Trial:
     seconds: float
     alone: bool = False
     skip: str = ""
+    rank: int = NEW
 
     @property
     def name(self) -> str:
@@ -56,6 +60,10 @@ class Trial:
     def limit_seconds(self) -> float:
         """After which it is killed."""
         return 2.5 * self.seconds + 30
+
+    def ranked(self, rank: int) -> Trial:
+        """Return it with a rank."""
+        return replace(self, rank=rank)
 
 
 def trials(facts: Mapping[str, Any], only: Collection[str] = ()) -> list[Trial]:
@@ -71,10 +79,11 @@ def trials(facts: Mapping[str, Any], only: Collection[str] = ()) -> list[Trial]:
     peers = [Trial("f", name, MODELS[name].limit_bytes + CONTEXT_BYTES, 45) for name in finders.START]
     # where NVML doesn't list this process (in a container), --memory counts what others hold as its context
     commands = [Trial("g", "commands", (6 << 30) + CONTEXT_BYTES, 110, alone=not facts["nvml lists processes"])]
-    contexts = [Trial("c", name, MODELS[name].limit_bytes + CONTEXT_BYTES, 10, alone=True) for name in CONTEXT_MODELS]
-    timed = [Trial("e", name, MODELS[name].limit_bytes + CONTEXT_BYTES, 40, alone=True) for name in times.SIZES]
+    contexts = [Trial("c", name, MODELS[name].limit_bytes + CONTEXT_BYTES, 15, alone=True) for name in CONTEXT_MODELS]
+    timed = [Trial("e", name, MODELS[name].limit_bytes + CONTEXT_BYTES, 55, alone=True) for name in times.SIZES]
+    calls = [Trial("h", "cudnn", libraries.LIMIT_BYTES + CONTEXT_BYTES, 30)]
     half = len(found) // 2
-    ordered = [*found[:half], *commands, *exact, *peers, *found[half:], *stand_ins, *contexts, *timed]
+    ordered = [*calls, *found[:half], *commands, *exact, *peers, *found[half:], *stand_ins, *contexts, *timed]
     return [each for each in ordered if not only or {each.part, each.model, each.name} & set(only)]
 
 

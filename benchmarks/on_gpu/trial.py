@@ -19,6 +19,7 @@ PARTS = {
     "e": "times",
     "f": "finders",
     "g": "command_line",
+    "h": "libraries",
 }
 
 

@@ -51,6 +51,13 @@ def memory(steps: Steps, others: Mapping[str, Steps]) -> list[Line]:
         remarks.append(plan["exactness"].partition(":")[0][:60])
     if truth:
         wrong += _against_truth(plan, truth)
+        if not truth["complete"]:
+            remarks.append("no time to find the largest")
+        tried = {each["split"][0] for each in truth.get("tries detail", ()) if each.get("raised")}
+        silent = sorted(set(truth.get("tried", ())) & {each["split"][0] for each in truth.get("tries detail", ())
+                        if not each["fits"]} - tried)  # fmt: skip
+        if silent:
+            remarks.append(f"at {silent[0]} nothing was raised: a convolution did without its workspace, or retries")
     else:
         remarks.append("the truth was not reached")
     return [line | {"verdict": _verdict(wrong, remarks)}]
@@ -228,6 +235,20 @@ def commands(steps: Steps, others: Mapping[str, Steps]) -> list[Line]:
     return lines
 
 
+def library_calls(steps: Steps, others: Mapping[str, Steps]) -> list[Line]:
+    """Show part (h): how many calls were recorded."""
+    lines: list[Line] = []
+    for name, row in steps.items():
+        if "calls" not in row:
+            continue
+        failed = [each for each in row["calls"] if "failed" in each]
+        largest = max((size for each in row["calls"] for size, _ in each.get("blocks", ())), default=0)
+        wrong = [f"{len(failed)} calls failed: {failed[0]['failed']}"] if failed else []
+        text = f"{len(row['calls'])} calls, blocks of up to {_mib(largest)}"
+        lines.append({"what": name, "verdict": _verdict(wrong, [text], good="recorded")})
+    return lines
+
+
 PARTS: dict[str, Callable[[Steps, Mapping[str, Steps]], list[Line]]] = {
     "a": memory,
     "b": stand_in,
@@ -236,6 +257,7 @@ PARTS: dict[str, Callable[[Steps, Mapping[str, Steps]], list[Line]]] = {
     "e": times,
     "f": finders,
     "g": commands,
+    "h": library_calls,
 }
 
 
