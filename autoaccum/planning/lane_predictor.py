@@ -156,14 +156,25 @@ class LanePredictor:
         """Bytes of the model and the optimizer's state."""
         return sum(event.bytes for event in kept_blocks(self.plain.model_events)) + self.plain.evidence.state_bytes
 
-    def fits(self, split: Split) -> bool:
-        """Return whether it fits the budget and its margin, without lasting retries."""
+    def live_bytes(self, split: Split) -> int:
+        """Return the bytes that are alive at the window's peak."""
+        return self.held_bytes + live_peak(self.composed(split).phases[:1])
+
+    def fits(self, split: Split, *, with_retries: bool = True) -> bool:
+        """Return whether it fits the budget and its margin, without lasting retries.
+
+        Args:
+            split: Samples in each lane.
+            with_retries: Whether the first windows may release the cache.
+        """
         plain = self.plain
-        if self.held_bytes + live_peak(self.composed(split).phases[:1]) > plain.usable_bytes:
+        if self.live_bytes(split) > plain.usable_bytes:
             return False
         for history in plain.request.histories:
             tight = self.replayed(split, history, plain.usable_bytes)
-            if not tight.fits or (any(tight.retries) and not self.replayed(split, history, plain.budget.bytes).fits):
+            if not tight.fits:
+                return False
+            if any(tight.retries) and not (with_retries and self.replayed(split, history, plain.budget.bytes).fits):
                 return False
         return True
 

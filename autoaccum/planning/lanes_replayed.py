@@ -138,7 +138,8 @@ def least_moved(moving: LanePredictor, split: Split) -> LanePredictor:
     """
     program = moving.program_of(len(split))
     parts = [part for part, moved in enumerate(moved_by_part(program, split)) if moved]
-    estimate = least_moved_parts(program, split, moving.plain.usable_bytes - moving.held_bytes)
+    share = moving.live_bytes(split) / moving.worst_bytes(split)  # of what is reserved, where all parts move
+    estimate = least_moved_parts(program, split, int(share * moving.plain.usable_bytes) - moving.held_bytes)
     low, high, best = -1, len(parts), moving  # the index of the first part that stays: too low, and high enough
     at, step = sum(part < estimate for part in parts), 1
     for _ in range(TRIES):
@@ -162,10 +163,10 @@ def _keeping(moving: LanePredictor, split: Split, parts: int) -> LanePredictor |
     moving.plain.subject.progress(f"keeping on the device what lanes save after {parts} meetings")
     found = moving.moving(moving.bytes_per_sample, parts)
     try:
-        if not found.fits(split):
+        if not found.fits(split, with_retries=False):
             return None
         found.record_near(split)
-        return found if found.fits(split) else None
+        return found if found.fits(split, with_retries=False) else None
     except NotRegular:
         return None
 
@@ -203,7 +204,8 @@ def _measured(predictor: LanePredictor, split: Split) -> tuple[CudaMeasurement |
     predictor.start_over()
     predictor.settle()
     subject.progress(f"verifying {len(split)} lanes of {split[0]}")
-    measured, failure = unless_out_of_memory(lambda: plain.device.measure(subject.train, [split] * 3))
+    with plain.limited():
+        measured, failure = unless_out_of_memory(lambda: plain.device.measure(subject.train, [split] * 3))
     if measured is None:
         return None, failure or ""
     return measured, predictor.contradiction(split, measured) or ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from ..devices.cuda.allocator_rules import find_rules
@@ -299,6 +301,10 @@ class CudaPredictor(MemoryPredictor):
             return replace(self.device.measure(train, [split] * 3), kept=kept)
         finally:
             context.keeps_workspaces = False  # recordings release them, and predict both choices
+
+    def limited(self) -> AbstractContextManager[None]:
+        """Limit the device to the budget, where that isn't the device's own."""
+        return contextlib.nullcontext()
 
     def confirms(self, split: Split, measured: CudaMeasurement) -> str | None:
         """Return how the measurement contradicts the prediction, or None."""

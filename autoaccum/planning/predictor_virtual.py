@@ -6,7 +6,9 @@ milliseconds there, so the plan's window and one of a step fewer are run within 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +67,18 @@ class VirtualGpuPredictor(CudaPredictor):
         return True
 
     def measure(self, train: Callable[..., None], split: Split) -> CudaMeasurement:
-        """Run three windows within the budget.
+        """Run three windows within the budget."""
+        with self.limited():
+            return super().measure(train, split)
 
-        Without a limit where what a failed window leaves in a sharded model can't be dropped.
+    def limited(self) -> AbstractContextManager[None]:
+        """Limit the device to the budget.
+
+        Not where what a failed window leaves in a sharded model can't be dropped.
         """
         if not can_drop_unfinished(self.subject.context.model):
-            return super().measure(train, split)
-        with self.device.capacity_limited_to(self.budget.bytes):
-            return super().measure(train, split)
+            return contextlib.nullcontext()
+        return self.device.capacity_limited_to(self.budget.bytes)
 
     def try_fewer_steps(
         self, solution: Solution, measured: Any, train: Callable[..., None], start_over: Callable[[], None]
