@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,23 @@ def test_a_real_out_of_memory_of_one_rank_leaves_the_other_alone(tmp_path: Path)
     assert whole["failures"] == 0 and abs(whole["reserved"] / whole["predicted"] - 1) <= 0.01, whole
     assert short["failures"] > 0 and short["retries"][0] >= 1 and len(short["splits"][-1]) > len(short["planned"])
     assert all(sum(split) == SHARES[1] for split in short["splits"])
+
+
+LOOKS = """
+import sys, tempfile, time
+from types import SimpleNamespace
+import torch.distributed as dist
+from autoaccum.ranks import ending
+
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+ending.SECONDS, ending.default_store = 0, lambda: store
+made = [ending.Ending(SimpleNamespace(rank=0, name=str(number))) for number in range(16)]
+time.sleep(0.1)
+"""
+
+
+@pytest.mark.slow
+def test_looking_for_failed_ranks_ends_before_the_interpreter() -> None:
+    """In the store's C++ code its thread would be unwound, and the process aborted after a whole training."""
+    done = subprocess.run([sys.executable, "-c", LOOKS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
