@@ -6,6 +6,7 @@ One process on a virtual GPU for each kind; in it the plan and each bare loop ru
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import subprocess
 import sys
@@ -83,11 +84,15 @@ def made(kind: str) -> nn.Module:
     open_fake_group(0, ranks)
     if kind.startswith("ddp"):
         model = Language().cuda()
-        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view="view" in kind)
+        wrap = nn.parallel.DistributedDataParallel
+        how: dict[str, Any] = {"gradient_as_bucket_view": "view" in kind}
+        if "init_sync" in inspect.signature(wrap).parameters:  # its check waits for ranks that aren't here
+            how["init_sync"] = False
+        return wrap(model, **how)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    how: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if half else {}
+    how = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if half else {}
     if "offload" in kind:
         how["offload_policy"] = CPUOffloadPolicy()
     if kind.startswith("hsdp"):

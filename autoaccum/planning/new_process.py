@@ -23,6 +23,7 @@ from ..devices.virtual.device import StandInDevice
 from ..errors import UsageError
 from ..plan import DistributionSection, Plan
 from ..processes.workload_source import load_function, make_workload, takes_device
+from ..ranks.sharded import keeps_shards_on_host
 from ..ranks.shares import EQUAL
 from ..simulation.recording import Event
 from ..workload import Workload
@@ -122,7 +123,8 @@ def build_on(
             function = load_function(source)
             is_moved = virtual and not takes_device(function, source)
             workload = change(make_workload(function, source, "cuda", made_there=virtual))
-        workload.model.to(device.torch_device)
+        if not keeps_shards_on_host(workload.model):
+            workload.model.to(device.torch_device)
         return workload
 
     workload, build = device.record_build(make)

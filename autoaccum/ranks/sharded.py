@@ -66,6 +66,14 @@ def device_of(tensor: torch.Tensor) -> torch.device:
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
+def keeps_shards_on_host(model: nn.Module) -> bool:
+    """Return whether shards lie on the host, as a CPUOffloadPolicy has them.
+
+    FSDP2 moves all others to its mesh's device itself, and refuses a forward of these anywhere else.
+    """
+    return any(device_of(p).type != p.device.type for p in model.parameters())
+
+
 def reduce_always(model: nn.Module) -> None:
     """Let each backward reduce gradients over all ranks, and end alike.
 
