@@ -235,6 +235,7 @@ def test_memory_that_others_took_while_planning_is_not_planned_with() -> None:
 def test_what_cudnn_keeps_for_a_recurrent_net_is_planned_to_the_byte() -> None:
     found = answers(*SLOW)["recurrent"]
     holds(found)
+    assert "an LSTM's were half as large again" in found["notes"]
     assert found["trained"]["peak"] == found["predicted"]
 
 
