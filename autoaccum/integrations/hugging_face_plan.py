@@ -116,7 +116,7 @@ def _plan_here(trainer: Any, described: TrainerWorkload, request: PlanRequest, *
         plan = plan_workload(workload, replace(request, check=False))
         if check:
             with _forward_of_the_model(workload.model):
-                plan = exact.check_plan(plan, workload)
+                plan = exact.check_plan(plan, workload, planning_seconds=plan.provenance.planning_seconds)
     return plan
 
 

@@ -66,7 +66,7 @@ def notes(predictor: CudaPredictor, split: Split) -> list[str]:
 
 
 def _recurrent_note(predictor: CudaPredictor) -> list[str]:
-    """Return what a real GPU showed of recurrent nets, if the model has one."""
+    """Note what a real GPU showed of recurrent nets."""
     if not any(isinstance(module, torch.nn.RNNBase) for module in predictor.subject.context.model.modules()):
         return []
     return [
