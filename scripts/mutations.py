@@ -123,7 +123,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('lanes: what moves is for whole lanes', 'autoaccum/window/lanes/host_store.py', 'else per_sample * samples\n', 'else per_sample\n', ('tests/test_lanes.py', '-k', 'per_sample')),
     ('lanes: what stays holds its own node', 'autoaccum/window/lanes/host_store.py', 'return tensor.detach()  #', 'return tensor  #', ('tests/test_lanes.py', '-k', 'freed_with')),
     ('lanes: nothing stays on the device', 'autoaccum/window/lanes/host_store.py', 'self._parts is not None and self.part >= self._parts', 'False', ('tests/test_lanes.py', '-k', 'last_parts')),
-    ('lanes: what stays is counted twice', 'autoaccum/simulation/lane_keeping.py', 'saved = before.get(place, 0)', 'pass', ('tests/test_lane_program.py', '-k', 'as_many_parts')),
+    ('lanes: what stays is counted twice', 'autoaccum/simulation/lane_keeping.py', 'saved = before.get(place, 0)', 'pass', ('tests/test_lane_program.py', '-k', 'widest_layer')),
     ('lanes: an end that was not recorded is guessed', 'autoaccum/simulation/lane_composing.py', 'if target is None or after is None:', 'if target is None or (after := after or 0) is None:', ('tests/test_lane_program.py', '-k', 'not_recorded')),
     ('lanes: what stays is no remedy for an out-of-memory', 'autoaccum/runner/oom_recovery.py', 'if self._moves_more(where, failure):', 'if False:', ('tests/test_lanes.py', '-k', 'what_stayed')),
     ('lanes: the others stay when one fails', 'autoaccum/window/lanes/baton.py', '                lane.end()\n', '', ('tests/test_lanes.py', '-k', 'ends_all')),

@@ -206,6 +206,12 @@ def test_as_many_parts_move_as_have_to(net: list[Layer], n: int, lanes: int, sha
     assert parts == 0 or peak(parts - 1) > room - own
 
 
+def test_what_is_gone_before_the_widest_layer_goes_back_costs_nothing() -> None:
+    net, split = [Layer(4000, 1236), *[Layer(400, 36)] * 4], (7,) * 5
+    room = live_peak(toy_window(net, split).recording(7).phases)  # where all moves, and no more
+    assert least_moved_parts(lifted(net, 5), split, room) == 1
+
+
 def test_an_end_that_was_not_recorded_is_refused() -> None:
     net = [Layer(4000, 1236, ahead=2), Layer(400, 36, ahead=2), Layer(800, 76, ahead=2)]
     program = lift_lanes([toy_cut(net, n, lanes) for n, lanes in ((5, 6), (5, 5), (7, 5))])

@@ -100,6 +100,7 @@ def smooth() -> Iterator[None]:
         return mean_pool(x, size, stride, padding, ceil_mode=others.get("ceil_mode", False))
 
     twins: dict[str, Any] = {name: lambda x, inplace=False: silu(x) for name in ("relu", "relu6", "hardswish")}
+    twins |= {"hardtanh": lambda x, *limits, **others: silu(x)}  # what torch.nn.ReLU6 calls
     twins |= {"hardsigmoid": lambda x, inplace=False: sigmoid(x), "max_pool2d": pool}
     with ExitStack() as stack:
         for name, twin in twins.items():
