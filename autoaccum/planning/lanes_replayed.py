@@ -108,6 +108,8 @@ def fewest_lanes(predictor: LanePredictor, splits: list[Split]) -> Split | None:
         splits: By ascending number of lanes.
     """
     low, high, step, last = 0, 0, 1, len(splits) - 1
+    if not predictor.fits(splits[0]) and predictor.live_bytes(splits[last]) > predictor.plain.usable_bytes:
+        return None
     while not predictor.fits(splits[high]):
         if high == last:
             return None

@@ -171,8 +171,9 @@ def _cut(
     events = name_blocks((trace[place]["addr"], size, trace[place]["stream"]) for place, size in kept)
     phases: list[list[Event]] = [[] for _ in names]
     workspaces = set()
+    given_back = {place for begin, end in spans for place in range(begin, end)}  # lanes have thousands of spans
     for event, (place, _) in zip(events, kept, strict=True):
-        if any(begin <= place < end for begin, end in spans):
+        if place in given_back:
             workspaces.add(event.block)
         phase = max(bisect.bisect_right(begins, place) - 1, 0)  # what comes before the first phase counts to it
         phases[phase].append(event if event.block > 0 else event._replace(block=-trace[place]["addr"]))
