@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from helpers_train import distance, vectors
 from rank_cases import TIMEOUT, UNEVEN, ddp, gathered, is_equal_everywhere, plan, rows, said_by
-from rank_faults import Boom, run_schedule
+from rank_faults import Boom, _timed, run_schedule
 from rank_groups import Splits, plan_of_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -431,9 +431,58 @@ def a_rank_is_killed(rank: int, world: int) -> Any:
     runner.step(images(8))
     if rank == world - 1:
         model[3].register_full_backward_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[index]
-    begun = time.monotonic()
-    said = said_by(lambda: runner.step(images(8)))
-    return {"said": said, "seconds": time.monotonic() - begun}
+    return _timed(lambda: runner.step(images(8)))
+
+
+def a_rank_is_killed_in_its_forward(rank: int, world: int) -> Any:
+    return _gone(rank, world, 20.0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def a_rank_stops_answering(rank: int, world: int) -> Any:
+    return _gone(rank, world, 2.0, lambda: time.sleep(6))
+
+
+def _gone(rank: int, world: int, timeout: float, at: Callable[[], None]) -> Any:
+    """Train a window in whose forward the last rank does something between two meetings."""
+    model = net()
+    work = Workload(model, images(4), optimizer=Steps(model.parameters()), batchnorm="exact")
+    runner = Runner(work, plan_of_ranks(plan(), work, [(4, 4)] * world, rank), timeout_seconds=timeout)
+    runner.step(images(8))
+    if rank == world - 1:
+        model[3].register_forward_hook(lambda *_: at())  # type: ignore[index]
+    return _timed(lambda: runner.step(images(8)))
+
+
+def precisions(rank: int, world: int) -> Any:
+    """Single precision; and bf16 autocast with a scaler, of which one rank overflows in the second window."""
+    given = [(x.float(), y) for x, y in batches(64)]
+    found = {"fp32": trained(rank, ddp(net().float()), given, UNEVEN[world])}
+    model = net().float()
+    part, optimizer = slice_of(tuple(map(sum, UNEVEN[world])), rank), Steps(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    work = Workload(
+        model, rows(given[0], slice(0, 4)), optimizer=optimizer, batchnorm="exact", precision="bf16", scaler=scaler
+    )
+    runner = Runner(work, plan_of_ranks(plan(), work, UNEVEN[world], rank), timeout_seconds=TIMEOUT)
+    worst, stepped, scales = 0.0, [], []
+    for window in range(3):
+        twin = copy.deepcopy(model)
+        x, y = rows(given[0], part)
+        fails = window == 1 and rank == 1
+        result = runner.step((x * float("inf") if fails else x, y))
+        stepped.append(result.stepped)
+        scales.append(scaler.get_scale())
+        if window == 0:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                want, _ = at_once(twin, given[0], default_loss)
+            flat = [torch.cat([g.flatten() for g in side]) for side in (optimizer.seen[-1], want)]  # type: ignore[union-attr]
+            worst = distance(flat[:1], flat[1:])
+        if window == 1:  # the statistics of an infinite input last
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.reset_running_stats()
+    found["bf16"] = {"worst": worst, "equal": is_equal_everywhere(model), "stepped": stepped, "scales": scales}
+    return found
 
 
 # -- plans
@@ -454,3 +503,17 @@ def planned(rank: int, world: int) -> Any:
         "split": made.split, "own": result.split, "samples": result.samples, "statistics": apart(model, twin),
         "equal": is_equal_everywhere(model), "left": [name for name in vars(model[1]) if name == "forward"],  # type: ignore[index]
     }  # fmt: skip
+
+
+def planned_rows(rank: int, world: int) -> Any:
+    """A loss over the rows of all ranks needs to know how many."""
+
+    def work() -> Workload:
+        batch = vectors(8, torch.float32)
+        return Workload(Towers().float(), batch, loss=clip_loss, batch_interactions="exact")
+
+    limits: dict[str, Any] = {"budget": "4GiB", "verify": False, "max_micro_batch": 200, "check": False}
+    made = fit_plan(work(), target_batch=1600, **limits)
+    result = Runner(work(), made, timeout_seconds=TIMEOUT).step(vectors(800, torch.float32))
+    no_target = said_by(lambda: fit_plan(work(), **limits))
+    return {"samples": result.samples, "split": result.split, "no target": no_target}

@@ -23,7 +23,10 @@ GROUPS = {
 }
 SLOW_GROUPS = {
     "3": [*EXACT[1:], "dropout_of_lanes", "out_of_memory", "refused"],
-    "2": ["planned", "a_rank_is_killed"],
+    "2": ["planned", "planned_rows", "precisions"],
+    "2a": ["a_rank_stops_answering"],
+    "2b": ["a_rank_is_killed_in_its_forward"],
+    "3a": ["a_rank_is_killed"],
 }
 
 
@@ -152,8 +155,31 @@ def test_three_ranks_fail_as_two_do(said_slowly: dict[Any, Any]) -> None:
     check_retries(said_slowly, 3)
     for case in REFUSED:
         check_refused(said_slowly, 3, case)
-    for each in said_slowly["2"]["a_rank_is_killed"][:1]:
-        assert each["said"][0] == "RanksFailed" and each["said"][2] == 1 and each["seconds"] < 20, each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["a_rank_is_killed", "a_rank_is_killed_in_its_forward", "a_rank_stops_answering"])
+def test_a_rank_that_is_gone_ends_all(said_slowly: dict[Any, Any], case: str) -> None:
+    group = {"a_rank_is_killed": "3a", "a_rank_is_killed_in_its_forward": "2b"}.get(case, "2a")
+    for each in said_slowly[group][case][:-1]:
+        assert each["said"][0] == "RanksFailed" and each["said"][2] == int(group[0]) - 1, each
+        assert each["seconds"] < (12 if case == "a_rank_stops_answering" else 20), each
+
+
+@pytest.mark.slow
+def test_other_precisions_than_double(said_slowly: dict[Any, Any]) -> None:
+    ranks = of(said_slowly, 2, "precisions")
+    for each in ranks:
+        assert each["fp32"]["worst"] <= FP32 and each["fp32"]["equal"], each
+        assert each["bf16"]["worst"] <= 0.03 and each["bf16"]["equal"], each
+        assert each["bf16"]["stepped"] == [True, False, True] and each["bf16"]["scales"] == ranks[0]["bf16"]["scales"]
+
+
+@pytest.mark.slow
+def test_rows_of_all_ranks_are_planned_for_a_target(said_slowly: dict[Any, Any]) -> None:
+    for each in of(said_slowly, 2, "planned_rows"):
+        assert each["samples"] == 1600 and sum(each["split"]) == 800, each
+        assert "without a target batch" in each["no target"][1], each
 
 
 @pytest.mark.slow
@@ -172,7 +198,7 @@ def test_ranks_reserve_what_was_planned(tmp_path: Path) -> None:
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
     gpus = VirtualGpu(memory_bytes=4 << 30, devices=2, copies="all")
-    done = launch([*ranks, str(here / "rank_lanes_memory.py"), str(tmp_path)], gpus, env=env)
+    done = launch([*ranks, str(here / "rank_lanes_memory.py"), str(tmp_path), "norms"], gpus, env=env)
     assert done.wait(timeout=240) == 0
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     print(json.dumps(found))
@@ -181,3 +207,5 @@ def test_ranks_reserve_what_was_planned(tmp_path: Path) -> None:
         assert each["samples"] == [sum(SHARES)] * WINDOWS and each["splits"] == [each["planned"]] * WINDOWS
         assert each["failures"] == 0 and each["retries"] == [0] * WINDOWS and each["method"] == "replayed"
         assert abs(each["reserved"] - each["predicted"]) <= 0.02 * each["predicted"], each
+        assert each["short_samples"] == [sum(SHARES)] * WINDOWS and each["short_retried"] == [1, *[0] * (WINDOWS - 1)]
+    assert found[0]["short_retries"][0] >= 1 and found[1]["short_retries"] == [0] * WINDOWS

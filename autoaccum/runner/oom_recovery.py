@@ -108,21 +108,28 @@ class OomRecovery:
         _refuse_optimizer_step(attempt, failure)
         attempt.put_back()
         self._free_memory()
-        window, where = attempt.window, PHASE_TITLES.get(attempt.phase, "pass that counts")
-        if self._moves_more(where, failure):
-            return window
+        where = PHASE_TITLES.get(attempt.phase, "pass that counts")
         if attempt.phase == OPTIMIZER:  # still private to this rank
             where = "preparation of the reduction over ranks"
+        window = attempt.window if self._moves_more(where, failure) else self._smaller(attempt, where, failure)
+        if self.context.exchange is not None:
+            self.context.exchange.retries += 1
+            self.context.exchange.ask_to_start_over()
+        return window
+
+    def _smaller(self, attempt: Attempt, where: str, failure: str) -> Window:
+        """Return the window in smaller micro-batches.
+
+        Raises:
+            OutOfMemory: They can't be smaller.
+        """
+        window = attempt.window
         failed = failed_samples(window, attempt.micro_batches_begun, self.sizing.limits)
         if failed <= self.sizing.least:
             raise self._smallest_fails(failed, where, failure)
-        if self.context.exchange is not None:
-            self.context.exchange.retries += 1
         smaller, lowered = self.sizing.shrink(window, attempt.micro_batches_begun)
         if smaller.sizes == window.sizes:
             raise self._cannot_be_cut(failed, where, failure)
-        if self.context.exchange is not None:
-            self.context.exchange.ask_to_start_over()
         log.warning(
             "Out of memory in the %s of a window with micro-batches of %d (%s). The window starts over with at most "
             "%d, and so do the next ones; its gradient is still that of all %d samples.",
