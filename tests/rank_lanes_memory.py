@@ -26,7 +26,7 @@ from autoaccum import Runner, Workload, fit_plan
 from autoaccum.devices.virtual import control
 
 SHARES, WINDOWS, BUDGET = (128, 24), 3, "768MiB"
-ROWS = 24  # of these: a contrastive loss over so many times as many samples
+ROWS = 8  # of these: a contrastive loss over so many times as many samples
 
 
 def normalized(rank: int) -> tuple[Workload, Any]:
@@ -39,8 +39,8 @@ def normalized(rank: int) -> tuple[Workload, Any]:
 
 def contrastive(rank: int) -> tuple[Workload, Any]:
     """Make vectors for a loss over the rows of all ranks."""
-    wide = [layer for _ in range(6) for layer in (nn.Linear(4096, 4096), nn.Tanh())]
-    model = nn.Sequential(nn.Linear(16, 4096), *wide, nn.Linear(4096, 64)).cuda()
+    wide = [layer for _ in range(6) for layer in (nn.Linear(1024, 1024), nn.Tanh())]
+    model = nn.Sequential(nn.Linear(16, 1024), *wide, nn.Linear(1024, 64)).cuda()
     batch = torch.ones(ROWS * SHARES[rank], 16)
 
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ def main(folder: str, what: str) -> None:
         target_batch=sum(shares),
         shares=shares,
         check=False,
-        budget=(BUDGET if what == "norms" else "1500MiB"),
+        budget=(BUDGET if what == "norms" else "640MiB"),
         headroom=0,
     )
     runner = Runner(work, plan, timeout_seconds=60)
@@ -72,11 +72,11 @@ def main(folder: str, what: str) -> None:
     results = [runner.step(batch) for _ in range(WINDOWS)]
     failures, reserved = control.stats(rank).failures, torch.cuda.max_memory_reserved()
     dist.barrier()
-    if rank == 0:
+    if rank == 0 and what == "norms":
         torch.cuda.empty_cache()
         needed = reserved - torch.cuda.memory_reserved()
         control.set_other(0, torch.cuda.mem_get_info()[0] - needed * 3 // 5)
-    short = [runner.step(batch) for _ in range(WINDOWS)]
+    short = [runner.step(batch) for _ in range(WINDOWS if what == "norms" else 0)]
     found = {
         "planned": plan.split, "splits": [each.split for each in results], "method": plan.method,
         "retries": [each.retries for each in results], "samples": [each.samples for each in results],

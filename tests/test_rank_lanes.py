@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers_train import FP32, FP64, base_plan
 from rank_groups import run_groups
-from rank_lanes_memory import SHARES, WINDOWS
+from rank_lanes_memory import ROWS, SHARES, WINDOWS
 from test_rank_faults import check_schedules
 
 from autoaccum.devices.virtual import VirtualGpu, available, launch
@@ -192,20 +192,26 @@ def test_ranks_plan_lanes_alone(said_slowly: dict[Any, Any], tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(available() is not None, reason=str(available()))
-def test_ranks_reserve_what_was_planned(tmp_path: Path) -> None:
-    """Two virtual GPUs, DistributedDataParallel and SyncBatchNorm: several lanes on one, one lane on the other."""
+@pytest.mark.parametrize("what", ["norms", "rows"])
+def test_ranks_reserve_what_was_planned(tmp_path: Path, what: str) -> None:
+    """Two virtual GPUs: DistributedDataParallel and SyncBatchNorm, several lanes on one; a loss over all rows."""
     here = Path(__file__).parent
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
     gpus = VirtualGpu(memory_bytes=4 << 30, devices=2, copies="all")
-    done = launch([*ranks, str(here / "rank_lanes_memory.py"), str(tmp_path), "norms"], gpus, env=env)
+    done = launch([*ranks, str(here / "rank_lanes_memory.py"), str(tmp_path), what], gpus, env=env)
     assert done.wait(timeout=240) == 0
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     print(json.dumps(found))
+    samples = sum(SHARES) * (1 if what == "norms" else ROWS)
+    for each in found:
+        assert each["samples"] == [samples] * WINDOWS and each["splits"] == [each["planned"]] * WINDOWS
+        assert each["failures"] == 0 and each["retries"] == [0] * WINDOWS
+        assert abs(each["reserved"] - each["predicted"]) <= 0.02 * each["predicted"], each
+    if what == "rows":
+        return
     assert len(found[0]["planned"]) > 1 and found[1]["planned"] == [SHARES[1]]
     for each in found:
-        assert each["samples"] == [sum(SHARES)] * WINDOWS and each["splits"] == [each["planned"]] * WINDOWS
-        assert each["failures"] == 0 and each["retries"] == [0] * WINDOWS and each["method"] == "replayed"
-        assert abs(each["reserved"] - each["predicted"]) <= 0.02 * each["predicted"], each
+        assert each["method"] == "replayed"
         assert each["short_samples"] == [sum(SHARES)] * WINDOWS and each["short_retried"] == [1, *[0] * (WINDOWS - 1)]
     assert found[0]["short_retries"][0] >= 1 and found[1]["short_retries"] == [0] * WINDOWS

@@ -55,7 +55,7 @@ from .request import PlanRequest
 from .resolved_request import SEARCH_LIMIT, ResolvedRequest, resolve
 from .short_rows import most_short_rows
 from .solution import guess
-from .target import RecordingTarget
+from .target import RecordingTarget, one_after_the_other
 from .target_tokens import tokens_to_samples
 from .trial import compile_at_answer
 from .verify import solve_and_verify
@@ -251,7 +251,7 @@ def _plan_samples(
                 return procession.follow(subject, start_over)
         start_over()
         recording = stack.enter_context(contextlib.ExitStack())
-        recording.enter_context(lanes.one_after_the_other(context))
+        recording.enter_context(one_after_the_other(context))
         filled_bytes += stack.enter_context(environment.device.holes_filled(threshold))  # where gradients were
         subject = replace(subject, heap_before=environment.device.read_heap(), filled_bytes=filled_bytes)
         compiles = plan_request.verify and compiled.runs_compiled(context)
@@ -280,10 +280,11 @@ def _plan_samples(
 def _context_of(workload: Workload, request: ResolvedRequest, plan_request: PlanRequest) -> step.TrainingContext:
     """Return the context of what is recorded."""
     context = step.open_context(replace(workload, scheduler=None))  # it may allow few steps, and uses no memory
-    context.window_samples = request.samples
-    if plan_request.exchanges:
-        context.window_samples = plan_request.target_batch  # a loss over representations has those of all ranks
-        context.exchange = Alone(reduction_of(context), plan_request.world_size)
+    exchanges = plan_request.exchanges  # then a loss over representations has those of all ranks
+    context.window_samples = plan_request.target_batch if exchanges else request.samples
+    if exchanges:
+        exchange = Alone(reduction_of(context), plan_request.world_size)
+        context.exchange, context.gathers_absent = exchange, context.runs_in_lanes
     return context
 
 

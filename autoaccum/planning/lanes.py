@@ -13,7 +13,6 @@ need, until one fits; then fewer steps are tried between the last that didn't an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,18 +74,6 @@ class LanesFound:
 def host_limit_bytes(request: PlanRequest) -> int | None:
     """Return the host memory that saved tensors may use, if named."""
     return None if request.host_memory is None else parse_bytes(request.host_memory, what="an amount of host memory")
-
-
-@contextmanager
-def one_after_the_other(context: TrainingContext) -> Iterator[None]:
-    """Run the window's micro-batches without lanes meanwhile, to record them."""
-    before = context.batchnorm, context.batch_interactions
-    if context.runs_in_lanes:
-        context.batchnorm = context.batch_interactions = None
-    try:
-        yield
-    finally:
-        context.batchnorm, context.batch_interactions = before
 
 
 def solve_in_lanes(predictor: MemoryPredictor, start_over: Callable[[], None], *, verify: bool) -> LanesFound:

@@ -18,7 +18,7 @@ from ..simulation.program import as_recorded
 from ..simulation.recording import Event, Recording, kept_blocks
 from .evidence import Evidence
 from .growth import probe
-from .target import RecordingTarget
+from .target import RecordingTarget, one_after_the_other
 from .windows import window_simulator
 
 FIRST_STEP_SAMPLES = 2  # batch statistics need two
@@ -108,6 +108,11 @@ def add_recording(subject: RecordingTarget, evidence: Evidence, n: int) -> float
     Returns:
         The relative error of the peak that was predicted before; None where none was predicted.
     """
+    with one_after_the_other(subject.context):  # also while a window in lanes is verified
+        return _added(subject, evidence, n)
+
+
+def _added(subject: RecordingTarget, evidence: Evidence, n: int) -> float | None:
     simulator = window_simulator(subject, evidence)
     predicted = simulator.replay((n, n)).peak_bytes if evidence.has_program else None
     restore_state(subject, evidence)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,18 @@ class RecordingTarget:
     def _bytes_here(tensors: Iterable[torch.Tensor]) -> int:
         """Return the bytes of tensors, without shards that FSDP2 keeps elsewhere."""
         return sum(local_bytes(each) for each in tensors if device_of(each).type == each.device.type)
+
+
+@contextlib.contextmanager
+def one_after_the_other(context: step.TrainingContext) -> Iterator[None]:
+    """Run the window's micro-batches without lanes meanwhile, to record them."""
+    before = context.batchnorm, context.batch_interactions
+    if context.runs_in_lanes:
+        context.batchnorm = context.batch_interactions = None
+    try:
+        yield
+    finally:
+        context.batchnorm, context.batch_interactions = before
 
 
 def _tensor_bytes(batch: Batch) -> int:

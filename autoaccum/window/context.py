@@ -73,6 +73,7 @@ class TrainingContext:
             all.
         on_stretch: While planning: called where a lane's stretch between two meetings begins, and a meeting, with its
             name, the meetings before it, and the lane (-1 for all).
+        gathers_absent: While planning for ranks: whether `gather_window` gives rows for those that aren't here.
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
             for. Only a loss over all its representations asks.
     """
@@ -108,6 +109,7 @@ class TrainingContext:
     keeps_workspaces: bool = False
     has_begun: bool = False
     window_samples: int | None = None
+    gathers_absent: bool = False
     configuration: str | None = None
     pins_memory: bool = False
     exchange: Alone | None = None
@@ -121,6 +123,10 @@ class TrainingContext:
 
     def __post_init__(self) -> None:
         self.copies = Copies(self.device, ahead=self.pins_memory)
+
+    def absent_rows(self, samples: int) -> float:
+        """Return the absent ranks' rows for each of so many samples."""
+        return max(0.0, (self.window_samples or 0) / samples - 1) if self.gathers_absent else 0.0
 
     @property
     def runs_in_lanes(self) -> bool:

@@ -24,6 +24,7 @@ from . import cached_representations, fp32_accumulation, loss_terms
 from . import norms as batchnorm
 from .context import TrainingContext, autocast, encode, forward, open_context
 from .forward_only import forward_only
+from .lanes.gather import gathering_absent
 from .lanes.training import train_in_lanes
 from .loss_form import LossKind, settle_loss_form, window_count
 from .micro_batch import Course, backward, is_nothing, keywords, part_of_window, release_workspaces, that_count
@@ -90,7 +91,7 @@ def train_window(
                 with phase(FIRST):
                     window_loss, total = train_in_lanes(Course(context, form, norms), pieces, sizes, total, samples)
             for index, (piece, size) in enumerate(() if in_lanes else zip(pieces, sizes, strict=True)):
-                with phase(FIRST if index == 0 else LATER):
+                with phase(FIRST if index == 0 else LATER), gathering_absent(context.absent_rows(size)):
                     if context.encode is not None and steps > 1:
                         cache = cache or _all_representations(context, norms, pieces)
                         loss = _from_cache(context, norms, cache, index, piece)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,7 +12,23 @@ import torch
 from ...errors import UsageError
 from .baton import Request, current_lane
 from .interception import Meetings
-from .over_ranks import gather_rows
+from .over_ranks import absent_rows, gather_rows
+
+_absent: ContextVar[float] = ContextVar("absent", default=0.0)
+
+
+@contextlib.contextmanager
+def gathering_absent(absent: float) -> Iterator[None]:
+    """Give rows of ranks that aren't here, without lanes: while planning.
+
+    Args:
+        absent: Rows for each one that is here; 0 for none.
+    """
+    token = _absent.set(absent)
+    try:
+        yield
+    finally:
+        _absent.reset(token)
 
 
 def gather_window(tensor: torch.Tensor) -> torch.Tensor:
@@ -32,7 +51,8 @@ def gather_window(tensor: torch.Tensor) -> torch.Tensor:
     """
     lane = current_lane()
     if lane is None:
-        return tensor
+        absent = _absent.get()
+        return torch.cat([tensor, absent_rows(tensor, absent)]) if absent else tensor
     if tensor.dim() == 0:
         raise UsageError(
             "gather_window was given a tensor without dimensions.",

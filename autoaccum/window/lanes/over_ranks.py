@@ -96,7 +96,7 @@ class RankMeeting:
             if rows
         ]
         if self.absent:
-            parts.append(own.new_zeros(round(len(own) * self.absent), *own.shape[1:]))
+            parts.append(absent_rows(own, self.absent))
         return parts, sum(rows for rows, _ in found[:rank])
 
     def summed_rows(self, gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
@@ -154,6 +154,11 @@ class GatherRows(torch.autograd.Function):
 def gather_rows(meeting: RankMeeting, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply `GatherRows`."""
     return cast(tuple[torch.Tensor, torch.Tensor], GatherRows.apply(meeting, *values))
+
+
+def absent_rows(own: torch.Tensor, absent: float) -> torch.Tensor:
+    """Return zeros in place of absent ranks' rows."""
+    return own.new_zeros(round(len(own) * absent), *own.shape[1:])
 
 
 def anchor_on(device: torch.device) -> torch.Tensor:

@@ -13,7 +13,6 @@ import torch
 from ...data import tree
 from ...devices.registry import get_device
 from ...errors import UsageError
-from ...ranks.exchange import Exchange
 from ...torch_compat import write_count
 from ...workload import Batch
 from .. import loss_terms
@@ -106,10 +105,8 @@ def _train(
 
 def _meetings(context: TrainingContext, sizes: Sequence[int]) -> Meetings:
     """Return the meetings of a window to come."""
-    meetings = Meetings(BackwardOrder(len(sizes)), *_identities(context.norms), ranks=context.exchange)
-    if context.exchange is not None and not isinstance(context.exchange, Exchange) and context.window_samples:
-        meetings.absent = max(0.0, context.window_samples / sum(sizes) - 1)
-    return meetings
+    order, absent = BackwardOrder(len(sizes)), context.absent_rows(sum(sizes))
+    return Meetings(order, *_identities(context.norms), ranks=context.exchange, absent=absent)
 
 
 def _backward(context: TrainingContext, meetings: Meetings, loss: torch.Tensor | None) -> None:
