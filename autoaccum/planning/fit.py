@@ -283,8 +283,7 @@ def _context_of(workload: Workload, request: ResolvedRequest, plan_request: Plan
     exchanges = plan_request.exchanges  # then a loss over representations has those of all ranks
     context.window_samples = plan_request.target_batch if exchanges else request.samples
     if exchanges:
-        exchange = Alone(reduction_of(context), plan_request.world_size)
-        context.exchange, context.gathers_absent = exchange, context.runs_in_lanes
+        context.exchange = Alone(reduction_of(context), plan_request.world_size)
     return context
 
 

@@ -55,13 +55,14 @@ class Alone:
         world: Number of ranks.
 
     Attributes:
+        trains: Whether the other ranks are here.
         in_step: Whether forward and backward are collectives, so that all ranks run them together (FSDP2).
         loss_factor: What the loss is multiplied by for what others divide gradients by.
         calls: How often each normalization whose statistics are merged was called, on the rank that did most often.
         rank: This one's place among those that meet.
     """
 
-    in_step = False
+    in_step = trains = False
     loss_factor = 1.0
     calls: tuple[int, ...] = ()
     rank = 0
@@ -138,6 +139,8 @@ class Exchange(Alone):
         is_private: Whether this rank may still start over.
         has_met: Whether all ranks start over, if one does.
     """
+
+    trains = True
 
     def __init__(self, control: Control, reduction: Reduction, *, meets: bool = False) -> None:
         super().__init__(reduction, control.world)

@@ -63,6 +63,7 @@ class TrainingContext:
         pins_memory: Whether the workload's loader pins memory, so that copies to a GPU can overlap with computing.
         exchange: What a window exchanges with other ranks; None on one rank.
         copies: Brings micro-batches to the device.
+        gathers: Whether `gather_window` gives the rows of the whole window, unless it is recorded without lanes.
         batch_interactions: "exact" where the micro-batches of a window run in lanes that meet where samples interact.
         lanes: The lanes' threads, once there are any.
         host_store: Where lanes on a GPU keep what they save for the backward, once they have.
@@ -73,7 +74,6 @@ class TrainingContext:
             all.
         on_stretch: While planning: called where a lane's stretch between two meetings begins, and a meeting, with its
             name, the meetings before it, and the lane (-1 for all).
-        gathers_absent: While planning for ranks: whether `gather_window` gives rows for those that aren't here.
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
             for. Only a loss over all its representations asks.
     """
@@ -109,7 +109,7 @@ class TrainingContext:
     keeps_workspaces: bool = False
     has_begun: bool = False
     window_samples: int | None = None
-    gathers_absent: bool = False
+    gathers: bool = field(init=False)
     configuration: str | None = None
     pins_memory: bool = False
     exchange: Alone | None = None
@@ -122,11 +122,14 @@ class TrainingContext:
     copies: Copies = field(init=False)
 
     def __post_init__(self) -> None:
+        self.gathers = self.runs_in_lanes
         self.copies = Copies(self.device, ahead=self.pins_memory)
 
     def absent_rows(self, samples: int) -> float:
         """Return the absent ranks' rows for each of so many samples."""
-        return max(0.0, (self.window_samples or 0) / samples - 1) if self.gathers_absent else 0.0
+        if not self.gathers or self.exchange is None or self.exchange.trains:
+            return 0.0
+        return max(0.0, (self.window_samples or 0) / samples - 1)
 
     @property
     def runs_in_lanes(self) -> bool:
