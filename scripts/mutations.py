@@ -266,7 +266,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ("gathered parameters' gradients kept after a failure", 'autoaccum/ranks/sharded.py', '    model.zero_grad(set_to_none=True)\n    for root in roots:\n        if', '    for root in roots:\n        if', ('tests/test_sharded.py', '-k', 'unfinished')),
     ('every backward is reduced while ranks plan apart', 'autoaccum/ranks/sharded.py', 'stack.enter_context(module.no_sync())', 'pass', ('tests/test_sharded.py', '-k', 'leaves_a_spread')),
     ('small answers follow from larger sizes', 'autoaccum/planning/evidence.py', 'if n is not None and self.is_small(n):', 'if False:', ('tests/test_small_answers.py',)),
-    ("another number of ranks' shards are these ones", 'autoaccum/ranks/shard_sizes.py', 'found[width * entries[0]] = width * entries[1]\n', 'found[width * entries[0]] = width * entries[0]\n', ('tests/test_sharded.py', '-k', 'other_ranks')),
+    ("another number of ranks' shards are these ones", 'autoaccum/ranks/shard_sizes.py', 'found.shards[width * entries[0]] = width * entries[1]\n', 'found.shards[width * entries[0]] = width * entries[0]\n', ('tests/test_sharded.py', '-k', 'other_ranks')),
     ('shards on the host are moved to the GPU', 'autoaccum/planning/new_process.py', 'if not keeps_shards_on_host(workload.model):', 'if True:', ('tests/test_sharded_memory.py', '-m', 'slow', '-k', 'offload')),
     ('tokens for samples', 'autoaccum/planning/target_tokens.py', 'samples = round(request.target_tokens / tokens)', 'samples = request.target_tokens', ('tests/test_cluster.py', '-k', 'nearest')),
     ('blocks within blocks are sharded, too', 'autoaccum/window/blocks.py', 'if id(block) not in inside and any', 'if any', ('tests/test_cluster.py', '-k', 'encoder')),

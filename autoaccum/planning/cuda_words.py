@@ -136,14 +136,15 @@ def _more_ranks(predictor: CudaPredictor, needed_bytes: int) -> list[str]:
     buffers = sum(local_bytes(buffer) for buffer in model.buffers())
     shards = predictor.static_bytes - buffers
     room = predictor.budget.bytes - (needed_bytes - shards)
-    if room <= 0:
+    guess = -(-shards * ranks // room) if room > 0 else 2 * ranks
+    found, how = least_ranks(predictor, guess), "its smallest window replayed with their shards"
+    if found is None:
+        found, how = guess if room > 0 else 0, "an estimate"
+    if not found:
         return [
             f"a smaller sample or activation checkpointing: what no number of ranks shares, gathered blocks and "
             f"activations, is {show_bytes(needed_bytes - shards)}"
         ]
-    guess = -(-shards * ranks // room)
-    found = least_ranks(predictor, guess)
-    found, how = (guess, "an estimate") if found is None else (found, "its smallest window replayed with their shards")
     nodes = -(-found // RANKS_A_NODE) * RANKS_A_NODE
     whole = f", {nodes} in whole nodes of {RANKS_A_NODE}" if found > RANKS_A_NODE and nodes > found else ""
     return [

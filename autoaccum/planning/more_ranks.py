@@ -6,20 +6,21 @@ So the blocks of what was recorded get the sizes that other ranks give them, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..ranks.shard_sizes import sizes_on, world_of
+from ..phases import FIRST, OPTIMIZER
+from ..ranks.shard_sizes import Sizes, sizes_on, world_of
 from ..ranks.sharded import sharded_modules
 from ..simulation.program import Step, StepProgram
-from ..simulation.recording import Event, Phase, Recording
+from ..simulation.recording import Event, Phase, Recording, kept_blocks
 from .predictor import VERIFIED_STEPS
 
 if TYPE_CHECKING:
     from .predictor_cuda import CudaPredictor
 
-MOST_TIMES = 4  # the first guess: beyond that, ranks don't help
+MOST_TIMES = 64  # the ranks that are asked for: where that many don't suffice, what isn't sharded is too large
 
 
 def least_ranks(predictor: CudaPredictor, guess: int) -> int | None:
@@ -30,16 +31,16 @@ def least_ranks(predictor: CudaPredictor, guess: int) -> int | None:
         guess: An estimate, to begin with.
 
     Returns:
-        The ranks; None where sizes on other ranks are not known, or four times the guess don't suffice.
+        The ranks; 0 where 64 times as many don't suffice, None where sizes on other ranks are not known.
     """
-    low, most = predictor.request.world_size, MOST_TIMES * guess
     if not _can_be_resized(predictor):
         return None
-    high, step = max(guess, low + 1), 1
+    low = predictor.request.world_size
+    high, most = max(guess, low + 1), max(guess, MOST_TIMES * low)
     while not fits_on(predictor, high):
         if high >= most:
-            return None
-        low, high, step = high, min(most, high + step), 2 * step
+            return 0
+        low, high = high, min(most, 2 * high)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits_on(predictor, middle) else (middle, high)
@@ -49,20 +50,20 @@ def least_ranks(predictor: CudaPredictor, guess: int) -> int | None:
 def fits_on(predictor: CudaPredictor, ranks: int) -> bool:
     """Return whether the smallest window fits each of so many ranks."""
     request, evidence = predictor.request, predictor.evidence
-    sizes = sizes_on(predictor.subject.context.model, ranks)
     assert evidence.first_step is not None
-    there = replace(
+    there = _Resizing(sizes_on(predictor.subject.context.model, ranks), evidence.first_step)
+    resized = replace(
         evidence,
-        first_step=_recording_on(evidence.first_step, sizes),
-        first_step_events=_events_on(evidence.first_step_events, sizes),
+        first_step=there.recording(evidence.first_step),
+        first_step_events=there.events(evidence.first_step_events, OPTIMIZER),
         small_recordings=[],
-        _program=_program_on(evidence.program(request.least), sizes),
+        _program=there.program(evidence.program(request.least)),
     )
-    model_events = _events_on(predictor.model_events, sizes)
+    model_events = there.events(predictor.model_events, OPTIMIZER)
     request = replace(request, world_size=ranks, histories=("new_process",))
     samples = request.least if request.target_batch is None else max(1, request.target_batch // ranks)
     split = (request.least,) * min(VERIFIED_STEPS, max(1, samples // request.least))
-    return replace(predictor, evidence=there, model_events=model_events, request=request).fits(split)
+    return replace(predictor, evidence=resized, model_events=model_events, request=request).fits(split)
 
 
 def _can_be_resized(predictor: CudaPredictor) -> bool:
@@ -74,29 +75,51 @@ def _can_be_resized(predictor: CudaPredictor) -> bool:
     return flat and predictor.evidence.has_program and predictor.evidence.first_step is not None
 
 
-def _program_on(program: StepProgram, sizes: Mapping[int, int]) -> StepProgram:
-    """Return a program whose constant sizes are those of other ranks."""
-    return replace(
-        program,
-        first_step_events=_events_on(program.first_step_events, sizes),
-        phases={name: _steps_on(steps, sizes) for name, steps in program.phases.items()},
-        leftover=_steps_on(program.leftover, sizes),
-    )
+class _Resizing:
+    """Give blocks the sizes that other ranks give them.
 
+    Where a size is that of a shard and of something gathered, it is a shard's in the optimizer's step, and on the
+    stream on which gradients are reduced.
 
-def _steps_on(steps: Iterable[Step], sizes: Mapping[int, int]) -> tuple[Step, ...]:
-    return tuple(
-        step
-        if step.rule is None or step.rule.per_sample or step.rule.per_pair
-        else step._replace(rule=step.rule._replace(constant=sizes.get(step.rule.constant, step.rule.constant)))
-        for step in steps
-    )
+    Args:
+        sizes: The sizes on other ranks.
+        first_step: The first window, whose first micro-batch leaves reduced gradients behind.
+    """
 
+    def __init__(self, sizes: Sizes, first_step: Recording) -> None:
+        self._sizes = sizes
+        left = [event for phase in first_step.phases if phase.name == FIRST for event in kept_blocks(phase.events)]
+        self._reducing = {event.stream for event in left if event.stream and event.bytes in sizes.shards}
 
-def _recording_on(recording: Recording, sizes: Mapping[int, int]) -> Recording:
-    phases = tuple(Phase(phase.name, _events_on(phase.events, sizes)) for phase in recording.phases)
-    return replace(recording, phases=phases)
+    def _size(self, size: int, stream: int, phase: str) -> int:
+        sizes = self._sizes
+        if phase == OPTIMIZER or stream in self._reducing:
+            return sizes.shards.get(size) or sizes.gathered.get(size, size)
+        return sizes.gathered.get(size) or sizes.shards.get(size, size)
 
+    def program(self, program: StepProgram) -> StepProgram:
+        """Return a program whose constant sizes are those of other ranks."""
+        return replace(
+            program,
+            first_step_events=self.events(program.first_step_events, OPTIMIZER),
+            phases={name: self._steps(steps, name) for name, steps in program.phases.items()},
+            leftover=self._steps(program.leftover, OPTIMIZER),
+        )
 
-def _events_on(events: Iterable[Event], sizes: Mapping[int, int]) -> tuple[Event, ...]:
-    return tuple(e._replace(bytes=sizes.get(e.bytes) or -sizes.get(-e.bytes, -e.bytes)) for e in events)
+    def _steps(self, steps: Iterable[Step], phase: str) -> tuple[Step, ...]:
+        return tuple(
+            step
+            if step.rule is None or step.rule.per_sample or step.rule.per_pair
+            else step._replace(rule=step.rule._replace(constant=self._size(step.rule.constant, step.stream, phase)))
+            for step in steps
+        )
+
+    def recording(self, recording: Recording) -> Recording:
+        """Return a recording with the sizes of other ranks."""
+        phases = tuple(Phase(phase.name, self.events(phase.events, phase.name)) for phase in recording.phases)
+        return replace(recording, phases=phases)
+
+    def events(self, events: Iterable[Event], phase: str) -> tuple[Event, ...]:
+        """Return events with the sizes of other ranks."""
+        found = ((event, self._size(abs(event.bytes), event.stream, phase)) for event in events)
+        return tuple(event._replace(bytes=size if event.bytes > 0 else -size) for event, size in found)

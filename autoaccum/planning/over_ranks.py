@@ -129,8 +129,8 @@ class _Agreement:
         if self.wish in (SPEED, MEMORY) or request.objective != FEWEST_STEPS:
             raise UsageError(
                 f"shares={self.wish!r} and objective={request.objective!r} were given for a sharded model.",
-                "Its ranks run their micro-batches at the same time, each with the others' shards: no time and no "
-                "memory is one rank's alone.",
+                "Its ranks run their micro-batches at the same time, each with the others' shards: no time is one "
+                "rank's alone, and the first rank plans for all.",
                 "Leave them out, or give each rank's samples: shares=(384, 128).",
             )
         target = request.target_batch

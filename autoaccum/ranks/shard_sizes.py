@@ -8,7 +8,7 @@ all ranks, from and into one of this rank's (torch/distributed/fsdp/_fully_shard
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,16 +17,28 @@ from .sharded import sharded_modules
 OTHER_ELEMENT_BYTES = (2, 4)  # beside a parameter's own: gathered in bf16, reduced in fp32
 
 
-def sizes_on(model: nn.Module, ranks: int) -> dict[int, int]:
-    """Return blocks' bytes on other ranks, by their bytes here.
+class Sizes(NamedTuple):
+    """Hold blocks' bytes on other ranks, by their bytes here.
 
-    They are those that shards fill, or gathered shards.
+    One size may be in both: on two ranks, what is gathered in bf16 is as large as its shard in fp32.
+
+    Attributes:
+        shards: Of this rank's shards.
+        gathered: Of the shards of all ranks.
+    """
+
+    shards: dict[int, int]
+    gathered: dict[int, int]
+
+
+def sizes_on(model: nn.Module, ranks: int) -> Sizes:
+    """Return the sizes of blocks that shards fill, on other ranks.
 
     Args:
         model: A model that `fully_shard` was applied to, on a mesh of one dimension.
         ranks: The other number of ranks.
     """
-    found: dict[int, int] = {}
+    found = Sizes({}, {})
     taken: set[int] = set()
     for module in reversed(sharded_modules(model)):  # inner ones first: a parameter belongs to the innermost
         own = [p for p in module.parameters() if id(p) not in taken]
@@ -35,8 +47,8 @@ def sizes_on(model: nn.Module, ranks: int) -> dict[int, int]:
         for parts in (own, *([p] for p in own)):
             entries = sum(_entries(p, here) for p in parts), sum(_entries(p, ranks) for p in parts)
             for width in {*OTHER_ELEMENT_BYTES, *(p.element_size() for p in parts)}:
-                found[width * entries[0]] = width * entries[1]
-                found[width * entries[0] * here] = width * entries[1] * ranks
+                found.shards[width * entries[0]] = width * entries[1]
+                found.gathered[width * entries[0] * here] = width * entries[1] * ranks
     return found
 
 
