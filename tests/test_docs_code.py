@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,3 +145,62 @@ def test_commands_have_the_options_that_the_pages_give_them(page: Path) -> None:
             command.make_context(name, arguments)
         except Exception as error:
             pytest.fail(f"{page.name}: {line}: {error}")
+
+
+# Commands that another test runs, or that need what a test machine lacks.
+NOT_RUN_HERE = {
+    "--device cuda": "a GPU",
+    "--parallel": "tests/test_cluster.py",
+    "autoaccum bench": "tests/test_bench.py",
+    "autoaccum tune": "tests/test_tune.py",
+    "autoaccum run tuned.json": "tests/test_tune.py",
+    "tests/replay_fuzz.py": "tests/test_caching_allocator.py",
+}
+TRAIN = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from autoaccum import Workload
+
+def language(device="cpu"):
+    ids = torch.randint(60, (4, 128))
+    model = nn.Sequential(nn.Embedding(60, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 60))
+    loss = lambda m, batch: cross_entropy(m(batch[0]).flatten(0, 1), batch[1].flatten())
+    return Workload(model, (ids, ids), loss=loss, optimizer="adamw")
+
+work = workload = language
+"""
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 500}
+TINY["max_position_embeddings"] = 8192
+CONFIGURATIONS = {
+    "config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **TINY},
+    "llama/config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **TINY},
+    "gpt2/config.json": {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2,
+    },
+    "ds.json": {"zero_optimization": {"stage": 2}},
+}  # fmt: skip
+
+
+def run_here(line: str) -> bool:
+    return not any(part in line for part in NOT_RUN_HERE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", [p for p in PAGES if any(map(run_here, commands(p)))], ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    """As they stand there, one after the other, with small models in the files that they name."""
+    if (reason := virtual.available()) is not None and "gpu" in page.read_text():
+        pytest.skip(reason)
+    (tmp_path / "train.py").write_text(TRAIN)
+    for name, content in CONFIGURATIONS.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for line in filter(run_here, commands(page)):
+        words = [sys.executable if word == "python" else word for word in shlex.split(line)]
+        words = [each for word in words for each in ([sys.executable, "-m", word] if word == "autoaccum" else [word])]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+        assert done.returncode == 0, f"{page.name}: {line}\n{done.stdout}{done.stderr}"
