@@ -33,6 +33,7 @@ TARGET, PIXELS = 128, 48
         "what_fits_the_device_stays_there",
         "what_stays_moves_after_an_out_of_memory",
         "a_small_host_is_refused",
+        "a_small_host_takes_more_lanes",
         "copies_wait_and_are_waited_for",
         "what_was_copied_comes_back",
         "it_is_planned_without_running_it",
@@ -164,6 +165,16 @@ def a_small_host_is_refused() -> None:
         assert "more than 100.0 MiB on the host" in str(error), error
         return
     raise AssertionError("it was planned")
+
+
+def a_small_host_takes_more_lanes() -> None:
+    work, asked = workload(), {"target_batch": TARGET, "budget": 790 << 20, "check": False}
+    plain = fit_plan(work, **asked)
+    plan = fit_plan(work, **asked, host_memory="300MiB")
+    assert plain.memory.host_bytes > 300 << 20 >= plan.memory.host_bytes > 0
+    assert plan.accumulation_steps > plain.accumulation_steps and plan.method == "replayed"
+    assert plan.memory.stayed_bytes > plain.memory.stayed_bytes and "the host may not hold the rest" in str(plan)
+    reserves_what_was_planned(work, plan)
 
 
 def copies_wait_and_are_waited_for() -> None:

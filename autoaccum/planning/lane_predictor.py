@@ -44,6 +44,7 @@ class LanePredictor:
         bytes_per_sample: What moves to the host: saved tensors of at least so many bytes for each sample of their lane,
             so that short lanes move what long ones will.
         parts: Of how many parts of each lane; None for all.
+        host_limit_bytes: What may be moved there; None for no limit.
         windows: What was recorded.
         programs: What was lifted, by number of lanes up to `SHORT`; one for all that have more.
     """
@@ -52,6 +53,7 @@ class LanePredictor:
     start_over: Callable[[], None]
     bytes_per_sample: int
     parts: int | None = None
+    host_limit_bytes: int | None = None
     windows: list[LaneWindow] = field(default_factory=list)
     programs: dict[int, LaneProgram] = field(default_factory=dict)
     _composed: tuple[Split, Recording] | None = None  # the last one: a long window's is large
@@ -59,7 +61,7 @@ class LanePredictor:
 
     def moving(self, bytes_per_sample: int, parts: int | None = None) -> LanePredictor:
         """Return a predictor of windows that move something else."""
-        return LanePredictor(self.plain, self.start_over, bytes_per_sample, parts)
+        return LanePredictor(self.plain, self.start_over, bytes_per_sample, parts, self.host_limit_bytes)
 
     # Recording
 
@@ -74,9 +76,11 @@ class LanePredictor:
         Raises:
             NotRegular: Larger windows are another program.
         """
-        n, lanes = prime_near(int(NEAR_FRACTION * split[0])), min(len(split), FEW)
-        if n > self.largest(split) and self.peak_bytes((n,) * lanes, THIS_PROCESS) <= self.plain.usable_bytes:
-            self.add(n, lanes)
+        near = (prime_near(int(NEAR_FRACTION * split[0])),) * min(len(split), FEW)
+        if near[0] <= self.largest(split) or not self.host_holds(near):
+            return
+        if self.peak_bytes(near, THIS_PROCESS) <= self.plain.usable_bytes:
+            self.add(near[0], len(near))
 
     def largest(self, split: Split) -> int:
         """Return the largest micro-batch that was recorded in windows like a split's."""
@@ -204,6 +208,10 @@ class LanePredictor:
     def host_bytes(self, split: Split) -> int:
         """Return the buffers that hold what the window moves to the host."""
         return buffer_bytes(self.moved_sizes(split))
+
+    def host_holds(self, split: Split) -> bool:
+        """Return whether the host may hold what a window moves."""
+        return self.host_limit_bytes is None or self.host_bytes(split) <= self.host_limit_bytes
 
     def contradiction(self, split: Split, measured: CudaMeasurement) -> str | None:
         """Return how a measurement contradicts the prediction, or None."""

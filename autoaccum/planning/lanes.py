@@ -50,6 +50,7 @@ class LanesFound:
         host_bytes: Most bytes that waited on the host.
         moved_bytes: What a window moves there.
         stayed_bytes: What it could move there, and keeps on the device.
+        host_binds: Whether fewer lanes fit the device, and would move more than the host may hold.
         tried: How each other number of lanes failed.
         method: How lanes were predicted; empty where they were run instead.
         fallback_reason: Why they were run.
@@ -64,6 +65,7 @@ class LanesFound:
     host_bytes: int = 0
     moved_bytes: int = 0
     stayed_bytes: int = 0
+    host_binds: bool = False
     tried: tuple[str, ...] = ()
     method: str = ""
     fallback_reason: str = ""
@@ -198,10 +200,11 @@ def _replayed(
     from .predictor_cuda import THIS_PROCESS, CudaPredictor
 
     assert isinstance(predictor, CudaPredictor)
-    start, limit = LanePredictor(predictor, start_over, THRESHOLD_BYTES), predictor.subject.context.host_memory_bytes
+    limit = host_limit(predictor.subject.context.host_memory_bytes)
+    start = LanePredictor(predictor, start_over, THRESHOLD_BYTES, host_limit_bytes=limit)
     splits = list(splits_of(predictor, 2))
     try:
-        solved = solve_by_replay(start, splits, micro_batch, verify=verify, host_limit_bytes=host_limit(limit))
+        solved = solve_by_replay(start, splits, micro_batch, verify=verify)
     except OutOfMemory as error:  # of the host, whatever the number of lanes
         raise DoesNotFit(error.what, error.why, error.hint, missing_bytes=1) from None
     lanes, split = solved.predictor, solved.split
@@ -214,6 +217,7 @@ def _replayed(
         lanes.host_bytes(split),
         sum(lanes.moved_sizes(split)),
         solved.stayed_bytes,
+        solved.host_binds,
         method=lanes.words,
         predicted=lanes.peak_bytes(split, THIS_PROCESS),
         retries=lanes.within(split, THIS_PROCESS).retries,
@@ -345,10 +349,13 @@ def _reasons(plan: Plan, found: LanesFound) -> tuple[dict[str, str], str]:
         fewer = "fewer steps need no less memory on a CPU, and are not slower"
         return {"method": method, "fewer_steps": fewer}, f"{MEET}: {method}."
     if found.method:
+        fewer = "fewer lanes, each with more samples, need more than the budget"
+        if found.host_binds:
+            fewer = "fewer lanes leave less room for what they save, and the host may not hold the rest"
         reasons = {
             "method": found.method,
             "accumulation_steps": "the fewest lanes whose window fits the budget, and 2 % less",
-            "fewer_steps": "fewer lanes, each with more samples, need more than the budget",
+            "fewer_steps": fewer,
         }
         return reasons, f"{MEET}."
     method = "windows in lanes were run, each number of steps separately"

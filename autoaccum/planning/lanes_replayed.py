@@ -20,6 +20,7 @@ from .trial import unless_out_of_memory
 
 SMALL_BYTES = THRESHOLD_BYTES // 16  # what moves where nothing fits otherwise: copies are slower for each byte then
 ATTEMPTS = 3  # windows that are run to verify the answer
+MORE_LANES, MORE_FACTOR = 3, 1.5  # numbers of lanes that are tried where the host binds, each so much larger
 TRIES = 5  # numbers of parts that are recorded to find the fewest that have to move
 
 
@@ -32,17 +33,17 @@ class LanesSolved:
         split: Samples in each lane.
         measured: What its windows used; None where nothing was run.
         stayed_bytes: What a window could move to the host, and keeps on the device.
+        host_binds: Whether fewer lanes fit the device, and would move more than the host may hold.
     """
 
     predictor: LanePredictor
     split: Split
     measured: CudaMeasurement | None
     stayed_bytes: int = 0
+    host_binds: bool = False
 
 
-def solve_by_replay(
-    start: LanePredictor, splits: list[Split], micro_batch: int, *, verify: bool, host_limit_bytes: int | None
-) -> LanesSolved:
+def solve_by_replay(start: LanePredictor, splits: list[Split], micro_batch: int, *, verify: bool) -> LanesSolved:
     """Find the fewest lanes that fit, and what has to move.
 
     Their window is run, too.
@@ -52,7 +53,6 @@ def solve_by_replay(
         splits: What may be planned, fewest lanes first; two lanes at least.
         micro_batch: The answer, roughly.
         verify: Whether to run it.
-        host_limit_bytes: What may be moved to the host; None for no limit.
 
     Raises:
         NotRegular: The windows can't be lifted, or what was run isn't as predicted.
@@ -60,19 +60,19 @@ def solve_by_replay(
     """
     moving, split = _first_fit(start, splits, micro_batch)
     moving.record_near(split)
-    split = _solved(moving, splits)
-    kept = least_moved(moving, split)
+    fewest = _solved(moving, splits)
+    kept, split = _within_host(moving, splits, fewest)
     if kept is not moving:
-        _check_host(kept, split, host_limit_bytes)
         measured, failure = _measured(kept, split) if verify else (None, "")
         if not failure:
             stayed = sum(moving.moved_sizes(split)) - sum(kept.moved_sizes(split))
-            return LanesSolved(kept, split, measured, stayed)
+            return LanesSolved(kept, split, measured, stayed, host_binds=split != fewest)
         start.plain.subject.progress(f"a window of {len(split)} lanes that keeps more here {failure}: all moves")
-    _check_host(moving, split, host_limit_bytes)
+    if not moving.host_holds(fewest):
+        raise _host_too_small(moving, fewest)
     if not verify:
-        return LanesSolved(moving, split, None)
-    return _verified(moving, splits, split)
+        return LanesSolved(moving, fewest, None)
+    return _verified(moving, splits, fewest)
 
 
 def _first_fit(start: LanePredictor, splits: list[Split], micro_batch: int) -> tuple[LanePredictor, Split]:
@@ -126,6 +126,27 @@ def _first(splits: list[Split], low: int, holds: Callable[[Split], bool], high: 
         middle = (low + high) // 2
         low, high = (low, middle) if holds(splits[middle]) else (middle + 1, high)
     return low
+
+
+def _within_host(moving: LanePredictor, splits: list[Split], fewest: Split) -> tuple[LanePredictor, Split]:
+    """Return a split that moves no more than the host may hold.
+
+    The fewest lanes, if they don't. More lanes need less of the device for themselves, so that more can stay there.
+
+    Raises:
+        DoesNotFit: All that were tried move more.
+    """
+    kept = least_moved(moving, fewest)
+    if kept.host_holds(fewest):
+        return kept, fewest
+    at = splits.index(fewest)
+    for _ in range(MORE_LANES):
+        wanted = MORE_FACTOR * len(splits[at])
+        at = next((i for i in range(at + 1, len(splits)) if len(splits[i]) >= wanted), len(splits) - 1)
+        more = least_moved(moving, splits[at]) if moving.fits(splits[at]) else moving
+        if more.host_holds(splits[at]):
+            return more, splits[at]
+    raise _host_too_small(kept, fewest)
 
 
 def least_moved(moving: LanePredictor, split: Split) -> LanePredictor:
@@ -232,19 +253,14 @@ def _solved(predictor: LanePredictor, splits: list[Split]) -> Split:
     )
 
 
-def _check_host(predictor: LanePredictor, split: Split, limit_bytes: int | None) -> None:
-    """Check that the host can hold what a window moves.
-
-    Raises:
-        DoesNotFit: It can't.
-    """
-    host_bytes = predictor.host_bytes(split)
-    if limit_bytes is not None and host_bytes > limit_bytes:
-        raise DoesNotFit(
-            f"What a window in lanes saves for its backward needs more than {show_bytes(limit_bytes)} on the host: "
-            f"{show_bytes(host_bytes)}, beside what fits the device.",
-            "Saved tensors wait on the host; smaller micro-batches don't change their sum.",
-            "Give it more (host_memory=, --host-memory), give the device more (budget=), lower the target, or use "
-            "batchnorm='frozen', which is exact, too, and saves nothing there.",
-            missing_bytes=host_bytes - limit_bytes,
-        )
+def _host_too_small(predictor: LanePredictor, split: Split) -> DoesNotFit:
+    """Return the error for a window that moves too much."""
+    host_bytes, limit_bytes = predictor.host_bytes(split), predictor.host_limit_bytes or 0
+    return DoesNotFit(
+        f"What a window in lanes saves for its backward needs more than {show_bytes(limit_bytes)} on the host: "
+        f"{show_bytes(host_bytes)}, beside what fits the device.",
+        "Saved tensors wait on the host; smaller micro-batches don't change their sum.",
+        "Give it more (host_memory=, --host-memory), give the device more (budget=), lower the target, or use "
+        "batchnorm='frozen', which is exact, too, and saves nothing there.",
+        missing_bytes=host_bytes - limit_bytes,
+    )
