@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from autoaccum.phases import FIRST
 from autoaccum.planning import solution
+from autoaccum.planning.cuda_certainty import MAX_ENDS
 from autoaccum.planning.evidence import Evidence
-from autoaccum.planning.predictor_cuda import MAX_ENDS, CudaPredictor
+from autoaccum.planning.predictor_cuda import CudaPredictor
 from autoaccum.planning.schedule import Guess
 from autoaccum.simulation import saturation
 from autoaccum.simulation.program import Step, StepProgram
@@ -102,7 +103,10 @@ def test_where_a_little_more_does_not_fit_one_step_more_is_considered(
     monkeypatch: pytest.MonkeyPatch, most: int, may_saturate: bool, at_least: int
 ) -> None:
     seen = SimpleNamespace(
-        request=SimpleNamespace(samples=298, least=1), may_saturate=may_saturate, fits=lambda split: split[0] <= most
+        request=SimpleNamespace(samples=298, least=1),
+        evidence=Evidence(),
+        may_saturate=may_saturate,
+        fits=lambda split: split[0] <= most,
     )
     monkeypatch.setattr(solution, "solve", lambda predictor: Solution((100, 99, 99), 1))
     assert solution.guess(cast(Any, seen)) == Guess(100, at_least)

@@ -31,7 +31,9 @@ def every_end(predictor: CudaPredictor, n: int) -> Iterator[CudaPredictor]:
         return
     for steps in range(min(MAX_ENDS, saturation.steps_until(program, n))):
         yield _by(predictor, steps, lambda steps=steps: saturation.saturated_after(program, steps))  # type: ignore[misc]
-    yield _by(predictor, GUESSES_GROW, lambda: saturation.grown_on(program, ended=False))
+    grown = _by(predictor, GUESSES_GROW, lambda: saturation.grown_on(program, ended=False))
+    if grown is not predictor:
+        yield grown
 
 
 def is_sure_to_record(predictor: CudaPredictor, n: int) -> bool:
