@@ -696,6 +696,31 @@ def test_compiled_scripted_and_absent_models_are_refused(monkeypatch: pytest.Mon
         open_context(Workload(norm_net(), vectors(4), batch_interactions="some"))
 
 
+def test_a_normalization_whose_output_nothing_uses() -> None:
+    """In torch 2.6 its node is gone by the time that the backward is ordered."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.unused = net(nn.BatchNorm2d(4)), nn.BatchNorm2d(2).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.unused(2 * x.requires_grad_())
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    model, batch = Heads(), images()
+    ready(model, batch)
+    twin = copy.deepcopy(model)
+    want, _ = whole(twin, batch)
+    used = [i for i, each in enumerate(want) if each is not None]
+    context = open_context(Workload(model, batch, loss=default_loss, batchnorm="exact"))
+    got: list[Any] = []
+    context.optimizer.register_step_pre_hook(lambda *_: got.extend(p.grad for p in model.parameters()))
+    train_window(context, list(cut(batch, SIZES)), SIZES)
+    assert [each is None for each in got] == [each is None for each in want]
+    assert distance([got[i] for i in used], [want[i] for i in used]) <= FP64
+
+
 def test_a_loop_without_lanes_refuses() -> None:
     window = norms.Window(norms.find_norms(norm_net()), "exact", 2)
     with pytest.raises(UsageError, match="one after the other"), window.entered(), window.forward():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .torch_internals import next_sequence_number, sequence_number, set_sequence_number
+from .torch_internals import edges, next_sequence_number, sequence_number, set_sequence_number
 
 WIDTH = 2**32  # numbers for each lane between two meetings
 UNCOUNTED = 2**63  # from here on: nodes that accumulate gradients, which always run first
@@ -74,6 +74,8 @@ class BackwardOrder:
         for number, nodes in enumerate(self._meetings):
             for node in nodes:
                 seen.add(node)
+                if edges(node) is None:  # nothing used the meeting
+                    continue
                 set_sequence_number(node, ((number + 1) * self._lanes) * WIDTH - 1)
                 if on_stretch is not None:
                     node.register_prehook(partial(_note, on_stretch, MEETING_BACK, number, ALL))
@@ -95,15 +97,15 @@ class BackwardOrder:
             if node in seen:
                 continue
             seen.add(node)
-            number = sequence_number(node)
-            if number >= UNCOUNTED:
+            following = edges(node)
+            if following is None or (number := sequence_number(node)) >= UNCOUNTED:
                 continue
             part = bisect_right(bounds, number) - 1
             if part >= 0:  # else it is from before the window
                 set_sequence_number(node, (part * self._lanes + lane) * WIDTH + number - bounds[part])
                 if number >= self._heads.get((part, lane), (0, None))[0]:  # the one that runs first
                     self._heads[part, lane] = number, node
-            pending.extend(inner for inner, _ in node.next_functions if inner is not None)
+            pending.extend(inner for inner, _ in following if inner is not None)
 
 
 def _number_after(root: Any, begin: int, seen: set[Any]) -> None:

@@ -31,6 +31,18 @@ def set_sequence_number(node: Any, number: int) -> None:
     node._set_sequence_nr(number)
 
 
+def edges(node: Any) -> tuple[tuple[Any, int], ...] | None:
+    """Return what follows a node; None of one that is gone.
+
+    In older versions of torch a custom function's node ends with its outputs, whoever holds its Python object; asked
+    for its number, that ends the process.
+    """
+    try:
+        return tuple(node.next_functions)
+    except RuntimeError:
+        return None
+
+
 def run_backward(loss: torch.Tensor | None, anchors: Sequence[torch.Tensor] = ()) -> None:
     """Run backward of a scalar with this thread's function modes on.
 
