@@ -140,7 +140,26 @@ class OwnStep(Trainer):
         return loss.detach()
 
 
-class InASubclass(ExactTrainer):
+class OwnLoader(ExactTrainer):
+    """A loader as people write one, with samples in their order."""
+
+    batch_size: int | None = None
+
+    def get_train_dataloader(self) -> Any:
+        size = self.batch_size or self._train_batch_size
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator)
+
+
+class OfEight(OwnLoader):
+    batch_size = 8
+
+
+class OfLists(ExactTrainer):
+    def get_train_dataloader(self) -> Any:
+        return [collate(dataset())]
+
+
+class InASubclass(OwnLoader):
     compute_loss = OwnLoss.compute_loss
 
 
@@ -174,36 +193,14 @@ def test_what_a_users_trainer_overrides_is_weighted(plain: Any, ours: Any, tmp_p
     assert difference(found, expected) < 1e-12
 
 
-class OwnLoader(ExactTrainer):
-    """A loader as people write one, with samples in their order."""
-
-    batch_size: int | None = None
-
-    def get_train_dataloader(self) -> Any:
-        size = self.batch_size or self._train_batch_size
-        return torch.utils.data.DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator)
-
-
-class OfEight(OwnLoader):
-    batch_size = 8
-
-
-class OfLists(ExactTrainer):
-    def get_train_dataloader(self) -> Any:
-        return [collate(dataset())]
-
-
-def test_a_loader_of_the_users_gives_windows_or_is_refused(tmp_path: Path) -> None:
+def test_a_loader_of_the_users_is_refused_where_its_batches_are_no_windows(tmp_path: Path) -> None:
     """With a batch size of its own it would have another effective batch, without a word."""
-    _, expected = in_one_batch(tmp_path, make("llama").double(), dataset())
     args = arguments(tmp_path, per_device_train_batch_size=2)
-    windows = {"target_batch": TARGET, "max_micro_batch": 4, **CHEAP}
-    ours, found = trained(OwnLoader, make("llama").double(), args, dataset(), **windows)
-    assert ours.plan.split == (4, 3, 3) and difference(found, expected) < 1e-12
-    assert isinstance(next(iter(ours.get_train_dataloader())), dict)  # outside of training it is the Trainer's own
     for cls, said in ((OfEight, "batches of 8, and a window has 10 samples"), (OfLists, "returned a list")):
         with pytest.raises(UsageError, match=said):
-            trained(cls, make("llama"), args, dataset(), **windows)
+            trained(cls, make("llama"), args, dataset(), target_batch=TARGET, **CHEAP)
+    ours = OwnLoader(make("llama"), args, collate, dataset(), target_batch=TARGET)
+    assert isinstance(next(iter(ours.get_train_dataloader())), dict)  # outside of training it is the Trainer's own
     with pytest.raises(UsageError, match="is no window"):
         ours.training_step(ours.model, collate(dataset()[:4]))
 

@@ -171,7 +171,7 @@ def test_a_trainer_that_generates_its_batches_is_refused_by_name(tmp_path: Path)
 @pytest.mark.parametrize(
     ("kind", "loss_type", "said"),
     [
-        ("KTO", "kto", "whose KL term is a mean over a whole batch"),
+        pytest.param("KTO", "kto", "whose KL term is a mean over a whole batch", marks=pytest.mark.slow),
         pytest.param("DPO", "aot_unpaired", "which compares the pairs of a whole batch", marks=pytest.mark.slow),
         pytest.param("DPO", "sigmoid", "", marks=pytest.mark.slow),
         pytest.param("KTO", "apo_zero_unpaired", "", marks=pytest.mark.slow),
