@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -388,9 +389,32 @@ def foreign(window: Any, optimizer: Any, model: nn.Module, how: Any) -> None:
     window.step(torch.optim.SGD(mlp().parameters(), lr=0.1))
 
 
+def clears(window: Any, optimizer: Any, model: nn.Module, how: Any) -> None:
+    """As the loop without accumulation does, which becomes one in windows."""
+    for micro in window:
+        optimizer.zero_grad(set_to_none=how["set_to_none"])
+        window.backward(mean(model, micro.batch))
+
+
+def clears_last(window: Any, optimizer: Any, model: nn.Module, how: Any) -> None:
+    all_but(window, model, -1)
+    optimizer.zero_grad()
+    window.step(optimizer)
+
+
+def steps_itself(window: Any, optimizer: Any, model: nn.Module, how: Any) -> None:
+    for micro in window:
+        window.backward(mean(model, micro.batch))
+        optimizer.step()
+
+
 def before(window: Any, optimizer: Any, model: nn.Module, how: Any) -> None:
     mean(model, vectors(3)).backward()
     all_but(window, model, -1)
+
+
+def with_option(body: Callable[..., None], window: Any, optimizer: Any, model: Any, how: Any, **more: Any) -> None:
+    body(window, optimizer, model, {**how, **more})
 
 
 MISUSES: dict[str, tuple[Callable[..., None], str]] = {
@@ -406,6 +430,10 @@ MISUSES: dict[str, tuple[Callable[..., None], str]] = {
     "iterated twice": (again, "iterated a second time"),
     "backward after the step": (late, "outside the loop over the window"),
     "another model's optimizer": (foreign, "loss reaches none of them"),
+    "cleared in the loop": (partial(with_option, clears, set_to_none=True), "cleared in the middle of it"),
+    "set to 0 in the loop": (partial(with_option, clears, set_to_none=False), "cleared in the middle of it"),
+    "cleared before the step": (clears_last, "cleared in the middle of it"),
+    "the optimizer's own step": (steps_itself, "changed between two micro-batches"),
     "a gradient before": (before, "have a gradient before the window's first backward"),
 }
 

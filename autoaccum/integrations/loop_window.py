@@ -182,11 +182,14 @@ class LoopWindow:
         state.gradients.begin_backward(part)
         if self._backwards == 0:
             state.gradients.refuse_old()
+        else:
+            state.gradients.refuse_changed()
         if self._synchronizes:
             if is_last:
                 state.backend.check_sync()
             part = part * self._totals.ranks  # DistributedDataParallel takes the mean over ranks
         state.backend.backward(part)
+        state.gradients.note()
 
     def recovering(self) -> contextlib.AbstractContextManager[None]:
         """Survive an out-of-memory of what is inside.
@@ -216,6 +219,7 @@ class LoopWindow:
             UsageError: Micro-batches are left, or the step was taken already.
         """
         self._require_complete()
+        self._state.gradients.refuse_changed()
         self._is_closed = True
         state, optimizers, schedulers = self._state, _several(optimizer), _several(scheduler)
         parameters = parameters_of(optimizers)
@@ -241,6 +245,7 @@ class LoopWindow:
     def _clear(self, optimizers: Sequence[Any]) -> None:
         for each in optimizers:
             each.zero_grad(set_to_none=True)
+        self._state.gradients.forget()
         self._state.copies.release()
 
     def require_closed(self) -> None:
