@@ -38,6 +38,7 @@ KINDS = {
     "fsdp 64 bf16": (64, True),
     "ddp 8": (8, False),
     "fsdp 8": (8, False),
+    "fsdp 64": (64, False),
     "ddp view 8": (8, False),
     "fsdp 8 bf16": (8, True),
     "fsdp 8 offload": (8, False),
