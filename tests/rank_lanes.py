@@ -357,12 +357,8 @@ def out_of_memory(rank: int, world: int) -> Any:
     return found
 
 
-def schedules_few(rank: int, world: int) -> Any:
-    """Seeded schedules of faults, as without lanes."""
-    return [run_schedule(seed, rank, world, "lanes") for seed in range(8)]
-
-
 def schedules_100(rank: int, world: int) -> Any:
+    """Run seeded schedules of faults, as without lanes."""
     return [run_schedule(seed, rank, world, "lanes") for seed in range(100)]
 
 
