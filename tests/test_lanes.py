@@ -410,6 +410,16 @@ def test_what_moves_is_decided_per_sample(monkeypatch: pytest.MonkeyPatch, sampl
     assert store.moved == [4 * 60 * samples]
 
 
+def test_what_has_the_rows_of_all_lanes_moves_whatever_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stored(monkeypatch)
+    store.begin((), bytes_per_sample=1 << 20)
+    store.move_gathered({12})
+    with store.moving(4):
+        for shape in ((12, 3), (4, 3), (12,)):
+            torch.ones(shape, requires_grad=True).exp()
+    assert store.moved == [4 * 12 * 3]
+
+
 def test_what_the_last_parts_save_stays_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
     for parts in (None, 0, 1, 2, 3):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from stream_races import Races
 from torch import nn
 
-from autoaccum import DoesNotFit, Plan, Runner, UsageError, Workload, fit_plan
+from autoaccum import DoesNotFit, Plan, Runner, UsageError, Workload, fit_plan, gather_window
 from autoaccum.devices.registry import get_device
 from autoaccum.devices.virtual import VirtualGpu, available, launch
 from autoaccum.units import show_bytes
@@ -30,6 +31,7 @@ TARGET, PIXELS = 128, 48
     [
         "a_runner_reserves_what_was_planned",
         "so_it_does_in_three_lanes",
+        "so_it_does_where_rows_are_gathered",
         "what_fits_the_device_stays_there",
         "what_stays_moves_after_an_out_of_memory",
         "a_small_host_is_refused",
@@ -115,11 +117,33 @@ def what_stays_moves_after_an_out_of_memory() -> None:
     del taken
 
 
-def reserves_what_was_planned(work: Workload, plan: Plan) -> None:
+def so_it_does_where_rows_are_gathered() -> None:
+    def tower() -> list[nn.Module]:
+        layers: list[nn.Module] = []
+        for channels in (3, 32, 32, 32):
+            layers += [nn.Conv2d(channels, 32, 3, padding=1, bias=False), nn.GroupNorm(4, 32), nn.ReLU()]
+        return [*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 64)]
+
+    def contrastive(model: nn.ModuleList, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        one, other = (gather_window(each(rows)) for each, rows in zip(model, batch, strict=True))
+        logits = one @ other.T  # of all pairs of the window, in each lane
+        return nn.functional.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+    model = nn.ModuleList([nn.Sequential(*tower()), nn.Sequential(*tower())]).cuda()
+    work = Workload(
+        model, (torch.zeros(4, 3, PIXELS, PIXELS),) * 2, loss=contrastive, batch_interactions="exact",
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    )  # fmt: skip
+    plan = fit_plan(work, target_batch=512, budget=900 << 20, check=False)
+    assert plan.accumulation_steps > 1 and plan.method == "replayed", plan
+    reserves_what_was_planned(work, plan, (torch.zeros(512, 3, PIXELS, PIXELS),) * 2)
+
+
+def reserves_what_was_planned(work: Workload, plan: Plan, batch: Any = None) -> None:
     runner = Runner(work, plan)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    batch = torch.zeros(TARGET, 3, PIXELS, PIXELS), torch.zeros(TARGET, dtype=torch.long)
+    batch = batch or (torch.zeros(TARGET, 3, PIXELS, PIXELS), torch.zeros(TARGET, dtype=torch.long))
     for _ in range(2):
         assert runner.step(batch).retries == 0
     reserved, planned = torch.cuda.max_memory_reserved(), plan.predicted_peak_bytes

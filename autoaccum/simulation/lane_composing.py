@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..phases import BETWEEN, FIRST, OPTIMIZER
-from .lane_program import LaneProgram, Made, kind_of
+from .lane_program import LaneProgram, Made, bytes_by, kind_of
 from .lane_windows import NotRegular, Stage, Stretch
 from .recording import Event, Phase, Recording
-from .scaling import Rule
 
 
 def compose(program: LaneProgram, split: Sequence[int]) -> Recording:
@@ -69,8 +68,7 @@ class _Composing:
         for place, block in enumerate(self.program.made[stage, kind]):
             if frees:
                 events += frees.pop(place, ())
-            rule = block.rule
-            size = rule.at(n) if isinstance(rule, Rule) else rule.of(n, lanes, self.samples)
+            size = bytes_by(block.rule, n, lanes, self.samples)
             self.names += 1
             events.append(Event(self.names, size, block.stream))
             if block.stage is not None:

@@ -72,7 +72,6 @@ def _moved_by_stretch(program: LaneProgram, split: Sequence[int]) -> dict[tuple[
     """Return by part and lane the bytes that move."""
     found: dict[tuple[int, int], int] = {}
     for stage, lane, kind in program.stretches(split):
-        rules = program.moved.get((stage, kind), ())
-        if rules:
-            found[program.stages[stage].part, lane] = sum(rule.at(split[lane]) for rule in rules)
+        if (stage, kind) in program.moved:
+            found[program.stages[stage].part, lane] = sum(program.moved_by((stage, kind), lane, split))
     return found

@@ -41,6 +41,11 @@ class WindowRule(NamedTuple):
         return self.constant + (scaled + self.per_own * n * samples) // self.divisor
 
 
+def bytes_by(rule: Rule | WindowRule, n: int, lanes: int, samples: int) -> int:
+    """Return a rule's bytes for a lane of n samples."""
+    return rule.at(n) if isinstance(rule, Rule) else rule.of(n, lanes, samples)
+
+
 class Relation(NamedTuple):
     """The lane in which a block ends, relative to its own."""
 
@@ -97,7 +102,7 @@ class LaneProgram:
     edges: Edges
     stages: tuple[Stage, ...]
     made: Mapping[Stretch, tuple[Made, ...]]
-    moved: Mapping[Stretch, tuple[Rule, ...]]
+    moved: Mapping[Stretch, tuple[Rule | WindowRule, ...]]
 
     def stretches(self, split: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Yield each stretch: its stage's index, its lane, the lane's kind."""
@@ -108,8 +113,18 @@ class LaneProgram:
     def moved_sizes(self, split: Sequence[int]) -> Iterator[int]:
         """Yield the bytes of each tensor that moves to the host."""
         for stage, lane, kind in self.stretches(split):
-            for rule in self.moved.get((stage, kind), ()):
-                yield rule.at(split[lane])
+            yield from self.moved_by((stage, kind), lane, split)
+
+    def moved_by(self, stretch: Stretch, lane: int, split: Sequence[int]) -> Iterator[int]:
+        """Yield the bytes of each tensor that one stretch moves.
+
+        Args:
+            stretch: Its stage's index, and its lane's kind.
+            lane: Its lane.
+            split: Samples in each lane.
+        """
+        rules = self.moved.get(stretch, ())
+        yield from (bytes_by(rule, split[lane], len(split), sum(split)) for rule in rules)
 
 
 def kind_of(lane: int, lanes: int, edges: Edges) -> int:
@@ -242,12 +257,15 @@ class _Lifting:
             return [Rule(event.bytes) for event in base.events if event.bytes > 0]
         return [step.rule for step in lift_phase(base, n, others) if step.rule is not None]
 
-    def _moved(self, stage: int, kind: int) -> tuple[Rule, ...]:
-        sizes = {window.micro_batch: window.moved.get((stage, lane), ()) for window, lane in self._lanes(kind)}
-        counts = {len(each) for each in sizes.values()}
+    def _moved(self, stage: int, kind: int) -> tuple[Rule | WindowRule, ...]:
+        seen = {
+            (window.micro_batch, window.lanes): window.moved.get((stage, lane), ())
+            for window, lane in self._lanes(kind)
+        }
+        counts = {len(each) for each in seen.values()}
         if len(counts) > 1:
             raise NotRegular(f"{self._title(stage)} moves {min(counts)} to {max(counts)} tensors to the host")
-        found = (_rule_by_place({n: each[place] for n, each in sizes.items()}) for place in range(min(counts)))
+        found = (_law_of({key: each[place] for key, each in seen.items()}) for place in range(min(counts)))
         rules = tuple(rule for rule in found if rule is not None)
         if len(rules) < min(counts):
             raise NotRegular(f"{self._title(stage)} moves a tensor to the host whose size isn't explained")
@@ -284,6 +302,16 @@ def _size(seen: Sequence[_Seen], rule: Rule | None) -> Rule | WindowRule | None:
             return found
         if rule is not None:  # it grows in steps: the law by size is the best that is known
             return rule
+    return next((law for law in _window_laws(sizes) if _explains(law, sizes)), None)
+
+
+def _law_of(sizes: Mapping[tuple[int, int], int]) -> Rule | WindowRule | None:
+    """Return a law of sizes by samples and lanes, or None."""
+    by_samples = {n: size for (n, _), size in sizes.items()}
+    if all(by_samples[n] == size for (n, _), size in sizes.items()):
+        found = _rule_by_place(by_samples)
+        if found is not None:
+            return found
     return next((law for law in _window_laws(sizes) if _explains(law, sizes)), None)
 
 

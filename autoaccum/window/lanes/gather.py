@@ -71,6 +71,7 @@ def gather_window(tensor: torch.Tensor) -> torch.Tensor:
                 together, anchor = gather_rows(ranks, values)
                 meetings.anchor(anchor)
         meetings.order.met(values, [together])
+        meetings.gathered.add(len(together))
         return [together] * len(values)
 
     shape = tuple(tensor.shape[1:])

@@ -57,6 +57,7 @@ class HostStore:
         self._casts: set[tuple[torch.Size, torch.dtype]] = set()
         self._bytes_per_sample: int | None = None
         self._parts: int | None = None
+        self._gathered: set[int] = set()
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, Kept]] = {}
         self._saves: list[Kept | None] = []  # in order; None once it is back
         self._firsts: list[int] = []  # for each save, the index of its node's first one
@@ -91,7 +92,7 @@ class HostStore:
         self._stay = {storage_id(tensor.untyped_storage()) for tensor in stay}
         shapes = {tensor.shape for tensor in stay if tensor.dtype != cast} if cast is not None else set()
         self._casts = {(each, cast) for shape in shapes for each in (shape, shape[::-1]) if cast is not None}
-        self._bytes_per_sample, self._parts, self.part = bytes_per_sample, parts, 0
+        self._bytes_per_sample, self._parts, self.part, self._gathered = bytes_per_sample, parts, 0, set()
         self.moved = []
         self.saved_bytes = self.returned_bytes = self.late = 0
         self.buffers.empty()
@@ -105,6 +106,16 @@ class HostStore:
         self._firsts.clear()
         self._node = None
         self._last = None
+
+    def move_gathered(self, rows: set[int]) -> None:
+        """Move what has the rows of all lanes, too, whatever its size.
+
+        In short windows it is small and in long ones large, and both are to move alike.
+
+        Args:
+            rows: How many rows gathered tensors have; more may be added meanwhile.
+        """
+        self._gathered = rows
 
     def moving(self, samples: int) -> AbstractContextManager[Any]:
         """Move what is saved in this thread meanwhile.
@@ -144,7 +155,8 @@ class HostStore:
         self._firsts.append(self._first)
 
     def _moves(self, tensor: torch.Tensor, least_bytes: int) -> bool:
-        if tensor.device.type != self._device.type or tensor.nbytes < least_bytes:
+        is_gathered = tensor.dim() > 1 and tensor.shape[0] in self._gathered
+        if tensor.device.type != self._device.type or (tensor.nbytes < least_bytes and not is_gathered):
             return False
         if self._parts is not None and self.part >= self._parts:
             return False

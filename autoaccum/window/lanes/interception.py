@@ -34,6 +34,7 @@ class Meetings:
         counters: The identities of the modules' counts of batches.
         gate: Whether the backward may run.
         met: By place, what each meeting there found, without its graph.
+        gathered: How many rows tensors of all lanes have (gather_window).
         ranks: What meets with other ranks; None on one rank.
         absent: While planning: samples of ranks that are not here, for each one that is.
         anchors: Over ranks: numbers that the backward begins from as well.
@@ -44,6 +45,7 @@ class Meetings:
     counters: frozenset[int]
     gate: Gate = field(default_factory=Gate)
     met: dict[tuple[Any, ...], list[Joined]] = field(default_factory=lambda: defaultdict(list))
+    gathered: set[int] = field(default_factory=set)
     ranks: Alone | None = None
     absent: float = 0.0
     anchors: list[torch.Tensor] = field(default_factory=list)

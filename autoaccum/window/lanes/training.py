@@ -75,6 +75,8 @@ def _train(
 ) -> tuple[torch.Tensor | None, Any]:
     context, form = course.context, course.form
     meetings = _meetings(context, sizes)
+    if store is not None:
+        store.move_gathered(meetings.gathered)
     before = _writes(context.norms)
 
     def run(piece: Batch, share: float) -> Any:
