@@ -270,6 +270,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ('small answers follow from larger sizes', 'autoaccum/planning/evidence.py', 'if n is not None and self.is_small(n):', 'if False:', ('tests/test_small_answers.py',)),
     ("another number of ranks' shards are these ones", 'autoaccum/ranks/shard_sizes.py', 'found.shards[width * entries[0]] = width * entries[1]\n', 'found.shards[width * entries[0]] = width * entries[0]\n', ('tests/test_sharded.py', '-k', 'other_ranks')),
     ('shards on the host are moved to the GPU', 'autoaccum/planning/new_process.py', 'if not keeps_shards_on_host(workload.model):', 'if True:', ('tests/test_sharded_memory.py', '-m', 'slow', '-k', 'offload')),
+    ('what is reduced counts as gathered', 'autoaccum/planning/more_ranks.py', 'if phase == OPTIMIZER or stream in self._reducing:', 'if phase == OPTIMIZER:', ('tests/test_more_ranks.py',)),
     ('tokens for samples', 'autoaccum/planning/target_tokens.py', 'samples = round(request.target_tokens / tokens)', 'samples = request.target_tokens', ('tests/test_cluster.py', '-k', 'nearest')),
     ('blocks within blocks are sharded, too', 'autoaccum/window/blocks.py', 'if id(block) not in inside and any', 'if any', ('tests/test_cluster.py', '-k', 'encoder')),
     ('a kept plan whose files have changed', 'autoaccum/planning/cache.py', 'if any(stamps.stamp(file) != stamp for file, stamp in kept["files"].items()):', 'if False:', ('tests/test_plan_cache.py', '-k', 'file_that_was_read')),
