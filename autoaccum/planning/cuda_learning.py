@@ -24,7 +24,7 @@ def contradiction(predictor: CudaPredictor, split: Split, measured: CudaMeasurem
     by_ratio = predictor.compiled_share != 1 or predictor.evidence.fallback_reason is not None
     if by_ratio and predictor.holds(measured):
         return None
-    expected = predictor.replayed(split, "this_process", predictor.budget.bytes, kept=measured.kept)
+    expected = predictor.replayed(split, "this_process", predictor.verified_within_bytes, kept=measured.kept)
     retries, predicted = expected.retries[: len(measured.retries)], expected.peak_reserved_bytes
     if measured.retries != retries:
         return f"released its cache {measured.retries} times in its windows, not {retries}"

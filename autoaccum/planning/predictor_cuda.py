@@ -293,6 +293,11 @@ class CudaPredictor(MemoryPredictor):
 
     # Verification and learning
 
+    @property
+    def verified_within_bytes(self) -> int | None:
+        """What verified windows may reserve; None for no limit."""
+        return self.budget.bytes
+
     def measure(self, train: Callable[..., None], split: Split) -> CudaMeasurement:
         """Run three windows: the first of all, and two that follow."""
         context = self.subject.context
@@ -312,7 +317,7 @@ class CudaPredictor(MemoryPredictor):
 
     def predicted_and_measured(self, split: Split, measured: CudaMeasurement) -> tuple[int, int]:
         """Return the predicted and the measured peak, in reserved bytes."""
-        expected = self.replayed(split, THIS_PROCESS, self.budget.bytes, kept=measured.kept)
+        expected = self.replayed(split, THIS_PROCESS, self.verified_within_bytes, kept=measured.kept)
         return expected.peak_reserved_bytes, measured.peak_bytes
 
     def holds(self, measured: CudaMeasurement) -> bool:

@@ -71,12 +71,27 @@ class VirtualGpuPredictor(CudaPredictor):
         with self.limited():
             return super().measure(train, split)
 
+    @property
+    def verified_within_bytes(self) -> int | None:
+        """The budget; None where a failed window can't be dropped."""
+        return self.budget.bytes if can_drop_unfinished(self.subject.context.model) else None
+
+    def notes(self, split: Split) -> list[str]:
+        """Return the notes, and that windows ran without a limit."""
+        found = super().notes(split)
+        if self.verified_within_bytes is None:
+            found.append(
+                f"The window was run without a limit on memory, since torch {torch.__version__} can't drop one of a "
+                "sharded model that runs out of it (from 2.14 on it can): the measured peak may exceed the budget."
+            )
+        return found
+
     def limited(self) -> AbstractContextManager[None]:
         """Limit the device to the budget.
 
         Not where what a failed window leaves in a sharded model can't be dropped.
         """
-        if not can_drop_unfinished(self.subject.context.model):
+        if self.verified_within_bytes is None:
             return contextlib.nullcontext()
         return self.device.capacity_limited_to(self.budget.bytes)
 
@@ -84,7 +99,7 @@ class VirtualGpuPredictor(CudaPredictor):
         self, solution: Solution, measured: Any, train: Callable[..., None], start_over: Callable[[], None]
     ) -> tuple[Solution, Any]:
         """Run a step fewer for as long as that fits."""
-        if not can_drop_unfinished(self.subject.context.model):
+        if self.verified_within_bytes is None:
             return solution, measured
         while (fewer := self._with_fewer_steps(solution.split)) is not None:
             if fewer[0] > self.request.most or self.floor(fewer[0]) > self.usable_bytes:
