@@ -109,7 +109,7 @@ def _rounded_rule(size: int, n: int, rest: Sequence[int], m: int, scales: Collec
     expected = [partner * n / m for partner in rest if partner <= size or m > n]
     if any(abs(each - size) <= ROUNDING_TOLERANCE * size for each in expected):
         return Rule(0, per_sample=size, divisor=n)  # rounded up from something proportional
-    if scales is not None:
+    if scales is not None and size > MAX_COUNTER_BYTES:  # a smaller one holds no tensors' copies
         return _most_copied(size, n, scales)
     return Rule(size, is_guess=True) if any(each > size for each in expected) else Rule(0, per_sample=size, divisor=n)
 
