@@ -9,6 +9,7 @@ from ..simulation import saturation
 from ..simulation.from_verification import distinct_recordings, verified_recording, with_released_workspaces
 from ..simulation.recording import Recording
 from ..simulation.solver import Split
+from ..simulation.training_run import TrainingReplay
 from .predictor import AGREEMENT_FRACTION, OUT_OF_MEMORY_FACTOR
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ def contradiction(predictor: CudaPredictor, split: Split, measured: CudaMeasurem
     if by_ratio and predictor.holds(measured):
         return None
     expected = predictor.replayed(split, "this_process", predictor.verified_within_bytes, kept=measured.kept)
+    return disagreement(expected, measured)
+
+
+def disagreement(expected: TrainingReplay, measured: CudaMeasurement) -> str | None:
+    """Return how a measurement differs from a replay, or None."""
     retries, predicted = expected.retries[: len(measured.retries)], expected.peak_reserved_bytes
     if measured.retries != retries:
         return f"released its cache {measured.retries} times in its windows, not {retries}"

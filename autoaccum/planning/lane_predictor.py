@@ -22,8 +22,8 @@ from ..simulation.recording import Recording, kept_blocks, live_peak
 from ..simulation.solver import Split
 from ..simulation.training_run import TrainingReplay, replay_training, training_of
 from ..window.lanes.host_buffers import buffer_bytes
+from .cuda_learning import disagreement
 from .lane_recording import record_lanes
-from .predictor import AGREEMENT_FRACTION
 from .predictor_cuda import NEW_PROCESS, THIS_PROCESS, CudaPredictor
 from .record import restore_state
 from .schedule import prime_near, small_primes
@@ -215,13 +215,7 @@ class LanePredictor:
 
     def contradiction(self, split: Split, measured: CudaMeasurement) -> str | None:
         """Return how a measurement contradicts the prediction, or None."""
-        expected = self.replayed(split, THIS_PROCESS, self.plain.budget.bytes)
-        retries, predicted = expected.retries[: len(measured.retries)], expected.peak_reserved_bytes
-        if measured.retries != retries:
-            return f"released its cache {measured.retries} times in its windows, not {retries}"
-        if abs(measured.peak_bytes - predicted) > AGREEMENT_FRACTION * predicted:
-            return f"reserved {measured.peak_bytes:,} bytes, not {predicted:,}"
-        return None
+        return disagreement(self.replayed(split, THIS_PROCESS, self.plain.budget.bytes), measured)
 
     @property
     def words(self) -> str:
