@@ -66,7 +66,6 @@ def torchrun(ranks: int, *command: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_the_example_trains_uneven_shares(tmp_path: Path) -> None:
     out = torchrun(2, str(ROOT / "examples" / "ddp" / "train.py"), cwd=tmp_path)
     steps = re.findall(r"step (\d): (\d+) samples, loss \d\.\d{3}, (\d) here", out)
@@ -80,7 +79,6 @@ def test_the_page_shows_the_examples() -> None:
         assert f"```python\n{(ROOT / 'examples' / name / 'train.py').read_text()}```" in page, name
 
 
-@pytest.mark.slow
 def test_the_example_of_accelerate_trains_uneven_shares(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     out = torchrun(2, str(ROOT / "examples" / "accelerate" / "train.py"), cwd=tmp_path)
@@ -88,7 +86,6 @@ def test_the_example_of_accelerate_trains_uneven_shares(tmp_path: Path) -> None:
     assert "shares (384, 128) micro-batches [4, 2]" in out
 
 
-@pytest.mark.slow
 def test_the_example_of_fsdp_trains_equal_shares(tmp_path: Path) -> None:
     out = torchrun(2, str(ROOT / "examples" / "fsdp" / "train.py"), cwd=tmp_path)
     steps = re.findall(r"step (\d): (\d+) samples, loss \d\.\d{3}, (\(.*\)) here", out)
