@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_scripts
 from helpers_train import (
     FP64,
     NAIVE,
@@ -118,19 +115,7 @@ def test_two_ranks_have_the_whole_batch_s_gradient_tail_and_empty_ranks_included
     numbered = (*vectors(4), torch.arange(4))
     changed_plan(plan(10, 3, sample=numbered)).save(tmp_path / "mean.json")
     token_plan(4, 1, "count=").save(tmp_path / "tokens.json")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in variables.items()}
-        command = [sys.executable, str(HERE / "rank_loops.py"), "mean.json", "tokens.json"]
-        ranks.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True))
-    try:
-        said = [rank_process.communicate(timeout=200) for rank_process in ranks]
-        last = [out.splitlines()[-1:] for out, _ in said]  # gloo greets on stdout before torch 2.11
-        assert last == [["rank 0 done"], ["rank 1 done"]], "\n".join(err[-2000:] for _, err in said)
-    finally:
-        for rank_process in ranks:
-            rank_process.kill()
+    loops = [str(HERE / "rank_loops.py"), "mean.json", "tokens.json"]
+    (out,) = run_scripts(2, [loops], tmp_path, ["rank_loops"])
+    # gloo greets on stdout before torch 2.11
+    assert [line for line in out.splitlines() if "done" in line] == ["rank 0 done", "rank 1 done"]

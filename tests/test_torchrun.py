@@ -1,7 +1,8 @@
-"""Under torchrun: the example; the command line on two ranks, then on three; Accelerate's model and optimizer."""
+"""The examples on two ranks, one under torchrun; the command line on two ranks, then on three; Accelerate's model."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_scripts
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,16 +81,24 @@ def test_the_page_shows_the_examples() -> None:
         assert f"```python\n{(ROOT / 'examples' / name / 'train.py').read_text()}```" in page, name
 
 
-def test_the_example_of_accelerate_trains_uneven_shares(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the other examples print; torchrun itself is the first one's."""
+    names = [name for name in ("accelerate", "fsdp") if name != "accelerate" or importlib.util.find_spec(name)]
+    imports = ["accelerate"] * ("accelerate" in names) + ["torch.distributed.fsdp", "autoaccum.runner.runner"]
+    scripts = [[str(ROOT / "examples" / name / "train.py")] for name in names]
+    return dict(zip(names, run_scripts(2, scripts, tmp_path_factory.mktemp("ranks"), imports), strict=True))
+
+
+def test_the_example_of_accelerate_trains_uneven_shares(printed: dict[str, str]) -> None:
     pytest.importorskip("accelerate")
-    out = torchrun(2, str(ROOT / "examples" / "accelerate" / "train.py"), cwd=tmp_path)
+    out = printed["accelerate"]
     assert re.findall(r"step (\d): (\d+) samples, loss \d\.\d{3}", out) == [("1", "512"), ("2", "512"), ("3", "176")]
     assert "shares (384, 128) micro-batches [4, 2]" in out
 
 
-def test_the_example_of_fsdp_trains_equal_shares(tmp_path: Path) -> None:
-    out = torchrun(2, str(ROOT / "examples" / "fsdp" / "train.py"), cwd=tmp_path)
-    steps = re.findall(r"step (\d): (\d+) samples, loss \d\.\d{3}, (\(.*\)) here", out)
+def test_the_example_of_fsdp_trains_equal_shares(printed: dict[str, str]) -> None:
+    steps = re.findall(r"step (\d): (\d+) samples, loss \d\.\d{3}, (\(.*\)) here", printed["fsdp"])
     assert steps == [("1", "512", "(86, 85, 85)"), ("2", "512", "(86, 85, 85)"), ("3", "176", "(44, 44)")]
 
 
