@@ -15,7 +15,8 @@ os.environ["AUTOACCUM_PLAN_CACHE"] = (
 gc.disable()  # until the tests are collected: what imports make stays, and collections are half of their seconds
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
+
+HIDDEN: list[str] = []  # a line about a torchvision that is left out
 
 # Files that take longest, for pytest-xdist to start with: one of them begun last would keep one process alone at work.
 LONGEST_FIRST = (
@@ -47,6 +48,8 @@ def _hide_a_torchvision_for_another_torch() -> str:
 
     Without it transformers works; what needs it here needs CUDA, too. Returns a line about it.
     """
+    import torch
+
     if torch.version.cuda is not None:
         return ""
     try:
@@ -59,18 +62,17 @@ def _hide_a_torchvision_for_another_torch() -> str:
     return ""
 
 
-HIDDEN = _hide_a_torchvision_for_another_torch()
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the process that only hands out tests collect garbage: it imports none of them."""
+    """Let the process that only hands out tests collect garbage, and import no torch: it runs none of them."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         gc.enable()
+    elif hidden := _hide_a_torchvision_for_another_torch():
+        HIDDEN.append(hidden)
 
 
 def pytest_report_header() -> list[str]:
     """Return a line that says whether torchvision is hidden."""
-    return [HIDDEN] if HIDDEN else []
+    return HIDDEN
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,8 @@
 
     python tests/forked_ranks.py RANKS MODULE,MODULE... SCRIPT [ARGUMENT...] [-- SCRIPT [ARGUMENT...]]...
 
-Each rank's interpreter ends as it does elsewhere: what fails at its end fails here, too. `run_scripts` starts it.
+Each rank's interpreter ends as it does elsewhere: what fails at its end fails here, too. `run_scripts` starts it in a
+process that has imported torch (prepared_process.py).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import gc
 import importlib
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from prepared_process import become, run_forked
+
 SEPARATOR = "--"
 
 
@@ -27,12 +28,8 @@ def run_scripts(ranks: int, scripts: Sequence[Sequence[str]], folder: Path, impo
         AssertionError: A rank ended with an exit code other than 0.
     """
     separated = [word for script in scripts for word in (SEPARATOR, *script)][1:]
-    paths = os.pathsep.join((str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])))
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, __file__, str(ranks), ",".join(imports), *separated],
-        cwd=folder, env=env, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    env = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = run_forked(Path(__file__), str(ranks), ",".join(imports), *separated, cwd=folder, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     names = [[f"{number}-{rank}.out" for rank in range(ranks)] for number in range(len(scripts))]
     return ["".join((folder / name).read_text() for name in of_one) for of_one in names]
@@ -75,8 +72,8 @@ def wait_for(running: dict[int, int], script: str) -> None:
             raise SystemExit(f"{script}: rank {rank} ended with {os.waitstatus_to_exitcode(status)}")
 
 
-def main() -> str:
-    """Run every script after the one before; return the script that this process is a rank of, or "" at the end."""
+def main() -> list[str]:
+    """Run every script after the one before; return that which this process is a rank of, and [] at the end."""
     ranks, imports, *words = sys.argv[1:]
     import torch._dynamo  # noqa: F401  as the first optimizer does, on every rank
 
@@ -90,11 +87,10 @@ def main() -> str:
     for number, script in enumerate(scripts):
         running = fork(number, int(ranks))
         if running is None:
-            sys.argv, sys.path[0] = script, str(Path(script[0]).parent)
-            return script[0]
+            return script
         wait_for(running, script[0])
-    return ""
+    return []
 
 
-if __name__ == "__main__" and (__file__ := main()):
-    exec(compile(Path(__file__).read_text(), __file__, "exec", dont_inherit=True))  # its names last to the end
+if __name__ == "__main__" and (script := main()):
+    become(script[0], script[1:], is_file=True)

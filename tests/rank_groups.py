@@ -15,11 +15,11 @@ import importlib
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from plan_fields import changed_plan
+from prepared_process import run_forked
 
 from autoaccum import Plan, Workload
 from autoaccum.plan import DistributionSection, RankEntry
@@ -46,11 +47,10 @@ def run_groups(
     file = folder / "plan.json"
     plan.save(file)
     wanted = [f"{world}:{','.join(cases)}" for world, cases in groups.items()]
-    given = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **(env or {})}
-    subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, module, str(folder), str(file), *wanted],
-        check=True, timeout=timeout, env=given,
-    )  # fmt: skip
+    given = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **(env or {})}
+    done = run_forked(Path(__file__), module, str(folder), str(file), *wanted, env=given, timeout=timeout)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, done.stderr
     found: dict[Any, Said] = {}
     for world, cases in groups.items():
         files = [folder / f"{world}-{rank}.json" for rank in range(world_of(str(world)))]
@@ -119,6 +119,7 @@ def main() -> None:
     os.environ["RANK_FOLDER"] = tempfile.mkdtemp(dir=folder)
     import torch._dynamo  # noqa: F401  as the first optimizer does, on every rank
 
+    warnings.simplefilter("ignore")
     importlib.import_module(module)
     gc.collect()
     gc.freeze()  # or each of the many collections would go through all that torch has

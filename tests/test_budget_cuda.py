@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -15,12 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prepared_process import run_forked
 
 from autoaccum.budget import Budget, BudgetItem
 from autoaccum.devices.cuda import nvml
 from autoaccum.devices.cuda.budget import CONTEXT, FREE, HIDDEN, OTHERS, DeviceMemory, cuda_budget, shrunk_since
 from autoaccum.devices.cuda.nvml import NvmlInfo, Process, see_device
-from autoaccum.devices.virtual import VirtualGpu, available, launch
+from autoaccum.devices.virtual import VirtualGpu, available
 from autoaccum.errors import UsageError
 
 MIB, GIB = 2**20, 2**30
@@ -429,13 +429,9 @@ def test_a_memory_fraction_is_reported_to_the_byte(total: int, fraction: float) 
 
 def on_the_virtual_gpu(body: str, gpu: VirtualGpu, **env: str) -> Any:
     """Runs that in a process of its own; what it prints last is JSON."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("AUTOACCUM", "PYTORCH", "CUDA_"))}
-    process = launch(
-        [sys.executable, "-c", LOOK + body], gpu, env=kept | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err.decode()[-3000:]
-    return json.loads(out.decode().splitlines()[-1])
+    done = run_forked(LOOK + body, gpu=gpu, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 TORCHS_LIMIT = """

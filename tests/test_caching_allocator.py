@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.metadata import version as torch_version
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared_process import run_forked
 
 from autoaccum.devices import virtual
 from autoaccum.errors import UsageError
@@ -43,9 +42,7 @@ EXPANDABLE = CudaRules(expandable_segments=True)
 
 
 def replayed(*arguments: str) -> list[dict[str, Any]]:
-    environment = virtual.environment(virtual.VirtualGpu(memory_bytes=16 * 2**30))
-    command = [sys.executable, str(CASES), *arguments]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True)
+    out = run_forked(CASES, *arguments, gpu=virtual.VirtualGpu(memory_bytes=16 * 2**30), timeout=900)
     assert out.returncode == 0, out.stderr[-3000:]
     cases = [json.loads(line) for line in out.stdout.splitlines() if line.startswith("{")]
     for case in cases:
@@ -75,9 +72,7 @@ def test_a_replay_is_the_allocators_own_numbers_to_the_byte_in_every_setting() -
 )  # a segment of other pages would outlive its setting
 def test_random_events_leave_the_same_after_each_as_with_the_allocator(numbers: str) -> None:
     gpu = virtual.VirtualGpu(memory_bytes=2 * 2**30, context_bytes=0, addresses="down" if "0" in numbers else "up")
-    environment = virtual.environment(gpu)
-    command = [sys.executable, str(CASES.with_name("replay_fuzz.py")), "6", numbers]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True)
+    out = run_forked(CASES.with_name("replay_fuzz.py"), "6", numbers, gpu=gpu)
     assert out.returncode == 0, out.stderr[-3000:]
     found = [json.loads(line) for line in out.stdout.splitlines() if line.startswith("{")]
     lacking = sum(number in ("5", "6", "11") for number in numbers.split(",")) * (TORCH < (2, 10))  # segments' size

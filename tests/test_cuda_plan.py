@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from prepared_process import run_forked
 from torch import nn
 
 from autoaccum import fit_plan
@@ -94,9 +94,7 @@ def answered(number: int) -> dict[str, Any]:
     gpu = virtual.VirtualGpu(
         memory_bytes=truth_cases.DEVICE_BYTES, convolution_workspace=CASES[number].workspace, convolution_fallback=False
     )
-    environment = virtual.environment(gpu) | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    command = [sys.executable, __file__, str(number)]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    out = run_forked(Path(__file__), str(number), gpu=gpu, timeout=600)
     assert out.returncode == 0, out.stderr[-3000:]
     found: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
     return found

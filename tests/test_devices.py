@@ -6,12 +6,11 @@ import ast
 import inspect
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from prepared_process import run_forked
 
 import autoaccum
 from autoaccum import UsageError
@@ -19,7 +18,7 @@ from autoaccum.devices.base import Device, RecordingPolicy
 from autoaccum.devices.cpu.device import CpuDevice
 from autoaccum.devices.cuda.device import CudaDevice
 from autoaccum.devices.registry import ROOMS, get_device
-from autoaccum.devices.virtual import VirtualGpu, available, environment
+from autoaccum.devices.virtual import VirtualGpu, available
 from autoaccum.devices.virtual.device import StandInDevice, VirtualGpuDevice
 
 ROOT = Path(autoaccum.__file__).parent
@@ -87,8 +86,8 @@ print(json.dumps({
 def test_each_method_returns_bytes_and_seconds(kind: str) -> None:
     if kind == "cuda" and REASON is not None:
         pytest.skip(REASON)
-    env = environment(VirtualGpu(memory_bytes=4 * 2**30)) if kind == "cuda" else None
-    out = subprocess.run([sys.executable, "-c", CHECK, kind], capture_output=True, text=True, env=env, check=True)
+    out = run_forked(CHECK, kind, gpu=VirtualGpu(memory_bytes=4 * 2**30) if kind == "cuda" else None)
+    assert out.returncode == 0, out.stderr
     found = json.loads(out.stdout)
     assert (
         found["class"] == {"cpu": "CpuDevice", "cuda": "VirtualGpuDevice"}[kind] and found["name"] and found["reasons"]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from exact_cases import CASES, CHANCE, COUNT, COUPLED, EXACT, Case, classes, mlp, regression, tokens, vectors
 from helpers_train import Capture, base_plan, cut, distance, drained, gradients, mean_of, one_thread  # noqa: F401
 from plan_fields import changed_plan
+from prepared_process import run_forked
 from torch import nn
 from typer.testing import CliRunner
 
@@ -474,17 +475,15 @@ def test_with_too_few_parameters_least_squares_is_not_believed() -> None:
 
 
 @pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
-def test_on_a_virtual_gpu_the_verdict_is_unknown(tmp_path: Path) -> None:
+def test_on_a_virtual_gpu_the_verdict_is_unknown() -> None:
     code = (
         "import torch; from autoaccum.exactness import check as exact; from autoaccum import Workload;"
         "m = torch.nn.Linear(4, 3).cuda();"
         "b = torch.ones(8, 4).cuda(), torch.zeros(8, dtype=torch.long).cuda();"
         "print(exact.check(Workload(m, b)).words)"
     )
-    gpu = virtual.VirtualGpu(memory_bytes=2**30)
-    with (tmp_path / "out").open("w") as out:
-        assert virtual.launch([sys.executable, "-c", code], gpu, stdout=out).wait(timeout=120) == 0
-    assert (tmp_path / "out").read_text() == "unknown: a virtual GPU computes nothing\n"
+    done = run_forked(code, gpu=virtual.VirtualGpu(memory_bytes=2**30))
+    assert done.returncode == 0 and done.stdout == "unknown: a virtual GPU computes nothing\n", done.stderr
 
 
 # --- the batches

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prepared_process import run_forked
 
 from autoaccum import Plan
 from autoaccum.devices.virtual import VirtualGpu, available, launch
@@ -93,11 +94,8 @@ print(json.dumps([sizes, [p.nbytes for p in work.model.parameters()]]))
 
 
 def test_a_model_that_training_makes_on_the_host_lies_there_as_moving_it_leaves_it(tmp_path: Path) -> None:
-    process = launch(
-        [sys.executable, "-c", MADE_AND_MOVED], VirtualGpu(memory_bytes=2 * 2**30), stdout=subprocess.PIPE, cwd=tmp_path
-    )
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    sizes, parameters = json.loads(out.splitlines()[-1])
+    done = run_forked(MADE_AND_MOVED, gpu=VirtualGpu(memory_bytes=2 * 2**30), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sizes, parameters = json.loads(done.stdout.splitlines()[-1])
     assert sizes["workload"] == parameters  # not as fp32, which is made on the virtual GPU first
     assert [size for size in sizes["there"] if size > 0] == parameters

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
+from prepared_process import run_forked
 
 from autoaccum.devices.cuda.gpu_specs import CUDNN_BYTES, GPUS, LIBRARY_BYTES, Gpu, find_gpu, list_gpus
-from autoaccum.devices.virtual import available, launch
+from autoaccum.devices.virtual import available
 from autoaccum.devices.virtual.stand_in import planning_environment, virtual_settings
 from autoaccum.errors import UsageError
 from autoaccum.units import parse_bytes
@@ -151,10 +150,9 @@ def test_a_stand_in_is_there_whichever_real_gpus_are_visible() -> None:
 @usable
 def test_torch_takes_the_largest_for_the_real_one() -> None:
     gpu = max(GPUS, key=lambda gpu: gpu.total_bytes)
-    process = launch([sys.executable, "-c", LOOK], virtual_settings(gpu), stdout=subprocess.PIPE)
-    out, _ = process.communicate(timeout=60)
+    done = run_forked(LOOK, gpu=virtual_settings(gpu))
     expected = [gpu.device_name, gpu.total_bytes, gpu.capability, gpu.multiprocessors, gpu.capacity_bytes]
-    assert process.returncode == 0 and json.loads(out) == expected
+    assert done.returncode == 0 and json.loads(done.stdout) == expected
 
 
 def test_a_measured_context_is_not_less_than_what_was_measured() -> None:

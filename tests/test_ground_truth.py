@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from prepared_process import run_forked
 
 from autoaccum.devices import virtual
 from benchmarks import ground_truth
@@ -117,9 +118,7 @@ print(json.dumps(found))
 
 @needs_gpu
 def test_convolutions_in_half_precision_turn_their_tensors():
-    gpu = virtual.VirtualGpu(convolution_workspace="transposed")
-    command = [sys.executable, "-c", CONVOLUTIONS]
-    done = subprocess.run(command, env=virtual.environment(gpu), capture_output=True, text=True)
+    done = run_forked(CONVOLUTIONS, gpu=virtual.VirtualGpu(convolution_workspace="transposed"))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found[2] == found[4] == found[5] == found[6] == found[7] == 0.0

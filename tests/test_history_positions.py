@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from prepared_process import run_forked
 
 from autoaccum.devices.cuda.positions import find_positions
-from autoaccum.devices.virtual import VirtualGpu, available, environment
+from autoaccum.devices.virtual import VirtualGpu, available
 
 REASON = available()
 
@@ -81,8 +80,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")
 def test_phases_and_workspaces_are_found_and_a_ring_that_is_too_short_is_refused() -> None:
-    env = environment(VirtualGpu(memory_bytes=4 * 2**30))
-    out = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=env)
+    out = run_forked(SCRIPT, gpu=VirtualGpu(memory_bytes=4 * 2**30))
     assert out.returncode == 0, out.stderr
     found = json.loads(out.stdout)
     workspace = found["phases"]["first"][1]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepared_process import run_forked
 
 from autoaccum import UsageError
 from autoaccum.cli import tasks
@@ -136,8 +137,7 @@ def test_a_lower_limit_of_the_users_stays_and_the_bytes_are_exact() -> None:
         "limit(123_456_789)\nprint(allowed())\n"
         "limit(whole // 2)\nprint(allowed())\n"
     )
-    env = environment(VirtualGpu(memory_bytes=4 * 2**30))
-    out = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=dict(env), check=True)
+    out = run_forked(source, gpu=VirtualGpu(memory_bytes=4 * 2**30))
     assert out.stdout.split() == ["True", "123456789", "123456789"]
 
 

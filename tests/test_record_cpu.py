@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from prepared_process import run_forked
 from torch import nn
 
 from autoaccum import UsageError, Workload, fit_plan
@@ -215,5 +214,5 @@ assert logged(1001) > 0
 
 def test_torchs_own_log_is_silent_while_it_is_profiled() -> None:
     """Torch logs each thousandth of these blocks in a process. A warning of Python is seen all the same."""
-    done = subprocess.run([sys.executable, "-c", LOGGED], capture_output=True, text=True, timeout=120)
+    done = run_forked(LOGGED)
     assert done.returncode == 0, done.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from prepared_process import run_forked
 from torch import nn
 
 from autoaccum import Workload
@@ -128,20 +127,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(virtual.available() is not None, reason=str(virtual.available()))
 def test_settings_that_changed_and_cudnns_benchmark_are_seen_on_a_gpu() -> None:
-    env = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    command = [
-        sys.executable,
-        "-m",
-        "autoaccum",
-        "virtual-gpu",
-        "--memory",
-        "4GiB",
-        "--",
-        sys.executable,
-        "-c",
-        ON_GPU,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    done = run_forked(ON_GPU, gpu=virtual.VirtualGpu(memory_bytes=4 * 2**30))
     assert done.returncode == 0, done.stderr
     text = "expandable_segments:True,max_split_size_mb:64"
     assert json.loads(done.stdout) == [False, "as it comes", True, 64 << 20, text, 1, None, 2, "benchmark"]

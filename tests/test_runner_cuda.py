@@ -12,7 +12,6 @@ import functools
 import gc
 import json
 import logging
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -21,11 +20,12 @@ from typing import Any
 
 import pytest
 import torch
+from prepared_process import run_forked
 from torch import nn
 
 from autoaccum import PlanMismatch, Runner, Workload, fit_plan
 from autoaccum.devices.registry import get_device
-from autoaccum.devices.virtual import VirtualGpu, available, control, launch
+from autoaccum.devices.virtual import VirtualGpu, available, control
 from autoaccum.phases import LATER
 from autoaccum.planning.evidence import Evidence
 from autoaccum.planning.record import record_first_step, record_window
@@ -48,11 +48,10 @@ def case(check: Callable[[], None]) -> Callable[[], None]:
 
 
 def on_virtual_gpu(name: str, *arguments: object, gpu: VirtualGpu | None = None) -> str:
-    command = [sys.executable, __file__, name, json.dumps(arguments)]
-    process = launch(command, gpu or VirtualGpu(memory_bytes=4 * 2**30), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err.decode()[-3000:]
-    return out.decode()
+    gpu = gpu or VirtualGpu(memory_bytes=4 * 2**30)
+    done = run_forked(Path(__file__), name, json.dumps(arguments), gpu=gpu)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 TOGETHER = (

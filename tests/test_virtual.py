@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepared_process import run_forked
 from virtual_checks import GROUPS
 
 from autoaccum.devices.compiled_library import CompiledLibrary
@@ -41,12 +42,17 @@ FORKED = tuple(name for name, group in GROUPS.items() if group.can_be_forked)
 @cache
 def lines(*groups: str) -> tuple[list[dict[str, Any]], str]:
     """What a process prints that runs the groups' checks, and how it ended."""
-    command = [sys.executable, str(HERE / "virtual_checks.py"), *groups]
-    gpu, env = (GROUPS[groups[0]].gpu, GROUPS[groups[0]].env) if len(groups) == 1 else (VirtualGpu(), {})
-    process = launch(command, gpu, env=clean() | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=240)
-    ending = "" if process.returncode == 0 else f"the process ended with {process.returncode}:\n{err.decode()[-3000:]}"
-    return [json.loads(line) for line in out.decode().splitlines()], ending
+    checks = HERE / "virtual_checks.py"
+    if len(groups) > 1:
+        done = run_forked(checks, *groups, gpu=VirtualGpu())
+        out, err, code = done.stdout, done.stderr, done.returncode
+    else:
+        gpu, env = GROUPS[groups[0]].gpu, clean() | GROUPS[groups[0]].env
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = launch([sys.executable, str(checks), *groups], gpu, env=env, **pipes)
+        (out, err), code = process.communicate(timeout=240), process.returncode
+    ending = "" if code == 0 else f"the process ended with {code}:\n{err[-3000:]}"
+    return [json.loads(line) for line in out.splitlines()], ending
 
 
 @cache

@@ -899,7 +899,7 @@ def main(groups: list[str]) -> None:
     for group in groups:
         child = os.fork()
         if not child:
-            for name in [name for name in os.environ if name.startswith("AUTOACCUM_GPU_")]:
+            for name in [name for name in os.environ if name.startswith(("AUTOACCUM_GPU_", "CUDA_"))]:
                 del os.environ[name]
             os.environ.update(GROUPS[group].gpu.settings() | GROUPS[group].env)
             control.read_settings()
