@@ -7,6 +7,7 @@ describes what is done instead. Where a torch lacks one, `UnsupportedTorch` name
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -217,6 +218,22 @@ def gradient_hooks(tensor: torch.Tensor) -> list[Any]:
 def accumulation_hooks(parameter: torch.Tensor) -> list[Any]:
     """Return the hooks that run after a parameter's gradient was accumulated."""
     return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+
+
+def hooks_of_users(model: nn.Module, optimizer: Any) -> list[Any]:
+    """Return a model's and an optimizer step's hooks, without torch's own."""
+    steps = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    tables = [getattr(optimizer, name, None) or {} for name in steps]
+    tables += [table for module in model.modules() for table in hook_tables(module)]
+    found = [hook for table in tables for hook in table.values() if callable(hook)]
+    found += [hook for p in model.parameters() for hook in (*gradient_hooks(p), *accumulation_hooks(p))]
+    return [hook for hook in found if (_module_of(hook) or "torch").partition(".")[0] != "torch"]
+
+
+def _module_of(hook: Any) -> str | None:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return getattr(hook, "__module__", None)
 
 
 def local_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -273,11 +273,31 @@ def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     logits = model(inputs)
     if not hasattr(logits, "dim"):
         raise _no_loss(model, f"returned {type(logits).__name__}, not a tensor of logits")
-    if classes.is_floating_point() or logits.shape[:-1].numel() != classes.numel():
+    if classes.is_floating_point() or not _are_of_last_dimension(logits, classes):
         shapes = f"logits of shape {tuple(logits.shape)} and targets of shape {tuple(classes.shape)}"
-        raise _no_loss(model, f"gives {shapes} ({classes.dtype}), which cross-entropy cannot pair")
+        hint = "torch.nn.CrossEntropyLoss() takes them: loss=torch.nn.CrossEntropyLoss(). "
+        taken = not classes.is_floating_point() and _are_of_dimension_1(logits, classes)
+        what = f"gives {shapes} ({classes.dtype}), which cross-entropy cannot pair"
+        raise _no_loss(model, f"{what} with classes in the last dimension", hint if taken else "")
     # Not reduction="mean": where all classes are ignored it is 0 / 0, and NaN times a weight of 0 is still NaN.
     return F.cross_entropy(logits.flatten(0, -2), classes.flatten(), reduction="sum") / class_count(batch).clamp(min=1)
+
+
+def _are_of_last_dimension(logits: torch.Tensor, classes: torch.Tensor) -> bool:
+    """Return whether the logits' last dimension holds the classes.
+
+    Not by their number alone: logits of pictures, (samples, classes, height, width), with as many classes as columns
+    have as many rows as there are pixels.
+    """
+    if logits.shape[:-1].numel() != classes.numel():
+        return False
+    if logits.dim() <= 2 or classes.dim() == 1 or classes.shape == (*logits.shape[:-1], 1):
+        return True
+    return classes.shape == logits.shape[:-1] and not (logits.dim() > 3 and _are_of_dimension_1(logits, classes))
+
+
+def _are_of_dimension_1(logits: torch.Tensor, classes: torch.Tensor) -> bool:
+    return logits.dim() > 2 and classes.shape == (*logits.shape[:1], *logits.shape[2:])
 
 
 def class_count(batch: Batch) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import inspect
 import json
 import subprocess
@@ -182,6 +183,17 @@ def check_forward_pre_hooks() -> None:
     module = nn.Linear(1, 1)
     module.register_forward_pre_hook(print)
     assert compat.forward_pre_hooks(module) == [print]
+
+
+def check_hooks_of_users() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    nn.utils.parametrizations.weight_norm(model)
+    assert compat.hooks_of_users(model, optimizer) == compat.hooks_of_users(model, None) == []
+    model.register_forward_hook(print)
+    optimizer.register_step_pre_hook(print)
+    optimizer.register_step_post_hook(functools.partial(print, 1))
+    assert len(compat.hooks_of_users(model, optimizer)) == 3
 
 
 def check_hook_tables() -> None:

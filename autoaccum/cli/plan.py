@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -152,7 +153,8 @@ def _print(found: Plan, output: Path | None, answer: dict[str, Any], *, verbose:
     """Print a plan as a card, or all of its summary."""
     following = "-o plan.json keeps it for autoaccum run and autoaccum explain"
     if output is not None:
-        following = f"autoaccum run {output}, autoaccum explain {output}"
+        file = shlex.quote(str(output))
+        following = f"autoaccum run {file}, autoaccum explain {file}"
     if verbose:
         from ..reporting.explain import summary
 

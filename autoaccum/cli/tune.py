@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,6 +116,6 @@ def _print_result(found: TuningResult, output: Path | None) -> None:
     print()
     print(summary_of_trials(found))
     print(in_flags(summary(found.plan)))
-    file = output or "plan.json"
+    file = shlex.quote(str(output or "plan.json"))
     save = "" if output is not None else " (save the plan: -o plan.json)"
     print(f"next        autoaccum run {file}, autoaccum explain {file}{save}")

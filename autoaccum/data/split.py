@@ -24,6 +24,7 @@ from ..errors import BatchError
 from . import tree
 from .collated import Collated
 from .groups import Grouped
+from .uncollated import refuse_samples
 
 if TYPE_CHECKING:
     from ..workload import Batch
@@ -211,6 +212,8 @@ def _survey(batch: Batch, shared: Collection[str], per_sample: Collection[str]) 
             return False
         return _named(path, rowwise) or (len(node) > 0 and all(isinstance(value, _PLAIN) for value in node))
 
+    if not _named("batch", whole | rowwise):
+        refuse_samples(batch)
     found = tree.leaves(batch, is_leaf=is_leaf)
     settled = frozenset(path for path, _ in found if _named(path, rowwise))
     lengths = {}
@@ -341,7 +344,7 @@ def _cannot_cut(path: str, what: str) -> BatchError:
         f"{path} is {what}, which can't be cut into micro-batches.",
         "Known are dense tensors, strings, numbers and None, in mappings, lists, tuples and dataclasses.",
         f"If each micro-batch is to get it whole, say shared={{{_key(path)!r}}}; else give it as a tensor with the "
-        "samples in dimension 0.",
+        "samples in dimension 0, or give the Workload loader=, a DataLoader whose collate_fn makes each micro-batch.",
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..data import tree
 from ..data.collated import materialized
+from ..torch_compat import gradient_hooks
 from ..workload import IGNORED, Batch
 from . import batch_leaves, test_batches
 from .determinism import ClassLoss, RandomOps
@@ -107,6 +108,18 @@ def if_some_are_ignored(lines: Sequence[str] = ()) -> tuple[str, ...]:
     )
 
 
+def on_gradient_hooks(model: torch.nn.Module) -> tuple[str, ...]:
+    """Return the remark on hooks that the tested copies don't have."""
+    hooked = [name for name, p in model.named_parameters() if gradient_hooks(p)]
+    if not hooked:
+        return ()
+    more = f" and {len(hooked) - 1} more" if len(hooked) > 1 else ""
+    return (
+        f"The hook on the gradient of {hooked[0]}{more} was not tested. It runs on each micro-batch's gradient: unless "
+        "it is linear (a factor, a mask), the sum is another one than it makes of the whole.",
+    )
+
+
 def explain(
     kind: str, case: CheckCase, weights: Sequence[float], module: str | None, place: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
@@ -139,6 +152,9 @@ def explain(
         return f"not exact: {module} changes with each forward; {off}", _advice_on_state(str(module), place, seen)
     if module is not None:
         return f"not exact: in {module} samples depend on one another; {off}", _advice_on_module(module, seen)
+    if case.exact_unignored:
+        words = f"{UNIGNORED}; not exact where some are: the loss adds means over different numbers; {off}"
+        return words, _advice_on_several_means(seen)
     return f"not exact: the loss couples samples across micro-batches; {off}", _advice_on_coupling(seen)
 
 
@@ -212,9 +228,20 @@ def _advice_on_state(module: str, place: str | None, seen: str) -> tuple[str, ..
 def _advice_on_coupling(seen: str) -> tuple[str, ...]:
     return (
         f"No weights of the micro-batches give the whole batch's gradient: {seen}. The loss compares samples "
-        "(in-batch negatives, triplets, ranks), or is a ratio or a statistic of the whole batch.",
+        "(in-batch negatives, triplets, ranks), is a ratio or a statistic of the whole batch, or adds means over "
+        "different numbers (tokens, samples).",
         "If it is a function of each sample's representation, Workload(..., encode=lambda model, batch: ..., "
-        "loss=lambda model, representations: ...) is exact, for one more forward. Else train with one step.",
+        "loss=lambda model, representations: ...) is exact, for one more forward. Of two means, give one as (sum, "
+        "count) and the other, over samples, apart: autoaccum.LossTerms(sum, count, extra=mean). Else train with one "
+        "step.",
+    )
+
+
+def _advice_on_several_means(seen: str) -> tuple[str, ...]:
+    return (
+        f"It adds a mean over the classes that aren't ignored and another mean, as a penalty: {seen}. No one weight of "
+        "a micro-batch is right for both.",
+        "Return autoaccum.LossTerms(sum, count, extra=mean over samples).",
     )
 
 

@@ -168,7 +168,8 @@ def _check(workload: Workload, max_rows: int, limit: TimeLimit) -> Verdict:
             return unknown(
                 f"the test itself failed ({drop_frames(error)})", "Does one step run on the sample? loss(model, sample)"
             )
-    return _holds(cases, settled=workload.encode is not None)
+    verdict = _holds(cases, settled=workload.encode is not None)
+    return replace(verdict, advice=(*verdict.advice, *advice.on_gradient_hooks(workload.model)))
 
 
 def check_plan(
@@ -309,10 +310,11 @@ def _verdict(workload: Workload, model_copy: FunctionalCopy, pair: CheckCase) ->
             kind, module = STATEFUL, model_copy.moving_module()
         place = model_copy.moving_place() if kind == STATEFUL else None
         unignored = None
-        if kind == COUNT and not found.is_pair:
+        if kind in (COUNT, COUPLED) and module is None and not found.is_pair:
             unignored = arrangements.without_ignored(workload, model_copy, case)
             case = replace(case, exact_unignored=unignored is not None)
     words, lines = advice.explain(kind, case, weights, module, place)
+    kind = COUNT if unignored is not None else kind  # the mean over the classes that aren't ignored is one of several
     if unignored is not None and advice.one_target_a_sample(case):
         own = unignored.gradients
         words = f"exact (tested on {rows} samples, none with an ignored target)"

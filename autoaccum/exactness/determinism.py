@@ -170,7 +170,7 @@ class _Functions(TorchFunctionMode):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        if not target.is_floating_point():
+        if not target.is_floating_point() and _has_storage(target):
             self.draws.class_losses.append(ClassLoss(target.detach(), ignore_index, weight, reduction == "mean"))
 
 
@@ -198,6 +198,15 @@ class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out
         self.draws.replaced.add("dropout" if name.startswith("bernoulli") else name)
         return constant(out)
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor can be read later; not inside torch.func's transforms."""
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _on_cpu(out: Any) -> bool:

@@ -131,13 +131,15 @@ class FunctionalCopy:
         self._start = take_rng()  # each part starts from it, so that Python's and NumPy's draws are equal
         chosen = torch.Generator().manual_seed(0)
         self.trained = [name for name, p in self.copies.items() if p.requires_grad]
-        self._chosen = _choose([self.copies[name].numel() for name in self.trained], entries or MAX_ENTRIES, chosen)
+        self._chosen = _choose([_numbers(self.copies[name]) for name in self.trained], entries or MAX_ENTRIES, chosen)
 
     def cast(self, batch: Batch) -> Batch:
         """Copy a batch to this precision and device."""
         return tree.map_tensors(materialized(batch), lambda tensor: self._cast(tensor.detach()).clone())
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex() and self.dtype is torch.float64:
+            return tensor.to(self.device or tensor.device, torch.complex128)
         if not tensor.is_floating_point():
             return tensor.to(self.device or tensor.device)
         dtype = self.dtype or (torch.float32 if self.widens and tensor.element_size() < 4 else tensor.dtype)
@@ -255,18 +257,20 @@ class FunctionalCopy:
         """Return a gradient's chosen entries on the host, zeros if missing."""
         read = []
         for name, gradient, chosen in zip(self.trained, gradients, self._chosen, strict=True):
-            size = self.copies[name].numel()
+            size = _numbers(self.copies[name])
             if gradient is None:
                 read.append(torch.zeros(size if chosen is None else len(chosen), dtype=torch.float64))
                 continue
-            flat = (gradient.to_dense() if gradient.layout is not torch.strided else gradient).detach().reshape(-1)
+            dense = (gradient.to_dense() if gradient.layout is not torch.strided else gradient).detach()
+            flat = (torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense).reshape(-1)
             read.append((flat if chosen is None else flat[chosen.to(flat.device)]).to("cpu", torch.float64, copy=True))
         return torch.cat(read)
 
     @property
     def tolerance(self) -> float:
         """The relative difference that rounding may cause."""
-        floats = {copied.dtype for copied in self.copies.values() if copied.is_floating_point()}
+        copies = [copied for copied in self.copies.values() if copied.is_floating_point() or copied.is_complex()]
+        floats = {copied.dtype.to_real() for copied in copies}
         limits = {**EXACT_TOLERANCE, **HALF_PRECISION_TOLERANCE}
         return max(limits.get(dtype, EXACT_TOLERANCE[torch.float32]) for dtype in floats)
 
@@ -299,10 +303,15 @@ class FunctionalCopy:
     def places(self) -> tuple[tuple[str, int], ...]:
         """Names, as the model has them, and compared entries of parameters."""
         names = [self.name_of(name) for name in self.trained]
-        sizes = [self.copies[name].numel() for name in self.trained]
+        sizes = [_numbers(self.copies[name]) for name in self.trained]
         pairs = zip(sizes, self._chosen, strict=True)
         entries = [size if chosen is None else len(chosen) for size, chosen in pairs]
         return tuple(zip(names, entries, strict=True))
+
+
+def _numbers(tensor: torch.Tensor) -> int:
+    """Return the real numbers in a tensor: a complex one has two."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def _choose(sizes: Sequence[int], entries: int, generator: torch.Generator) -> list[torch.Tensor | None]:

@@ -67,13 +67,15 @@ def tracing_layers(model: nn.Module, forward_trace: ForwardTrace, rows: int) -> 
         given = [leaf for _, leaf in tree.leaves(out) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
         if not given or not given[0].numel():
             return
-        first = given[0].detach()
-        are_rows = first.dim() and len(first) % rows == 0
-        by_sample = (
-            first.reshape(rows, -1)[:, :MAX_OUTPUT_COLUMNS].float() if are_rows else first.reshape(-1, 1).float()
-        )
-        forward_trace.layer, forward_trace.spread = module, float(by_sample.std(0).mean())
-        forward_trace.outputs = by_sample if are_rows else None
+        with contextlib.suppress(RuntimeError):  # inside vmap no number can be read; a jagged tensor has no rows
+            first = given[0].detach()
+            are_rows = first.dim() and len(first) % rows == 0
+            by_sample = (
+                first.reshape(rows, -1)[:, :MAX_OUTPUT_COLUMNS].float() if are_rows else first.reshape(-1, 1).float()
+            )
+            spread = float(by_sample.std(0).mean())
+            forward_trace.layer, forward_trace.spread = module, spread
+            forward_trace.outputs = by_sample if are_rows else None
 
     handles = [
         module.register_forward_hook(after)

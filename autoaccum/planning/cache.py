@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,14 @@ def _path(key: str) -> Path | None:
     try:
         return private.private_folder(private.cache_folder(), "autoaccum", "plans") / f"{key}.json"
     except (UsageError, OSError, RuntimeError) as error:
-        log.warning("The plan cache is not used: %s", error.what if isinstance(error, UsageError) else error)
+        _say_once(f"The plan cache is not used: {error.what if isinstance(error, UsageError) else error}")
         return None
+
+
+@lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    """Warn, once for the look-up of a plan and its keeping."""
+    log.warning("%s", text)
 
 
 def _sum(kept: Any) -> str:

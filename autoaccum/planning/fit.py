@@ -38,6 +38,7 @@ from ..simulation.solver import Solution
 from ..state import snapshot as restore
 from ..state.appended import keeper
 from ..state.closures import Holdings, holdings
+from ..torch_compat import hooks_of_users
 from ..window import compiled, step
 from ..window.over_ranks import reduction_of
 from ..window.trained_parameters import left_out_note
@@ -210,9 +211,8 @@ def plan_in(
     plan_samples = partial(_plan_samples, environment, assumed=assumed)
     plan_request, remark = tokens_to_samples(plan_request, workload)
     with absent_ranks(workload.model, plan_request) as request:
-        if workload.samples_per_group > 1:
-            return build_plan.with_note(plan_in_groups(plan_samples, workload, request), remark)
-        return build_plan.with_note(plan_samples(workload, request), remark)
+        make = partial(plan_in_groups, plan_samples) if workload.samples_per_group > 1 else plan_samples
+        return build_plan.with_note(make(workload, request), remark)
 
 
 def _plan_samples(
@@ -230,7 +230,7 @@ def _plan_samples(
         snapshot = stack.enter_context(_as_it_was(workload, held)) if environment.keep else None
         stack.callback(drop_unfinished, workload.model)
         context = _context_of(workload, request, plan_request)
-        left_out, makes_state = left_out_note(context.model, context.optimizer), not context.optimizer.state
+        left_out, makes_state = left_out_note(context), not context.optimizer.state
         subject = environment.subject(
             context, longest, environment.device, threshold, environment.progress, environment.model_events
         )
@@ -321,9 +321,9 @@ def environment_for(torch_device: torch.device) -> PlanningEnvironment:
 
 
 def _held(workload: Workload) -> Holdings:
-    """Find the objects that the workload's functions hold."""
+    """Find the objects that the workload's functions and hooks hold."""
     functions = {name: getattr(workload, name) for name in ("loss", "encode", "count", "between_steps", "metric")}
-    return holdings(workload.model, **functions)
+    return holdings(workload.model, **functions, hooks=hooks_of_users(workload.model, workload.optimizer))
 
 
 @contextlib.contextmanager

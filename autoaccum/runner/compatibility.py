@@ -62,10 +62,10 @@ def refuse_graphs(context: TrainingContext, steps: int) -> None:
 def warnings(context: TrainingContext, workload: Workload, plan: Plan) -> list[str]:
     """Return what to warn of before the first window, one text each."""
     steps = plan.accumulation_steps
-    found = [_length_warning(workload, plan), left_out_note(context.model, context.optimizer)]
+    found = [_length_warning(workload, plan), left_out_note(context)]
     if steps > 1:
         found += [_accumulation_hook_warning(context.model, steps), _gradient_hook_warning(context.model)]
-        found += [norms.warning(context.norms, context.batchnorm)]
+        found += [norms.warning(context.norms, context.batchnorm, training=context.model.training)]
     if context.device.type == "cuda":
         found.append(_capacity_warning(context, plan))
     return [text for text in found if text]

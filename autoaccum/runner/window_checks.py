@@ -9,6 +9,8 @@ import torch
 
 from ..data.window import Window
 from ..exactness.recheck import counts_differ, recheck
+from ..torch_compat import local_bytes
+from ..units import show_bytes
 from ..window.context import TrainingContext
 from ..window.loss_form import LossKind
 from ..workload import IGNORED
@@ -16,6 +18,8 @@ from .oom_recovery import TrainedWindow
 from .state_changes import ForwardChanges
 
 log = logging.getLogger("autoaccum")
+
+_SHOWN = 3  # names in a warning
 
 
 class WindowChecks:
@@ -35,12 +39,14 @@ class WindowChecks:
         self.rechecked = self.warned_of_ignored = False
         self._batch_keys = dict(batch_keys)
         self._changes = ForwardChanges(context)
+        self._trained = self._trained_now()
 
     def before_window(self, window: Window) -> None:
         """Compare gradients where micro-batches count differently.
 
-        The plan's sample may not have shown it.
+        The plan's sample may not have shown it. Look for parameters that weren't trained when it was made, too.
         """
+        self._warn(self._more_trained())
         if self.rechecked or self.context.encode is not None or not counts_differ(window.pieces, window.sizes):
             return
         self.rechecked = True
@@ -50,6 +56,25 @@ class WindowChecks:
         """Look for ignored labels, and for modules that count forwards."""
         self._warn(self._ignored_warning(trained.window))
         self._warn(self._changes.after_window(trained.before, len(trained.window.pieces)))
+
+    def _trained_now(self) -> frozenset[tuple[int, bool]]:
+        """Return which parameters get a gradient, and whether the optimizer has them."""
+        theirs = {id(p) for group in self.context.optimizer.param_groups for p in group["params"]}
+        return frozenset((id(p), id(p) in theirs) for p in self.context.model.parameters() if p.requires_grad)
+
+    def _more_trained(self) -> str:
+        now = self._trained_now()
+        more, self._trained = now - self._trained, now
+        if not more:
+            return ""
+        new = {id_ for id_, _ in more}
+        named = [(name, p) for name, p in self.context.model.named_parameters() if id(p) in new]
+        shown = ", ".join(name for name, _ in named[:_SHOWN]) + (", ..." if len(named) > _SHOWN else "")
+        return (
+            f"{len(named)} of the model's tensors ({shown}) weren't trained when the Runner was made. Their gradients "
+            f"({show_bytes(sum(local_bytes(p) for _, p in named))}) and the optimizer's state for them are not in the "
+            "plan's memory; the gradient is the whole batch's still. Plan again, and make a new Runner."
+        )
 
     def _ignored_warning(self, window: Window) -> str:
         form = self.context.loss_form

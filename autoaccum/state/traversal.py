@@ -152,6 +152,16 @@ class Walk:
             if inner := self._inside(value, place, kind):
                 stack.extend(reversed(inner))
 
+    def follow_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Walk the objects in an optimizer's state, of any class.
+
+        A projection that some steps move (GaLore's) is one.
+        """
+        for state in optimizer.state.values():
+            for key, value in state.items() if isinstance(state, dict) else ():
+                if _kind(type(value), True) == _LEAF and hasattr(value, "__dict__") and not callable(value):  # type: ignore[arg-type]
+                    self.follow(value, f"optimizer state {key}")
+
     def follow_held(self, held: Holdings) -> None:
         """Walk from what functions hold now."""
         self._limits = _LIMITS[self.full]
@@ -275,6 +285,8 @@ def walk(full: bool, held: Holdings | None = None, **roots: Any) -> Walk:
     for name, root in roots.items():
         if root is not None and (full or name in ("model", "scaler")):
             found.follow(root, name)
+    if full and isinstance(roots.get("optimizer"), torch.optim.Optimizer):
+        found.follow_state(roots["optimizer"])
     if held is not None:
         found.follow_held(held)
     return found

@@ -67,6 +67,7 @@ def check_signature(batch: Any, planned: Signature, rows: int | None = None) -> 
             "Another structure needs other memory, and maybe another model.",
             "Plan again with a sample like this batch.",
         )
+    _refuse_single_samples(found, planned)
     pictures = {leaf.trailing_shape[-2:] for leaf in found if _is_picture(leaf)}
     for leaf, plan in zip(found, planned, strict=True):
         fits = _fits(leaf, plan, pictures)
@@ -77,6 +78,19 @@ def check_signature(batch: Any, planned: Signature, rows: int | None = None) -> 
                 "It could need more memory than was planned, so it is refused before its forward.",
                 "Plan again with a sample of the longest sequence, or the largest picture, of the data.",
             )
+
+
+def _refuse_single_samples(found: Signature, planned: Signature) -> None:
+    """Refuse a loader's samples that were given in the place of batches."""
+    pairs = [(leaf, plan) for leaf, plan in zip(found, planned, strict=True) if plan.trailing_shape]
+    if pairs and all(leaf.trailing_shape == plan.trailing_shape[1:] for leaf, plan in pairs):
+        leaf, plan = pairs[0]
+        raise BatchError(
+            f"{leaf.path} has {len(leaf.trailing_shape) + 1} dimensions, and the plan's sample has "
+            f"{len(plan.trailing_shape) + 1}: the loader gives single samples, it seems, and not batches.",
+            "Cut along dimension 0, each sample would be cut apart.",
+            "Give the DataLoader a batch_size; any will do.",
+        )
 
 
 def _check_bytes(batch: Any, sample_bytes: int, rows: int | None) -> None:

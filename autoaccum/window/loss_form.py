@@ -23,7 +23,7 @@ from ..workload import Batch, class_count, default_loss, is_pair
 from .context import TrainingContext, autocast, forward
 from .forward_only import forward_only
 from .hugging_face import Denominator, can_tell, find_denominator, has_labels
-from .loss_terms import count_of
+from .loss_terms import adding_up, count_of
 
 _PROBE_SAMPLES = 2  # a forward that only asks should need less memory than one that trains
 
@@ -143,7 +143,7 @@ def window_count(context: TrainingContext, form: LossForm, pieces: Sequence[Batc
     if form.kind is LossKind.NOTHING:
         return 0
     if form.count is not None:
-        return sum(form.count(piece) for piece in pieces)
+        return sum(adding_up(form.count(piece)) for piece in pieces)
     if form.kind is not LossKind.SUM or (len(pieces) < 2 and context.exchange is None):
         return None
     return forward_only(context, lambda: sum(_value(_count_by_forward(context, piece)) for piece in pieces))

@@ -131,17 +131,29 @@ def _check_form(out: Any) -> None:
 
 
 def count_of(out: Any) -> Any:
-    """Return a loss's count; None where it is a mean."""
+    """Return a loss's count, `adding_up`; None where it is a mean."""
     if isinstance(out, LossTerms):
-        return out.count
-    return out[1] if isinstance(out, tuple) else None
+        return adding_up(out.count)
+    return adding_up(out[1]) if isinstance(out, tuple) else None
+
+
+def adding_up(number: Any) -> Any:
+    """Return a count or a loss in a type that adds up.
+
+    A sum in bf16 stays at 256 where ones are added, and one in uint8 begins again at 0.
+    """
+    if not isinstance(number, torch.Tensor):
+        return number
+    if number.is_floating_point():
+        return number.float() if number.dtype.itemsize < 4 else number
+    return number if number.is_complex() else number.long()
 
 
 def whole(out: Any) -> torch.Tensor:
     """Return the loss of a window of this one batch, a scalar."""
     if isinstance(out, LossTerms):
-        return cast(torch.Tensor, out.sum / nonzero(out.count) + out.extra)
-    loss: torch.Tensor = out[0] / nonzero(out[1]) if isinstance(out, tuple) else out
+        return cast(torch.Tensor, adding_up(out.sum) / nonzero(count_of(out)) + out.extra)
+    loss: torch.Tensor = adding_up(out[0]) / nonzero(count_of(out)) if isinstance(out, tuple) else adding_up(out)
     return loss
 
 
@@ -156,10 +168,11 @@ def part(out: Any, share: float, count: Any, total: Any) -> torch.Tensor:
         total: What the window counts; None where nothing is counted.
     """
     if isinstance(out, LossTerms):
-        return cast(torch.Tensor, out.sum / total + out.extra * share)
+        return cast(torch.Tensor, adding_up(out.sum) / total + out.extra * share)
     if isinstance(out, tuple):
-        pair: torch.Tensor = out[0] / total
+        pair: torch.Tensor = adding_up(out[0]) / total
         return pair
+    out = adding_up(out)
     if count is None:
         mean: torch.Tensor = out * share
         return mean

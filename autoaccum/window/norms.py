@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -128,11 +128,19 @@ def check_choice(norms: Norms, how: str | None, model: nn.Module) -> None:
         )
 
 
-def warning(norms: Norms, how: str | None) -> str:
+def warning(norms: Norms, how: str | None, *, training: bool = False) -> str:
     """Return what to warn of, or "" where all is exact.
 
     In windows of several micro-batches.
+
+    Args:
+        norms: The normalizations.
+        how: The choice for batch normalizations.
+        training: Whether the model is in train mode already, so that a module which isn't stays so.
     """
+    if training:
+        batch = {name: module for name, module in norms.batch.items() if module.training}
+        norms = replace(norms, batch=batch, instance={n: m for n, m in norms.instance.items() if m.training})
     return " ".join(filter(None, (_batch_warning(norms, how), _instance_warning(norms, how))))
 
 

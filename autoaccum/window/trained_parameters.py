@@ -5,6 +5,9 @@ Refused where it has no tensor of it, noted where it has some only.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -12,6 +15,9 @@ from ..errors import UsageError
 from ..state.closures import Holdings
 from ..torch_compat import local_bytes
 from ..units import show_bytes
+
+if TYPE_CHECKING:
+    from .context import TrainingContext
 
 _SHOWN = 3  # names in a note
 
@@ -47,24 +53,47 @@ def refuse_foreign(model: nn.Module, held: Holdings, optimizer: torch.optim.Opti
     )
 
 
-def left_out_note(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+def left_out_note(context: TrainingContext) -> str:
     """Describe tensors that require a gradient and the optimizer lacks.
 
-    Empty for none.
+    Those of the model, and of a loss that is a module. Empty for none.
     """
+    model, optimizer = context.model, context.optimizer
     theirs = {id(p) for p in _tensors(optimizer)}
     wanted = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     left = [(name, p) for name, p in wanted if id(p) not in theirs]
+    notes = [_note_on_criterion(context, theirs)]
+    if left:
+        left_bytes = sum(local_bytes(p) for _, p in left)
+        notes.insert(
+            0,
+            f"{type(optimizer).__name__} has {len(wanted) - len(left)} of the model's {len(wanted)} tensors that "
+            f"require a gradient. The other {len(left)} ({_shown(left)}) get gradients ({show_bytes(left_bytes)}) and "
+            "are never changed by it: if they are to stay as they are, requires_grad_(False) spares that memory; "
+            "if not, give it all of model.parameters().",
+        )
+    return " ".join(filter(None, notes))
+
+
+def _note_on_criterion(context: TrainingContext, theirs: Collection[int]) -> str:
+    """Describe a criterion's own tensors that nothing trains."""
+    criterion = getattr(context.loss, "criterion", context.loss)
+    if not isinstance(criterion, nn.Module) or criterion is context.model:
+        return ""
+    own = [(name, p) for name, p in criterion.named_parameters() if p.requires_grad]
+    left = [(name, p) for name, p in own if id(p) not in theirs]
     if not left:
         return ""
-    left_bytes = sum(local_bytes(p) for _, p in left)
-    shown = ", ".join(name for name, _ in left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
+    name = type(context.optimizer).__name__
     return (
-        f"{type(optimizer).__name__} has {len(wanted) - len(left)} of the model's {len(wanted)} tensors that require a "
-        f"gradient. The other {len(left)} ({shown}) get gradients ({show_bytes(left_bytes)}) and "
-        "are never changed by it: if they are to stay as they are, requires_grad_(False) spares that memory; "
-        "if not, give it all of model.parameters()."
+        f"{name} lacks {len(left)} of the {len(own)} tensors of the loss {type(criterion).__name__} that require a "
+        f"gradient ({_shown(left)}): they stay as they are. If they are to be trained, give it both: "
+        f"optimizer={name}([*model.parameters(), *loss.parameters()])."
     )
+
+
+def _shown(named: Sequence[tuple[str, torch.Tensor]]) -> str:
+    return ", ".join(name for name, _ in named[:_SHOWN]) + (", ..." if len(named) > _SHOWN else "")
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
