@@ -17,6 +17,8 @@ gc.disable()  # until the tests are collected: what imports make stays, and coll
 import pytest  # noqa: E402
 
 HIDDEN: list[str] = []  # a line about a torchvision that is left out
+FROZEN = {"modules": 0}  # how many there were when objects were kept out of garbage collections
+MANY_MODULES = 5
 
 # Files that take longest, for pytest-xdist to start with: one of them begun last would keep one process alone at work.
 LONGEST_FIRST = (
@@ -81,6 +83,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
+def _freeze() -> None:
+    """Keep what is there now out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+    FROZEN.update(modules=len(sys.modules))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """Keep what imports and collection made out of every later garbage collection.
@@ -88,6 +97,12 @@ def pytest_collection_finish() -> None:
     Planning collects garbage several times, and torch's and the tests' own objects make each collection take longer
     than the rest of a small plan.
     """
-    gc.collect()
-    gc.freeze()
+    _freeze()
     gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """Keep what a test imported, such as a model of transformers', out of every later garbage collection, too."""
+    if len(sys.modules) >= FROZEN["modules"] + MANY_MODULES:
+        _freeze()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from prepared_process import run_forked
 from test_restore import CASES, Case, assert_as_before, busy, dump, loss, net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -280,7 +279,7 @@ print(json.dumps([plan.method, plan.predicted_peak_bytes, plan.measured_peak_byt
 
 def test_what_a_model_keeps_from_window_to_window_is_predicted() -> None:
     # In a process of its own: what other tests left in this one may be given back to the system while it is measured.
-    done = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, timeout=120)
+    done = run_forked(KEEPS)
     assert done.returncode == 0, done.stderr
     method, predicted, measured, nothing_left = json.loads(done.stdout)
     assert method == "replayed" and nothing_left

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepared_process import run_forked
 from typer.testing import CliRunner
 
 from autoaccum import UsageError
 from autoaccum.cli import app
 from autoaccum.cli.architectures.config_file import MOST_LAYERS, read_config
 from autoaccum.cli.architectures.description import Description
-from autoaccum.devices.virtual import available
+from autoaccum.devices.virtual import VirtualGpu, available
 
 REASON = available()
 on_a_virtual_gpu = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -198,8 +199,7 @@ def test_a_model_that_is_too_large_is_a_no(tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", ["8.9"])
 def test_kernels_that_choose_by_the_codes_version_run(capability: str) -> None:
     code = "import torch; torch.zeros(5000, device='cuda').sort(); torch.cuda.synchronize(); print('sorted')"
-    command = ["virtual-gpu", "--compute-capability", capability, "--", sys.executable, "-c", code]
-    out = subprocess.run([sys.executable, "-m", "autoaccum", *command], capture_output=True, text=True, timeout=120)
+    out = run_forked(code, gpu=VirtualGpu(compute_capability=capability))
     assert out.stdout == "sorted\n", out.stderr
 
 
