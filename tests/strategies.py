@@ -19,7 +19,7 @@ from plan_fields import plan_of
 
 from autoaccum.budget import Budget, BudgetItem
 from autoaccum.phases import FIRST, LATER, OPTIMIZER
-from autoaccum.plan import LeafForm, PeakRow, Plan, RecordingNote, TimedSize, TimelinePart
+from autoaccum.plan import LeafForm, PeakRow, Plan, RecordingNote, SegmentRow, TimedSize, TimelinePart
 from autoaccum.simulation.program import Step, StepProgram
 from autoaccum.simulation.recording import Event, Phase, Recording
 from autoaccum.simulation.scaling import Rule
@@ -281,6 +281,7 @@ def made_up_plan(**changes: Any) -> Plan:
         "allocated_peak_bytes": 1700 * mib,
         "this_process_peak_bytes": 1801 * mib,
         "plain_loop_peak_bytes": 1999 * mib,
+        "segments": (SegmentRow(400 * mib, 3), SegmentRow(20 * mib, 9)),
         "keeps_workspaces": True,
         "largest_without_retries": 55,
         "largest_with_expandable_segments": 58,

@@ -40,7 +40,7 @@ RULES = (
 
 def in_full(training: Training, split: tuple[int, ...], rules: CudaRules, windows: int = 6) -> TrainingReplay:
     """All phases of all windows, one after the other, without looking at any state but those at windows' ends."""
-    allocator, writer = CachingAllocator(rules), training_run._Writer(training)
+    allocator, writer = CachingAllocator(rules), training_run.TrainingWriter(training)
     peaks: dict[str, int] = {}
     peak, retries, failed, before = 0, [0], None, None
     for window in range(-1, windows):

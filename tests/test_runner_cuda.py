@@ -60,6 +60,7 @@ TOGETHER = (
     "a_loss_counted_on_it",
     "copies_overlap",
     "everything_is_recovered_from",
+    "narrower_samples_find_the_planned_segments",
     "the_scaler_works_once_a_window",
 )
 
@@ -254,6 +255,48 @@ def everything_is_recovered_from() -> None:
         assert max(result.split) < MICRO and sum(result.split) == TARGET, result.split
         assert at_start[place[0]] == at_start[0], (place, at_start, "more is allocated where the window starts over")
         assert fault.alive_at_retry == 0, (place, "activations of what failed were alive when it started over")
+
+
+class _Tall(nn.Module):
+    """Takes pictures of any height; keeps what is large for the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.last = nn.Conv2d(3, 64, 3, padding=1), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(self.wide(x).sin().mean((2, 3)))
+        return out
+
+
+@case
+def narrower_samples_find_the_planned_segments() -> None:
+    """Reserved before the first window, where that is narrower; a window that runs out once starts over as it is."""
+    labels = torch.zeros(MICRO, dtype=torch.long)
+    work = Workload(_Tall().cuda(), (torch.zeros(MICRO, 3, 256, 256), labels), loss=nn.CrossEntropyLoss())
+    plan = plan_for(work)
+    planned = sum(row.bytes * row.count for row in plan.memory.segments)
+    assert planned > 100 * MIB and planned <= plan.predicted_peak_bytes
+    pictures = [(torch.zeros(MICRO, 3, height, 256), labels) for height in (64, 128, 96)]
+    widest = [(torch.zeros(MICRO, 3, 256, 256), labels)] * 3
+    for batches, early in ((pictures, True), (widest, False)):
+        torch.cuda.empty_cache()
+        runner, before = Runner(work, plan), torch.cuda.memory_reserved()
+        held: list[int] = []
+        hook = work.model.register_forward_pre_hook(lambda *_, held=held: held.append(torch.cuda.memory_reserved()))
+        list(runner.epoch(batches))
+        hook.remove()
+        assert (held[0] - before >= planned) == early, (held, before, planned)
+        assert torch.cuda.memory_reserved() <= plan.predicted_peak_bytes
+    fault = Fault()
+    work.model.last.register_forward_hook(fault.after)
+    runner = Runner(work, plan)
+    fault.at = 2, "forward"
+    heights: list[int] = []
+    work.model.register_forward_pre_hook(lambda _, args: heights.append(args[0].shape[2]))
+    (result,) = runner.epoch(pictures)
+    assert result.retries == 1 and result.split == (MICRO,) * 3, "as it was, not smaller"
+    assert heights == [128, 96, 128, 96, 64], "the widest first"
 
 
 @case

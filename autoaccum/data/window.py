@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import tree
+
 if TYPE_CHECKING:
     from ..workload import Batch
 
@@ -42,3 +44,16 @@ class Window:
             tuple(pieces), tuple(sizes), [s for i in indices for s in self.samples_of(i)], self.origin, self.load,
             self.digest,
         )  # fmt: skip
+
+
+def widest_first(window: Window) -> Window:
+    """Return the window with its largest micro-batches first.
+
+    Only where they differ in width. On a device with a caching allocator the others are then served from what these
+    leave.
+    """
+    leaves = [tree.tensors(piece) for piece in window.pieces]
+    if len({tuple(leaf.shape[1:] for leaf in each) for each in leaves}) < 2:
+        return window
+    elements = [sum(leaf.numel() for leaf in each) for each in leaves]
+    return window.only(sorted(range(len(elements)), key=lambda index: -elements[index]))

@@ -225,6 +225,20 @@ class Device(ABC):
         """
         return
 
+    def reserve(self, segments: Sequence[tuple[int, int]], limit_bytes: int) -> int:
+        """Reserve segments, and leave them in the device's cache.
+
+        Nothing where there is none.
+
+        Args:
+            segments: The bytes of each, and how many of them; the largest first.
+            limit_bytes: What may be held then, in the bytes of a budget.
+
+        Returns:
+            The bytes that were reserved: without those that have no room.
+        """
+        return 0
+
     def release_workspaces(self) -> None:
         """Give library workspaces back to the caching allocator.
 

@@ -24,6 +24,7 @@ from ..window import fp32_accumulation
 from ..window import norms as batchnorm
 from ..window.context import TrainingContext, open_context
 from ..window.step import WindowResult
+from ..window.widths import watch_widths
 from .hugging_face_loss import samples_of
 from .hugging_face_plan import TrainerWorkload, alone, num_items_of
 from .hugging_face_window import Batch, HostSizing, HostWindow
@@ -49,6 +50,7 @@ class WindowTraining:
         with apart():
             self.context = open_context(described.workload)
         compatibility.open_plan(self.context, described.workload, plan)
+        self.context.widths = watch_widths(self.context.device, plan)
         if self.average.remark:
             log.warning("%s", self.average.remark)
         self.sizing = HostSizing(plan, least)
@@ -88,6 +90,8 @@ class WindowTraining:
     ) -> WindowResult:
         """Train the micro-batches; the Trainer steps its optimizer itself."""
         phase = on_phase or (lambda name: contextlib.nullcontext())
+        if context.widths is not None:
+            context.widths.begin_window(pieces, sizes)
         counts = [self._count(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
         counted = [index for index, count in enumerate(counts) if count] or [len(pieces) - 1]
         total = self._all_ranks_count or sum(counts)

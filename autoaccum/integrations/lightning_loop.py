@@ -28,6 +28,7 @@ from ..window import fp32_accumulation
 from ..window import norms as batchnorm
 from ..window.context import TrainingContext, open_context
 from ..window.step import WindowResult
+from ..window.widths import watch_widths
 from ..workload import Batch, Workload
 from .lightning_plan import loss_of
 from .replacement import replaced
@@ -56,6 +57,7 @@ class LightningWindows:
         self.trainer, self.plan, self.skipped = trainer, plan, False
         self.context = open_context(workload)
         compatibility.open_plan(self.context, workload, plan)
+        self.context.widths = watch_widths(self.context.device, plan)
         least = max(plan.request.min_micro_batch, batchnorm.least_micro_batch(self.context.norms, workload.batchnorm))
         self.sizing = Sizing(plan, least, shared=workload.shared, per_sample=workload.per_sample)
         self._recovery = OomRecovery(self.context, plan, self.sizing, self._train_pieces)
@@ -101,6 +103,8 @@ class LightningWindows:
     ) -> WindowResult:
         """Train the micro-batches that count; the Trainer steps its optimizer itself."""
         phase = on_phase or (lambda name: contextlib.nullcontext())
+        if context.widths is not None:
+            context.widths.begin_window(pieces, sizes)
         counts = sizes if context.count is None else [float(context.count(piece)) for piece in pieces]
         total = sum(counts)
         counted = [index for index, count in enumerate(counts) if count]

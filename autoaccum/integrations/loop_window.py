@@ -21,6 +21,7 @@ from ..plan import Plan
 from ..runner.runner import StepResult
 from ..runner.sizing import Sizing
 from ..window import loss_terms
+from ..window.widths import Widths
 from ..workload import Batch
 from .counts import Counter
 from .gradients import LoopGradients
@@ -58,6 +59,7 @@ class LoopState:
         sizing: The sizes of micro-batches; its limits are lowered by an out-of-memory.
         gradients: The gradients that the windows add up.
         copies: Brings micro-batches to the device.
+        widths: Notices micro-batches narrower than planned; None on a CPU.
         steps_taken: Optimizer steps so far.
     """
 
@@ -68,6 +70,7 @@ class LoopState:
     sizing: Sizing
     gradients: LoopGradients
     copies: Copies
+    widths: Widths | None = None
     steps_taken: int = 0
 
 
@@ -121,6 +124,8 @@ class LoopWindow:
                 "Iterate once, and use micro.batch twice within the loop if you need it.",
             )
         self._is_iterated = True
+        if self._state.widths is not None:
+            self._state.widths.begin_window(self._window.pieces, self._window.sizes)
         with self._state.copies.window():
             while self._begun < len(self._window.pieces):
                 with self._sync_at(self._begun):

@@ -21,7 +21,7 @@ from ..data.groups import check_groups
 from ..data.loaders import loader_length
 from ..data.prefetch import Copies
 from ..data.resplit import counted
-from ..data.window import Window
+from ..data.window import Window, widest_first
 from ..data.windows import windows as data_windows
 from ..devices.cpu import page_cache
 from ..devices.registry import get_device
@@ -31,6 +31,7 @@ from ..ranks.group import ranks_here
 from ..runner.sizing import Sizing
 from ..simulation.solver import rank_share
 from ..window.fingerprint import check_signature, describe_model, is_collated
+from ..window.widths import watch_widths
 from ..workload import Batch
 from .counts import Count, counter_for
 from .gradients import LoopGradients
@@ -90,6 +91,7 @@ def windows(
         sizing=sizing,
         gradients=LoopGradients(backend.model.parameters() if backend.model is not None else ()),
         copies=Copies(where, ahead=bool(getattr(loader, "pin_memory", False))),
+        widths=watch_widths(where, plan),
     )
     return Windows(loader, state, lengths)
 
@@ -172,7 +174,8 @@ class Windows:
         try:
             for piece, rows in zip(window.pieces, window.sizes, strict=True):
                 check_signature(piece, self._state.plan.provenance.signature, rows)
-            return self._state.sizing.fitted(counted(window, self._state.sizing.batch_keys))
+            fitted = self._state.sizing.fitted(counted(window, self._state.sizing.batch_keys))
+            return fitted if self._state.widths is None else widest_first(fitted)
         except BatchError as error:
             raise bad_batches.of_samples(error, window.samples, window.origin) from None
 

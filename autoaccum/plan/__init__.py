@@ -1,6 +1,6 @@
 """The plan: a frozen value with its reasons, and its JSON."""
 
-from .entries import LeafForm, PeakRow, RankEntry, RecordingNote, TimedSize, TimelinePart, window_peak_bytes
+from .entries import LeafForm, PeakRow, RankEntry, RecordingNote, SegmentRow, TimedSize, TimelinePart, window_peak_bytes
 from .plan import Plan
 from .sections import (
     FASTEST,
@@ -36,6 +36,7 @@ __all__ = [
     "RecordingNote",
     "RequestSection",
     "ScheduleSection",
+    "SegmentRow",
     "TimedSize",
     "TimelinePart",
     "TimingSection",

@@ -60,6 +60,19 @@ def window_peak_bytes(first: PeakRow, second: PeakRow, last: PeakRow, steps: int
 
 
 @dataclass(frozen=True)
+class SegmentRow:
+    """Segments of one size that the CUDA caching allocator holds.
+
+    Attributes:
+        bytes: The size of each.
+        count: How many.
+    """
+
+    bytes: int
+    count: int
+
+
+@dataclass(frozen=True)
 class RecordingNote:
     """A recording that the plan rests on.
 

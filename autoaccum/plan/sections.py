@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..budget import Budget
-from .entries import LeafForm, PeakRow, RankEntry, RecordingNote, TimedSize, TimelinePart
+from .entries import LeafForm, PeakRow, RankEntry, RecordingNote, SegmentRow, TimedSize, TimelinePart
 
 SCHEMA_VERSION = 2
 KIND = "autoaccum plan"
@@ -106,6 +106,8 @@ class MemorySection:
             what later parts save stays on the device. None for all.
         moved_bytes: What a window in lanes moves to the host; it comes back in the backward.
         stayed_bytes: What it could move there, and keeps on the device, since it fits.
+        segments: On CUDA, the large segments that windows of the longest samples reserve beside the model's, largest
+            first: where micro-batches vary in width, training reserves these before the first. Empty where it doesn't.
     """
 
     budget: Budget
@@ -130,6 +132,7 @@ class MemorySection:
     moved_parts: int | None = None
     moved_bytes: int = 0
     stayed_bytes: int = 0
+    segments: tuple[SegmentRow, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,7 @@ def _memory(predictor: MemoryPredictor, split: Split, figures: DeviceFigures, kn
         sample_bytes=predictor.sample_bytes,
         retries=figures.retries,
         plain_loop_peak_bytes=figures.plain_loop_peak_bytes,
+        segments=figures.segments,
         growth_bytes=growth,
         growth_where=describe_growth(found) if found is not None and growth else "",
         composition=_composition(predictor, split, phases),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..budget import Budget
-from ..plan import DeviceSection, PeakRow
+from ..plan import DeviceSection, PeakRow, SegmentRow
 from ..simulation.recording import Phase, kept_blocks, live_peak
 from ..simulation.solver import CAPACITY_MARGIN, Solution, Split, is_even
 from ..units import show_bytes
@@ -36,6 +36,7 @@ class DeviceFigures:
     retries: tuple[int, ...] = ()
     this_process_peak_bytes: int | None = None
     plain_loop_peak_bytes: int | None = None
+    segments: tuple[SegmentRow, ...] = ()
     largest_without_retries: int | None = None
     largest_with_expandable_segments: int | None = None
 

@@ -19,7 +19,7 @@ from ..simulation.solver import CAPACITY_MARGIN, Split, largest_micro_batch
 from ..simulation.training_run import TrainingReplay
 from ..units import show_bytes
 from ..window import fp32_accumulation
-from . import cuda_budget, cuda_certainty, cuda_learning, cuda_words
+from . import cuda_budget, cuda_certainty, cuda_learning, cuda_widths, cuda_words
 from .evidence import Evidence
 from .predictor import DeviceFigures, MemoryPredictor, VerifiedFigures, verified_part
 from .resolved_request import ResolvedRequest
@@ -232,6 +232,7 @@ class CudaPredictor(MemoryPredictor):
             retries=limited.retries,
             this_process_peak_bytes=self.peak_bytes(split, THIS_PROCESS),
             plain_loop_peak_bytes=None if self.sums_wide(split) else self.peak_with(split, NEW_PROCESS, kept=True),
+            segments=cuda_widths.segments_to_reserve(self, self._simulators[NEW_PROCESS], split, limited.retries),
         )
         if not self.request.explained:
             return figures

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..plan import SegmentRow
 from ..simulation.cuda_allocator.allocator import AllocatorState, CudaRules
 from ..simulation.cuda_allocator.transitions import Transitions
 from ..simulation.program import StepProgram, as_recorded, plain_window
@@ -18,6 +19,7 @@ from ..simulation.training_run import (
     training_of,
     with_kept_workspaces,
 )
+from ..simulation.varied_widths import planned_segments
 from .evidence import Evidence
 from .growth import WINDOWS
 
@@ -100,6 +102,20 @@ class TrainingSimulator:
                 known=self._known.setdefault((id(training), capacity_bytes, kept, expandable), Transitions()),
             )
         return self._replays[key]
+
+    def segments(self, split: Split, *, kept: bool) -> tuple[SegmentRow, ...]:
+        """Return the large segments that windows reserve without a limit.
+
+        Args:
+            split: The micro-batches of each window.
+            kept: Whether cuBLAS keeps its workspaces.
+
+        Raises:
+            LookupError: There is neither a program nor a recording that large.
+        """
+        training, sizes = self._training(split)
+        run = with_kept_workspaces(training) if kept else training
+        return planned_segments(run, sizes, self._rules.with_capacity(None))
 
     def has_workspaces(self, split: Split) -> bool:
         """Return whether cuBLAS's workspaces were recorded."""

@@ -71,6 +71,7 @@ class OomRecovery:
     def __init__(self, context: TrainingContext, plan: Plan, sizing: Sizing, train: TrainWindow = train_window) -> None:
         self.context, self.plan, self.sizing, self._train = context, plan, sizing, train
         self.attempt: Attempt | None = None
+        self._repeated = False
         self._updates = BackwardUpdates(context)
         self._uncopied = UncopiedParameters(context, self._updates)
 
@@ -80,7 +81,7 @@ class OomRecovery:
         Raises:
             OutOfMemory: It can't be repeated, or not in smaller micro-batches.
         """
-        retries, failure = 0, ""
+        retries, failure, self._repeated = 0, "", False
         while True:
             attempt = Attempt(self.context, window, self._updates, self._uncopied, failure, self._train)
             self.attempt = attempt
@@ -111,7 +112,8 @@ class OomRecovery:
         where = PHASE_TITLES.get(attempt.phase, "pass that counts")
         if attempt.phase == OPTIMIZER:  # still private to this rank
             where = "preparation of the reduction over ranks"
-        window = attempt.window if self._moves_more(where, failure) else self._smaller(attempt, where, failure)
+        same = self._repeats(where, failure)
+        window = attempt.window if same or self._moves_more(where, failure) else self._smaller(attempt, where, failure)
         if self.context.exchange is not None:
             self.context.exchange.retries += 1
             self.context.exchange.ask_to_start_over()
@@ -136,6 +138,23 @@ class OomRecovery:
             where, failed, failure, lowered, sum(window.sizes),
         )  # fmt: skip
         return smaller
+
+    def _repeats(self, where: str, failure: str) -> bool:
+        """Return whether the window starts over as it is.
+
+        It does once, where micro-batches vary in width. What narrower ones left in the allocator's cache may have been
+        in its way. The cache was given back, and in an empty one the planned window fits.
+        """
+        widths = self.context.widths
+        if self._repeated or widths is None or not widths.vary:
+            return False
+        self._repeated = True
+        log.warning(
+            "Out of memory in the %s of a window whose micro-batches vary in width (%s). The allocator's cache was "
+            "given back, and the window starts over as it is.",
+            where, failure,
+        )  # fmt: skip
+        return True
 
     def _moves_more(self, where: str, failure: str) -> bool:
         """Let lanes move all to the host, if they don't.

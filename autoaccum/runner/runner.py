@@ -18,7 +18,7 @@ from ..data import split as cutting
 from ..data.resplit import counted
 from ..data.sample import float_type
 from ..data.tree import as_tensors
-from ..data.window import Window
+from ..data.window import Window, widest_first
 from ..data.windows import windows
 from ..errors import BatchError, UsageError
 from ..plan import Plan
@@ -30,6 +30,7 @@ from ..units import check_seconds
 from ..window import norms, step
 from ..window.fingerprint import check_signature, is_collated
 from ..window.scheduling import step_after_epoch
+from ..window.widths import watch_widths
 from ..workload import Batch, Workload, as_workload
 from . import compatibility
 from .attempt import drop_gradients
@@ -126,6 +127,7 @@ class Runner:
         self.context.moved_bytes_per_sample = plan.memory.moved_bytes_per_sample
         self.context.moved_parts = plan.memory.moved_parts
         compatibility.open_plan(self.context, workload, plan)
+        self.context.widths = watch_widths(self.context.device, plan)
         self.samples = rank_share(plan.target_batch, plan.world_size, rank)
         least = max(plan.request.min_micro_batch, norms.least_micro_batch(self.context.norms, self.context.batchnorm))
         keys = {"shared": workload.shared, "per_sample": workload.per_sample}
@@ -324,6 +326,8 @@ class Runner:
 
     def _train_here(self, window: Window) -> StepResult:
         window = self.sizing.fitted(window)
+        if self.context.widths is not None:
+            window = widest_first(window)
         drop_gradients(self.context)  # of a backward outside the Runner, or of a window that an error broke off
         self.checks.before_window(window)
         self.peak_monitor.begin()

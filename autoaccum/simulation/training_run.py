@@ -186,7 +186,7 @@ def replay_training(
         known: What earlier replays of the same training, rules and start found out; this one adds to it.
     """
     allocator = CachingAllocator(rules, start)
-    run = _Run(allocator, _Writer(training), Transitions() if known is None else known)
+    run = _Run(allocator, TrainingWriter(training), Transitions() if known is None else known)
     if training.build and start == EMPTY:
         run.step((BUILD,), lambda: Phase(BUILD, training.build))
     before = None
@@ -213,7 +213,7 @@ class _Run:
     Phases whose outcome is known are left for later: they run only where another one follows that isn't.
     """
 
-    def __init__(self, allocator: CachingAllocator, writer: _Writer, known: Transitions) -> None:
+    def __init__(self, allocator: CachingAllocator, writer: TrainingWriter, known: Transitions) -> None:
         self.allocator, self.writer, self.known = allocator, writer, known
         self.phases: dict[str, int] = {}
         self.retries: list[int] = []
@@ -304,7 +304,7 @@ class _Run:
             seen[self.at] = index, self.retries[-1]
 
 
-class _Writer(EventGenerator):
+class TrainingWriter(EventGenerator):
     """Generate windows in order; the first includes what happens once."""
 
     def __init__(self, training: Training) -> None:

@@ -36,6 +36,7 @@ from .trained_parameters import refuse_foreign
 
 if TYPE_CHECKING:
     from .loss_form import LossForm
+    from .widths import Widths
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,6 +75,7 @@ class TrainingContext:
             all.
         on_stretch: While planning: called where a lane's stretch between two meetings begins, and a meeting, with its
             name, the meetings before it, and the lane (-1 for all).
+        widths: Notices micro-batches narrower than planned; None while planning, and on a CPU.
         window_samples: While planning: the samples of a whole window, which the short ones that are recorded stand
             for. Only a loss over all its representations asks.
     """
@@ -119,6 +121,7 @@ class TrainingContext:
     moved_bytes_per_sample: int | None = None
     moved_parts: int | None = None
     on_stretch: Callable[[str, int, int], None] | None = None
+    widths: Widths | None = None
     copies: Copies = field(init=False)
 
     def __post_init__(self) -> None:

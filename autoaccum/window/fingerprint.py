@@ -93,6 +93,13 @@ def _refuse_single_samples(found: Signature, planned: Signature) -> None:
         )
 
 
+def is_narrower(batch: Any, planned: Signature, rows: int) -> bool:
+    """Return whether a micro-batch's samples are smaller than planned, or others."""
+    if is_collated(planned):
+        return tensor_bytes(batch) < rows * planned[0].trailing_shape[0]
+    return [leaf.trailing_shape for leaf in signature(batch)] != [leaf.trailing_shape for leaf in planned]
+
+
 def _check_bytes(batch: Any, sample_bytes: int, rows: int | None) -> None:
     if rows is not None and (found := tensor_bytes(batch)) > rows * sample_bytes:
         raise BatchError(

@@ -77,9 +77,7 @@ def train_window(
         total, samples = exchange.count(total, samples, len(pieces))
         pieces, sizes = exchange.level(pieces, sizes)
         steps += 1  # those of other ranks
-    if not context.has_begun:  # whatever this process did before: the first window finds what a fresh one would
-        get_device(context.device).release_cache()
-        context.has_begun = True
+    _begin(context, pieces, sizes)
     window_loss: torch.Tensor | None = None
     cache: cached_representations.Cache | None = None
     norms = batchnorm.Window(context.norms, context.batchnorm, steps, waits=exchange is not None)
@@ -112,6 +110,15 @@ def train_window(
             context.copies.release()
             release_workspaces(context)
     return WindowResult(window_loss, samples, grad_norm, stepped)
+
+
+def _begin(context: TrainingContext, pieces: Sequence[Batch], sizes: Sequence[int]) -> None:
+    """Prepare the allocator for a window."""
+    if not context.has_begun:  # whatever this process did before: the first window finds what a fresh one would
+        get_device(context.device).release_cache()
+        context.has_begun = True
+    if context.widths is not None:
+        context.widths.begin_window(pieces, sizes)
 
 
 def _of_all_ranks(

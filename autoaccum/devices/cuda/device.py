@@ -261,6 +261,20 @@ class CudaDevice(Device):
         clear_cublas_workspaces()
         torch.cuda.empty_cache()
 
+    def reserve(self, segments: Sequence[tuple[int, int]], limit_bytes: int) -> int:
+        """Reserve segments, and leave them in the current stream's pool.
+
+        None is asked for that isn't free: torch counts and logs each failure, also those that are caught.
+        """
+        before = self.held_bytes()
+        room = min(limit_bytes - before, self.obtainable_bytes())
+        held = []  # all at once, so that none is split for the next
+        for size, count in segments:
+            for _ in range(min(count, max(0, room) // size)):
+                held.append(torch.empty(size, dtype=torch.uint8, device=self.torch_device))
+                room -= size
+        return self.held_bytes() - before
+
     def release_workspaces(self) -> None:
         """Give cuBLAS's workspaces back to the caching allocator."""
         workspaces.release()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..recording import Phase
 from .addresses import Addresses, edge_of
 from .blocks import RANK_BITS, UNLIMITED_BYTES, Block, Pool, expand, expandable_ranges, expandable_size, load, unmap
-from .layout import layout_of, long_unused
+from .layout import layout_of, long_unused, segment_sizes
 from .settings import MAX_SMALL_BYTES, MIN_BLOCK_BYTES, SMALL_SEGMENT_BYTES, CudaRules, round_size, segment_bytes
 from .snapshot import EMPTY, AllocatorState, CudaSegment
 from .ties import Ranks
@@ -145,6 +145,10 @@ class CachingAllocator:
         named = tuple(places[self._live[name]] if name in self._live else -1 for name in names)
         held = tuple(sorted(places[block] for block in self._held.values()))
         return tuple(layout), named, held, self._ages() if self._collects else ()
+
+    def large_segments(self) -> dict[int, list[int]]:
+        """Return the bytes of each segment for large blocks, by stream."""
+        return {stream: segment_sizes(pool) for stream, pool in self._large.items()}
 
     # -- malloc and free
 

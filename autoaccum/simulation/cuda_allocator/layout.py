@@ -34,6 +34,18 @@ def layout_of(pool: Pool) -> tuple[list[object], dict[Block, int]]:
     return found, places
 
 
+def segment_sizes(pool: Pool) -> list[int]:
+    """Return the bytes of each segment of a pool."""
+    found = []
+    for head in pool.heads.values():
+        size = 0
+        block: Block | None = head
+        while block is not None:
+            size, block = size + block.size, block.after
+        found.append(size)
+    return found
+
+
 def long_unused(pools: Iterable[Pool], searches: int, target: int) -> list[Block]:
     """Choose unused segments older than average, until enough (garbage_collect_cached_blocks).
 

@@ -1,0 +1,163 @@
+"""Micro-batches that vary in width: what is reserved stays at the plan's figure, without retries or out-of-memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autoaccum.data.window import Window, widest_first
+from autoaccum.devices.virtual import VirtualGpu, available, environment
+from autoaccum.phases import BUILD, FIRST, LATER, OPTIMIZER
+from autoaccum.plan import LeafForm
+from autoaccum.planning.evidence import Evidence
+from autoaccum.simulation.cuda_allocator.allocator import CachingAllocator, CudaRules
+from autoaccum.simulation.recording import Event, Phase, Recording
+from autoaccum.simulation.training_run import Training, TrainingWriter, replay_training, training_of
+from autoaccum.simulation.varied_widths import planned_segments
+from autoaccum.window.fingerprint import is_narrower
+from autoaccum.window.widths import watch_widths
+
+MIB = 1 << 20
+LAYERS, SPLIT = 4, (24, 24, 23)
+GRADIENT, ACTIVATION, LOGITS = 6 * MIB, 5 * MIB, 16 * MIB
+SEEDS = range(4)
+
+
+# -- by replay
+
+
+def window(n: int, *, is_first: bool) -> Recording:
+    """A language model's window of two micro-batches: activations, logits, gradients, AdamW."""
+    names = iter(range(1, 1000))
+    gradients: list[Event] = []
+    phases = []
+    for phase in (FIRST, LATER):
+        events, live = [], []
+        for size in [*[ACTIVATION * n] * LAYERS, LOGITS * n]:
+            live.append(Event(next(names), size))
+            events.append(live[-1])
+        events.append(Event(next(names), LOGITS * n))  # its gradient
+        events.append(freed(events[-1]))
+        for block in reversed(live):
+            made = Event(next(names), GRADIENT)
+            events += [made, freed(block)]
+            if phase == FIRST:
+                gradients.append(made)
+            else:
+                events.append(freed(made))
+        phases.append(Phase(phase, tuple(events)))
+    state = [Event(next(names), GRADIENT) for _ in range(2 * len(gradients))] if is_first else []
+    phases.append(Phase(OPTIMIZER, (*state, *map(freed, gradients))))
+    return Recording(n, tuple(phases), 2)
+
+
+def freed(event: Event) -> Event:
+    return Event(event.block, -event.bytes)
+
+
+def language_model() -> Training:
+    first = window(2, is_first=True)
+    evidence = Evidence(first_step=first, first_step_events=tuple(e for phase in first.phases for e in phase.events))
+    evidence.set_recordings([window(n, is_first=False) for n in (5, 7)])
+    build = tuple(Event(10_000 + index, GRADIENT) for index in range(LAYERS + 1))
+    return training_of(evidence.program(), first, build)
+
+
+def reserved(training: Training, seed: int, segments: tuple[Any, ...]) -> int:
+    """What forty windows of narrower micro-batches reserve: as many samples as the widest have tokens for."""
+    allocator, writer, chance = CachingAllocator(CudaRules()), TrainingWriter(training), random.Random(seed)
+    allocator.run(Phase(BUILD, training.build))
+    blocks = [Event(-1 - index, row.bytes) for index, row in enumerate(r for r in segments for _ in range(r.count))]
+    allocator.run(Phase("reserved", (*blocks, *map(freed, blocks))))
+    last = 0
+    for index in range(40):
+        sizes = sorted((max(2, round(n * chance.uniform(0.2, 1))) for n in SPLIT), reverse=True)
+        for phase in narrow_window(writer, sizes, last, is_first=index == 0):
+            assert not allocator.run(phase).out_of_memory
+        last = sizes[-1]
+    return allocator.reserved_bytes
+
+
+def narrow_window(writer: TrainingWriter, sizes: list[int], last: int, *, is_first: bool) -> Iterator[Phase]:
+    yield writer.first_of_all(sizes[0]) if is_first else writer.first(sizes[0], last)
+    for size in sizes[1:]:
+        yield writer.phase(LATER, size)
+    yield writer.first_optimizer_step() if is_first else writer.phase(OPTIMIZER, sizes[-1])
+
+
+def test_what_the_widest_reserve_serves_all_narrower_ones() -> None:
+    training = language_model()
+    planned = replay_training(training, SPLIT, CudaRules()).peak_reserved_bytes
+    segments = planned_segments(training, SPLIT, CudaRules())
+    model = CachingAllocator(CudaRules())
+    model.run(Phase(BUILD, training.build))
+    assert model.reserved_bytes + sum(row.bytes * row.count for row in segments) == planned
+    assert [row.bytes for row in segments] == sorted({row.bytes for row in segments}, reverse=True)
+    before = [reserved(training, seed, ()) for seed in SEEDS]
+    after = [reserved(training, seed, segments) for seed in SEEDS]
+    assert min(before) > 1.1 * planned, [each / planned for each in before]
+    assert max(after) <= 1.01 * planned, [each / planned for each in after]
+
+
+def test_segments_that_have_no_room_are_not_planned() -> None:
+    assert planned_segments(language_model(), SPLIT, CudaRules(capacity_bytes=200 * MIB)) == ()
+
+
+# -- what the parts do
+
+
+def test_the_widest_micro_batch_comes_first_where_they_differ() -> None:
+    pieces = tuple({"ids": torch.zeros(rows, width)} for rows, width in ((3, 5), (3, 9), (2, 9), (3, 7)))
+    found = widest_first(Window(pieces, (3, 3, 2, 3), list("abcdefghijk"), "letters"))
+    assert [tuple(piece["ids"].shape) for piece in found.pieces] == [(3, 9), (3, 7), (2, 9), (3, 5)]
+    assert found.sizes == (3, 3, 2, 3) and "".join(found.samples) == "defijkghabc" and found.origin == "letters"
+    alike = Window((pieces[2], pieces[1]), (2, 3))
+    assert widest_first(alike) is alike
+
+
+def test_narrower_than_planned_is_seen_in_trailing_shapes() -> None:
+    planned = (LeafForm("batch[0]", "torch.int64", (9,)), LeafForm("batch[1]", "torch.int64", ()))
+    labels = torch.zeros(2, dtype=torch.long)
+    assert not is_narrower((torch.zeros(2, 9, dtype=torch.long), labels), planned, 2)
+    assert is_narrower((torch.zeros(2, 8, dtype=torch.long), labels), planned, 2)
+    collated = (LeafForm("each sample, collated", "bytes", (80,)),)
+    assert is_narrower(torch.zeros(2, 9), collated, 2) and not is_narrower(torch.zeros(2, 10, 2), collated, 2)
+
+
+def test_nothing_is_watched_on_a_cpu() -> None:
+    assert watch_widths(torch.device("cpu"), None) is None  # type: ignore[arg-type]
+
+
+# -- by the real allocator, on a virtual GPU
+
+
+def inside(*arguments: str) -> list[dict[str, Any]]:
+    """What each training of a benchmark's model came to: before and after, in its own process."""
+    code = "import sys; from benchmarks.widths import rows; rows(*sys.argv[1:])"
+    gpu = VirtualGpu(memory_bytes=2048 * MIB, context_bytes=512 * MIB)
+    variables = os.environ | environment(gpu) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    root = Path(__file__).parent.parent
+    out = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, timeout=600)
+    assert out.returncode == 0, out.stderr[-3000:]
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+@pytest.mark.skipif(available() is not None, reason=str(available()))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT", "GPT, bf16", "ResNet-18", "Llama, ExactTrainer"])
+@pytest.mark.parametrize("widths", ["shuffled", "in buckets"])
+def test_training_keeps_to_the_plan(name: str, widths: str) -> None:
+    before, after = inside(name, widths, "1.02", "100")
+    assert after["ooms"] == after["retries"] == 0, after
+    assert after["reserved"] <= 1.02 * after["planned"] and after["micro_batch"] == max(after["split"]), after
+    assert before["retries"] > 0 or before["reserved"] > after["reserved"] or before["ooms"] > 0, (before, after)
