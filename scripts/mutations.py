@@ -791,11 +791,25 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         ("tests/test_batchnorm.py",),
     ),
     (
-        "lanes: all go back abreast",
-        "autoaccum/window/lanes/training.py",
-        "        meetings.order.apply(context.on_stretch, loss if over_ranks else None)\n",
+        "lanes: the whole loss goes back first",
+        "autoaccum/window/lanes/backward_order.py",
+        "            set_sequence_number(node, number - self._loss_begins)\n",
         "",
-        ("tests/test_lanes.py", "-k", "lane_by_lane"),
+        ("tests/test_lanes.py", "-k", "share_of_the_loss"),
+    ),
+    (
+        "lanes: what one enters is all theirs",
+        "autoaccum/window/lanes/thread_state.py",
+        "        put_modes(new.modes)\n",
+        "        put_modes(old.modes)\n",
+        ("tests/test_lanes_state.py", "-k", "functions"),
+    ),
+    (
+        "lanes: one is inside the autocast of another",
+        "autoaccum/window/lanes/thread_state.py",
+        "if new.autocast != old.autocast:",
+        "if False:",
+        ("tests/test_lanes_state.py", "-k", "autocast"),
     ),
     (
         "lanes: means of micro-batches are of the window's variance",
@@ -919,8 +933,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "lanes: the others stay when one fails",
         "autoaccum/window/lanes/baton.py",
-        "                lane.end()\n",
-        "",
+        "            ending.callback(lane.end)\n",
+        "            pass\n",
         ("tests/test_lanes.py", "-k", "ends_all"),
     ),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import signal
@@ -23,7 +24,9 @@ from autoaccum import OutOfMemory, UsageError, Workload
 from autoaccum.exactness import check
 from autoaccum.window import norms
 from autoaccum.window.lanes import host_buffers, host_store, torch_internals
-from autoaccum.window.lanes.baton import Lanes, Request, current_lane
+from autoaccum.window.lanes.backward_order import BackwardOrder
+from autoaccum.window.lanes.baton import Lane, LanesEnded, Request, current_lane, run_lanes
+from autoaccum.window.lanes.thread_state import ThreadState
 from autoaccum.window.step import WindowResult, open_context, train_window
 from autoaccum.workload import default_loss
 
@@ -302,6 +305,23 @@ def test_a_checkpointed_block_across_a_norm_has_the_whole_batchs_gradient() -> N
 
 
 # One gradient through all lanes
+
+
+def test_a_lane_goes_back_before_the_next_ones_share_of_the_loss() -> None:
+    order, backward = BackwardOrder(is_on=False), []
+
+    def watched(name: str, x: torch.Tensor) -> torch.Tensor:
+        out = x * 2
+        assert out.grad_fn is not None
+        out.grad_fn.register_prehook(lambda *_: backward.append(name))
+        return out
+
+    ends = [watched(name, torch.ones(1, requires_grad=True)) for name in ("one", "two")]
+    order.end_forward()
+    loss = watched("share of one", ends[0]) + watched("share of two", ends[1])
+    order.let_lanes_go_first(loss)
+    loss.backward()
+    assert backward == ["share of two", "two", "share of one", "one"]
 
 
 def test_the_backward_goes_lane_by_lane_between_meetings() -> None:
@@ -653,8 +673,7 @@ def test_what_lanes_cannot_do_ends_all_of_them_by_name(loss: Any, error: Any, sa
     context = open_context(Workload(model, batch, optimizer=Capture, batchnorm="exact", loss=loss))
     with pytest.raises(error, match=said):
         train_window(context, list(cut(batch, SIZES)), SIZES)
-    assert context.lanes is not None
-    assert all(lane.request is None and lane.result is None for lane in context.lanes._lanes)
+    assert not any(isinstance(each, Lane) and each for each in gc.get_objects())  # none that has begun and waits
     model.zero_grad()
     context.loss = default_loss
     want, _ = whole(copy.deepcopy(model), batch)
@@ -737,38 +756,30 @@ def test_a_loop_without_lanes_refuses() -> None:
         pass
 
 
-def test_lanes_run_one_at_a_time_and_their_threads_end_with_them() -> None:
-    running, most = [0], [0]
+def in_lanes(works: list[Callable[[], Any]]) -> list[Any]:
+    return run_lanes(works, None, lambda lane: contextlib.nullcontext(), ThreadState(torch.device("cpu")))
+
+
+def test_lanes_run_one_at_a_time_in_the_callers_thread() -> None:
+    running, most, threads = [0], [0], set()
 
     def work() -> int:
         for _ in range(20):
             running[0] += 1
             most[0] = max(most[0], running[0])
-            sum(range(200))
+            threads.add(threading.get_ident())
             running[0] -= 1
             lane = current_lane()
             assert lane is not None
             lane.ask(Request(("here",), lambda: "here", lane.index, lambda values: [sum(values)] * len(values)))
         return sum(range(3))
 
-    from contextlib import nullcontext
-
-    team = Lanes()
-    assert team.run([work] * 5, None, lambda lane: nullcontext()) == [3] * 5
-    assert most == [1]
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("autoaccum lane")]
-    assert len(threads) >= 5
-    before = threading.active_count()
-    del team
-    gc.collect()
-    for thread in threads[-5:]:
-        thread.join(5)
-    assert threading.active_count() <= before - 5
+    assert in_lanes([work] * 5) == [3] * 5
+    assert most == [1] and threads == {threading.get_ident()} and current_lane() is None
 
 
-def test_an_interrupt_waits_for_the_running_lane_and_ends_all() -> None:
+def test_an_interrupt_ends_all_lanes() -> None:
     import _thread
-    from contextlib import nullcontext
 
     ended: list[int] = []
 
@@ -782,15 +793,35 @@ def test_an_interrupt_waits_for_the_running_lane_and_ends_all() -> None:
         finally:
             ended.append(lane.index)
 
-    team = Lanes()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started with & ignores it
     try:
         with pytest.raises(KeyboardInterrupt):
-            team.run([work] * 3, None, lambda lane: nullcontext())
+            in_lanes([work] * 3)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert ended == [0, 1] and all(lane.request is None for lane in team._lanes)
-    assert team.run([lambda: 1] * 3, None, lambda lane: nullcontext()) == [1, 1, 1]
+    assert ended == [1, 0] and current_lane() is None
+    assert in_lanes([lambda: 1] * 3) == [1, 1, 1]
+
+
+def test_a_lane_that_asks_again_while_it_is_unwound_ends_as_well() -> None:
+    asked = []
+
+    def stubborn() -> None:
+        lane = current_lane()
+        assert lane is not None
+        for _ in range(3):
+            try:
+                lane.ask(Request(("here",), lambda: "here", None, lambda values: values))
+            except BaseException as error:
+                asked.append(type(error))
+        raise ValueError("of no use to anybody")
+
+    def failing_work() -> None:
+        raise KeyError("first")
+
+    with pytest.raises(KeyError, match="first"):
+        in_lanes([stubborn, failing_work])
+    assert asked == [LanesEnded] * 3
 
 
 @pytest.mark.parametrize("at", [0, 3])
@@ -847,21 +878,6 @@ def test_sequence_numbers_are_read_and_set() -> None:
     assert torch_internals.sequence_number(node) == expected == torch_internals.next_sequence_number() - 1
     torch_internals.set_sequence_number(node, 1 << 40)
     assert torch_internals.sequence_number(node) == 1 << 40
-
-
-def test_modes_are_carried_into_another_thread() -> None:
-    def work() -> None:
-        torch.ones(2).add(1)
-        with torch_internals.entered_modes(carried):
-            torch.ones(2).add(1)
-
-    with _Seen() as mode:
-        carried = torch_internals.current_modes()
-        assert carried[0] == [mode]
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert mode.count == 2
 
 
 def test_modes_off_and_on_again() -> None:

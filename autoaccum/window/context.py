@@ -26,7 +26,6 @@ from ..ranks.wrapped import refuse_unsupported
 from ..state.closures import Holdings, holdings
 from ..workload import Batch, Loss, Workload, class_count, default_loss, is_pair
 from . import loss_terms
-from .lanes.baton import Lanes
 from .lanes.host_store import HostStore
 from .lanes.limits import refuse_lanes
 from .norms import EXACT, Norms, check_choice, chosen_norms, find_norms
@@ -66,7 +65,6 @@ class TrainingContext:
         copies: Brings micro-batches to the device.
         gathers: Whether `gather_window` gives the rows of the whole window, unless it is recorded without lanes.
         batch_interactions: "exact" where the micro-batches of a window run in lanes that meet where samples interact.
-        lanes: The lanes' threads, once there are any.
         host_store: Where lanes on a GPU keep what they save for the backward, once they have.
         host_memory_bytes: What that may use of the host's memory; None for all but a tenth of what is available.
         moved_bytes_per_sample: Saved tensors of at least so many bytes for each sample of their lane move there; None
@@ -115,7 +113,6 @@ class TrainingContext:
     configuration: str | None = None
     pins_memory: bool = False
     exchange: Alone | None = None
-    lanes: Lanes | None = None
     host_store: HostStore | None = None
     host_memory_bytes: int | None = None
     moved_bytes_per_sample: int | None = None

@@ -1,29 +1,31 @@
-"""Run lanes: one thread for each micro-batch, strictly one at a time.
+"""Run lanes: a greenlet for each micro-batch, one at a time.
 
-A lane runs until it asks for a meeting or ends; then the next one runs. Where all have asked, the caller of `run`
-settles the meeting, and they go on with its answers. Threads, so that what torch keeps per thread (autocast, gradient
-mode, hooks of saved tensors, function modes) is each lane's own; and one at a time, so that what a lane does needs no
-locks and comes in the same order every time.
+All are in the caller's thread. A lane runs until it asks for a meeting or ends; then the next one runs. Where all have
+asked, the caller of `run_lanes` settles the meeting, and they go on with its answers. Greenlets and no threads: a
+switch takes a microsecond and stays on one core, libraries keep one set of handles, plans and pools (cuDNN, OpenMP),
+and autograd numbers the nodes of all lanes in the order in which they were made, so that the backward goes lane by lane
+between meetings as well. What torch keeps for each thread is each lane's own: it is exchanged at every switch
+(thread_state.py).
 
 No lane is ever left waiting: one that raises, ends before the others or meets elsewhere ends all of them.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
+import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
+from greenlet import getcurrent, greenlet
+
 from ...errors import UsageError
+from .thread_state import Kept, ThreadState
 
 Work = Callable[[], Any]
 Turn = Callable[[int], AbstractContextManager[None]]
-
-_here = threading.local()
 
 
 class LanesEnded(BaseException):
@@ -50,91 +52,38 @@ class Request:
     settle: Callable[[list[Any]], list[Any]]
 
 
-class Lane:
-    """Run one micro-batch at a time in a thread, stretch by stretch.
+class Lane(greenlet):  # type: ignore[misc]  # greenlet has no types
+    """Run one micro-batch, stretch by stretch.
 
     Args:
         index: Its number in the window.
+        work: What it runs, in a copy of the caller's context variables.
+        meetings: What belongs to the window.
+        state: What torch keeps for the thread.
 
     Attributes:
         request: What it waits for; None while it runs, and after it ended.
         result: What its work returned.
-        error: What its work raised.
-        meetings: What belongs to the window that it works for.
     """
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, index: int, work: Work, meetings: Any, state: ThreadState) -> None:
+        super().__init__()
+        self.gr_context = copy_context()
+        self.index, self.meetings = index, meetings
         self.request: Request | None = None
         self.result: Any = None
-        self.error: BaseException | None = None
-        self.meetings: Any = None
+        self._work: Work | None = work
         self._answer: Any = None
-        self._ends = self._runs = False
-        self._work: Work | None = None
-        self._go, self._stopped = threading.Lock(), threading.Lock()
-        self._go.acquire()
-        self._stopped.acquire()
-        threading.Thread(target=self._serve, name=f"autoaccum lane {index}", daemon=True).start()
+        self._ends = False
+        self._state = state
+        self._kept: Kept | None = None
 
-    # The driver's side
-
-    def begin(self, work: Work) -> None:
-        """Run new work up to its first meeting or its end."""
-        self.result = self.error = self.request = None
-        self._ends, self._work = False, work
-        self._run()
-
-    def answer(self, answer: Any) -> None:
-        """Go on with a meeting's answer, up to the next meeting."""
-        self._answer, self.request = answer, None
-        del answer
-        self._run()
-
-    def end(self) -> None:
-        """Unwind work that waits, until none does."""
-        self._ends = True
-        while self.request is not None:
-            self.answer(None)
-        self.result = self._work = None
-
-    def close(self) -> None:
-        """End the thread, which waits for work."""
-        self._work = None
-        self._go.release()
-
-    def _run(self) -> None:
-        self._runs = True
-        self._go.release()
-        interrupted: BaseException | None = None
-        while self._runs:  # a lane that runs can't be broken off: it is waited for, and the interrupt follows
-            try:
-                self._stopped.acquire()
-            except BaseException as error:
-                interrupted = error
-        self._stopped.acquire(blocking=False)  # an interrupt may have come before the lock was taken, or after
-        if interrupted is not None:
-            raise interrupted
-
-    # The lane's own side
-
-    def _serve(self) -> None:
-        while True:
-            self._go.acquire()
-            work, self._work = self._work, None
-            if work is None:
-                return
-            _here.lane = self
-            try:
-                self.result = work()
-            except LanesEnded:
-                pass
-            except BaseException as error:
-                self.error = error
-            finally:
-                _here.lane = None
-            del work
-            self._stop()
+    def run(self) -> None:
+        """Run the work: greenlet calls this with the first switch."""
+        work, self._work = self._work, None
+        assert work is not None
+        with contextlib.suppress(LanesEnded):
+            self.result = work()
 
     def ask(self, request: Request) -> Any:
         """Wait for a meeting, and return its answer."""
@@ -142,77 +91,72 @@ class Lane:
             raise LanesEnded
         self.request = request
         del request
-        self._stop()
-        self._go.acquire()
+        assert self.parent is not None
+        self.parent.switch()
         answer, self._answer = self._answer, None
         if self._ends:
             raise LanesEnded
         return answer
 
-    def _stop(self) -> None:
-        self._runs = False
-        self._stopped.release()
+    # The driver's side
 
-
-class Lanes:
-    """The threads of a training context's lanes, kept between windows.
-
-    Libraries keep handles, plans and pools for each thread (cuDNN's execution plans, OpenMP's threads), so the same
-    ones run every window. A forked process has none of its parent's threads, and starts its own.
-    """
-
-    def __init__(self) -> None:
-        self._lanes: list[Lane] = []
-        self._process = os.getpid()
-        weakref.finalize(self, _close, self._lanes, self._process)
-
-    def run(self, works: Sequence[Work], meetings: Any, turn: Turn) -> list[Any]:
-        """Run each work in its own lane, and return their results.
-
-        Args:
-            works: What each lane runs.
-            meetings: What belongs to the window, for the lanes' own use.
-            turn: Entered with a lane's index around each stretch of it.
-
-        Raises:
-            UsageError: The lanes don't meet in the same order.
-        """
-        if os.getpid() != self._process:
-            self._process = os.getpid()
-            self._lanes = []
-            weakref.finalize(self, _close, self._lanes, self._process)
-        while len(self._lanes) < len(works):
-            self._lanes.append(Lane(len(self._lanes)))
-        lanes = self._lanes[: len(works)]
+    def go_on(self, answer: Any = None) -> None:
+        """Run up to the next meeting, or the end."""
+        self._answer, self.request = answer, None
+        del answer
+        callers = self._state.exchange(self._kept)
+        self._kept = None
         try:
-            for lane in lanes:
-                lane.meetings = meetings
-            return _drive(lanes, list(works), turn)
+            self.switch()
         finally:
-            for lane in lanes:
-                lane.end()
-                lane.error = lane.meetings = lane.result = None
+            self._kept = self._state.exchange(callers)
+
+    def end(self) -> None:
+        """Unwind work that waits, until none does."""
+        self._ends = True
+        while self:  # it has begun, and waits
+            with contextlib.suppress(Exception):  # what it raises while it unwinds follows from what broke it off
+                self.go_on()
+        self.request = self.result = self.meetings = self._work = None
+
+
+def run_lanes(works: Sequence[Work], meetings: Any, turn: Turn, state: ThreadState) -> list[Any]:
+    """Run each work in its own lane, and return their results.
+
+    Args:
+        works: What each lane runs.
+        meetings: What belongs to the window, for the lanes' own use.
+        turn: Entered with a lane's index around each stretch of it.
+        state: What torch keeps for this thread.
+
+    Raises:
+        UsageError: The lanes don't meet in the same order.
+    """
+    with contextlib.ExitStack() as ending:
+        lanes = [Lane(index, work, meetings, state) for index, work in enumerate(works)]
+        del works
+        for lane in reversed(lanes):
+            ending.callback(lane.end)
+        return _drive(lanes, turn)
 
 
 def current_lane() -> Lane | None:
-    """Return the lane that this thread runs, or None."""
-    lane: Lane | None = getattr(_here, "lane", None)
-    return lane
+    """Return the lane that runs, or None."""
+    found = getcurrent()
+    return found if isinstance(found, Lane) else None
 
 
-def _drive(lanes: list[Lane], works: list[Work], turn: Turn) -> list[Any]:
+def _drive(lanes: list[Lane], turn: Turn) -> list[Any]:
     for lane in lanes:
         with turn(lane.index):
-            lane.begin(works.pop(0))
-        _raise_error(lane)
+            lane.go_on()
     while any(lane.request is not None for lane in lanes):
         answers = _settled(lanes)
         for lane in lanes:
             answer, answers[lane.index] = answers[lane.index], None  # its tensors are the lane's alone
             with turn(lane.index):
-                lane.answer(answer)
+                lane.go_on(answer)
             del answer
-            _raise_error(lane)
     return [lane.result for lane in lanes]
 
 
@@ -237,18 +181,3 @@ def _apart(requests: Sequence[Request | None], index: int) -> UsageError:
         "depends on the samples (a branch, a loop of varying length, a layer that is skipped at random).",
         "Let the path depend on nothing in the batch, or use batchnorm='frozen', 'merged' or 'per_micro_batch'.",
     )
-
-
-def _raise_error(lane: Lane) -> None:
-    error, lane.error = lane.error, None
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error
-
-
-def _close(lanes: list[Lane], process: int) -> None:
-    if os.getpid() == process:
-        for lane in lanes:
-            lane.close()

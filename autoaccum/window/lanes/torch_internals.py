@@ -1,13 +1,15 @@
 """Reach the private names of torch that lanes need.
 
-Autograd's order, and the modes of a thread: torch/csrc/autograd/python_cpp_function.cpp, torch/overrides.py. The other
-private names are in torch_compat.py; tests/test_lanes.py calls each function here.
+Autograd's order, and what torch keeps for a thread: torch/csrc/autograd/python_cpp_function.cpp, torch/overrides.py,
+torch/csrc/autograd/init.cpp. The other private names are in torch_compat.py; tests/test_lanes.py and
+tests/test_lanes_state.py call each function here.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,10 +17,13 @@ import torch
 
 from ...torch_compat import _find
 
+SWAP = "give each lane its own state of torch"
+_name = functools.cache(functools.partial(_find, torch))  # looked up at every switch
+
 
 def next_sequence_number() -> int:
     """Return the number that this thread's next node of a graph gets."""
-    return int(_find(torch, "autograd._get_sequence_nr", "order the backward of lanes")())
+    return int(_name("autograd._get_sequence_nr", "find where lanes go back")())
 
 
 def sequence_number(node: Any) -> int:
@@ -61,30 +66,117 @@ def run_backward(loss: torch.Tensor | None, anchors: Sequence[torch.Tensor] = ()
 
 def modes_off() -> AbstractContextManager[Any]:
     """Return a context manager in which no function mode sees what runs."""
-    off: AbstractContextManager[Any] = _find(torch, "_C.DisableTorchFunction", "run lanes' own backward")()
+    off: AbstractContextManager[Any] = _name("_C.DisableTorchFunction", "run lanes' own backward")()
     return off
 
 
-def current_modes() -> tuple[list[Any], list[Any]]:
-    """Return this thread's function modes and dispatch modes, outermost first."""
-    functions = _find(torch, "overrides._get_current_function_mode_stack", "carry modes into another thread")
-    dispatches = _find(
-        torch, "utils._python_dispatch._get_current_dispatch_mode_stack", "carry modes into another thread"
-    )
-    return list(functions()), list(dispatches())
+def take_functions() -> Any:
+    """Let torch's functions ask no modes or subclasses of tensors.
+
+    Returns:
+        What they asked before.
+    """
+    state = _name("_C._get_torch_function_state", SWAP)()
+    put_functions(_name("_C._TorchFunctionState", SWAP).ALL_DISABLED)
+    return state
 
 
-@contextlib.contextmanager
-def entered_modes(modes: tuple[list[Any], list[Any]]) -> Iterator[None]:
-    """Push another thread's modes in this one, without entering them anew."""
+def put_functions(state: Any) -> None:
+    """Set whether torch's functions ask modes and subclasses of tensors."""
+    _name("_C._set_torch_function_state", SWAP)(state)
+
+
+def take_modes() -> tuple[list[Any], list[Any]]:
+    """Remove this thread's function modes and dispatch modes.
+
+    Returns:
+        Both, outermost first.
+    """
+    counts = (_name(f"_C._len_torch_{kind}_stack", SWAP)() for kind in ("function", "dispatch"))
+    pops = _name("overrides._pop_mode", SWAP), _name("utils._python_dispatch._pop_mode", SWAP)
+    functions, dispatches = ([pop() for _ in range(count)] for pop, count in zip(pops, counts, strict=True))
+    return functions[::-1], dispatches[::-1]
+
+
+def put_modes(modes: tuple[list[Any], list[Any]]) -> None:
+    """Push modes that were taken, without entering them anew."""
     functions, dispatches = modes
-    entering = (
-        (functions, torch.overrides._push_mode, torch.overrides._pop_mode),
-        (dispatches, torch.utils._python_dispatch._push_mode, torch.utils._python_dispatch._pop_mode),
-    )
-    with contextlib.ExitStack() as stack:
-        for found, push, pop in entering:
-            for mode in found:
-                push(mode)
-                stack.callback(pop)
-        yield
+    for mode in functions:
+        _name("overrides._push_mode", SWAP)(mode)
+    for mode in dispatches:
+        _name("utils._python_dispatch._push_mode", SWAP)(mode)
+
+
+class _Hooks(threading.local):
+    """The hooks of saved tensors that a thread has pushed."""
+
+    def __init__(self) -> None:
+        self.pushed: list[Any] = []
+
+
+_hooks = _Hooks()
+
+
+@functools.cache
+def track_saved_hooks() -> None:
+    """Note hooks of saved tensors as they are pushed.
+
+    Only where torch doesn't return them: 2.6 doesn't. Hooks from before the first call stay where they are, below those
+    of lanes.
+    """
+    own: Any = torch._C._autograd
+    if hasattr(own, "_top_saved_tensors_default_hooks"):
+        return
+    push, pop = own._push_saved_tensors_default_hooks, own._pop_saved_tensors_default_hooks
+
+    def pushing(pack: Any, unpack: Any) -> None:
+        push(pack, unpack)
+        _hooks.pushed.append((pack, unpack))
+
+    def popping() -> None:
+        pop()
+        del _hooks.pushed[-1:]
+
+    own._push_saved_tensors_default_hooks, own._pop_saved_tensors_default_hooks = pushing, popping
+
+
+def take_saved_hooks() -> list[Any]:
+    """Remove this thread's hooks of saved tensors.
+
+    Returns:
+        Pairs of hooks, outermost first.
+    """
+    own = torch._C._autograd
+    top = getattr(own, "_top_saved_tensors_default_hooks", None)
+    taken = [] if top else _hooks.pushed[::-1]
+    while top and (pair := top(True)) is not None:
+        taken.append(pair)
+        own._pop_saved_tensors_default_hooks()
+    for _ in () if top else taken:
+        own._pop_saved_tensors_default_hooks()
+    return taken[::-1]
+
+
+def put_saved_hooks(hooks: Sequence[Any]) -> None:
+    """Push hooks of saved tensors that were taken."""
+    for pack, unpack in hooks:
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def saved_hooks_refusal() -> str | None:
+    """Return why hooks of saved tensors are refused, or None."""
+    found: str | None = _name("_C._autograd._saved_tensors_hooks_get_disabled_error_message", SWAP)()
+    return found
+
+
+def refuse_saved_hooks(why: str | None, *, beside_some: bool = False) -> None:
+    """Refuse hooks of saved tensors in this thread, or allow them.
+
+    Args:
+        why: The reason; None to allow them.
+        beside_some: Whether there are some that stay: newer versions of torch allow it.
+    """
+    if why is None:
+        _name("_C._autograd._saved_tensors_hooks_enable", SWAP)()
+    else:
+        _name("_C._autograd._saved_tensors_hooks_disable", SWAP)(why, *([False] if beside_some else []))

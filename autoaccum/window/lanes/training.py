@@ -22,7 +22,7 @@ from ..context import TrainingContext, autocast, encode, forward
 from ..loss_form import LossKind
 from ..micro_batch import Course, backward, keywords, part_of_window, release_workspaces
 from .backward_order import ALL, END, FORWARD, LOSS, MEETING, START_BACK, BackwardOrder
-from .baton import Lanes
+from .baton import run_lanes
 from .host_store import HostStore
 from .interception import LaneMode, Meetings, RecomputingMode
 from .random_states import RandomStates
@@ -107,15 +107,16 @@ def _train(
 
 def _meetings(context: TrainingContext, sizes: Sequence[int]) -> Meetings:
     """Return the meetings of a window to come."""
-    order, absent = BackwardOrder(len(sizes)), context.absent_rows(sum(sizes))
+    order, absent = BackwardOrder(is_on=context.on_stretch is not None), context.absent_rows(sum(sizes))
     return Meetings(order, *_identities(context.norms), ranks=context.exchange, absent=absent)
 
 
 def _backward(context: TrainingContext, meetings: Meetings, loss: torch.Tensor | None) -> None:
     """Run one backward for all lanes, through the meetings of all ranks."""
-    over_ranks = context.exchange is not None
     if loss is not None or meetings.anchors:
-        meetings.order.apply(context.on_stretch, loss if over_ranks else None)
+        if loss is not None and context.exchange is None:  # over ranks a backward begins from meetings as well
+            meetings.order.let_lanes_go_first(loss)
+        meetings.order.watch(context.on_stretch)
         meetings.gate.open = True
         _note(context, START_BACK, 0)
         run = partial(run_backward, anchors=tuple(meetings.anchors))
@@ -144,7 +145,7 @@ def _forward(
 ) -> list[Any]:
     """Run all forwards in lanes, and return what they return."""
     context = course.context
-    draws, state = RandomStates(context.device, len(runs)), ThreadState(context.device)
+    draws = RandomStates(context.device, len(runs))
     turns = Counter[int]()  # by lane: its meetings so far
 
     @contextlib.contextmanager
@@ -162,22 +163,20 @@ def _forward(
             if lane == len(runs) - 1:
                 _note(context, MEETING, turns[lane] - 1)
 
-    if context.lanes is None:
-        context.lanes = Lanes()
-
     def in_lane(lane: int, run: Callable[[], Any]) -> Any:
         meetings.order.mark(lane)
         with LaneMode(lane, meetings), contextlib.nullcontext() if store is None else store.moving(sizes[lane]):
             return run()
 
-    works = [state.carried(partial(in_lane, lane, run)) for lane, run in enumerate(runs)]
+    works = [partial(in_lane, lane, run) for lane, run in enumerate(runs)]
     try:
-        outs = context.lanes.run(works, meetings, turn)
+        outs = run_lanes(works, meetings, turn, ThreadState(context.device))
     finally:
         draws.enter(0)  # the caller's draws go on
-    for lane, out in enumerate(outs):
+    for out in outs:
         for tensor in _tensors(out):
-            meetings.order.add_end(lane, tensor)
+            meetings.order.add_end(tensor)
+    meetings.order.end_forward()
     return outs
 
 
