@@ -7,6 +7,13 @@ notice. What is over ranks (no factor for the ranks, or twice; a forward outside
 
 MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
+        "nothing is recorded between two sizes",
+        "autoaccum/planning/schedule.py",
+        "    narrow(subject, evidence, predictor)\n",
+        "",
+        ("tests/test_fit.py", "-m", "slow", "-k", "between"),
+    ),
+    (
         "divide by the configured number of steps",
         "autoaccum/window/step.py",
         "piece, size / samples, total)",

@@ -66,6 +66,22 @@ def held(made: Recording) -> Recording:
     return Recording(made.micro_batch, (first, Phase(LATER, kept), Phase(OPTIMIZER, (*step.events, freed))))
 
 
+def reaching_more(made: Recording) -> Recording:
+    """The same window, of which each later micro-batch reaches another parameter: its gradient stays until the step."""
+    first, later, step = made.phases
+    new = next(event for event in later.events if event.bytes == 1000)
+    freed = Event(new.block, -1000)
+    kept = tuple(event for event in later.events if event != freed)
+    return Recording(made.micro_batch, (first, Phase(LATER, kept), Phase(OPTIMIZER, (*step.events, freed))))
+
+
+def test_a_long_run_of_micro_batches_that_each_leave_a_gradient_has_its_composition() -> None:
+    program = lift([reaching_more(recording(n)) for n in (5, 7)])
+    found = composition(program, (10,) * 20, inputs=(7,))  # of which the middle is one phase
+    assert found[LATER]["data"] == 70
+    assert sum(found[LATER].values()) > 20 * 1000
+
+
 def test_data_held_through_the_step_are_data_and_not_gradients() -> None:
     program = lift(
         [held(recording(5)), held(recording(7))], first_step_events=(Event(1, 2000), Event(2, 60), Event(2, -60))

@@ -219,6 +219,30 @@ def test_a_model_that_cannot_be_lifted_is_bracketed_and_the_plan_says_why() -> N
     assert plan.measured_peak_bytes is not None and plan.measured_peak_bytes <= budget
 
 
+class Switching(nn.Module):
+    """Computes otherwise from 200 samples on, so that sizes there don't follow from smaller ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(64, 1024), nn.Linear(1024, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inner(x)
+        return self.outer(h if len(x) < 200 else sum((h * k).tanh() for k in range(1, 9)))
+
+
+@pytest.mark.slow
+def test_between_two_recorded_sizes_others_are_recorded_where_none_is_predicted() -> None:
+    data = torch.randn(64, 64), torch.randn(64, 8)
+    work = Workload(Switching(), data, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]), optimizer="sgd")
+    fit_plan(work, target_batch=4, verify=False, check=False)  # imports what both need
+    budget = int((committed_bytes() + 45 * 2**20) / 0.98)  # 1,021 samples need a little more
+    plan = fit_plan(work, target_batch=4096, budget=budget, check=False)
+    assert plan.method == "bracketed"
+    assert plan.micro_batch >= 500, plan.evidence.recordings
+    assert plan.measured_peak_bytes is not None and plan.measured_peak_bytes <= budget
+
+
 def test_a_budget_too_small_for_two_primes_is_recorded_size_by_size() -> None:
     fit_plan(net(), (torch.randn(2, 8), torch.zeros(2).long()), target_batch=2)  # imports what all of them need
     budget = committed_bytes() + 110 * 2**20

@@ -393,7 +393,7 @@ def _record_and_predict(
         failure = oom.drop_frames(error).removeprefix("NoPlace: ")
         raise failures.ran_out(predictor(Evidence()), failure) from None
     if evidence.fallback_reason is not None:
-        schedule.bracket(subject, evidence, allowed, min(request.most, SEARCH_LIMIT))
+        schedule.bracket(subject, evidence, allowed, predictor, min(request.most, SEARCH_LIMIT))
     start_over()
     if compiles:
         compile_at_answer(predictor(evidence), start_over)

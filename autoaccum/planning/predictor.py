@@ -118,7 +118,9 @@ class MemoryPredictor(ABC):
         gradients = self.subject.gradient_bytes
         steady = gradients + evidence.state_bytes  # independent of the batch
         if evidence.recordings:
-            known, peak = evidence.recordings[-1].micro_batch, evidence.notes[-1].measured_bytes
+            known = evidence.recordings[-1].micro_batch
+            of_known = [note for note in evidence.notes if note.micro_batch == known]
+            peak = (of_known or evidence.notes)[-1].measured_bytes
         else:
             # The first step makes gradients and state itself: only the rest depends on the batch.
             kept = {event.block for event in kept_blocks(evidence.first_step_events)}

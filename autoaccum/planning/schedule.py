@@ -256,8 +256,48 @@ def reason_against_program(subject: RecordingTarget, evidence: Evidence) -> str 
     )
 
 
-def bracket(subject: RecordingTarget, evidence: Evidence, allowed: Allowed, max_size: int) -> None:
-    """Record ever larger sizes that are predicted to fit."""
+def bracket(
+    subject: RecordingTarget, evidence: Evidence, allowed: Allowed, predictor: Callable[[Evidence], Any], max_size: int
+) -> None:
+    """Record ever larger sizes that are predicted to fit; then those between.
+
+    Args:
+        subject: What is recorded.
+        evidence: What is known; recordings are added to it.
+        allowed: Returns whether a window of two micro-batches of n samples is sure to fit.
+        predictor: Returns the predictor by what is known.
+        max_size: The largest micro-batch allowed.
+    """
+    _record_larger(subject, evidence, allowed, max_size)
+    narrow(subject, evidence, predictor)
+
+
+def narrow(
+    subject: RecordingTarget, evidence: Evidence, predictor: Callable[[Evidence], Any], too_large: int | None = None
+) -> None:
+    """Record between the largest size that fits and the smallest that doesn't.
+
+    A size that wasn't recorded counts as the next larger one that was: of a model whose sizes follow no rule from 17
+    samples on, recorded at 11 and at 1,021, windows of 12 would else need what those of 1,021 do.
+
+    Args:
+        subject: What is recorded.
+        evidence: What is known; recordings are added to it.
+        predictor: Returns the predictor by what is known.
+        too_large: A size whose window was run and was too large.
+    """
+    for _ in range(BRACKETING_ROUNDS):
+        now, sizes = predictor(evidence), [each.micro_batch for each in evidence.recordings]
+        fitting = max((n for n in sizes if now.fits((n, n))), default=0)
+        larger = [n for n in (*sizes, too_large) if n is not None and n > fitting]
+        if not larger or not fitting or min(larger) - fitting <= max(1, fitting // 10):
+            return
+        n = (fitting + min(larger)) // 2
+        if unless_out_of_memory(subject, n, lambda n=n: [add_recording(subject, evidence, n)]) is None:  # type: ignore[misc]
+            too_large = n
+
+
+def _record_larger(subject: RecordingTarget, evidence: Evidence, allowed: Allowed, max_size: int) -> None:
     for _ in range(BRACKETING_ROUNDS):
         largest = evidence.recordings[-1].micro_batch
         sizes = (min(max_size, 2 * largest), min(max_size, int(1.4 * largest)), min(max_size, int(1.1 * largest) + 1))

@@ -152,6 +152,7 @@ def _record_near(predictor: MemoryPredictor, n: int, *, is_last: bool) -> None:
         evidence.notes = [note for note in evidence.notes if note.micro_batch < n] or evidence.notes[:1]
         evidence.set_recordings([r for r in evidence.recordings if r.micro_batch < n] or evidence.recordings[:1])
         predictor.forget()
+        schedule.narrow(subject, evidence, lambda _: predictor, too_large=n)
         return
     small = schedule.sizes_around(evidence, n, predictor.request.least) if evidence.has_program else []
     if small and all([_recorded(predictor, size) for size in small]):
@@ -168,7 +169,8 @@ def _record_near(predictor: MemoryPredictor, n: int, *, is_last: bool) -> None:
     predictor.forget()
     if reason is not None:
         evidence.fall_back(reason)
-        schedule.bracket(subject, evidence, lambda _, size: predictor.is_sure_to_fit(size), predictor.request.most)
+        may_fit, most = (lambda _, size: predictor.is_sure_to_fit(size)), predictor.request.most
+        schedule.bracket(subject, evidence, may_fit, lambda _: predictor, most)
 
 
 def _recorded(predictor: MemoryPredictor, n: int) -> bool:

@@ -149,7 +149,8 @@ def _held_inputs(phases: Sequence[Phase], deaths: Mapping[int, _Place], leftover
     These are token ids, labels and masks, which are held until the next ones are copied or the step is done.
     """
     for index, phase in enumerate(phases):
-        if phase.name not in (FIRST, LATER):
+        is_merged = all(event.bytes > 0 for event in phase.events)  # of many micro-batches, what they leave behind
+        if phase.name not in (FIRST, LATER) or is_merged:
             continue
         made = [event.block for event in phase.events if event.bytes > 0]
         for block in made[leftover if phase.name == FIRST else 0 :]:
@@ -160,7 +161,7 @@ def _held_inputs(phases: Sequence[Phase], deaths: Mapping[int, _Place], leftover
 
 def _workspaces(program: StepProgram, phases: Sequence[Phase]) -> Iterator[int]:
     """Yield the blocks that are cuBLAS's workspaces, by their place among allocations."""
-    for phase in phases:
+    for phase in phases if program.workspaces else ():
         steps = [step for step in program.phases[phase.name] if step.rule is not None]
         made = [event.block for event in phase.events if event.bytes > 0]
         made = made[len(made) - len(steps) :]  # without the leftover blocks
@@ -200,13 +201,17 @@ def _allocation(phase: Phase, number: int) -> int:
 
 
 def _data_blocks(phases: Sequence[Phase], split: Split, inputs: Sequence[int], leftover: int) -> list[int]:
-    """Return each micro-batch's leading blocks whose sizes match its tensors."""
+    """Return each micro-batch's leading blocks whose sizes match its tensors.
+
+    Not by the micro-batch's place in the split: of a long run of equal ones that leave blocks behind, the middle is one
+    phase.
+    """
     found = []
-    micro_batches = (phase for phase in phases if phase.name in (FIRST, LATER))
-    for phase, n in zip(micro_batches, split, strict=True):
+    for phase in (phase for phase in phases if phase.name in (FIRST, LATER)):
         made = [event for event in phase.events if event.bytes > 0][leftover if phase.name == FIRST else 0 :]
+        n = next((n for n in set(split) if made and inputs and made[0].bytes == inputs[0] * n), None)
         for event, sample_bytes in zip(made, inputs, strict=False):
-            if event.bytes != sample_bytes * n:
+            if n is None or event.bytes != sample_bytes * n:
                 break
             found.append(event.block)
     return found
