@@ -926,9 +926,23 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "the model is counted as segments",
         "autoaccum/simulation/varied_widths.py",
-        "Counter(found.get(stream, ())) - Counter(model.get(stream, ()))",
-        "Counter(found.get(stream, ()))",
+        "Counter(large.get(stream, ())) - Counter(model.get(stream, ()))",
+        "Counter(large.get(stream, ()))",
         ("tests/test_widths.py",),
+    ),
+    (
+        "kept workspaces in the middle of the planned segments",
+        "autoaccum/simulation/varied_widths.py",
+        "        yield self._first_of_all(sizes[0]) if is_first",
+        "        yield writer.first_of_all(sizes[0]) if is_first",
+        ("tests/test_widths.py",),
+    ),
+    (
+        "planned segments stay given back",
+        "autoaccum/window/widths.py",
+        "            if self._segments and self._is_given_back():\n",
+        "            if False:\n",
+        ("tests/test_runner_cuda.py", "-k", "planned_segments"),
     ),
     (
         "lanes: what stays is no remedy for an out-of-memory",

@@ -281,6 +281,7 @@ def made_up_plan(**changes: Any) -> Plan:
         "allocated_peak_bytes": 1700 * mib,
         "this_process_peak_bytes": 1801 * mib,
         "plain_loop_peak_bytes": 1999 * mib,
+        "varied_peak_bytes": 1925 * mib,
         "segments": (SegmentRow(400 * mib, 3), SegmentRow(20 * mib, 9)),
         "keeps_workspaces": True,
         "largest_without_retries": 55,

@@ -279,11 +279,12 @@ def narrower_samples_find_the_planned_segments() -> None:
     assert planned > 100 * MIB and planned <= plan.predicted_peak_bytes
     pictures = [(torch.zeros(MICRO, 3, height, 256), labels) for height in (64, 128, 96)]
     widest = [(torch.zeros(MICRO, 3, 256, 256), labels)] * 3
+    held: list[int] = []
     for batches, early in ((pictures, True), (widest, False)):
         torch.cuda.empty_cache()
         runner, before = Runner(work, plan), torch.cuda.memory_reserved()
-        held: list[int] = []
-        hook = work.model.register_forward_pre_hook(lambda *_, held=held: held.append(torch.cuda.memory_reserved()))
+        held.clear()
+        hook = work.model.register_forward_pre_hook(lambda *_: held.append(torch.cuda.memory_reserved()))
         list(runner.epoch(batches))
         hook.remove()
         assert (held[0] - before >= planned) == early, (held, before, planned)
@@ -293,10 +294,13 @@ def narrower_samples_find_the_planned_segments() -> None:
     runner = Runner(work, plan)
     fault.at = 2, "forward"
     heights: list[int] = []
+    held.clear()
     work.model.register_forward_pre_hook(lambda _, args: heights.append(args[0].shape[2]))
+    work.model.register_forward_pre_hook(lambda *_: held.append(torch.cuda.memory_reserved()))
     (result,) = runner.epoch(pictures)
     assert result.retries == 1 and result.split == (MICRO,) * 3, "as it was, not smaller"
     assert heights == [128, 96, 128, 96, 64], "the widest first"
+    assert held[2] >= planned, "reserved again, where the window starts over"
 
 
 @case

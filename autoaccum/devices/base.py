@@ -225,6 +225,20 @@ class Device(ABC):
         """
         return
 
+    def cache_releases(self) -> int:
+        """Return how often the device's cache was given back to make room.
+
+        0 where there is none.
+        """
+        return 0
+
+    def make_workspaces(self) -> None:
+        """Make library workspaces that stay from now on.
+
+        Nothing where there are none.
+        """
+        return
+
     def reserve(self, segments: Sequence[tuple[int, int]], limit_bytes: int) -> int:
         """Reserve segments, and leave them in the device's cache.
 

@@ -108,6 +108,8 @@ class MemorySection:
         stayed_bytes: What it could move there, and keeps on the device, since it fits.
         segments: On CUDA, the large segments that windows of the longest samples reserve beside the model's, largest
             first: where micro-batches vary in width, training reserves these before the first. Empty where it doesn't.
+        varied_peak_bytes: The most that is reserved then, over replayed windows of micro-batches of a fifth of the
+            width to all of it; None without segments.
     """
 
     budget: Budget
@@ -133,6 +135,7 @@ class MemorySection:
     moved_bytes: int = 0
     stayed_bytes: int = 0
     segments: tuple[SegmentRow, ...] = ()
+    varied_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)

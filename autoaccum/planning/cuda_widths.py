@@ -2,46 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..plan import SegmentRow
 from ..ranks.sharded import sharded_modules
 from ..simulation.cuda_allocator.allocator import CudaRules
 from ..simulation.solver import Split
+from ..simulation.varied_widths import Course, planned_segments, replay_reserved
 from .predictor import verified_part
 
 if TYPE_CHECKING:
     from .predictor_cuda import CudaPredictor
     from .training_simulator import TrainingSimulator
 
+NOTHING: tuple[tuple[SegmentRow, ...], int | None] = (), None
+
 
 def segments_to_reserve(
-    predictor: CudaPredictor, simulator: TrainingSimulator, split: Split, retries: tuple[int, ...]
-) -> tuple[SegmentRow, ...]:
-    """Return the segments that training reserves first, or none.
+    predictor: CudaPredictor, simulator: TrainingSimulator, split: Split
+) -> tuple[tuple[SegmentRow, ...], int | None]:
+    """Return the segments that training reserves first, and what windows reserve then.
 
-    None where windows are expected to release the cache, since the segments of the first one have no room beside those
-    of the next; where cuBLAS keeps its workspaces, which a narrower first window would put into the middle of one;
-    where segments are no bound (`serves_narrower`); where other streams need memory that these would take (sharded
-    models); and where what windows allocate is known by its sum only (lanes, compiled models).
+    None where segments are no bound (`serves_narrower`); where other streams need memory that these would take (sharded
+    models); where what windows allocate is known by its sum only (lanes, compiled models); and where a replay of the
+    planned window or of narrower ones, with the segments there, releases the cache, runs out of memory or reserves more
+    than the planned window needs by itself.
 
     Args:
         predictor: What is known.
         simulator: Of a new process.
         split: The plan's.
-        retries: How often windows are expected to release the cache.
+
+    Returns:
+        The segments; and the most that replayed windows of narrower micro-batches reserve, None without segments.
     """
-    context, kept = predictor.subject.context, predictor.keeps(split)
-    if any(retries) or not serves_narrower(predictor.rules) or predictor.compiled_share != 1:
-        return ()
-    if kept or context.runs_in_lanes or sharded_modules(context.model):
-        return ()
+    context = predictor.subject.context
+    if not serves_narrower(predictor.rules) or predictor.compiled_share != 1:
+        return NOTHING
+    if context.runs_in_lanes or sharded_modules(context.model):
+        return NOTHING
     try:
-        found = simulator.segments(verified_part(split), kept=kept)
+        course = simulator.course(verified_part(split), kept=predictor.keeps(split))
     except LookupError:
-        return ()
-    reserved = predictor.baseline_bytes + sum(each.bytes * each.count for each in found)
-    return found if reserved <= predictor.budget.bytes else ()
+        return NOTHING
+    rules, most = predictor.rules.with_capacity(predictor.budget.bytes), predictor.worst_bytes(split)
+    # Kept workspaces lie elsewhere in a window that makes them itself, and it may leave other segments.
+    for shown in dict.fromkeys((course.workspaces, ())):
+        found = planned_segments(replace(course, workspaces=shown), rules)
+        peak = _peak_with(course, rules, found, most) if found else None
+        if peak is not None:
+            return found, peak
+    return NOTHING
+
+
+def _peak_with(course: Course, rules: CudaRules, segments: tuple[SegmentRow, ...], most: int) -> int | None:
+    """Return what narrower windows reserve, or None.
+
+    None where these, or the planned one, release the cache, run out of memory or exceed what the planned one reserves.
+    """
+    widest = replay_reserved(course, rules, segments, narrower=False)
+    if not widest.settled or widest.peak_bytes > most:
+        return None
+    narrower = replay_reserved(course, rules, segments, narrower=True)
+    return max(widest.peak_bytes, narrower.peak_bytes) if narrower.settled else None
 
 
 def serves_narrower(rules: CudaRules) -> bool:

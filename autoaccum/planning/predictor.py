@@ -36,7 +36,7 @@ class DeviceFigures:
     retries: tuple[int, ...] = ()
     this_process_peak_bytes: int | None = None
     plain_loop_peak_bytes: int | None = None
-    segments: tuple[SegmentRow, ...] = ()
+    varied: tuple[tuple[SegmentRow, ...], int | None] = (), None
     largest_without_retries: int | None = None
     largest_with_expandable_segments: int | None = None
 

@@ -232,7 +232,7 @@ class CudaPredictor(MemoryPredictor):
             retries=limited.retries,
             this_process_peak_bytes=self.peak_bytes(split, THIS_PROCESS),
             plain_loop_peak_bytes=None if self.sums_wide(split) else self.peak_with(split, NEW_PROCESS, kept=True),
-            segments=cuda_widths.segments_to_reserve(self, self._simulators[NEW_PROCESS], split, limited.retries),
+            varied=cuda_widths.segments_to_reserve(self, self._simulators[NEW_PROCESS], split),
         )
         if not self.request.explained:
             return figures

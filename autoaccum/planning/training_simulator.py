@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..plan import SegmentRow
 from ..simulation.cuda_allocator.allocator import AllocatorState, CudaRules
 from ..simulation.cuda_allocator.transitions import Transitions
 from ..simulation.program import StepProgram, as_recorded, plain_window
@@ -19,7 +18,7 @@ from ..simulation.training_run import (
     training_of,
     with_kept_workspaces,
 )
-from ..simulation.varied_widths import planned_segments
+from ..simulation.varied_widths import Course, course_of
 from .evidence import Evidence
 from .growth import WINDOWS
 
@@ -103,8 +102,8 @@ class TrainingSimulator:
             )
         return self._replays[key]
 
-    def segments(self, split: Split, *, kept: bool) -> tuple[SegmentRow, ...]:
-        """Return the large segments that windows reserve without a limit.
+    def course(self, split: Split, *, kept: bool) -> Course:
+        """Return the windows of a split, to replay them in other widths.
 
         Args:
             split: The micro-batches of each window.
@@ -114,8 +113,7 @@ class TrainingSimulator:
             LookupError: There is neither a program nor a recording that large.
         """
         training, sizes = self._training(split)
-        run = with_kept_workspaces(training) if kept else training
-        return planned_segments(run, sizes, self._rules.with_capacity(None))
+        return course_of(training, sizes, kept=kept)
 
     def has_workspaces(self, split: Split) -> bool:
         """Return whether cuBLAS's workspaces were recorded."""

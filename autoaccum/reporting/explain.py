@@ -33,6 +33,7 @@ def summary(plan: Plan) -> str:
             if plan.memory.plain_loop_peak_bytes not in (None, plan.predicted_peak_bytes)
             else []
         ),
+        *([("widths", _widths(plan))] if (plan.memory.varied_peak_bytes or 0) > plan.predicted_peak_bytes else []),
         *([("host", _host(plan))] if plan.memory.host_bytes or plan.memory.stayed_bytes else []),
         ("why", _why(plan)),
         ("largest", _largest(plan)),
@@ -142,6 +143,13 @@ def _by_hand(plan: Plan) -> str:
     return (
         f"{show_bytes(plan.memory.plain_loop_peak_bytes or 0)} predicted for the same window in a plain loop: "
         "there cuBLAS keeps its workspaces at the addresses of their first allocation"
+    )
+
+
+def _widths(plan: Plan) -> str:
+    return (
+        f"{show_bytes(plan.memory.varied_peak_bytes or 0)} predicted where micro-batches vary in width, in replayed "
+        "windows of a fifth of the longest samples' to all of it"
     )
 
 

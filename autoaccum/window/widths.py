@@ -37,34 +37,48 @@ class Widths:
     def __init__(self, device: Device, plan: Plan) -> None:
         self.vary = False
         self._device, self._plan = device, plan
+        self._segments = [(row.bytes, row.count) for row in plan.memory.segments]
         self._has_begun = False
+        self._releases = self._least_bytes = 0
 
     def begin_window(self, pieces: Sequence[Batch], sizes: Sequence[int]) -> None:
         """Look at a window's micro-batches.
 
-        Before the first window, reserve what the widest need.
+        Before the first window, reserve what the widest need; later on again where it was given back.
 
         Args:
             pieces: The micro-batches.
             sizes: Samples in each.
         """
-        if self.vary and self._has_begun:
+        is_first, self._has_begun = not self._has_begun, True
+        if self.vary:
+            if self._segments and self._is_given_back():
+                self._reserve()
             return
-        planned, is_first, self._has_begun = self._plan.provenance.signature, not self._has_begun, True
+        if is_first:
+            self._releases = self._device.cache_releases()
+        planned, most = self._plan.provenance.signature, self._plan.micro_batch
         narrower = [is_narrower(piece, planned, size) for piece, size in zip(pieces, sizes, strict=True)]
         self.vary = any(narrower)
-        has_widest = any(
-            size >= self._plan.micro_batch and not less for size, less in zip(sizes, narrower, strict=True)
-        )
+        has_widest = any(size >= most and not less for size, less in zip(sizes, narrower, strict=True))
         if is_first and self.vary and not has_widest:
             self._reserve()
 
+    def _is_given_back(self) -> bool:
+        """Return whether the cache was given back since, by anybody.
+
+        The allocator does where small blocks, of which very narrow micro-batches have many, have no room beside it.
+        """
+        return self._device.cache_releases() != self._releases or self._device.held_bytes() < self._least_bytes
+
     def _reserve(self) -> None:
-        segments = [(row.bytes, row.count) for row in self._plan.memory.segments]
-        if not segments:
+        if not self._segments:
             return
         self._device.release_cache()
-        reserved = self._device.reserve(segments, self._plan.predicted_peak_bytes)
+        if self._plan.device.keeps_workspaces:
+            self._device.make_workspaces()  # or the first window would put them into the middle of a segment
+        reserved = self._device.reserve(self._segments, self._plan.predicted_peak_bytes)
+        self._releases, self._least_bytes = self._device.cache_releases(), self._device.held_bytes()
         log.info(
             "Micro-batches vary in width: %s of segments are reserved as windows of the longest samples have them.",
             show_bytes(reserved),

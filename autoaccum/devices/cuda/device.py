@@ -154,13 +154,13 @@ class CudaDevice(Device):
         recording: Recording | None = None
         started = 0.0
         for index, split in enumerate(windows):
-            before = self._retries()
+            before = self.cache_releases()
             if index == 0:
                 recording = self._train_recorded(train, split)
                 started = time.perf_counter()
             else:
                 train(split)
-            retries.append(self._retries() - before)
+            retries.append(self.cache_releases() - before)
         torch.cuda.synchronize(at)
         return CudaMeasurement(
             seconds=time.perf_counter() - started,
@@ -189,7 +189,8 @@ class CudaDevice(Device):
                 raise
             return None
 
-    def _retries(self) -> int:
+    def cache_releases(self) -> int:
+        """Return the allocator's retries, each of which gives its cache back."""
         statistics: dict[str, Any] = torch.cuda.memory_stats(self.torch_device)
         return int(statistics.get("num_alloc_retries", 0))
 
@@ -260,6 +261,11 @@ class CudaDevice(Device):
         """Give cached blocks and cuBLAS's workspaces back to the driver."""
         clear_cublas_workspaces()
         torch.cuda.empty_cache()
+
+    def make_workspaces(self) -> None:
+        """Make cuBLAS's workspaces, this thread's and that of the backward's."""
+        one = torch.ones(2, 2, device=self.torch_device, requires_grad=True)
+        (one @ one).sum().backward()  # type: ignore[no-untyped-call]
 
     def reserve(self, segments: Sequence[tuple[int, int]], limit_bytes: int) -> int:
         """Reserve segments, and leave them in the current stream's pool.
