@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from autoaccum import BatchError, Runner, UsageError, Workload, fit_plan
 from autoaccum.data import split as cutting
 from autoaccum.exactness import check
+from autoaccum.planning.request import PlanRequest
 from autoaccum.runner import compatibility
+from autoaccum.runner.loop import train
 from autoaccum.window import norms
 from autoaccum.window.step import open_context, train_window
 from autoaccum.workload import default_loss
@@ -166,6 +169,37 @@ def test_what_hooks_and_an_optimizers_state_hold_is_as_before_after_planning() -
     before = state()
     fit_plan(Workload(model, x, optimizer=optimizer), target_batch=8, max_micro_batch=3, verify=False, check=False)
     assert all(map(torch.equal, before, state()))
+
+
+class KeepsItsState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.state = nn.GRU(6, 5, batch_first=True), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, state = self.cell(x, self.state)
+        self.state = state.detach()
+        return out[:, -1]
+
+
+def test_a_state_of_the_batchs_size_is_named_where_another_size_fails() -> None:
+    work = Workload(KeepsItsState(), (torch.randn(8, 3, 6), torch.randint(5, (8,))))
+    with pytest.raises(RuntimeError, match="hidden size") as caught:
+        fit_plan(work, target_batch=8, max_micro_batch=4, verify=False, check=False)
+    assert "micro-batches of several sizes" in "".join(caught.value.__notes__)
+    assert work.model.state is None
+
+
+def test_a_target_may_be_a_whole_number_of_another_library() -> None:
+    assert PlanRequest(target_batch=np.int64(8), max_micro_batch=torch.tensor(4)) == PlanRequest(8, max_micro_batch=4)
+    for wrong in (8.0, "8", True, torch.tensor(8.0)):
+        assert PlanRequest(target_batch=wrong).target_batch is wrong
+
+
+def test_an_iterator_is_refused_before_the_first_of_several_epochs() -> None:
+    work = Workload(mlp(), vectors(8), loader=iter([vectors(8)]))
+    with pytest.raises(UsageError, match="for 2 epochs"):
+        train(work, plan_for(work, 8, 4), progress=print, epochs=2)
 
 
 # --- what a Runner says

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from dataclasses import dataclass
 
 from ..plan import FEWEST_STEPS
@@ -62,3 +64,11 @@ class PlanRequest:
     exchanges: bool = False
     timeout_seconds: float = 1800.0
     explained: bool = True
+
+    def __post_init__(self) -> None:
+        """Take whole numbers of other libraries (numpy's, a tensor's) for Python's."""
+        for name in ("target_batch", "max_micro_batch", "min_micro_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, str)) and hasattr(value, "__index__"):
+                with contextlib.suppress(TypeError):  # a tensor that isn't one
+                    object.__setattr__(self, name, operator.index(value))

@@ -11,6 +11,8 @@ import torch
 from ..data import split as cutting
 from ..data import tree
 from ..devices.base import Device
+from ..devices.oom import is_out_of_memory
+from ..errors import AutoaccumError
 from ..phases import OnPhase
 from ..process_memory import Heap
 from ..ranks.sharded import device_of
@@ -19,6 +21,8 @@ from ..simulation.solver import Split
 from ..torch_compat import local_bytes
 from ..window import compiled, step
 from ..workload import Batch, Workload
+
+_FIRST_SAMPLES = 2  # in the micro-batches of the first window
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class RecordingTarget:
         piece = self.tile(n)
 
         def train(on_phase: OnPhase) -> None:
-            with compiled.uncompiled():
+            with compiled.uncompiled(), _naming_size(n):
                 step.train_window(self.context, [piece] * steps, (n,) * steps, on_phase=on_phase)
                 step.run_between(self.context, on_phase=on_phase)
 
@@ -111,3 +115,18 @@ def one_after_the_other(context: step.TrainingContext) -> Iterator[None]:
 
 def _tensor_bytes(batch: Batch) -> int:
     return sum(tensor.nbytes for tensor in tree.tensors(batch))
+
+
+@contextlib.contextmanager
+def _naming_size(n: int) -> Iterator[None]:
+    """Note the size on an error that the first size didn't raise."""
+    try:
+        yield
+    except Exception as error:
+        if n > _FIRST_SAMPLES and not isinstance(error, AutoaccumError) and not is_out_of_memory(error):
+            error.add_note(
+                f"autoaccum: raised while planning, with micro-batches of {n} samples, after one of fewer had worked. "
+                "Planning and training run micro-batches of several sizes, so a model can't keep something of its "
+                "batch's size (a hidden state, a mask) from one forward to the next."
+            )
+        raise

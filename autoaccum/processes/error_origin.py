@@ -19,6 +19,7 @@ from .import_path import ROOT
 _OURS = os.path.join(ROOT, "autoaccum") + os.sep  # noqa: PTH118  as frames name files, not as the system does
 _INSTALLED = tuple({sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _NO_ROOM = ("failed to map segment", "cannot allocate memory", "can't start new thread", "failed to create thread")
+OWN_NOTE = "autoaccum: "  # begins what planning adds to an error of the user's
 SHOW_ALL = "The same command with --traceback shows all of it."
 
 
@@ -63,6 +64,9 @@ def _hint(error: BaseException) -> str:
         return (
             "The file is loaded by itself, not as a part of a package: write `import name` or `from name import ...`."
         )
+    if own := [note for note in getattr(error, "__notes__", ()) if note.startswith(OWN_NOTE)]:
+        text = own[-1].removeprefix(OWN_NOTE)
+        return f"{text[:1].upper()}{text[1:]} {SHOW_ALL}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"Install {error.name.partition('.')[0]} in this environment, or put it beside the workload's file."
     return SHOW_ALL

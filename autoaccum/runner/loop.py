@@ -58,11 +58,7 @@ def train(
 
     Ranks of a process group all call this. They stop together, and the first one writes the checkpoint.
     """
-    if workload.loader is None:
-        raise UsageError(
-            f"The workload {workload.name} has no loader, so there is nothing to train on.",
-            hint="Return Workload(..., loader=DataLoader(dataset, ...)), or a function that makes one.",
-        )
+    _check_loader(workload, epochs)
     runner, position = Runner(workload, plan), _Position()
     device = get_device(runner.context.device)
     if checkpoint is not None:
@@ -92,6 +88,25 @@ def train(
             "signal": number,
         }
         return {**last, **ended, **nonfinite.figures(), "checkpoint": checkpoint}
+
+
+def _check_loader(workload: Workload, epochs: int) -> None:
+    """Refuse a workload without data for so many epochs.
+
+    Raises:
+        UsageError: It has no loader, or one that gives its batches once.
+    """
+    if workload.loader is None:
+        raise UsageError(
+            f"The workload {workload.name} has no loader, so there is nothing to train on.",
+            hint="Return Workload(..., loader=DataLoader(dataset, ...)), or a function that makes one.",
+        )
+    if epochs > 1 and hasattr(workload.loader, "__next__"):
+        raise UsageError(
+            f"The loader is a {type(workload.loader).__name__}, which gives its batches once, for {epochs} epochs.",
+            "Behind the first epoch there would be nothing to train on.",
+            "Give a DataLoader, a list of batches, or a function that makes it anew: loader=lambda: ...",
+        )
 
 
 class _NonfiniteLosses:
