@@ -198,7 +198,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "recording compiles",
         "autoaccum/planning/target.py",
-        "            with compiled.uncompiled():\n                step.train_window",
+        "            with compiled.uncompiled(), _naming_size(n):\n                step.train_window",
         "            if True:\n                step.train_window",
         ("tests/test_compiled.py",),
     ),

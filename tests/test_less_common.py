@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
 
-from autoaccum import BatchError, Runner, UsageError, Workload, fit_plan
+from autoaccum import BatchError, Runner, UsageError, Workload, fit_plan, windows
 from autoaccum.data import split as cutting
 from autoaccum.exactness import check
 from autoaccum.planning.request import PlanRequest
@@ -249,6 +249,20 @@ def test_a_batch_normalization_that_stays_in_evaluation_mode_is_not_warned_of() 
     model[1].eval()
     assert norms.warning(found, None, training=True) == ""
     assert norms.warning(found, None, training=False) != ""  # the whole model is set to train
+
+
+def test_a_loop_with_its_model_is_warned_of_what_micro_batches_change(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    plan = plan_for(Workload(model, vectors(8, torch.float32)), 8, 4)
+    model[0].weight.register_hook(torch.clone)
+    windows([vectors(8, torch.float32)], plan)
+    assert not caplog.text
+    windows([vectors(8, torch.float32)], plan, model=model)
+    assert "Batch normalization (1)" in caplog.text and "on 0.weight" in caplog.text
+    caplog.clear()
+    model[1].eval()
+    windows([vectors(8, torch.float32)], plan, model=model)
+    assert "Batch normalization" not in caplog.text
 
 
 # --- verdicts

@@ -28,8 +28,10 @@ from ..devices.registry import get_device
 from ..errors import BatchError, PlanMismatch, UsageError
 from ..plan import Plan
 from ..ranks.group import ranks_here
+from ..runner.compatibility import hook_warnings
 from ..runner.sizing import Sizing
 from ..simulation.solver import rank_share
+from ..window import norms
 from ..window.fingerprint import check_signature, describe_model, is_collated
 from ..window.widths import watch_widths
 from ..workload import Batch
@@ -82,6 +84,7 @@ def windows(
     check_groups(plan.request.samples_per_group, loader, has_lengths=lengths is not None)
     where = _device(plan, backend.model, device or getattr(accelerator, "device", None))
     _check_plan(plan, backend.model, where)
+    _warn(backend.model, plan.accumulation_steps)
     sizing = Sizing(plan, plan.request.min_micro_batch, shared=shared, per_sample=per_sample)
     state = LoopState(
         plan=plan,
@@ -233,6 +236,22 @@ def _check_plan(plan: Plan, model: nn.Module | None, device: torch.device) -> No
             "Plan again: autoaccum plan, or fit_plan(workload).",
         )
     page_cache.apply_planned(plan.device)
+
+
+def _warn(model: nn.Module | None, steps: int) -> None:
+    """Warn of what works differently in several micro-batches of a model."""
+    if model is None or steps < 2:
+        return
+    batch = [name for name, module in norms.find_norms(model).batch.items() if module.training]
+    if batch:
+        more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+        log.warning(
+            "Batch normalization (%s%s) takes the statistics of micro-batches, so the gradient isn't that of the whole "
+            "batch. Runner takes the whole window's (batchnorm='exact'); in this loop module.eval() or "
+            "torch.nn.GroupNorm is exact.", batch[0], more,
+        )  # fmt: skip
+    for text in filter(None, hook_warnings(model, steps)):
+        log.warning("%s", text)
 
 
 def _warn_of_repeated_samples(loader: Any) -> None:

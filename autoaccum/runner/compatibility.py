@@ -64,11 +64,16 @@ def warnings(context: TrainingContext, workload: Workload, plan: Plan) -> list[s
     steps = plan.accumulation_steps
     found = [_length_warning(workload, plan), left_out_note(context)]
     if steps > 1:
-        found += [_accumulation_hook_warning(context.model, steps), _gradient_hook_warning(context.model)]
+        found += hook_warnings(context.model, steps)
         found += [norms.warning(context.norms, context.batchnorm, training=context.model.training)]
     if context.device.type == "cuda":
         found.append(_capacity_warning(context, plan))
     return [text for text in found if text]
+
+
+def hook_warnings(model: nn.Module, steps: int) -> list[str]:
+    """Return what to warn of hooks on gradients; empty texts for none."""
+    return [_accumulation_hook_warning(model, steps), _gradient_hook_warning(model)]
 
 
 def _accumulation_hook_warning(model: nn.Module, steps: int) -> str:
