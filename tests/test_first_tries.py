@@ -195,7 +195,7 @@ def test_a_batch_that_a_model_without_a_loss_cannot_take_is_answered() -> None:
     x, y = vectors(4)
     with pytest.raises(UsageError, match=r"Sequential was called with the batch's 'x', 'y': .*unexpected keyword"):
         planned(Workload(mlp(), {"x": x, "y": y}))
-    with pytest.raises(UsageError, match="Collate the items"):
+    with pytest.raises(UsageError, match=r"Collate them: torch\.utils\.data\.default_collate"):
         planned(Workload(mlp(), [(x[i], y[i]) for i in range(4)]))
 
     class Fails(nn.Linear):

@@ -198,8 +198,13 @@ def _padded(names: list[str], reached: set[str], found: list[torch.Tensor], mode
 
 
 def test_dropout_does_not_keep_a_model_from_answering() -> None:
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    config = transformers.GPT2Config(**sizes, embd_pdrop=0.5, resid_pdrop=0.5)
     model, batch = transformers.GPT2LMHeadModel(config).train(), ragged("gpt2")
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(30)  # as it is made, all its answers are nearly alike
+        losses = [float(model(**batch).loss) for _ in range(4)]
+    assert max(losses) > 1.01 * min(losses)
     context, _ = window_of(model, batch, (8, 8))
     assert context.loss_form.denominator == MODELS["gpt2"]
 

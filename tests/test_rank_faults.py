@@ -106,6 +106,7 @@ def test_a_rank_that_is_killed_ends_all_others(said: dict[str, Any]) -> None:
 def test_a_failure_after_the_last_window_waits_for_nobody(said: dict[str, Any]) -> None:
     trained, failed = said["2"]["an_optimizer_fails_at_the_very_end"]
     assert trained["last"]["said"] == "nothing was raised"  # its step was whole
+    assert trained["alone"], "rank 1 raised only once rank 0 said its next word"
     for name, text, rank, phase in (failed["last"]["said"], trained["then"]["said"]):
         assert (name, rank, phase) == ("RanksFailed", 1, "optimizer step, loading or counting") and "injected" in text
     assert failed["last"]["seconds"] < 5 and trained["then"]["seconds"] < 5, (trained, failed)
