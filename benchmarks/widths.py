@@ -1,6 +1,6 @@
 """Train windows of micro-batches that vary in width: `python -m benchmarks.widths`.
 
-Sequences padded to the longest of their micro-batch, and pictures of three sizes. Each model is planned at its longest
+Sequences padded to the longest of their micro-batch, and pictures of five sizes. Each model is planned at its longest
 samples on a virtual GPU, and then trained over hundreds of windows by that plan, within 2 % more than the plan says and
 within twice as much, each in a process that never used the device before: with the planned segments reserved first and
 the widest micro-batch of a window first ("after"), and without ("before"). What counts: the most that was reserved,
@@ -36,7 +36,7 @@ from .truth_search import count, forked
 
 MIB = 1 << 20
 GPU_BYTES, CONTEXT_BYTES = 2048 * MIB, 512 * MIB
-LONGEST, SHORTEST, SIDES = 512, 32, (96, 128, 160)
+LONGEST, SHORTEST, SIDES = 512, 32, (96, 112, 128, 144, 160)
 ROOMS = (1.02, 2.0)  # of the plan's peak
 MODELS = ("GPT", "GPT, bf16", "ResNet-18", "Llama, ExactTrainer")
 WIDTHS = ("shuffled", "in buckets")
@@ -124,7 +124,7 @@ def language_model(precision: str | None) -> Training:
 
 
 def picture_model() -> Training:
-    """Make a ResNet on pictures of three sizes."""
+    """Make a ResNet on pictures of five sizes."""
     import torchvision
 
     model = torchvision.models.resnet18(num_classes=100, norm_layer=lambda channels: nn.GroupNorm(8, channels))

@@ -36,6 +36,7 @@ from autoaccum.window.hugging_face import Denominator
 from autoaccum.window.loss_form import LossForm, LossKind
 
 REASON = available()
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 MIB = 2**20
 WIDTH, TARGET, MICRO = 256, 12, 4
 PLACES = [(micro_batch, phase) for micro_batch in (1, 2, 3) for phase in ("forward", "backward")]
@@ -277,6 +278,12 @@ def narrower_samples_find_the_planned_segments() -> None:
     plan = plan_for(work)
     planned = sum(row.bytes * row.count for row in plan.memory.segments)
     assert planned > 100 * MIB and planned <= plan.predicted_peak_bytes
+    device, allocated = get_device(torch.device("cuda", 0)), [torch.cuda.memory_allocated()]
+    for _ in range(2):  # cuBLAS's workspaces, of two threads; kept, so that none is made a second time
+        device.make_workspaces()
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[1] == allocated[2] and (allocated[1] - allocated[0] > 16 * MIB) == (VERSION < (2, 15)), allocated
+    device.release_workspaces()
     pictures = [(torch.zeros(MICRO, 3, height, 256), labels) for height in (64, 128, 96)]
     widest = [(torch.zeros(MICRO, 3, 256, 256), labels)] * 3
     held: list[int] = []
