@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import queue
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -160,9 +161,12 @@ class Unread(torch.optim.SGD):
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, Sharp, Raising, Unread])
 def test_optimizers_that_call_for_a_closure_are_refused(kind: type[torch.optim.Optimizer]) -> None:
+    model, passes = mlp(), queue.SimpleQueue[Any]()
+    model.register_forward_pre_hook(lambda *_: passes.put("one"))
     with pytest.raises(UsageError, match=f"{kind.__name__} calls for a closure") as refused:
-        planned(mlp(), optimizer=lambda p: kind(p, lr=0.1))  # type: ignore[call-arg]
+        planned(model, optimizer=lambda p: kind(p, lr=0.1))  # type: ignore[call-arg]
     assert "AdamW" in refused.value.hint
+    assert passes.empty() == (kind is not Unread), "it is refused before anything is run"
 
 
 def test_an_error_of_an_optimizers_own_stays_what_it_is() -> None:
