@@ -805,10 +805,24 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         ("tests/test_lanes.py", "-k", "share_of_the_loss"),
     ),
     (
+        "lanes: a lane without a gradient ends the others'",
+        "autoaccum/window/lanes/whole_norm.py",
+        "if all(each is None for each in gradients):",
+        "if any(each is None for each in gradients):",
+        ("tests/test_lanes.py", "-k", "nothing_uses_counts"),
+    ),
+    (
+        "lanes: what hooks see is one batch's",
+        "autoaccum/window/lanes/interception.py",
+        "and not has_saved_hooks():",
+        "and True:",
+        ("tests/test_lanes.py", "-k", "one_batchs_bits"),
+    ),
+    (
         "lanes: what one enters is all theirs",
         "autoaccum/window/lanes/thread_state.py",
-        "        put_modes(new.modes)\n",
-        "        put_modes(old.modes)\n",
+        "        put_modes(kept.modes)\n",
+        "        put_modes(before.modes)\n",
         ("tests/test_lanes_state.py", "-k", "functions"),
     ),
     (

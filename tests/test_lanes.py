@@ -31,6 +31,7 @@ from autoaccum.window.step import WindowResult, open_context, train_window
 from autoaccum.workload import default_loss
 
 SIZES = (7, 1, 4, 4)
+UNCHANGED = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 
 
 def images(n: int = 16, depth: tuple[int, ...] = (6, 6), dtype: torch.dtype = torch.float64) -> Any:
@@ -88,15 +89,20 @@ def flat_distance(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
 def agree(
     model: nn.Module, batch: Any, loss: Any = default_loss, limit: float = FP64, plain: Any = None, **more: Any
 ) -> None:
-    """Gradient, loss and buffers of a window in lanes are those of one whole batch, by `plain` where that is given."""
+    """Gradient, loss and buffers of a window in lanes are those of one whole batch, by `plain` where that is given.
+
+    Of lanes that normalize as one batch, and of those that each save their own, as on a GPU: where hooks see it.
+    """
     ready(model, batch, loss)
-    twin = copy.deepcopy(model)
+    seen_by_hooks, twin = copy.deepcopy(model), copy.deepcopy(model)
     want, want_loss = whole(twin, batch, plain or loss)
-    got, result = lanes(model, batch, loss=loss, **more)
-    assert distance(got, want) <= limit
-    assert abs(float(result.loss - want_loss)) <= limit * max(1.0, abs(float(want_loss)))
-    for (name, mine), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
-        assert torch.allclose(mine, theirs, rtol=limit, atol=limit), name
+    for each, hooks in ((model, contextlib.nullcontext()), (seen_by_hooks, UNCHANGED)):
+        with hooks:
+            got, result = lanes(each, batch, loss=loss, **more)
+        assert distance(got, want) <= limit
+        assert abs(float(result.loss - want_loss)) <= limit * max(1.0, abs(float(want_loss)))
+        for (name, mine), theirs in zip(each.named_buffers(), twin.buffers(), strict=True):
+            assert torch.allclose(mine, theirs, rtol=limit, atol=limit), name
 
 
 class Scaled(nn.BatchNorm2d):
@@ -223,6 +229,68 @@ def test_spectral_normalization_iterates_in_the_first_lane_only(kind: str) -> No
     assert all(
         torch.equal(a, b) or torch.allclose(a, b, atol=FP64) for a, b in zip(one.buffers(), two.buffers(), strict=True)
     )
+
+
+def test_without_hooks_one_node_gives_one_batchs_bits() -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(16, 3, 4, 4), torch.randn(16, 3, 4, 4)
+
+    def loss(model: Any, batch: Any) -> Any:
+        out = F.relu(model(batch[0]), inplace=True)  # each lane writes into its own part of what all were given
+        return (out * batch[1]).sum(), 1
+
+    one, other, twin = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    (loss(twin, (x, weights))[0] / len(SIZES)).backward()
+    got, _ = lanes(one, (x, weights), loss=loss)
+    with UNCHANGED:
+        lanes(other, (x, weights), loss=loss)
+    want = [p.grad for p in twin.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(one.running_var, twin.running_var)  # type: ignore[arg-type]
+    assert not torch.equal(other.running_var, twin.running_var)  # type: ignore[arg-type]
+
+
+class Cropped(nn.Module):
+    """Inputs whose length differs between micro-batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.norm(self.conv(x[..., : 5 + len(x)])))
+        return self.out(hidden.mean(-1))  # type: ignore[no-any-return]
+
+
+def test_lanes_of_different_lengths_share_their_statistics() -> None:
+    torch.manual_seed(0)
+    x, y = images(depth=(12,))
+    model = Cropped().double()
+    twin = copy.deepcopy(model)
+    hidden = [twin.conv(part[..., : 5 + len(part)]) for part, _ in cut((x, y), SIZES)]
+    values = torch.cat([each.transpose(1, 2).reshape(-1, 4) for each in hidden])
+    normed = torch.tanh(F.batch_norm(values, None, None, twin.norm.weight, twin.norm.bias, True))
+    ends = normed.split([each.shape[0] * each.shape[2] for each in hidden])
+    pooled = [end.view(len(each), -1, 4).mean(1) for end, each in zip(ends, hidden, strict=True)]
+    F.cross_entropy(twin.out(torch.cat(pooled)), y).backward()
+    got, _ = lanes(model, (x, y))
+    assert distance(got, [p.grad for p in twin.parameters()]) <= FP64  # type: ignore[misc]
+
+
+def test_a_lane_whose_output_nothing_uses_counts_in_the_others_statistics() -> None:
+    def loss(model: Any, batch: Any) -> Any:
+        out = model[2:](model[1](model[0](batch[0])))
+        return (F.cross_entropy(out, batch[1], reduction="sum") if len(batch[0]) != 1 else out.sum().detach() * 0), 1
+
+    batch, model = vectors(16), norm_net()
+    twin = copy.deepcopy(model)
+    out = twin(batch[0])
+    keep = [i for i in range(16) if i != 7]  # SIZES: the second micro-batch is sample 7
+    (F.cross_entropy(out[keep], batch[1][keep], reduction="sum") / len(SIZES)).backward()
+    for hooks in (contextlib.nullcontext(), UNCHANGED):
+        with hooks:
+            got, _ = lanes(copy.deepcopy(model), batch, loss=loss)
+        assert distance(got, [p.grad for p in twin.parameters()]) <= FP64  # type: ignore[misc]
 
 
 # What torch keeps for each thread, and draws

@@ -223,13 +223,17 @@ def test_private_names_of_torch() -> None:
         taken = torch_internals.take_modes(), torch_internals.take_saved_hooks()
         assert taken[0] == ([mode], []) and [pair[0] for pair in taken[1]] == [pack]
         assert torch_internals.take_modes() == ([], []) and torch_internals.take_saved_hooks() == []
+        functions, refusal = torch_internals.state_readers()
+        assert not any(read() for read in torch_internals.stack_readers())
         torch_internals.refuse_saved_hooks("not now")
-        assert torch_internals.saved_hooks_refusal() == "not now"
+        assert refusal() == "not now"
         torch_internals.refuse_saved_hooks(None)
-        assert torch_internals.saved_hooks_refusal() is None
+        assert refusal() is None
         torch_internals.put_modes(taken[0])
         torch_internals.put_saved_hooks(taken[1])
-        before, state = mode.count, torch_internals.take_functions()
+        assert all(read() for read in torch_internals.stack_readers()[::2])
+        before, state = mode.count, functions()
+        torch_internals.take_functions()
         torch.ones(2).add(1)
         assert mode.count == before
         torch_internals.put_functions(state)

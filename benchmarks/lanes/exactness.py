@@ -47,10 +47,15 @@ def flat(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
 
 
 def window(model: nn.Module, batch: Any, how: str | None, sizes: Sequence[int] = SIZES) -> tuple[torch.Tensor, float]:
-    """Return a window's gradient and loss."""
+    """Return a window's gradient and loss.
+
+    Under hooks of saved tensors, as lanes on a GPU are: so they normalize by the arithmetic that they use there,
+    and not all together by one kernel.
+    """
     context = open_context(Workload(model, batch, optimizer=Keep, batchnorm=how))
     pieces = list(zip(*(leaf.split(tuple(sizes)) for leaf in batch), strict=True))
-    loss = float(train_window(context, pieces, tuple(sizes)).loss)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
+        loss = float(train_window(context, pieces, tuple(sizes)).loss)
     assert isinstance(context.optimizer, Keep)
     return flat(context.optimizer.seen), loss
 

@@ -104,12 +104,12 @@ class Lane(greenlet):  # type: ignore[misc]  # greenlet has no types
         """Run up to the next meeting, or the end."""
         self._answer, self.request = answer, None
         del answer
-        callers = self._state.exchange(self._kept)
+        self._state.enter(self._kept)
         self._kept = None
         try:
             self.switch()
         finally:
-            self._kept = self._state.exchange(callers)
+            self._kept = self._state.leave()
 
     def end(self) -> None:
         """Unwind work that waits, until none does."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import UsageError
 from ...ranks.exchange import TOO_FEW_VALUES, Alone
+from . import whole_norm
 from .backward_order import BackwardOrder
 from .baton import Request, current_lane
 from .joint_norm import Gate, Joined, enter, join, leave, wide
 from .over_ranks import RankMeeting
+from .torch_internals import has_saved_hooks
 
 
 @dataclass(eq=False)
@@ -33,7 +35,7 @@ class Meetings:
         names: Names of modules, by the identity of a tensor of theirs.
         counters: The identities of the modules' counts of batches.
         gate: Whether the backward may run.
-        met: By place, what each meeting there found, without its graph.
+        met: By place, what each meeting there found, without its graph; nothing of what normalized as one batch.
         gathered: How many rows tensors of all lanes have (gather_window).
         ranks: What meets with other ranks; None on one rank.
         absent: While planning: samples of ranks that are not here, for each one that is.
@@ -94,8 +96,7 @@ class Meetings:
         return f"{kind} {known[0]!r}" if known else f"a {kind} of {channels} channels"
 
 
-@dataclass(frozen=True, eq=False)
-class NormCall:
+class NormCall(NamedTuple):
     """One call of a normalization, with its arguments by name."""
 
     input: torch.Tensor
@@ -137,6 +138,9 @@ def of_torch(
 READERS: Mapping[Any, Callable[..., NormCall]] = {F.batch_norm: of_functional, torch.batch_norm: of_torch}
 
 
+SEEN = frozenset((*READERS, F.instance_norm, torch.Tensor.add_))
+
+
 class NormMode(TorchFunctionMode):
     """See calls of normalizations, and counts of batches.
 
@@ -153,6 +157,8 @@ class NormMode(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run a function of torch, or its substitute."""
+        if func not in SEEN:
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         reader = READERS.get(func)
         if reader is not None:
@@ -192,6 +198,11 @@ class LaneMode(NormMode):
         """Normalize by the statistics of the window."""
         meetings, lane = self.meetings, current_lane()
         assert lane is not None
+        if call.input.device.type == "cpu" and meetings.ranks is None and not has_saved_hooks():
+            out: torch.Tensor | None = lane.ask(self._together(call))
+            meetings.order.mark(lane.index)
+            if out is not None:
+                return out
         h, rows = enter(call.input, meetings.gate)
         count = call.input.numel() // call.input.shape[1]
         is_on = torch.is_grad_enabled()
@@ -203,6 +214,22 @@ class LaneMode(NormMode):
         joined = lane.ask(Request(call.place, lambda: _title(meetings, call), (rows, count), settle))
         meetings.order.mark(lane.index)
         return leave(h, joined, call.eps)
+
+    def _together(self, call: NormCall) -> Request:
+        """Ask for one batch's normalization; None where lanes' shapes differ."""
+        meetings, is_on = self.meetings, torch.is_grad_enabled()
+
+        def settle(inputs: list[Any]) -> list[Any]:
+            if not whole_norm.fits(inputs):
+                return [None] * len(inputs)
+            _refuse_too_few(sum(each.numel() for each in inputs) // call.input.shape[1])
+            with torch.set_grad_enabled(is_on):
+                outs = whole_norm.normalize(inputs, call, meetings.gate)
+            meetings.order.met(inputs, outs[:1])
+            meetings.met[call.place]  # by the key alone: nothing to repeat it by
+            return outs
+
+        return Request(("together", *call.place), lambda: _title(meetings, call), call.input, settle)
 
     def instance_normalized(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Update the running statistics once a window."""
@@ -238,8 +265,8 @@ def _join(meetings: Meetings, call: NormCall, rows: list[torch.Tensor], counts: 
     count = sum(counts)
     affine = [each for each in (call.weight, call.bias) if each is not None]
     ranks = meetings.over_ranks(_title(meetings, call), call.input, [*rows, *affine])
-    if ranks is None and count < 2:  # as torch.nn.functional.batch_norm
-        raise ValueError(TOO_FEW_VALUES.format(count))
+    if ranks is None:
+        _refuse_too_few(count)
     shares = meetings.shares(counts, rows[0].device)
     joined = join(call.weight, call.bias, call.eps, meetings.gate, count, shares, rows, ranks)
     count = count if ranks is None else ranks.count
@@ -248,6 +275,12 @@ def _join(meetings: Meetings, call: NormCall, rows: list[torch.Tensor], counts: 
     meetings.met[call.place].append(joined.alike())
     _update(call, joined.mean, joined.variance * (count / (count - 1)))
     return joined
+
+
+def _refuse_too_few(count: int) -> None:
+    """Refuse a single value in each channel, as torch does."""
+    if count < 2:
+        raise ValueError(TOO_FEW_VALUES.format(count))
 
 
 @torch.no_grad()
@@ -302,8 +335,10 @@ class RecomputingMode(NormMode):
         if call.place not in meetings.met:
             return None
         h, rows = enter(call.input, meetings.gate)
-        joined = _met_before(meetings.met[call.place], rows.detach()[0])  # a graph here would be saved, too
-        if torch.is_grad_enabled() and not joined.weight.requires_grad and call.input.requires_grad:
+        found = meetings.met[call.place]
+        joined = _met_before(found, rows.detach()[0]) if found else None  # a graph here would be saved, too
+        takes_gradients = torch.is_grad_enabled() and call.input.requires_grad
+        if joined is None or (takes_gradients and not joined.weight.requires_grad):
             raise UsageError(
                 f"{_title(meetings, call).capitalize()} is inside a block that torch.utils.checkpoint runs with "
                 "use_reentrant=True.",

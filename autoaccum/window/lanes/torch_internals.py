@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from ...torch_compat import _find
 
 SWAP = "give each lane its own state of torch"
+Reader = Callable[[], Any]
 _name = functools.cache(functools.partial(_find, torch))  # looked up at every switch
 
 
@@ -70,15 +71,37 @@ def modes_off() -> AbstractContextManager[Any]:
     return off
 
 
-def take_functions() -> Any:
-    """Let torch's functions ask no modes or subclasses of tensors.
+def state_readers() -> tuple[Reader, Reader]:
+    """Return what reads two parts of a thread's state.
 
-    Returns:
-        What they asked before.
+    Whether functions ask modes and subclasses, and why hooks of saved tensors are refused (None where they aren't).
     """
-    state = _name("_C._get_torch_function_state", SWAP)()
+    return (
+        _name("_C._get_torch_function_state", SWAP),
+        _name("_C._autograd._saved_tensors_hooks_get_disabled_error_message", SWAP),
+    )
+
+
+def stack_readers() -> tuple[Reader, ...]:
+    """Return what finds function modes, dispatch modes and saved tensors' hooks."""
+    lengths = (_name(f"_C._len_torch_{kind}_stack", SWAP) for kind in ("function", "dispatch"))
+    return (*lengths, _hooks_reader())
+
+
+@functools.cache
+def _hooks_reader() -> Reader:
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return (lambda: _hooks.pushed) if top is None else functools.partial(top, True)
+
+
+def has_saved_hooks() -> bool:
+    """Return whether hooks see what this thread's operations save."""
+    return bool(_hooks_reader()())
+
+
+def take_functions() -> None:
+    """Let torch's functions ask no modes or subclasses of tensors."""
     put_functions(_name("_C._TorchFunctionState", SWAP).ALL_DISABLED)
-    return state
 
 
 def put_functions(state: Any) -> None:
@@ -161,12 +184,6 @@ def put_saved_hooks(hooks: Sequence[Any]) -> None:
     """Push hooks of saved tensors that were taken."""
     for pack, unpack in hooks:
         torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
-
-
-def saved_hooks_refusal() -> str | None:
-    """Return why hooks of saved tensors are refused, or None."""
-    found: str | None = _name("_C._autograd._saved_tensors_hooks_get_disabled_error_message", SWAP)()
-    return found
 
 
 def refuse_saved_hooks(why: str | None, *, beside_some: bool = False) -> None:
