@@ -884,8 +884,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "lanes: what stays holds its own node",
         "autoaccum/window/lanes/host_store.py",
-        "return tensor.detach()  #",
-        "return tensor  #",
+        "return Held(tensor.detach(), ",
+        "return Held(tensor, ",
         ("tests/test_lanes.py", "-k", "freed_with"),
     ),
     (
@@ -898,7 +898,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "lanes: nothing stays on the device",
         "autoaccum/window/lanes/host_store.py",
-        "self._parts is not None and self.part >= self._parts",
+        "self._parts is not None and self._part >= self._parts",
         "False",
         ("tests/test_lanes.py", "-k", "last_parts"),
     ),
@@ -975,9 +975,44 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "lanes: parameters move, too",
         "autoaccum/window/lanes/host_store.py",
-        "not in self._stay and _is_dense(tensor)",
-        "not in () and _is_dense(tensor)",
+        "not in self._stay and is_dense(",
+        "not in () and is_dense(",
         ("tests/test_lanes.py", "-k", "move_once"),
+    ),
+    (
+        "computing again: what others need is written over",
+        "autoaccum/window/lanes/recomputation.py",
+        "course.uses[id(value)] == 1",
+        "True",
+        ("tests/test_recomputation.py", "-k", "needed_twice"),
+    ),
+    (
+        "computing again: a value outlives what is written over it",
+        "autoaccum/window/lanes/recipes.py",
+        "value = self._now.pop(storage_id(each.untyped_storage()), None)",
+        "value = self._now.get(storage_id(each.untyped_storage()))",
+        ("tests/test_recomputation.py", "-k", "drawn_anew"),
+    ),
+    (
+        "computing again: what is held is written over",
+        "autoaccum/window/lanes/recomputation.py",
+        "value.kept[layout] = kept.clone()",
+        "pass",
+        ("tests/test_recomputation.py", "-k", "written_over_unseen or any_program"),
+    ),
+    (
+        "computing again: all of a window is held until its end",
+        "autoaccum/window/lanes/host_store.py",
+        "        self.recomputation.values.clear()\n",
+        "        pass\n",
+        ("tests/test_recomputation.py", "-k", "freed_with"),
+    ),
+    (
+        "computing again: whatever it spares",
+        "autoaccum/planning/lanes_replayed.py",
+        "if spared * CROSSINGS * LEAST_RATIO > recomputed * PASSES:",
+        "if True:",
+        ("tests/test_lanes_cuda.py", "-m", "slow", "-k", "spares_nothing"),
     ),
     (
         "lanes: a tensor is given back before it is copied",
@@ -996,8 +1031,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "lanes: nothing is brought back ahead",
         "autoaccum/window/lanes/host_store.py",
-        "            self._fetch_ahead(at, kept)\n",
-        "",
+        "            self._fetch_ahead(max(ends), hosts)\n",
+        "            pass\n",
         ("tests/test_lanes.py", "-k", "needed_next"),
     ),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ TARGET, PIXELS = 128, 48
         "what_was_copied_comes_back",
         "it_is_planned_without_running_it",
         "what_is_not_regular_is_run_instead",
+        "nothing_is_computed_again_where_that_spares_nothing",
     ],
 )
 def test_on_a_virtual_gpu(name: str) -> None:
@@ -74,7 +76,10 @@ def a_runner_reserves_what_was_planned() -> None:
     work = workload()
     plan = fit_plan(work, target_batch=TARGET, budget=GIB * 3 // 4, check=False)
     assert plan.accumulation_steps > 1 and plan.method == "replayed"
-    assert plan.memory.host_bytes > 0 and "pinned buffers" in str(plan)
+    memory = plan.memory
+    assert memory.host_bytes > 0 and "pinned buffers" in str(plan)
+    assert memory.recomputes and f"{show_bytes(memory.recomputed_bytes)} are computed again" in str(plan)
+    assert memory.spared_bytes > memory.moved_bytes / 2 and show_bytes(memory.spared_bytes) in str(plan)
     reserves_what_was_planned(work, plan)
 
 
@@ -118,25 +123,40 @@ def what_stays_moves_after_an_out_of_memory() -> None:
 
 
 def so_it_does_where_rows_are_gathered() -> None:
+    work = two_towers(lambda: [nn.GroupNorm(4, 32), nn.ReLU()])
+    plan = fit_plan(work, target_batch=512, budget=900 << 20, check=False)
+    assert plan.accumulation_steps > 1 and plan.method == "replayed" and plan.memory.recomputes, plan
+    reserves_what_was_planned(work, plan, (torch.zeros(512, 3, PIXELS, PIXELS),) * 2)
+
+
+def nothing_is_computed_again_where_that_spares_nothing() -> None:
+    work = two_towers(lambda: [nn.Tanh()])  # its result is saved, and what it follows from isn't
+    plan = fit_plan(work, target_batch=512, budget=900 << 20, check=False)
+    assert plan.accumulation_steps > 1 and plan.method == "replayed", plan
+    memory = plan.memory
+    assert not memory.recomputes and memory.recomputed_bytes == memory.spared_bytes == 0 < memory.moved_bytes, plan
+    reserves_what_was_planned(work, plan, (torch.zeros(512, 3, PIXELS, PIXELS),) * 2)
+
+
+def two_towers(between: Callable[[], list[nn.Module]]) -> Workload:
+    """Two towers of convolutions, and a loss of all pairs of the window, in each lane."""
+
     def tower() -> list[nn.Module]:
         layers: list[nn.Module] = []
         for channels in (3, 32, 32, 32):
-            layers += [nn.Conv2d(channels, 32, 3, padding=1, bias=False), nn.GroupNorm(4, 32), nn.ReLU()]
+            layers += [nn.Conv2d(channels, 32, 3, padding=1, bias=False), *between()]
         return [*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 64)]
 
     def contrastive(model: nn.ModuleList, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         one, other = (gather_window(each(rows)) for each, rows in zip(model, batch, strict=True))
-        logits = one @ other.T  # of all pairs of the window, in each lane
+        logits = one @ other.T
         return nn.functional.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
     model = nn.ModuleList([nn.Sequential(*tower()), nn.Sequential(*tower())]).cuda()
-    work = Workload(
+    return Workload(
         model, (torch.zeros(4, 3, PIXELS, PIXELS),) * 2, loss=contrastive, batch_interactions="exact",
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     )  # fmt: skip
-    plan = fit_plan(work, target_batch=512, budget=900 << 20, check=False)
-    assert plan.accumulation_steps > 1 and plan.method == "replayed", plan
-    reserves_what_was_planned(work, plan, (torch.zeros(512, 3, PIXELS, PIXELS),) * 2)
 
 
 def reserves_what_was_planned(work: Workload, plan: Plan, batch: Any = None) -> None:
@@ -151,6 +171,7 @@ def reserves_what_was_planned(work: Workload, plan: Plan, batch: Any = None) -> 
     store = runner.context.host_store
     assert store is not None and store.bytes == plan.memory.host_bytes
     assert store.saved_bytes == plan.memory.moved_bytes
+    assert store.recomputation.bytes == plan.memory.recomputed_bytes
 
 
 def it_is_planned_without_running_it() -> None:
@@ -192,13 +213,15 @@ def a_small_host_is_refused() -> None:
 
 
 def a_small_host_takes_more_lanes() -> None:
-    work, asked = workload(), {"target_batch": TARGET, "budget": 790 << 20, "check": False}
+    samples = 2 * TARGET
+    work, asked = workload(), {"target_batch": samples, "budget": 974 << 20, "check": False}
     plain = fit_plan(work, **asked)
     plan = fit_plan(work, **asked, host_memory="300MiB")
-    assert plain.memory.host_bytes > 300 << 20 >= plan.memory.host_bytes > 0
-    assert plan.accumulation_steps > plain.accumulation_steps and plan.method == "replayed"
+    assert plain.memory.host_bytes > 300 << 20 >= plan.memory.host_bytes > 0, (plain, plan)
+    assert plan.accumulation_steps > plain.accumulation_steps and plan.method == "replayed", (plain, plan)
     assert plan.memory.stayed_bytes > plain.memory.stayed_bytes and "the host may not hold the rest" in str(plan)
-    reserves_what_was_planned(work, plan)
+    batch = torch.zeros(samples, 3, PIXELS, PIXELS), torch.zeros(samples, dtype=torch.long)
+    reserves_what_was_planned(work, plan, batch)
 
 
 def copies_wait_and_are_waited_for() -> None:

@@ -110,6 +110,9 @@ class MemorySection:
             first: where micro-batches vary in width, training reserves these before the first. Empty where it doesn't.
         varied_peak_bytes: The most that is reserved then, over replayed windows of micro-batches of a fifth of the
             width to all of it; None without segments.
+        recomputes: In lanes: whether the backward computes again what follows by cheap operations from what is kept.
+        recomputed_bytes: What a window computes again.
+        spared_bytes: What it would move more to the host otherwise.
     """
 
     budget: Budget
@@ -136,6 +139,9 @@ class MemorySection:
     stayed_bytes: int = 0
     segments: tuple[SegmentRow, ...] = ()
     varied_peak_bytes: int | None = None
+    recomputes: bool = False
+    recomputed_bytes: int = 0
+    spared_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class LanePredictor:
         bytes_per_sample: What moves to the host: saved tensors of at least so many bytes for each sample of their lane,
             so that short lanes move what long ones will.
         parts: Of how many parts of each lane; None for all.
+        recomputes: Whether the backward computes again what follows by cheap operations from what is kept.
         host_limit_bytes: What may be moved there; None for no limit.
         windows: What was recorded.
         programs: What was lifted, by number of lanes up to `SHORT`; one for all that have more.
@@ -53,15 +54,19 @@ class LanePredictor:
     start_over: Callable[[], None]
     bytes_per_sample: int
     parts: int | None = None
+    recomputes: bool = False
     host_limit_bytes: int | None = None
     windows: list[LaneWindow] = field(default_factory=list)
     programs: dict[int, LaneProgram] = field(default_factory=dict)
     _composed: tuple[Split, Recording] | None = None  # the last one: a long window's is large
     _replays: dict[tuple[Split, str, int | None], TrainingReplay] = field(default_factory=dict)
 
-    def moving(self, bytes_per_sample: int, parts: int | None = None) -> LanePredictor:
+    def moving(
+        self, bytes_per_sample: int, parts: int | None = None, *, recomputes: bool | None = None
+    ) -> LanePredictor:
         """Return a predictor of windows that move something else."""
-        return LanePredictor(self.plain, self.start_over, bytes_per_sample, parts, self.host_limit_bytes)
+        recomputes = self.recomputes if recomputes is None else recomputes
+        return LanePredictor(self.plain, self.start_over, bytes_per_sample, parts, recomputes, self.host_limit_bytes)
 
     # Recording
 
@@ -69,6 +74,7 @@ class LanePredictor:
         """Let windows move what this predictor is for."""
         context = self.plain.subject.context
         context.moved_bytes_per_sample, context.moved_parts = self.bytes_per_sample, self.parts
+        context.recomputes = self.recomputes
 
     def record_near(self, split: Split) -> None:
         """Record nearer to the answer, where that shows more.
@@ -84,7 +90,20 @@ class LanePredictor:
 
     def largest(self, split: Split) -> int:
         """Return the largest micro-batch that was recorded in windows like a split's."""
-        return max(window.micro_batch for window in self._recorded(_kind(len(split))))
+        return self.last_recorded(split).micro_batch
+
+    def last_recorded(self, split: Split) -> LaneWindow:
+        """Return the largest recorded window of those like a split's."""
+        return max(self._recorded(_kind(len(split))), key=lambda window: window.micro_batch)
+
+    def record_like(self, window: LaneWindow) -> LaneWindow:
+        """Record a window of the same size that moves something else.
+
+        Raises:
+            NotRegular: It doesn't fit.
+        """
+        self._record(window.micro_batch, window.lanes)
+        return self.windows[-1]
 
     def add(self, n: int, lanes: int) -> None:
         """Record a window, and lift all that are like it.
@@ -192,6 +211,10 @@ class LanePredictor:
         """Return the most that is reserved."""
         return self.within(split, history).peak_reserved_bytes
 
+    def needed_bytes(self, split: Split) -> int:
+        """Return the most that would be reserved if there were more."""
+        return max(self.replayed(split, history, None).peak_reserved_bytes for history in self.plain.request.histories)
+
     def worst_bytes(self, split: Split) -> int:
         """Return the highest peak among the histories that the plan is for."""
         return max(self.peak_bytes(split, history) for history in self.plain.request.histories)
@@ -204,6 +227,11 @@ class LanePredictor:
     def moved_sizes(self, split: Split) -> list[int]:
         """Return the bytes of each tensor that a window moves."""
         return list(self.program_of(len(split)).moved_sizes(split))
+
+    def recomputed_bytes(self, split: Split) -> int:
+        """Return what the window computes again: in proportion to its samples."""
+        window = self.last_recorded(split)
+        return window.recomputed_bytes * sum(split) // window.samples
 
     def host_bytes(self, split: Split) -> int:
         """Return the buffers that hold what the window moves to the host."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from ..phases import FIRST, OnPhase
@@ -27,7 +28,9 @@ def record_lanes(subject: RecordingTarget, n: int, lanes: int) -> LaneWindow:
     marked = _Marked(subject, n, lanes)
     recording = subject.device.record(marked.run, micro_batch=n)
     subject.remove_appended()
-    return cut(recording, lanes, marked.moved_by_phase())
+    store = subject.context.host_store
+    recomputed_bytes = 0 if store is None else store.recomputation.bytes
+    return replace(cut(recording, lanes, marked.moved_by_phase()), recomputed_bytes=recomputed_bytes)
 
 
 class _Marked:

@@ -50,6 +50,8 @@ class LanesFound:
         host_bytes: Most bytes that waited on the host.
         moved_bytes: What a window moves there.
         stayed_bytes: What it could move there, and keeps on the device.
+        recomputed_bytes: What its backward computes again.
+        spared_bytes: What it would move more otherwise.
         host_binds: Whether fewer lanes fit the device, and would move more than the host may hold.
         tried: How each other number of lanes failed.
         method: How lanes were predicted; empty where they were run instead.
@@ -65,6 +67,8 @@ class LanesFound:
     host_bytes: int = 0
     moved_bytes: int = 0
     stayed_bytes: int = 0
+    recomputed_bytes: int = 0
+    spared_bytes: int = 0
     host_binds: bool = False
     tried: tuple[str, ...] = ()
     method: str = ""
@@ -174,6 +178,7 @@ def _on_device(predictor: MemoryPredictor, start_over: Callable[[], None], *, ve
         reason = f"{error}"
     predictor.subject.progress(f"lanes are not predicted: {reason}")
     context.moved_bytes_per_sample = context.moved_parts = None
+    context.recomputes = False
     if plain is None:
         raise failures.does_not_fit(predictor, (request.least,), None)
     if not verify:
@@ -217,6 +222,8 @@ def _replayed(
         lanes.host_bytes(split),
         sum(lanes.moved_sizes(split)),
         solved.stayed_bytes,
+        lanes.recomputed_bytes(split) if lanes.recomputes else 0,
+        solved.spared_bytes,
         solved.host_binds,
         method=lanes.words,
         predicted=lanes.peak_bytes(split, THIS_PROCESS),
@@ -320,6 +327,9 @@ def with_lanes(plan: Plan, found: LanesFound, context: TrainingContext) -> Plan:
         moved_parts=context.moved_parts,
         moved_bytes=found.moved_bytes,
         stayed_bytes=found.stayed_bytes,
+        recomputes=context.recomputes,
+        recomputed_bytes=found.recomputed_bytes,
+        spared_bytes=found.spared_bytes,
         retries=found.retries,
         composition={},
         timeline=(),

@@ -5,8 +5,10 @@ On a GPU, by predicting their windows, which are recorded in short.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from ..devices.cuda.device import CudaMeasurement
 from ..errors import DoesNotFit
@@ -21,6 +23,8 @@ from .trial import unless_out_of_memory
 SMALL_BYTES = THRESHOLD_BYTES // 16  # what moves where nothing fits otherwise: copies are slower for each byte then
 ATTEMPTS = 3  # windows that are run to verify the answer
 MORE_LANES, MORE_FACTOR = 3, 1.5  # numbers of lanes that are tried where the host binds, each so much larger
+LEAST_RATIO = 16  # of the speeds of a GPU's memory and of PCIe; 20 to 60 of those that are sold
+PASSES, CROSSINGS = 3, 2  # of a byte that is computed again: read, written, read; and of one that waits on the host
 TRIES = 5  # numbers of parts that are recorded to find the fewest that have to move
 
 
@@ -34,6 +38,7 @@ class LanesSolved:
         measured: What its windows used; None where nothing was run.
         stayed_bytes: What a window could move to the host, and keeps on the device.
         host_binds: Whether fewer lanes fit the device, and would move more than the host may hold.
+        spared_bytes: What a window would move more to the host if it computed nothing again.
     """
 
     predictor: LanePredictor
@@ -41,12 +46,13 @@ class LanesSolved:
     measured: CudaMeasurement | None
     stayed_bytes: int = 0
     host_binds: bool = False
+    spared_bytes: int = 0
 
 
 def solve_by_replay(start: LanePredictor, splits: list[Split], micro_batch: int, *, verify: bool) -> LanesSolved:
     """Find the fewest lanes that fit, and what has to move.
 
-    Their window is run, too.
+    Their window is run, too. What can be computed again in place of moving is, where that is cheaper.
 
     Args:
         start: Without recordings.
@@ -58,7 +64,39 @@ def solve_by_replay(start: LanePredictor, splits: list[Split], micro_batch: int,
         NotRegular: The windows can't be lifted, or what was run isn't as predicted.
         DoesNotFit: No number of lanes fits the device, or what they move doesn't fit the host.
     """
-    moving, split = _first_fit(start, splits, micro_batch)
+    reason = ""
+    try:
+        moving, split = _first_fit(start.moving(start.bytes_per_sample, recomputes=True), splits, micro_batch)
+        spared, recomputed = _spared_bytes(moving, split), moving.recomputed_bytes(split)
+        if spared * CROSSINGS * LEAST_RATIO > recomputed * PASSES:
+            return replace(_solve(moving, split, splits, verify=verify), spared_bytes=spared)
+        reason = f"it would spare {show_bytes(spared)} for {show_bytes(recomputed)}"
+    except (NotRegular, DoesNotFit) as error:
+        reason = f"{error}"
+    start.plain.subject.progress(f"nothing is computed again: {reason}")
+    return _solve(*_first_fit(start, splits, micro_batch), splits, verify=verify)
+
+
+def _spared_bytes(moving: LanePredictor, split: Split) -> int:
+    """Return what a window would move more if it computed nothing again."""
+    window = moving.last_recorded(split)
+    other = moving.moving(moving.bytes_per_sample, recomputes=False).record_like(window)
+    return (other.moved_bytes - window.moved_bytes) * sum(split) // window.samples
+
+
+def _solve(moving: LanePredictor, split: Split, splits: list[Split], *, verify: bool) -> LanesSolved:
+    """Find what the fewest lanes have to move; run their window.
+
+    Args:
+        moving: Of windows in which all parts move.
+        split: The fewest lanes that fit.
+        splits: What may be planned.
+        verify: Whether to run it.
+
+    Raises:
+        NotRegular: What is recorded or run isn't as predicted.
+        DoesNotFit: What moves doesn't fit the host.
+    """
     moving.record_near(split)
     fewest = _solved(moving, splits)
     kept, split = _within_host(moving, splits, fewest)
@@ -67,7 +105,7 @@ def solve_by_replay(start: LanePredictor, splits: list[Split], micro_batch: int,
         if not failure:
             stayed = sum(moving.moved_sizes(split)) - sum(kept.moved_sizes(split))
             return LanesSolved(kept, split, measured, stayed, host_binds=split != fewest)
-        start.plain.subject.progress(f"a window of {len(split)} lanes that keeps more here {failure}: all moves")
+        moving.plain.subject.progress(f"a window of {len(split)} lanes that keeps more here {failure}: all moves")
     if not moving.host_holds(fewest):
         raise _host_too_small(moving, fewest)
     if not verify:
@@ -160,38 +198,43 @@ def least_moved(moving: LanePredictor, split: Split) -> LanePredictor:
         split: Samples in each lane.
     """
     program = moving.program_of(len(split))
-    parts = [part for part, moved in enumerate(moved_by_part(program, split)) if moved]
+    by_part = moved_by_part(program, split)
+    parts = [part for part, moved in enumerate(by_part) if moved]
+    ends = list(accumulate(by_part[part] for part in parts))  # what moves, up to each of them
     share = moving.live_bytes(split) / moving.worst_bytes(split)  # of what is reserved, where all parts move
-    estimate = least_moved_parts(program, split, int(share * moving.plain.usable_bytes) - moving.held_bytes)
+    room = int(share * moving.plain.usable_bytes)  # for what is alive
+    estimate = least_moved_parts(program, split, room - moving.held_bytes)
     low, high, best = -1, len(parts), moving  # the index of the first part that stays: too low, and high enough
-    at, step = sum(part < estimate for part in parts), 1
+    at = sum(part < estimate for part in parts)
     for _ in range(TRIES):
         if high - low <= 1:
             break
         at = min(max(at, low + 1), high - 1)
-        found = _keeping(moving, split, parts[at])
+        found, live = _keeping(moving, split, parts[at])
         if found is not None:
-            best, high, at = found, at, at - step
+            best, high = found, at
+            at = (low + high) // 2
         else:
-            low, at = at, at + step
-        step *= 2
+            low = at  # where live bytes would fit, what is reserved doesn't: by how much they say nothing of
+            wanted = ends[at] + max(0, (live or 0) - room)
+            at = max(bisect_left(ends, wanted), low + (high - low) // 3)
     return best
 
 
-def _keeping(moving: LanePredictor, split: Split, parts: int) -> LanePredictor | None:
+def _keeping(moving: LanePredictor, split: Split, parts: int) -> tuple[LanePredictor | None, int | None]:
     """Return a predictor of windows that move so many parts.
 
-    None where they don't fit.
+    Returns:
+        The predictor, None where they don't fit; and the bytes that are alive at their peak, where that is known.
     """
     moving.plain.subject.progress(f"keeping on the device what lanes save after {parts} meetings")
     found = moving.moving(moving.bytes_per_sample, parts)
     try:
-        if not found.fits(split, with_retries=False):
-            return None
-        found.record_near(split)
-        return found if found.fits(split, with_retries=False) else None
+        if found.fits(split, with_retries=False):
+            found.record_near(split)
+        return found if found.fits(split, with_retries=False) else None, found.live_bytes(split)
     except NotRegular:
-        return None
+        return None, None
 
 
 def _verified(moving: LanePredictor, splits: list[Split], split: Split) -> LanesSolved:
@@ -243,7 +286,7 @@ def _solved(predictor: LanePredictor, splits: list[Split]) -> Split:
     split = fewest_lanes(predictor, splits)
     if split is not None:
         return split
-    needed, budget = predictor.worst_bytes(splits[-1]), predictor.plain.budget
+    needed, budget = predictor.needed_bytes(splits[-1]), predictor.plain.budget
     raise DoesNotFit(
         f"Not even {len(splits[-1])} lanes of {splits[-1][0]} fit: their window needs {show_bytes(needed)}; the budget "
         f"is {show_bytes(budget.bytes)}.",

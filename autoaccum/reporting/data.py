@@ -116,6 +116,7 @@ def _of_lanes(plan: Plan) -> list[tuple[str, float, str, Kind, str]]:
         ("on the host", memory.host_bytes, "pinned buffers for what lanes save for the backward"),
         ("moved to the host", memory.moved_bytes, "by each window; it comes back in the backward"),
         ("kept on the device", memory.stayed_bytes, "by each window, of what could move to the host"),
+        ("computed again", memory.recomputed_bytes, "by each window, of what it would move or keep"),
     )
     return [(name, size, "bytes", Kind.PREDICTED, why) for name, size, why in figures if size]
 

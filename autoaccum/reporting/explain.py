@@ -34,7 +34,11 @@ def summary(plan: Plan) -> str:
             else []
         ),
         *([("widths", _widths(plan))] if (plan.memory.varied_peak_bytes or 0) > plan.predicted_peak_bytes else []),
-        *([("host", _host(plan))] if plan.memory.host_bytes or plan.memory.stayed_bytes else []),
+        *(
+            [("host", _host(plan))]
+            if plan.memory.host_bytes or plan.memory.stayed_bytes or plan.memory.recomputes
+            else []
+        ),
         ("why", _why(plan)),
         ("largest", _largest(plan)),
     ]
@@ -129,14 +133,16 @@ def _host(plan: Plan) -> str:
     """Return what waits on the host, and its limit."""
     memory, limit = plan.memory, plan.memory.host_limit_bytes
     stays = f"{show_bytes(memory.stayed_bytes)} of it stays on the device, where it fits"
+    again = f"{show_bytes(memory.recomputed_bytes)} are computed again, which spares {show_bytes(memory.spared_bytes)}"
+    again = f"; {again}" if memory.recomputes else ""
     if not memory.host_bytes:
-        return f"nothing of what lanes save for the backward: {stays}"
+        return f"nothing of what lanes save for the backward: {stays}{again}"
     most = f"of at most {show_bytes(limit)}" if limit is not None else "of all but a tenth of what is available"
     text = f"{show_bytes(memory.host_bytes)} {most}: pinned buffers for what lanes save for the backward, {place(plan)}"
     if not memory.moved_bytes:
         return text
     text = f"{text}; each window moves {show_bytes(memory.moved_bytes)} there, and back"
-    return f"{text}; {stays}" if memory.stayed_bytes else text
+    return f"{text}; {stays}{again}" if memory.stayed_bytes else f"{text}{again}"
 
 
 def _by_hand(plan: Plan) -> str:

@@ -126,6 +126,7 @@ class Runner:
         self.context.host_memory_bytes = plan.memory.host_limit_bytes
         self.context.moved_bytes_per_sample = plan.memory.moved_bytes_per_sample
         self.context.moved_parts = plan.memory.moved_parts
+        self.context.recomputes = plan.memory.recomputes
         compatibility.open_plan(self.context, workload, plan)
         self.context.widths = watch_widths(self.context.device, plan)
         self.samples = rank_share(plan.target_batch, plan.world_size, rank)

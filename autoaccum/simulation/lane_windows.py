@@ -77,6 +77,7 @@ class LaneWindow:
         blocks: What each stretch makes.
         phases: Each lane's events, as one phase.
         moved: The bytes of each tensor that a stretch moves to the host, in order.
+        recomputed_bytes: What the backward computed again, of saved tensors.
     """
 
     micro_batch: int
@@ -85,6 +86,17 @@ class LaneWindow:
     blocks: Mapping[Stretch, tuple[Block, ...]]
     phases: tuple[Phase, ...]
     moved: Mapping[Stretch, tuple[int, ...]]
+    recomputed_bytes: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Samples in the window."""
+        return self.micro_batch * self.lanes
+
+    @property
+    def moved_bytes(self) -> int:
+        """What all stretches move to the host."""
+        return sum(map(sum, self.moved.values()))
 
 
 def phase_name(name: str, part: int, lane: int) -> str:

@@ -71,6 +71,7 @@ class TrainingContext:
             for those of 1 MiB and more.
         moved_parts: Of each lane's parts between two meetings, so many move what they save, the first ones; None for
             all.
+        recomputes: Whether lanes compute again in the backward what follows by cheap operations from what is kept.
         on_stretch: While planning: called where a lane's stretch between two meetings begins, and a meeting, with its
             name, the meetings before it, and the lane (-1 for all).
         widths: Notices micro-batches narrower than planned; None while planning, and on a CPU.
@@ -117,6 +118,7 @@ class TrainingContext:
     host_memory_bytes: int | None = None
     moved_bytes_per_sample: int | None = None
     moved_parts: int | None = None
+    recomputes: bool = False
     on_stretch: Callable[[str, int, int], None] | None = None
     widths: Widths | None = None
     copies: Copies = field(init=False)

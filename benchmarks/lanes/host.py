@@ -3,7 +3,8 @@
 On a virtual GPU.
 
 ResNet-50 in bf16 autocast, 8 micro-batches of 64 images of 128 px, SGD with momentum: the allocator's peaks of three
-windows, of plain accumulation, of lanes, and of lanes with each block checkpointed.
+windows, of plain accumulation, of lanes, of lanes that compute again what is cheap, and of lanes with each block
+checkpointed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from ..tables import Row
 from .models import vision
 
 STEPS, MICRO_BATCH, PIXELS, WINDOWS = 8, 64, 128, 3
-WAYS = ("plain accumulation", "lanes", "lanes, blocks checkpointed")
+AGAIN = "lanes, computing again"
+WAYS = ("plain accumulation", "lanes", AGAIN, "lanes, blocks checkpointed")
 GIB = 2**30
 
 
@@ -63,12 +65,15 @@ def measure(way: str) -> dict[str, str]:
         batchnorm="exact" if way.startswith("lanes") else "per_micro_batch",
     )
     context = open_context(workload)
+    context.recomputes = way == AGAIN
     for _ in range(WINDOWS):
         train_window(context, [batch] * STEPS, (MICRO_BATCH,) * STEPS)
     store = context.host_store
     used = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    moved = (0, 0, 0, 0) if store is None else (store.bytes, store.saved_bytes, store.returned_bytes, store.late)
-    names = ("buffers on the host", "moved there", "moved back")
+    moved = (0, 0, 0, 0, 0)
+    if store is not None:
+        moved = store.bytes, store.saved_bytes, store.returned_bytes, store.recomputation.bytes, store.late
+    names = ("buffers on the host", "moved there", "moved back", "computed again")
     sizes = {**used, **dict(zip(names, moved, strict=False))}
     return {**{name: f"{size / GIB:.2f} GiB" for name, size in sizes.items()}, "not ahead": str(moved[-1])}
 

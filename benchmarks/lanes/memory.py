@@ -137,6 +137,8 @@ def run(names: Sequence[str] | None = None) -> list[Row]:
                 "error": f"{made.predicted_peak_bytes / found['reserved'] - 1:+.2%}",
                 "moved, a window": show_bytes(made.memory.moved_bytes),
                 "kept on the device": show_bytes(made.memory.stayed_bytes),
+                "computed again": show_bytes(made.memory.recomputed_bytes),
+                "spared": show_bytes(made.memory.spared_bytes),
                 "host, planned": show_bytes(made.memory.host_bytes),
                 "host, used": show_bytes(found["host"]),
                 "planning, s": f"{found['planning_seconds']:.0f}",

@@ -51,8 +51,8 @@ def timed(name: str) -> Row:
     }
 
 
-def moved_bytes(name: str, pixels: int, precision: str) -> tuple[int, int]:
-    """Return the bytes of a sample that lanes on a GPU move.
+def moved_bytes(name: str, pixels: int, precision: str, *, recomputes: bool) -> tuple[int, int, int]:
+    """Return the bytes of a sample that move, and are computed again.
 
     Counted on this CPU, in lanes whose saved tensors are copied to buffers as a GPU's are.
     """
@@ -63,21 +63,22 @@ def moved_bytes(name: str, pixels: int, precision: str) -> tuple[int, int]:
         vision(name)(), batch, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), precision=precision, batchnorm="exact"
     )
     context = open_context(work)
-    store.begin((*context.model.parameters(), *context.model.buffers()))
+    store.begin((*context.model.parameters(), *context.model.buffers()), recomputes=recomputes)
     each = mock.patch.object(host_store, "THRESHOLD_BYTES", host_store.THRESHOLD_BYTES // 32)  # as in lanes of 64
     with each, mock.patch.object(training, "_host_store", lambda context: store):
         train_window(context, list(zip(*(leaf.split(2) for leaf in batch), strict=True)), (2, 2))
-    return store.saved_bytes // samples, store.returned_bytes // samples
+    return store.saved_bytes // samples, store.returned_bytes // samples, store.recomputation.bytes // samples
 
 
 def run() -> list[Row]:
     """Return the rows of times; print those of bytes."""
     rows: list[Row] = []
     for precision in ("fp32", "bf16"):
-        saved, returned = moved_bytes("resnet50", 224, precision)
-        floors = ", ".join(f"{(saved + returned) / each / 1e6:.1f} ms at {each} GB/s" for each in GB_PER_SECOND)
-        moved = f"{saved / 1e6:.0f} MB a sample to the host, {returned / 1e6:.0f} MB back"
-        print(f"ResNet-50, 224 px, {precision}: {moved}: {floors}", flush=True)
+        for recomputes in (False, True):
+            saved, returned, again = moved_bytes("resnet50", 224, precision, recomputes=recomputes)
+            floors = ", ".join(f"{(saved + returned) / each / 1e6:.1f} ms at {each} GB/s" for each in GB_PER_SECOND)
+            moved = f"{saved / 1e6:.0f} MB a sample to the host, {returned / 1e6:.0f} MB back"
+            print(f"ResNet-50, 224 px, {precision}, {again / 1e6:.0f} MB computed again: {moved}: {floors}", flush=True)
     for name in NAMES:
         rows.append(timed(name))
         print(rows[-1], flush=True)

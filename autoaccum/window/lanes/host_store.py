@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,11 +23,29 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ...errors import UsageError
 from ...torch_compat import storage_id, write_count
 from .host_buffers import HostBuffers
+from .recipes import Layout, RecipeMode, Value, View, is_dense
+from .recomputation import Recipe, Recomputation
 from .torch_internals import next_sequence_number
 from .transfers import Arriving, Kept, Transfers
 
 THRESHOLD_BYTES = 1 << 20  # what is smaller stays on the device
 MOST_PASSES = 4  # other tensors that may be needed before the one that was brought back ahead
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A saved tensor that stays on the device.
+
+    Attributes:
+        tensor: The tensor.
+        writes: How often it had been written to.
+    """
+
+    tensor: torch.Tensor
+    writes: int
+
+
+Saved = Held | Kept | Recipe
 
 
 class HostStore:
@@ -43,16 +62,18 @@ class HostStore:
         returned_bytes: What it brought back, a tensor that two operations saved twice.
         late: How many tensors it began to bring back when they were needed, not before.
         moved: The bytes of each tensor that the last window moved to the host, in order.
-        part: In which part the lane is that runs: how many meetings it had.
+        recomputation: Computes saved tensors again, where that is asked for.
     """
 
     def __init__(self, device: torch.device, limit_bytes: int | None, *, copies: bool = True) -> None:
         self.buffers = HostBuffers(limit_bytes, pinned=copies and device.type == "cuda")
         self.saved_bytes = self.returned_bytes = self.late = 0
         self.moved: list[int] = []
-        self.part = 0
         self._device = device
         self._transfers = Transfers(device, copies=copies)
+        self.recomputation = Recomputation(self, self._transfers.settle)
+        self._part = 0
+        self._recomputes = False
         self._stay: set[int] = set()
         self._casts: set[tuple[torch.Size, torch.dtype]] = set()
         self._bytes_per_sample: int | None = None
@@ -63,7 +84,7 @@ class HostStore:
         self._firsts: list[int] = []  # for each save, the index of its node's first one
         self._node: tuple[int, int] | None = None  # that saved last
         self._first = 0
-        self._last: Arriving | None = None
+        self._recent: list[Arriving] = []  # what arrived last, and is needed again
         self._ahead: Arriving | None = None
         self._passes = 0
 
@@ -78,6 +99,8 @@ class HostStore:
         bytes_per_sample: int | None = None,
         cast: torch.dtype | None = None,
         parts: int | None = None,
+        *,
+        recomputes: bool = False,
     ) -> None:
         """Begin a window, in empty buffers.
 
@@ -87,12 +110,15 @@ class HostStore:
                 those of 1 MiB and more.
             cast: The type that autocast casts parameters to. Such a copy belongs to all lanes, and stays.
             parts: Of how many parts of each lane, the first ones; None for all. What is saved last is needed first.
+            recomputes: Whether what follows by cheap operations is computed again, and not kept.
         """
         self.end()
+        self.recomputation.bytes = 0
         self._stay = {storage_id(tensor.untyped_storage()) for tensor in stay}
         shapes = {tensor.shape for tensor in stay if tensor.dtype != cast} if cast is not None else set()
         self._casts = {(each, cast) for shape in shapes for each in (shape, shape[::-1]) if cast is not None}
-        self._bytes_per_sample, self._parts, self.part, self._gathered = bytes_per_sample, parts, 0, set()
+        self._bytes_per_sample, self._parts, self._part, self._gathered = bytes_per_sample, parts, 0, set()
+        self._recomputes = recomputes
         self.moved = []
         self.saved_bytes = self.returned_bytes = self.late = 0
         self.buffers.empty()
@@ -101,11 +127,12 @@ class HostStore:
         """Forget the window's tensors; keep the buffers."""
         self._transfers.settle()
         self._release_ahead()
+        self.recomputation.end()
         self._known.clear()
         self._saves.clear()
         self._firsts.clear()
         self._node = None
-        self._last = None
+        self._recent.clear()
 
     def move_gathered(self, rows: set[int]) -> None:
         """Move what has the rows of all lanes, too, whatever its size.
@@ -117,6 +144,18 @@ class HostStore:
         """
         self._gathered = rows
 
+    def enter(self, lane: int, part: int) -> None:
+        """Note which lane runs, and in which part: after how many meetings."""
+        self._part = part
+        self.recomputation.values.stretch = lane, part
+
+    def end_forward(self) -> None:
+        """Note that nothing more is saved.
+
+        What stays on the device is freed with what needs it.
+        """
+        self.recomputation.values.clear()
+
     def moving(self, samples: int) -> AbstractContextManager[Any]:
         """Move what is saved in this thread meanwhile.
 
@@ -125,16 +164,37 @@ class HostStore:
         """
         per_sample = self._bytes_per_sample
         least_bytes = THRESHOLD_BYTES if per_sample is None else per_sample * samples
-        return saved_tensors_hooks(partial(self._pack, least_bytes), self._unpack)
+        stack = ExitStack()
+        stack.enter_context(saved_tensors_hooks(partial(self._pack, least_bytes), self._unpack))
+        if self._recomputes:
+            stack.enter_context(RecipeMode(self.recomputation.values))
+        return stack
 
-    def _pack(self, least_bytes: int, tensor: torch.Tensor) -> torch.Tensor | Kept:
-        if not self._moves(tensor, least_bytes):
-            return tensor.detach()  # itself would hold its own node, and a window that fails would never be freed
+    # As tensors are saved
+
+    def _pack(self, least_bytes: int, tensor: torch.Tensor) -> Saved:
+        if not self._may_move(tensor, least_bytes):
+            return _held(tensor)
+        if not self._recomputes:
+            return self._noted(self._kept(tensor, Layout.of(tensor), write_count(tensor)) or _held(tensor))
+        values = self.recomputation.values
+        values.paused = True
+        try:
+            recipe = self.recomputation.recipe(tensor, least_bytes)
+            if recipe is not None:
+                return self._noted(recipe)
+            kept = self._kept(tensor, Layout.of(tensor), write_count(tensor))
+            values.note_kept(tensor, kept or tensor.detach())
+            return self._noted(kept or _held(tensor))
+        finally:
+            values.paused = False
+
+    def _kept(self, tensor: torch.Tensor, layout: Layout, writes: int) -> Kept | None:
+        """Move a tensor to the host, once; None where it stays."""
+        if self._parts is not None and self._part >= self._parts:
+            return None
         storage = tensor.untyped_storage()
-        key = (
-            storage_id(storage), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype,
-            write_count(tensor),
-        )  # fmt: skip
+        key = storage_id(storage), layout, writes
         known = self._known.get(key)
         kept = None if known is None or known[0].expired() else known[1]  # type: ignore[no-untyped-call]
         if kept is None:
@@ -143,8 +203,29 @@ class HostStore:
             self.saved_bytes += tensor.nbytes
             self.moved.append(tensor.nbytes)
             self._known[key] = StorageWeakRef(storage), kept  # type: ignore[no-untyped-call]
-        self._note_save(kept)
         return kept
+
+    # What recomputation asks for
+
+    def known(self, view: View) -> Kept | None:
+        """Return what is on the host already."""
+        known = self._known.get((view.value.storage.cdata, view.layout, view.writes))
+        return known[1] if known is not None else None
+
+    def keep(self, tensor: torch.Tensor, view: View) -> Kept | torch.Tensor:
+        """Keep a tensor on the host, or where it is."""
+        return self._kept(tensor, view.layout, view.writes) or tensor
+
+    def is_held(self, value: Value) -> bool:
+        """Return whether the device holds it anyway."""
+        return value.storage.cdata in self._stay
+
+    def _noted(self, saved: Saved) -> Saved:
+        """Note what a node of the graph needs from the host."""
+        hosts = saved.hosts if isinstance(saved, Recipe) else (saved,) if isinstance(saved, Kept) else ()
+        for kept in hosts:
+            self._note_save(kept)
+        return saved
 
     def _note_save(self, kept: Kept) -> None:
         node = threading.get_ident(), next_sequence_number()  # equal for all that one node saves
@@ -154,34 +235,59 @@ class HostStore:
         self._saves.append(kept)
         self._firsts.append(self._first)
 
-    def _moves(self, tensor: torch.Tensor, least_bytes: int) -> bool:
+    def _may_move(self, tensor: torch.Tensor, least_bytes: int) -> bool:
         is_gathered = tensor.dim() > 1 and tensor.shape[0] in self._gathered
         if tensor.device.type != self._device.type or (tensor.nbytes < least_bytes and not is_gathered):
-            return False
-        if self._parts is not None and self.part >= self._parts:
             return False
         if (tensor.shape, tensor.dtype) in self._casts:
             return False
         if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return False
-        return storage_id(tensor.untyped_storage()) not in self._stay and _is_dense(tensor)
+        return storage_id(tensor.untyped_storage()) not in self._stay and is_dense(tensor.shape, tensor.stride())
 
-    def _unpack(self, kept: torch.Tensor | Kept) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
+    # As the backward asks for them
+
+    def _unpack(self, kept: Saved) -> torch.Tensor:
+        if isinstance(kept, Held):
+            if write_count(kept.tensor) != kept.writes:
+                raise _overwritten(kept.tensor)
+            return kept.tensor
         self._transfers.settle()
+        arrived: list[Arriving] = []
+        if isinstance(kept, Recipe):
+            found = self.recomputation.compute(kept, partial(self._bring, arrived))
+            self._returned(kept.hosts, arrived)
+            return found
+        found = self._bring(arrived, kept)
+        self._returned((kept,), arrived)
+        return found
+
+    def _bring(self, arrived: list[Arriving], kept: Kept) -> torch.Tensor:
+        """Return a tensor that the computing stream can use."""
         if kept.overwritten:
             raise _overwritten(kept)
-        last, self._last = self._last, None
-        arriving = last if last is not None and last.kept is kept else self._taken(kept)
-        del last
-        if kept.saves:  # else an operation asks for it a second time
-            at = kept.saves.pop()
-            self._saves[at] = None
-            self._fetch_ahead(at, kept)
-        if kept.saves:
-            self._last = arriving  # the next operation often saved the same
+        of_recent = next((each for each in (*arrived, *self._recent) if each.kept is kept), None)
+        arriving = of_recent or self._taken(kept)
+        if arriving not in arrived:
+            arrived.append(arriving)
         return self._transfers.receive(arriving)
+
+    def _returned(self, hosts: Sequence[Kept], arrived: list[Arriving]) -> None:
+        """Note that a saved tensor was needed; fetch what is next.
+
+        Args:
+            hosts: What it rests on.
+            arrived: What was brought back for it.
+        """
+        ends = []
+        for kept in hosts:
+            if kept.saves:  # else an operation asks for it a second time
+                ends.append(kept.saves.pop())
+                self._saves[ends[-1]] = None
+        recent = arrived or self._recent
+        self._recent = [each for each in recent if each.kept.saves]  # the next operation often saved the same
+        if ends:
+            self._fetch_ahead(max(ends), hosts)
 
     def _taken(self, kept: Kept) -> Arriving:
         """Return a tensor that was brought back ahead, or begin to."""
@@ -198,15 +304,25 @@ class HostStore:
         self.returned_bytes += arriving.tensor.nbytes
         return arriving
 
-    def _fetch_ahead(self, at: int, now: Kept) -> None:
-        """Begin to bring back what was saved before, if nothing is."""
+    def _fetch_ahead(self, at: int, now: Sequence[Kept]) -> None:
+        """Begin to bring back what was saved before, if nothing is.
+
+        Where things are computed again, what they rest on is often needed for the next one, too. Then it stays, and
+        takes the place of what would be brought back: the device holds no more than without.
+
+        Args:
+            at: The index of the save that was needed.
+            now: What it rests on.
+        """
         if self._ahead is not None and self._passes >= MOST_PASSES:
             self._release_ahead()
         if self._ahead is not None:
             return
+        skipped = () if self._recomputes else now
         expected = (self._saves[index] for index in self._expected_after(at))
-        following = next((kept for kept in expected if kept is not None and kept is not now), None)
-        if following is not None:
+        following = next((kept for kept in expected if kept is not None and kept not in skipped), None)
+        is_here = self._recomputes and any(each.kept is following for each in self._recent)
+        if following is not None and not is_here:
             self._ahead, self._passes = self._fetch(following), 0
 
     def _expected_after(self, at: int) -> Iterator[int]:
@@ -229,21 +345,17 @@ class HostStore:
             self._transfers.receive(ahead)
 
 
-def _overwritten(kept: Kept) -> UsageError:
+def _held(tensor: torch.Tensor) -> Held:
+    """Return a tensor without its node.
+
+    That would hold it, and a window that fails would never be freed.
+    """
+    return Held(tensor.detach(), write_count(tensor))
+
+
+def _overwritten(kept: Kept | torch.Tensor) -> UsageError:
     return UsageError(
         f"A tensor of shape {tuple(kept.shape)} that the backward needs was written to after it was saved.",
         "An in-place operation (relu_, add_, x[...] = ...) changed it before its gradient was computed.",
         "Use the operation that makes a new tensor.",
     )
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor's elements fill a range of its storage."""
-    expected = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True

@@ -11,15 +11,53 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...torch_compat import _find
 
 SWAP = "give each lane its own state of torch"
 Reader = Callable[[], Any]
 _name = functools.cache(functools.partial(_find, torch))  # looked up at every switch
+
+
+class Signature(NamedTuple):
+    """An operation of ATen, as its schema has it.
+
+    Attributes:
+        name: Its name, without the overload's.
+        overload: The overload's name; empty for the default one.
+        written: The positions of the arguments that it writes to.
+        written_names: The names of those that it takes by name alone.
+    """
+
+    name: str
+    overload: str
+    written: tuple[int, ...]
+    written_names: tuple[str, ...]
+
+
+def signature_of(func: Any) -> Signature | None:
+    """Return an operation's signature; None of what isn't one.
+
+    As a dispatch mode sees operations, of other libraries, too.
+    """
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return None
+    written = [
+        (at, argument)
+        for at, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return Signature(
+        schema.name.removeprefix("aten::"),
+        schema.overload_name,
+        tuple(at for at, argument in written if not argument.kwarg_only),
+        tuple(argument.name for _, argument in written if argument.kwarg_only),
+    )
 
 
 def next_sequence_number() -> int:
@@ -69,6 +107,13 @@ def modes_off() -> AbstractContextManager[Any]:
     """Return a context manager in which no function mode sees what runs."""
     off: AbstractContextManager[Any] = _name("_C.DisableTorchFunction", "run lanes' own backward")()
     return off
+
+
+def storage_behind(weak: StorageWeakRef) -> torch.UntypedStorage:
+    """Return the storage behind a weak reference, which is alive."""
+    find = _name("UntypedStorage._new_with_weak_ptr", "compute again what lanes saved")
+    storage: torch.UntypedStorage = find(weak.cdata)
+    return storage
 
 
 def state_readers() -> tuple[Reader, Reader]:

@@ -101,6 +101,8 @@ def _train(
             part = part_of_window(context, form, piece, outs.pop(0), share, total)
             if part is not None:
                 loss = part if loss is None else loss + part
+    if store is not None:
+        store.end_forward()
     _backward(context, meetings, loss)
     return None if loss is None else loss.detach(), total
 
@@ -152,7 +154,7 @@ def _forward(
     def turn(lane: int) -> Iterator[None]:
         _note(context, FORWARD, turns[lane], lane)
         if store is not None:
-            store.part = turns[lane]
+            store.enter(lane, turns[lane])
         turns[lane] += 1
         draws.enter(lane)
         course.norms.iterate(lane == 0)
@@ -188,7 +190,9 @@ def _host_store(context: TrainingContext) -> HostStore | None:
         copies = get_device(context.device).computes
         context.host_store = HostStore(context.device, context.host_memory_bytes, copies=copies)
     stay = (*context.model.parameters(), *context.model.buffers())
-    context.host_store.begin(stay, context.moved_bytes_per_sample, context.autocast_dtype, context.moved_parts)
+    context.host_store.begin(
+        stay, context.moved_bytes_per_sample, context.autocast_dtype, context.moved_parts, recomputes=context.recomputes
+    )
     return context.host_store
 
 
