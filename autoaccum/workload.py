@@ -16,11 +16,15 @@ from .workload_arguments import (
     PRECISIONS,
     check_functions,
     check_model,
+    check_names,
     check_number,
     make_scaler,
+    read_largest,
+    read_lengths,
     read_optimization,
     read_precision,
     read_sample,
+    read_whole,
 )
 
 if TYPE_CHECKING:
@@ -141,6 +145,7 @@ class Workload:
             loss=self.loss, encode=self.encode, metric=self.metric, between_steps=self.between_steps, count=self.count
         )
         check_number("clip_grad_norm", self.clip_grad_norm)
+        check_names(shared=self.shared, per_sample=self.per_sample)
 
     def _accept_other_forms(self) -> None:
         """Replace what was given in another form by what it stands for."""
@@ -154,6 +159,9 @@ class Workload:
             "scaler": make_scaler(self.scaler, self.model),
             "sample": sample,
             "loader": loader,
+            "lengths": read_lengths(self.lengths, loader),
+            "largest": read_largest(self.largest, loader),
+            **{name: read_whole(name, getattr(self, name)) for name in ("max_tokens", "samples_per_group")},
         }
         for name, value in accepted.items():
             object.__setattr__(self, name, value)  # the class is frozen for everybody else

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UsageError
@@ -215,6 +216,97 @@ def check_number(name: str, value: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is not None and not (number and value > 0):
         raise UsageError(f"{name} is {value!r}: a number above 0.", hint=f"Give {name}=1.0, say.")
+
+
+def read_whole(name: str, value: Any) -> Any:
+    """Return a whole number of another library (numpy's, a tensor's) as Python's.
+
+    Raises:
+        UsageError: It is no whole number.
+    """
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise UsageError(f"{name} is {value!r}: a whole number.", hint=f"Give {name}=8, say.")
+
+
+def read_lengths(given: Any, loader: Any = None) -> Any:
+    """Return the samples' lengths as a sequence of whole numbers.
+
+    Args:
+        given: A list, an array, a tensor, a column of a table; None for none.
+        loader: The loader, whose dataset has to have as many samples.
+
+    Raises:
+        UsageError: They are something else, negative, or too few.
+    """
+    if given is None:
+        return None
+    hint = "Give a list with a whole number for each sample: lengths=[len(sample) for sample in dataset]."
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
+        raise UsageError(f"lengths= is {_described(given)}.", hint=hint)
+    if not (isinstance(values, (list, tuple)) and all(type(each) is int for each in values)):
+        values = [_length(each, index, hint) for index, each in enumerate(values)]
+    if values and min(values) < 0:
+        raise UsageError(f"lengths= has {min(values)}, at {values.index(min(values))}.", hint=hint)
+    samples = _samples_of(loader)
+    if values and samples is not None and len(values) < samples:
+        raise UsageError(
+            f"lengths= has {len(values)} entries, and the loader's dataset {samples} samples.",
+            "Samples are put in order by their index in the dataset.",
+            hint,
+        )
+    return values
+
+
+def _length(value: Any, index: int, hint: str) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"lengths= has {value!r} at {index}, which is no whole number.", hint=hint) from None
+
+
+def read_largest(given: Any, loader: Any) -> Any:
+    """Return the index of the largest sample.
+
+    Raises:
+        UsageError: It is none of the loader's dataset.
+    """
+    largest, samples = read_whole("largest", given), _samples_of(loader)
+    if largest is not None and samples is not None and not -samples <= largest < samples:
+        raise UsageError(
+            f"largest is {largest}, and the loader's dataset has {samples} samples.",
+            hint=f"Give the index of one: largest=0 to {samples - 1}.",
+        )
+    return largest
+
+
+def check_names(**names: Any) -> None:
+    """Refuse names of a batch's entries in a form that holds none.
+
+    Raises:
+        UsageError: They are no strings.
+    """
+    for argument, value in names.items():
+        if isinstance(value, str) or (isinstance(value, Collection) and all(isinstance(each, str) for each in value)):
+            continue
+        raise UsageError(f"{argument} is {_described(value)}.", hint=f"Give names of entries: {argument}={{'mask'}}.")
+
+
+def _samples_of(loader: Any) -> int | None:
+    """Return the number of samples of a loader's dataset, if known."""
+    dataset = getattr(loader, "dataset", None)
+    try:
+        return len(dataset) if hasattr(dataset, "__getitem__") else None  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def read_sample(sample: Any, loader: Any) -> tuple[Any, Any]:

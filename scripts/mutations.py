@@ -7,6 +7,27 @@ notice. What is over ranks (no factor for the ranks, or twice; a forward outside
 
 MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
+        "a refused batch's gradients stay for the next one",
+        'autoaccum/exactness/functional_copy.py',
+        "        for p in trained:  # a loss that refused another batch in its second part left the first one's\n            p.grad = None\n",
+        '',
+        ('tests/test_less_common.py', '-k', 'refused_batch'),
+    ),
+    (
+        'a scheduler of another optimizer',
+        'autoaccum/window/context.py',
+        '    refuse_other_optimizer(scheduler, optimizer)\n',
+        '',
+        ('tests/test_less_common.py', '-k', 'another_optimizer'),
+    ),
+    (
+        'a count that is no number',
+        'autoaccum/window/loss_form.py',
+        '    if not 0 <= value < math.inf:',
+        '    if False:',
+        ('tests/test_less_common.py', '-k', 'weigh_nothing'),
+    ),
+    (
         "nothing is recorded between two sizes",
         "autoaccum/planning/schedule.py",
         "    narrow(subject, evidence, predictor)\n",
@@ -51,7 +72,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "counts added up in their own type",
         "autoaccum/window/loss_form.py",
-        "sum(adding_up(form.count(piece)) for piece in pieces)",
+        "sum(adding_up(_number(form.count(piece))) for piece in pieces)",
         "sum(form.count(piece) for piece in pieces)",
         ("tests/test_less_common.py", "-k", "narrow"),
     ),
@@ -345,8 +366,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "counts of a device that computes nothing",
         "autoaccum/window/micro_batch.py",
-        "count is not None and get_device(context.device).computes and not bool(count)",
-        "count is not None and not bool(count)",
+        "if count is None or not get_device(context.device).computes:",
+        "if count is None:",
         ("tests/test_runner_cuda.py", "-k", "counted_on_it"),
     ),
     (
@@ -688,8 +709,8 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "step: nothing ever counts as nothing",
         "autoaccum/window/micro_batch.py",
-        "get_device(context.device).computes and not bool(count)",
-        "False",
+        "return value_of(count) == 0",
+        "return value_of(count) < 0",
         ("tests/test_step.py",),
     ),
     (

@@ -12,10 +12,11 @@ from exact_cases import tagger, tokens
 from helpers_train import Capture, cut, distance, mlp, one_thread, plan_for, runner_for, vectors  # noqa: F401
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from autoaccum import BatchError, Runner, UsageError, Workload, fit_plan, windows
 from autoaccum.data import split as cutting
+from autoaccum.data.sample import with_sample
 from autoaccum.exactness import check
 from autoaccum.planning.request import PlanRequest
 from autoaccum.runner import compatibility
@@ -202,6 +203,70 @@ def test_an_iterator_is_refused_before_the_first_of_several_epochs() -> None:
         train(work, plan_for(work, 8, 4), progress=print, epochs=2)
 
 
+# --- arguments
+
+
+LENGTHS = [3, 1, 4, 1, 5]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [np.array(LENGTHS), torch.tensor(LENGTHS), [np.int64(each) for each in LENGTHS], map(float, LENGTHS)],
+    ids=["array", "tensor", "numpy's", "floats"],
+)
+def test_lengths_may_be_of_any_kind(given: Any) -> None:
+    assert Workload(mlp(), vectors(8), lengths=given).lengths == LENGTHS
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"lengths": ["3"] * 8}, "no whole number"),
+        ({"lengths": {0: 3}}, "lengths= is"),
+        ({"lengths": [3, -1] * 4}, "-1, at 1"),
+        ({"lengths": [3] * 7}, "7 entries"),
+        ({"largest": 8}, "largest is 8"),
+        ({"lengths": [3] * 8, "max_tokens": 2.5}, "max_tokens is 2.5"),
+        ({"samples_per_group": "2"}, "samples_per_group is '2'"),
+        ({"shared": 5}, "shared is"),
+    ],
+)
+def test_numbers_that_say_nothing_are_refused_by_name(wrong: dict[str, Any], match: str) -> None:
+    loader = DataLoader(TensorDataset(*vectors(8)), batch_size=4)
+    with pytest.raises(UsageError, match=match):
+        Workload(mlp(), vectors(8), loader=loader, **wrong)
+    assert Workload(mlp(), vectors(8), loader=loader, largest=np.int64(7), samples_per_group=np.int64(2)).largest == 7
+
+
+@pytest.mark.parametrize("count", [-1, float("nan"), float("inf"), "3", None, torch.ones(2)], ids=str)
+def test_counts_that_can_weigh_nothing_are_refused(count: Any) -> None:
+    loss, batch = (lambda m, b: F.cross_entropy(m(b[0]), b[1])), vectors(8)
+    context = open_context(Workload(mlp(), batch, loss=loss, count=lambda b: count, optimizer=Capture))
+    with pytest.raises(UsageError, match="count"):
+        train_window(context, list(cut(batch, (4, 4))), (4, 4))
+    assert isinstance(context.optimizer, Capture)
+    assert not context.optimizer.seen
+
+
+def test_names_of_no_entry_are_refused() -> None:
+    batch = {"x": torch.zeros(4, 6), "class_weight": torch.ones(5), "boxes": [{"of": torch.zeros(4, 2)}]}
+    with pytest.raises(UsageError, match="Did you mean class_weight"):
+        with_sample(Workload(mlp(), batch, shared={"class_wieght"}))
+    for known in ("class_weight", "boxes", "of", "batch['boxes']", "batch"):
+        with_sample(Workload(mlp(), batch, shared={"class_weight", known}))
+
+
+def test_a_scheduler_of_another_optimizer_is_refused() -> None:
+    model = mlp()
+    one, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    scheduler = torch.optim.lr_scheduler.StepLR(other, 1)
+    with pytest.raises(UsageError, match="another optimizer"):
+        open_context(Workload(model, vectors(8), optimizer=one, scheduler=scheduler))
+    open_context(Workload(model, vectors(8), optimizer=other, scheduler=scheduler))
+    one.param_groups = other.param_groups  # a wrapper shares its optimizer's groups
+    open_context(Workload(model, vectors(8), optimizer=one, scheduler=scheduler))
+
+
 # --- what a Runner says
 
 
@@ -352,6 +417,19 @@ def test_verdicts_on_less_common_models(name: str) -> None:
     if kind != "exact":
         assert found.words.startswith("exact on data without ignored targets")
         assert any("LossTerms(sum, count, extra=" in line for line in found.advice)
+
+
+def test_what_a_refused_batch_left_is_not_added_to_the_next_ones_gradient() -> None:
+    ignored = [False]
+
+    def loss(m: nn.Module, b: Any) -> Any:
+        ignored[0] = bool((b[1] < 0).any()) if len(b[0]) == 8 else ignored[0]
+        if ignored[0] and len(b[0]) < 4:
+            raise ValueError("the second part of a batch with ignored classes")
+        return F.cross_entropy(m(b[0]), b[1])
+
+    found = check.check(Workload(mlp(), vectors(8), loss=loss), isolated=False)
+    assert found.kind == "exact", found
 
 
 def test_the_verdict_says_that_a_hook_on_a_gradient_was_not_tested() -> None:

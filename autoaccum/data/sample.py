@@ -23,6 +23,7 @@ from ..torch_compat import ConvNd
 from ..workload import Batch, Workload
 from . import tree
 from .collated import Collated, elements, is_cut_by_rows
+from .entry_names import refuse_unknown
 from .groups import Grouped
 from .loaders import is_map_style
 from .split import batch_size
@@ -48,7 +49,9 @@ def with_sample(workload: Workload) -> tuple[Workload, str]:
         sample = batch if batch is not None else sample
     if sample is None:
         sample, text = infer_sample(workload.model)
-    return replace(workload, sample=tree.as_tensors(sample, floats)), text
+    sample = tree.as_tensors(sample, floats)
+    refuse_unknown(sample, shared=workload.shared, per_sample=workload.per_sample)
+    return replace(workload, sample=sample), text
 
 
 def _is_cut(workload: Workload) -> bool:

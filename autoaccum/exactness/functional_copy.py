@@ -202,6 +202,8 @@ class FunctionalCopy:
 
     def _window(self, make_parts: MakeParts, pieces: Sequence[Batch], sizes: Sequence[int]) -> Passes:
         trained, cumulative = [self.copies[name] for name in self.trained], list[torch.Tensor]()
+        for p in trained:  # a loss that refused another batch in its second part left the first one's
+            p.grad = None
         context = self._made(make_parts)
         optimizer = context.optimizer
         assert isinstance(optimizer, GradientRecorder)

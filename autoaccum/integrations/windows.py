@@ -35,6 +35,7 @@ from ..window import norms
 from ..window.fingerprint import check_signature, describe_model, is_collated
 from ..window.widths import watch_widths
 from ..workload import Batch
+from ..workload_arguments import read_lengths
 from .counts import Count, counter_for
 from .gradients import LoopGradients
 from .loop_backend import LoopBackend
@@ -96,7 +97,7 @@ def windows(
         copies=Copies(where, ahead=bool(getattr(loader, "pin_memory", False))),
         widths=watch_widths(where, plan),
     )
-    return Windows(loader, state, lengths)
+    return Windows(loader, state, read_lengths(lengths, loader))
 
 
 class Windows:

@@ -29,7 +29,7 @@ from . import loss_terms
 from .lanes.host_store import HostStore
 from .lanes.limits import refuse_lanes
 from .norms import EXACT, Norms, check_choice, chosen_norms, find_norms
-from .scheduling import Scheduling, read_scheduling
+from .scheduling import Scheduling, read_scheduling, refuse_other_optimizer
 from .step_arguments import refuse_closure
 from .trained_parameters import refuse_foreign
 
@@ -167,9 +167,7 @@ def open_context(workload: Workload) -> TrainingContext:
     check_choice(norms, how, model)
     if EXACT in (how, workload.batch_interactions):
         refuse_lanes(model, workload.loss)
-    scheduler = workload.scheduler
-    if isinstance(scheduler, type) or (scheduler is not None and not hasattr(scheduler, "step")):
-        scheduler = _made_scheduler(scheduler, optimizer)
+    scheduler = _scheduler_of(workload.scheduler, optimizer)
     loss = workload.loss if workload.encode is not None else as_loss(workload.loss)
     count = loss.count if isinstance(loss, Criterion) else class_count if is_classes(workload) else None
     quick_imports.leave_out()
@@ -204,6 +202,13 @@ def open_context(workload: Workload) -> TrainingContext:
 def is_classes(workload: Workload) -> bool:
     """Return whether the loss is the default one, of inputs and classes."""
     return workload.loss is None and is_pair(workload.sample)
+
+
+def _scheduler_of(scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:
+    if isinstance(scheduler, type) or (scheduler is not None and not hasattr(scheduler, "step")):
+        scheduler = _made_scheduler(scheduler, optimizer)
+    refuse_other_optimizer(scheduler, optimizer)
+    return scheduler
 
 
 def _made_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> Any:

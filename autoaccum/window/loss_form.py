@@ -6,6 +6,7 @@ isn't plain from the workload, the loss or the model is asked with a forward on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -17,7 +18,7 @@ from ..criterion import Criterion
 from ..data import split as cutting
 from ..data import tree
 from ..devices.registry import get_device
-from ..errors import BatchError
+from ..errors import BatchError, UsageError
 from ..state.rng import put_rng, take_rng
 from ..workload import Batch, class_count, default_loss, is_pair
 from .context import TrainingContext, autocast, forward
@@ -143,10 +144,44 @@ def window_count(context: TrainingContext, form: LossForm, pieces: Sequence[Batc
     if form.kind is LossKind.NOTHING:
         return 0
     if form.count is not None:
-        return sum(adding_up(form.count(piece)) for piece in pieces)
+        total = sum(adding_up(_number(form.count(piece))) for piece in pieces)
+        is_here = not isinstance(total, torch.Tensor) or total.device.type == "cpu"
+        if is_here:  # a number on a GPU is waited for when the window ends
+            value_of(total)
+        return total
     if form.kind is not LossKind.SUM or (len(pieces) < 2 and context.exchange is None):
         return None
     return forward_only(context, lambda: sum(_value(_count_by_forward(context, piece)) for piece in pieces))
+
+
+def value_of(count: Any) -> float:
+    """Return a count as a float.
+
+    Raises:
+        UsageError: It is negative or not finite, so that it can weigh nothing.
+    """
+    value = float(count.detach() if isinstance(count, torch.Tensor) else count)
+    if not 0 <= value < math.inf:
+        raise UsageError(
+            f"A micro-batch or a window counts {value:g}.",
+            "A micro-batch's weight is its count divided by the window's, so each is 0 or more.",
+            "Return a number of tokens, boxes or samples, or a sum of weights.",
+        )
+    return value
+
+
+def _number(count: Any) -> Any:
+    """Return a count; refuse what is no number."""
+    if isinstance(count, (int, float)) or (hasattr(count, "__float__") and getattr(count, "size", 1) in (1, ())):
+        return count
+    if isinstance(count, torch.Tensor) and count.numel() == 1:
+        return count
+    shape = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, torch.Tensor) else f"{count!r}"
+    raise UsageError(
+        f"count= gave {shape}.",
+        "It is what the loss averages over in a batch: a number.",
+        "Add it up: count=lambda batch: (batch['labels'] != -100).sum()",
+    )
 
 
 def _ask_for_denominator(context: TrainingContext, piece: Batch) -> Denominator | None:

@@ -13,7 +13,7 @@ from ..workload import Batch
 from . import loss_terms
 from . import norms as batchnorm
 from .context import TrainingContext
-from .loss_form import LossForm, LossKind
+from .loss_form import LossForm, LossKind, value_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,13 @@ def is_nothing(context: TrainingContext, count: Any) -> bool:
     """Return whether a count is known to be 0.
 
     A device that computes nothing has no counts: all read as 0 there, and all of the window is to be recorded.
+
+    Raises:
+        UsageError: It is negative or not finite, so that it could weigh nothing.
     """
-    return count is not None and get_device(context.device).computes and not bool(count)
+    if count is None or not get_device(context.device).computes:
+        return False
+    return value_of(count) == 0
 
 
 def that_count(

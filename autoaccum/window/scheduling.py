@@ -54,6 +54,24 @@ def read_scheduling(scheduler: Any, interval: str) -> Scheduling:
     )
 
 
+def refuse_other_optimizer(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a scheduler of another optimizer's rates.
+
+    Raises:
+        UsageError: Its optimizer and the one that steps share no group of parameters.
+    """
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
+    if not isinstance(groups, list) or any(one is other for one in groups for other in optimizer.param_groups):
+        return
+    name = type(scheduler).__name__
+    raise UsageError(
+        f"{name} schedules another optimizer ({type(scheduler.optimizer).__name__}) than the one that steps "
+        f"({type(optimizer).__name__}): its rates would never change.",
+        "It was made for an optimizer before that was made again.",
+        f"Give a function of the optimizer: scheduler=lambda optimizer: {name}(optimizer, ...).",
+    )
+
+
 def wants_metric(scheduler: Any) -> bool:
     """Return whether a scheduler of windows takes a metric.
 
