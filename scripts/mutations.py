@@ -904,9 +904,9 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ),
     (
         "lanes: what stays holds its own node",
-        "autoaccum/window/lanes/host_store.py",
-        "return Held(tensor.detach(), ",
-        "return Held(tensor, ",
+        "autoaccum/window/lanes/recipes.py",
+        "return cls(tensor.detach(), ",
+        "return cls(tensor, ",
         ("tests/test_lanes.py", "-k", "freed_with"),
     ),
     (
@@ -1017,7 +1017,7 @@ MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "computing again: what is held is written over",
         "autoaccum/window/lanes/recomputation.py",
-        "value.kept[layout] = kept.clone()",
+        "value.kept[layout] = Held.of(kept.tensor.clone())",
         "pass",
         ("tests/test_recomputation.py", "-k", "written_over_unseen or any_program"),
     ),

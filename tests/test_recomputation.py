@@ -281,6 +281,20 @@ def test_what_stays_and_was_written_over_is_refused() -> None:
         loss.backward()
 
 
+def test_a_parameter_that_was_written_over_is_refused() -> None:
+    """As an optimizer's step in a hook does; the sum that it was part of has saved nothing of it."""
+    shift = nn.Parameter(torch.full((64,), 0.5))
+    store = HostStore(torch.device("cpu"), None)
+    store.begin((shift,), 100, recomputes=True)
+    x = torch.linspace(-1, 1, 64).requires_grad_()
+    with store.moving(1):
+        loss = torch.sigmoid(x.exp() + shift).sum()
+    with torch.no_grad():
+        shift.mul_(0)
+    with pytest.raises(UsageError, match="was written to after it was saved"):
+        loss.backward()
+
+
 def test_cheap_operations_and_their_namesakes_in_place() -> None:
     aten = torch.ops.aten
     for name in CHEAP:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,29 +19,15 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...errors import UsageError
 from ...torch_compat import storage_id, write_count
 from .host_buffers import HostBuffers
-from .recipes import Layout, RecipeMode, Value, View, is_dense
+from .recipes import Held, Layout, RecipeMode, Value, View, is_dense, overwritten
 from .recomputation import Recipe, Recomputation
 from .torch_internals import next_sequence_number
 from .transfers import Arriving, Kept, Transfers
 
 THRESHOLD_BYTES = 1 << 20  # what is smaller stays on the device
 MOST_PASSES = 4  # other tensors that may be needed before the one that was brought back ahead
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """A saved tensor that stays on the device.
-
-    Attributes:
-        tensor: The tensor.
-        writes: How often it had been written to.
-    """
-
-    tensor: torch.Tensor
-    writes: int
 
 
 Saved = Held | Kept | Recipe
@@ -74,7 +59,7 @@ class HostStore:
         self.recomputation = Recomputation(self, self._transfers.settle)
         self._part = 0
         self._recomputes = False
-        self._stay: set[int] = set()
+        self._stay: dict[int, torch.Tensor] = {}
         self._casts: set[tuple[torch.Size, torch.dtype]] = set()
         self._bytes_per_sample: int | None = None
         self._parts: int | None = None
@@ -114,7 +99,7 @@ class HostStore:
         """
         self.end()
         self.recomputation.bytes = 0
-        self._stay = {storage_id(tensor.untyped_storage()) for tensor in stay}
+        self._stay = {storage_id(tensor.untyped_storage()): tensor for tensor in stay}
         shapes = {tensor.shape for tensor in stay if tensor.dtype != cast} if cast is not None else set()
         self._casts = {(each, cast) for shape in shapes for each in (shape, shape[::-1]) if cast is not None}
         self._bytes_per_sample, self._parts, self._part, self._gathered = bytes_per_sample, parts, 0, set()
@@ -174,9 +159,9 @@ class HostStore:
 
     def _pack(self, least_bytes: int, tensor: torch.Tensor) -> Saved:
         if not self._may_move(tensor, least_bytes):
-            return _held(tensor)
+            return Held.of(tensor)
         if not self._recomputes:
-            return self._noted(self._kept(tensor, Layout.of(tensor), write_count(tensor)) or _held(tensor))
+            return self._noted(self._kept(tensor, Layout.of(tensor), write_count(tensor)) or Held.of(tensor))
         values = self.recomputation.values
         values.paused = True
         try:
@@ -184,8 +169,9 @@ class HostStore:
             if recipe is not None:
                 return self._noted(recipe)
             kept = self._kept(tensor, Layout.of(tensor), write_count(tensor))
-            values.note_kept(tensor, kept or tensor.detach())
-            return self._noted(kept or _held(tensor))
+            held = kept or Held.of(tensor)
+            values.note_kept(tensor, held)
+            return self._noted(held)
         finally:
             values.paused = False
 
@@ -212,13 +198,13 @@ class HostStore:
         known = self._known.get((view.value.storage.cdata, view.layout, view.writes))
         return known[1] if known is not None else None
 
-    def keep(self, tensor: torch.Tensor, view: View) -> Kept | torch.Tensor:
+    def keep(self, tensor: torch.Tensor, view: View) -> Kept | Held:
         """Keep a tensor on the host, or where it is."""
-        return self._kept(tensor, view.layout, view.writes) or tensor
+        return self._kept(tensor, view.layout, view.writes) or Held.of(tensor)
 
-    def is_held(self, value: Value) -> bool:
-        """Return whether the device holds it anyway."""
-        return value.storage.cdata in self._stay
+    def owned(self, value: Value) -> torch.Tensor | None:
+        """Return the parameter or buffer that a value is of."""
+        return self._stay.get(value.storage.cdata)
 
     def _noted(self, saved: Saved) -> Saved:
         """Note what a node of the graph needs from the host."""
@@ -249,9 +235,7 @@ class HostStore:
 
     def _unpack(self, kept: Saved) -> torch.Tensor:
         if isinstance(kept, Held):
-            if write_count(kept.tensor) != kept.writes:
-                raise _overwritten(kept.tensor)
-            return kept.tensor
+            return kept.unchanged()
         self._transfers.settle()
         arrived: list[Arriving] = []
         if isinstance(kept, Recipe):
@@ -265,7 +249,7 @@ class HostStore:
     def _bring(self, arrived: list[Arriving], kept: Kept) -> torch.Tensor:
         """Return a tensor that the computing stream can use."""
         if kept.overwritten:
-            raise _overwritten(kept)
+            raise overwritten(kept.shape)
         of_recent = next((each for each in (*arrived, *self._recent) if each.kept is kept), None)
         arriving = of_recent or self._taken(kept)
         if arriving not in arrived:
@@ -343,19 +327,3 @@ class HostStore:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             self._transfers.receive(ahead)
-
-
-def _held(tensor: torch.Tensor) -> Held:
-    """Return a tensor without its node.
-
-    That would hold it, and a window that fails would never be freed.
-    """
-    return Held(tensor.detach(), write_count(tensor))
-
-
-def _overwritten(kept: Kept | torch.Tensor) -> UsageError:
-    return UsageError(
-        f"A tensor of shape {tuple(kept.shape)} that the backward needs was written to after it was saved.",
-        "An in-place operation (relu_, add_, x[...] = ...) changed it before its gradient was computed.",
-        "Use the operation that makes a new tensor.",
-    )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ...errors import UsageError
 from ...torch_compat import TorchDispatchMode, storage_id, write_count
 from .cheap_operations import Operation, can_repeat, operation_of
 from .transfers import Kept
@@ -36,6 +37,44 @@ class Layout(NamedTuple):
     def bytes(self) -> int:
         """Bytes of its elements."""
         return self.shape.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A tensor that waits for the backward on the device.
+
+    Attributes:
+        tensor: The tensor, without its node: that would hold it, and a window that fails would never be freed.
+        writes: How often it had been written to.
+    """
+
+    tensor: torch.Tensor
+    writes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Held:
+        """Return a tensor as it is."""
+        return cls(tensor.detach(), write_count(tensor))
+
+    def unchanged(self) -> torch.Tensor:
+        """Return it.
+
+        Raises:
+            UsageError: It was written to.
+        """
+        if write_count(self.tensor) != self.writes:
+            raise overwritten(self.tensor.shape)
+        return self.tensor
+
+
+def overwritten(shape: Sequence[int]) -> UsageError:
+    """Return the error for a tensor that was written to."""
+    return UsageError(
+        f"A tensor of shape {tuple(shape)} that the backward needs was written to after it was saved.",
+        "An in-place operation (relu_, add_, x[...] = ...) or an optimizer's step in a hook changed it before its "
+        "gradient was computed.",
+        "Use the operation that makes a new tensor.",
+    )
 
 
 @dataclass(eq=False)
@@ -62,7 +101,7 @@ class Value:
     layout: Layout | None = None
     is_current: bool = True
     joins: int = 0
-    kept: dict[Layout, Kept | torch.Tensor] = field(default_factory=dict)
+    kept: dict[Layout, Kept | Held] = field(default_factory=dict)
     pending: int = 0
     found: torch.Tensor | None = None
 
@@ -128,7 +167,7 @@ class Values:
         """Return the value that a tensor lies in, where it is known."""
         return self._now.get(storage_id(tensor.untyped_storage()))
 
-    def note_kept(self, tensor: torch.Tensor, kept: Kept | torch.Tensor) -> None:
+    def note_kept(self, tensor: torch.Tensor, kept: Kept | Held) -> None:
         """Note that a tensor waits for the backward."""
         self._value_of(tensor).kept[Layout.of(tensor)] = kept
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .recipes import Layout, Value, Values, View, is_dense
+from .recipes import Held, Layout, Value, Values, View, is_dense
 from .torch_internals import modes_off, storage_behind
 from .transfers import Kept
 
@@ -51,11 +51,11 @@ class Keeper(Protocol):
     def known(self, view: View) -> Kept | None:
         """Return what is on the host already."""
 
-    def keep(self, tensor: torch.Tensor, view: View) -> Kept | torch.Tensor:
+    def keep(self, tensor: torch.Tensor, view: View) -> Kept | Held:
         """Keep a tensor on the host, or where it is."""
 
-    def is_held(self, value: Value) -> bool:
-        """Return whether the device holds it anyway: parameters and buffers."""
+    def owned(self, value: Value) -> torch.Tensor | None:
+        """Return the parameter or buffer that a value is of."""
 
 
 class Recomputation:
@@ -106,20 +106,19 @@ class Recomputation:
         if added >= tensor.nbytes and not shared:
             return None
         for view in new:
-            made = _tensor_at(view)
-            kept = self._keeper.keep(made, view) if view in large else made
-            view.value.kept[view.layout] = kept
+            made = _tensor_at(view, self._keeper.owned(view.value))
+            view.value.kept[view.layout] = self._keeper.keep(made, view) if view in large else Held.of(made)
         value.pending += 1
         found = dict.fromkeys(view.value.kept.get(view.layout) for view, _ in leaves)
         hosts = tuple(each for each in found if isinstance(each, Kept))
         return Recipe(value, layout, self.values.stretch, hosts)
 
-    def _leaves(self, value: Value) -> list[tuple[View, Kept | torch.Tensor | None]] | None:
+    def _leaves(self, value: Value) -> list[tuple[View, Kept | Held | None]] | None:
         """Return what a value follows from, and what of it is kept.
 
         None where something isn't there any more.
         """
-        found: dict[tuple[int, Layout], tuple[View, Kept | torch.Tensor | None]] = {}
+        found: dict[tuple[int, Layout], tuple[View, Kept | Held | None]] = {}
         pending, seen = [value], {id(value)}
         while pending:
             step = pending.pop().step
@@ -150,7 +149,7 @@ class Recomputation:
         (lane, part), (here, now) = value.stretch, self.values.stretch
         return lane == here and now - part <= 1
 
-    def _kept(self, view: View) -> Kept | torch.Tensor | None:
+    def _kept(self, view: View) -> Kept | Held | None:
         kept = view.value.kept.get(view.layout)
         if kept is None:
             kept = self._keeper.known(view)
@@ -160,7 +159,7 @@ class Recomputation:
 
     def _is_small(self, view: View, least_bytes: int) -> bool:
         """Return whether the device may hold a tensor's storage."""
-        if self._keeper.is_held(view.value):
+        if self._keeper.owned(view.value) is not None:
             return True
         return view.layout.bytes < least_bytes and storage_behind(view.value.storage).nbytes() < least_bytes
 
@@ -170,8 +169,8 @@ class Recomputation:
             self._settle()
         with torch.no_grad():
             for layout, kept in value.kept.items():
-                if isinstance(kept, torch.Tensor):
-                    value.kept[layout] = kept.clone()
+                if isinstance(kept, Held):
+                    value.kept[layout] = Held.of(kept.tensor.clone())
 
     # As the backward asks for them
 
@@ -227,7 +226,7 @@ class Recomputation:
         if isinstance(kept, Kept):
             return course.bring(kept)
         if kept is not None:
-            return kept
+            return kept.unchanged()
         base = self._computed(value, course)
         return base if layout == value.layout else base.as_strided(layout.shape, layout.stride, layout.offset)
 
@@ -303,9 +302,17 @@ def _as_made(out: torch.Tensor, layout: Layout) -> torch.Tensor:
     return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=out.device).copy_(out)
 
 
-def _tensor_at(view: View) -> torch.Tensor:
-    """Return a tensor in a storage that is alive, unowned."""
-    storage, layout = storage_behind(view.value.storage), view.layout
+def _tensor_at(view: View, owner: torch.Tensor | None) -> torch.Tensor:
+    """Return a tensor in a storage that is alive.
+
+    Args:
+        view: Its place there.
+        owner: The parameter or buffer whose storage it is; None where nothing but a weak reference is known.
+    """
+    layout = view.layout
+    if owner is not None:  # with its count of writes
+        return owner.detach().as_strided(layout.shape, layout.stride, layout.offset)
+    storage = storage_behind(view.value.storage)
     return torch.empty(0, dtype=layout.dtype, device=storage.device).set_(
         storage, layout.offset, layout.shape, layout.stride
     )
