@@ -35,10 +35,17 @@ from autoaccum.devices import virtual
 from .truth_search import count, forked
 
 MIB = 1 << 20
-GPU_BYTES, CONTEXT_BYTES = 2048 * MIB, 512 * MIB
+CONTEXT_BYTES = 512 * MIB
 LONGEST, SHORTEST, SIDES = 512, 32, (96, 112, 128, 144, 160)
 ROOMS = (1.02, 2.0)  # of the plan's peak
-MODELS = ("GPT", "GPT, bf16", "ResNet-18", "Llama, ExactTrainer")
+LARGE = "GPT-2's size, bf16"
+GPU_BYTES = {  # of the virtual GPU, by model
+    "GPT": 2048 * MIB,
+    "GPT, bf16": 2048 * MIB,
+    LARGE: 24 * 1024 * MIB,
+    "ResNet-18": 2048 * MIB,
+    "Llama, ExactTrainer": 2048 * MIB,
+}
 WIDTHS = ("shuffled", "in buckets")
 
 
@@ -77,12 +84,12 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A small GPT."""
+    """A GPT."""
 
-    def __init__(self, vocabulary: int = 8000, hidden: int = 256, layers: int = 4) -> None:
+    def __init__(self, longest: int, vocabulary: int, hidden: int, layers: int) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, hidden), nn.Embedding(LONGEST, hidden)
-        self.blocks = nn.Sequential(*(Block(hidden, 4) for _ in range(layers)))
+        self.tokens, self.places = nn.Embedding(vocabulary, hidden), nn.Embedding(longest, hidden)
+        self.blocks = nn.Sequential(*(Block(hidden, hidden // 64) for _ in range(layers)))
         self.head = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, vocabulary))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -101,23 +108,29 @@ def collate(rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"ids": pad_sequence(list(rows), batch_first=True)}
 
 
-def lengths(target: int, number: int, widths: str) -> list[int]:
+def lengths(target: int, number: int, widths: str, most: int = LONGEST) -> list[int]:
     """Draw lengths: any, or alike within a window."""
     chance = random.Random(f"{widths} lengths")
     if widths == "shuffled":
-        return [chance.randint(SHORTEST, LONGEST) for _ in range(target * number)]
-    longest = [chance.randint(SHORTEST, LONGEST) for _ in range(number)]
-    return [chance.randint(4 * most // 5, most) for most in longest for _ in range(target)]
+        return [chance.randint(SHORTEST, most) for _ in range(target * number)]
+    longest = [chance.randint(SHORTEST, most) for _ in range(number)]
+    return [chance.randint(4 * each // 5, each) for each in longest for _ in range(target)]
 
 
-def language_model(precision: str | None) -> Training:
-    """Make a GPT on sequences."""
+def language_model(precision: str | None, longest: int, *sizes: int) -> Training:
+    """Make a GPT on sequences, of no particular weights."""
     target = 64
-    ids = torch.ones(4, LONGEST, dtype=torch.long)
-    work = Workload(Gpt(), {"ids": ids}, loss=language_loss, optimizer=torch.optim.AdamW, precision=precision)
+    with torch.device("meta"):
+        model = Gpt(longest, *sizes)
+    ids = torch.ones(4, longest, dtype=torch.long)
+    work = Workload(
+        model.to_empty(device="cuda"), {"ids": ids}, loss=language_loss, optimizer=torch.optim.AdamW,
+        precision=precision,
+    )  # fmt: skip
 
     def windows(runner: Runner, number: int, widths: str) -> Iterator[Any]:
-        data: Any = [torch.ones(length, dtype=torch.long) for length in lengths(target, number, widths)]
+        drawn = lengths(target, number, widths, longest)
+        data: Any = [torch.ones(length, dtype=torch.long) for length in drawn]
         yield from runner.epoch(torch.utils.data.DataLoader(data, batch_size=target, collate_fn=collate))
 
     return Training(work, target, windows)
@@ -147,7 +160,9 @@ def make(name: str) -> Training:
     """Make a model by its name."""
     if name == "ResNet-18":
         return picture_model()
-    return language_model("bf16" if "bf16" in name else None)
+    if name == LARGE:
+        return language_model("bf16", 1024, 32000, 768, 12)
+    return language_model("bf16" if "bf16" in name else None, LONGEST, 8000, 256, 4)
 
 
 def planned(name: str) -> str:
@@ -286,6 +301,12 @@ def inside(name: str, number: int) -> None:
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def on_gpu(name: str) -> dict[str, str]:
+    """Return the environment of a process on the model's virtual GPU."""
+    gpu = virtual.VirtualGpu(memory_bytes=GPU_BYTES[name], context_bytes=CONTEXT_BYTES)
+    return {**os.environ, **virtual.environment(gpu), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
 def _mib(size: int) -> str:
     return str(round(size / MIB))
 
@@ -294,23 +315,21 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=200)
-    parser.add_argument("--only", choices=MODELS)
+    parser.add_argument("--only", choices=list(GPU_BYTES))
     parser.add_argument("--inside")
     asked = parser.parse_args()
     if asked.inside:
         inside(asked.inside, asked.windows)
         return
-    gpu = virtual.VirtualGpu(memory_bytes=GPU_BYTES, context_bytes=CONTEXT_BYTES)
-    environment = os.environ | virtual.environment(gpu) | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     print("Before and after: MiB reserved at most, windows with retries (those in the second half), out-of-memory")
     print("errors, the largest micro-batch at the end, the host's milliseconds for a window.\n")
     figures = " | ".join(("reserved", "retries", "errors", "micro-batch", "ms"))
     print(
         f"| model | micro-batches | widths | room | plan | {figures} | after: {figures} |\n|{'---|' * 15}", flush=True
     )
-    for name in (asked.only,) if asked.only else MODELS:
+    for name in (asked.only,) if asked.only else GPU_BYTES:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.widths", "--inside", name]
-        subprocess.run([*command, "--windows", str(asked.windows)], env=environment, check=True)
+        subprocess.run([*command, "--windows", str(asked.windows)], env=on_gpu(name), check=True)
 
 
 if __name__ == "__main__":

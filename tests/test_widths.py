@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from autoaccum.data.window import Window, widest_first
-from autoaccum.devices.virtual import VirtualGpu, available, environment
+from autoaccum.devices.virtual import available
 from autoaccum.phases import BUILD, FIRST, LATER, OPTIMIZER
 from autoaccum.plan import LeafForm
 from autoaccum.planning import cuda_widths
@@ -27,6 +26,7 @@ from autoaccum.simulation.training_run import Training, TrainingWriter, replay_t
 from autoaccum.simulation.varied_widths import course_of, planned_segments, replay_reserved
 from autoaccum.window.fingerprint import is_narrower
 from autoaccum.window.widths import watch_widths
+from benchmarks.widths import GPU_BYTES, LARGE, on_gpu
 from tests import golden
 
 MIB = 1 << 20
@@ -165,21 +165,19 @@ def test_nothing_is_watched_on_a_cpu() -> None:
 def inside(*arguments: str) -> list[dict[str, Any]]:
     """What each training of a benchmark's model came to: before and after, in its own process."""
     code = "import sys; from benchmarks.widths import rows; rows(*sys.argv[1:])"
-    gpu = VirtualGpu(memory_bytes=2048 * MIB, context_bytes=512 * MIB)
-    variables = os.environ | environment(gpu) | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
     root = Path(__file__).parent.parent
-    out = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, timeout=600)
+    out = subprocess.run(command, env=on_gpu(arguments[0]), cwd=root, capture_output=True, text=True, timeout=600)
     assert out.returncode == 0, out.stderr[-3000:]
     return [json.loads(line) for line in out.stdout.splitlines()]
 
 
 @pytest.mark.skipif(available() is not None, reason=str(available()))
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["GPT", "GPT, bf16", "ResNet-18", "Llama, ExactTrainer"])
+@pytest.mark.parametrize("name", list(GPU_BYTES))
 @pytest.mark.parametrize("widths", ["shuffled", "in buckets"])
 def test_training_keeps_to_the_plan(name: str, widths: str) -> None:
-    before, after = inside(name, widths, "1.02", "100")
+    before, after = inside(name, widths, "1.02", "60" if name == LARGE else "100")
     assert after["ooms"] == 0 and after["micro_batch"] == max(after["split"]), after
     # Windows of very narrow micro-batches have many blocks of up to 1 MiB, which the planned segments don't serve, and
     # this Trainer's has no room for them: each gives the cache back once.
