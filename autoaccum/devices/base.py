@@ -225,6 +225,10 @@ class Device(ABC):
         """
         return
 
+    def obtainable_bytes(self) -> int:
+        """Return what can still be taken from the system or the driver."""
+        return self.free_bytes()
+
     def cache_releases(self) -> int:
         """Return how often the device's cache was given back to make room.
 

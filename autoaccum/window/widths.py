@@ -22,6 +22,8 @@ from .fingerprint import is_narrower
 
 log = logging.getLogger("autoaccum")
 
+_GRAINS = 64  # of the plan's peak: growth by less, and room for more, is nothing to act on
+
 
 class Widths:
     """The widths of one training's micro-batches.
@@ -39,7 +41,7 @@ class Widths:
         self._device, self._plan = device, plan
         self._segments = [(row.bytes, row.count) for row in plan.memory.segments]
         self._has_begun = False
-        self._releases = self._least_bytes = 0
+        self._releases = self._least_bytes = self._usual_bytes = 0
 
     def begin_window(self, pieces: Sequence[Batch], sizes: Sequence[int]) -> None:
         """Look at a window's micro-batches.
@@ -65,11 +67,16 @@ class Widths:
             self._reserve()
 
     def _is_given_back(self) -> bool:
-        """Return whether the cache was given back since, by anybody.
+        """Return whether the cache was given back since, or has to be.
 
-        The allocator does where small blocks, of which very narrow micro-batches have many, have no room beside it.
+        The allocator does it, in the middle of a window, where small blocks, of which very narrow micro-batches have
+        many, have no room beside it. Where they have just filled what was left, it is done before the next window.
         """
-        return self._device.cache_releases() != self._releases or self._device.held_bytes() < self._least_bytes
+        held, grain = self._device.held_bytes(), self._plan.predicted_peak_bytes // _GRAINS
+        if self._device.cache_releases() != self._releases or held < self._least_bytes:
+            return True
+        self._usual_bytes = self._usual_bytes or held
+        return held > self._usual_bytes + grain and self._device.obtainable_bytes() < grain
 
     def _reserve(self) -> None:
         if not self._segments:
@@ -78,6 +85,7 @@ class Widths:
         if self._plan.device.keeps_workspaces:
             self._device.make_workspaces()  # or the first window would put them into the middle of a segment
         reserved = self._device.reserve(self._segments, self._plan.predicted_peak_bytes)
+        self._usual_bytes = 0
         self._releases, self._least_bytes = self._device.cache_releases(), self._device.held_bytes()
         log.info(
             "Micro-batches vary in width: %s of segments are reserved as windows of the longest samples have them.",
