@@ -216,6 +216,21 @@ def test_a_lane_that_fails_inside_of_contexts_leaves_none_behind() -> None:
     assert probe() == outside and modes == []
 
 
+def test_a_lane_that_differs_by_an_autocast_alone_is_left_without_an_exchange() -> None:
+    state, outside = ThreadState(CPU), probe()
+    with torch.autocast("cpu", enabled=False), torch.autocast("cpu", enabled=False):
+        inside = probe()
+        kept = state.leave()
+        assert kept == 2 and probe() == outside
+        state.enter(kept)
+        assert probe() == inside != outside
+    with torch.no_grad():
+        left = state.leave()
+        assert not isinstance(left, int) and probe() == outside
+        state.enter(left)
+    assert probe() == outside
+
+
 def test_private_names_of_torch() -> None:
     mode, hooks = Functions(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     torch_internals.track_saved_hooks()

@@ -76,7 +76,7 @@ class Lane(greenlet):  # type: ignore[misc]  # greenlet has no types
         self._answer: Any = None
         self._ends = False
         self._state = state
-        self._kept: Kept | None = None
+        self._kept: Kept | int | None = None
 
     def run(self) -> None:
         """Run the work: greenlet calls this with the first switch."""

@@ -7,7 +7,7 @@ lane goes on. Context variables need nothing here: greenlets have their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,6 @@ class Flags(NamedTuple):
         cache: Whether autocast keeps what it casts.
         anomalies: Whether anomalies are looked for. Torch keeps this for all threads, and the next one.
         nan: Whether NaN is one.
-        nesting: How many autocasts have been entered.
         autocast: By kind of device: whether it is on, and its dtype.
         place: The current device and stream; None on a CPU.
     """
@@ -50,7 +49,6 @@ class Flags(NamedTuple):
     cache: bool
     anomalies: bool
     nan: bool
-    nesting: int
     autocast: list[tuple[str, bool, torch.dtype]]
     place: tuple[int, Any] | None
 
@@ -60,21 +58,18 @@ class Kept:
     """What torch keeps for a thread, as somebody left it.
 
     Attributes:
-        flags: All but the stacks.
+        flags: All but the stacks, and what follows.
+        nesting: How many autocasts have been entered.
         modes: Function modes and dispatch modes, outermost first.
         hooks: Pairs of hooks of saved tensors, outermost first.
         guard: What leads back into another inference mode than the next one's.
     """
 
     flags: Flags
-    modes: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
-    hooks: list[Any] = field(default_factory=list)
+    nesting: int
+    modes: tuple[list[Any], list[Any]]
+    hooks: list[Any]
     guard: Any = None
-
-    @property
-    def has_stacks(self) -> bool:
-        """Whether there are modes or hooks."""
-        return bool(self.hooks or self.modes[0] or self.modes[1])
 
 
 class ThreadState:
@@ -97,33 +92,40 @@ class ThreadState:
             torch.is_anomaly_enabled,
             torch.is_anomaly_check_nan_enabled,
         )
-        self._callers = self._taken(self._flags())
+        self._callers = self._taken(self._flags(), _nesting())
         self._put(self._callers, self._callers)
+        self._callers_is_bare = not any(read() for read in self._stacks)
 
-    def leave(self) -> Kept | None:
+    def leave(self) -> Kept | int:
         """Put the caller's state in place of a lane's; return the lane's.
 
-        None where it is the caller's: nearly always.
+        Where it differs in the number of autocasts alone, as nearly always, that is returned.
         """
-        flags = self._flags()
-        if flags == self._callers.flags and not self._callers.has_stacks and not any([read() for read in self._stacks]):
-            return None
-        found = self._taken(flags)
+        flags, nesting = self._flags(), _nesting()
+        is_bare = self._callers_is_bare and not any([read() for read in self._stacks])
+        if is_bare and flags == self._callers.flags:
+            _nest(nesting, self._callers.nesting)
+            return nesting
+        found = self._taken(flags, nesting)
         self._put(self._callers, found)
         return found
 
-    def enter(self, kept: Kept | None) -> None:
-        """Put a lane's state in place of the caller's."""
-        if kept is not None:
-            self._put(kept, self._taken(self._callers.flags))
+    def enter(self, kept: Kept | int | None) -> None:
+        """Put a lane's state in place of the caller's.
 
-    def _taken(self, flags: Flags) -> Kept:
+        Args:
+            kept: What it left; None before it has begun.
+        """
+        if isinstance(kept, int):
+            _nest(self._callers.nesting, kept)
+        elif kept is not None:
+            self._put(kept, self._taken(self._callers.flags, self._callers.nesting))
+
+    def _taken(self, flags: Flags, nesting: int) -> Kept:
         take_functions()  # no mode sees what follows
-        return Kept(flags, take_modes(), take_saved_hooks())
+        return Kept(flags, nesting, take_modes(), take_saved_hooks())
 
     def _flags(self) -> Flags:
-        nesting = torch.autocast_increment_nesting() - 1
-        torch.autocast_decrement_nesting()
         functions, refusal, grad, inference, cache, anomalies, nan = [read() for read in self._readers]
         return Flags(
             functions,
@@ -133,7 +135,6 @@ class ThreadState:
             cache,
             anomalies,
             nan,
-            nesting,
             [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self._kinds],
             (torch.cuda.current_device(), torch.cuda.current_stream()) if self._on_cuda else None,
         )
@@ -153,10 +154,7 @@ class ThreadState:
                 torch.set_autocast_enabled(kind, enabled)
                 torch.set_autocast_dtype(kind, dtype)
         torch.set_autocast_cache_enabled(new.cache)
-        for _ in range(old.nesting, new.nesting):
-            torch.autocast_increment_nesting()
-        for _ in range(new.nesting, old.nesting):
-            torch.autocast_decrement_nesting()
+        _nest(before.nesting, kept.nesting)
         torch.set_anomaly_enabled(new.anomalies, new.nan)
         if new.place is not None and new.place != old.place:
             device, stream = new.place
@@ -169,3 +167,18 @@ class ThreadState:
             refuse_saved_hooks(new.refusal, beside_some=bool(kept.hooks))
         put_modes(kept.modes)
         put_functions(new.functions)
+
+
+def _nesting() -> int:
+    """Return how many autocasts have been entered."""
+    nesting = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return nesting
+
+
+def _nest(old: int, new: int) -> None:
+    """Change how many autocasts have been entered."""
+    for _ in range(old, new):
+        torch.autocast_increment_nesting()
+    for _ in range(new, old):
+        torch.autocast_decrement_nesting()
