@@ -419,6 +419,29 @@ def test_verdicts_on_less_common_models(name: str) -> None:
         assert any("LossTerms(sum, count, extra=" in line for line in found.advice)
 
 
+def of_tokens(m: nn.Module, b: Any) -> Any:
+    labels = b[1].long().flatten()
+    kept = labels != 255
+    return (F.cross_entropy(m(b[0].float()).flatten(0, -2), labels, ignore_index=255, reduction="sum"), kept.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("narrow_labels", [False, True], ids=["inputs", "labels too"])
+def test_inputs_of_few_bits_are_tested(dtype: torch.dtype, *, narrow_labels: bool) -> None:
+    inputs = (torch.rand(8, 7, 6, generator=torch.Generator().manual_seed(0)) * 100).to(dtype)
+    labels = torch.arange(56).reshape(8, 7) % 5
+    batch = inputs, labels.to(torch.uint8) if narrow_labels else labels
+    found = check.check(Workload(nn.Linear(6, 5), batch, loss=of_tokens), isolated=False)
+    assert found.kind == "exact", found
+    flat = check.check(
+        Workload(
+            nn.Linear(6, 5), (inputs[:, 0], labels[:, 0]), loss=lambda m, b: F.cross_entropy(m(b[0].float()), b[1])
+        ),
+        isolated=False,
+    )
+    assert flat.kind == "exact", flat
+
+
 def test_what_a_refused_batch_left_is_not_added_to_the_next_ones_gradient() -> None:
     ignored = [False]
 

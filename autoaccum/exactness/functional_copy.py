@@ -344,10 +344,12 @@ def _placed(call: ClassLoss, piece: Batch) -> ClassLoss:
         if leaf.untyped_storage().data_ptr() == address:
             return replace(call, path=path)
     for path, leaf in leaves:
+        if leaf.dtype != targets.dtype:  # -100 isn't a number of every type
+            continue
         shifted = leaf[:, 1:] if leaf.dim() == 2 else leaf
         padded = torch.nn.functional.pad(shifted, (0, 1), value=call.ignore_index) if leaf.dim() == 2 else leaf
         for form in (leaf, shifted, padded):  # the last two: next tokens, cut off or padded as in Hugging Face
-            if form.dtype != targets.dtype or form.numel() != len(targets):
+            if form.numel() != len(targets):
                 continue
             if torch.equal(form.flatten().to(targets.device), targets):  # a batch may lie on the host
                 return replace(call, path=path)

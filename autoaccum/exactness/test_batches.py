@@ -267,7 +267,7 @@ def _noisy(batch: Batch, generator: torch.Generator, batch_keys: dict[str, Colle
     def noisy(path: str, leaf: Any) -> Any:
         if not has_rows(leaf, path, batch_keys) or not leaf.is_floating_point() or is_mask(path, leaf):
             return leaf
-        if freedom(path) != ANY:
+        if freedom(path) != ANY or leaf.dtype.itemsize < 2:  # nothing is computed in 8 bits
             return leaf
         if path in weights and bool((leaf == leaf[0]).all()):
             factors = torch.linspace(0.2, 1.0, len(leaf), dtype=leaf.dtype)
