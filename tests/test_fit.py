@@ -243,6 +243,30 @@ def test_between_two_recorded_sizes_others_are_recorded_where_none_is_predicted(
     assert plan.measured_peak_bytes is not None and plan.measured_peak_bytes <= budget
 
 
+class Chunked(nn.Module):
+    """Works on seven samples at a time, whose blocks are just too small for the cache of pages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(256, 4096), nn.Linear(4096, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.outer(self.inner(chunk).relu()) for chunk in x.split(7)])
+
+
+@pytest.mark.slow
+def test_where_plannings_own_heap_is_in_the_way_another_process_is_advised() -> None:
+    work = Workload(
+        Chunked(),
+        (torch.randn(64, 256), torch.randn(64, 8)),
+        loss=lambda m, b: F.mse_loss(m(b[0]), b[1]),
+        optimizer="sgd",
+    )
+    fit_plan(work, target_batch=4, verify=False, check=False)
+    with pytest.raises(DoesNotFit, match="train_in_new_process=True"):
+        fit_plan(work, target_batch=4096, budget=committed_bytes() + 80 * 2**20, check=False)
+
+
 def test_a_budget_too_small_for_two_primes_is_recorded_size_by_size() -> None:
     fit_plan(net(), (torch.randn(2, 8), torch.zeros(2).long()), target_batch=2)  # imports what all of them need
     budget = committed_bytes() + 110 * 2**20
