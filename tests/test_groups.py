@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from autoaccum import BatchError, Plan, PlanMismatch, Runner, UsageError, Workload, fit_plan, windows
-from autoaccum.data.groups import group_sizes
+from autoaccum.data.groups import Grouped, group_sizes
 from autoaccum.exactness.check import check
 from autoaccum.tuning import tasks
 
@@ -118,6 +118,10 @@ def test_the_test_of_exactness_and_verification_keep_groups_whole() -> None:
     plan = planned(work_of(4), 40, 12, verify=True, check=True, timing_seconds=0)
     assert plan.verified and plan.exactness.startswith("exact (tested on 8 groups of 4")
     assert any("groups of 4" in note for note in plan.notes)
+
+
+def test_rows_of_groups_lie_behind_one_another() -> None:
+    assert Grouped(rows(12), 4).indices([2, 0]) == [8, 9, 10, 11, 0, 1, 2, 3]
 
 
 def test_a_dataset_is_looked_at_in_whole_groups() -> None:
