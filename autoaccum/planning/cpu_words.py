@@ -81,12 +81,15 @@ def notes(predictor: CpuPredictor) -> list[str]:
     ]
 
 
-def remedies(predictor: CpuPredictor) -> list[str]:
-    """Recommend a new process where this one's heap has large holes."""
+def remedies(predictor: CpuPredictor, needed_bytes: int) -> list[str]:
+    """Recommend a new process where this one's heap has large holes.
+
+    Or where what planning left in it is more than the budget lacks.
+    """
     if _has_large_holes(predictor):
         return [f"a new process, without the {show_bytes(predictor.subject.filled_bytes)} of holes in this one's heap"]
     inside, trains_here = predictor.inside_bytes, "this_process" in predictor.request.histories
-    if trains_here and inside >= HOLES_FRACTION * max(predictor.budget.bytes, predictor.baseline_bytes):
+    if trains_here and inside >= needed_bytes - predictor.budget.bytes:
         return [
             f"training in another process than planning, which left {show_bytes(inside)} in this one's heap "
             "(train_in_new_process=True, and the plan in a file)"

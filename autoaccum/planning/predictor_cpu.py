@@ -173,7 +173,7 @@ class CpuPredictor(MemoryPredictor):
 
     def remedies(self, needed_bytes: int) -> list[str]:
         """Recommend a new process where this one's heap has large holes."""
-        return cpu_words.remedies(self)
+        return cpu_words.remedies(self, needed_bytes)
 
     # Verification
 
