@@ -31,6 +31,7 @@ def fail_above(model: Any, samples: int, failed: list[int]) -> None:
         size = len(kwargs["input_ids"])
         if not module.training and size > samples:
             failed.append(size)
+            assert len(failed) < 10, f"it starts over and over in batches of {failed}"
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     model.register_forward_pre_hook(look, with_kwargs=True)
