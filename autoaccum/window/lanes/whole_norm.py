@@ -33,7 +33,7 @@ class Whole(torch.autograd.Function):
         ctx.sizes, ctx.eps, ctx.gate = [len(each) for each in inputs], call.eps, gate
         ctx.set_materialize_grads(False)
         # `data`: lanes write into their outputs (nn.ReLU(inplace=True)), and each counts only its own writes
-        return tuple(each.data for each in torch.split(y, ctx.sizes))
+        return tuple(each.data for each in y.split_with_sizes(ctx.sizes))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
@@ -45,11 +45,13 @@ class Whole(torch.autograd.Function):
             return (None,) * len(needs)
         needed = [any(needs[4:]), needs[0], needs[1]]
         with modes_off():
-            parts = zip(gradients, x.split(ctx.sizes), strict=True)
-            dy = torch.cat([torch.zeros_like(own) if each is None else each for each, own in parts])
+            if any(each is None for each in gradients):
+                parts = zip(gradients, x.split_with_sizes(ctx.sizes), strict=True)
+                gradients = tuple(torch.zeros_like(own) if each is None else each for each, own in parts)
+            dy = torch.cat(gradients)  # type: ignore[arg-type]
             found = native_backward(dy, x, weight, None, None, mean, inverse, True, ctx.eps, needed)
             dx, *own = (each if need else None for each, need in zip(found, needed, strict=True))
-            return (*own, None, None, *([None] * len(ctx.sizes) if dx is None else dx.split(ctx.sizes)))
+            return (*own, None, None, *([None] * len(ctx.sizes) if dx is None else dx.split_with_sizes(ctx.sizes)))
 
 
 def fits(inputs: Sequence[torch.Tensor]) -> bool:
